@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Core decides everything: which worker serves which layers, which sequence runs where and in which step,
+// and what happens when a worker dies. Events and `now` go in, messages come out.
+//
+// Owns:    the journal of every sequence, pipelines, epochs, block accounting.
+// Thread:  loop thread only. No I/O, no clock, no randomness: the same events give the same messages.
+// Errors:  what a worker or client does wrong becomes a message (a refusal, a new epoch, an eviction); a
+//          report that contradicts the accounting evicts the worker and replays its sequences.
+// Limits:  CoreOptions; proto/limits.h.
+// Why:     the server (coordinator/service) and the simulator (tests/sim) run this same code.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "coordinator/engine.h"
+#include "proto/ids.h"
+#include "strait/v1/cluster.pb.h"
+
+namespace strait {
+
+struct CoreOptions {
+  uint64_t term = 1;             // raised by every coordinator that takes over
+  uint32_t num_pipelines = 1;    // wanted; formed as soon as enough idle workers are there
+  uint32_t num_stages = 1;       // of each pipeline
+  uint32_t max_step_tokens = 512;      // rows of one step, all sequences together
+  uint32_t prefill_chunk = 256;        // rows of one sequence in one step
+  uint32_t max_running = 256;          // sequences resident in one pipeline
+  uint32_t max_waiting = 1024;         // sequences admitted and not resident, whole cluster
+  uint32_t steps_in_flight = 0;        // per pipeline; 0: num_stages + 1
+  uint64_t heartbeat_timeout_us = 5'000'000;
+  uint64_t request_timeout_us = 600'000'000;  // when the request names none
+  // How long waiting requests survive without any pipeline before they fail Unavailable.
+  uint64_t no_pipeline_grace_us = 30'000'000;
+  uint64_t max_cache_bytes_per_stage = 0;  // 0: what memory leaves after weights
+};
+
+// What Core must know of the model; made from proto/model_config.h by the server, invented by the simulator.
+struct ModelShape {
+  uint32_t vocab_size = 0;
+  uint32_t max_positions = 0;
+  std::vector<TokenId> eos_token_ids;
+  std::vector<uint64_t> layer_weight_bytes;  // [num_hidden_layers]
+  uint64_t embedding_bytes = 0;              // with the first layer
+  uint64_t head_bytes = 0;                   // with the last: norm and head
+  uint64_t block_bytes = 0;                  // one latent block of one layer
+  uint64_t stage_workspace_bytes = 0;        // besides weights and pool
+  uint64_t fingerprint = 0;
+};
+
+// ---- Messages out ----
+
+struct SendToWorker {
+  WorkerId worker;
+  v1::ToWorker message;
+};
+// Ends a worker's stream; it re-attaches or is replaced.
+struct EvictWorker {
+  WorkerId worker;
+  absl::Status why;
+};
+struct RequestRefused {
+  RequestId request;
+  absl::Status why;
+};
+struct RequestAdmitted {
+  RequestId request;
+};
+struct PromptScored {
+  RequestId request;
+  uint32_t sequence_index;
+  std::vector<TokenInfo> scores;
+};
+struct TokenEmitted {
+  RequestId request;
+  uint32_t sequence_index;
+  TokenInfo token;
+};
+struct SequenceEnded {
+  RequestId request;
+  uint32_t sequence_index;
+  FinishReason reason;
+  std::optional<TokenId> stop_token;
+  absl::Status status;
+  bool last_of_request;
+};
+using CoreMessage = std::variant<SendToWorker, EvictWorker, RequestRefused, RequestAdmitted,
+                                 PromptScored, TokenEmitted, SequenceEnded>;
+
+// Counters that only grow, and gauges; for metrics and status.
+struct CoreStats {
+  uint64_t steps = 0;
+  uint64_t prompt_tokens = 0;      // computed, replays not counted
+  uint64_t generated_tokens = 0;
+  uint64_t replayed_tokens = 0;
+  uint64_t preemptions = 0;
+  uint64_t recoveries = 0;         // pipelines that came back with a new epoch
+  uint64_t workers_lost = 0;
+  uint64_t requests_refused = 0;
+  uint64_t requests_ended[4] = {0, 0, 0, 0};  // by FinishReason
+  uint32_t running = 0;
+  uint32_t waiting = 0;
+  uint32_t pipelines_active = 0;
+  uint64_t blocks_used = 0;
+  uint64_t blocks_total = 0;
+};
+
+class Core {
+ public:
+  Core(CoreOptions options, ModelShape model);
+  ~Core();
+
+  // ---- Events ----
+  // A worker's Hello was valid in itself; Core answers Welcome or EvictWorker (another model, wire version).
+  void OnWorkerAttached(WorkerId worker, const v1::Hello& hello, uint64_t now_us);
+  void OnWorkerMessage(WorkerId worker, const v1::FromWorker& message, uint64_t now_us);
+  void OnWorkerLost(WorkerId worker, absl::Status why, uint64_t now_us);
+  void OnSubmit(RequestId request, RequestSpec spec, uint64_t now_us);
+  void OnCancel(RequestId request, std::optional<uint32_t> sequence_index, uint64_t now_us);
+  // Deadlines, heartbeat timeouts. Call at least every 100 ms, and it may be called at any time.
+  void OnTick(uint64_t now_us);
+
+  // Messages since the last call, in order. To be called after each event (or batch of events): forming of
+  // steps happens here, so that one step serves all events of a batch.
+  std::vector<CoreMessage> Take(uint64_t now_us);
+
+  // ---- What others may ask ----
+  bool Ready() const;  // a pipeline is active
+  CoreStats Stats() const;
+  // JSON text: workers, layer ranges, pipelines, cache bytes by layer, sequences (documented in
+  // coordinator/core/README.md).
+  std::string StatusJson(uint64_t now_us) const;
+  // free + held = total in every stage; a sequence is in one place; used by tests at every tick.
+  absl::Status CheckIntegrity() const;
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace strait

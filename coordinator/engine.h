@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Engine is what the HTTP front sees of the rest: requests go in, tokens come out.
+//
+// Thread:  Submit, Cancel and the getters: any thread. A RequestListener is called on the coordinator's loop
+//          thread, one call at a time, and must only enqueue. After OnEnd or OnRefused it is called no more
+//          and dropped.
+// Errors:  a refused request is refused whole, by OnRefused, before any other event: InvalidArgument (fix the
+//          request), ResourceExhausted (queue full: come back), Unavailable (no pipeline: come back).
+//          A sequence that fails later ends with its status in OnSequenceEnd.
+// Why:     text lives in front of this seam: the core knows token ids only, so stop strings are found by the
+//          listener, which then calls Cancel for that choice.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "proto/ids.h"
+
+namespace strait {
+
+// What a request asks of one of its token streams.
+struct SequenceSpec {
+  std::vector<TokenId> prompt;  // at least one token
+  uint32_t max_tokens = 16;     // generated at most; 0 with score_prompt: only score
+  uint32_t min_tokens = 0;
+  bool ignore_eos = false;
+  std::vector<TokenId> stop_token_ids;  // besides the model's end-of-sequence ids
+  bool score_prompt = false;            // log-probabilities of prompt tokens 1 … n-1
+  bool want_logprobs = false;           // of generated tokens
+  uint32_t num_top = 0;                 // alternatives, at most limits::kMaxTopLogprobs
+
+  // Sampling (as OpenAI and vLLM mean them).
+  uint64_t seed = 0;
+  uint32_t choice_index = 0;
+  float temperature = 1;
+  uint32_t top_k = 0;
+  float top_p = 1;
+  float min_p = 0;
+  float repetition_penalty = 1;
+  float presence_penalty = 0;
+  float frequency_penalty = 0;
+  std::vector<std::pair<TokenId, float>> logit_bias;
+};
+
+struct RequestSpec {
+  std::vector<SequenceSpec> sequences;  // admitted or refused together
+  uint64_t timeout_us = 0;              // 0: the server's default; over it the request ends DeadlineExceeded
+  std::string client_id;                // x-request-id, for the log
+};
+
+struct TokenInfo {
+  uint32_t position = 0;  // of this token in the sequence; the prompt starts at 0
+  TokenId id = 0;
+  float logprob = 0;
+  std::vector<std::pair<TokenId, float>> top;
+};
+
+enum class FinishReason { kStop, kLength, kCancelled, kError };
+
+class RequestListener {
+ public:
+  virtual ~RequestListener() = default;
+  virtual void OnRefused(absl::Status why) = 0;
+  virtual void OnAdmitted(RequestId id) = 0;
+  // Scores of prompt positions, in order, in one or several calls; all before the sequence's first token.
+  virtual void OnPromptScores(uint32_t sequence_index, std::vector<TokenInfo> scores) = 0;
+  virtual void OnToken(uint32_t sequence_index, TokenInfo token) = 0;
+  // Once per sequence. `stop_token` is the token that ended it, when one did (it was also given to OnToken).
+  virtual void OnSequenceEnd(uint32_t sequence_index, FinishReason reason,
+                             std::optional<TokenId> stop_token, absl::Status status) = 0;
+};
+
+class Engine {
+ public:
+  virtual ~Engine() = default;
+
+  // Answers through the listener only.
+  virtual void Submit(RequestSpec request, std::shared_ptr<RequestListener> listener) = 0;
+  // Ends one sequence of a request, or all. Unknown or ended ids are ignored. The listener still gets
+  // OnSequenceEnd(kCancelled).
+  virtual void Cancel(RequestId id, std::optional<uint32_t> sequence_index) = 0;
+
+  // Whether at least one pipeline serves.
+  virtual bool Ready() const = 0;
+  virtual uint32_t max_positions() const = 0;  // context length served
+  virtual uint32_t vocab_size() const = 0;
+  virtual const std::vector<TokenId>& eos_token_ids() const = 0;
+  // JSON of GET /strait/status, from the last published snapshot.
+  virtual std::string StatusJson() const = 0;
+  // Prometheus text of what the engine counts.
+  virtual std::string MetricsText() const = 0;
+};
+
+}  // namespace strait

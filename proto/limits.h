@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every bound on what crosses a wire or comes out of a file. Over a bound is a tested status, not growth.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace strait::limits {
+
+// ---- Cache ----
+inline constexpr uint32_t kBlockTokens = 64;  // rows of a latent block
+inline constexpr uint32_t kRowAlign = 16;     // bytes; a cache row is rounded up to this
+
+// ---- One step ----
+inline constexpr uint32_t kMaxStepTokens = 8192;     // tokens of all sequences in one StepPlan
+inline constexpr uint32_t kMaxStepSequences = 1024;  // sequences in one StepPlan
+inline constexpr uint32_t kMaxStepsInFlight = 64;    // accepted, not yet reported, per pipeline
+inline constexpr uint32_t kMaxCacheOps = 4096;       // in one StepPlan
+inline constexpr uint32_t kMaxTopLogprobs = 20;      // alternatives reported per position
+
+// ---- One request ----
+inline constexpr uint32_t kMaxStopTokens = 64;
+inline constexpr uint32_t kMaxLogitBias = 1024;
+inline constexpr uint32_t kMaxChoices = 128;  // n, and prompts times n
+inline constexpr uint32_t kMaxStopStrings = 16;
+inline constexpr size_t kMaxStopStringBytes = 1024;
+
+// ---- Cluster ----
+inline constexpr uint32_t kMaxWorkers = 1024;
+inline constexpr uint32_t kMaxStagesPerPipeline = 256;
+inline constexpr uint32_t kMaxSequencesResident = 65536;  // on one stage
+
+// ---- gRPC ----
+inline constexpr int kMaxControlMessageBytes = 16 << 20;
+// A frame of hidden states: 8,192 tokens x 7,168 x 4 bytes is 235 MB, so one step's hidden states travel
+// as chunks of at most this many payload bytes.
+inline constexpr int kHiddenChunkBytes = 1 << 20;
+inline constexpr int kMaxDataMessageBytes = kHiddenChunkBytes + (64 << 10);
+inline constexpr size_t kControlQueueMessages = 4096;  // outgoing, per stream
+inline constexpr size_t kDataQueueBytes = 512u << 20;  // outgoing, per edge
+
+}  // namespace strait::limits

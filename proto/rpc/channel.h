@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How every gRPC channel and server of the project is set up, both ends in one place: a client that pings
+// more often than its server allows is cut off ("Too many pings").
+//
+// Thread:  any.
+// Limits:  control messages proto/limits.h kMaxControlMessageBytes, data kMaxDataMessageBytes.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "grpcpp/grpcpp.h"
+
+namespace strait::rpc {
+
+// Control and data never share a connection: bulk must not delay a heartbeat.
+enum class Traffic { kControl, kData };
+
+std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, Traffic traffic);
+
+// Sets limits and keepalive, and adds health checking and reflection. `*port` receives the bound port after
+// BuildAndStart (0: the address was taken or is invalid).
+void ConfigureServer(grpc::ServerBuilder& builder, const std::string& listen_address, Traffic traffic,
+                     int* port);
+
+}  // namespace strait::rpc

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Backend runs a stage's layers over a batch: the seam between step logic and arithmetic. Implementations:
+// CpuBackend (worker/model), HashBackend (tests/sim), CUDA later.
+//
+// Owns:    a StageModel owns its weights' mapping and its cache pool; it borrows nothing after Load.
+// Thread:  Backend::Load runs on a loader thread while other stages step; Forward only on the loop thread.
+//          ReadRow, WriteRow: loop thread.
+// Shapes:  hidden [num_tokens, hidden_size] in the backend's hidden format, row-major, host memory.
+// Errors:  a Forward that fails leaves the stage unusable until its next activation.
+// Why:     sampling belongs to the backend, because logits need not leave a device.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "proto/ids.h"
+
+namespace strait {
+
+// Constant over a sequence's life; the validated form of strait.v1.SamplingParams.
+struct SamplingParams {
+  uint64_t seed = 0;
+  uint32_t choice_index = 0;
+  float temperature = 1;  // 0: greedy
+  uint32_t top_k = 0;     // 0: off
+  float top_p = 1;
+  float min_p = 0;
+  float repetition_penalty = 1;
+  float presence_penalty = 0;
+  float frequency_penalty = 0;
+  std::vector<std::pair<TokenId, float>> logit_bias;
+  uint32_t min_tokens = 0;
+  std::vector<TokenId> banned_ids;  // not sampled while fewer than min_tokens are generated
+};
+
+// Rows of one sequence in a batch: positions first_position … first_position + num_tokens - 1.
+struct BatchSequence {
+  SequenceId id;
+  uint32_t first_position = 0;
+  uint32_t num_tokens = 0;
+  // All token ids of the sequence from position 0 to this batch's last row (the tail of it is this batch's).
+  absl::Span<const TokenId> tokens;
+  // [layers of the stage]: physical blocks of that layer by position / 64, covering this batch's last row.
+  // Entries beyond are absent.
+  absl::Span<const absl::Span<const BlockId>> page_tables;
+  uint32_t prompt_tokens = 0;
+  const SamplingParams* sampling = nullptr;  // outlives the call
+};
+
+// Logits wanted at one row of the batch, last stage only.
+struct LogitsRequest {
+  uint32_t sequence_index = 0;  // in StageBatch::sequences
+  uint32_t row = 0;             // row of the whole batch
+  bool sample = false;          // else: score `token`
+  TokenId token = 0;
+  uint32_t num_top = 0;
+};
+
+struct LogitsResult {
+  TokenId token = 0;   // the scored or the sampled one
+  float logprob = 0;   // natural log, of the raw distribution
+  std::vector<std::pair<TokenId, float>> top;  // num_top entries, falling, ties by lower id
+};
+
+struct StageBatch {
+  absl::Span<const BatchSequence> sequences;  // rows follow each other in this order
+  uint32_t num_tokens = 0;                    // sum over sequences
+  absl::Span<const LogitsRequest> logits;     // empty but on the last stage; rising rows
+};
+
+// Where a stage's layers sit in the model.
+struct StageSpec {
+  LayerRange layers;
+  uint32_t pool_blocks = 0;  // latent blocks of one layer each
+};
+
+class StageModel {
+ public:
+  virtual ~StageModel() = default;
+
+  // hidden_in is empty on the first stage (it embeds batch tokens), hidden_out on the last (it answers
+  // `results`, one per LogitsRequest). Rows of the cache are written before they are attended to.
+  virtual absl::Status Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
+                               absl::Span<std::byte> hidden_out,
+                               std::vector<LogitsResult>* results) = 0;
+
+  virtual const StageSpec& spec() const = 0;
+  virtual uint64_t weight_bytes() const = 0;
+  virtual uint64_t cache_bytes() const = 0;
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  // Reads weights, takes the pool. `progress(bytes_done, bytes_total)` may be called from any thread.
+  // Errors: ResourceExhausted (says needed and available bytes), NotFound, DataLoss, InvalidArgument.
+  virtual absl::StatusOr<std::unique_ptr<StageModel>> Load(
+      const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) = 0;
+
+  virtual uint32_t hidden_row_bytes() const = 0;  // bytes of one token's hidden state on an edge
+  virtual uint32_t num_layers() const = 0;        // of the whole model
+  virtual uint32_t vocab_size() const = 0;
+  virtual uint32_t max_positions() const = 0;     // context length
+  // Backend, kernel revision and mode: equal ids promise equal bits.
+  virtual std::string numerics_id() const = 0;
+};
+
+}  // namespace strait

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Transport carries hidden states from a stage to the next. Implementations: gRPC (worker/transport/
+// grpc_transport.h), simulated (tests/sim), NCCL later.
+//
+// Owns:    its connections; callbacks are borrowed and outlive it.
+// Thread:  Connect, Send, Disconnect: loop thread. Events come on the transport's own threads and must only
+//          enqueue.
+// Errors:  an edge that broke, stalled past its deadline or was refused is told once by on_edge_down; a
+//          dead peer never blocks a caller.
+// Limits:  kDataQueueBytes waiting per edge, then Send answers ResourceExhausted.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "proto/ids.h"
+#include "worker/stage/stage.h"
+
+namespace strait {
+
+// One direction of one pipeline edge in one epoch.
+struct Edge {
+  uint64_t from_stage_id = 0;
+  uint64_t to_stage_id = 0;
+  PipelineEpoch epoch;
+  std::string peer_address;  // data address of the receiver
+};
+
+struct TransportEvents {
+  std::function<void(const Edge&)> on_edge_up;  // the receiver accepted
+  std::function<void(const Edge&, absl::Status)> on_edge_down;
+  std::function<void(uint64_t to_stage_id, HiddenStep)> on_hidden;  // verified, whole
+};
+
+class Transport {
+ public:
+  virtual ~Transport() = default;
+  // Opens the edge; a previous edge of the same from_stage_id is dropped. Answered by one event.
+  virtual void Connect(const Edge& edge) = 0;
+  virtual absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) = 0;
+  virtual void Disconnect(uint64_t from_stage_id) = 0;
+  // Whom the receiving side lets in: only this epoch of this stage. Older ones are ended with Aborted.
+  virtual void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) = 0;
+};
+
+}  // namespace strait
