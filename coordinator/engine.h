@@ -27,7 +27,7 @@ namespace strait {
 // What a request asks of one of its token streams.
 struct SequenceSpec {
   std::vector<TokenId> prompt;  // at least one token
-  uint32_t max_tokens = 16;     // generated at most; 0 with score_prompt: only score
+  uint32_t max_tokens = 16;     // generated at most; 0: only score, or nothing (ends kLength)
   uint32_t min_tokens = 0;
   bool ignore_eos = false;
   std::vector<TokenId> stop_token_ids;  // besides the model's end-of-sequence ids

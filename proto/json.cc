@@ -83,18 +83,17 @@ absl::StatusOr<Value> Parse(std::string_view text, std::string_view what, size_t
     return absl::InvalidArgumentError(
         absl::StrCat(ToAbsl(what), ": JSON ends at byte ", consumed, " but more text follows"));
   }
-  if (!error && !parser.done()) error = boost::json::error::incomplete;
   if (error == boost::json::error::too_deep) {
-    return absl::ResourceExhaustedError(absl::StrCat(
-        ToAbsl(what), ": JSON is nested deeper than ", max_depth, " levels at byte ", consumed));
+    return absl::ResourceExhaustedError(absl::StrCat(ToAbsl(what), ": JSON is nested deeper than ",
+                                                     max_depth, " levels at byte ", consumed));
   }
   if (error == boost::json::error::incomplete) {
     return absl::InvalidArgumentError(
         absl::StrCat(ToAbsl(what), ": JSON is cut off after ", text.size(), " bytes"));
   }
   if (error) {
-    return absl::InvalidArgumentError(absl::StrCat(ToAbsl(what), ": not valid JSON at byte ",
-                                                   consumed, ": ", error.message()));
+    return absl::InvalidArgumentError(
+        absl::StrCat(ToAbsl(what), ": not valid JSON at byte ", consumed, ": ", error.message()));
   }
   return parser.release();
 }
@@ -129,8 +128,8 @@ const Value* Find(const Object& object, std::string_view key) {
 
 absl::StatusOr<const Object*> AsObject(const Value& value, std::string_view what) {
   if (const Object* object = value.if_object()) return object;
-  return absl::InvalidArgumentError(absl::StrCat(ToAbsl(what), ": must be a JSON object, not ",
-                                                 ToAbsl(TypeName(value))));
+  return absl::InvalidArgumentError(
+      absl::StrCat(ToAbsl(what), ": must be a JSON object, not ", ToAbsl(TypeName(value))));
 }
 
 absl::StatusOr<std::string> GetString(const Object& object, std::string_view key,

@@ -40,4 +40,26 @@ inline constexpr int kMaxDataMessageBytes = kHiddenChunkBytes + (64 << 10);
 inline constexpr size_t kControlQueueMessages = 4096;  // outgoing, per stream
 inline constexpr size_t kDataQueueBytes = 512u << 20;  // outgoing, per edge
 
+// ---- Model files ----
+inline constexpr size_t kMaxConfigBytes = 1 << 20;           // config.json, generation_config.json
+inline constexpr size_t kMaxIndexBytes = 64 << 20;           // model.safetensors.index.json
+inline constexpr size_t kMaxSafetensorsHeaderBytes = 100'000'000;
+inline constexpr uint32_t kMaxTensorsPerFile = 1 << 20;
+inline constexpr uint32_t kMaxTensorRank = 8;
+inline constexpr size_t kMaxTensorNameBytes = 512;
+inline constexpr uint32_t kMaxShards = 4096;
+
+// ---- Model ----
+inline constexpr uint32_t kMaxVocabSize = 1 << 20;
+inline constexpr uint32_t kMaxHiddenSize = 1 << 16;
+inline constexpr uint32_t kMaxHiddenLayers = 1024;
+inline constexpr uint32_t kMaxAttentionHeads = 1024;
+inline constexpr uint32_t kMaxHeadDim = 1024;
+inline constexpr uint32_t kMaxLoraRank = 8192;
+inline constexpr uint32_t kMaxIntermediateSize = 1 << 20;
+inline constexpr uint32_t kMaxRoutedExperts = 4096;
+inline constexpr uint32_t kMaxSharedExperts = 64;
+inline constexpr uint32_t kMaxPositionEmbeddings = 1 << 22;
+inline constexpr uint32_t kMaxEosTokens = 64;
+
 }  // namespace strait::limits

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Backend runs a stage's layers over a batch: the seam between step logic and arithmetic. Implementations:
-// CpuBackend (worker/model), HashBackend (tests/sim), CUDA later.
+// Backend runs a stage's layers over a batch: the seam between step logic and arithmetic.
+// Implementations: CpuBackend (worker/model), HashBackend (tests/sim), CUDA later.
 //
-// Owns:    a StageModel owns its weights' mapping and its cache pool; it borrows nothing after Load.
-// Thread:  Backend::Load runs on a loader thread while other stages step; Forward only on the loop thread.
-//          ReadRow, WriteRow: loop thread.
+// Owns:    a StageModel its weights' mapping and its cache pool; it borrows nothing after Load.
+// Thread:  Backend::Load runs on a loader thread while other stages step; Forward only on the loop
+//          thread.
 // Shapes:  hidden [num_tokens, hidden_size] in the backend's hidden format, row-major, host memory.
 // Errors:  a Forward that fails leaves the stage unusable until its next activation.
 // Why:     sampling belongs to the backend, because logits need not leave a device.
@@ -16,6 +16,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -46,10 +47,11 @@ struct BatchSequence {
   SequenceId id;
   uint32_t first_position = 0;
   uint32_t num_tokens = 0;
-  // All token ids of the sequence from position 0 to this batch's last row (the tail of it is this batch's).
+  // All token ids of the sequence from position 0 to this batch's last row (the tail of it is this
+  // batch's).
   absl::Span<const TokenId> tokens;
-  // [layers of the stage]: physical blocks of that layer by position / 64, covering this batch's last row.
-  // Entries beyond are absent.
+  // [layers of the stage]: physical blocks of that layer by position / 64, covering this batch's
+  // last row. Entries beyond are absent.
   absl::Span<const absl::Span<const BlockId>> page_tables;
   uint32_t prompt_tokens = 0;
   const SamplingParams* sampling = nullptr;  // outlives the call
@@ -59,14 +61,14 @@ struct BatchSequence {
 struct LogitsRequest {
   uint32_t sequence_index = 0;  // in StageBatch::sequences
   uint32_t row = 0;             // row of the whole batch
-  bool sample = false;          // else: score `token`
+  bool sample = false;          // of position + 1, keyed by that position; else: score `token`
   TokenId token = 0;
   uint32_t num_top = 0;
 };
 
 struct LogitsResult {
-  TokenId token = 0;   // the scored or the sampled one
-  float logprob = 0;   // natural log, of the raw distribution
+  TokenId token = 0;                           // the scored or the sampled one
+  float logprob = 0;                           // natural log, of the raw distribution
   std::vector<std::pair<TokenId, float>> top;  // num_top entries, falling, ties by lower id
 };
 
@@ -86,8 +88,9 @@ class StageModel {
  public:
   virtual ~StageModel() = default;
 
-  // hidden_in is empty on the first stage (it embeds batch tokens), hidden_out on the last (it answers
-  // `results`, one per LogitsRequest). Rows of the cache are written before they are attended to.
+  // hidden_in is empty on the first stage (it embeds batch tokens), hidden_out on the last (it
+  // answers `results`, one per LogitsRequest). Rows of the cache are written before they are
+  // attended to.
   virtual absl::Status Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
                                absl::Span<std::byte> hidden_out,
                                std::vector<LogitsResult>* results) = 0;
@@ -101,15 +104,16 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  // Reads weights, takes the pool. `progress(bytes_done, bytes_total)` may be called from any thread.
-  // Errors: ResourceExhausted (says needed and available bytes), NotFound, DataLoss, InvalidArgument.
+  // Reads weights, takes the pool. `progress(bytes_done, bytes_total)` may be called from any
+  // thread. Errors: ResourceExhausted (says needed and available bytes), NotFound, DataLoss,
+  // InvalidArgument.
   virtual absl::StatusOr<std::unique_ptr<StageModel>> Load(
       const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) = 0;
 
   virtual uint32_t hidden_row_bytes() const = 0;  // bytes of one token's hidden state on an edge
   virtual uint32_t num_layers() const = 0;        // of the whole model
   virtual uint32_t vocab_size() const = 0;
-  virtual uint32_t max_positions() const = 0;     // context length
+  virtual uint32_t max_positions() const = 0;  // context length
   // Backend, kernel revision and mode: equal ids promise equal bits.
   virtual std::string numerics_id() const = 0;
 };

@@ -39,6 +39,9 @@ struct CoreOptions {
   // How long waiting requests survive without any pipeline before they fail Unavailable.
   uint64_t no_pipeline_grace_us = 30'000'000;
   uint64_t max_cache_bytes_per_stage = 0;  // 0: what memory leaves after weights
+  // A stage that sits on a step, or on an activation, for longer than this is evicted.
+  uint64_t step_timeout_us = 300'000'000;
+  uint64_t activation_timeout_us = 30'000'000;
 };
 
 // What Core must know of the model; made from proto/model_config.h by the server, invented by the simulator.
@@ -54,13 +57,16 @@ struct ModelShape {
   uint64_t fingerprint = 0;
 };
 
+// InvalidArgument names the option, its value and its bounds.
+absl::Status ValidateOptions(const CoreOptions& options, const ModelShape& model);
+
 // ---- Messages out ----
 
 struct SendToWorker {
   WorkerId worker;
   v1::ToWorker message;
 };
-// Ends a worker's stream; it re-attaches or is replaced.
+// Ends a worker's stream; it re-attaches or is replaced. Core has forgotten it already.
 struct EvictWorker {
   WorkerId worker;
   absl::Status why;
@@ -113,6 +119,7 @@ struct CoreStats {
 
 class Core {
  public:
+  // REQUIRES: ValidateOptions(options, model).ok().
   Core(CoreOptions options, ModelShape model);
   ~Core();
 

@@ -5,11 +5,13 @@
 // raise_exception, tojson without HTML escapes).
 //
 // Thread:  immutable after Parse or Load; Render may be called from any thread at once.
-// Errors:  Parse, Load: Unimplemented or InvalidArgument, naming the construct and its line; NotFound (no
-//          such template). Render: InvalidArgument (raise_exception's message; an operation that the
-//          messages make impossible, with its line), ResourceExhausted (over a limit).
-// Limits:  kMaxTemplateBytes, kMaxTemplateNesting at load; kMaxRenderBytes, kMaxRenderSteps at render.
-// Why:     A strict subset with errors at load: a template that this cannot run must not serve a model.
+// Errors:  Parse, Load: Unimplemented or InvalidArgument, naming the construct and its line;
+// NotFound (no
+//          such template). Render: InvalidArgument (raise_exception's message; an operation that
+//          the messages make impossible, with its line), ResourceExhausted (over a limit).
+// Limits:  kMaxTemplateBytes, kMaxTemplateNesting at load; kMaxRenderBytes, kMaxRenderSteps at
+// render. Why:     A strict subset with errors at load: a template that this cannot run must not
+// serve a model.
 #pragma once
 
 #include <cstddef>
@@ -24,15 +26,15 @@
 namespace strait {
 
 inline constexpr size_t kMaxTemplateBytes = 1u << 20;
-inline constexpr size_t kMaxTemplateNesting = 64;    // of blocks and of expressions
-inline constexpr size_t kMaxRenderBytes = 64u << 20;  // of output, and of any string on the way
+inline constexpr size_t kMaxTemplateNesting = 64;      // of blocks and of expressions
+inline constexpr size_t kMaxRenderBytes = 64u << 20;   // of output, and of any string on the way
 inline constexpr size_t kMaxRenderSteps = 10'000'000;  // evaluated nodes, loop rounds included
 
 struct ChatInput {
-  json::Array messages;      // as the request has them: {"role": …, "content": …, …}
-  json::Value tools;         // null or an array
+  json::Array messages;  // as the request has them: {"role": …, "content": …, …}
+  json::Value tools;     // null or an array
   bool add_generation_prompt = true;
-  json::Object variables;    // more of them (chat_template_kwargs), such as {"thinking": true}
+  json::Object variables;  // more of them (chat_template_kwargs), such as {"thinking": true}
 };
 
 class ChatTemplate {

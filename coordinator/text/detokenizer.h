@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Detokenizer turns one sequence's token ids into text as they come, never emitting half a character;
-// StopMatcher ends that text at a stop string, never emitting what might still become one.
+// Detokenizer turns one sequence's token ids into text as they come, never emitting half a
+// character; StopMatcher ends that text at a stop string, never emitting what might still become
+// one.
 //
 // Borrows: the Tokenizer, which outlives the Detokenizer.
 // Thread:  one sequence, one thread at a time.
 // Limits:  a Detokenizer holds back at most 3 bytes; a StopMatcher at most its longest stop string.
-// Why:     All pieces joined equal Tokenizer::Decode of all ids, whatever the grouping: bytes that cannot
-//          become a character turn into U+FFFD as soon as that is certain, one per maximal broken part.
+// Why:     All pieces joined equal Tokenizer::Decode of all ids, whatever the grouping: bytes that
+// cannot
+//          become a character turn into U+FFFD as soon as that is certain, one per maximal broken
+//          part.
 #pragma once
 
 #include <cstddef>
@@ -19,6 +22,7 @@
 #include <vector>
 
 #include "coordinator/text/tokenizer.h"
+#include "coordinator/text/utf8.h"
 
 namespace strait {
 
@@ -43,12 +47,14 @@ class Detokenizer {
 
 class StopMatcher {
  public:
-  // Empty strings in `stops` are ignored. With `include_stop` the matched stop string is emitted too.
+  // Empty strings in `stops` are ignored. With `include_stop` the matched stop string is emitted
+  // too.
   explicit StopMatcher(std::vector<std::string> stops, bool include_stop = false);
 
-  // Takes the next piece of text and returns what may be shown. The first byte that completes any stop
-  // string ends the text (of several completed by that byte, the longest one is the match): what follows,
-  // now and in later calls, is dropped. The result does not depend on how the text is cut into pieces.
+  // Takes the next piece of text and returns what may be shown. The first byte that completes any
+  // stop string ends the text (of several completed by that byte, the longest one is the match):
+  // what follows, now and in later calls, is dropped. The result does not depend on how the text is
+  // cut into pieces.
   std::string Push(std::string_view text);
 
   // Call when the text ends for another reason: what was held back.
@@ -70,11 +76,5 @@ class StopMatcher {
   std::string held_;
   std::optional<size_t> match_;
 };
-
-// Text from any bytes: each maximal part that is no UTF-8 becomes one U+FFFD.
-std::string Utf8Lossy(std::string_view bytes);
-
-// Byte offset of the first byte that is not part of valid UTF-8.
-std::optional<size_t> FindInvalidUtf8(std::string_view bytes);
 
 }  // namespace strait

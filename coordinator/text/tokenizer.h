@@ -1,18 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tokenizer turns text into token ids and back: the byte-level BPE of a tokenizer.json, with the added
-// tokens, normalizers and pre-tokenizer sequences that DeepSeek's files use, to the same ids as Hugging
-// Face `tokenizers`.
+// Tokenizer turns text into token ids and back: the byte-level BPE of a tokenizer.json, with the
+// added tokens, normalizers and pre-tokenizer sequences that DeepSeek's files use, to the same ids
+// as Hugging Face `tokenizers`.
 //
 // Owns:    the vocabulary, merges and compiled regexes.
 // Thread:  immutable after Load; every method may be called from any thread at once.
-// Errors:  Load: NotFound, InvalidArgument (malformed file, naming the entry), Unimplemented (a component
+// Errors:  Load: NotFound, InvalidArgument (malformed file, naming the entry), Unimplemented (a
+// component
 //          that DeepSeek's files do not use, naming it), ResourceExhausted (over a limit).
-//          Encode: InvalidArgument with the byte offset of what is not UTF-8, ResourceExhausted (text over
-//          kMaxEncodeBytes). Decode: InvalidArgument naming an id that is not in the vocabulary.
+//          Encode: InvalidArgument with the byte offset of what is not UTF-8, ResourceExhausted
+//          (text over kMaxEncodeBytes). Decode: InvalidArgument naming an id that is not in the
+//          vocabulary.
 // Limits:  kMaxTokenizerFileBytes, kMaxVocabSize, kMaxMerges, kMaxAddedTokens, kMaxTokenBytes.
-// Why:     A model's vocab_size may be larger than the tokenizer's (V2 pads 100,002 to 102,400), so a
-//          sampled id may have no token: lookups of one id answer "nothing", only Decode refuses it.
+// Why:     A model's vocab_size may be larger than the tokenizer's (V2 pads 100,002 to 102,400), so
+// a
+//          sampled id may have no token: lookups of one id answer "nothing", only Decode refuses
+//          it.
 #pragma once
 
 #include <cstddef>
@@ -39,8 +43,8 @@ inline constexpr size_t kMaxEncodeBytes = 256u << 20;
 
 class Tokenizer {
  public:
-  // Reads a tokenizer.json. `config`, where given, decides by its add_bos_token and add_eos_token what
-  // add_special_tokens adds; otherwise the file's post_processor does.
+  // Reads a tokenizer.json. `config`, where given, decides by its add_bos_token and add_eos_token
+  // what add_special_tokens adds; otherwise the file's post_processor does.
   static absl::StatusOr<std::unique_ptr<Tokenizer>> Load(const std::string& path,
                                                          const TokenizerConfig* config = nullptr);
   // The same from text that is already in memory; `what` names it in errors.
@@ -51,7 +55,8 @@ class Tokenizer {
   Tokenizer(const Tokenizer&) = delete;
   Tokenizer& operator=(const Tokenizer&) = delete;
 
-  // Added tokens that stand in the text become their ids; add_special_tokens puts BOS (and EOS) around.
+  // Added tokens that stand in the text become their ids; add_special_tokens puts BOS (and EOS)
+  // around.
   absl::StatusOr<std::vector<uint32_t>> Encode(std::string_view utf8,
                                                bool add_special_tokens) const;
 
@@ -65,7 +70,8 @@ class Tokenizer {
   std::optional<std::string_view> IdToToken(uint32_t id) const;
   std::optional<uint32_t> TokenToId(std::string_view token) const;
 
-  // What the token contributes to decoded text; may be part of a character. Empty when there is no token.
+  // What the token contributes to decoded text; may be part of a character. Empty when there is no
+  // token.
   std::string_view TokenBytes(uint32_t id) const;
 
   bool IsSpecial(uint32_t id) const;

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// TokenizerConfig reads what tokenizer_config.json adds to tokenizer.json: which tokens begin and end a
-// text, whether encoding adds them, and the chat templates.
+// TokenizerConfig reads what tokenizer_config.json adds to tokenizer.json: which tokens begin and
+// end a text, whether encoding adds them, and the chat templates.
 //
 // Thread:  plain data.
 // Errors:  NotFound (no such file), InvalidArgument (wrong JSON, naming the key).
 // Limits:  kMaxTokenizerConfigBytes.
-// Why:     DeepSeek's tokenizer.json adds no BOS; its tokenizer_class (Llama) does, by add_bos_token.
+// Why:     DeepSeek's tokenizer.json adds no BOS; its tokenizer_class (Llama) does, by
+// add_bos_token.
 #pragma once
 
 #include <optional>
@@ -35,7 +36,8 @@ struct TokenizerConfig {
   std::optional<bool> add_eos_token;
   std::vector<NamedTemplate> chat_templates;
 
-  // Reads the file at `path`. A chat_template.jinja beside it takes the place of the "default" template.
+  // Reads the file at `path`. A chat_template.jinja beside it takes the place of the "default"
+  // template.
   static absl::StatusOr<TokenizerConfig> Load(const std::string& path);
 };
 

@@ -1,21 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Stage is a worker's step logic without I/O: StepPlans and hidden states in, hidden states and StageReports
-// out. The same code runs in the worker process and in the simulator.
+// Stage is a worker's step logic without I/O: StepPlans and hidden states in, hidden states and
+// StageReports out. The same code runs in the worker process and in the simulator.
 //
-// Owns:    its StageModel, the latent blocks' bookkeeping, the resident sequences (token ids, page tables).
+// Owns:    its StageModel, the latent blocks' bookkeeping, the resident sequences (token ids, page
+//          tables).
 // Thread:  loop thread only.
-// Errors:  AcceptPlan and AcceptHidden refuse what contradicts the stage's state and leave it unchanged:
-//          Aborted (older epoch; harmless), InvalidArgument (malformed), FailedPrecondition (gap in steps,
-//          sequence unknown, positions that do not follow), ResourceExhausted (a limit). What a refused
-//          plan means is the caller's: the worker reports it and the coordinator bumps the epoch.
+// Errors:  AcceptPlan and AcceptHidden refuse what contradicts the stage's state and leave it
+//          unchanged: Aborted (older epoch; harmless), InvalidArgument (malformed), FailedPrecondition (gap in
+//          steps, sequence unknown, positions that do not follow), ResourceExhausted (a limit).
+//          What a refused plan means is the caller's: the worker reports it and the coordinator
+//          bumps the epoch.
 // Limits:  proto/limits.h: kMaxStepsInFlight plans and hidden steps waiting.
-// Why:     plans are validated against the state that all plans before them leave behind, so a plan is
-//          accepted or refused on arrival, before its hidden states exist.
+// Why:     plans are validated against the state that all plans before them leave behind, so a plan
+//          is accepted or refused on arrival, before its hidden states exist.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -37,8 +40,8 @@ struct HiddenStep {
 
 struct StepOutput {
   v1::StageReport report;
-  std::optional<HiddenStep> hidden;  // for the next stage; absent on the last, on failure, and for a step
-                                     // without rows
+  std::optional<HiddenStep> hidden;  // for the next stage; absent on the last, on failure, and for
+                                     // a step without rows
 };
 
 class Stage {
@@ -53,12 +56,14 @@ class Stage {
   absl::Status AcceptPlan(v1::StepPlan plan, uint64_t now_us);
   absl::Status AcceptHidden(HiddenStep hidden, uint64_t now_us);
 
-  // Whether RunNext has something to do: the next plan is here and, unless this is the first stage or the
-  // plan has no rows, its hidden states are.
+  // Whether RunNext has something to do: the next plan is here and, unless this is the first stage
+  // or the plan has no rows, its hidden states are.
   bool Ready() const;
 
-  // Runs the next step. REQUIRES: Ready(). `now_us` is read through `clock` before and after computing.
-  StepOutput RunNext(uint64_t (*clock)());
+  // Runs the next step. REQUIRES: Ready(). `clock` gives microseconds, read before and after
+  // computing. If the step fails, its report carries the error, plans that wait are dropped without
+  // a report, and the stage refuses everything of this epoch with Aborted.
+  StepOutput RunNext(const std::function<uint64_t()>& clock);
 
   // --- What others may ask ---
   uint64_t stage_id() const;

@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Transport carries hidden states from a stage to the next. Implementations: gRPC (worker/transport/
-// grpc_transport.h), simulated (tests/sim), NCCL later.
+// Transport carries hidden states from a stage to the next. Implementations: gRPC
+// (worker/transport/ grpc_transport.h), simulated (tests/sim), NCCL later.
 //
 // Owns:    its connections; callbacks are borrowed and outlive it.
-// Thread:  Connect, Send, Disconnect: loop thread. Events come on the transport's own threads and must only
+// Thread:  Connect, Send, Disconnect: loop thread. Events come on the transport's own threads and
+// must only
 //          enqueue.
-// Errors:  an edge that broke, stalled past its deadline or was refused is told once by on_edge_down; a
-//          dead peer never blocks a caller.
-// Limits:  kDataQueueBytes waiting per edge, then Send answers ResourceExhausted.
+// Errors:  an edge that broke, stalled past its deadline or was refused is told once by
+// on_edge_down; a
+//          dead peer never blocks a caller. Both sides of a broken edge tell it.
+// Limits:  kDataQueueBytes waiting per edge, then Send answers ResourceExhausted; as many bytes
+// delivered and
+//          not consumed on the receiving side, then it reads no more.
 #pragma once
 
 #include <cstdint>
@@ -42,8 +46,15 @@ class Transport {
   virtual void Connect(const Edge& edge) = 0;
   virtual absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) = 0;
   virtual void Disconnect(uint64_t from_stage_id) = 0;
-  // Whom the receiving side lets in: only this epoch of this stage. Older ones are ended with Aborted.
+  // Whom the receiving side lets in: only this epoch of this stage. Older ones are ended with
+  // Aborted. `from_stage_id` 0: whichever stage opens first. A sender of a newer epoch waits until
+  // it is expected.
   virtual void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) = 0;
+  // The stage is gone: its senders are ended, nothing is expected for it any more.
+  virtual void Forget(uint64_t to_stage_id) = 0;
+  // All hidden states of `to_stage_id` up to `step` were computed: their memory counts no more
+  // against the receiving side's bound, and the sender is told.
+  virtual void Consumed(uint64_t to_stage_id, StepId step) = 0;
 };
 
 }  // namespace strait

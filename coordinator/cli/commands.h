@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The verbs of the `strait` program: each adds its flags to the command line and runs.
+//
+// Thread:  main. Each Run… returns the process's exit code: 0 done, 1 failed (told on stderr), 130
+// cancelled. Why:     results go to stdout, everything else to stderr, so that output can be piped.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <functional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "coordinator/cli/local_cluster.h"
+
+namespace strait::cli {
+
+inline constexpr int kExitFailed = 1;
+inline constexpr int kExitCancelled = 130;
+inline constexpr char kDefaultUrl[] = "http://127.0.0.1:8000";
+
+// Each adds one subcommand whose callback stores how to run it in `*run`.
+using Run = std::function<int()>;
+void AddUp(CLI::App& app, Run* run);
+void AddGenerate(CLI::App& app, Run* run);
+void AddStatus(CLI::App& app, Run* run);
+void AddBench(CLI::App& app, Run* run);
+
+// ---- What several verbs share ----
+
+// --coordinator, --url, --api-key.
+struct ServerFlags {
+  std::string url = kDefaultUrl;
+  std::string api_key;
+};
+void AddServerFlags(CLI::App& verb, ServerFlags* flags);
+
+// The flags of a cluster that this program starts; without --model, whose meaning differs.
+void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options);
+
+// Prints an error, with the next thing to do when no server answers.
+int Fail(const absl::Status& status, const std::string& url = "");
+
+}  // namespace strait::cli

@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// LocalCluster runs a coordinator and its workers as processes on this machine, and restarts
+// workers that die. `strait up` is this and nothing else; `strait bench --model DIR` measures one.
+//
+// Owns:    the child processes and their log files' folder (kept when something failed).
+// Thread:  the main thread only: see Spawn.
+// Errors:  InvalidArgument (options that do not fit each other, with the numbers and the fix),
+// Unavailable
+//          (a daemon that ends; the text carries the last lines of its log), Cancelled (SIGINT,
+//          SIGTERM).
+// Limits:  kMaxRapidDeaths deaths of one worker, each within kHealthyAfterMs of its start → error.
+// Why:     one poll over a signal descriptor and deadlines: no thread, no busy loop.
+#pragma once
+
+#include <sys/types.h>
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "coordinator/cli/child.h"
+#include "coordinator/cli/http_client.h"
+#include "coordinator/cli/terminal.h"
+#include "proto/json.h"
+
+namespace strait::cli {
+
+inline constexpr int kMaxRapidDeaths = 3;
+inline constexpr int kHealthyAfterMs = 30'000;
+inline constexpr uint16_t kDefaultHttpPort = 8000;
+inline constexpr uint16_t kDefaultGrpcPort = 7000;
+
+struct LocalClusterOptions {
+  std::string model;
+  uint32_t num_workers = 0;  // 0: two stages a pipeline
+  uint32_t num_pipelines = 1;
+  std::string backend = "cpu";
+  std::string http;  // host:port; empty: 127.0.0.1:8000, or a free port when that is taken
+  std::string grpc;  // the same, 127.0.0.1:7000
+  std::string random_weights;         // a seed; empty: weights are read
+  uint32_t worker_threads = 0;        // 0: the machine's cores shared out
+  std::string worker_memory;          // as strait-worker --memory; empty: free memory shared out
+  std::vector<std::string> api_keys;  // that clients need one of; empty: none is needed
+  std::string log_dir;                // empty: a new folder under the temporary one
+  std::vector<std::string> coordinator_args;  // more flags, passed on as they are
+  std::vector<std::string> worker_args;
+};
+
+class LocalCluster {
+ public:
+  // Checks options, chooses ports, starts the daemons. `terminal` and `signals` must outlive the
+  // cluster.
+  static absl::StatusOr<std::unique_ptr<LocalCluster>> Start(LocalClusterOptions options,
+                                                             Terminal* terminal, Signals* signals);
+  // Stops what runs.
+  ~LocalCluster();
+
+  // Returns when the cluster serves, showing progress until then.
+  absl::Status WaitReady();
+  // Restarts workers that die, until `done_fd` (may be -1) is readable: OK; a signal: Cancelled.
+  absl::Status Supervise(int done_fd);
+  // SIGTERM to all, SIGKILL to those that stay; returns when none runs.
+  void Stop();
+
+  std::string http_url() const { return "http://" + http_; }
+  const std::string& grpc_address() const { return grpc_; }
+  const std::string& log_dir() const { return options_.log_dir; }
+  uint32_t num_workers() const { return options_.num_workers; }
+  uint32_t num_stages() const { return options_.num_workers / options_.num_pipelines; }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  enum class Wake { kTimeout, kDone };
+
+  struct Process {
+    std::string name;
+    ChildSpec spec;
+    pid_t pid = 0;  // 0: not running
+    Clock::time_point started;
+    Clock::time_point restart_at;
+    bool restart_wanted = false;
+    int rapid_deaths = 0;
+  };
+
+  LocalCluster(LocalClusterOptions options, Terminal* terminal, Signals* signals)
+      : options_(std::move(options)), terminal_(terminal), signals_(signals) {}
+
+  absl::Status Launch();
+  absl::Status StartProcess(Process& process);
+  // Sleeps at most `max_ms`; handles signals, deaths and due restarts.
+  absl::StatusOr<Wake> Step(int max_ms, int done_fd);
+  absl::Status Reap();
+  absl::Status OnExit(Process& process, int wait_status);
+  absl::Status RestartDue();
+  bool Healthy();  // all pipelines serve
+  absl::StatusOr<json::Value> FetchStatus();
+  void ShowLoading();
+  absl::Status Death(const Process& process, const std::string& how) const;
+
+  LocalClusterOptions options_;
+  Terminal* const terminal_;
+  Signals* const signals_;
+  std::string http_;
+  std::string grpc_;
+  bool made_log_dir_ = false;
+  bool failed_ = false;
+  bool was_ready_ = false;
+  bool recovering_ = false;  // a worker was restarted and the cluster does not serve yet
+  std::string shown_error_;  // the last one told while loading
+  std::unique_ptr<HttpClient> client_;
+  Process coordinator_;
+  std::vector<Process> workers_;
+};
+
+}  // namespace strait::cli

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How Cluster puts pipelines together, and what it does when one fails.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/core/cluster.h"
+#include "proto/check.h"
+
+namespace strait {
+
+uint32_t Pipeline::capacity_columns() const {
+  uint32_t columns = slots.front().pool_blocks / slots.front().layers.size();
+  for (const StageSlot& slot : slots) {
+    columns = std::min(columns, slot.pool_blocks / slot.layers.size());
+  }
+  return columns;
+}
+
+uint32_t Pipeline::num_vacant() const {
+  uint32_t vacant = 0;
+  for (const StageSlot& slot : slots) vacant += slot.state == StageSlot::State::kVacant;
+  return vacant;
+}
+
+uint32_t Cluster::capacity_columns() const {
+  uint32_t most = 0;
+  for (const auto& [id, pipeline] : pipelines_) most = std::max(most, pipeline->capacity_columns());
+  return most;
+}
+
+bool Cluster::IsIdle(const Worker& worker, uint64_t now_us) const {
+  return !worker.pipeline && worker.unloading.empty() && worker.unfit_until_us <= now_us;
+}
+
+std::vector<Worker*> Cluster::IdleWorkers(uint64_t now_us) {
+  std::vector<Worker*> idle;
+  for (auto& [id, worker] : workers_) {
+    if (IsIdle(worker, now_us)) idle.push_back(&worker);
+  }
+  std::stable_sort(idle.begin(), idle.end(), [](const Worker* a, const Worker* b) {
+    return a->memory_bytes > b->memory_bytes;
+  });
+  return idle;
+}
+
+void Cluster::Advance(uint64_t now_us) {
+  if (std::exchange(look_again_, false)) {
+    std::vector<Pipeline*> incomplete;
+    for (const auto& [id, pipeline] : pipelines_) {
+      if (pipeline->num_vacant() > 0) incomplete.push_back(pipeline.get());
+    }
+    for (Pipeline* pipeline : incomplete) FillVacancies(pipeline, now_us);
+    if (incomplete.size() > 1) Consolidate(now_us);
+    while (pipelines_.size() < context_->options.num_pipelines) {
+      const size_t before = pipelines_.size();
+      FormPipeline(now_us);
+      if (pipelines_.size() == before) break;
+    }
+  }
+  for (const auto& [id, pipeline] : pipelines_) {
+    const bool loaded =
+        std::all_of(pipeline->slots.begin(), pipeline->slots.end(), [](const StageSlot& slot) {
+          return slot.state == StageSlot::State::kLoaded;
+        });
+    if (loaded && now_us >= pipeline->retry_at_us) Activate(pipeline.get(), now_us);
+  }
+}
+
+void Cluster::FormPipeline(uint64_t now_us) {
+  plan_problem_ = absl::OkStatus();
+  std::vector<Worker*> chosen = IdleWorkers(now_us);
+  if (chosen.size() < context_->options.num_stages) return;
+  chosen.resize(context_->options.num_stages);
+  std::sort(chosen.begin(), chosen.end(),
+            [](const Worker* a, const Worker* b) { return a->id < b->id; });
+  std::vector<uint64_t> memory;
+  for (const Worker* worker : chosen) memory.push_back(worker->memory_bytes);
+  absl::StatusOr<PipelinePlan> plan = PlanPipeline(context_->options, context_->model, memory);
+  if (!plan.ok()) {
+    plan_problem_ = plan.status();
+    return;
+  }
+  auto owned = std::make_unique<Pipeline>(context_, journal_);
+  Pipeline* pipeline = owned.get();
+  pipeline->id = PipelineId{++last_pipeline_id_};
+  pipeline->epoch = {context_->options.term, ++last_epoch_counter_};
+  pipeline->since_us = now_us;
+  for (const StagePlan& stage : plan->stages) {
+    StageSlot slot;
+    slot.layers = stage.layers;
+    slot.pool_blocks = stage.pool_blocks;
+    pipeline->slots.push_back(slot);
+  }
+  pipelines_.emplace(pipeline->id, std::move(owned));
+  for (uint32_t i = 0; i < chosen.size(); ++i) Assign(pipeline, i, chosen[i]);
+}
+
+void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
+  std::vector<Worker*> idle = IdleWorkers(now_us);
+  if (idle.empty()) return;
+  const CoreOptions& options = context_->options;
+  const uint32_t planned = pipeline->capacity_columns();
+  std::vector<std::pair<uint32_t, Worker*>> fills;  // slot index, worker
+  std::vector<uint32_t> columns_of_fills;
+  uint32_t columns = planned;
+  std::vector<Worker*> left = idle;
+  for (uint32_t i = 0; i < pipeline->slots.size() && !left.empty(); ++i) {
+    const StageSlot& slot = pipeline->slots[i];
+    if (slot.state != StageSlot::State::kVacant) continue;
+    // Most memory first, so the first is the roomiest.
+    const uint32_t fits =
+        StageColumns(options, context_->model, slot.layers, left.front()->memory_bytes);
+    columns = std::min(columns, fits);
+    fills.emplace_back(i, left.front());
+    columns_of_fills.push_back(std::min(fits, planned));
+    left.erase(left.begin());
+  }
+  // What the same workers could do with other layer ranges. Loading everything anew pays only if the
+  // pipeline holds at least twice as much afterwards, or cannot work otherwise.
+  std::vector<Worker*> all;
+  for (const StageSlot& slot : pipeline->slots) {
+    if (slot.state != StageSlot::State::kVacant) all.push_back(FindWorker(slot.worker));
+  }
+  for (Worker* worker : idle) {
+    if (all.size() < pipeline->slots.size()) all.push_back(worker);
+  }
+  if (columns < planned && all.size() == pipeline->slots.size()) {
+    std::sort(all.begin(), all.end(),
+              [](const Worker* a, const Worker* b) { return a->id < b->id; });
+    std::vector<uint64_t> memory;
+    for (const Worker* worker : all) memory.push_back(worker->memory_bytes);
+    const absl::StatusOr<PipelinePlan> plan = PlanPipeline(options, context_->model, memory);
+    const uint64_t anew = plan.ok() ? plan->capacity_columns : 0;
+    if (anew > 2 * uint64_t{columns}) return Dissolve(pipeline->id);
+    if (columns == 0) pipeline->last_error = std::string(plan.status().message());
+  }
+  for (size_t i = 0; i < fills.size(); ++i) {
+    if (columns_of_fills[i] == 0) continue;
+    StageSlot& slot = pipeline->slots[fills[i].first];
+    slot.pool_blocks = columns_of_fills[i] * slot.layers.size();
+    Assign(pipeline, fills[i].first, fills[i].second);
+  }
+}
+
+void Cluster::Consolidate(uint64_t now_us) {
+  std::vector<Pipeline*> broken;
+  for (const auto& [id, pipeline] : pipelines_) {
+    if (pipeline->num_vacant() > 0 && now_us >= pipeline->since_us + kConsolidateAfterUs) {
+      broken.push_back(pipeline.get());
+    }
+  }
+  if (broken.size() > 1) Dissolve(broken.back()->id);
+}
+
+void Cluster::Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker) {
+  StageSlot& slot = pipeline->slots[slot_index];
+  STRAIT_CHECK(slot.state == StageSlot::State::kVacant && !worker->pipeline);
+  worker->pipeline = pipeline->id;
+  worker->slot_index = slot_index;
+  slot.state = StageSlot::State::kLoading;
+  slot.worker = worker->id;
+  slot.stage_id = ++last_stage_id_;
+  slot.bytes_loaded = slot.weight_bytes = 0;
+  slot.bytes_total = StageWeightBytes(context_->model, slot.layers);
+  slot.errors = slot.link_errors = 0;
+  SendToWorker out{worker->id, {}};
+  v1::LoadStage* load = out.message.mutable_load_stage();
+  load->set_stage_id(slot.stage_id);
+  load->set_layer_begin(slot.layers.begin);
+  load->set_layer_end(slot.layers.end);
+  load->set_pool_blocks(slot.pool_blocks);
+  context_->Send(std::move(out));
+}
+
+void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
+  pipeline->state = Pipeline::State::kActivating;
+  pipeline->since_us = now_us;
+  const auto num_stages = static_cast<uint32_t>(pipeline->slots.size());
+  // From the last: a stage that dials the next should find it in this epoch already.
+  for (uint32_t i = num_stages; i-- > 0;) {
+    StageSlot& slot = pipeline->slots[i];
+    slot.state = StageSlot::State::kActivating;
+    SendToWorker out{slot.worker, {}};
+    v1::ActivateStage* activate = out.message.mutable_activate_stage();
+    activate->set_stage_id(slot.stage_id);
+    activate->mutable_epoch()->set_term(pipeline->epoch.term);
+    activate->mutable_epoch()->set_counter(pipeline->epoch.counter);
+    activate->set_pipeline_id(pipeline->id.value);
+    activate->set_stage_index(i);
+    activate->set_num_stages(num_stages);
+    if (i + 1 < num_stages) {
+      const StageSlot& next = pipeline->slots[i + 1];
+      activate->set_next_data_address(FindWorker(next.worker)->data_address);
+      activate->set_next_stage_id(next.stage_id);
+    }
+    if (i > 0) activate->set_previous_stage_id(pipeline->slots[i - 1].stage_id);
+    context_->Send(std::move(out));
+  }
+}
+
+void Cluster::CompleteActivation(Pipeline* pipeline, uint64_t now_us) {
+  std::vector<uint32_t> layers;
+  for (const StageSlot& slot : pipeline->slots) {
+    if (slot.state != StageSlot::State::kActive) return;
+    layers.push_back(slot.layers.size());
+  }
+  pipeline->state = Pipeline::State::kActive;
+  pipeline->since_us = now_us;
+  pipeline->scheduler.Start(std::move(layers), pipeline->capacity_columns());
+  ++num_active_;
+  if (pipeline->served) ++context_->stats.recoveries;
+  pipeline->served = true;
+}
+
+void Cluster::Fail(Pipeline* pipeline, const absl::Status& why, uint64_t now_us) {
+  if (pipeline->state == Pipeline::State::kActive) {
+    --num_active_;
+    pipeline->scheduler.Stop(why);
+  }
+  pipeline->epoch = {context_->options.term, ++last_epoch_counter_};
+  if (pipeline->state != Pipeline::State::kAssembling) pipeline->since_us = now_us;
+  pipeline->state = Pipeline::State::kAssembling;
+  pipeline->last_error = std::string(why.message());
+  for (StageSlot& slot : pipeline->slots) {
+    if (slot.state == StageSlot::State::kActivating || slot.state == StageSlot::State::kActive) {
+      slot.state = StageSlot::State::kLoaded;
+    }
+  }
+}
+
+void Cluster::Dissolve(PipelineId id) {
+  Pipeline* pipeline = pipelines_.at(id).get();
+  STRAIT_CHECK(pipeline->state == Pipeline::State::kAssembling);
+  for (const StageSlot& slot : pipeline->slots) {
+    if (slot.state == StageSlot::State::kVacant) continue;
+    Worker* worker = FindWorker(slot.worker);
+    worker->pipeline.reset();
+    worker->unloading.insert(slot.stage_id);
+    SendToWorker out{slot.worker, {}};
+    out.message.mutable_unload_stage()->set_stage_id(slot.stage_id);
+    context_->Send(std::move(out));
+  }
+  pipelines_.erase(id);
+}
+
+void Cluster::SendStep(const Pipeline& pipeline, const v1::StepPlan& plan) {
+  for (const StageSlot& slot : pipeline.slots) {
+    SendToWorker out{slot.worker, {}};
+    v1::StepPlan* step = out.message.mutable_step();
+    *step = plan;
+    step->set_stage_id(slot.stage_id);
+    step->mutable_epoch()->set_term(pipeline.epoch.term);
+    step->mutable_epoch()->set_counter(pipeline.epoch.counter);
+    context_->Send(std::move(out));
+  }
+}
+
+std::string Cluster::WhyNoPipeline() const {
+  if (!plan_problem_.ok()) return std::string(plan_problem_.message());
+  for (const auto& [id, pipeline] : pipelines_) {
+    std::string what = absl::StrCat("pipeline ", id.value, " is ",
+                                    pipeline->served ? "recovering" : "loading");
+    if (pipeline->num_vacant() > 0) {
+      absl::StrAppend(&what, " and lacks ", pipeline->num_vacant(), " worker(s) of ",
+                      pipeline->slots.size());
+    }
+    if (!pipeline->last_error.empty()) absl::StrAppend(&what, " (", pipeline->last_error, ")");
+    return what;
+  }
+  return absl::StrCat(workers_.size(), " worker(s) attached, a pipeline needs ",
+                      context_->options.num_stages);
+}
+
+absl::Status Cluster::CheckIntegrity() const {
+  uint32_t active = 0;
+  size_t slots_filled = 0;
+  for (const auto& [id, pipeline] : pipelines_) {
+    const bool is_active = pipeline->state == Pipeline::State::kActive;
+    active += is_active;
+    if (is_active != pipeline->scheduler.started()) {
+      return absl::InternalError(absl::StrCat("pipeline ", id.value, " is ",
+                                              is_active ? "active, its scheduler stopped"
+                                                        : "not active, its scheduler runs"));
+    }
+    for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
+      const StageSlot& slot = pipeline->slots[i];
+      if (slot.state == StageSlot::State::kVacant) continue;
+      ++slots_filled;
+      const auto worker = workers_.find(slot.worker);
+      if (worker == workers_.end() || worker->second.pipeline != id ||
+          worker->second.slot_index != i) {
+        return absl::InternalError(absl::StrCat("pipeline ", id.value, " stage ", i,
+                                                ": its worker does not know"));
+      }
+    }
+    const absl::Status status = pipeline->scheduler.CheckIntegrity();
+    if (!status.ok()) {
+      return absl::InternalError(
+          absl::StrCat("pipeline ", id.value, ": ", std::string(status.message())));
+    }
+  }
+  size_t assigned = 0;
+  for (const auto& [id, worker] : workers_) assigned += worker.pipeline.has_value();
+  if (active != num_active_ || assigned != slots_filled) {
+    return absl::InternalError(absl::StrCat(active, " pipelines active, counted ", num_active_, "; ",
+                                            assigned, " workers assigned to ", slots_filled,
+                                            " stages"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace strait

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "coordinator/core/core.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/core/admission.h"
+#include "coordinator/core/router.h"
+#include "coordinator/core/state.h"
+#include "proto/check.h"
+#include "proto/limits.h"
+#include "proto/reservation.h"
+#include "proto/status_macros.h"
+
+namespace strait {
+namespace {
+
+absl::Status CheckOption(const char* name, uint64_t value, uint64_t least, uint64_t most) {
+  if (value >= least && value <= most) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(name, " is ", value, ", it must be ", least, " to ", most));
+}
+
+}  // namespace
+
+absl::Status ValidateOptions(const CoreOptions& options, const ModelShape& model) {
+  const uint64_t num_layers = model.layer_weight_bytes.size();
+  STRAIT_RETURN_IF_ERROR(CheckOption("num_pipelines", options.num_pipelines, 1, limits::kMaxWorkers));
+  STRAIT_RETURN_IF_ERROR(CheckOption(
+      "num_stages", options.num_stages, 1,
+      std::min<uint64_t>(num_layers, limits::kMaxStagesPerPipeline)));
+  STRAIT_RETURN_IF_ERROR(
+      CheckOption("max_step_tokens", options.max_step_tokens, 1, limits::kMaxStepTokens));
+  STRAIT_RETURN_IF_ERROR(
+      CheckOption("prefill_chunk", options.prefill_chunk, 1, limits::kMaxStepTokens));
+  // Every resident may have to be closed in one step.
+  STRAIT_RETURN_IF_ERROR(
+      CheckOption("max_running", options.max_running, 1, limits::kMaxStepSequences));
+  STRAIT_RETURN_IF_ERROR(CheckOption("max_waiting", options.max_waiting, 1, 1u << 20));
+  STRAIT_RETURN_IF_ERROR(
+      CheckOption("steps_in_flight", options.steps_in_flight, 0, limits::kMaxStepsInFlight));
+  STRAIT_RETURN_IF_ERROR(
+      CheckOption("heartbeat_timeout_us", options.heartbeat_timeout_us, 10'000, 3'600'000'000));
+  STRAIT_RETURN_IF_ERROR(CheckOption("the model's vocab_size", model.vocab_size, 1, 1u << 31));
+  STRAIT_RETURN_IF_ERROR(CheckOption("the model's max_positions", model.max_positions, 1, 1u << 30));
+  STRAIT_RETURN_IF_ERROR(CheckOption("the model's block_bytes", model.block_bytes, 1, 1u << 30));
+  return CheckOption("the number of end-of-sequence ids", model.eos_token_ids.size(), 0,
+                     limits::kMaxStopTokens);
+}
+
+Core::Core(CoreOptions options, ModelShape model)
+    : state_(std::make_unique<State>(std::move(options), std::move(model))) {}
+Core::~Core() = default;
+
+Core::State::State(CoreOptions core_options, ModelShape model)
+    : context{std::move(core_options), std::move(model), {}, {}},
+      journal(&context),
+      cluster(&context, &journal) {
+  const absl::Status valid = ValidateOptions(context.options, context.model);
+  STRAIT_CHECK(valid.ok(), "ValidateOptions comes first");
+}
+
+// ---------------------------------------------------------------- events
+
+void Core::OnWorkerAttached(WorkerId worker, const v1::Hello& hello, uint64_t now_us) {
+  state_->cluster.OnAttached(worker, hello, now_us);
+  state_->WatchPipelines(now_us);
+}
+
+void Core::OnWorkerMessage(WorkerId worker, const v1::FromWorker& message, uint64_t now_us) {
+  state_->cluster.OnMessage(worker, message, now_us);
+  state_->WatchPipelines(now_us);
+}
+
+void Core::OnWorkerLost(WorkerId worker, absl::Status why, uint64_t now_us) {
+  state_->cluster.OnLost(worker, why, now_us);
+  state_->WatchPipelines(now_us);
+}
+
+void Core::OnSubmit(RequestId request, RequestSpec spec, uint64_t now_us) {
+  state_->WatchPipelines(now_us);
+  const absl::Status status = state_->CheckSubmit(spec, now_us);
+  if (!status.ok()) {
+    ++state_->context.stats.requests_refused;
+    state_->context.Send(RequestRefused{request, status});
+    return;
+  }
+  state_->Admit(request, std::move(spec), now_us);
+}
+
+void Core::OnCancel(RequestId request, std::optional<uint32_t> sequence_index, uint64_t) {
+  state_->EndRequest(request, sequence_index, FinishReason::kCancelled,
+                     absl::CancelledError("cancelled by the client"));
+}
+
+void Core::OnTick(uint64_t now_us) {
+  State& state = *state_;
+  state.cluster.OnTick(now_us);
+  state.WatchPipelines(now_us);
+  while (Request* request = state.journal.Expired(now_us)) {
+    state.EndRequest(request->id, std::nullopt, FinishReason::kError,
+                     absl::DeadlineExceededError("the request's time is over"));
+  }
+  if (!state.GraceIsOver(now_us)) return;
+  const std::map<SequenceId, Sequence*> waiting = state.journal.waiting();
+  for (const auto& [id, sequence] : waiting) {
+    state.journal.End(sequence, FinishReason::kError, std::nullopt, state.NoPipeline());
+  }
+}
+
+std::vector<CoreMessage> Core::Take(uint64_t now_us) {
+  State& state = *state_;
+  state.cluster.Advance(now_us);
+  // A step that closes sequences makes room, so placing and forming take turns until neither does more.
+  for (bool formed = state.cluster.num_active() > 0; formed;) {
+    state.PlaceWaiting();
+    formed = false;
+    for (const auto& [id, pipeline] : state.cluster.pipelines()) {
+      while (const std::optional<v1::StepPlan> plan = pipeline->scheduler.Form(now_us)) {
+        state.cluster.SendStep(*pipeline, *plan);
+        formed = true;
+      }
+    }
+  }
+  return std::exchange(state.context.out, {});
+}
+
+// ---------------------------------------------------------------- what they do
+
+void Core::State::WatchPipelines(uint64_t now_us) {
+  if (cluster.num_active() > 0) {
+    no_pipeline_since_us.reset();
+  } else if (!no_pipeline_since_us) {
+    no_pipeline_since_us = now_us;
+  }
+}
+
+bool Core::State::GraceIsOver(uint64_t now_us) const {
+  return no_pipeline_since_us &&
+         now_us >= *no_pipeline_since_us + context.options.no_pipeline_grace_us;
+}
+
+absl::Status Core::State::NoPipeline() const {
+  return absl::UnavailableError(absl::StrCat("no pipeline serves: ", cluster.WhyNoPipeline()));
+}
+
+absl::Status Core::State::CheckSubmit(const RequestSpec& spec, uint64_t now_us) const {
+  STRAIT_RETURN_IF_ERROR(CheckRequest(spec, context.model));
+  if (cluster.num_active() == 0 && (cluster.pipelines().empty() || GraceIsOver(now_us))) {
+    return NoPipeline();
+  }
+  STRAIT_RETURN_IF_ERROR(CheckFits(spec, cluster.capacity_columns()));
+  const size_t waiting = journal.waiting().size();
+  if (waiting + spec.sequences.size() > context.options.max_waiting) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat(waiting, " sequences wait and ", spec.sequences.size(),
+                     " more were asked for, max_waiting is ", context.options.max_waiting));
+  }
+  return absl::OkStatus();
+}
+
+void Core::State::Admit(RequestId id, RequestSpec spec, uint64_t now_us) {
+  const uint64_t timeout_us =
+      spec.timeout_us > 0 ? spec.timeout_us : context.options.request_timeout_us;
+  const Request* request = journal.Admit(id, std::move(spec), now_us + timeout_us);
+  std::vector<Sequence*> nothing_to_do;
+  for (const auto& sequence : request->sequences) {
+    const bool scores = sequence->spec.score_prompt && sequence->prompt_tokens > 1;
+    if (sequence->score_only() && !scores) nothing_to_do.push_back(sequence.get());
+  }
+  for (Sequence* sequence : nothing_to_do) {
+    journal.End(sequence, FinishReason::kLength, std::nullopt, absl::OkStatus());
+  }
+}
+
+void Core::State::EndRequest(RequestId id, std::optional<uint32_t> sequence_index,
+                             FinishReason reason, const absl::Status& status) {
+  const Request* request = journal.Find(id);
+  if (request == nullptr) return;
+  std::vector<Sequence*> ending;
+  for (const auto& sequence : request->sequences) {
+    if (sequence == nullptr) continue;
+    if (sequence_index && sequence->index != *sequence_index) continue;
+    ending.push_back(sequence.get());
+  }
+  for (Sequence* sequence : ending) {
+    if (sequence->resident_in != nullptr) sequence->resident_in->Drop(sequence);
+    journal.End(sequence, reason, std::nullopt, status);
+  }
+}
+
+void Core::State::PlaceWaiting() {
+  std::vector<Pipeline*> active;
+  for (const auto& [id, pipeline] : cluster.pipelines()) {
+    if (pipeline->scheduler.started()) active.push_back(pipeline.get());
+  }
+  std::vector<RouteCandidate> candidates(active.size());
+  const auto& waiting = journal.waiting();
+  for (auto it = waiting.begin(); it != waiting.end();) {
+    Sequence* sequence = it->second;
+    ++it;
+    // Preempted with a token under way: it is next, a moment later.
+    if (sequence->results_pending > 0) return;
+    bool held_by_any = false;
+    for (size_t i = 0; i < active.size(); ++i) {
+      const Scheduler& scheduler = active[i]->scheduler;
+      held_by_any = held_by_any || scheduler.CanEverHold(*sequence);
+      candidates[i] = {scheduler.HasRoom(*sequence), scheduler.load(), scheduler.free_columns()};
+    }
+    if (const std::optional<size_t> choice = ChoosePipeline(candidates)) {
+      active[*choice]->scheduler.Place(sequence);
+    } else if (held_by_any) {
+      return;  // first come, first served
+    } else if (cluster.pipelines().size() == context.options.num_pipelines &&
+               BlocksPerLayer(sequence->rows_max()) > cluster.capacity_columns()) {
+      journal.End(sequence, FinishReason::kError, std::nullopt,
+                  absl::ResourceExhaustedError(absl::StrCat(
+                      "the sequence may grow to ", sequence->rows_max(),
+                      " rows; since its pipeline was put together anew, the roomiest has ",
+                      uint64_t{cluster.capacity_columns()} * limits::kBlockTokens)));
+    }
+    // Else a pipeline that does not serve now can hold it: others may pass.
+  }
+}
+
+// ---------------------------------------------------------------- what others may ask
+
+bool Core::Ready() const { return state_->cluster.num_active() > 0; }
+
+CoreStats Core::Stats() const {
+  CoreStats stats = state_->context.stats;
+  stats.waiting = static_cast<uint32_t>(state_->journal.waiting().size());
+  stats.pipelines_active = state_->cluster.num_active();
+  for (const auto& [id, pipeline] : state_->cluster.pipelines()) {
+    const Scheduler& scheduler = pipeline->scheduler;
+    stats.running += scheduler.num_residents();
+    if (!scheduler.started()) continue;
+    for (const StageSlot& slot : pipeline->slots) {
+      stats.blocks_used += scheduler.columns_held() * slot.layers.size();
+      stats.blocks_total += slot.pool_blocks;
+    }
+  }
+  return stats;
+}
+
+absl::Status Core::CheckIntegrity() const {
+  STRAIT_RETURN_IF_ERROR(state_->journal.CheckIntegrity());
+  STRAIT_RETURN_IF_ERROR(state_->cluster.CheckIntegrity());
+  const CoreStats stats = Stats();
+  if (stats.running + stats.waiting != state_->journal.num_sequences()) {
+    return absl::InternalError(absl::StrCat(stats.running, " sequences run and ", stats.waiting,
+                                            " wait, of ", state_->journal.num_sequences()));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace strait

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Planner splits the model's layers over the workers of a pipeline by their memory.
+//
+// Thread:  pure functions.
+// Errors:  ResourceExhausted says what is needed and what there is.
+// Limits:  O(stages x layers²).
+// Why:     first the smallest cache (in tokens) of all stages is made as large as it can be, because it bounds
+//          what a pipeline holds; among the splits that reach it, the one whose heaviest stage is lightest,
+//          because that one sets the pace. More cache than max_running full contexts is of no use.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "coordinator/core/core.h"
+#include "proto/ids.h"
+
+namespace strait {
+
+struct StagePlan {
+  LayerRange layers;
+  uint32_t pool_blocks = 0;  // latent blocks of one layer
+  friend bool operator==(const StagePlan&, const StagePlan&) = default;
+};
+
+struct PipelinePlan {
+  std::vector<StagePlan> stages;
+  uint32_t capacity_columns = 0;  // of latent blocks: the least of pool_blocks / layers
+};
+
+// Bytes of weights that a stage with these layers holds.
+uint64_t StageWeightBytes(const ModelShape& model, LayerRange layers);
+
+// Columns of latent blocks (one block in each of its layers) that such a stage can hold in `memory_bytes`;
+// 0: not even one.
+uint32_t StageColumns(const CoreOptions& options, const ModelShape& model, LayerRange layers,
+                      uint64_t memory_bytes);
+
+// One stage per entry of `memory_bytes`, in that order.
+absl::StatusOr<PipelinePlan> PlanPipeline(const CoreOptions& options, const ModelShape& model,
+                                          absl::Span<const uint64_t> memory_bytes);
+
+}  // namespace strait

@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a stage's report means for the scheduler: checked against the plans first, applied as a whole then.
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/core/scheduler.h"
+#include "proto/check.h"
+#include "proto/status_macros.h"
+
+namespace strait {
+namespace {
+
+// Log-probabilities are of a distribution; rounding may lift a certain token's a little above 0.
+constexpr float kMaxLogprob = 1e-3f;
+
+bool IsLogprob(float value) { return value <= kMaxLogprob && !std::isnan(value); }
+
+absl::Status CheckToken(const v1::TokenLogprob& token, uint32_t num_top, const ModelShape& model) {
+  if (token.token_id() >= model.vocab_size) {
+    return absl::InvalidArgumentError(absl::StrCat("token id ", token.token_id(),
+                                                   ", the vocabulary has ", model.vocab_size));
+  }
+  if (!IsLogprob(token.logprob())) {
+    return absl::InvalidArgumentError(absl::StrCat("log-probability ", token.logprob(),
+                                                   " of token id ", token.token_id()));
+  }
+  const int due = static_cast<int>(std::min(num_top, model.vocab_size));
+  if (token.top_ids_size() != due || token.top_logprobs_size() != due) {
+    return absl::InvalidArgumentError(absl::StrCat(token.top_ids_size(), " alternatives with ",
+                                                   token.top_logprobs_size(),
+                                                   " log-probabilities, ", due, " were wanted"));
+  }
+  for (int i = 0; i < due; ++i) {
+    if (token.top_ids(i) >= model.vocab_size || !IsLogprob(token.top_logprobs(i))) {
+      return absl::InvalidArgumentError(absl::StrCat("alternative token id ", token.top_ids(i),
+                                                     " with log-probability ",
+                                                     token.top_logprobs(i)));
+    }
+  }
+  return absl::OkStatus();
+}
+
+TokenInfo ToInfo(const v1::TokenLogprob& token, uint32_t position) {
+  TokenInfo info;
+  info.position = position;
+  info.id = token.token_id();
+  info.logprob = token.logprob();
+  info.top.reserve(token.top_ids_size());
+  for (int i = 0; i < token.top_ids_size(); ++i) {
+    info.top.emplace_back(token.top_ids(i), token.top_logprobs(i));
+  }
+  return info;
+}
+
+}  // namespace
+
+absl::Status Scheduler::CheckResults(const StepRecord& record,
+                                     const v1::StageReport& report) const {
+  if (report.results_size() != static_cast<int>(record.wanted.size())) {
+    return absl::InvalidArgumentError(absl::StrCat(report.results_size(), " results, ",
+                                                   record.wanted.size(), " sequences wanted logits"));
+  }
+  for (int i = 0; i < report.results_size(); ++i) {
+    const WantedResult& wanted = record.wanted[i];
+    const v1::SequenceResult& result = report.results(i);
+    if (result.sequence_id() != wanted.sequence.value) {
+      return absl::InvalidArgumentError(absl::StrCat("a result of sequence ", result.sequence_id(),
+                                                     " where that of ", wanted.sequence.value,
+                                                     " is due"));
+    }
+    if (result.scored_size() != static_cast<int>(wanted.num_scores) ||
+        result.has_sampled() != wanted.sample) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "sequence ", wanted.sequence.value, " has ", result.scored_size(), " scores and ",
+          result.has_sampled() ? "a" : "no", " sample, ", wanted.num_scores, " and ",
+          wanted.sample ? "a" : "no", " sample were wanted"));
+    }
+    const Sequence* sequence = journal_->Find(wanted.sequence);
+    for (int s = 0; s < result.scored_size(); ++s) {
+      STRAIT_RETURN_IF_ERROR(CheckToken(result.scored(s), wanted.score_num_top, context_->model));
+      if (sequence == nullptr) continue;
+      const uint32_t position = wanted.first_scored + s;
+      if (result.scored(s).token_id() == sequence->tokens[position]) continue;
+      return absl::InvalidArgumentError(absl::StrCat(
+          "sequence ", wanted.sequence.value, ": token id ", result.scored(s).token_id(),
+          " scored at position ", position, ", it has ", sequence->tokens[position]));
+    }
+    if (wanted.sample) {
+      STRAIT_RETURN_IF_ERROR(
+          CheckToken(result.sampled(), wanted.sample_num_top, context_->model));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Scheduler::OnReport(uint32_t stage_index, const v1::StageReport& report,
+                                 uint64_t now_us) {
+  STRAIT_CHECK(started());
+  STRAIT_ASSIGN_OR_RETURN(const StepRecord* record, ledger_.CheckReport(stage_index, report));
+  const bool last = stage_index + 1 == num_stages_;
+  if (!last) {
+    if (report.results_size() > 0) {
+      return absl::InvalidArgumentError("results from a stage that is not the last one");
+    }
+    ledger_.Reported(stage_index, now_us);
+    return absl::OkStatus();
+  }
+  STRAIT_RETURN_IF_ERROR(CheckResults(*record, report));
+  const std::vector<WantedResult> wanted = record->wanted;
+  ledger_.Reported(stage_index, now_us);
+  ApplyResults(wanted, report);
+  return absl::OkStatus();
+}
+
+void Scheduler::ApplyResults(const std::vector<WantedResult>& wanted,
+                             const v1::StageReport& report) {
+  for (size_t i = 0; i < wanted.size(); ++i) {
+    Sequence* sequence = journal_->Find(wanted[i].sequence);
+    if (sequence == nullptr) continue;  // cancelled meanwhile
+    STRAIT_CHECK(sequence->results_pending > 0);
+    --sequence->results_pending;
+    const v1::SequenceResult& result = report.results(static_cast<int>(i));
+    if (result.scored_size() > 0) {
+      std::vector<TokenInfo> scores;
+      scores.reserve(result.scored_size());
+      for (int s = 0; s < result.scored_size(); ++s) {
+        scores.push_back(ToInfo(result.scored(s), wanted[i].first_scored + s));
+      }
+      journal_->GiveScores(sequence, std::move(scores));
+    }
+    std::optional<Journal::Finish> finish;
+    if (wanted[i].sample) {
+      const auto position = static_cast<uint32_t>(sequence->tokens.size());
+      finish = journal_->GiveToken(sequence, ToInfo(result.sampled(), position));
+    } else if (sequence->score_only() && sequence->scored + 1 == sequence->prompt_tokens) {
+      finish = Journal::Finish{FinishReason::kLength, std::nullopt};
+    }
+    if (finish) {
+      // Preempted meanwhile, it waits and holds nothing.
+      if (sequence->resident_in != nullptr) Drop(sequence);
+      journal_->End(sequence, finish->reason, finish->stop_token, absl::OkStatus());
+    } else if (wanted[i].sample && sequence->resident_in != nullptr) {
+      sequence->ready_ticket = ++last_ticket_;
+      ready_.emplace(sequence->ready_ticket, sequence);
+    }
+  }
+}
+
+}  // namespace strait

@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The status as JSON; coordinator/core/README.md documents every member.
+#include <string>
+#include <utility>
+
+#include "coordinator/core/core.h"
+#include "coordinator/core/state.h"
+#include "proto/json.h"
+#include "proto/limits.h"
+#include "proto/version.h"
+
+namespace strait {
+namespace {
+
+// Sequences listed one by one, oldest first; the rest only counts.
+constexpr size_t kMaxListedSequences = 256;
+
+const char* Name(StageSlot::State state) {
+  switch (state) {
+    case StageSlot::State::kVacant:
+      return "vacant";
+    case StageSlot::State::kLoading:
+      return "loading";
+    case StageSlot::State::kLoaded:
+      return "loaded";
+    case StageSlot::State::kActivating:
+      return "activating";
+    case StageSlot::State::kActive:
+      return "active";
+  }
+  return "";
+}
+
+const char* Name(const Pipeline& pipeline) {
+  if (pipeline.state == Pipeline::State::kActive) return "active";
+  if (pipeline.num_vacant() > 0) return "waiting_for_worker";
+  if (pipeline.state == Pipeline::State::kActivating) return "activating";
+  return "loading";
+}
+
+uint64_t Seconds(uint64_t now_us, uint64_t then_us) {
+  return now_us > then_us ? (now_us - then_us) / 1'000'000 : 0;
+}
+
+json::Object StageJson(const Pipeline& pipeline, uint32_t index, const ModelShape& model) {
+  const StageSlot& slot = pipeline.slots[index];
+  const uint64_t blocks_per_layer = pipeline.scheduler.columns_held();
+  json::Object out;
+  out["pipeline_id"] = pipeline.id.value;
+  out["stage_index"] = index;
+  out["state"] = Name(slot.state);
+  if (slot.state != StageSlot::State::kVacant) {
+    out["worker_id"] = slot.worker.value;
+    out["stage_id"] = slot.stage_id;
+  }
+  out["layer_begin"] = slot.layers.begin;
+  out["layer_end"] = slot.layers.end;
+  out["weight_bytes"] = slot.weight_bytes;
+  out["bytes_loaded"] = slot.bytes_loaded;
+  out["bytes_total"] = slot.bytes_total;
+  out["blocks_total"] = slot.pool_blocks;
+  out["blocks_used"] = blocks_per_layer * slot.layers.size();
+  out["cache_bytes_total"] = uint64_t{slot.pool_blocks} * model.block_bytes;
+  json::Array by_layer;
+  for (LayerIndex l = slot.layers.begin; l < slot.layers.end; ++l) {
+    json::Object layer;
+    layer["layer"] = l;
+    layer["cache_bytes"] = blocks_per_layer * model.block_bytes;
+    by_layer.push_back(std::move(layer));
+  }
+  out["cache_bytes_by_layer"] = std::move(by_layer);
+  return out;
+}
+
+json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const ModelShape& model,
+                        uint64_t now_us) {
+  json::Object out;
+  out["id"] = worker.id.value;
+  out["name"] = worker.name;
+  out["data_address"] = worker.data_address;
+  out["backend"] = worker.backend;
+  out["numerics_id"] = worker.numerics_id;
+  out["num_threads"] = worker.num_threads;
+  out["process_id"] = worker.process_id;
+  out["memory_bytes"] = worker.memory_bytes;
+  out["resident_bytes"] = worker.resident_bytes;
+  out["attached_s"] = Seconds(now_us, worker.attached_us);
+  out["silent_ms"] = now_us > worker.last_heard_us ? (now_us - worker.last_heard_us) / 1000 : 0;
+  json::Array stages;
+  const char* state = worker.unloading.empty() ? "idle" : "unloading";
+  if (worker.pipeline) {
+    const Pipeline& pipeline = *cluster.pipelines().at(*worker.pipeline);
+    const bool loading =
+        pipeline.slots[worker.slot_index].state == StageSlot::State::kLoading;
+    state = loading ? "loading" : pipeline.scheduler.started() ? "serving" : "loaded";
+    stages.push_back(StageJson(pipeline, worker.slot_index, model));
+  }
+  out["state"] = state;
+  out["stages"] = std::move(stages);
+  if (!worker.last_error.empty()) out["last_error"] = worker.last_error;
+  return out;
+}
+
+json::Object PipelineJson(const Pipeline& pipeline, const Cluster& cluster, const Context& context,
+                          uint64_t now_us) {
+  const Scheduler& scheduler = pipeline.scheduler;
+  json::Object out;
+  out["id"] = pipeline.id.value;
+  json::Object epoch;
+  epoch["term"] = pipeline.epoch.term;
+  epoch["counter"] = pipeline.epoch.counter;
+  out["epoch"] = std::move(epoch);
+  out["state"] = Name(pipeline);
+  out["state_s"] = Seconds(now_us, pipeline.since_us);
+  out["tokens_max"] = uint64_t{pipeline.capacity_columns()} * limits::kBlockTokens;
+  out["tokens_free"] =
+      scheduler.started() ? uint64_t{scheduler.free_columns()} * limits::kBlockTokens : 0;
+  out["num_stages"] = pipeline.slots.size();
+  out["running"] = scheduler.num_residents();
+  out["prefilling"] = scheduler.num_prefilling();
+  out["steps_in_flight"] = scheduler.ledger().in_flight();
+  json::Array stages;
+  std::string numerics;
+  bool mixed = false;
+  for (uint32_t i = 0; i < pipeline.slots.size(); ++i) {
+    stages.push_back(StageJson(pipeline, i, context.model));
+    if (pipeline.slots[i].state == StageSlot::State::kVacant) continue;
+    const std::string& id = cluster.workers().at(pipeline.slots[i].worker).numerics_id;
+    mixed = mixed || (!numerics.empty() && id != numerics);
+    numerics = id;
+  }
+  out["mixed_numerics"] = mixed;
+  out["stages"] = std::move(stages);
+  if (!pipeline.last_error.empty()) out["last_error"] = pipeline.last_error;
+  return out;
+}
+
+json::Object SequenceJson(const Sequence& sequence,
+                          const absl::flat_hash_map<const Scheduler*, PipelineId>& pipelines) {
+  json::Object out;
+  out["id"] = sequence.id.value;
+  out["request_id"] = sequence.request->id.value;
+  out["client_id"] = sequence.request->client_id;
+  out["prompt_tokens"] = sequence.prompt_tokens;
+  out["generated_tokens"] = sequence.generated();
+  out["max_tokens"] = sequence.spec.max_tokens;
+  out["rows"] = sequence.rows;
+  if (sequence.resident_in == nullptr) {
+    out["state"] = "waiting";
+  } else {
+    out["state"] = sequence.rows < sequence.rows_wanted() && sequence.ready_ticket == 0
+                       ? "prefilling"
+                       : "decoding";
+    out["pipeline_id"] = pipelines.at(sequence.resident_in).value;
+  }
+  return out;
+}
+
+json::Object StatsJson(const CoreStats& stats) {
+  json::Object ended;
+  ended["stop"] = stats.requests_ended[static_cast<int>(FinishReason::kStop)];
+  ended["length"] = stats.requests_ended[static_cast<int>(FinishReason::kLength)];
+  ended["cancelled"] = stats.requests_ended[static_cast<int>(FinishReason::kCancelled)];
+  ended["error"] = stats.requests_ended[static_cast<int>(FinishReason::kError)];
+  json::Object out;
+  out["steps"] = stats.steps;
+  out["prompt_tokens"] = stats.prompt_tokens;
+  out["generated_tokens"] = stats.generated_tokens;
+  out["replayed_tokens"] = stats.replayed_tokens;
+  out["preemptions"] = stats.preemptions;
+  out["recoveries"] = stats.recoveries;
+  out["workers_lost"] = stats.workers_lost;
+  out["requests_refused"] = stats.requests_refused;
+  out["sequences_ended"] = std::move(ended);
+  out["running"] = stats.running;
+  out["waiting"] = stats.waiting;
+  out["pipelines_active"] = stats.pipelines_active;
+  out["blocks_used"] = stats.blocks_used;
+  out["blocks_total"] = stats.blocks_total;
+  return out;
+}
+
+}  // namespace
+
+std::string Core::StatusJson(uint64_t now_us) const {
+  const State& state = *state_;
+  const CoreStats stats = Stats();
+  json::Object out;
+  out["version"] = kVersion;
+  out["term"] = state.context.options.term;
+  out["ready"] = Ready();
+  if (!Ready()) out["problem"] = state.cluster.WhyNoPipeline();
+  json::Object wanted;
+  wanted["pipelines"] = state.context.options.num_pipelines;
+  wanted["stages"] = state.context.options.num_stages;
+  out["wanted"] = std::move(wanted);
+
+  json::Array workers;
+  for (const auto& [id, worker] : state.cluster.workers()) {
+    workers.push_back(WorkerJson(worker, state.cluster, state.context.model, now_us));
+  }
+  out["workers"] = std::move(workers);
+
+  json::Array pipelines;
+  absl::flat_hash_map<const Scheduler*, PipelineId> by_scheduler;
+  for (const auto& [id, pipeline] : state.cluster.pipelines()) {
+    by_scheduler.emplace(&pipeline->scheduler, id);
+    pipelines.push_back(PipelineJson(*pipeline, state.cluster, state.context, now_us));
+  }
+  out["pipelines"] = std::move(pipelines);
+
+  json::Array sequences;
+  for (const auto& [id, sequence] : state.journal.sequences()) {
+    if (sequences.size() == kMaxListedSequences) break;
+    sequences.push_back(SequenceJson(*sequence, by_scheduler));
+  }
+  out["running"] = stats.running;
+  out["waiting"] = stats.waiting;
+  out["sequences"] = std::move(sequences);
+  out["vocab_size"] = state.context.model.vocab_size;
+  out["max_positions"] = state.context.model.max_positions;
+  out["stats"] = StatsJson(stats);
+  return boost::json::serialize(out);
+}
+
+}  // namespace strait

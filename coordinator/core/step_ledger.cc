@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "coordinator/core/step_ledger.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/check.h"
+
+namespace strait {
+
+void StepLedger::Start(std::vector<uint32_t> layers_of_stages) {
+  Stop();
+  layers_ = std::move(layers_of_stages);
+  reported_.assign(layers_.size(), 0);
+}
+
+void StepLedger::Stop() {
+  layers_.clear();
+  reported_.clear();
+  records_.clear();
+  last_step_ = 0;
+  decode_steps_ = 0;
+}
+
+void StepLedger::Add(StepRecord record, uint64_t now_us) {
+  STRAIT_CHECK(record.id == next_step());
+  last_step_ = record.id.value;
+  if (records_.empty()) last_progress_us_ = now_us;
+  decode_steps_ += record.decodes;
+  records_.push_back(std::move(record));
+}
+
+absl::StatusOr<const StepRecord*> StepLedger::CheckReport(uint32_t stage_index,
+                                                          const v1::StageReport& report) const {
+  const uint64_t due = reported_[stage_index] + 1;
+  if (report.step_id() != due || due > last_step_) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("reports step ", report.step_id(), ", due is ",
+                     due > last_step_ ? "none" : absl::StrCat("step ", due)));
+  }
+  const StepRecord& record = records_[due - records_.front().id.value];
+  const uint64_t blocks = record.columns_after * layers_[stage_index];
+  if (report.blocks_used() != blocks) {
+    return absl::FailedPreconditionError(absl::StrCat("reports ", report.blocks_used(),
+                                                      " latent blocks used after step ", due,
+                                                      ", the plans make ", blocks));
+  }
+  if (report.tables_digest() != record.tables_digest) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("reports other sequences or lengths than planned after step ", due));
+  }
+  return &record;
+}
+
+void StepLedger::Reported(uint32_t stage_index, uint64_t now_us) {
+  const uint64_t step = ++reported_[stage_index];
+  STRAIT_CHECK(step <= last_step_);
+  last_progress_us_ = now_us;
+  if (stage_index + 1 == layers_.size()) {
+    decode_steps_ -= records_[step - records_.front().id.value].decodes;
+  }
+  const uint64_t by_all = *std::min_element(reported_.begin(), reported_.end());
+  while (!records_.empty() && records_.front().id.value <= by_all) records_.pop_front();
+}
+
+uint32_t StepLedger::SlowestStage() const {
+  STRAIT_CHECK(!records_.empty());
+  return static_cast<uint32_t>(std::min_element(reported_.begin(), reported_.end()) -
+                               reported_.begin());
+}
+
+}  // namespace strait

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// StepLedger remembers the steps in flight of one pipeline epoch and what every stage must answer to each.
+//
+// Owns:    one StepRecord per step until all stages reported it.
+// Thread:  loop thread only.
+// Errors:  CheckReport says how a report contradicts the plans; the ledger is unchanged.
+// Limits:  the scheduler's steps in flight.
+// Why:     blocks and tables after a step are known when it is planned, so a stage that counts otherwise is
+//          found at that very step.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "proto/ids.h"
+#include "strait/v1/cluster.pb.h"
+
+namespace strait {
+
+// What the last stage must answer for one sequence of a step, in plan order.
+struct WantedResult {
+  SequenceId sequence;
+  uint32_t first_scored = 0;  // position of the first token to be scored
+  uint32_t num_scores = 0;
+  bool sample = false;
+  uint32_t score_num_top = 0;
+  uint32_t sample_num_top = 0;
+};
+
+struct StepRecord {
+  StepId id;
+  uint32_t num_rows = 0;
+  bool decodes = false;          // has rows of sequences past their prefill
+  uint64_t columns_after = 0;    // of latent blocks held after it, see scheduler.h
+  uint64_t tables_digest = 0;    // proto/tables_digest.h
+  std::vector<WantedResult> wanted;
+};
+
+class StepLedger {
+ public:
+  // Of every stage in order: its number of layers.
+  void Start(std::vector<uint32_t> layers_of_stages);
+  void Stop();
+
+  // The plan is on its way to all stages. REQUIRES: record.id == next_step().
+  void Add(StepRecord record, uint64_t now_us);
+  StepId next_step() const { return StepId{last_step_ + 1}; }
+  uint32_t in_flight() const { return static_cast<uint32_t>(records_.size()); }
+  // Steps with decode rows that the last stage has not answered.
+  uint32_t decode_steps() const { return decode_steps_; }
+
+  // FailedPrecondition or InvalidArgument: the report contradicts what was planned.
+  absl::StatusOr<const StepRecord*> CheckReport(uint32_t stage_index,
+                                                const v1::StageReport& report) const;
+  // The stage's next report was right. A record that all have reported is forgotten.
+  void Reported(uint32_t stage_index, uint64_t now_us);
+
+  const std::deque<StepRecord>& records() const { return records_; }
+  // Whether the last stage has yet to answer it.
+  bool Unanswered(const StepRecord& record) const { return record.id.value > reported_.back(); }
+  // Of the last message either way, while steps are in flight.
+  uint64_t last_progress_us() const { return last_progress_us_; }
+  // The first stage that holds up the oldest step. REQUIRES: in_flight() > 0.
+  uint32_t SlowestStage() const;
+  uint64_t reported(uint32_t stage_index) const { return reported_[stage_index]; }
+
+ private:
+  std::vector<uint32_t> layers_;    // of each stage
+  std::vector<uint64_t> reported_;  // last step of each stage
+  std::deque<StepRecord> records_;  // ids follow each other
+  uint64_t last_step_ = 0;
+  uint64_t last_progress_us_ = 0;
+  uint32_t decode_steps_ = 0;
+};
+
+}  // namespace strait

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// strait-coordinator: serves the OpenAI API and decides what every worker does.
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <future>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "CLI/CLI.hpp"
+#include "absl/strings/str_cat.h"
+#include "coordinator/core/core.h"
+#include "coordinator/http/openai.h"
+#include "coordinator/http/server.h"
+#include "coordinator/service/service.h"
+#include "coordinator/text/chat_template.h"
+#include "coordinator/text/tokenizer.h"
+#include "coordinator/text/tokenizer_config.h"
+#include "proto/log.h"
+#include "proto/model_config.h"
+#include "proto/reservation.h"
+#include "proto/rpc/address.h"
+#include "proto/rpc/process.h"
+#include "proto/status_macros.h"
+#include "proto/version.h"
+
+namespace strait {
+namespace {
+
+namespace fs = std::filesystem;
+
+struct Flags {
+  std::string model;
+  std::string grpc = "127.0.0.1:7000";
+  std::string http = "127.0.0.1:8000";
+  std::string served_model_name;
+  std::string cache_format = "fp32";
+  std::string ready_file;
+  std::string log_level = "info";
+  std::vector<std::string> api_keys;
+  CoreOptions core;
+  uint32_t max_model_len = 0;
+  double request_timeout_s = 600;
+  double heartbeat_timeout_s = 5;
+  double stop_grace_s = 3;
+  double no_pipeline_grace_s = 30;
+  bool insecure = false;
+  bool log_json = false;
+};
+
+constexpr double kMaxSeconds = 1e7;
+
+ModelShape MakeShape(const ModelConfig& config, const Flags& flags) {
+  ModelShape shape;
+  shape.vocab_size = config.vocab_size;
+  shape.max_positions = config.max_position_embeddings;
+  if (flags.max_model_len > 0) {
+    shape.max_positions = std::min(shape.max_positions, flags.max_model_len);
+  }
+  shape.eos_token_ids = config.eos_token_ids;
+  for (LayerIndex layer = 0; layer < config.num_hidden_layers; ++layer) {
+    shape.layer_weight_bytes.push_back(LayerWeightBytes(config, layer));
+  }
+  shape.embedding_bytes = EmbeddingBytes(config);
+  shape.head_bytes = HeadBytes(config);
+  shape.block_bytes = BlockBytes(flags.cache_format == "bf16" ? RowFormat::kBf16 : RowFormat::kFp32,
+                                 config.kv_lora_rank, config.qk_rope_head_dim);
+  shape.fingerprint = ModelFingerprint(config);
+  return shape;
+}
+
+absl::StatusOr<ServedModel> LoadServedModel(const Flags& flags) {
+  ServedModel model;
+  const fs::path dir = fs::weakly_canonical(flags.model);
+  model.name = flags.served_model_name.empty() ? dir.filename().string() : flags.served_model_name;
+  model.root = flags.model;
+  model.created = std::chrono::duration_cast<std::chrono::seconds>(
+                      std::chrono::system_clock::now().time_since_epoch())
+                      .count();
+  if (!fs::exists(dir / "tokenizer.json")) {
+    Log(LogLevel::kWarning, "no tokenizer.json: only prompts of token ids are served",
+        {{"model", flags.model}});
+    return model;
+  }
+  std::optional<TokenizerConfig> config;
+  if (fs::exists(dir / "tokenizer_config.json")) {
+    STRAIT_ASSIGN_OR_RETURN(config, TokenizerConfig::Load(dir / "tokenizer_config.json"));
+  }
+  STRAIT_ASSIGN_OR_RETURN(model.tokenizer,
+                          Tokenizer::Load(dir / "tokenizer.json", config ? &*config : nullptr));
+  if (config && !config->chat_templates.empty()) {
+    auto chat = ChatTemplate::Load(*config);
+    if (chat.ok()) {
+      model.chat_template = std::move(*chat);
+    } else {
+      Log(LogLevel::kWarning, "the chat template cannot be used: completions only",
+          {{"why", chat.status()}});
+    }
+  }
+  return model;
+}
+
+// One JSON line that says where the servers listen. Written whole or not at all.
+absl::Status WriteReadyFile(const std::string& path, const std::string& grpc,
+                            const std::string& http) {
+  if (path.empty()) return absl::OkStatus();
+  const bool device = path.starts_with("/dev/");
+  const std::string temporary = device ? path : path + ".tmp";
+  {
+    std::ofstream file(temporary);
+    file << "{\"grpc\":\"" << grpc << "\",\"http\":\"" << http << "\",\"process_id\":" << getpid()
+         << "}\n";
+    file.flush();
+    if (!file)
+      return absl::UnavailableError(absl::StrCat("--ready-file ", path, " cannot be written"));
+  }
+  std::error_code error;
+  if (!device) fs::rename(temporary, path, error);
+  if (error)
+    return absl::UnavailableError(absl::StrCat("--ready-file ", path, ": ", error.message()));
+  return absl::OkStatus();
+}
+
+absl::Status Run(Flags flags) {
+  StopSignals signals;
+  STRAIT_ASSIGN_OR_RETURN(rpc::HostPort grpc,
+                          rpc::ParseListenAddress(flags.grpc, "--grpc", flags.insecure));
+  STRAIT_ASSIGN_OR_RETURN(rpc::HostPort http,
+                          rpc::ParseListenAddress(flags.http, "--http", flags.insecure));
+  STRAIT_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(flags.model));
+  STRAIT_ASSIGN_OR_RETURN(ServedModel served, LoadServedModel(flags));
+  if (served.tokenizer && served.tokenizer->vocab_size() > config.vocab_size) {
+    Log(LogLevel::kWarning, "the tokenizer has ids that the model does not have",
+        {{"tokenizer", served.tokenizer->vocab_size()}, {"model", config.vocab_size}});
+  }
+
+  flags.core.request_timeout_us = static_cast<uint64_t>(flags.request_timeout_s * 1e6);
+  flags.core.heartbeat_timeout_us = static_cast<uint64_t>(flags.heartbeat_timeout_s * 1e6);
+  flags.core.no_pipeline_grace_us = static_cast<uint64_t>(flags.no_pipeline_grace_s * 1e6);
+  // A coordinator that takes over must have a higher term: the time serves, until one is stored.
+  flags.core.term = static_cast<uint64_t>(served.created);
+  CoordinatorOptions options;
+  options.core = flags.core;
+  options.model = MakeShape(config, flags);
+  options.attach.listen_address = flags.grpc;
+  STRAIT_ASSIGN_OR_RETURN(auto service, CoordinatorService::Create(std::move(options)));
+
+  auto handler = std::make_shared<OpenAiHandler>(
+      OpenAiOptions{.model = std::move(served), .api_keys = flags.api_keys}, service.get());
+  HttpServer server(HttpServerOptions(), handler);
+  if (absl::Status listening = server.Listen(http.host, http.port); !listening.ok()) {
+    return absl::Status(listening.code(), absl::StrCat("cannot listen on ", flags.http,
+                                                       " for clients: ", listening.message(),
+                                                       "; choose another port with --http"));
+  }
+  grpc.port = static_cast<uint16_t>(service->grpc_port());
+  http.port = server.port();
+  Log(LogLevel::kInfo, "coordinator started",
+      {{"model", flags.model},
+       {"grpc", grpc.ToString()},
+       {"http", http.ToString()},
+       {"pipelines", flags.core.num_pipelines},
+       {"stages", flags.core.num_stages}});
+  STRAIT_RETURN_IF_ERROR(WriteReadyFile(flags.ready_file, grpc.ToString(), http.ToString()));
+
+  std::promise<void> stop;
+  signals.Watch([&stop] { stop.set_value(); });
+  stop.get_future().wait();
+  signals.Forget();
+  Log(LogLevel::kInfo, "stopping");
+  handler->SetDraining(true);
+  server.Stop(std::chrono::milliseconds(static_cast<int64_t>(flags.stop_grace_s * 1000)));
+  service->Stop();
+  Log(LogLevel::kInfo, "coordinator stopped");
+  return absl::OkStatus();
+}
+
+}  // namespace
+}  // namespace strait
+
+int main(int argc, char** argv) {
+  using namespace strait;
+  QuietGrpc();
+  Flags flags;
+  CLI::App app(
+      "strait-coordinator serves the OpenAI API and spreads a model over the workers that attach "
+      "to it.\n"
+      "Every flag is also an environment variable, as shown in brackets.",
+      "strait-coordinator");
+  app.set_version_flag("--version", kVersion);
+  AddFlag(app, "--model", flags.model, "Model directory: config.json and tokenizer")
+      ->required()
+      ->check(CLI::ExistingDirectory);
+  AddFlag(
+      app, "--grpc", flags.grpc,
+      "Where workers attach; port 0 takes a free one. Another address than a loopback one needs "
+      "--insecure");
+  AddFlag(app, "--http", flags.http, "Where clients find the API; as --grpc");
+  AddFlag(app, "--pipelines", flags.core.num_pipelines, "Pipelines wanted")
+      ->check(CLI::PositiveNumber);
+  AddFlag(app, "--stages", flags.core.num_stages, "Stages of each pipeline, one worker each")
+      ->check(CLI::PositiveNumber);
+  AddFlag(app, "--max-step-tokens", flags.core.max_step_tokens,
+          "Rows of one step, all sequences together");
+  AddFlag(app, "--prefill-chunk", flags.core.prefill_chunk, "Rows of one sequence in one step");
+  AddFlag(app, "--max-running", flags.core.max_running, "Sequences resident in one pipeline");
+  AddFlag(app, "--max-waiting", flags.core.max_waiting,
+          "Sequences that may wait; beyond, requests are answered 429");
+  AddFlag(app, "--max-model-len", flags.max_model_len,
+          "Longest context served; 0: what the model has");
+  AddFlag(app, "--cache-format", flags.cache_format, "Row format of the workers' latent caches")
+      ->check(CLI::IsMember({"fp32", "bf16"}));
+  AddFlag(app, "--api-key", flags.api_keys,
+          "Key that clients must send as bearer token; may be repeated");
+  AddFlag(app, "--served-model-name", flags.served_model_name,
+          "Name of the model in the API; default: the directory's name");
+  AddFlag(app, "--request-timeout", flags.request_timeout_s, "Seconds a request may take")
+      ->check(CLI::Range(0.001, kMaxSeconds));
+  AddFlag(app, "--heartbeat-timeout", flags.heartbeat_timeout_s,
+          "Seconds of silence after which a worker is given up")
+      ->check(CLI::Range(0.1, kMaxSeconds));
+  AddFlag(app, "--no-pipeline-grace", flags.no_pipeline_grace_s,
+          "Seconds that requests wait for a lost pipeline to come back; then they are answered 503")
+      ->check(CLI::Range(0.0, kMaxSeconds));
+  AddFlag(app, "--stop-grace", flags.stop_grace_s,
+          "Seconds that running requests get when the coordinator is told to stop")
+      ->check(CLI::Range(0.0, kMaxSeconds));
+  AddFlag(app, "--ready-file", flags.ready_file,
+          "When listening, write one JSON line with the addresses to this file");
+  AddSwitch(
+      app, "--insecure", flags.insecure,
+      "Let --grpc and --http be reached from other machines, neither encrypted nor authenticated");
+  AddFlag(app, "--log-level", flags.log_level, "debug, info, warning or error");
+  AddSwitch(app, "--log-json", flags.log_json, "Log JSON lines");
+  CLI11_PARSE(app, argc, argv);
+
+  LogLevel level;
+  if (absl::Status parsed = ParseLogLevel(flags.log_level, &level); !parsed.ok()) {
+    std::fprintf(stderr, "strait-coordinator: %s\n", std::string(parsed.message()).c_str());
+    return 2;
+  }
+  InitLog("coordinator", level, flags.log_json);
+  if (absl::Status status = Run(std::move(flags)); !status.ok()) {
+    Log(LogLevel::kError, "cannot start", {{"why", status}});
+    return 1;
+  }
+  return 0;
+}

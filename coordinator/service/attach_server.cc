@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "coordinator/service/attach_server.h"
+
+#include <atomic>
+#include <mutex>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "grpcpp/grpcpp.h"
+#include "proto/limits.h"
+#include "proto/log.h"
+#include "proto/rpc/address.h"
+#include "proto/rpc/channel.h"
+#include "proto/status_macros.h"
+#include "proto/version.h"
+#include "strait/v1/cluster.grpc.pb.h"
+
+namespace strait {
+namespace {
+
+constexpr size_t kQueueBytes = 4 * size_t{limits::kMaxControlMessageBytes};
+constexpr size_t kMaxNameBytes = 128;
+constexpr size_t kMaxNumericsIdBytes = 256;
+constexpr uint64_t kMaxMemoryBytes = uint64_t{1} << 50;
+// Besides kMaxWorkers, streams whose Hello has not come.
+constexpr size_t kMaxStrangers = 64;
+constexpr std::chrono::seconds kStopGrace(1);
+
+}  // namespace
+
+absl::Status CheckHello(const v1::Hello& hello) {
+  if (hello.wire_version() != kWireVersion) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("the worker speaks wire version ", hello.wire_version(), ", this coordinator ",
+                     kWireVersion, ": install the same release on both machines"));
+  }
+  if (hello.name().size() > kMaxNameBytes || hello.backend().size() > kMaxNameBytes ||
+      hello.numerics_id().size() > kMaxNumericsIdBytes || hello.numerics_id().empty()) {
+    return absl::InvalidArgumentError(
+        "a Hello with a name, backend or numerics id that is too long or missing");
+  }
+  STRAIT_ASSIGN_OR_RETURN(const rpc::HostPort data, rpc::ParseHostPort(hello.data_address()));
+  if (data.port == 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("data address ", hello.data_address(), " has no port: see --advertise"));
+  }
+  if (hello.memory_bytes() == 0 || hello.memory_bytes() > kMaxMemoryBytes) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("a worker with ", hello.memory_bytes(), " bytes of memory: see --memory"));
+  }
+  return absl::OkStatus();
+}
+
+class AttachServer::Impl final : public v1::Coordinator::CallbackService {
+ public:
+  Impl(AttachServerOptions options, AttachEvents events)
+      : options_(std::move(options)), events_(std::move(events)) {}
+  ~Impl() override { Stop(); }
+
+  absl::Status Start() {
+    grpc::ServerBuilder builder;
+    rpc::ConfigureServer(builder, options_.listen_address, rpc::Traffic::kControl, &port);
+    builder.RegisterService(this);
+    server_ = builder.BuildAndStart();
+    if (!server_ || port == 0) {
+      return absl::UnavailableError(absl::StrCat(
+          "cannot listen on ", options_.listen_address,
+          " for workers: the address is taken or not of this machine; choose another with --grpc"));
+    }
+    return absl::OkStatus();
+  }
+
+  void Stop() {
+    if (!server_) return;
+    std::vector<std::shared_ptr<WorkerStream>> streams;
+    {
+      std::lock_guard lock(mu_);
+      stopping_ = true;
+      for (const auto& attachment : attachments_) streams.push_back(attachment->stream);
+    }
+    for (auto& stream : streams) stream->Close(absl::UnavailableError("the coordinator stops"));
+    streams.clear();
+    server_->Shutdown(std::chrono::system_clock::now() + kStopGrace);
+    server_->Wait();
+    server_.reset();
+  }
+
+  grpc::ServerBidiReactor<v1::FromWorker, v1::ToWorker>* Attach(
+      grpc::CallbackServerContext* context) override {
+    auto attachment = std::make_shared<Attachment>();
+    rpc::StreamOptions options;
+    options.max_queued_messages = limits::kControlQueueMessages;
+    options.max_queued_bytes = kQueueBytes;
+    options.max_message_bytes = limits::kMaxControlMessageBytes;
+    options.first_message_timeout = options_.hello_timeout;
+    rpc::StreamEvents<v1::FromWorker> events;
+    events.on_message = [this, attachment](v1::FromWorker message) {
+      return OnMessage(*attachment, std::move(message));
+    };
+    events.on_end = [this, attachment](absl::Status status) {
+      OnEnd(attachment, std::move(status));
+    };
+    auto stream = std::make_shared<WorkerStream>(context, options, std::move(events));
+    attachment->stream = stream;
+    bool room;
+    {
+      std::lock_guard lock(mu_);
+      room = attachments_.size() < limits::kMaxWorkers + kMaxStrangers && !stopping_;
+      attachments_.insert(attachment);
+    }
+    stream->Start();
+    if (!room) {
+      stream->Close(absl::ResourceExhaustedError(
+          absl::StrCat("this coordinator has its ", limits::kMaxWorkers, " workers already")));
+    }
+    return stream.get();
+  }
+
+  grpc::ServerUnaryReactor* GetStatus(grpc::CallbackServerContext* context,
+                                      const v1::GetStatusRequest*,
+                                      v1::GetStatusReply* reply) override {
+    reply->set_json(events_.status_json());
+    auto* reactor = context->DefaultReactor();
+    reactor->Finish(grpc::Status::OK);
+    return reactor;
+  }
+
+  int port = 0;
+
+ private:
+  struct Attachment {
+    std::shared_ptr<WorkerStream> stream;
+    WorkerId worker;  // 0 until Hello; read reactions and, after them, the end
+  };
+
+  bool OnMessage(Attachment& attachment, v1::FromWorker message) {
+    if (attachment.worker.value != 0) {
+      return events_.on_message(attachment.worker, std::move(message));
+    }
+    const absl::Status valid =
+        message.has_hello() ? CheckHello(message.hello())
+                            : absl::InvalidArgumentError("the first message of a worker is Hello");
+    if (!valid.ok()) {
+      Log(LogLevel::kWarning, "worker refused",
+          {{"peer", attachment.stream->peer()}, {"why", valid}});
+      attachment.stream->Close(valid);
+      return true;
+    }
+    attachment.worker = WorkerId{++last_worker_};
+    events_.on_attached(attachment.worker, std::move(*message.mutable_hello()), attachment.stream);
+    return true;
+  }
+
+  void OnEnd(const std::shared_ptr<Attachment>& attachment, absl::Status status) {
+    {
+      std::lock_guard lock(mu_);
+      attachments_.erase(attachment);
+    }
+    if (attachment->worker.value != 0) events_.on_ended(attachment->worker, std::move(status));
+  }
+
+  const AttachServerOptions options_;
+  const AttachEvents events_;
+  std::atomic<uint64_t> last_worker_ = 0;
+  std::unique_ptr<grpc::Server> server_;
+  std::mutex mu_;                                                // gRPC threads and Stop meet here
+  bool stopping_ = false;                                        // guarded by mu_
+  std::unordered_set<std::shared_ptr<Attachment>> attachments_;  // guarded by mu_
+};
+
+AttachServer::AttachServer(AttachServerOptions options, AttachEvents events)
+    : impl_(std::make_unique<Impl>(std::move(options), std::move(events))) {}
+AttachServer::~AttachServer() = default;
+absl::Status AttachServer::Start() { return impl_->Start(); }
+void AttachServer::Stop() { impl_->Stop(); }
+int AttachServer::port() const { return impl_->port; }
+
+}  // namespace strait

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "coordinator/service/engine_metrics.h"
+
+#include <string_view>
+
+#include "absl/strings/str_cat.h"
+#include "proto/text.h"
+
+namespace strait {
+namespace {
+
+template <class T>
+void Append(std::string* out, std::string_view name, std::string_view type, std::string_view help,
+            T value) {
+  absl::StrAppend(out, "# HELP ", ToAbsl(name), " ", ToAbsl(help), "\n# TYPE ", ToAbsl(name), " ",
+                  ToAbsl(type), "\n", ToAbsl(name), " ", value, "\n");
+}
+
+}  // namespace
+
+std::string EngineMetricsText(const CoreStats& stats, uint64_t workers_attached) {
+  std::string out;
+  const auto gauge = [&](std::string_view name, std::string_view help, auto value) {
+    Append(&out, name, "gauge", help, value);
+  };
+  const auto counter = [&](std::string_view name, std::string_view help, auto value) {
+    Append(&out, name, "counter", help, value);
+  };
+  gauge("strait_num_requests_running", "Sequences resident in a pipeline.", stats.running);
+  gauge("strait_num_requests_waiting", "Sequences admitted and not resident.", stats.waiting);
+  gauge("strait_workers_attached", "Workers attached to this coordinator.", workers_attached);
+  gauge("strait_pipelines_active", "Pipelines that serve.", stats.pipelines_active);
+  gauge("strait_cache_blocks_used", "Latent blocks held by sequences, of all stages.",
+        stats.blocks_used);
+  gauge("strait_cache_blocks_total", "Latent blocks of all pools.", stats.blocks_total);
+  gauge("strait_kv_cache_usage_perc", "Share of latent blocks in use, 0 to 1.",
+        stats.blocks_total == 0
+            ? 0.0
+            : static_cast<double>(stats.blocks_used) / static_cast<double>(stats.blocks_total));
+  counter("strait_steps_total", "Steps planned.", stats.steps);
+  counter("strait_prompt_tokens_total", "Prompt tokens computed, replays not counted.",
+          stats.prompt_tokens);
+  counter("strait_generation_tokens_total", "Tokens generated.", stats.generated_tokens);
+  counter("strait_replayed_tokens_total", "Tokens computed again after a preemption or a failure.",
+          stats.replayed_tokens);
+  counter("strait_num_preemptions_total", "Sequences that lost their blocks to older ones.",
+          stats.preemptions);
+  counter("strait_pipeline_recoveries_total", "Pipelines that came back with a new epoch.",
+          stats.recoveries);
+  counter("strait_workers_lost_total", "Workers whose stream ended.", stats.workers_lost);
+  counter("strait_requests_refused_total", "Requests refused at admission.",
+          stats.requests_refused);
+  absl::StrAppend(&out,
+                  "# HELP strait_sequences_ended_total Sequences that ended, by reason.\n"
+                  "# TYPE strait_sequences_ended_total counter\n");
+  constexpr std::string_view kReasons[] = {"stop", "length", "cancelled", "error"};
+  for (size_t i = 0; i < std::size(kReasons); ++i) {
+    absl::StrAppend(&out, "strait_sequences_ended_total{finished_reason=\"", ToAbsl(kReasons[i]),
+                    "\"} ", stats.requests_ended[i], "\n");
+  }
+  return out;
+}
+
+}  // namespace strait

@@ -1,0 +1,90 @@
+#!/bin/bash
+# Installs what is missing, builds, starts a coordinator and two CPU workers on the bundled model, streams a
+# completion. Stays up until Ctrl-C; --once stops everything after the completion.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+STRAIT_ROOT="$PWD"
+. deploy/setup.sh
+
+once=
+http=
+for arg in "$@"; do
+  case "$arg" in
+    --once) once=1 ;;
+    --http=*) http="$arg" ;;
+    -h|--help)
+      echo "usage: deploy/quickstart.sh [--once] [--http=HOST:PORT]"
+      echo "  --once   stop everything after the first completion and exit"
+      exit 0 ;;
+    *) strait_fail "unknown option $arg; see --help" ;;
+  esac
+done
+
+model=deploy/models/tiny-random
+random="--random-weights 1"
+bin=build/release/bin
+
+strait_need_packages build
+strait_build release strait strait-coordinator strait-worker
+
+# ---- Start ----
+state="$(mktemp -d)" || exit 1
+up=
+cleanup() {
+  trap '' INT TERM
+  if [ -n "$up" ]; then
+    kill -TERM "$up" 2>/dev/null
+    wait "$up" 2>/dev/null
+  fi
+  rm -rf "$state"
+}
+trap cleanup EXIT
+stopped() {
+  echo
+  strait_say "Stopping."
+  exit 0
+}
+trap stopped INT TERM
+
+strait_say "Starting a coordinator and two CPU workers on $model"
+[ -z "$random" ] || strait_say "NOTE: this model has RANDOM WEIGHTS: its text is noise. It shows that the cluster runs."
+# In a session of its own: on Ctrl-C this script decides the order of things. `strait up` still ends its daemons
+# if it is killed.
+setsid "$bin/strait" up --model "$model" --workers 2 $random $http >"$state/ready" </dev/null &
+up=$!
+while [ ! -s "$state/ready" ]; do
+  if ! kill -0 "$up" 2>/dev/null; then
+    up=
+    strait_fail "the cluster did not start; the reason is above"
+  fi
+  sleep 0.1
+done
+url="$(sed -n 's/^ready: \([^ ]*\).*/\1/p' "$state/ready")"
+[ -n "$url" ] || strait_fail "unexpected first line of strait up: $(cat "$state/ready")"
+strait_say "Ready at $url"
+
+# ---- One completion ----
+prompt="The strait between"
+strait_say "A completion of \"$prompt\", as it comes:"
+printf '\n'
+"$bin/strait" generate "$prompt" --url "$url" --max-tokens 48 --temperature 1 --seed 7 ||
+  strait_fail "the completion failed"
+printf '\n'
+[ -z "$random" ] || strait_say "(Noise, as said: the weights are random.)"
+strait_say "The API is at $url/v1. Try:"
+cat <<LINE
+
+    curl $url/v1/completions -H 'Content-Type: application/json' \\
+      -d '{"prompt": "$prompt", "max_tokens": 32, "stream": true}'
+    $bin/strait status --url $url
+
+LINE
+if [ -n "$once" ]; then
+  strait_say "Done; stopping everything (--once)."
+  exit 0
+fi
+strait_say "Serving until Ctrl-C."
+wait "$up"
+status=$?
+up=
+strait_fail "the cluster ended by itself (exit code $status)"

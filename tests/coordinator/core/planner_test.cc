@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Defends: every plan covers all layers once, in order, fits every worker, and no other split holds more tokens;
+// what cannot fit is refused with the numbers.
+#include "coordinator/core/planner.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <functional>
+#include <random>
+
+#include "proto/reservation.h"
+#include "tests/coordinator/core/harness.h"
+
+namespace strait {
+namespace {
+
+CoreOptions Options() {
+  CoreOptions options;
+  options.max_running = 1000;
+  return options;
+}
+
+// The best smallest capacity, by trying every split.
+uint32_t BestByTrying(const CoreOptions& options, const ModelShape& model,
+                      const std::vector<uint64_t>& memory) {
+  const auto num_layers = static_cast<uint32_t>(model.layer_weight_bytes.size());
+  std::function<uint32_t(size_t, uint32_t)> best = [&](size_t stage, uint32_t begin) -> uint32_t {
+    if (stage + 1 == memory.size()) {
+      return StageColumns(options, model, {begin, num_layers}, memory[stage]);
+    }
+    uint32_t most = 0;
+    for (uint32_t end = begin + 1; end + (memory.size() - stage - 1) <= num_layers; ++end) {
+      most = std::max(most, std::min(StageColumns(options, model, {begin, end}, memory[stage]),
+                                     best(stage + 1, end)));
+    }
+    return most;
+  };
+  return best(0, 0);
+}
+
+TEST(PlannerTest, IsAsGoodAsTryingEverySplit) {
+  const uint32_t seed = 20260101;
+  std::mt19937 random(seed);
+  int planned = 0;
+  for (int i = 0; i < 500; ++i) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed << " case " << i);
+    ModelShape model = SmallModel(1 + random() % 8);
+    for (uint64_t& bytes : model.layer_weight_bytes) bytes = 500 + random() % 3000;
+    model.embedding_bytes = random() % 3000;
+    model.head_bytes = random() % 3000;
+    CoreOptions options = Options();
+    if (random() % 4 == 0) options.max_cache_bytes_per_stage = 1000 + random() % 5000;
+    const uint32_t num_stages = 1 + random() % std::min<uint32_t>(4, model.layer_weight_bytes.size());
+    std::vector<uint64_t> memory;
+    for (uint32_t s = 0; s < num_stages; ++s) memory.push_back(2000 + random() % 12000);
+
+    const uint32_t best = BestByTrying(options, model, memory);
+    const absl::StatusOr<PipelinePlan> plan = PlanPipeline(options, model, memory);
+    ASSERT_EQ(plan.ok(), best > 0) << plan.status();
+    if (!plan.ok()) {
+      EXPECT_EQ(plan.status().code(), absl::StatusCode::kResourceExhausted);
+      continue;
+    }
+    ++planned;
+    EXPECT_EQ(plan->capacity_columns, best);
+    LayerIndex next = 0;
+    for (uint32_t s = 0; s < num_stages; ++s) {
+      const StagePlan& stage = plan->stages[s];
+      EXPECT_EQ(stage.layers.begin, next);
+      EXPECT_GT(stage.layers.end, stage.layers.begin);
+      next = stage.layers.end;
+      EXPECT_EQ(stage.pool_blocks, best * stage.layers.size());
+      EXPECT_LE(StageWeightBytes(model, stage.layers) + model.stage_workspace_bytes +
+                    uint64_t{stage.pool_blocks} * model.block_bytes,
+                memory[s]);
+    }
+    EXPECT_EQ(next, model.layer_weight_bytes.size());
+  }
+  EXPECT_GT(planned, 200);
+}
+
+TEST(PlannerTest, EqualWorkersShareEqualLayers) {
+  ModelShape model = SmallModel(8);
+  model.embedding_bytes = model.head_bytes = 0;
+  const auto plan = PlanPipeline(Options(), model, std::vector<uint64_t>{10000, 10000});
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(plan->stages[0].layers, (LayerRange{0, 4}));
+  EXPECT_EQ(plan->stages[1].layers, (LayerRange{4, 8}));
+}
+
+TEST(PlannerTest, MoreCacheThanCanBeUsedIsNotTaken) {
+  CoreOptions options = Options();
+  options.max_running = 3;
+  ModelShape model = SmallModel(4);
+  const auto plan = PlanPipeline(options, model, std::vector<uint64_t>{1 << 30, 1 << 30});
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(plan->capacity_columns, 3 * BlocksPerLayer(model.max_positions));
+  // With room to spare, the pace decides: 1000 x 2 against 1000 x 2 + 500 of head.
+  EXPECT_EQ(plan->stages[0].layers, (LayerRange{0, 2}));
+}
+
+TEST(PlannerTest, RefusalNamesTheNumbers) {
+  const auto plan = PlanPipeline(Options(), SmallModel(4), std::vector<uint64_t>{2500, 2400});
+  ASSERT_EQ(plan.status().code(), absl::StatusCode::kResourceExhausted);
+  // 4 x 1000 + 500 + 500 of weights, 2 x 50 of workspace, 4 blocks of 100.
+  EXPECT_NE(plan.status().message().find("5500"), absl::string_view::npos) << plan.status();
+  EXPECT_NE(plan.status().message().find("4900 (2500 + 2400)"), absl::string_view::npos)
+      << plan.status();
+}
+
+}  // namespace
+}  // namespace strait

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Defends: each verb of `strait` does what DESIGN §8 says, on real processes; nothing survives `strait up`."""
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+
+from harness import BIN, TINY, Cluster, alive, clean_env, free_port, program, strait, wait_until
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster(workers=2) as c:
+        yield c
+
+
+# ---------------------------------------------------------------- up
+
+
+def test_ready_line_is_one_and_tells_the_urls(cluster):
+    lines = cluster.stdout().splitlines()
+    assert len(lines) == 1, lines
+    assert re.match(r"ready: http://127\.0\.0\.1:\d+ ", lines[0])
+    assert cluster.ready()
+    assert len(cluster.workers()) == 2
+
+
+def test_workers_not_divisible_by_pipelines_is_refused_with_the_fix():
+    done = strait("up", "--model", TINY, "--workers", 3, "--pipelines", 2)
+    assert done.returncode == 1
+    assert "--workers 3" in done.stderr and "--workers 2 or 4" in done.stderr
+
+
+def test_bad_model_folder_is_refused_by_name(tmp_path):
+    done = strait("up", "--model", tmp_path)
+    assert done.returncode == 1
+    assert str(tmp_path) in done.stderr and "config.json" in done.stderr
+
+
+def test_broken_config_ends_with_the_daemons_last_words(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    done = strait("up", "--model", tmp_path, "--http", f"127.0.0.1:{free_port()}", "--grpc",
+                  f"127.0.0.1:{free_port()}")
+    assert done.returncode == 1
+    assert "llama" in done.stderr or "architectures" in done.stderr, done.stderr
+    assert "ready" not in done.stdout
+
+
+def test_missing_weights_stop_the_crash_loop_with_the_log(tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((TINY / name).read_bytes())
+    done = strait("up", "--model", tmp_path, "--http", f"127.0.0.1:{free_port()}", "--grpc",
+                  f"127.0.0.1:{free_port()}")  # no --random-weights and no safetensors
+    assert done.returncode == 1
+    assert "safetensors" in done.stderr, done.stderr
+
+
+def test_port_given_and_taken_is_an_error_not_a_move():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        done = strait("up", "--model", TINY, "--random-weights", 1, "--http", f"127.0.0.1:{s.getsockname()[1]}")
+    assert done.returncode == 1
+    assert "cannot be listened on" in done.stderr
+
+
+def test_default_ports_taken_move_and_are_printed():
+    taken = []
+    try:
+        for port in (7000, 8000):
+            s = socket.socket()
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                s.bind(("127.0.0.1", port))
+                s.listen()
+            except OSError:
+                s.close()  # somebody else has it already: just as good
+                continue
+            taken.append(s)
+        with Cluster(workers=1, http="", grpc="") as c:
+            assert not c.base_url.endswith(":8000")
+            assert "Port 8000 is taken" in c.stderr() and "Port 7000 is taken" in c.stderr()
+            assert c.ready()
+    finally:
+        for s in taken:
+            s.close()
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_leaves_no_process_and_exits_0(sig):
+    with Cluster(workers=2) as c:
+        code, pids = c.interrupt(sig)
+        assert code == 0, c.stderr()
+        assert len(pids) == 3
+        assert not any(alive(p) for p in pids)
+
+
+def test_killed_up_leaves_no_process():
+    with Cluster(workers=2) as c:
+        pids = c.daemons()
+        assert len(pids) == 3
+        c.process.kill()
+        c.process.wait()
+        wait_until(lambda: not any(alive(p) for p in pids), what="the daemons' end")
+
+
+def test_interrupt_while_loading_stops_too():
+    c = Cluster(workers=2)
+    try:
+        c.start()
+        wait_until(lambda: c.daemons(), what="first daemon")
+        code, pids = c.interrupt(signal.SIGINT)
+        assert code == 0, c.stderr()
+        assert not any(alive(p) for p in pids)
+        assert c.stdout() == ""
+    finally:
+        c.stop()
+
+
+def test_coordinator_death_stops_everything_with_an_error():
+    with Cluster(workers=2) as c:
+        pids = c.daemons()
+        os.kill(c.coordinator(), signal.SIGKILL)
+        assert c.process.wait(60) == 1
+        assert "coordinator ended with signal 9" in c.stderr()
+        assert not any(alive(p) for p in pids)
+
+
+def test_killed_worker_is_restarted_and_a_running_stream_goes_on():
+    prompt = list(range(10, 40))
+    with Cluster(workers=2) as c:
+        whole = c.complete(prompt=prompt, max_tokens=200, temperature=0, ignore_eos=True, return_token_ids=True)
+        expected = whole["choices"][0]["token_ids"]
+        assert len(expected) == 200
+        before = c.workers()
+        got = []
+        for event in c.stream(prompt=prompt, max_tokens=200, temperature=0, ignore_eos=True,
+                              return_token_ids=True):
+            if event["choices"]:
+                got += event["choices"][0].get("token_ids") or []
+            if len(got) >= 20 and before:
+                os.kill(before.pop(), signal.SIGKILL)
+                before = []
+        assert got == expected, "tokens changed, were lost or doubled over a worker's death"
+        assert re.search(r"worker-\d ended \(signal 9", c.stderr())
+        assert re.search(r"worker-\d restarted", c.stderr())
+        wait_until(lambda: "Serving again." in c.stderr(), what="Serving again.")
+        assert c.ready()
+        assert len(c.stdout().splitlines()) == 1
+
+
+# ---------------------------------------------------------------- generate
+
+
+def test_generate_streams_text_and_figures(cluster):
+    done = strait("generate", "The strait between", "--url", cluster.base_url, "--max-tokens", 12,
+                  "--temperature", 1, "--seed", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert re.search(r"\[\d+ tokens, first after .* tokens/s; prompt \d+; ended by (length|stop)\]", done.stderr)
+    again = strait("generate", "The strait between", "--url", cluster.base_url, "--max-tokens", 12,
+                   "--temperature", 1, "--seed", 3, "-q")
+    assert again.stdout == done.stdout
+    assert again.stderr == ""
+
+
+def test_generate_chat_and_environment(cluster):
+    done = strait("generate", "Hello", "--chat", "--system", "Be brief.", "--max-tokens", 5, "--seed", 1,
+                  env={"STRAIT_COORDINATOR": cluster.base_url})
+    assert done.returncode == 0, done.stderr
+
+
+def test_generate_passes_a_server_error_on(cluster):
+    done = strait("generate", "x", "--url", cluster.base_url, "--max-tokens", 10_000_000)
+    assert done.returncode == 1
+    assert "HTTP 400" in done.stderr and "context" in done.stderr
+
+
+def test_unreachable_server_says_what_to_start():
+    done = strait("generate", "x", "--url", f"http://127.0.0.1:{free_port()}")
+    assert done.returncode == 1
+    assert "strait up --model" in done.stderr
+
+
+def test_grpc_port_is_recognized(cluster):
+    grpc = re.search(r"workers join at (\S+);", cluster.stdout()).group(1)
+    done = strait("status", "--coordinator", grpc)
+    assert done.returncode == 1
+    assert "gRPC port" in done.stderr
+
+
+def test_interrupted_generate_cancels_the_request(cluster):
+    p = subprocess.Popen([program("strait"), "generate", "long", "--url", cluster.base_url, "--max-tokens", "15000",
+                          "--temperature", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_env())
+    wait_until(lambda: cluster.status()["running"] > 0, what="the request to run")
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=30)
+    assert p.returncode == 130, err
+    wait_until(lambda: cluster.status()["running"] == 0, timeout_s=30, what="the request's end at the server")
+
+
+# ---------------------------------------------------------------- status
+
+
+def test_status_table_and_json(cluster):
+    done = strait("status", "--url", cluster.base_url)
+    assert done.returncode == 0, done.stderr
+    assert "worker-1" in done.stdout and "worker-2" in done.stdout
+    layers = json.loads((TINY / "config.json").read_text())["num_hidden_layers"]
+    assert re.search(rf"\b\d+-{layers - 1}\b", done.stdout), done.stdout
+    assert "active" in done.stdout
+    status = json.loads(strait("status", "--json", "--url", cluster.base_url).stdout)
+    assert status["ready"] is True
+    assert {w["name"] for w in status["workers"]} == {"worker-1", "worker-2"}
+    ranges = sorted((s["layer_begin"], s["layer_end"]) for w in status["workers"] for s in w["stages"])
+    assert ranges[0][0] == 0 and ranges[-1][1] == layers and ranges[0][1] == ranges[1][0]
+
+
+def test_status_watch_ends_on_interrupt(cluster):
+    p = subprocess.Popen([program("strait"), "status", "--watch", "--interval", "0.2", "--url", cluster.base_url],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_env())
+    assert p.stdout.readline()
+    time.sleep(0.5)
+    p.send_signal(signal.SIGINT)
+    out, _ = p.communicate(timeout=30)
+    assert p.returncode == 0
+    assert out.count("sequences:") >= 1
+
+
+# ---------------------------------------------------------------- bench
+
+
+def test_bench_against_a_server(cluster, tmp_path):
+    path = tmp_path / "bench.json"
+    done = strait("bench", "--url", cluster.base_url, "--concurrency", "1,3", "--prompt-tokens", 20,
+                  "--output-tokens", 8, "--requests", 6, "--json", path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(path.read_text())
+    assert report["prompt"] == "token ids"
+    assert [r["concurrency"] for r in report["runs"]] == [1, 3]
+    for run in report["runs"]:
+        assert run["succeeded"] == 6 and run["failed"] == 0 and run["errors"] == {}
+        assert run["prompt_tokens"] == 6 * 20 and run["output_tokens"] == 6 * 8
+        assert run["short_outputs"] == 0
+        assert 0 < run["ttft_ms"]["p50"] <= run["ttft_ms"]["p90"] <= run["ttft_ms"]["p99"] <= run["ttft_ms"]["max"]
+        assert run["tpot_ms"]["p50"] > 0
+    assert len(done.stdout.splitlines()) == 3
+
+
+def test_bench_starts_and_stops_its_own_cluster(tmp_path):
+    done = strait("bench", "--model", TINY, "--random-weights", 1, "--workers", 1, "--memory", "1GiB", "--http",
+                  f"127.0.0.1:{free_port()}", "--grpc", f"127.0.0.1:{free_port()}", "--prompt-tokens", 16,
+                  "--output-tokens", 4, "--requests", 4, "--json", "-")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["runs"][0]["succeeded"] == 4
+    assert report["cluster"]["workers"] == 1
+    left = subprocess.run(["pgrep", "-f", f"{BIN}/strait-(coordinator|worker).*{report['url'][7:]}"],
+                          capture_output=True, text=True)
+    assert left.stdout == ""
+
+
+def test_bench_counts_and_shows_errors(cluster):
+    # Longer than the context: every request is refused, and nothing pretends otherwise.
+    done = strait("bench", "--url", cluster.base_url, "--prompt-tokens", 100_000, "--requests", 2)
+    assert done.returncode == 1
+    assert "context" in done.stderr
+
+
+def test_bench_of_nothing_says_so():
+    done = strait("bench", "--url", f"http://127.0.0.1:{free_port()}")
+    assert done.returncode == 1
+    assert "strait up" in done.stderr
+
+
+def test_help_and_version():
+    assert strait("--version").returncode == 0
+    out = strait("--help")
+    assert out.returncode == 0
+    for verb in ("up", "generate", "status", "bench"):
+        assert verb in out.stdout
+        assert strait(verb, "--help").returncode == 0
+    assert strait("bogus").returncode != 0

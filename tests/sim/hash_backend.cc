@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/sim/hash_backend.h"
+
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "proto/check.h"
+#include "proto/limits.h"
+#include "tests/sim/hash_model.h"
+
+namespace strait::sim {
+namespace {
+
+// Written apart from the planner's own, as a second opinion.
+uint64_t WeightBytes(const ModelShape& model, LayerRange layers) {
+  uint64_t bytes = layers.begin == 0 ? model.embedding_bytes : 0;
+  if (layers.end == model.layer_weight_bytes.size()) bytes += model.head_bytes;
+  for (LayerIndex l = layers.begin; l < layers.end; ++l) bytes += model.layer_weight_bytes[l];
+  return bytes;
+}
+
+}  // namespace
+
+class HashStage : public StageModel {
+ public:
+  HashStage(HashBackend* backend, const StageSpec& spec, uint64_t weight_bytes)
+      : backend_(backend),
+        spec_(spec),
+        weight_bytes_(weight_bytes),
+        pool_(size_t{spec.pool_blocks} * limits::kBlockTokens) {
+    for (size_t i = 0; i < pool_.size(); ++i) pool_[i] = Mix(i, 0xBAD);
+  }
+  ~HashStage() override {
+    backend_->used_bytes_ -= weight_bytes() + cache_bytes() + backend_->model().stage_workspace_bytes;
+  }
+
+  absl::Status Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
+                       absl::Span<std::byte> hidden_out,
+                       std::vector<LogitsResult>* results) override;
+
+  const StageSpec& spec() const override { return spec_; }
+  uint64_t weight_bytes() const override { return weight_bytes_; }
+  uint64_t cache_bytes() const override {
+    return uint64_t{spec_.pool_blocks} * backend_->model().block_bytes;
+  }
+
+ private:
+  uint64_t* Row(absl::Span<const BlockId> table, uint32_t position) {
+    const uint32_t index = position / limits::kBlockTokens;
+    STRAIT_CHECK(index < table.size(), "the page table ends before the row");
+    STRAIT_CHECK(table[index] < spec_.pool_blocks, "a block beyond the pool");
+    return &pool_[size_t{table[index]} * limits::kBlockTokens + position % limits::kBlockTokens];
+  }
+
+  HashBackend* const backend_;
+  const StageSpec spec_;
+  const uint64_t weight_bytes_;
+  std::vector<uint64_t> pool_;  // [pool_blocks, kBlockTokens]
+};
+
+absl::Status HashStage::Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
+                                absl::Span<std::byte> hidden_out,
+                                std::vector<LogitsResult>* results) {
+  if (!backend_->fail_next_forward.ok()) {
+    return std::exchange(backend_->fail_next_forward, absl::OkStatus());
+  }
+  const bool first = spec_.layers.begin == 0;
+  const bool last = spec_.layers.end == backend_->num_layers();
+  std::vector<uint64_t> hidden(batch.num_tokens);
+  STRAIT_CHECK(hidden_in.size() == (first ? 0 : hidden.size() * sizeof(uint64_t)));
+  STRAIT_CHECK(hidden_out.size() == (last ? 0 : hidden.size() * sizeof(uint64_t)));
+  if (!first) std::memcpy(hidden.data(), hidden_in.data(), hidden_in.size());
+  uint32_t row = 0;
+  for (const BatchSequence& sequence : batch.sequences) {
+    STRAIT_CHECK(sequence.tokens.size() == sequence.first_position + sequence.num_tokens);
+    STRAIT_CHECK(sequence.page_tables.size() == spec_.layers.size());
+    for (uint32_t i = 0; i < sequence.num_tokens; ++i, ++row) {
+      const uint32_t position = sequence.first_position + i;
+      uint64_t h = first ? Embed(sequence.tokens[position], position) : hidden[row];
+      for (LayerIndex layer = spec_.layers.begin; layer < spec_.layers.end; ++layer) {
+        const absl::Span<const BlockId> table = sequence.page_tables[layer - spec_.layers.begin];
+        *Row(table, position) = CacheRow(h, layer, position);
+        uint64_t attended = 0;
+        for (uint32_t block = 0; block <= position; block += limits::kBlockTokens) {
+          const uint64_t* rows = Row(table, block);
+          const uint32_t end = std::min(position + 1 - block, limits::kBlockTokens);
+          for (uint32_t r = 0; r < end; ++r) attended += Attend(rows[r], block + r);
+        }
+        h = LayerOut(h, attended, layer);
+      }
+      hidden[row] = h;
+    }
+  }
+  STRAIT_CHECK(row == batch.num_tokens);
+  if (!last) {
+    std::memcpy(hidden_out.data(), hidden.data(), hidden_out.size());
+    STRAIT_CHECK(batch.logits.empty());
+    return absl::OkStatus();
+  }
+  for (const LogitsRequest& request : batch.logits) {
+    const BatchSequence& sequence = batch.sequences[request.sequence_index];
+    const uint64_t h = hidden[request.row];
+    LogitsResult result;
+    if (request.sample) {
+      result.token = Sample(h, *sequence.sampling, static_cast<uint32_t>(sequence.tokens.size()),
+                            sequence.prompt_tokens, backend_->vocab_size());
+    } else {
+      result.token = request.token;
+    }
+    result.logprob = Logprob(h, result.token);
+    result.top = Top(h, request.num_top, backend_->vocab_size());
+    results->push_back(std::move(result));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<StageModel>> HashBackend::Load(
+    const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) {
+  if (!fail_next_load.ok()) return std::exchange(fail_next_load, absl::OkStatus());
+  const uint64_t weights = WeightBytes(*model_, spec.layers);
+  const uint64_t bytes = weights + uint64_t{spec.pool_blocks} * model_->block_bytes +
+                         model_->stage_workspace_bytes;
+  if (used_bytes_ + bytes > memory_bytes_) {
+    return absl::ResourceExhaustedError(absl::StrCat("needs ", bytes, " bytes, ", used_bytes_,
+                                                     " of ", memory_bytes_, " are taken"));
+  }
+  used_bytes_ += bytes;
+  progress(weights, weights);
+  return std::make_unique<HashStage>(this, spec, weights);
+}
+
+}  // namespace strait::sim

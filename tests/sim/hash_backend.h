@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// HashBackend runs the HashModel through real page tables.
+//
+// Owns:    each model owns its pool, filled with noise before use.
+// Thread:  the simulator's one thread.
+// Errors:  Load: ResourceExhausted beyond its memory, or whatever `fail_next_load` says; Forward: whatever
+//          `fail_next_forward` says.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "coordinator/core/core.h"
+#include "worker/backend.h"
+
+namespace strait::sim {
+
+class HashBackend : public Backend {
+ public:
+  HashBackend(const ModelShape* model, uint64_t memory_bytes)
+      : model_(model), memory_bytes_(memory_bytes) {}
+
+  absl::StatusOr<std::unique_ptr<StageModel>> Load(
+      const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) override;
+  uint32_t hidden_row_bytes() const override { return sizeof(uint64_t); }
+  uint32_t num_layers() const override {
+    return static_cast<uint32_t>(model_->layer_weight_bytes.size());
+  }
+  uint32_t vocab_size() const override { return model_->vocab_size; }
+  uint32_t max_positions() const override { return model_->max_positions; }
+  std::string numerics_id() const override { return "hash"; }
+
+  const ModelShape& model() const { return *model_; }
+  uint64_t used_bytes() const { return used_bytes_; }
+
+  absl::Status fail_next_load;
+  absl::Status fail_next_forward;
+
+ private:
+  friend class HashStage;
+  const ModelShape* const model_;
+  const uint64_t memory_bytes_;
+  uint64_t used_bytes_ = 0;
+};
+
+}  // namespace strait::sim

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/sim/network.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace strait::sim {
+
+void Network::Break(const LinkPtr& link, const absl::Status& why) {
+  if (link->state == Link::State::kDown) return;
+  const bool was_up = link->state == Link::State::kUp;
+  link->state = Link::State::kDown;
+  const auto tell = [&](SimTransport* end) {
+    if (end == nullptr || !end->alive_) return;
+    end->run_(Delay(), [end, edge = link->edge, why] { end->events_.on_edge_down(edge, why); });
+  };
+  tell(link->from);
+  if (was_up) tell(link->to);
+}
+
+void Network::BreakOne() {
+  std::vector<LinkPtr> up;
+  for (const auto& weak : links_) {
+    const LinkPtr link = weak.lock();
+    if (link && link->state == Link::State::kUp) up.push_back(link);
+  }
+  if (up.empty()) return;
+  const LinkPtr& link = up[world_->Random(0, up.size() - 1)];
+  world_->Trace("fault: edge from stage " + std::to_string(link->edge.from_stage_id) + " breaks");
+  Break(link, absl::UnavailableError("connection reset"));
+}
+
+SimTransport::SimTransport(Network* network, std::string address, TransportEvents events,
+                           RunAfter run)
+    : network_(network),
+      address_(std::move(address)),
+      events_(std::move(events)),
+      run_(std::move(run)) {
+  network_->by_address_[address_] = this;
+}
+
+void SimTransport::Kill() {
+  if (!alive_) return;
+  alive_ = false;
+  network_->by_address_.erase(address_);
+  const absl::Status gone = absl::UnavailableError("peer is gone");
+  for (const auto& [id, link] : outgoing_) network_->Break(link, gone);
+  for (const LinkPtr& link : incoming_) network_->Break(link, gone);
+  outgoing_.clear();
+  incoming_.clear();
+}
+
+void SimTransport::Connect(const Edge& edge) {
+  Disconnect(edge.from_stage_id);
+  auto link = std::make_shared<Link>();
+  link->edge = edge;
+  link->from = this;
+  outgoing_[edge.from_stage_id] = link;
+  network_->links_.push_back(link);
+  network_->world_->After(network_->Delay(), [network = network_, link] {
+    if (link->state != Link::State::kDialing) return;
+    const auto peer = network->by_address_.find(link->edge.peer_address);
+    if (peer == network->by_address_.end()) {
+      return network->Break(link, absl::UnavailableError("connection refused"));
+    }
+    SimTransport* to = peer->second;
+    to->run_(0, [to, link] {
+      if (link->state == Link::State::kDialing) to->Arrive(link);
+    });
+  });
+}
+
+void SimTransport::Arrive(const LinkPtr& link) {
+  link->to = this;
+  const auto it = expected_.find(link->edge.to_stage_id);
+  if (it == expected_.end() || it->second.epoch < link->edge.epoch) {
+    if (link->state == Link::State::kParked) return;
+    link->state = Link::State::kParked;  // until it is expected
+    incoming_.push_back(link);
+    return;
+  }
+  const Expected& expected = it->second;
+  if (expected.epoch > link->edge.epoch ||
+      (expected.from_stage_id != 0 && expected.from_stage_id != link->edge.from_stage_id)) {
+    return network_->Break(link, absl::AbortedError("not expected any more"));
+  }
+  if (link->state != Link::State::kParked) incoming_.push_back(link);
+  link->state = Link::State::kUp;
+  SimTransport* from = link->from;
+  from->run_(network_->Delay(), [from, link] {
+    if (link->state == Link::State::kUp) from->events_.on_edge_up(link->edge);
+  });
+}
+
+absl::Status SimTransport::Send(uint64_t from_stage_id, HiddenStep hidden) {
+  const auto it = outgoing_.find(from_stage_id);
+  if (it == outgoing_.end() || it->second->state != Link::State::kUp) {
+    return absl::UnavailableError("the edge is not up");
+  }
+  const LinkPtr link = it->second;
+  link->last_delivery_us =
+      std::max(link->last_delivery_us, network_->world_->now_us() + network_->Delay());
+  auto shared = std::make_shared<HiddenStep>(std::move(hidden));
+  network_->world_->At(link->last_delivery_us, [link, shared] {
+    if (link->state != Link::State::kUp) return;
+    SimTransport* to = link->to;
+    to->run_(0, [to, link, shared] {
+      // What was read before the break is delivered.
+      to->events_.on_hidden(link->edge.to_stage_id, std::move(*shared));
+    });
+  });
+  return absl::OkStatus();
+}
+
+void SimTransport::Disconnect(uint64_t from_stage_id) {
+  const auto it = outgoing_.find(from_stage_id);
+  if (it == outgoing_.end()) return;
+  network_->Break(it->second, absl::CancelledError("closed by the sender"));
+  outgoing_.erase(it);
+}
+
+void SimTransport::Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) {
+  expected_[to_stage_id] = {epoch, from_stage_id};
+  const std::vector<LinkPtr> links = incoming_;
+  for (const LinkPtr& link : links) {
+    if (link->edge.to_stage_id != to_stage_id || link->state == Link::State::kDown) continue;
+    if (link->edge.epoch < epoch) {
+      network_->Break(link, absl::AbortedError("an older epoch"));
+    } else if (link->state == Link::State::kParked) {
+      Arrive(link);
+    }
+  }
+  std::erase_if(incoming_, [](const LinkPtr& l) { return l->state == Link::State::kDown; });
+}
+
+void SimTransport::Forget(uint64_t to_stage_id) {
+  expected_.erase(to_stage_id);
+  for (const LinkPtr& link : incoming_) {
+    if (link->edge.to_stage_id == to_stage_id) {
+      network_->Break(link, absl::AbortedError("the stage is gone"));
+    }
+  }
+  std::erase_if(incoming_, [](const LinkPtr& l) { return l->state == Link::State::kDown; });
+}
+
+}  // namespace strait::sim

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Network and SimTransport: the Transport seam in virtual time. In-order delivery on every edge, delays from
+// the seed, edges that break.
+//
+// Owns:    Network owns the links; a SimTransport is one worker's end. Thread:  one.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "tests/sim/world.h"
+#include "worker/transport/transport.h"
+
+namespace strait::sim {
+
+class SimTransport;
+
+// One opened edge.
+struct Link {
+  enum class State { kDialing, kParked, kUp, kDown };
+  Edge edge;
+  State state = State::kDialing;
+  SimTransport* from = nullptr;
+  SimTransport* to = nullptr;  // once it arrived there
+  uint64_t last_delivery_us = 0;
+};
+using LinkPtr = std::shared_ptr<Link>;
+
+class Network {
+ public:
+  Network(World* world, uint64_t delay_us_max, double slow_chance)
+      : world_(world), delay_us_max_(delay_us_max), slow_chance_(slow_chance) {}
+
+  void Break(const LinkPtr& link, const absl::Status& why);
+  // A random link that is up breaks; nothing if there is none.
+  void BreakOne();
+
+ private:
+  friend class SimTransport;
+  uint64_t Delay() {
+    const uint64_t delay_us = world_->Random(10, delay_us_max_);
+    return world_->Chance(slow_chance_) ? delay_us * 100 : delay_us;
+  }
+  World* const world_;
+  const uint64_t delay_us_max_;
+  const double slow_chance_;
+  std::map<std::string, SimTransport*> by_address_;
+  std::vector<std::weak_ptr<Link>> links_;
+};
+
+class SimTransport : public Transport {
+ public:
+  // `run` puts a callback into its worker's own time (which may be stalled) after a delay.
+  using RunAfter = std::function<void(uint64_t delay_us, std::function<void()>)>;
+  SimTransport(Network* network, std::string address, TransportEvents events, RunAfter run);
+
+  void Connect(const Edge& edge) override;
+  absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
+  void Disconnect(uint64_t from_stage_id) override;
+  void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) override;
+  void Forget(uint64_t to_stage_id) override;
+  void Consumed(uint64_t, StepId) override {}
+
+  // The process is gone: peers learn it after a while.
+  void Kill();
+
+ private:
+  friend class Network;
+  struct Expected {
+    PipelineEpoch epoch;
+    uint64_t from_stage_id = 0;
+  };
+  void Arrive(const LinkPtr& link);
+
+  Network* const network_;
+  const std::string address_;
+  const TransportEvents events_;
+  const RunAfter run_;
+  bool alive_ = true;
+  std::map<uint64_t, LinkPtr> outgoing_;  // by from_stage_id
+  std::map<uint64_t, Expected> expected_;  // by to_stage_id
+  std::vector<LinkPtr> incoming_;          // parked and up
+};
+
+}  // namespace strait::sim

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/sim/scenario.h"
+
+#include <algorithm>
+
+#include "proto/limits.h"
+
+namespace strait::sim {
+
+Scenario MakeScenario(World* world) {
+  World& w = *world;
+  Scenario s;
+  CoreOptions& o = s.options;
+  ModelShape& m = s.model;
+
+  const auto num_layers = static_cast<uint32_t>(w.Random(1, 6));
+  m.vocab_size = static_cast<uint32_t>(w.Pick({8, 40, 300}));
+  m.max_positions = static_cast<uint32_t>(w.Pick({96, 256, 700}));
+  m.eos_token_ids = {3};
+  if (w.Chance(0.3)) m.eos_token_ids.push_back(5);
+  for (uint32_t l = 0; l < num_layers; ++l) m.layer_weight_bytes.push_back(w.Random(1000, 6000));
+  m.embedding_bytes = w.Random(0, 4000);
+  m.head_bytes = w.Random(0, 4000);
+  m.block_bytes = 1000;
+  m.stage_workspace_bytes = w.Random(0, 500);
+  m.fingerprint = 42;
+
+  o.num_stages = static_cast<uint32_t>(w.Random(1, std::min(4u, num_layers)));
+  o.num_pipelines = static_cast<uint32_t>(w.Pick({1, 1, 1, 2, 3}));
+  o.max_step_tokens = static_cast<uint32_t>(w.Pick({1, 7, 16, 64, 64, 300}));
+  o.prefill_chunk = static_cast<uint32_t>(w.Pick({1, 5, 16, 16, 64, 300}));
+  o.max_running = static_cast<uint32_t>(w.Pick({1, 2, 4, 16, 64}));
+  o.max_waiting = static_cast<uint32_t>(w.Pick({4, 20, 200}));
+  o.steps_in_flight = static_cast<uint32_t>(w.Pick({0, 0, 1, 2, 5}));
+  o.heartbeat_timeout_us = w.Pick({100'000, 500'000, 2'000'000});
+  // Requests that nobody cancels end on their own, or the run finds them stuck.
+  o.request_timeout_us = 3'600'000'000;
+  o.no_pipeline_grace_us = w.Pick({200'000, 2'000'000, 30'000'000});
+  o.step_timeout_us = 20'000'000;
+  o.activation_timeout_us = 5'000'000;
+  if (w.Chance(0.2)) o.max_cache_bytes_per_stage = w.Random(4, 20) * num_layers * m.block_bytes;
+
+  // A pool of few columns makes residents fight for them.
+  s.columns_least = static_cast<uint32_t>(w.Pick({2, 3, 6, 12, 50}));
+  uint64_t weights = m.embedding_bytes + m.head_bytes;
+  for (const uint64_t bytes : m.layer_weight_bytes) weights += bytes;
+  const uint64_t enough = weights + m.stage_workspace_bytes +
+                          uint64_t{s.columns_least} * num_layers * m.block_bytes;
+  s.equal_memory = w.Chance(0.7);
+  const uint64_t num_workers = uint64_t{o.num_stages} * o.num_pipelines + w.Pick({0, 0, 1, 2});
+  for (uint64_t i = 0; i < num_workers; ++i) {
+    s.worker_memory.push_back(s.equal_memory ? enough : enough * w.Random(10, 20) / 10);
+  }
+  if (o.max_cache_bytes_per_stage > 0) {
+    s.columns_least = std::min<uint32_t>(
+        s.columns_least, o.max_cache_bytes_per_stage / m.block_bytes / num_layers);
+  }
+
+  s.num_requests = static_cast<uint32_t>(w.Pick({1, 6, 15, 25}));
+  s.arrival_us = w.Pick({1'000, 50'000, 1'000'000});
+  s.cancel_chance = w.Pick({0.0, 0.1, 0.5});
+  s.deadline_chance = w.Pick({0.0, 0.0, 0.2});
+  s.bad_request_chance = w.Pick({0.0, 0.1});
+  s.prompt_tokens_max = static_cast<uint32_t>(w.Pick({4, 30, 100, 200}));
+  s.max_tokens_max = static_cast<uint32_t>(w.Pick({3, 20, 80}));
+
+  s.control_delay_us_max = w.Pick({100, 1'000, 5'000});
+  s.data_delay_us_max = w.Pick({100, 1'000, 5'000});
+  s.compute_us_max = w.Pick({100, 1'000, 3'000});
+  s.load_us_max = w.Pick({1'000, 100'000, 400'000});
+  s.slow_message_chance = w.Pick({0.0, 0.0, 0.002, 0.02});
+
+  if (w.Chance(0.75)) {
+    s.num_faults = static_cast<uint32_t>(w.Pick({1, 2, 4, 10}));
+    s.faults_us = w.Pick({100'000, 500'000, 2'000'000});
+    s.replacement_chance = w.Pick({1.0, 1.0, 0.5, 0.0});
+    s.heals = w.Chance(0.9);
+  }
+  if (w.Chance(0.2)) s.num_lies = static_cast<uint32_t>(w.Random(1, 2));
+  return s;
+}
+
+}  // namespace strait::sim

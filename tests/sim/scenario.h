@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Scenario is everything that a seed decides before a simulation starts: the model, the cluster, its speeds and
+// which faults it will see.
+//
+// Thread:  plain value.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "coordinator/core/core.h"
+#include "tests/sim/world.h"
+
+namespace strait::sim {
+
+struct Scenario {
+  CoreOptions options;
+  ModelShape model;
+  std::vector<uint64_t> worker_memory;  // one worker each; more than needed are spares
+  bool equal_memory = true;
+  uint32_t columns_least = 0;  // of latent blocks, that every formed pipeline can hold
+
+  uint32_t num_requests = 0;
+  uint64_t arrival_us = 0;  // requests arrive within
+  double cancel_chance = 0;
+  double deadline_chance = 0;
+  double bad_request_chance = 0;
+  uint32_t prompt_tokens_max = 0;
+  uint32_t max_tokens_max = 0;
+
+  uint64_t control_delay_us_max = 0;
+  uint64_t data_delay_us_max = 0;
+  uint64_t compute_us_max = 0;
+  uint64_t load_us_max = 0;
+  double slow_message_chance = 0;  // of a delay a hundred times as long
+
+  uint32_t num_faults = 0;
+  uint64_t faults_us = 0;  // all within
+  double replacement_chance = 1;
+  bool heals = true;  // workers that are missing come back in the end
+  uint32_t num_lies = 0;
+};
+
+Scenario MakeScenario(World* world);
+
+}  // namespace strait::sim

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Defends: in thousands of random clusters with random faults, no client sees a token lost, doubled or changed, no
+// block leaks or has two owners, no step of an old epoch runs, and everything ends.
+//
+// STRAIT_SIM_SEEDS says how many seeds to run (fewer under sanitizers), STRAIT_SIM_FIRST where to begin.
+#include <gtest/gtest.h>
+
+#include <csignal>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+
+#include "tests/sim/hash_model.h"
+#include "tests/sim/oracle.h"
+#include "tests/sim/simulation.h"
+
+namespace strait::sim {
+namespace {
+
+volatile uint64_t running_seed = 0;
+
+extern "C" void OnAbort(int) {
+  std::fprintf(stderr, "aborted in seed %llu; replay: strait_sim --seed %llu --trace\n",
+               static_cast<unsigned long long>(running_seed),
+               static_cast<unsigned long long>(running_seed));
+}
+
+uint64_t FromEnvironment(const char* name, uint64_t otherwise) {
+  const char* value = std::getenv(name);
+  return value != nullptr ? std::strtoull(value, nullptr, 10) : otherwise;
+}
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr uint64_t kSeeds = 150;
+#else
+constexpr uint64_t kSeeds = 2000;
+#endif
+
+TEST(SimTest, ManySeeds) {
+  std::signal(SIGABRT, OnAbort);
+  const uint64_t first = FromEnvironment("STRAIT_SIM_FIRST", 1);
+  const uint64_t count = FromEnvironment("STRAIT_SIM_SEEDS", kSeeds);
+  Outcome sum;
+  uint64_t failed = 0;
+  for (uint64_t seed = first; seed < first + count && failed < 20; ++seed) {
+    running_seed = seed;
+    const Outcome outcome = RunSimulation(seed, false);
+    if (!outcome.violation.empty()) {
+      ++failed;
+      ADD_FAILURE() << "seed " << seed << ": " << outcome.violation
+                    << "\n  replay: strait_sim --seed " << seed << " --trace";
+    }
+    sum.requests += outcome.requests;
+    sum.sequences_finished += outcome.sequences_finished;
+    sum.evictions += outcome.evictions;
+    sum.lies_told += outcome.lies_told;
+    sum.lies_caught += outcome.lies_caught;
+    sum.stats.steps += outcome.stats.steps;
+    sum.stats.preemptions += outcome.stats.preemptions;
+    sum.stats.recoveries += outcome.stats.recoveries;
+    sum.stats.replayed_tokens += outcome.stats.replayed_tokens;
+  }
+  std::printf(
+      "%llu seeds: %u requests, %u sequences finished, %llu steps, %llu preemptions, %llu recoveries, "
+      "%llu tokens replayed, %u evictions, %u of %u lies caught\n",
+      static_cast<unsigned long long>(count), sum.requests, sum.sequences_finished,
+      static_cast<unsigned long long>(sum.stats.steps),
+      static_cast<unsigned long long>(sum.stats.preemptions),
+      static_cast<unsigned long long>(sum.stats.recoveries),
+      static_cast<unsigned long long>(sum.stats.replayed_tokens), sum.evictions, sum.lies_caught,
+      sum.lies_told);
+  if (count < 100) return;
+  // The faults must be there, or the run proves nothing.
+  EXPECT_GT(sum.sequences_finished, sum.requests / 2);
+  EXPECT_GT(sum.stats.preemptions, count / 10);
+  EXPECT_GT(sum.stats.recoveries, count / 10);
+  EXPECT_GT(sum.stats.replayed_tokens, count);
+  // A lie that arrives after its epoch is over is ignored; most must be caught.
+  EXPECT_GT(sum.lies_caught * 2, sum.lies_told);
+}
+
+TEST(SimTest, ASeedReplays) {
+  for (const uint64_t seed : {7, 8, 9}) {
+    const Outcome a = RunSimulation(seed, false);
+    const Outcome b = RunSimulation(seed, false);
+    EXPECT_EQ(a.virtual_us, b.virtual_us);
+    EXPECT_EQ(a.stats.steps, b.stats.steps);
+    EXPECT_EQ(a.violation, b.violation);
+  }
+}
+
+// The oracle itself: what comes next depends on every token before.
+TEST(SimTest, TheOracleNoticesEveryToken) {
+  ModelShape model;
+  model.vocab_size = 1u << 30;
+  model.layer_weight_bytes = {1, 1};
+  SequenceSpec spec;
+  spec.prompt = {1, 2, 3, 4, 5};
+  spec.max_tokens = 1;
+  const TokenId token = Expect(spec, model).tokens[0].id;
+  for (size_t i = 0; i < spec.prompt.size(); ++i) {
+    SequenceSpec changed = spec;
+    ++changed.prompt[i];
+    EXPECT_NE(Expect(changed, model).tokens[0].id, token) << i;
+  }
+  std::swap(spec.prompt[1], spec.prompt[2]);
+  EXPECT_NE(Expect(spec, model).tokens[0].id, token);
+}
+
+}  // namespace
+}  // namespace strait::sim

@@ -1,0 +1,360 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/sim/sim_worker.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/status_macros.h"
+#include "proto/version.h"
+
+namespace strait::sim {
+namespace {
+
+PipelineEpoch FromWire(const v1::PipelineEpoch& wire) { return {wire.term(), wire.counter()}; }
+
+void ToWire(PipelineEpoch epoch, v1::PipelineEpoch* wire) {
+  wire->set_term(epoch.term);
+  wire->set_counter(epoch.counter);
+}
+
+}  // namespace
+
+SimWorker::SimWorker(World* world, Network* network, Control* control, const Scenario* scenario,
+                     uint64_t instance, uint64_t memory_bytes)
+    : world_(world),
+      control_(control),
+      scenario_(scenario),
+      instance_(instance),
+      memory_bytes_(memory_bytes),
+      backend_(&scenario->model, memory_bytes),
+      transport_(network, absl::StrCat("worker-", instance),
+                 {[this](const Edge& edge) { OnEdgeUp(edge); },
+                  [this](const Edge& edge, absl::Status why) { OnEdgeDown(edge, why); },
+                  [this](uint64_t stage_id, HiddenStep hidden) {
+                    OnHidden(stage_id, std::move(hidden));
+                  }},
+                 [this](uint64_t delay_us, std::function<void()> what) {
+                   RunAfter(delay_us, std::move(what));
+                 }) {
+  control_->Dial(this);
+}
+
+void SimWorker::RunAfter(uint64_t delay_us, std::function<void()> what) {
+  world_->After(delay_us, [this, what = std::move(what)]() mutable {
+    inbox_.push_back(std::move(what));
+    Drain();
+  });
+}
+
+void SimWorker::Drain() {
+  while (alive_ && !computing_ && world_->now_us() >= stalled_until_us_) {
+    if (inbox_.empty()) return TryRun();
+    const std::function<void()> what = std::move(inbox_.front());
+    inbox_.pop_front();
+    what();
+  }
+}
+
+v1::Hello SimWorker::Hello() const {
+  v1::Hello hello;
+  hello.set_wire_version(kWireVersion);
+  hello.set_name(absl::StrCat("w", instance_));
+  hello.set_data_address(absl::StrCat("worker-", instance_));
+  hello.set_memory_bytes(memory_bytes_);
+  hello.set_model_fingerprint(scenario_->model.fingerprint);
+  hello.set_numerics_id(backend_.numerics_id());
+  hello.set_backend("hash");
+  hello.set_instance(instance_);
+  return hello;
+}
+
+void SimWorker::Send(v1::FromWorker message, bool lie) {
+  control_->FromWorker(this, std::move(message), lie);
+}
+
+void SimWorker::SendState(uint64_t stage_id, v1::StageState::State state, PipelineEpoch epoch,
+                          const absl::Status& error) {
+  v1::FromWorker message;
+  v1::StageState* out = message.mutable_stage_state();
+  out->set_stage_id(stage_id);
+  out->set_state(state);
+  ToWire(epoch, out->mutable_epoch());
+  out->set_error_code(static_cast<uint32_t>(error.code()));
+  out->set_error_message(std::string(error.message()));
+  const auto it = stages_.find(stage_id);
+  if (state == v1::StageState::LOADED) {
+    out->set_weight_bytes(it->second.stage->model().weight_bytes());
+    out->set_pool_blocks(it->second.stage->model().spec().pool_blocks);
+  }
+  Send(std::move(message));
+}
+
+void SimWorker::SendError(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
+                          const absl::Status& error) {
+  v1::FromWorker message;
+  v1::StageReport* report = message.mutable_report();
+  report->set_stage_id(stage_id);
+  ToWire(epoch, report->mutable_epoch());
+  report->set_step_id(step_id);
+  report->set_error_code(static_cast<uint32_t>(error.code()));
+  report->set_error_message(std::string(error.message()));
+  Send(std::move(message));
+}
+
+void SimWorker::Receive(const v1::ToWorker& message) {
+  switch (message.message_case()) {
+    case v1::ToWorker::kWelcome:
+      heartbeat_interval_us_ = uint64_t{message.welcome().heartbeat_interval_ms()} * 1000;
+      return Heartbeat(stream_);
+    case v1::ToWorker::kLoadStage:
+      return OnLoad(message.load_stage());
+    case v1::ToWorker::kActivateStage:
+      return OnActivate(message.activate_stage());
+    case v1::ToWorker::kUnloadStage:
+      return OnUnload(message.unload_stage().stage_id());
+    case v1::ToWorker::kStep:
+      return OnStep(message.step());
+    default:
+      return world_->Violation("a worker got a message that it does not know");
+  }
+}
+
+void SimWorker::Heartbeat(uint64_t stream) {
+  if (stream != stream_) return;
+  v1::FromWorker message;
+  message.mutable_heartbeat()->set_resident_bytes(backend_.used_bytes());
+  Send(std::move(message));
+  RunAfter(heartbeat_interval_us_, [this, stream] { Heartbeat(stream); });
+}
+
+void SimWorker::StreamEnded() {
+  ++stream_;
+  for (const auto& [id, hosted] : stages_) {
+    transport_.Disconnect(id);
+    transport_.Forget(id);
+  }
+  stages_.clear();
+  RunAfter(world_->Random(1'000, 50'000), [this, stream = stream_] {
+    if (stream == stream_) control_->Dial(this);
+  });
+}
+
+void SimWorker::OnLoad(const v1::LoadStage& load) {
+  const uint64_t id = load.stage_id();
+  if (stages_.contains(id)) return world_->Violation("a stage is loaded twice");
+  stages_[id];
+  RunAfter(world_->Random(100, scenario_->load_us_max), [this, load, id, stream = stream_] {
+    if (stream != stream_ || !stages_.contains(id)) return;  // dropped while it loaded
+    const StageSpec spec{{load.layer_begin(), load.layer_end()}, load.pool_blocks()};
+    absl::StatusOr<std::unique_ptr<StageModel>> model =
+        backend_.Load(spec, [this, id](uint64_t done, uint64_t total) {
+          v1::FromWorker message;
+          message.mutable_load_progress()->set_stage_id(id);
+          message.mutable_load_progress()->set_bytes_loaded(done);
+          message.mutable_load_progress()->set_bytes_total(total);
+          Send(std::move(message));
+        });
+    if (!model.ok()) {
+      stages_.erase(id);
+      return SendState(id, v1::StageState::FAILED, {}, model.status());
+    }
+    stages_[id].stage = std::make_unique<Stage>(
+        id, *std::move(model), backend_.num_layers(), backend_.hidden_row_bytes(),
+        backend_.vocab_size(), backend_.max_positions());
+    SendState(id, v1::StageState::LOADED, {}, absl::OkStatus());
+  });
+}
+
+void SimWorker::OnActivate(const v1::ActivateStage& activate) {
+  const auto it = stages_.find(activate.stage_id());
+  if (it == stages_.end() || it->second.stage == nullptr) {
+    return world_->Violation("a stage that is not loaded is activated");
+  }
+  Hosted& hosted = it->second;
+  const PipelineEpoch epoch = FromWire(activate.epoch());
+  // A superseded activation is answered, so that each is.
+  if (hosted.active.stage_id() != 0 && !hosted.up) {
+    SendState(it->first, v1::StageState::FAILED, FromWire(hosted.active.epoch()),
+              absl::AbortedError("superseded"));
+  }
+  const absl::Status status =
+      hosted.stage->Activate(epoch, activate.stage_index(), activate.num_stages());
+  if (!status.ok()) {
+    return SendState(it->first, v1::StageState::FAILED, epoch, status);
+  }
+  hosted.active = activate;
+  hosted.up = false;
+  if (activate.stage_index() > 0) {
+    transport_.Expect(it->first, epoch, activate.previous_stage_id());
+  }
+  if (activate.next_stage_id() == 0) {
+    hosted.up = true;
+    return SendState(it->first, v1::StageState::ACTIVE, epoch, absl::OkStatus());
+  }
+  transport_.Connect({it->first, activate.next_stage_id(), epoch, activate.next_data_address()});
+}
+
+void SimWorker::OnEdgeUp(const Edge& edge) {
+  const auto it = stages_.find(edge.from_stage_id);
+  if (it == stages_.end() || FromWire(it->second.active.epoch()) != edge.epoch) return;
+  it->second.up = true;
+  SendState(it->first, v1::StageState::ACTIVE, edge.epoch, absl::OkStatus());
+}
+
+void SimWorker::OnEdgeDown(const Edge& edge, const absl::Status& why) {
+  for (const uint64_t id : {edge.from_stage_id, edge.to_stage_id}) {
+    const auto it = stages_.find(id);
+    if (it == stages_.end() || FromWire(it->second.active.epoch()) != edge.epoch) continue;
+    if (it->second.up) {
+      SendError(id, edge.epoch, 0, why);
+    } else {
+      SendState(id, v1::StageState::FAILED, edge.epoch, why);
+    }
+  }
+}
+
+void SimWorker::OnUnload(uint64_t stage_id) {
+  if (!stages_.contains(stage_id)) {
+    return SendState(stage_id, v1::StageState::FAILED, {}, absl::NotFoundError("no such stage"));
+  }
+  transport_.Disconnect(stage_id);
+  transport_.Forget(stage_id);
+  stages_.erase(stage_id);
+  SendState(stage_id, v1::StageState::UNLOADED, {}, absl::OkStatus());
+}
+
+void SimWorker::OnStep(const v1::StepPlan& plan) {
+  const auto it = stages_.find(plan.stage_id());
+  if (it == stages_.end() || it->second.stage == nullptr) {
+    return world_->Violation("a plan for a stage that is not loaded");
+  }
+  const absl::Status status = it->second.stage->AcceptPlan(plan, world_->now_us());
+  if (status.ok() || absl::IsAborted(status)) return;
+  // Core and stage share their rules: a refused plan is a bug of one of them.
+  world_->Violation(absl::StrCat("stage ", plan.stage_id(), " refused a plan: ", status.ToString()));
+}
+
+void SimWorker::OnHidden(uint64_t stage_id, HiddenStep hidden) {
+  const auto it = stages_.find(stage_id);
+  if (it == stages_.end() || it->second.stage == nullptr) return;
+  const absl::Status status = it->second.stage->AcceptHidden(std::move(hidden), world_->now_us());
+  if (status.ok() || absl::IsAborted(status)) return;
+  world_->Violation(absl::StrCat("stage ", stage_id, " refused hidden states: ", status.ToString()));
+}
+
+void SimWorker::TryRun() {
+  for (auto& [id, hosted] : stages_) {
+    if (hosted.stage == nullptr || !hosted.stage->Ready()) continue;
+    auto output = std::make_shared<StepOutput>(
+        hosted.stage->RunNext([this] { return world_->now_us(); }));
+    ++steps_run_;
+    if (FromWire(output->report.epoch()) != FromWire(hosted.active.epoch())) {
+      return world_->Violation("a step of an old epoch was executed");
+    }
+    const absl::Status sound = hosted.stage->CheckIntegrity();
+    if (!sound.ok()) return world_->Violation(absl::StrCat("stage ", id, ": ", sound.ToString()));
+    computing_ = true;
+    const uint64_t compute_us = world_->Random(10, scenario_->compute_us_max);
+    world_->After(compute_us, [this, id = id, stream = stream_, output] {
+      Finish(id, stream, output);
+    });
+    return;
+  }
+}
+
+void SimWorker::Finish(uint64_t stage_id, uint64_t stream,
+                       const std::shared_ptr<StepOutput>& output) {
+  if (!alive_) return;
+  if (world_->now_us() < stalled_until_us_) {
+    return world_->At(stalled_until_us_, [this, stage_id, stream, output] {
+      Finish(stage_id, stream, output);
+    });
+  }
+  computing_ = false;
+  if (stream == stream_ && stages_.contains(stage_id)) {
+    if (output->hidden) {
+      const absl::Status sent = transport_.Send(stage_id, *std::move(output->hidden));
+      // A broken edge tells of itself.
+      if (!sent.ok()) world_->Trace(absl::StrCat("stage ", stage_id, ": ", sent.ToString()));
+    }
+    v1::FromWorker message;
+    const bool lie = lie_next_ && Lie(&output->report);
+    *message.mutable_report() = std::move(output->report);
+    Send(std::move(message), lie);
+  }
+  Drain();
+}
+
+bool SimWorker::Lie(v1::StageReport* report) {
+  if (report->error_code() != 0) return false;
+  v1::TokenLogprob* sampled = nullptr;
+  for (v1::SequenceResult& result : *report->mutable_results()) {
+    if (result.has_sampled()) sampled = result.mutable_sampled();
+  }
+  const uint64_t kind = world_->Random(0, 6);
+  if (kind >= 3 && sampled == nullptr) return false;  // next time
+  switch (kind) {
+    case 0:
+      report->set_blocks_used(report->blocks_used() + 1);
+      break;
+    case 1:
+      report->set_step_id(report->step_id() + world_->Random(1, 3));
+      break;
+    case 2:
+      report->set_tables_digest(report->tables_digest() ^ 1);
+      break;
+    case 3:
+      sampled->set_token_id(scenario_->model.vocab_size);
+      break;
+    case 4:
+      sampled->set_logprob(std::numeric_limits<float>::quiet_NaN());
+      break;
+    case 5:
+      report->mutable_results()->RemoveLast();
+      break;
+    case 6:
+      report->mutable_results(0)->set_sequence_id(report->results(0).sequence_id() + 1);
+      break;
+  }
+  world_->Trace(absl::StrCat("fault: w", instance_, " lies (kind ", kind, ") about step ",
+                             report->step_id()));
+  lie_next_ = false;
+  lied_ = true;
+  return true;
+}
+
+void SimWorker::Kill() {
+  alive_ = false;
+  transport_.Kill();
+  stages_.clear();
+}
+
+void SimWorker::Stall(uint64_t us) {
+  stalled_until_us_ = std::max(stalled_until_us_, world_->now_us() + us);
+  world_->At(stalled_until_us_, [this] { Drain(); });
+}
+
+void SimWorker::FailNextLoad() { backend_.fail_next_load = absl::DataLossError("a bad disk"); }
+
+void SimWorker::FailNextForward() {
+  backend_.fail_next_forward = absl::InternalError("a bad device");
+}
+
+absl::Status SimWorker::CheckIntegrity() const {
+  for (const auto& [id, hosted] : stages_) {
+    if (hosted.stage != nullptr) STRAIT_RETURN_IF_ERROR(hosted.stage->CheckIntegrity());
+  }
+  return absl::OkStatus();
+}
+
+uint64_t SimWorker::BlocksHeld() const {
+  uint64_t blocks = 0;
+  for (const auto& [id, hosted] : stages_) {
+    if (hosted.stage != nullptr) blocks += hosted.stage->blocks_used();
+  }
+  return blocks;
+}
+
+}  // namespace strait::sim

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// SimWorker is a worker process in virtual time: the real Stage between a simulated stream to the coordinator
+// and a simulated Transport. It does what worker/service does.
+//
+// Owns:    its stages, its backend. Borrows: World, Network, the Control that carries its stream.
+// Thread:  the simulator's; its own time stands still while it computes or is stalled.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "strait/v1/cluster.pb.h"
+#include "tests/sim/hash_backend.h"
+#include "tests/sim/network.h"
+#include "tests/sim/scenario.h"
+#include "tests/sim/world.h"
+#include "worker/stage/stage.h"
+
+namespace strait::sim {
+
+class SimWorker;
+
+// The coordinator's end of control streams.
+class Control {
+ public:
+  virtual ~Control() = default;
+  // Opens a new stream; an older one of this worker has ended.
+  virtual void Dial(SimWorker* worker) = 0;
+  virtual void FromWorker(SimWorker* worker, v1::FromWorker message, bool lie) = 0;
+};
+
+class SimWorker {
+ public:
+  SimWorker(World* world, Network* network, Control* control, const Scenario* scenario,
+            uint64_t instance, uint64_t memory_bytes);
+
+  v1::Hello Hello() const;
+  void Receive(const v1::ToWorker& message);  // in its own time
+  void StreamEnded();                         // likewise: drops everything and dials again
+
+  // ---- Faults ----
+  void Kill();
+  void Stall(uint64_t us);
+  void FailNextLoad();
+  void FailNextForward();
+  void LieOnce() { lie_next_ = true; }
+
+  // Runs `what` in this worker's time, `delay_us` from now or when it is free; never once it is dead.
+  void RunAfter(uint64_t delay_us, std::function<void()> what);
+
+  bool alive() const { return alive_; }
+  bool lied() const { return lied_; }
+  uint64_t instance() const { return instance_; }
+  uint64_t memory_bytes() const { return memory_bytes_; }
+  uint64_t steps_run() const { return steps_run_; }
+  absl::Status CheckIntegrity() const;
+  // Latent blocks held by stages of this epoch counter or a newer one.
+  uint64_t BlocksHeld() const;
+
+ private:
+  struct Hosted {
+    std::unique_ptr<Stage> stage;  // null while it loads
+    v1::ActivateStage active;      // the last activation
+    bool up = false;               // its ACTIVE is out
+  };
+
+  void Send(v1::FromWorker message, bool lie = false);
+  void SendState(uint64_t stage_id, v1::StageState::State state, PipelineEpoch epoch,
+                 const absl::Status& error);
+  void SendError(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id, const absl::Status& error);
+  void Heartbeat(uint64_t stream);
+  void OnLoad(const v1::LoadStage& load);
+  void OnActivate(const v1::ActivateStage& activate);
+  void OnUnload(uint64_t stage_id);
+  void OnStep(const v1::StepPlan& plan);
+  void OnEdgeUp(const Edge& edge);
+  void OnEdgeDown(const Edge& edge, const absl::Status& why);
+  void OnHidden(uint64_t stage_id, HiddenStep hidden);
+  void Drain();  // does what has arrived, then computes, as far as it is free
+  void TryRun();
+  void Finish(uint64_t stage_id, uint64_t stream, const std::shared_ptr<StepOutput>& output);
+  bool Lie(v1::StageReport* report);
+
+  World* const world_;
+  Control* const control_;
+  const Scenario* const scenario_;
+  const uint64_t instance_;
+  const uint64_t memory_bytes_;
+  HashBackend backend_;
+  SimTransport transport_;
+
+  bool alive_ = true;
+  std::deque<std::function<void()>> inbox_;
+  uint64_t stalled_until_us_ = 0;
+  bool computing_ = false;
+  uint64_t stream_ = 0;  // counts its streams
+  uint64_t heartbeat_interval_us_ = 0;
+  std::map<uint64_t, Hosted> stages_;
+  bool lie_next_ = false;
+  bool lied_ = false;
+  uint64_t steps_run_ = 0;
+};
+
+}  // namespace strait::sim

@@ -1,0 +1,375 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/sim/simulation.h"
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "tests/sim/client.h"
+#include "tests/sim/scenario.h"
+#include "tests/sim/sim_worker.h"
+#include "tests/sim/world.h"
+
+namespace strait::sim {
+namespace {
+
+constexpr uint64_t kTickUs = 50'000;
+// After the last fault, everything that lives must have settled within this.
+constexpr uint64_t kSettleUs = 240'000'000;
+
+template <class... Ts>
+struct Overloaded : Ts... {
+  using Ts::operator()...;
+};
+template <class... Ts>
+Overloaded(Ts...) -> Overloaded<Ts...>;
+
+class Simulation : public Control {
+ public:
+  Simulation(uint64_t seed, bool trace)
+      : world_(seed, trace),
+        scenario_(MakeScenario(&world_)),
+        network_(&world_, scenario_.data_delay_us_max, scenario_.slow_message_chance),
+        core_(scenario_.options, scenario_.model),
+        clients_(&world_, &scenario_) {}
+
+  Outcome Run();
+
+  void Dial(SimWorker* worker) override;
+  void FromWorker(SimWorker* worker, v1::FromWorker message, bool lie) override;
+
+ private:
+  struct Stream {
+    SimWorker* worker = nullptr;
+    WorkerId id;
+    bool open = true;
+    uint64_t to_worker_us = 0;  // of the last delivery
+    uint64_t to_core_us = 0;
+  };
+  using StreamPtr = std::shared_ptr<Stream>;
+
+  uint64_t Delay() {
+    const uint64_t delay_us = world_.Random(5, scenario_.control_delay_us_max);
+    return world_.Chance(scenario_.slow_message_chance) ? delay_us * 100 : delay_us;
+  }
+  void Pump();       // what the loop does after events
+  void PumpSoon();   // now, or together with the events of the next moment
+  void Tick();
+  void Deliver(SendToWorker message);
+  void Close(const StreamPtr& stream, const absl::Status& why, bool core_learns);
+  void OnEvict(const EvictWorker& evict);
+
+  void StartWorker(uint64_t memory_bytes);
+  void SubmitOne();
+  void Fault();
+  void Heal();
+  bool Settled() const;
+  void CheckIdle();
+
+  World world_;
+  const Scenario scenario_;
+  Network network_;
+  Core core_;
+  Clients clients_;
+  std::vector<std::unique_ptr<SimWorker>> workers_;
+  std::map<SimWorker*, StreamPtr> streams_;  // the newest of each
+  std::map<WorkerId, StreamPtr> by_id_;
+  std::set<uint64_t> stalled_;  // instances that were ever stalled, or slow
+  uint64_t last_worker_id_ = 0;
+  uint64_t last_ready_us_ = 0;
+  bool pump_is_due_ = false;
+  uint32_t requests_left_ = 0;
+  bool faults_over_ = false;
+  Outcome outcome_;
+};
+
+// ---------------------------------------------------------------- the coordinator's surroundings
+
+void Simulation::Dial(SimWorker* worker) {
+  auto stream = std::make_shared<Stream>();
+  stream->worker = worker;
+  streams_[worker] = stream;
+  stream->to_core_us = world_.now_us() + Delay();
+  world_.At(stream->to_core_us, [this, stream] {
+    if (!stream->open) return;
+    stream->id = WorkerId{++last_worker_id_};
+    by_id_[stream->id] = stream;
+    world_.Trace(absl::StrCat("w", stream->worker->instance(), " attaches as worker ",
+                              stream->id.value));
+    core_.OnWorkerAttached(stream->id, stream->worker->Hello(), world_.now_us());
+    PumpSoon();
+  });
+}
+
+void Simulation::FromWorker(SimWorker* worker, v1::FromWorker message, bool lie) {
+  const StreamPtr stream = streams_[worker];
+  if (!stream->open) return;
+  outcome_.lies_told += lie;
+  stream->to_core_us = std::max(stream->to_core_us, world_.now_us() + Delay());
+  auto shared = std::make_shared<v1::FromWorker>(std::move(message));
+  world_.At(stream->to_core_us, [this, stream, shared] {
+    // A closed stream's last words may still be in the loop's queue.
+    if (!stream->open && !world_.Chance(0.3)) return;
+    if (world_.tracing() && !shared->has_heartbeat()) {
+      world_.Trace(absl::StrCat("from w", stream->worker->instance(), ": ",
+                                shared->ShortDebugString()));
+    }
+    core_.OnWorkerMessage(stream->id, *shared, world_.now_us());
+    PumpSoon();
+  });
+}
+
+void Simulation::Deliver(SendToWorker message) {
+  const auto it = by_id_.find(message.worker);
+  if (it == by_id_.end()) return world_.Violation("a message to a worker that never was");
+  const StreamPtr stream = it->second;
+  if (!stream->open) return;
+  stream->to_worker_us = std::max(stream->to_worker_us, world_.now_us() + Delay());
+  if (world_.tracing()) {
+    world_.Trace(absl::StrCat("to w", stream->worker->instance(), ": ",
+                              message.message.ShortDebugString()));
+  }
+  auto shared = std::make_shared<v1::ToWorker>(std::move(message.message));
+  world_.At(stream->to_worker_us, [this, stream, shared] {
+    if (!stream->open) return;
+    stream->worker->RunAfter(0, [this, stream, shared] {
+      if (streams_[stream->worker] == stream && stream->open) stream->worker->Receive(*shared);
+    });
+  });
+}
+
+void Simulation::Close(const StreamPtr& stream, const absl::Status& why, bool core_learns) {
+  if (!stream->open) return;
+  stream->open = false;
+  world_.After(Delay(), [stream] {
+    stream->worker->RunAfter(0, [stream] { stream->worker->StreamEnded(); });
+  });
+  if (!core_learns || stream->id.value == 0) return;
+  world_.After(Delay(), [this, stream, why] {
+    core_.OnWorkerLost(stream->id, why, world_.now_us());
+    PumpSoon();
+  });
+}
+
+void Simulation::OnEvict(const EvictWorker& evict) {
+  const StreamPtr stream = by_id_.at(evict.worker);
+  const SimWorker& worker = *stream->worker;
+  ++outcome_.evictions;
+  const std::string why = evict.why.ToString();
+  world_.Trace(absl::StrCat("evict w", worker.instance(), ": ", why));
+  const bool late = absl::IsDeadlineExceeded(evict.why) || absl::IsAborted(evict.why);
+  const bool failed = why.find("its stage failed") != std::string::npos;
+  if (worker.lied() && !late && !failed) {
+    ++outcome_.lies_caught;
+  } else if (failed ? scenario_.num_faults == 0
+                    : !late || (scenario_.num_faults == 0 && scenario_.slow_message_chance == 0)) {
+    world_.Violation(absl::StrCat("honest worker ", worker.instance(), " evicted: ", why));
+  }
+  Close(stream, evict.why, true);
+}
+
+void Simulation::PumpSoon() {
+  if (pump_is_due_) return;
+  if (world_.Chance(0.5)) return Pump();
+  pump_is_due_ = true;
+  world_.After(world_.Random(0, 100), [this] {
+    pump_is_due_ = false;
+    Pump();
+  });
+}
+
+void Simulation::Pump() {
+  const std::vector<CoreMessage> messages = core_.Take(world_.now_us());
+  const absl::Status sound = core_.CheckIntegrity();
+  if (!sound.ok()) return world_.Violation(absl::StrCat("core: ", sound.ToString()));
+  const uint64_t no_pipeline_us = world_.now_us() - last_ready_us_;
+  for (const CoreMessage& message : messages) {
+    std::visit(Overloaded{
+                   [&](const SendToWorker& m) { Deliver(m); },
+                   [&](const EvictWorker& m) { OnEvict(m); },
+                   [&](const RequestRefused& m) { clients_.OnMessage(m, core_.Ready()); },
+                   [&](const SequenceEnded& m) {
+                     clients_.OnMessage(m, no_pipeline_us, core_.Stats().workers_lost);
+                   },
+                   [&](const auto& m) { clients_.OnMessage(m); },
+               },
+               message);
+  }
+  if (core_.Ready()) last_ready_us_ = world_.now_us();
+}
+
+void Simulation::Tick() {
+  core_.OnTick(world_.now_us());
+  Pump();
+  world_.After(kTickUs, [this] { Tick(); });
+}
+
+// ---------------------------------------------------------------- what happens to it
+
+void Simulation::StartWorker(uint64_t memory_bytes) {
+  workers_.push_back(std::make_unique<SimWorker>(&world_, &network_, this, &scenario_,
+                                                 workers_.size() + 1, memory_bytes));
+}
+
+void Simulation::SubmitOne() {
+  --requests_left_;
+  ++outcome_.requests;
+  RequestId id;
+  RequestSpec spec = clients_.Make(&id);
+  const size_t num_sequences = spec.sequences.size();
+  core_.OnSubmit(id, std::move(spec), world_.now_us());
+  PumpSoon();
+  if (!world_.Chance(scenario_.cancel_chance)) return;
+  std::optional<uint32_t> index;
+  if (num_sequences > 1 && world_.Chance(0.5)) {
+    index = static_cast<uint32_t>(world_.Random(0, num_sequences - 1));
+  }
+  world_.After(world_.Random(0, world_.Pick({1'000, 50'000, 500'000})), [this, id, index] {
+    world_.Trace(absl::StrCat("cancel ", id.value));
+    clients_.OnCancel(id, index);
+    core_.OnCancel(id, index, world_.now_us());
+    PumpSoon();
+  });
+}
+
+void Simulation::Fault() {
+  std::vector<SimWorker*> alive;
+  for (const auto& worker : workers_) {
+    if (worker->alive()) alive.push_back(worker.get());
+  }
+  if (alive.empty()) return;
+  SimWorker* worker = alive[world_.Random(0, alive.size() - 1)];
+  const std::string name = absl::StrCat("fault: w", worker->instance());
+  const StreamPtr stream = streams_[worker];
+  switch (world_.Random(0, 9)) {
+    case 0:
+    case 1:
+    case 2:
+    case 3: {
+      // The host may vanish without a word: then only the missing heartbeats tell.
+      const bool silent = world_.Chance(0.3);
+      world_.Trace(absl::StrCat(name, silent ? " vanishes" : " dies"));
+      worker->Kill();
+      if (!silent) {
+        world_.After(Delay(), [this, stream] {
+          stream->open = false;
+          if (stream->id.value == 0) return;
+          core_.OnWorkerLost(stream->id, absl::UnavailableError("stream broke"), world_.now_us());
+          PumpSoon();
+        });
+      }
+      if (!world_.Chance(scenario_.replacement_chance)) return;
+      return world_.After(world_.Random(1'000, 1'000'000),
+                          [this, memory = worker->memory_bytes()] { StartWorker(memory); });
+    }
+    case 4:
+      world_.Trace(name + "'s stream breaks");
+      return Close(stream, absl::UnavailableError("stream broke"), true);
+    case 5:
+    case 6: {
+      const uint64_t us = world_.Random(1'000, 3 * scenario_.options.heartbeat_timeout_us);
+      world_.Trace(absl::StrCat(name, " stalls for ", us / 1000, " ms"));
+      return worker->Stall(us);
+    }
+    case 7:
+      return network_.BreakOne();
+    case 8:
+      world_.Trace(name + "'s next step fails");
+      return worker->FailNextForward();
+    case 9:
+      world_.Trace(name + "'s next load fails");
+      return worker->FailNextLoad();
+  }
+}
+
+void Simulation::Heal() {
+  faults_over_ = true;
+  world_.Trace("faults are over");
+  if (!scenario_.heals) return;
+  std::multiset<uint64_t> missing(scenario_.worker_memory.begin(), scenario_.worker_memory.end());
+  for (const auto& worker : workers_) {
+    if (!worker->alive()) continue;
+    const auto it = missing.find(worker->memory_bytes());
+    if (it != missing.end()) missing.erase(it);
+  }
+  for (const uint64_t memory : missing) StartWorker(memory);
+}
+
+bool Simulation::Settled() const {
+  if (requests_left_ > 0 || !faults_over_ || clients_.num_live() > 0) return false;
+  const CoreStats stats = core_.Stats();
+  if (stats.blocks_used > 0) return false;
+  return !scenario_.heals || stats.pipelines_active == scenario_.options.num_pipelines;
+}
+
+void Simulation::CheckIdle() {
+  const CoreStats stats = core_.Stats();
+  if (stats.running + stats.waiting + stats.blocks_used != 0) {
+    return world_.Violation(absl::StrCat("at idle ", stats.running, " run, ", stats.waiting,
+                                         " wait, ", stats.blocks_used, " blocks are used"));
+  }
+  if (stats.pipelines_active < scenario_.options.num_pipelines) return;
+  for (const auto& worker : workers_) {
+    if (worker->alive() && worker->BlocksHeld() != 0) {
+      return world_.Violation(absl::StrCat("at idle w", worker->instance(), " holds ",
+                                           worker->BlocksHeld(), " blocks"));
+    }
+  }
+}
+
+Outcome Simulation::Run() {
+  last_ready_us_ = world_.now_us();
+  const uint64_t begin_us = world_.now_us();
+  for (const uint64_t memory : scenario_.worker_memory) {
+    const uint64_t delay_us = world_.Random(0, 20'000);
+    world_.After(delay_us, [this, memory] { StartWorker(memory); });
+  }
+  requests_left_ = scenario_.num_requests;
+  for (uint32_t i = 0; i < scenario_.num_requests; ++i) {
+    // Some come before anybody can serve them.
+    world_.After(world_.Chance(0.1) ? 0 : scenario_.load_us_max +
+                                              world_.Random(0, 50'000 + scenario_.arrival_us),
+                 [this] { SubmitOne(); });
+  }
+  const uint64_t faults_from_us = world_.Chance(0.5) ? 0 : scenario_.load_us_max;
+  for (uint32_t i = 0; i < scenario_.num_faults; ++i) {
+    world_.After(faults_from_us + world_.Random(0, scenario_.faults_us), [this] { Fault(); });
+  }
+  for (uint32_t i = 0; i < scenario_.num_lies; ++i) {
+    world_.After(scenario_.load_us_max + world_.Random(0, 200'000), [this] {
+      workers_[world_.Random(0, workers_.size() - 1)]->LieOnce();
+    });
+  }
+  // Replacements of killed workers come up to a second later.
+  world_.After(faults_from_us + scenario_.faults_us + 1'100'000, [this] { Heal(); });
+  Tick();
+
+  const uint64_t limit_us = begin_us + scenario_.load_us_max + scenario_.faults_us +
+                            scenario_.arrival_us + scenario_.options.no_pipeline_grace_us + kSettleUs;
+  while (world_.RunOne()) {
+    if (world_.now_us() > limit_us) {
+      world_.Violation(absl::StrCat("not settled: ", clients_.num_live(), " requests live:",
+                                    clients_.Stuck(), "; ", core_.StatusJson(world_.now_us())));
+    }
+    if (Settled()) break;
+  }
+  // What is under way arrives, nothing more happens.
+  const uint64_t end_us = world_.now_us() + 3'000'000;
+  while (world_.violation().empty() && world_.now_us() < end_us) world_.RunOne();
+  if (world_.violation().empty()) CheckIdle();
+  outcome_.violation = world_.violation();
+  outcome_.stats = core_.Stats();
+  outcome_.sequences_finished = clients_.num_finished();
+  outcome_.virtual_us = world_.now_us() - begin_us;
+  return outcome_;
+}
+
+}  // namespace
+
+Outcome RunSimulation(uint64_t seed, bool trace) { return Simulation(seed, trace).Run(); }
+
+}  // namespace strait::sim

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// TestPipeline: real Stages over a CpuBackend, in one thread, hidden states handed on directly.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "tests/worker/stage/plans.h"
+#include "worker/model/cpu_backend.h"
+#include "worker/stage/stage.h"
+
+namespace strait {
+
+class TestPipeline {
+ public:
+  // `ends`: the layer after each stage's last one, rising to num_hidden_layers.
+  TestPipeline(const CpuBackendOptions& options, std::unique_ptr<WeightSource> source,
+               std::vector<LayerIndex> ends, uint32_t sequence_tokens = 2048) {
+    auto backend = CpuBackend::Create(options, std::move(source));
+    EXPECT_TRUE(backend.ok()) << backend.status();
+    backend_ = *std::move(backend);
+    LayerIndex begin = 0;
+    for (const LayerIndex end : ends) {
+      StageSpec spec;
+      spec.layers = {begin, end};
+      spec.pool_blocks = static_cast<uint32_t>(BlocksOfSequence(sequence_tokens, end - begin));
+      auto model = backend_->Load(spec, {});
+      EXPECT_TRUE(model.ok()) << model.status();
+      auto stage = std::make_unique<Stage>(stages_.size(), *std::move(model),
+                                           backend_->num_layers(), backend_->hidden_row_bytes(),
+                                           backend_->vocab_size(), backend_->max_positions());
+      EXPECT_TRUE(stage
+                      ->Activate({1, 1}, static_cast<uint32_t>(stages_.size()),
+                                 static_cast<uint32_t>(ends.size()))
+                      .ok());
+      stages_.push_back(std::move(stage));
+      begin = end;
+    }
+  }
+
+  v1::StepPlan Plan() {
+    v1::StepPlan plan;
+    plan.mutable_epoch()->set_term(1);
+    plan.mutable_epoch()->set_counter(1);
+    plan.set_step_id(next_step_++);
+    return plan;
+  }
+
+  // The last stage's results.
+  std::vector<v1::SequenceResult> Run(v1::StepPlan plan) {
+    std::optional<HiddenStep> hidden;
+    StepOutput out;
+    for (const auto& stage : stages_) {
+      plan.set_stage_id(stage->stage_id());
+      const absl::Status accepted = stage->AcceptPlan(plan, 0);
+      EXPECT_TRUE(accepted.ok()) << accepted;
+      if (hidden) {
+        EXPECT_TRUE(stage->AcceptHidden(*std::move(hidden), 0).ok());
+      }
+      out = stage->RunNext([] { return uint64_t{0}; });
+      EXPECT_EQ(out.report.error_code(), 0u) << out.report.error_message();
+      EXPECT_TRUE(stage->CheckIntegrity().ok()) << stage->CheckIntegrity();
+      hidden = std::move(out.hidden);
+    }
+    return {out.report.results().begin(), out.report.results().end()};
+  }
+
+  CpuBackend& backend() { return *backend_; }
+
+ private:
+  std::unique_ptr<CpuBackend> backend_;
+  std::vector<std::unique_ptr<Stage>> stages_;
+  uint64_t next_step_ = 1;
+};
+
+}  // namespace strait

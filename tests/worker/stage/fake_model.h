@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// FakeModel writes a number per layer and position into cache rows and checks, whenever it runs,
+// that it reads back through the page tables what every earlier step wrote there. Its tokens are a
+// hash of what it read, so a lost, foreign or overwritten row changes them.
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "proto/limits.h"
+#include "strait/v1/cluster.pb.h"
+#include "tests/worker/stage/plans.h"
+#include "worker/stage/stage.h"
+
+namespace strait {
+
+inline constexpr uint32_t kFakeVocab = 1000;
+inline constexpr uint32_t kFakeHiddenRowBytes = 8;
+
+inline uint64_t FakeMix(uint64_t a, uint64_t b) {
+  uint64_t x = a * 0x9E3779B97F4A7C15u + b + 1;
+  x ^= x >> 31;
+  x *= 0xBF58476D1CE4E5B9u;
+  return x ^ (x >> 29);
+}
+
+// What the fake writes for a token, and what all rows up to a position hash to.
+inline uint64_t FakeRow(uint64_t layer, TokenId token, uint32_t position) {
+  return FakeMix(FakeMix(layer, token), position);
+}
+inline uint64_t FakeHash(LayerRange layers, absl::Span<const TokenId> tokens) {
+  uint64_t hash = 0;
+  for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
+    for (uint32_t p = 0; p < tokens.size(); ++p) hash = FakeMix(hash, FakeRow(layer, tokens[p], p));
+  }
+  return hash;
+}
+
+class FakeModel : public StageModel {
+ public:
+  FakeModel(LayerRange layers, uint32_t pool_blocks, uint32_t num_layers)
+      : spec_{layers, pool_blocks}, last_(layers.end == num_layers) {
+    rows_.resize(size_t{pool_blocks} * limits::kBlockTokens);
+  }
+
+  absl::Status Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
+                       absl::Span<std::byte> hidden_out,
+                       std::vector<LogitsResult>* results) override {
+    if (fail_next) return absl::DataLossError("the fake was told to fail");
+    EXPECT_EQ(hidden_in.size(),
+              spec_.layers.begin == 0 ? 0 : batch.num_tokens * kFakeHiddenRowBytes);
+    EXPECT_EQ(hidden_out.size(), last_ ? 0 : batch.num_tokens * kFakeHiddenRowBytes);
+    uint32_t num_rows = 0;
+    std::vector<uint32_t> first_row;
+    for (const BatchSequence& sequence : batch.sequences) {
+      EXPECT_EQ(sequence.tokens.size(), sequence.first_position + sequence.num_tokens);
+      EXPECT_EQ(sequence.page_tables.size(), spec_.layers.size());
+      first_row.push_back(num_rows);
+      num_rows += sequence.num_tokens;
+      for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer) {
+        for (uint32_t p = sequence.first_position; p < sequence.tokens.size(); ++p) {
+          Row(sequence, layer, p) = FakeRow(spec_.layers.begin + layer, sequence.tokens[p], p);
+        }
+      }
+    }
+    EXPECT_EQ(num_rows, batch.num_tokens);
+    for (const LogitsRequest& request : batch.logits) {
+      const BatchSequence& sequence = batch.sequences[request.sequence_index];
+      const uint32_t length =
+          sequence.first_position + request.row - first_row[request.sequence_index] + 1;
+      uint64_t hash = 0;
+      for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer) {
+        for (uint32_t p = 0; p < length; ++p) hash = FakeMix(hash, Row(sequence, layer, p));
+      }
+      LogitsResult result;
+      result.token = request.sample ? static_cast<TokenId>(hash % kFakeVocab) : request.token;
+      result.logprob = -static_cast<float>(hash % 4096);
+      for (uint32_t i = 0; i < request.num_top; ++i) result.top.emplace_back(i, -1.0f - i);
+      results->push_back(result);
+    }
+    if (!last_) std::memset(hidden_out.data(), 1, hidden_out.size());
+    ++num_forwards;
+    return absl::OkStatus();
+  }
+
+  const StageSpec& spec() const override { return spec_; }
+  uint64_t weight_bytes() const override { return 0; }
+  uint64_t cache_bytes() const override { return rows_.size() * sizeof(uint64_t); }
+
+  bool fail_next = false;
+  int num_forwards = 0;
+
+ private:
+  uint64_t& Row(const BatchSequence& sequence, uint32_t layer, uint32_t position) {
+    const BlockId block = sequence.page_tables[layer].at(position / limits::kBlockTokens);
+    return rows_.at(size_t{block} * limits::kBlockTokens + position % limits::kBlockTokens);
+  }
+
+  const StageSpec spec_;
+  const bool last_;
+  std::vector<uint64_t> rows_;
+};
+
+// A stage with its fake.
+struct FakeStage {
+  static constexpr uint64_t kStageId = 5;
+  static constexpr uint32_t kMaxPositions = 2000;
+
+  FakeStage(LayerRange layers, uint32_t num_layers, uint32_t pool_blocks) {
+    auto owned = std::make_unique<FakeModel>(layers, pool_blocks, num_layers);
+    model = owned.get();
+    stage = std::make_unique<Stage>(kStageId, std::move(owned), num_layers, kFakeHiddenRowBytes,
+                                    kFakeVocab, kMaxPositions);
+  }
+
+  v1::StepPlan Plan(uint64_t step) const {
+    v1::StepPlan plan;
+    plan.set_stage_id(kStageId);
+    plan.set_step_id(step);
+    plan.mutable_epoch()->set_term(stage->epoch().term);
+    plan.mutable_epoch()->set_counter(stage->epoch().counter);
+    return plan;
+  }
+  HiddenStep Hidden(uint64_t step, uint32_t num_tokens) const {
+    return {stage->epoch(), StepId{step}, num_tokens,
+            std::vector<std::byte>(size_t{num_tokens} * kFakeHiddenRowBytes)};
+  }
+  StepOutput Run() {
+    return stage->RunNext([this] { return now_us += 10; });
+  }
+
+  FakeModel* model;
+  std::unique_ptr<Stage> stage;
+  uint64_t now_us = 0;
+};
+
+}  // namespace strait

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// strait-worker: a process with one device that serves the layers that a coordinator gives it.
+#include <sched.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <optional>
+#include <sstream>
+#include <string>
+
+#include "CLI/CLI.hpp"
+#include "absl/strings/str_cat.h"
+#include "kernels/cpu/simd_level.h"
+#include "proto/log.h"
+#include "proto/model_config.h"
+#include "proto/rpc/address.h"
+#include "proto/rpc/process.h"
+#include "proto/status_macros.h"
+#include "proto/version.h"
+#include "worker/checkpoint/weights.h"
+#include "worker/model/cpu_backend.h"
+#include "worker/service.h"
+
+namespace strait {
+namespace {
+
+struct Flags {
+  std::string coordinator = "127.0.0.1:7000";
+  std::string model;
+  std::string listen = "127.0.0.1:0";
+  std::string advertise;
+  std::string name;
+  std::string simd;
+  std::string cache_format = "fp32";
+  std::string log_level = "info";
+  std::optional<uint64_t> random_weights;
+  uint64_t memory_bytes = 0;
+  uint32_t threads = 0;
+  bool log_json = false;
+  bool insecure = false;
+};
+
+// Of what the machine can give, this much: the rest is for workspaces, buffers and the page cache.
+constexpr double kDefaultMemoryShare = 0.8;
+
+uint64_t ReadNumber(const std::string& path, const std::string& key) {
+  std::ifstream file(path);
+  std::string line;
+  while (std::getline(file, line)) {
+    std::istringstream words(line);
+    std::string first;
+    uint64_t value = 0;
+    if (key.empty()) {
+      if (words >> value) return value;
+    } else if (words >> first >> value && first == key) {
+      return value;
+    }
+  }
+  return 0;
+}
+
+// What the machine, or the container around this process, has left.
+uint64_t AvailableMemory() {
+  uint64_t bytes = ReadNumber("/proc/meminfo", "MemAvailable:") * 1024;
+  const uint64_t most = ReadNumber("/sys/fs/cgroup/memory.max", "");
+  const uint64_t used = ReadNumber("/sys/fs/cgroup/memory.current", "");
+  if (most > 0) bytes = std::min(bytes, most > used ? most - used : 0);
+  return bytes;
+}
+
+uint32_t AvailableCores() {
+  cpu_set_t cores;
+  if (sched_getaffinity(0, sizeof(cores), &cores) != 0) return 1;
+  return static_cast<uint32_t>(std::max(1, CPU_COUNT(&cores)));
+}
+
+absl::StatusOr<std::optional<cpu::SimdLevel>> ParseSimd(const std::string& text) {
+  if (text.empty()) return std::nullopt;
+  for (auto level : {cpu::SimdLevel::kPortable, cpu::SimdLevel::kAvx2, cpu::SimdLevel::kAvx512}) {
+    if (text == cpu::SimdLevelName(level)) return level;
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("--simd ", text, " is unknown: use portable, avx2 or avx512"));
+}
+
+absl::Status CheckAddresses(const Flags& flags) {
+  if (auto parsed = rpc::ParseHostPort(flags.coordinator); !parsed.ok()) {
+    return absl::InvalidArgumentError(absl::StrCat("--coordinator: ", parsed.status().message()));
+  }
+  STRAIT_ASSIGN_OR_RETURN(const rpc::HostPort listen,
+                          rpc::ParseListenAddress(flags.listen, "--listen", flags.insecure));
+  if (flags.advertise.empty() && (listen.host == "0.0.0.0" || listen.host == "::")) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--listen ", flags.listen,
+        " is every address of this machine: say with --advertise host:port which one others dial"));
+  }
+  if (!flags.advertise.empty()) {
+    auto parsed = rpc::ParseHostPort(flags.advertise);
+    if (!parsed.ok()) {
+      return absl::InvalidArgumentError(absl::StrCat("--advertise: ", parsed.status().message()));
+    }
+    if (parsed->port == 0)
+      return absl::InvalidArgumentError("--advertise needs a port other than 0");
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<CpuBackend>> MakeBackend(const Flags& flags, uint32_t threads,
+                                                        uint64_t memory_bytes) {
+  CpuBackendOptions options;
+  options.num_threads = threads;
+  options.memory_bytes = memory_bytes;
+  STRAIT_ASSIGN_OR_RETURN(options.simd, ParseSimd(flags.simd));
+  options.row_format = flags.cache_format == "bf16" ? RowFormat::kBf16 : RowFormat::kFp32;
+  std::unique_ptr<WeightSource> weights;
+  if (flags.random_weights) {
+    STRAIT_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(flags.model));
+    weights = MakeRandomWeights(config, *flags.random_weights, threads);
+  } else {
+    STRAIT_ASSIGN_OR_RETURN(weights, OpenCheckpointWeights(flags.model));
+  }
+  return CpuBackend::Create(options, std::move(weights));
+}
+
+absl::Status Run(const Flags& flags) {
+  StopSignals signals;
+  STRAIT_RETURN_IF_ERROR(CheckAddresses(flags));
+  const uint32_t threads = flags.threads > 0 ? flags.threads : AvailableCores();
+  const uint64_t memory_bytes =
+      flags.memory_bytes > 0
+          ? flags.memory_bytes
+          : static_cast<uint64_t>(static_cast<double>(AvailableMemory()) * kDefaultMemoryShare);
+  STRAIT_ASSIGN_OR_RETURN(auto backend, MakeBackend(flags, threads, memory_bytes));
+
+  WorkerOptions options;
+  options.coordinator_address = flags.coordinator;
+  options.listen_address = flags.listen;
+  options.advertise_address = flags.advertise;
+  options.name = flags.name;
+  options.memory_bytes = memory_bytes;
+  options.num_threads = threads;
+  options.model_fingerprint = ModelFingerprint(backend->config());
+  STRAIT_ASSIGN_OR_RETURN(auto worker, WorkerProcess::Create(options, backend.get()));
+  Log(LogLevel::kInfo, "worker started",
+      {{"model", flags.model},
+       {"data_address", worker->data_address()},
+       {"memory_bytes", memory_bytes},
+       {"threads", threads},
+       {"numerics", backend->numerics_id()},
+       {"coordinator", flags.coordinator}});
+  signals.Watch([&worker] { worker->Stop(); });
+  worker->Run();
+  signals.Forget();
+  // A load cannot be interrupted; nothing of it outlives the process.
+  const bool loading = worker->loading();
+  Log(LogLevel::kInfo, "worker stopped");
+  std::fflush(nullptr);
+  if (loading) std::_Exit(0);
+  return absl::OkStatus();
+}
+
+}  // namespace
+}  // namespace strait
+
+int main(int argc, char** argv) {
+  using namespace strait;
+  QuietGrpc();
+  Flags flags;
+  CLI::App app(
+      "strait-worker serves layers of a DeepSeek-architecture model.\n"
+      "It attaches to a coordinator, which tells it what to load and what to compute. Every flag "
+      "is also "
+      "an environment variable, as shown in brackets.",
+      "strait-worker");
+  app.set_version_flag("--version", kVersion);
+  AddFlag(app, "--coordinator", flags.coordinator,
+          "Where the coordinator listens for workers, host:port");
+  AddFlag(app, "--model", flags.model, "Model directory: config.json and safetensors")
+      ->required()
+      ->check(CLI::ExistingDirectory);
+  AddFlag(app, "--listen", flags.listen,
+          "Where other workers send hidden states; port 0 takes a free one. Another address than a "
+          "loopback one needs --insecure");
+  AddFlag(
+      app, "--advertise", flags.advertise,
+      "host:port under which other workers reach --listen; default: the address it is bound to");
+  AddFlag(app, "--memory", flags.memory_bytes,
+          "Bytes for weights and cache, e.g. 8GiB; default: 80 % of the available memory")
+      ->transform(CLI::AsSizeValue(false));
+  AddFlag(app, "--threads", flags.threads, "Threads that compute; 0: one for each available core");
+  AddFlag(app, "--simd", flags.simd,
+          "portable, avx2 or avx512; default: the widest that there is. All give the same bits");
+  AddFlag(app, "--random-weights", flags.random_weights,
+          "Fill weights from this seed instead of reading them");
+  AddFlag(app, "--cache-format", flags.cache_format, "Row format of the latent cache")
+      ->check(CLI::IsMember({"fp32", "bf16"}));
+  AddFlag(app, "--name", flags.name, "Name for people, in status and logs; default: worker");
+  AddSwitch(app, "--insecure", flags.insecure,
+            "Let --listen be reached from other machines, neither encrypted nor authenticated");
+  AddFlag(app, "--log-level", flags.log_level, "debug, info, warning or error");
+  AddSwitch(app, "--log-json", flags.log_json, "Log JSON lines");
+  CLI11_PARSE(app, argc, argv);
+
+  LogLevel level;
+  if (absl::Status parsed = ParseLogLevel(flags.log_level, &level); !parsed.ok()) {
+    std::fprintf(stderr, "strait-worker: %s\n", std::string(parsed.message()).c_str());
+    return 2;
+  }
+  if (flags.name.empty()) flags.name = "worker";
+  InitLog(flags.name, level, flags.log_json);
+  if (absl::Status status = Run(flags); !status.ok()) {
+    Log(LogLevel::kError, "cannot start", {{"why", status}});
+    return 1;
+  }
+  return 0;
+}

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// StageLoader loads stages one after the other on a thread of its own.
+//
+// Borrows: the Backend.
+// Thread:  Enqueue, CancelBefore: loop thread. `done` and `progress` are called on the loader's
+// thread (progress
+//          on any) and must only enqueue. The destructor waits for the load under way.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <thread>
+
+#include "absl/status/statusor.h"
+#include "proto/rpc/queue.h"
+#include "worker/backend.h"
+
+namespace strait {
+
+struct LoadJob {
+  uint64_t session = 0;
+  uint64_t stage_id = 0;
+  StageSpec spec;
+};
+
+class StageLoader {
+ public:
+  using Progress = std::function<void(const LoadJob&, uint64_t done, uint64_t total)>;
+  using Done = std::function<void(const LoadJob&, absl::StatusOr<std::unique_ptr<StageModel>>)>;
+
+  StageLoader(Backend* backend, Progress progress, Done done);
+  ~StageLoader();
+
+  void Enqueue(LoadJob job);
+  // Jobs of older sessions that wait are answered Cancelled instead of loaded.
+  void CancelBefore(uint64_t session) { least_session_ = session; }
+  bool busy() const { return busy_; }
+
+ private:
+  void Run();
+
+  Backend* const backend_;
+  const Progress progress_;
+  const Done done_;
+  std::atomic<uint64_t> least_session_ = 0;
+  std::atomic<bool> busy_ = false;
+  std::atomic<bool> stop_ = false;
+  BoundedQueue<LoadJob> jobs_;
+  std::thread thread_;
+};
+
+}  // namespace strait

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/service_messages.h"
+
+#include <unistd.h>
+
+#include <random>
+
+#include "proto/version.h"
+
+namespace strait {
+namespace {
+
+void ToProto(PipelineEpoch epoch, v1::PipelineEpoch* out) {
+  out->set_term(epoch.term);
+  out->set_counter(epoch.counter);
+}
+
+v1::FromWorker StateMessage(uint64_t stage_id, v1::StageState::State state) {
+  v1::FromWorker message;
+  message.mutable_stage_state()->set_stage_id(stage_id);
+  message.mutable_stage_state()->set_state(state);
+  return message;
+}
+
+}  // namespace
+
+PipelineEpoch FromProto(const v1::PipelineEpoch& epoch) { return {epoch.term(), epoch.counter()}; }
+
+v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
+                    const std::string& data_address) {
+  v1::Hello hello;
+  hello.set_wire_version(kWireVersion);
+  hello.set_name(options.name);
+  hello.set_data_address(data_address);
+  hello.set_memory_bytes(options.memory_bytes);
+  hello.set_model_fingerprint(options.model_fingerprint);
+  hello.set_numerics_id(backend.numerics_id());
+  hello.set_backend(options.backend_name);
+  hello.set_num_threads(options.num_threads);
+  std::random_device random;
+  hello.set_instance(uint64_t{random()} << 32 | random());
+  hello.set_process_id(static_cast<uint32_t>(getpid()));
+  return hello;
+}
+
+v1::FromWorker ProgressMessage(uint64_t stage_id, uint64_t bytes_loaded, uint64_t bytes_total) {
+  v1::FromWorker message;
+  v1::LoadProgress& progress = *message.mutable_load_progress();
+  progress.set_stage_id(stage_id);
+  progress.set_bytes_loaded(bytes_loaded);
+  progress.set_bytes_total(bytes_total);
+  return message;
+}
+
+v1::FromWorker LoadedMessage(uint64_t stage_id, const StageModel& model) {
+  v1::FromWorker message = StateMessage(stage_id, v1::StageState::LOADED);
+  message.mutable_stage_state()->set_weight_bytes(model.weight_bytes());
+  message.mutable_stage_state()->set_pool_blocks(model.spec().pool_blocks);
+  return message;
+}
+
+v1::FromWorker ActiveMessage(uint64_t stage_id, PipelineEpoch epoch) {
+  v1::FromWorker message = StateMessage(stage_id, v1::StageState::ACTIVE);
+  ToProto(epoch, message.mutable_stage_state()->mutable_epoch());
+  return message;
+}
+
+v1::FromWorker UnloadedMessage(uint64_t stage_id) {
+  return StateMessage(stage_id, v1::StageState::UNLOADED);
+}
+
+v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch) {
+  v1::FromWorker message = StateMessage(stage_id, v1::StageState::FAILED);
+  v1::StageState& state = *message.mutable_stage_state();
+  state.set_error_code(static_cast<uint32_t>(why.code()));
+  state.set_error_message(std::string(why.message()));
+  ToProto(epoch, state.mutable_epoch());
+  return message;
+}
+
+v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
+                            const absl::Status& why) {
+  v1::FromWorker message;
+  v1::StageReport& report = *message.mutable_report();
+  report.set_stage_id(stage_id);
+  report.set_step_id(step_id);
+  ToProto(epoch, report.mutable_epoch());
+  report.set_error_code(static_cast<uint32_t>(why.code()));
+  report.set_error_message(std::string(why.message()));
+  return message;
+}
+
+}  // namespace strait

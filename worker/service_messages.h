@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The messages that a worker sends to its coordinator, made from typed values.
+//
+// Thread:  pure functions, but MakeHello, which draws the instance.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "absl/status/status.h"
+#include "proto/ids.h"
+#include "strait/v1/cluster.pb.h"
+#include "worker/backend.h"
+#include "worker/service.h"
+
+namespace strait {
+
+PipelineEpoch FromProto(const v1::PipelineEpoch& epoch);
+
+v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
+                    const std::string& data_address);
+v1::FromWorker ProgressMessage(uint64_t stage_id, uint64_t bytes_loaded, uint64_t bytes_total);
+v1::FromWorker LoadedMessage(uint64_t stage_id, const StageModel& model);
+v1::FromWorker ActiveMessage(uint64_t stage_id, PipelineEpoch epoch);
+v1::FromWorker UnloadedMessage(uint64_t stage_id);
+// Answers a request of the coordinator that failed; `epoch` of an activation.
+v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch);
+// The stage cannot go on in this epoch. `step_id` 0: no step's fault, an edge broke.
+v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
+                            const absl::Status& why);
+
+}  // namespace strait

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/stage/plan_ledger.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/check.h"
+#include "proto/limits.h"
+#include "proto/reservation.h"
+#include "proto/status_macros.h"
+#include "worker/stage/sampling_check.h"
+
+namespace strait {
+namespace {
+
+absl::Status Annotate(const absl::Status& status, uint64_t step_id) {
+  return absl::Status(status.code(),
+                      absl::StrCat("plan of step ", step_id, ": ", status.message()));
+}
+
+absl::Status CheckCount(const char* what, uint64_t count, uint64_t most) {
+  if (count <= most) return absl::OkStatus();
+  return absl::ResourceExhaustedError(absl::StrCat(count, " ", what, ", at most ", most));
+}
+
+}  // namespace
+
+const PlanLedger::Sequence* PlanLedger::Find(const CheckedPlan& checked, SequenceId id) const {
+  const auto change = checked.changes.find(id);
+  if (change != checked.changes.end()) return change->second ? &*change->second : nullptr;
+  const auto it = sequences_.find(id);
+  return it == sequences_.end() ? nullptr : &it->second;
+}
+
+absl::StatusOr<PlanLedger::CheckedPlan> PlanLedger::Check(v1::StepPlan plan) const {
+  CheckedPlan checked;
+  const auto check = [&]() -> absl::Status {
+    if (plan.step_id() != next_step_.value) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("step ", next_step_.value, " is the next one of this epoch"));
+    }
+    STRAIT_RETURN_IF_ERROR(
+        CheckCount("cache operations", plan.cache_ops_size(), limits::kMaxCacheOps));
+    STRAIT_RETURN_IF_ERROR(
+        CheckCount("sequences", plan.sequences_size(), limits::kMaxStepSequences));
+    checked.blocks_after = blocks_;
+    checked.sequences_after = static_cast<uint32_t>(sequences_.size());
+    for (const v1::CacheOp& op : plan.cache_ops()) {
+      switch (op.op_case()) {
+        case v1::CacheOp::kOpen:
+          STRAIT_RETURN_IF_ERROR(CheckOpen(op.open(), &checked));
+          break;
+        case v1::CacheOp::kClose:
+          STRAIT_RETURN_IF_ERROR(CheckClose(op.close(), &checked));
+          break;
+        case v1::CacheOp::OP_NOT_SET:
+          return absl::InvalidArgumentError(
+              "a cache operation of a kind that this worker does not know; are versions equal?");
+      }
+    }
+    for (const v1::SequenceStep& step : plan.sequences()) {
+      const absl::Status status = CheckSequence(step, &checked);
+      if (!status.ok()) {
+        return absl::Status(status.code(),
+                            absl::StrCat("sequence ", step.sequence_id(), ": ", status.message()));
+      }
+    }
+    if (checked.blocks_after > shape_.pool_blocks) {
+      return absl::ResourceExhaustedError(absl::StrCat(
+          "needs ", checked.blocks_after, " latent blocks, the stage has ", shape_.pool_blocks));
+    }
+    return absl::OkStatus();
+  };
+  const absl::Status status = check();
+  if (!status.ok()) return Annotate(status, plan.step_id());
+  checked.plan = std::move(plan);
+  return checked;
+}
+
+absl::Status PlanLedger::CheckOpen(const v1::OpenSequence& open, CheckedPlan* checked) const {
+  const SequenceId id{open.sequence_id()};
+  const auto where = absl::StrCat("open of sequence ", id.value, ": ");
+  if (Find(*checked, id) != nullptr) {
+    return absl::FailedPreconditionError(absl::StrCat(where, "it is resident already"));
+  }
+  if (open.prompt_tokens() == 0 || open.prompt_tokens() > shape_.max_positions) {
+    return absl::InvalidArgumentError(absl::StrCat(where, "prompt_tokens is ", open.prompt_tokens(),
+                                                   ", it must be 1 to ", shape_.max_positions));
+  }
+  STRAIT_RETURN_IF_ERROR(CheckCount("resident sequences", uint64_t{checked->sequences_after} + 1,
+                                    limits::kMaxSequencesResident));
+  absl::StatusOr<SamplingParams> sampling = CheckSampling(open.sampling(), shape_.vocab_size);
+  if (!sampling.ok()) {
+    return absl::Status(sampling.status().code(), absl::StrCat(where, sampling.status().message()));
+  }
+  checked->sampling.push_back(*std::move(sampling));
+  checked->changes[id] = Sequence{};
+  ++checked->sequences_after;
+  return absl::OkStatus();
+}
+
+absl::Status PlanLedger::CheckClose(const v1::CloseSequence& close, CheckedPlan* checked) const {
+  const SequenceId id{close.sequence_id()};
+  const Sequence* sequence = Find(*checked, id);
+  if (sequence == nullptr) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("close of sequence ", id.value, ": it is not resident"));
+  }
+  checked->blocks_after -= BlocksOfSequence(sequence->length, shape_.num_layers);
+  --checked->sequences_after;
+  checked->changes[id] = std::nullopt;
+  return absl::OkStatus();
+}
+
+absl::Status PlanLedger::CheckSequence(const v1::SequenceStep& step, CheckedPlan* checked) const {
+  const SequenceId id{step.sequence_id()};
+  const Sequence* before = Find(*checked, id);
+  if (before == nullptr) return absl::FailedPreconditionError("it is not resident");
+  if (before->last_step == next_step_) {
+    return absl::InvalidArgumentError("it has rows twice in one plan");
+  }
+  if (step.first_position() != before->length) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "first_position ", step.first_position(), " does not follow its length ", before->length));
+  }
+  uint32_t num_tokens = 0;
+  switch (step.source_case()) {
+    case v1::SequenceStep::kLiterals: {
+      const auto& ids = step.literals().ids();
+      if (ids.empty()) return absl::InvalidArgumentError("no tokens");
+      // Before the ids are looked at, so that a plan costs at most its limit.
+      STRAIT_RETURN_IF_ERROR(CheckCount("tokens in one step",
+                                        uint64_t{checked->num_tokens} + ids.size(),
+                                        limits::kMaxStepTokens));
+      for (const uint32_t token : ids) {
+        if (token >= shape_.vocab_size) {
+          return absl::InvalidArgumentError(
+              absl::StrCat("token id ", token, ", the vocabulary has ", shape_.vocab_size));
+        }
+      }
+      num_tokens = static_cast<uint32_t>(ids.size());
+      break;
+    }
+    case v1::SequenceStep::kSampled:
+      if (!shape_.samples_and_embeds) {
+        return absl::FailedPreconditionError(
+            "its token is what a step samples, and this worker has no path for grants from the "
+            "last "
+            "stage to the first; plan literal tokens where a pipeline has several stages");
+      }
+      if (!before->sampled_by || before->sampled_by->value != step.sampled().step_id()) {
+        return absl::FailedPreconditionError(absl::StrCat("step ", step.sampled().step_id(),
+                                                          " samples no token for its position ",
+                                                          before->length));
+      }
+      STRAIT_RETURN_IF_ERROR(CheckCount("tokens in one step", uint64_t{checked->num_tokens} + 1,
+                                        limits::kMaxStepTokens));
+      num_tokens = 1;
+      break;
+    case v1::SequenceStep::SOURCE_NOT_SET:
+      return absl::InvalidArgumentError("no token source");
+  }
+  const uint64_t length = uint64_t{before->length} + num_tokens;
+  if (length > shape_.max_positions) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "length ", length, " is beyond the model's context of ", shape_.max_positions));
+  }
+  STRAIT_RETURN_IF_ERROR(CheckLogits(step, num_tokens));
+  checked->num_tokens += num_tokens;
+  const auto num_layers = shape_.num_layers;
+  checked->blocks_after += BlocksOfSequence(static_cast<uint32_t>(length), num_layers) -
+                           BlocksOfSequence(before->length, num_layers);
+  Sequence after;
+  after.length = static_cast<uint32_t>(length);
+  after.last_step = next_step_;
+  const bool samples =
+      !step.logits().empty() && step.logits().rbegin()->want_case() == v1::LogitsWanted::kSample;
+  if (samples) after.sampled_by = next_step_;
+  checked->changes[id] = after;  // `before` may dangle from here
+  return absl::OkStatus();
+}
+
+absl::Status PlanLedger::CheckLogits(const v1::SequenceStep& step, uint32_t num_tokens) const {
+  uint64_t least_offset = 0;
+  for (const v1::LogitsWanted& wanted : step.logits()) {
+    const auto where = absl::StrCat("logits at offset ", wanted.offset(), ": ");
+    if (wanted.offset() < least_offset || wanted.offset() >= num_tokens) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(where, "offsets must rise and be below the ", num_tokens, " tokens"));
+    }
+    least_offset = uint64_t{wanted.offset()} + 1;
+    if (wanted.num_top() > limits::kMaxTopLogprobs) {
+      return absl::ResourceExhaustedError(absl::StrCat(where, "num_top is ", wanted.num_top(),
+                                                       ", at most ", limits::kMaxTopLogprobs));
+    }
+    switch (wanted.want_case()) {
+      case v1::LogitsWanted::kScoreToken:
+        if (wanted.score_token() >= shape_.vocab_size) {
+          return absl::InvalidArgumentError(absl::StrCat(where, "token id ", wanted.score_token(),
+                                                         ", the vocabulary has ",
+                                                         shape_.vocab_size));
+        }
+        break;
+      case v1::LogitsWanted::kSample:
+        if (!wanted.sample())
+          return absl::InvalidArgumentError(absl::StrCat(where, "sample is false"));
+        if (wanted.offset() + 1 != num_tokens) {
+          return absl::InvalidArgumentError(absl::StrCat(where, "only the last of the ", num_tokens,
+                                                         " tokens can be sampled after"));
+        }
+        break;
+      case v1::LogitsWanted::WANT_NOT_SET:
+        return absl::InvalidArgumentError(
+            absl::StrCat(where, "neither a score nor a sample is wanted"));
+    }
+  }
+  return absl::OkStatus();
+}
+
+void PlanLedger::Commit(const CheckedPlan& checked) {
+  STRAIT_CHECK(checked.plan.step_id() == next_step_.value, "plans are committed in order");
+  for (const auto& [id, change] : checked.changes) {
+    if (change) {
+      sequences_[id] = *change;
+    } else {
+      sequences_.erase(id);
+    }
+  }
+  blocks_ = checked.blocks_after;
+  STRAIT_CHECK(sequences_.size() == checked.sequences_after);
+  ++next_step_.value;
+}
+
+}  // namespace strait

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/transport/grpc_transport.h"
+
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "grpcpp/grpcpp.h"
+#include "proto/rpc/channel.h"
+#include "proto/rpc/clock.h"
+#include "strait/v1/transfer.grpc.pb.h"
+#include "worker/transport/hidden_receiver.h"
+#include "worker/transport/hidden_sender.h"
+
+namespace strait {
+namespace {
+
+constexpr std::chrono::milliseconds kWatchdogPeriod(250);
+
+class Service final
+    : public v1::StageTransport::WithRawCallbackMethod_Hidden<v1::StageTransport::Service> {
+ public:
+  explicit Service(HiddenReceiver* receiver) : receiver_(receiver) {}
+  grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Hidden(
+      grpc::CallbackServerContext* context) override {
+    return receiver_->Accept(context);
+  }
+
+ private:
+  HiddenReceiver* const receiver_;
+};
+
+}  // namespace
+
+class GrpcTransport::Impl {
+ public:
+  Impl(const GrpcTransportOptions& options, TransportEvents events)
+      : events_(std::move(events)),
+        receiver(options.hidden_row_bytes, options.accept_timeout, options.stall_timeout,
+                 options.receive_bytes_max, &events_),
+        sender(options.hidden_row_bytes, options.accept_timeout, options.stall_timeout, &events_),
+        service_(&receiver) {}
+
+  absl::Status Start(const std::string& listen_address) {
+    grpc::ServerBuilder builder;
+    rpc::ConfigureServer(builder, listen_address, rpc::Traffic::kData, &port);
+    builder.RegisterService(&service_);
+    server_ = builder.BuildAndStart();
+    if (!server_ || port == 0) {
+      return absl::UnavailableError(absl::StrCat(
+          "cannot listen on ", listen_address,
+          " for other workers: the address is taken or not of this machine; choose another with "
+          "--listen (port 0 takes a free one)"));
+    }
+    watchdog_ = std::thread([this] { Watch(); });
+    return absl::OkStatus();
+  }
+
+  ~Impl() {
+    {
+      std::lock_guard lock(mu_);
+      stop_ = true;
+    }
+    changed_.notify_all();
+    if (watchdog_.joinable()) watchdog_.join();
+    receiver.Stop();
+    if (server_) {
+      server_->Shutdown(std::chrono::system_clock::now());
+      server_->Wait();
+    }
+  }
+
+ private:
+  void Watch() {
+    std::unique_lock lock(mu_);
+    while (!changed_.wait_for(lock, kWatchdogPeriod, [this] { return stop_; })) {
+      lock.unlock();
+      const uint64_t now_us = MonotonicMicros();
+      sender.CheckDeadlines(now_us);
+      receiver.CheckDeadlines(now_us);
+      lock.lock();
+    }
+  }
+
+  const TransportEvents events_;
+
+ public:
+  HiddenReceiver receiver;
+  HiddenSender sender;
+  int port = 0;
+
+ private:
+  Service service_;
+  std::unique_ptr<grpc::Server> server_;
+  std::mutex mu_;
+  std::condition_variable changed_;
+  bool stop_ = false;  // guarded by mu_
+  std::thread watchdog_;
+};
+
+absl::StatusOr<std::unique_ptr<GrpcTransport>> GrpcTransport::Create(GrpcTransportOptions options,
+                                                                     TransportEvents events) {
+  if (options.hidden_row_bytes == 0 || options.hidden_row_bytes % sizeof(float) != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("rows of ", options.hidden_row_bytes, " bytes are not whole float32 rows"));
+  }
+  auto impl = std::make_unique<Impl>(options, std::move(events));
+  if (absl::Status started = impl->Start(options.listen_address); !started.ok()) return started;
+  return std::unique_ptr<GrpcTransport>(new GrpcTransport(std::move(impl)));
+}
+
+GrpcTransport::GrpcTransport(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+GrpcTransport::~GrpcTransport() = default;
+
+void GrpcTransport::Connect(const Edge& edge) { impl_->sender.Connect(edge); }
+absl::Status GrpcTransport::Send(uint64_t from_stage_id, HiddenStep hidden) {
+  return impl_->sender.Send(from_stage_id, std::move(hidden));
+}
+void GrpcTransport::Disconnect(uint64_t from_stage_id) { impl_->sender.Disconnect(from_stage_id); }
+void GrpcTransport::Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) {
+  impl_->receiver.Expect(to_stage_id, epoch, from_stage_id);
+}
+void GrpcTransport::Forget(uint64_t to_stage_id) { impl_->receiver.Forget(to_stage_id); }
+void GrpcTransport::Consumed(uint64_t to_stage_id, StepId step) {
+  impl_->receiver.Consumed(to_stage_id, step);
+}
+int GrpcTransport::port() const { return impl_->port; }
+
+TransportStats GrpcTransport::Stats() const {
+  return {.opens_refused = impl_->receiver.opens_refused(),
+          .frames_refused = impl_->receiver.frames_refused(),
+          .stalls = impl_->receiver.stalls() + impl_->sender.stalls(),
+          .bytes_sent = impl_->sender.bytes_sent(),
+          .bytes_received = impl_->receiver.bytes_received()};
+}
+
+}  // namespace strait

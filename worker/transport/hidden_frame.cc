@@ -1,0 +1,209 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/transport/hidden_frame.h"
+
+#include <algorithm>
+#include <string>
+
+#include "absl/strings/str_cat.h"
+#include "proto/check.h"
+#include "proto/limits.h"
+#include "proto/status_macros.h"
+#include "xxhash.h"
+
+namespace strait {
+namespace {
+
+// Protobuf tags: field number << 3 | wire type (0: varint, 2: length and bytes).
+constexpr uint64_t kOpenTag = (1 << 3) | 2;
+constexpr uint64_t kChunkTag = (2 << 3) | 2;
+constexpr uint64_t kPayloadTag = (5 << 3) | 2;
+constexpr size_t kMaxOpenBytes = 4096;
+
+void AppendVarint(std::string* out, uint64_t value) {
+  while (value >= 0x80) {
+    out->push_back(static_cast<char>(value | 0x80));
+    value >>= 7;
+  }
+  out->push_back(static_cast<char>(value));
+}
+
+// proto3 writes no zeros.
+void AppendField(std::string* out, uint32_t field, uint64_t value) {
+  if (value == 0) return;
+  AppendVarint(out, field << 3);
+  AppendVarint(out, value);
+}
+
+template <class Message>
+grpc::ByteBuffer Encode(const Message& message) {
+  const std::string bytes = message.SerializeAsString();
+  grpc::Slice slice(bytes);
+  return grpc::ByteBuffer(&slice, 1);
+}
+
+class Cursor {
+ public:
+  explicit Cursor(const std::vector<grpc::Slice>& slices) : slices_(slices) {
+    for (const grpc::Slice& slice : slices) remaining_ += slice.size();
+    SkipEmpty();
+  }
+
+  uint64_t remaining() const { return remaining_; }
+  size_t slice() const { return slice_; }
+  size_t offset() const { return offset_; }
+
+  bool Varint(uint64_t* value) {
+    *value = 0;
+    for (int shift = 0; shift < 64; shift += 7) {
+      if (remaining_ == 0) return false;
+      const uint8_t byte = slices_[slice_].begin()[offset_];
+      Advance(1);
+      if (shift == 63 && byte > 1) return false;
+      *value |= static_cast<uint64_t>(byte & 0x7f) << shift;
+      if (byte < 0x80) return true;
+    }
+    return false;
+  }
+
+  // REQUIRES: n <= remaining().
+  void Read(size_t n, std::string* out) {
+    while (n > 0) {
+      const size_t run = std::min(n, slices_[slice_].size() - offset_);
+      out->append(reinterpret_cast<const char*>(slices_[slice_].begin()) + offset_, run);
+      Advance(run);
+      n -= run;
+    }
+  }
+
+ private:
+  void Advance(size_t n) {
+    offset_ += n;
+    remaining_ -= n;
+    SkipEmpty();
+  }
+  void SkipEmpty() {
+    while (slice_ < slices_.size() && offset_ == slices_[slice_].size()) {
+      ++slice_;
+      offset_ = 0;
+    }
+  }
+
+  const std::vector<grpc::Slice>& slices_;
+  size_t slice_ = 0;
+  size_t offset_ = 0;
+  uint64_t remaining_ = 0;
+};
+
+absl::Status Malformed(const char* what) {
+  return absl::InvalidArgumentError(absl::StrCat("malformed hidden message: ", what));
+}
+
+// Everything of a chunk before its payload.
+absl::Status ParseChunk(Cursor& cursor, HiddenChunkHeader* chunk) {
+  uint64_t last_tag = 0;
+  while (cursor.remaining() > 0) {
+    uint64_t tag, value;
+    if (!cursor.Varint(&tag) || !cursor.Varint(&value)) return Malformed("it ends inside a field");
+    if (tag <= last_tag) return Malformed("fields out of order");
+    last_tag = tag;
+    switch (tag) {
+      case 1 << 3:
+        chunk->step_id = value;
+        break;
+      case 2 << 3:
+        if (value > limits::kMaxStepTokens) return Malformed("more tokens than a step may have");
+        chunk->num_tokens = static_cast<uint32_t>(value);
+        break;
+      case 3 << 3:
+        chunk->offset_bytes = value;
+        break;
+      case 4 << 3:
+        chunk->checksum = value;
+        break;
+      case kPayloadTag:
+        if (value != cursor.remaining())
+          return Malformed("the payload's length is not what follows");
+        if (value > limits::kHiddenChunkBytes) return Malformed("the payload is too long");
+        chunk->payload_bytes = static_cast<uint32_t>(value);
+        return absl::OkStatus();
+      default:
+        return Malformed("unknown field");
+    }
+  }
+  return Malformed("a chunk without payload");
+}
+
+}  // namespace
+
+grpc::ByteBuffer EncodeOpen(const v1::HiddenOpen& open) {
+  v1::HiddenMessage message;
+  *message.mutable_open() = open;
+  return Encode(message);
+}
+
+grpc::ByteBuffer EncodeReply(const v1::HiddenReply& reply) { return Encode(reply); }
+
+grpc::ByteBuffer EncodeChunk(const std::shared_ptr<const HiddenStep>& step, uint64_t offset,
+                             uint32_t payload_bytes) {
+  STRAIT_CHECK(payload_bytes <= limits::kHiddenChunkBytes && offset <= step->data.size() &&
+               payload_bytes <= step->data.size() - offset);
+  const std::byte* payload = step->data.data() + offset;
+  std::string inner;
+  AppendField(&inner, 1, step->step.value);
+  AppendField(&inner, 2, step->num_tokens);
+  AppendField(&inner, 3, offset);
+  AppendField(&inner, 4, XXH3_64bits(payload, payload_bytes));
+  AppendVarint(&inner, kPayloadTag);
+  AppendVarint(&inner, payload_bytes);
+  std::string head;
+  AppendVarint(&head, kChunkTag);
+  AppendVarint(&head, inner.size() + payload_bytes);
+  head += inner;
+  auto* lent = new std::shared_ptr<const HiddenStep>(step);
+  const grpc::Slice slices[2] = {
+      grpc::Slice(head),
+      grpc::Slice(
+          const_cast<std::byte*>(payload), payload_bytes,
+          [](void* owner) { delete static_cast<std::shared_ptr<const HiddenStep>*>(owner); },
+          lent)};
+  return grpc::ByteBuffer(slices, 2);
+}
+
+absl::StatusOr<HiddenFrame> HiddenFrame::Parse(const grpc::ByteBuffer& message) {
+  HiddenFrame frame;
+  if (!message.Valid() || !message.Dump(&frame.slices_).ok()) return Malformed("unreadable");
+  Cursor cursor(frame.slices_);
+  uint64_t tag, length;
+  if (!cursor.Varint(&tag) || !cursor.Varint(&length)) return Malformed("it is empty");
+  if (length != cursor.remaining()) return Malformed("its length is not what follows");
+  if (tag == kOpenTag) {
+    if (length > kMaxOpenBytes) return Malformed("an open that long");
+    std::string bytes;
+    cursor.Read(length, &bytes);
+    if (!frame.open_.ParseFromString(bytes)) return Malformed("unreadable open");
+    frame.is_open_ = true;
+    return frame;
+  }
+  if (tag != kChunkTag) return Malformed("neither open nor chunk");
+  STRAIT_RETURN_IF_ERROR(ParseChunk(cursor, &frame.chunk_));
+  frame.payload_slice_ = cursor.slice();
+  frame.payload_offset_ = cursor.offset();
+  return frame;
+}
+
+absl::Status HiddenFrame::AppendPayload(std::vector<std::byte>* data) const {
+  const size_t before = data->size();
+  size_t offset = payload_offset_;
+  for (size_t i = payload_slice_; i < slices_.size(); ++i, offset = 0) {
+    const auto* bytes = reinterpret_cast<const std::byte*>(slices_[i].begin());
+    data->insert(data->end(), bytes + offset, bytes + slices_[i].size());
+  }
+  STRAIT_CHECK(data->size() - before == chunk_.payload_bytes);
+  if (XXH3_64bits(data->data() + before, chunk_.payload_bytes) != chunk_.checksum) {
+    return absl::DataLossError(absl::StrCat("hidden states of step ", chunk_.step_id, " at byte ",
+                                            chunk_.offset_bytes, " do not match their checksum"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace strait

@@ -1,0 +1,381 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/transport/hidden_receiver.h"
+
+#include <deque>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/limits.h"
+#include "proto/log.h"
+#include "proto/rpc/clock.h"
+#include "proto/rpc/stream.h"
+#include "proto/status_macros.h"
+#include "worker/transport/grpc_transport.h"
+
+namespace strait {
+namespace {
+
+using Stream = rpc::ServerStream<grpc::ByteBuffer, grpc::ByteBuffer>;
+using std::chrono_literals::operator""s;
+
+constexpr auto kOpenTimeout = 10s;
+constexpr size_t kReplyQueueMessages = 1024;
+constexpr size_t kReplyQueueBytes = 64 << 10;
+// A credit is sent when this much was consumed since the last.
+constexpr uint64_t kCreditSteps = 32;
+constexpr uint64_t kCreditBytes = 64 << 20;
+
+}  // namespace
+
+struct HiddenReceiver::Incoming {
+  std::shared_ptr<Stream> stream;  // let go when it ends
+  std::string peer;
+  // Set once by the open, before `admitted`.
+  uint64_t to_stage_id = 0;
+  uint64_t from_stage_id = 0;
+  PipelineEpoch epoch;
+  uint64_t parked_since_us = 0;  // guarded by mu_ of the receiver
+  std::atomic<bool> opened = false;
+  std::atomic<bool> admitted = false;  // chunks may come
+
+  // Read reactions only:
+  HiddenStep partial;
+  uint64_t partial_bytes = 0;  // of the whole step; 0: none begun
+  StepId last_step;
+  // When the partial step last grew; 0: none. For the watchdog.
+  std::atomic<uint64_t> partial_grew_us = 0;
+
+  std::mutex mu;
+  std::deque<std::pair<StepId, uint64_t>> outstanding;  // guarded by mu: delivered, not consumed
+  uint64_t outstanding_bytes = 0;                       // guarded by mu
+  uint64_t uncredited_steps = 0;                        // loop thread
+  uint64_t uncredited_bytes = 0;                        // loop thread
+
+  Edge AsEdge() const {
+    return {.from_stage_id = from_stage_id,
+            .to_stage_id = to_stage_id,
+            .epoch = epoch,
+            .peer_address = peer};
+  }
+};
+
+HiddenReceiver::HiddenReceiver(uint32_t hidden_row_bytes, std::chrono::milliseconds accept_timeout,
+                               std::chrono::milliseconds stall_timeout, size_t receive_bytes_max,
+                               const TransportEvents* events)
+    : hidden_row_bytes_(hidden_row_bytes),
+      accept_timeout_(accept_timeout),
+      stall_timeout_(stall_timeout),
+      receive_bytes_max_(receive_bytes_max),
+      events_(events) {}
+
+HiddenReceiver::~HiddenReceiver() = default;
+
+grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* HiddenReceiver::Accept(
+    grpc::CallbackServerContext* context) {
+  auto incoming = std::make_shared<Incoming>();
+  incoming->peer = context->peer();
+  rpc::StreamOptions options;
+  options.max_queued_messages = kReplyQueueMessages;
+  options.max_queued_bytes = kReplyQueueBytes;
+  options.max_message_bytes = kReplyQueueBytes;
+  options.first_message_timeout = kOpenTimeout;
+  rpc::StreamEvents<grpc::ByteBuffer> events;
+  events.on_message = [this, incoming](grpc::ByteBuffer message) {
+    return OnMessage(incoming, message);
+  };
+  events.on_end = [this, incoming](absl::Status status) { OnEnd(incoming, std::move(status)); };
+  auto stream = std::make_shared<Stream>(context, options, std::move(events));
+  incoming->stream = stream;
+  bool room;
+  {
+    std::lock_guard lock(mu_);
+    room = streams_.size() < kMaxIncomingStreams && !stopping_;
+    streams_.insert(incoming);
+  }
+  stream->Start();
+  if (!room) stream->Close(absl::ResourceExhaustedError("too many incoming streams"));
+  return stream.get();
+}
+
+bool HiddenReceiver::OnMessage(const IncomingPtr& incoming, const grpc::ByteBuffer& message) {
+  bool complete = false;
+  const absl::Status status = [&]() -> absl::Status {
+    STRAIT_ASSIGN_OR_RETURN(const HiddenFrame frame, HiddenFrame::Parse(message));
+    if (!frame.is_open()) return OnChunk(*incoming, frame, &complete);
+    if (incoming->opened) return absl::InvalidArgumentError("a second open");
+    if (absl::Status checked = CheckOpen(frame.open()); !checked.ok()) return checked;
+    OnOpen(incoming, frame.open());
+    return absl::OkStatus();
+  }();
+  if (!status.ok()) {
+    ++(incoming->opened ? frames_refused_ : opens_refused_);
+    Log(LogLevel::kWarning, "hidden states refused",
+        {{"peer", incoming->peer},
+         {"from_stage", incoming->from_stage_id},
+         {"to_stage", incoming->to_stage_id},
+         {"why", status}});
+    incoming->stream->Close(status);
+    return true;
+  }
+  // A sender that is parked is not read from.
+  if (!incoming->admitted) return false;
+  if (!complete) return true;
+  uint64_t waiting;
+  {
+    std::lock_guard lock(incoming->mu);
+    incoming->outstanding.emplace_back(incoming->partial.step, incoming->partial_bytes);
+    incoming->outstanding_bytes += incoming->partial_bytes;
+    waiting = incoming->outstanding_bytes;
+  }
+  incoming->partial_bytes = 0;
+  events_->on_hidden(incoming->to_stage_id, std::exchange(incoming->partial, {}));
+  return waiting < receive_bytes_max_;
+}
+
+absl::Status HiddenReceiver::CheckOpen(const v1::HiddenOpen& open) const {
+  if (uint64_t{open.hidden_size()} * open.element_bytes() != hidden_row_bytes_ ||
+      open.element_bytes() != sizeof(float)) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "the sender's rows have ", open.hidden_size(), " elements of ", open.element_bytes(),
+        " bytes, this worker's ", hidden_row_bytes_ / sizeof(float), " of ", sizeof(float)));
+  }
+  if (open.to_stage_id() == 0 || open.from_stage_id() == 0) {
+    return absl::InvalidArgumentError("an open names both stages");
+  }
+  return absl::OkStatus();
+}
+
+void HiddenReceiver::OnOpen(const IncomingPtr& incoming, const v1::HiddenOpen& open) {
+  incoming->to_stage_id = open.to_stage_id();
+  incoming->from_stage_id = open.from_stage_id();
+  incoming->epoch = {open.epoch().term(), open.epoch().counter()};
+  incoming->opened = true;
+  absl::Status admitted;
+  {
+    std::lock_guard lock(mu_);
+    admitted = Admit(incoming);
+    if (absl::IsUnavailable(admitted)) {
+      if (parked_.size() < kMaxParkedOpens) {
+        incoming->parked_since_us = MonotonicMicros();
+        parked_.push_back(incoming);
+        return;
+      }
+      admitted = absl::ResourceExhaustedError("too many senders wait for their epoch");
+    }
+  }
+  if (admitted.ok()) {
+    SendAccepted(*incoming);
+  } else {
+    ++opens_refused_;
+    incoming->stream->Close(admitted);
+  }
+}
+
+absl::Status HiddenReceiver::Admit(const IncomingPtr& incoming) {
+  auto it = expected_.find(incoming->to_stage_id);
+  if (it == expected_.end() || it->second.epoch < incoming->epoch) {
+    return absl::UnavailableError("not expected yet");
+  }
+  Expectation& expected = it->second;
+  if (incoming->epoch < expected.epoch) {
+    return absl::AbortedError(absl::StrCat("stage ", incoming->to_stage_id, " is in epoch ",
+                                           ToString(expected.epoch), ", the sender in ",
+                                           ToString(incoming->epoch)));
+  }
+  if (expected.from_stage_id != 0 && expected.from_stage_id != incoming->from_stage_id) {
+    return absl::FailedPreconditionError(absl::StrCat("stage ", incoming->to_stage_id,
+                                                      " expects stage ", expected.from_stage_id,
+                                                      ", not ", incoming->from_stage_id));
+  }
+  if (expected.opened) {
+    return absl::FailedPreconditionError(absl::StrCat("the edge to stage ", incoming->to_stage_id,
+                                                      " was opened before in epoch ",
+                                                      ToString(expected.epoch)));
+  }
+  expected.opened = true;
+  expected.from_stage_id = incoming->from_stage_id;
+  expected.current = incoming;
+  incoming->admitted = true;
+  return absl::OkStatus();
+}
+
+void HiddenReceiver::SendAccepted(Incoming& incoming) {
+  v1::HiddenReply reply;
+  reply.set_accepted(true);
+  // Fails only when the stream has ended, which OnEnd tells.
+  (void)incoming.stream->Send(EncodeReply(reply));
+}
+
+absl::Status HiddenReceiver::OnChunk(Incoming& incoming, const HiddenFrame& frame, bool* complete) {
+  const HiddenChunkHeader& chunk = frame.chunk();
+  if (!incoming.admitted) return absl::InvalidArgumentError("a chunk before the open");
+  if (chunk.payload_bytes == 0) return absl::InvalidArgumentError("an empty chunk");
+  HiddenStep& partial = incoming.partial;
+  if (incoming.partial_bytes == 0) {
+    if (chunk.num_tokens == 0) return absl::InvalidArgumentError("a step without tokens");
+    if (chunk.step_id <= incoming.last_step.value) {
+      return absl::InvalidArgumentError(absl::StrCat("step ", chunk.step_id, " after step ",
+                                                     incoming.last_step.value, ": ids must rise"));
+    }
+    partial.epoch = incoming.epoch;
+    partial.step = StepId{chunk.step_id};
+    partial.num_tokens = chunk.num_tokens;
+    incoming.partial_bytes = uint64_t{chunk.num_tokens} * hidden_row_bytes_;
+  } else if (chunk.step_id != partial.step.value || chunk.num_tokens != partial.num_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "a chunk of step ", chunk.step_id, " (", chunk.num_tokens, " tokens) inside step ",
+        partial.step.value, " (", partial.num_tokens, " tokens)"));
+  }
+  const uint64_t have = partial.data.size();
+  if (chunk.offset_bytes != have || chunk.payload_bytes > incoming.partial_bytes - have) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "bytes ", chunk.offset_bytes, " + ", chunk.payload_bytes, " of step ", chunk.step_id,
+        ", where ", have, " of ", incoming.partial_bytes, " bytes have come"));
+  }
+  // The whole step's memory, but not before a first chunk that fits was seen.
+  if (have == 0) partial.data.reserve(incoming.partial_bytes);
+  STRAIT_RETURN_IF_ERROR(frame.AppendPayload(&partial.data));
+  bytes_received_ += chunk.payload_bytes;
+  *complete = partial.data.size() == incoming.partial_bytes;
+  incoming.partial_grew_us = *complete ? 0 : MonotonicMicros();
+  if (*complete) incoming.last_step = partial.step;
+  return absl::OkStatus();
+}
+
+void HiddenReceiver::OnEnd(const IncomingPtr& incoming, absl::Status status) {
+  bool tell = false;
+  {
+    std::lock_guard lock(mu_);
+    streams_.erase(incoming);
+    std::erase(parked_, incoming);
+    auto it = expected_.find(incoming->to_stage_id);
+    if (it != expected_.end() && it->second.current == incoming) {
+      it->second.current = nullptr;
+      tell = !stopping_;
+    }
+  }
+  if (tell) {
+    const absl::StatusCode code = status.ok() ? absl::StatusCode::kUnavailable : status.code();
+    events_->on_edge_down(
+        incoming->AsEdge(),
+        absl::Status(code, absl::StrCat("edge from stage ", incoming->from_stage_id, " to stage ",
+                                        incoming->to_stage_id, ": ",
+                                        status.ok() ? "the sender ended it" : status.message())));
+  }
+}
+
+void HiddenReceiver::Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) {
+  std::vector<std::pair<IncomingPtr, absl::Status>> settled;
+  {
+    std::lock_guard lock(mu_);
+    Expectation& expected = expected_[to_stage_id];
+    if (expected.current) {
+      settled.emplace_back(expected.current,
+                           absl::AbortedError(absl::StrCat("stage ", to_stage_id, " entered epoch ",
+                                                           ToString(epoch))));
+    }
+    expected = {.epoch = epoch, .from_stage_id = from_stage_id};
+    std::erase_if(parked_, [&](const IncomingPtr& incoming) {
+      if (incoming->to_stage_id != to_stage_id) return false;
+      absl::Status admitted = Admit(incoming);
+      if (absl::IsUnavailable(admitted)) return false;
+      settled.emplace_back(incoming, std::move(admitted));
+      return true;
+    });
+  }
+  for (auto& [incoming, status] : settled) {
+    if (status.ok()) {
+      SendAccepted(*incoming);
+      incoming->stream->Resume();
+    } else {
+      incoming->stream->Close(status);
+    }
+  }
+}
+
+void HiddenReceiver::Forget(uint64_t to_stage_id) {
+  IncomingPtr current;
+  {
+    std::lock_guard lock(mu_);
+    auto it = expected_.find(to_stage_id);
+    if (it == expected_.end()) return;
+    current = it->second.current;
+    expected_.erase(it);
+  }
+  if (current) {
+    current->stream->Close(
+        absl::AbortedError(absl::StrCat("stage ", to_stage_id, " is not here any more")));
+  }
+}
+
+void HiddenReceiver::Consumed(uint64_t to_stage_id, StepId step) {
+  IncomingPtr incoming;
+  {
+    std::lock_guard lock(mu_);
+    auto it = expected_.find(to_stage_id);
+    if (it == expected_.end() || !it->second.current) return;
+    incoming = it->second.current;
+  }
+  bool resume;
+  {
+    std::lock_guard lock(incoming->mu);
+    const bool full = incoming->outstanding_bytes >= receive_bytes_max_;
+    while (!incoming->outstanding.empty() && incoming->outstanding.front().first <= step) {
+      const uint64_t bytes = incoming->outstanding.front().second;
+      incoming->outstanding_bytes -= bytes;
+      incoming->uncredited_bytes += bytes;
+      ++incoming->uncredited_steps;
+      incoming->outstanding.pop_front();
+    }
+    resume = full && incoming->outstanding_bytes < receive_bytes_max_;
+  }
+  if (resume) incoming->stream->Resume();
+  if (incoming->uncredited_steps >= kCreditSteps || incoming->uncredited_bytes >= kCreditBytes) {
+    incoming->uncredited_steps = 0;
+    incoming->uncredited_bytes = 0;
+    v1::HiddenReply reply;
+    reply.set_consumed_step_id(step.value);
+    (void)incoming->stream->Send(EncodeReply(reply));
+  }
+}
+
+void HiddenReceiver::CheckDeadlines(uint64_t now_us) {
+  const auto accept_us = static_cast<uint64_t>(accept_timeout_.count()) * 1000;
+  const auto stall_us = static_cast<uint64_t>(stall_timeout_.count()) * 1000;
+  std::vector<std::pair<IncomingPtr, absl::Status>> ended;
+  {
+    std::lock_guard lock(mu_);
+    std::erase_if(parked_, [&](const IncomingPtr& incoming) {
+      if (incoming->parked_since_us + accept_us > now_us) return false;
+      ended.emplace_back(
+          incoming, absl::FailedPreconditionError(absl::StrCat(
+                        "stage ", incoming->to_stage_id, " did not enter epoch ",
+                        ToString(incoming->epoch), " within ", accept_timeout_.count(), " ms")));
+      return true;
+    });
+    opens_refused_ += ended.size();
+    for (const IncomingPtr& incoming : streams_) {
+      const uint64_t grew_us = incoming->partial_grew_us;
+      if (grew_us == 0 || grew_us + stall_us > now_us) continue;
+      ++stalls_;
+      incoming->partial_grew_us = 0;
+      ended.emplace_back(incoming, absl::DeadlineExceededError(
+                                       absl::StrCat("a step came in part and then nothing for ",
+                                                    stall_timeout_.count(), " ms")));
+    }
+  }
+  for (auto& [incoming, status] : ended) incoming->stream->Close(status);
+}
+
+void HiddenReceiver::Stop() {
+  std::vector<IncomingPtr> streams;
+  {
+    std::lock_guard lock(mu_);
+    stopping_ = true;
+    streams.assign(streams_.begin(), streams_.end());
+  }
+  for (auto& incoming : streams)
+    incoming->stream->Close(absl::UnavailableError("the worker stops"));
+}
+
+}  // namespace strait

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/transport/hidden_sender.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "grpcpp/generic/generic_stub.h"
+#include "grpcpp/grpcpp.h"
+#include "proto/limits.h"
+#include "proto/rpc/channel.h"
+#include "proto/rpc/clock.h"
+#include "proto/rpc/stream.h"
+#include "strait/v1/transfer.grpc.pb.h"
+#include "worker/transport/hidden_frame.h"
+
+namespace strait {
+namespace {
+
+constexpr char kMethod[] = "/strait.v1.StageTransport/Hidden";
+using Stream = rpc::ClientStream<v1::HiddenReply, grpc::ByteBuffer>;
+
+// What the stream's events may hold: never the stream itself, which must not end on a gRPC thread.
+struct EdgeState {
+  Edge edge;
+  const TransportEvents* events;
+  std::atomic<bool> up = false;
+  std::atomic<bool> silent = false;  // dropped by us, or its end was told
+
+  void TellUp() {
+    if (!silent && !up.exchange(true)) events->on_edge_up(edge);
+  }
+  void TellDown(absl::Status why) {
+    if (!silent.exchange(true)) events->on_edge_down(edge, std::move(why));
+  }
+};
+
+absl::Status About(const Edge& edge, const absl::Status& status) {
+  // The peer may end a stream with OK; for an edge in use that is a loss too.
+  const absl::StatusCode code = status.ok() ? absl::StatusCode::kUnavailable : status.code();
+  return absl::Status(code, absl::StrCat("edge from stage ", edge.from_stage_id, " to stage ",
+                                         edge.to_stage_id, " at ", edge.peer_address, ": ",
+                                         status.ok() ? "the peer ended it" : status.message()));
+}
+
+}  // namespace
+
+struct HiddenSender::Outgoing {
+  std::shared_ptr<EdgeState> state;
+  std::unique_ptr<Stream> stream;
+};
+
+HiddenSender::HiddenSender(uint32_t hidden_row_bytes, std::chrono::milliseconds accept_timeout,
+                           std::chrono::milliseconds stall_timeout, const TransportEvents* events)
+    : hidden_row_bytes_(hidden_row_bytes),
+      accept_timeout_(accept_timeout),
+      stall_timeout_(stall_timeout),
+      events_(events) {}
+
+HiddenSender::~HiddenSender() {
+  for (auto& [id, outgoing] : edges_) outgoing->state->silent = true;
+}
+
+void HiddenSender::Connect(const Edge& edge) {
+  Disconnect(edge.from_stage_id);
+  auto outgoing = std::make_shared<Outgoing>();
+  outgoing->state = std::make_shared<EdgeState>();
+  outgoing->state->edge = edge;
+  outgoing->state->events = events_;
+
+  rpc::StreamOptions options;
+  options.max_queued_bytes = limits::kDataQueueBytes;
+  options.max_queued_messages = limits::kDataQueueBytes;  // the bytes bound
+  options.max_message_bytes = limits::kMaxDataMessageBytes;
+  options.first_message_timeout = accept_timeout_;
+  rpc::StreamEvents<v1::HiddenReply> events;
+  events.on_message = [state = outgoing->state](v1::HiddenReply reply) {
+    if (reply.accepted()) state->TellUp();
+    return true;
+  };
+  events.on_end = [state = outgoing->state](absl::Status status) {
+    state->TellDown(About(state->edge, status));
+  };
+  grpc::TemplatedGenericStub<grpc::ByteBuffer, v1::HiddenReply> stub(
+      rpc::MakeChannel(edge.peer_address, rpc::Traffic::kData));
+  outgoing->stream = std::make_unique<Stream>(
+      options, std::move(events), [&](grpc::ClientContext* context, auto* reactor) {
+        stub.PrepareBidiStreamingCall(context, kMethod, grpc::StubOptions(), reactor);
+      });
+
+  v1::HiddenOpen open;
+  open.set_to_stage_id(edge.to_stage_id);
+  open.set_from_stage_id(edge.from_stage_id);
+  open.mutable_epoch()->set_term(edge.epoch.term);
+  open.mutable_epoch()->set_counter(edge.epoch.counter);
+  open.set_element_bytes(sizeof(float));
+  open.set_hidden_size(hidden_row_bytes_ / sizeof(float));
+  // Fails only if the stream has ended already, which on_end tells.
+  (void)outgoing->stream->Send(EncodeOpen(open));
+
+  std::lock_guard lock(mu_);
+  edges_[edge.from_stage_id] = std::move(outgoing);
+}
+
+absl::Status HiddenSender::Send(uint64_t from_stage_id, HiddenStep hidden) {
+  std::shared_ptr<Outgoing> outgoing;
+  {
+    std::lock_guard lock(mu_);
+    auto it = edges_.find(from_stage_id);
+    if (it == edges_.end()) {
+      return absl::FailedPreconditionError(absl::StrCat("stage ", from_stage_id, " has no edge"));
+    }
+    outgoing = it->second;
+  }
+  const Edge& edge = outgoing->state->edge;
+  if (hidden.epoch != edge.epoch) {
+    return absl::AbortedError(absl::StrCat("the edge is of epoch ", ToString(edge.epoch),
+                                           ", the step of ", ToString(hidden.epoch)));
+  }
+  STRAIT_CHECK(hidden.data.size() == uint64_t{hidden.num_tokens} * hidden_row_bytes_);
+  const uint64_t total = hidden.data.size();
+  // Whole or not at all: the loop thread is the only sender, so the room cannot shrink meanwhile.
+  const uint64_t chunks = (total + limits::kHiddenChunkBytes - 1) / limits::kHiddenChunkBytes;
+  constexpr uint64_t kHeadBytes = 64;
+  if (outgoing->stream->queued_bytes() + total + chunks * kHeadBytes > limits::kDataQueueBytes) {
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "stage ", edge.to_stage_id, " does not read: ", outgoing->stream->queued_bytes(),
+        " bytes of hidden states wait for it"));
+  }
+  bytes_sent_ += total;
+  auto step = std::make_shared<const HiddenStep>(std::move(hidden));
+  for (uint64_t offset = 0; offset < total; offset += limits::kHiddenChunkBytes) {
+    const auto bytes =
+        static_cast<uint32_t>(std::min<uint64_t>(total - offset, limits::kHiddenChunkBytes));
+    if (absl::Status sent = outgoing->stream->Send(EncodeChunk(step, offset, bytes)); !sent.ok()) {
+      return About(edge, sent);
+    }
+  }
+  return absl::OkStatus();
+}
+
+void HiddenSender::Disconnect(uint64_t from_stage_id) {
+  std::lock_guard lock(mu_);
+  auto it = edges_.find(from_stage_id);
+  if (it == edges_.end()) return;
+  it->second->state->silent = true;
+  it->second->stream->Close(absl::CancelledError("the edge was dropped"));
+  // Not destroyed here: that waits for gRPC, and the loop thread should not.
+  dropped_.push_back(std::move(it->second));
+  edges_.erase(it);
+}
+
+void HiddenSender::CheckDeadlines(uint64_t now_us) {
+  const auto stall_us = static_cast<uint64_t>(stall_timeout_.count()) * 1000;
+  std::vector<std::shared_ptr<Outgoing>> buried;
+  std::vector<std::shared_ptr<Outgoing>> stalled;
+  {
+    std::lock_guard lock(mu_);
+    buried.swap(dropped_);
+    for (auto& [id, outgoing] : edges_) {
+      // Before acceptance the accept timeout rules: the peer may park us.
+      if (outgoing->state->up && outgoing->stream->WriteAgeMicros(now_us) > stall_us) {
+        stalled.push_back(outgoing);
+      }
+    }
+  }
+  for (auto& outgoing : stalled) {
+    if (outgoing->state->silent) continue;
+    ++stalls_;
+    const absl::Status why = absl::DeadlineExceededError(
+        absl::StrCat("nothing could be written for ", stall_timeout_.count(), " ms"));
+    outgoing->state->TellDown(About(outgoing->state->edge, why));
+    outgoing->stream->Close(why);
+  }
+}
+
+}  // namespace strait
