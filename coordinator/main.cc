@@ -154,9 +154,7 @@ absl::Status Run(Flags flags) {
       OpenAiOptions{.model = std::move(served), .api_keys = flags.api_keys}, service.get());
   HttpServer server(HttpServerOptions(), handler);
   if (absl::Status listening = server.Listen(http.host, http.port); !listening.ok()) {
-    return absl::Status(listening.code(), absl::StrCat("cannot listen on ", flags.http,
-                                                       " for clients: ", listening.message(),
-                                                       "; choose another port with --http"));
+    return absl::Status(listening.code(), absl::StrCat("--http: ", listening.message()));
   }
   grpc.port = static_cast<uint16_t>(service->grpc_port());
   http.port = server.port();

@@ -42,14 +42,14 @@ constexpr CacheLayout MakeCacheLayout(CacheRowFormat format, int64_t kv_lora_ran
 
 // Writes one row per token where its position lies. bf16 rows are rounded to nearest, ties to even.
 struct CacheAppendParams {
-  const float* latent = nullptr;    // [num_tokens, kv_lora_rank] fp32, after the norm
+  const float* latent = nullptr;  // [num_tokens, kv_lora_rank] fp32, after the norm
   int64_t latent_stride = 0;
   const float* rope_key = nullptr;  // [num_tokens, qk_rope_head_dim] fp32, rotated
   int64_t rope_key_stride = 0;
-  const int32_t* positions = nullptr;                // [num_tokens]
-  const int32_t* sequence_index = nullptr;           // [num_tokens] row of page_tables
-  const uint32_t* const* page_tables = nullptr;      // [num_sequences][position/64] block ids
-  std::byte* blocks = nullptr;                       // the pool
+  const int32_t* positions = nullptr;            // [num_tokens]
+  const int32_t* sequence_index = nullptr;       // [num_tokens] row of page_tables
+  const uint32_t* const* page_tables = nullptr;  // [num_sequences][position/64] block ids
+  std::byte* blocks = nullptr;                   // the pool
   CacheLayout layout;
   int64_t num_tokens = 0;
 };

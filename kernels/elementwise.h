@@ -17,9 +17,9 @@ namespace strait {
 struct SiluMulParams {
   const float* gate = nullptr;  // [num_rows, dim] fp32, rows gate_stride apart
   int64_t gate_stride = 0;
-  const float* up = nullptr;    // [num_rows, dim] fp32, rows up_stride apart
+  const float* up = nullptr;  // [num_rows, dim] fp32, rows up_stride apart
   int64_t up_stride = 0;
-  float* y = nullptr;           // [num_rows, dim] fp32, rows y_stride apart
+  float* y = nullptr;  // [num_rows, dim] fp32, rows y_stride apart
   int64_t y_stride = 0;
   int64_t num_rows = 0;
   int64_t dim = 0;

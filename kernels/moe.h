@@ -37,8 +37,8 @@ struct RouterParams {
   int32_t topk_group = 1;
   bool norm_topk_prob = false;
   float routed_scaling_factor = 1.0f;
-  int32_t* expert_ids = nullptr;           // [num_tokens, num_experts_per_tok] ascending, out
-  float* expert_weights = nullptr;         // [num_tokens, num_experts_per_tok], out
+  int32_t* expert_ids = nullptr;    // [num_tokens, num_experts_per_tok] ascending, out
+  float* expert_weights = nullptr;  // [num_tokens, num_experts_per_tok], out
   int64_t num_tokens = 0;
 };
 

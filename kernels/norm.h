@@ -15,12 +15,12 @@
 namespace strait {
 
 struct RmsNormParams {
-  const float* x = nullptr;      // [num_rows, dim] fp32, rows x_stride apart
+  const float* x = nullptr;  // [num_rows, dim] fp32, rows x_stride apart
   int64_t x_stride = 0;
   const void* weight = nullptr;  // [dim] of weight_type (not fp8)
   WeightType weight_type = WeightType::kFp32;
   float eps = 1e-6f;
-  float* y = nullptr;            // [num_rows, dim] fp32, rows y_stride apart; may be x
+  float* y = nullptr;  // [num_rows, dim] fp32, rows y_stride apart; may be x
   int64_t y_stride = 0;
   int64_t num_rows = 0;
   int64_t dim = 0;

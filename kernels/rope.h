@@ -48,12 +48,12 @@ struct RopeTableParams {
   const float* inv_freq = nullptr;     // [dim/2] fp32
   float attention_scaling = 1.0f;
   int64_t num_tokens = 0;
-  int64_t dim = 0;                     // qk_rope_head_dim, even
-  float* cos_sin = nullptr;            // [num_tokens, dim/2, 2] fp32, out
+  int64_t dim = 0;           // qk_rope_head_dim, even
+  float* cos_sin = nullptr;  // [num_tokens, dim/2, 2] fp32, out
 };
 
 struct RopeParams {
-  const float* x = nullptr;        // [num_tokens, num_heads, dim] fp32, strides below
+  const float* x = nullptr;  // [num_tokens, num_heads, dim] fp32, strides below
   int64_t x_token_stride = 0;
   int64_t x_head_stride = 0;
   const float* cos_sin = nullptr;  // [num_tokens, dim/2, 2] fp32
@@ -62,7 +62,7 @@ struct RopeParams {
   int64_t y_head_stride = 0;
   int64_t num_tokens = 0;
   int64_t num_heads = 0;
-  int64_t dim = 0;                 // qk_rope_head_dim, even
+  int64_t dim = 0;  // qk_rope_head_dim, even
 };
 
 }  // namespace strait

@@ -19,10 +19,9 @@ std::array<uint32_t, 4> Philox4x32(std::array<uint32_t, 4> counter, std::array<u
 }
 
 double SamplingUniform(uint64_t seed, uint32_t choice_index, uint64_t position) {
-  const std::array<uint32_t, 4> bits =
-      Philox4x32({static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32),
-                  choice_index, 0},
-                 {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
+  const std::array<uint32_t, 4> bits = Philox4x32(
+      {static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), choice_index, 0},
+      {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
   const uint64_t wide = static_cast<uint64_t>(bits[0]) << 32 | bits[1];
   return static_cast<double>(wide >> 11) * 0x1p-53;
 }

@@ -32,7 +32,7 @@ struct TokenBias {
 };
 
 struct LogitStats {
-  float max;         // the greatest logit
+  float max;           // the greatest logit
   double log_sum_exp;  // log of the sum of exp(logit), fixed order of summation
 };
 
@@ -46,20 +46,20 @@ inline float LogProb(float logit, const LogitStats& stats) {
 struct SampleParams {
   const float* logits = nullptr;  // [vocab_size] fp32
   int64_t vocab_size = 0;
-  float temperature = 1.0f;  // 0: greedy
-  int32_t top_k = 0;         // 0: all
-  float top_p = 1.0f;        // (0, 1]
-  float min_p = 0.0f;        // [0, 1]: keep p >= min_p * max p
-  float repetition_penalty = 1.0f;                // > 0; over prompt and output tokens
-  float presence_penalty = 0.0f;                  // over output tokens
-  float frequency_penalty = 0.0f;                 // over output tokens
-  const TokenCount* prompt_tokens = nullptr;      // [num_prompt_tokens] distinct ids; may be null
+  float temperature = 1.0f;                   // 0: greedy
+  int32_t top_k = 0;                          // 0: all
+  float top_p = 1.0f;                         // (0, 1]
+  float min_p = 0.0f;                         // [0, 1]: keep p >= min_p * max p
+  float repetition_penalty = 1.0f;            // > 0; over prompt and output tokens
+  float presence_penalty = 0.0f;              // over output tokens
+  float frequency_penalty = 0.0f;             // over output tokens
+  const TokenCount* prompt_tokens = nullptr;  // [num_prompt_tokens] distinct ids; may be null
   int64_t num_prompt_tokens = 0;
-  const TokenCount* output_tokens = nullptr;      // [num_output_tokens] distinct ids; may be null
+  const TokenCount* output_tokens = nullptr;  // [num_output_tokens] distinct ids; may be null
   int64_t num_output_tokens = 0;
-  const TokenBias* logit_bias = nullptr;          // [num_logit_bias] distinct ids; may be null
+  const TokenBias* logit_bias = nullptr;  // [num_logit_bias] distinct ids; may be null
   int64_t num_logit_bias = 0;
-  const int32_t* banned_tokens = nullptr;         // [num_banned_tokens]; may be null
+  const int32_t* banned_tokens = nullptr;  // [num_banned_tokens]; may be null
   int64_t num_banned_tokens = 0;
 };
 

@@ -13,7 +13,7 @@ usage: tests/run.sh [options]
     dev       AddressSanitizer and UBSan: unit tests and simulator
     cuda      compiled where nvcc is found and there is CUDA code
   --tsan            also ThreadSanitizer: unit tests and simulator
-  --soak SECONDS    the simulator draws new seeds for so long, after everything else
+  --soak SECONDS    the simulator runs new seeds for so long
   --tokenizer FILE  only checks our tokenizer against a real tokenizer.json, by Hugging Face `tokenizers`
   --only PRESET     only this one of release, dev, tsan, cuda
   --label REGEX     only ctest labels that match (unit, sim, e2e, bench)
@@ -115,7 +115,11 @@ fi
 
 if [ -n "$soak" ]; then
   phase "simulator soak, $soak s"
-  build/release/tests/strait_sim --seconds "$soak" </dev/null || failed="$failed soak"
+  seed="$(date +%s)000" until=$((SECONDS + soak))
+  while [ "$SECONDS" -lt "$until" ]; do
+    build/release/tests/strait_sim --seed "$seed" --count 500 </dev/null || { failed="$failed soak"; break; }
+    seed=$((seed + 500))
+  done
 fi
 
 phase ""

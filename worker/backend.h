@@ -6,7 +6,8 @@
 // Owns:    a StageModel its weights' mapping and its cache pool; it borrows nothing after Load.
 // Thread:  Backend::Load runs on a loader thread while other stages step; Forward only on the loop
 //          thread.
-// Shapes:  hidden [num_tokens, hidden_size] in the backend's hidden format, row-major, host memory.
+// Shapes:  hidden [num_tokens, hidden_size] in the backend's hidden format, row-major, host
+//          memory.
 // Errors:  a Forward that fails leaves the stage unusable until its next activation.
 // Why:     sampling belongs to the backend, because logits need not leave a device.
 #pragma once

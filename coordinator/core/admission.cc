@@ -31,8 +31,8 @@ absl::Status CheckRange(const char* field, float value, bool in_range, const cha
 absl::Status CheckIds(const char* field, std::vector<TokenId> ids, uint32_t vocab_size) {
   const auto most = std::max_element(ids.begin(), ids.end());
   if (most == ids.end() || *most < vocab_size) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(field, " has token id ", *most,
-                                                 ", the vocabulary has ", vocab_size, " tokens"));
+  return absl::InvalidArgumentError(
+      absl::StrCat(field, " has token id ", *most, ", the vocabulary has ", vocab_size, " tokens"));
 }
 
 absl::Status CheckSampling(const SequenceSpec& spec) {
@@ -42,8 +42,8 @@ absl::Status CheckSampling(const SequenceSpec& spec) {
   }
   STRAIT_RETURN_IF_ERROR(
       CheckRange("temperature", spec.temperature, spec.temperature >= 0, "0 or more"));
-  STRAIT_RETURN_IF_ERROR(CheckRange("top_p", spec.top_p, spec.top_p > 0 && spec.top_p <= 1,
-                                    "above 0 and at most 1"));
+  STRAIT_RETURN_IF_ERROR(
+      CheckRange("top_p", spec.top_p, spec.top_p > 0 && spec.top_p <= 1, "above 0 and at most 1"));
   STRAIT_RETURN_IF_ERROR(
       CheckRange("min_p", spec.min_p, spec.min_p >= 0 && spec.min_p <= 1, "0 to 1"));
   STRAIT_RETURN_IF_ERROR(CheckRange("repetition_penalty", spec.repetition_penalty,
@@ -68,8 +68,8 @@ absl::Status CheckSequence(const SequenceSpec& spec, const ModelShape& model) {
   }
   STRAIT_RETURN_IF_ERROR(CheckIds("the prompt", spec.prompt, model.vocab_size));
   if (spec.min_tokens > spec.max_tokens) {
-    return absl::InvalidArgumentError(absl::StrCat("min_tokens ", spec.min_tokens,
-                                                   " is above max_tokens ", spec.max_tokens));
+    return absl::InvalidArgumentError(
+        absl::StrCat("min_tokens ", spec.min_tokens, " is above max_tokens ", spec.max_tokens));
   }
   STRAIT_RETURN_IF_ERROR(
       CheckCount("stop_token_ids", spec.stop_token_ids.size(), 0, limits::kMaxStopTokens));
@@ -85,9 +85,8 @@ absl::Status CheckSequence(const SequenceSpec& spec, const ModelShape& model) {
     return absl::InvalidArgumentError(absl::StrCat("logit_bias names token id ", *twice, " twice"));
   }
   if (spec.num_top > limits::kMaxTopLogprobs) {
-    return absl::InvalidArgumentError(absl::StrCat("logprobs asks for ", spec.num_top,
-                                                   " alternatives, at most ",
-                                                   limits::kMaxTopLogprobs));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "logprobs asks for ", spec.num_top, " alternatives, at most ", limits::kMaxTopLogprobs));
   }
   return CheckSampling(spec);
 }
@@ -95,7 +94,8 @@ absl::Status CheckSequence(const SequenceSpec& spec, const ModelShape& model) {
 }  // namespace
 
 absl::Status CheckRequest(const RequestSpec& request, const ModelShape& model) {
-  STRAIT_RETURN_IF_ERROR(CheckCount("the request", request.sequences.size(), 1, limits::kMaxChoices));
+  STRAIT_RETURN_IF_ERROR(
+      CheckCount("the request", request.sequences.size(), 1, limits::kMaxChoices));
   for (const SequenceSpec& spec : request.sequences) {
     STRAIT_RETURN_IF_ERROR(CheckSequence(spec, model));
   }
@@ -110,8 +110,8 @@ absl::Status CheckFits(const RequestSpec& request, uint32_t capacity_columns) {
     if (columns <= capacity_columns) continue;
     return absl::InvalidArgumentError(absl::StrCat(
         "the prompt's ", spec.prompt.size(), " tokens and max_tokens ", spec.max_tokens, " need ",
-        columns, " latent blocks a layer, the roomiest pipeline has ", capacity_columns,
-        " (", uint64_t{capacity_columns} * limits::kBlockTokens,
+        columns, " latent blocks a layer, the roomiest pipeline has ", capacity_columns, " (",
+        uint64_t{capacity_columns} * limits::kBlockTokens,
         " tokens); ask for fewer tokens or give the workers more memory"));
   }
   return absl::OkStatus();

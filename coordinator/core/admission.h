@@ -4,8 +4,8 @@
 //
 // Thread:  pure functions.
 // Errors:  InvalidArgument names the field, its value and its bounds.
-// Why:     what passes here is trusted by the scheduler and accepted by every stage (worker/stage checks the
-//          same bounds again).
+// Why:     what passes here is trusted by the scheduler and accepted by every stage (worker/stage
+//          checks the same bounds again).
 #pragma once
 
 #include "absl/status/status.h"
@@ -16,8 +16,8 @@ namespace strait {
 // Whether every sequence of it is well formed and within the model's context.
 absl::Status CheckRequest(const RequestSpec& request, const ModelShape& model);
 
-// Whether every sequence of it, grown to its end, fits in `capacity_columns` 64-token columns of latent
-// blocks: what the roomiest pipeline holds.
+// Whether every sequence of it, grown to its end, fits in `capacity_columns` 64-token columns of
+// latent blocks: what the roomiest pipeline holds.
 absl::Status CheckFits(const RequestSpec& request, uint32_t capacity_columns);
 
 }  // namespace strait

@@ -61,9 +61,8 @@ void Cluster::Advance(uint64_t now_us) {
   }
   for (const auto& [id, pipeline] : pipelines_) {
     const bool loaded =
-        std::all_of(pipeline->slots.begin(), pipeline->slots.end(), [](const StageSlot& slot) {
-          return slot.state == StageSlot::State::kLoaded;
-        });
+        std::all_of(pipeline->slots.begin(), pipeline->slots.end(),
+                    [](const StageSlot& slot) { return slot.state == StageSlot::State::kLoaded; });
     if (loaded && now_us >= pipeline->retry_at_us) Activate(pipeline.get(), now_us);
   }
 }
@@ -117,8 +116,8 @@ void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
     columns_of_fills.push_back(std::min(fits, planned));
     left.erase(left.begin());
   }
-  // What the same workers could do with other layer ranges. Loading everything anew pays only if the
-  // pipeline holds at least twice as much afterwards, or cannot work otherwise.
+  // What the same workers could do with other layer ranges. Loading everything anew pays only if
+  // the pipeline holds at least twice as much afterwards, or cannot work otherwise.
   std::vector<Worker*> all;
   for (const StageSlot& slot : pipeline->slots) {
     if (slot.state != StageSlot::State::kVacant) all.push_back(FindWorker(slot.worker));
@@ -260,8 +259,8 @@ void Cluster::SendStep(const Pipeline& pipeline, const v1::StepPlan& plan) {
 std::string Cluster::WhyNoPipeline() const {
   if (!plan_problem_.ok()) return std::string(plan_problem_.message());
   for (const auto& [id, pipeline] : pipelines_) {
-    std::string what = absl::StrCat("pipeline ", id.value, " is ",
-                                    pipeline->served ? "recovering" : "loading");
+    std::string what =
+        absl::StrCat("pipeline ", id.value, " is ", pipeline->served ? "recovering" : "loading");
     if (pipeline->num_vacant() > 0) {
       absl::StrAppend(&what, " and lacks ", pipeline->num_vacant(), " worker(s) of ",
                       pipeline->slots.size());
@@ -280,9 +279,9 @@ absl::Status Cluster::CheckIntegrity() const {
     const bool is_active = pipeline->state == Pipeline::State::kActive;
     active += is_active;
     if (is_active != pipeline->scheduler.started()) {
-      return absl::InternalError(absl::StrCat("pipeline ", id.value, " is ",
-                                              is_active ? "active, its scheduler stopped"
-                                                        : "not active, its scheduler runs"));
+      return absl::InternalError(absl::StrCat(
+          "pipeline ", id.value, " is ",
+          is_active ? "active, its scheduler stopped" : "not active, its scheduler runs"));
     }
     for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
       const StageSlot& slot = pipeline->slots[i];
@@ -291,8 +290,8 @@ absl::Status Cluster::CheckIntegrity() const {
       const auto worker = workers_.find(slot.worker);
       if (worker == workers_.end() || worker->second.pipeline != id ||
           worker->second.slot_index != i) {
-        return absl::InternalError(absl::StrCat("pipeline ", id.value, " stage ", i,
-                                                ": its worker does not know"));
+        return absl::InternalError(
+            absl::StrCat("pipeline ", id.value, " stage ", i, ": its worker does not know"));
       }
     }
     const absl::Status status = pipeline->scheduler.CheckIntegrity();
@@ -304,8 +303,8 @@ absl::Status Cluster::CheckIntegrity() const {
   size_t assigned = 0;
   for (const auto& [id, worker] : workers_) assigned += worker.pipeline.has_value();
   if (active != num_active_ || assigned != slots_filled) {
-    return absl::InternalError(absl::StrCat(active, " pipelines active, counted ", num_active_, "; ",
-                                            assigned, " workers assigned to ", slots_filled,
+    return absl::InternalError(absl::StrCat(active, " pipelines active, counted ", num_active_,
+                                            "; ", assigned, " workers assigned to ", slots_filled,
                                             " stages"));
   }
   return absl::OkStatus();

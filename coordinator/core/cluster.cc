@@ -103,8 +103,9 @@ void Cluster::Remove(WorkerId id, const absl::Status& why, uint64_t now_us) {
     slot.stage_id = 0;
     slot.bytes_loaded = slot.bytes_total = slot.weight_bytes = 0;
     slot.errors = slot.link_errors = 0;
-    Fail(pipeline, absl::Status(why.code(), absl::StrCat("worker ", worker->name, ": ",
-                                                         std::string(why.message()))),
+    Fail(pipeline,
+         absl::Status(why.code(),
+                      absl::StrCat("worker ", worker->name, ": ", std::string(why.message()))),
          now_us);
   }
   workers_.erase(id);
@@ -113,13 +114,21 @@ void Cluster::Remove(WorkerId id, const absl::Status& why, uint64_t now_us) {
 
 void Cluster::OnTick(uint64_t now_us) {
   look_again_ = true;  // backoffs run out
+  // A coordinator that was itself stopped has not heard anybody, and must not blame them.
+  const uint64_t away_us = last_tick_us_ == 0 ? 0 : now_us - std::min(now_us, last_tick_us_);
+  last_tick_us_ = now_us;
+  if (away_us > context_->options.heartbeat_timeout_us / 2) {
+    for (auto& [id, worker] : workers_) {
+      worker.last_heard_us = std::min(now_us, worker.last_heard_us + away_us);
+    }
+  }
   std::vector<std::pair<WorkerId, absl::Status>> late;
   for (const auto& [id, worker] : workers_) {
     const uint64_t silent_us = now_us - std::min(now_us, worker.last_heard_us);
     if (silent_us <= context_->options.heartbeat_timeout_us) continue;
-    late.emplace_back(id, absl::DeadlineExceededError(absl::StrCat(
-                              "no heartbeat for ", silent_us / 1000, " ms, at most ",
-                              context_->options.heartbeat_timeout_us / 1000)));
+    late.emplace_back(id, absl::DeadlineExceededError(
+                              absl::StrCat("no heartbeat for ", silent_us / 1000, " ms, at most ",
+                                           context_->options.heartbeat_timeout_us / 1000)));
   }
   for (const auto& [id, pipeline] : pipelines_) {
     const StepLedger& ledger = pipeline->scheduler.ledger();
@@ -177,8 +186,9 @@ void Cluster::OnLoadProgress(Worker* worker, const v1::LoadProgress& progress) {
 void Cluster::OnStageState(Worker* worker, const v1::StageState& state, uint64_t now_us) {
   const WorkerId id = worker->id;
   if (state.stage_id() == 0 || state.stage_id() > last_stage_id_) {
-    return Evict(id, absl::InvalidArgumentError(absl::StrCat(
-                         "speaks of stage ", state.stage_id(), ", which there never was")),
+    return Evict(id,
+                 absl::InvalidArgumentError(
+                     absl::StrCat("speaks of stage ", state.stage_id(), ", which there never was")),
                  now_us);
   }
   if (worker->unloading.contains(state.stage_id())) {
@@ -198,9 +208,10 @@ void Cluster::OnStageState(Worker* worker, const v1::StageState& state, uint64_t
         return Evict(id, absl::FailedPreconditionError("says LOADED twice"), now_us);
       }
       if (state.pool_blocks() != slot->pool_blocks) {
-        return Evict(id, absl::FailedPreconditionError(absl::StrCat(
-                             "took a pool of ", state.pool_blocks(), " latent blocks, not the ",
-                             slot->pool_blocks, " asked for")),
+        return Evict(id,
+                     absl::FailedPreconditionError(
+                         absl::StrCat("took a pool of ", state.pool_blocks(),
+                                      " latent blocks, not the ", slot->pool_blocks, " asked for")),
                      now_us);
       }
       worker->load_failures = 0;
@@ -212,9 +223,10 @@ void Cluster::OnStageState(Worker* worker, const v1::StageState& state, uint64_t
       const PipelineEpoch epoch = FromWire(state.epoch());
       if (epoch < pipeline->epoch) return;
       if (epoch != pipeline->epoch || slot->state != StageSlot::State::kActivating) {
-        return Evict(id, absl::FailedPreconditionError(absl::StrCat(
-                             "says ACTIVE in epoch ", ToString(epoch), ", the pipeline is in ",
-                             ToString(pipeline->epoch))),
+        return Evict(id,
+                     absl::FailedPreconditionError(
+                         absl::StrCat("says ACTIVE in epoch ", ToString(epoch),
+                                      ", the pipeline is in ", ToString(pipeline->epoch))),
                      now_us);
       }
       slot->state = StageSlot::State::kActive;
@@ -223,8 +235,9 @@ void Cluster::OnStageState(Worker* worker, const v1::StageState& state, uint64_t
     case v1::StageState::FAILED:
       return OnFailed(worker, state, now_us);
     default:
-      return Evict(id, absl::InvalidArgumentError(absl::StrCat(
-                           "stage state ", static_cast<int>(state.state()), " was not asked for")),
+      return Evict(id,
+                   absl::InvalidArgumentError(absl::StrCat(
+                       "stage state ", static_cast<int>(state.state()), " was not asked for")),
                    now_us);
   }
 }
@@ -257,17 +270,19 @@ void Cluster::OnReport(Worker* worker, const v1::StageReport& report, uint64_t n
   StageSlot* slot = SlotOf(*worker, report.stage_id());
   if (slot == nullptr) {
     if (report.stage_id() != 0 && report.stage_id() <= last_stage_id_) return;  // late
-    return Evict(id, absl::InvalidArgumentError(absl::StrCat(
-                         "reports for stage ", report.stage_id(), ", which there never was")),
+    return Evict(id,
+                 absl::InvalidArgumentError(absl::StrCat("reports for stage ", report.stage_id(),
+                                                         ", which there never was")),
                  now_us);
   }
   Pipeline* pipeline = PipelineOf(*worker);
   const PipelineEpoch epoch = FromWire(report.epoch());
   if (epoch < pipeline->epoch) return;  // late
   if (epoch > pipeline->epoch) {
-    return Evict(id, absl::FailedPreconditionError(absl::StrCat(
-                         "reports in epoch ", ToString(epoch), ", the pipeline is in ",
-                         ToString(pipeline->epoch))),
+    return Evict(id,
+                 absl::FailedPreconditionError(absl::StrCat("reports in epoch ", ToString(epoch),
+                                                            ", the pipeline is in ",
+                                                            ToString(pipeline->epoch))),
                  now_us);
   }
   if (report.error_code() != 0) {
@@ -281,8 +296,9 @@ void Cluster::OnReport(Worker* worker, const v1::StageReport& report, uint64_t n
   }
   const absl::Status status = pipeline->scheduler.OnReport(worker->slot_index, report, now_us);
   if (!status.ok()) {
-    return Evict(id, absl::Status(status.code(), absl::StrCat("report of step ", report.step_id(),
-                                                              ": ", std::string(status.message()))),
+    return Evict(id,
+                 absl::Status(status.code(), absl::StrCat("report of step ", report.step_id(), ": ",
+                                                          std::string(status.message()))),
                  now_us);
   }
   slot->errors = slot->link_errors = 0;
@@ -296,16 +312,17 @@ void Cluster::OnStageError(Worker* worker, StageSlot* slot, const absl::Status& 
                     absl::IsAborted(error) || absl::IsCancelled(error);
   ++(link ? slot->link_errors : slot->errors);
   if (slot->errors >= kMaxStageErrors || slot->link_errors >= kMaxLinkErrors) {
-    return Evict(worker->id,
-                 absl::Status(error.code(),
-                              absl::StrCat("its stage failed ", slot->errors, " times and its link ",
-                                           slot->link_errors, " times, last: ",
-                                           std::string(error.message()))),
-                 now_us);
+    return Evict(
+        worker->id,
+        absl::Status(error.code(), absl::StrCat("its stage failed ", slot->errors,
+                                                " times and its link ", slot->link_errors,
+                                                " times, last: ", std::string(error.message()))),
+        now_us);
   }
   Pipeline* pipeline = PipelineOf(*worker);
-  Fail(pipeline, absl::Status(error.code(), absl::StrCat("worker ", worker->name, ": ",
-                                                         std::string(error.message()))),
+  Fail(pipeline,
+       absl::Status(error.code(),
+                    absl::StrCat("worker ", worker->name, ": ", std::string(error.message()))),
        now_us);
   pipeline->retry_at_us =
       now_us + Doubling(kActivateBackoffUs, pipeline->failures++, kActivateBackoffMaxUs);

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Cluster knows the workers and puts pipelines together from them: it forms them, fills the place of a worker
-// that died, and gives a pipeline a new epoch whenever something of it failed.
+// Cluster knows the workers and puts pipelines together from them: it forms them, fills the place
+// of a worker that died, and gives a pipeline a new epoch whenever something of it failed.
 //
 // Owns:    workers, pipelines (each with its Scheduler). Borrows: the Context, the Journal.
 // Thread:  loop thread only.
 // Errors:  what a worker does wrong evicts it, with a status that names the discrepancy.
-// Limits:  limits::kMaxWorkers; CoreOptions::heartbeat_timeout_us, activation_timeout_us, step_timeout_us.
-// Why:     a pipeline is in one of three states, and every failure, whatever it was, takes it back to the
-//          first with a new epoch:
-//              assembling (slots vacant or loading) -> activating (all loaded) -> active (all answered)
+// Limits:  limits::kMaxWorkers; CoreOptions::heartbeat_timeout_us, activation_timeout_us,
+//          step_timeout_us.
+// Why:     a pipeline is assembling (slots are vacant or load), activating (all are loaded) or
+//          active (all answered); every failure, whatever it was, takes it back to assembling with
+//          a new epoch.
 #pragma once
 
 #include <cstdint>
@@ -28,11 +29,12 @@
 
 namespace strait {
 
-// A worker whose stage fails so often without a finished step in between is evicted. A broken link counts
-// apart, and longer than a heartbeat timeout: mostly the other end of it is to blame.
+// A worker whose stage fails so often without a finished step in between is evicted. A broken link
+// counts apart, and longer than a heartbeat timeout: mostly the other end of it is to blame.
 inline constexpr uint32_t kMaxStageErrors = 3;
 inline constexpr uint32_t kMaxLinkErrors = 12;
-// Wait before an activation after a failure that cost no worker: doubles from the first to the last.
+// Wait before an activation after a failure that cost no worker: doubles from the first to the
+// last.
 inline constexpr uint64_t kActivateBackoffUs = 20'000;
 inline constexpr uint64_t kActivateBackoffMaxUs = 2'000'000;
 // A worker that could not load a stage is left alone so long, doubling.
@@ -86,10 +88,10 @@ struct Pipeline {
   PipelineEpoch epoch;
   State state = State::kAssembling;
   std::vector<StageSlot> slots;
-  bool served = false;         // was active once
-  uint64_t since_us = 0;       // in this state
-  uint64_t retry_at_us = 0;    // no activation before
-  uint32_t failures = 0;       // since a step was finished
+  bool served = false;       // was active once
+  uint64_t since_us = 0;     // in this state
+  uint64_t retry_at_us = 0;  // no activation before
+  uint32_t failures = 0;     // since a step was finished
   std::string last_error;
   Scheduler scheduler;
 
@@ -133,7 +135,8 @@ class Cluster {
   void OnStageState(Worker* worker, const v1::StageState& state, uint64_t now_us);
   void OnFailed(Worker* worker, const v1::StageState& state, uint64_t now_us);
   void OnReport(Worker* worker, const v1::StageReport& report, uint64_t now_us);
-  // A stage says that it failed: the pipeline starts anew, the worker goes if it was once too often.
+  // A stage says that it failed: the pipeline starts anew, the worker goes if it was once too
+  // often.
   void OnStageError(Worker* worker, StageSlot* slot, const absl::Status& error, uint64_t now_us);
 
   void FormPipeline(uint64_t now_us);
@@ -157,8 +160,10 @@ class Cluster {
   uint64_t last_stage_id_ = 0;
   uint64_t last_pipeline_id_ = 0;
   uint64_t last_epoch_counter_ = 0;
+  uint64_t last_tick_us_ = 0;
   absl::Status plan_problem_;  // why no further pipeline was formed
-  bool look_again_ = false;    // workers or their fitness changed since pipelines were last put together
+  bool look_again_ =
+      false;  // workers or their fitness changed since pipelines were last put together
 };
 
 }  // namespace strait

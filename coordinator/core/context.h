@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Context is what the parts of Core share: the options, the model's shape, messages on their way out and
-// counters.
+// Context is what the parts of Core share: the options, the model's shape, messages on their way
+// out and counters.
 //
 // Owns:    the outbox. Borrowed by every part; Core owns it and outlives them.
 // Thread:  loop thread only.

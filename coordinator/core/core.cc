@@ -26,10 +26,11 @@ absl::Status CheckOption(const char* name, uint64_t value, uint64_t least, uint6
 
 absl::Status ValidateOptions(const CoreOptions& options, const ModelShape& model) {
   const uint64_t num_layers = model.layer_weight_bytes.size();
-  STRAIT_RETURN_IF_ERROR(CheckOption("num_pipelines", options.num_pipelines, 1, limits::kMaxWorkers));
-  STRAIT_RETURN_IF_ERROR(CheckOption(
-      "num_stages", options.num_stages, 1,
-      std::min<uint64_t>(num_layers, limits::kMaxStagesPerPipeline)));
+  STRAIT_RETURN_IF_ERROR(
+      CheckOption("num_pipelines", options.num_pipelines, 1, limits::kMaxWorkers));
+  STRAIT_RETURN_IF_ERROR(
+      CheckOption("num_stages", options.num_stages, 1,
+                  std::min<uint64_t>(num_layers, limits::kMaxStagesPerPipeline)));
   STRAIT_RETURN_IF_ERROR(
       CheckOption("max_step_tokens", options.max_step_tokens, 1, limits::kMaxStepTokens));
   STRAIT_RETURN_IF_ERROR(
@@ -43,7 +44,8 @@ absl::Status ValidateOptions(const CoreOptions& options, const ModelShape& model
   STRAIT_RETURN_IF_ERROR(
       CheckOption("heartbeat_timeout_us", options.heartbeat_timeout_us, 10'000, 3'600'000'000));
   STRAIT_RETURN_IF_ERROR(CheckOption("the model's vocab_size", model.vocab_size, 1, 1u << 31));
-  STRAIT_RETURN_IF_ERROR(CheckOption("the model's max_positions", model.max_positions, 1, 1u << 30));
+  STRAIT_RETURN_IF_ERROR(
+      CheckOption("the model's max_positions", model.max_positions, 1, 1u << 30));
   STRAIT_RETURN_IF_ERROR(CheckOption("the model's block_bytes", model.block_bytes, 1, 1u << 30));
   return CheckOption("the number of end-of-sequence ids", model.eos_token_ids.size(), 0,
                      limits::kMaxStopTokens);
@@ -112,7 +114,8 @@ void Core::OnTick(uint64_t now_us) {
 std::vector<CoreMessage> Core::Take(uint64_t now_us) {
   State& state = *state_;
   state.cluster.Advance(now_us);
-  // A step that closes sequences makes room, so placing and forming take turns until neither does more.
+  // A step that closes sequences makes room, so placing and forming take turns until neither does
+  // more.
   for (bool formed = state.cluster.num_active() > 0; formed;) {
     state.PlaceWaiting();
     formed = false;

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Core decides everything: which worker serves which layers, which sequence runs where and in which step,
-// and what happens when a worker dies. Events and `now` go in, messages come out.
+// Core decides everything: which worker serves which layers, which sequence runs where and in
+// which step, and what happens when a worker dies. Events and `now` go in, messages come out.
 //
 // Owns:    the journal of every sequence, pipelines, epochs, block accounting.
-// Thread:  loop thread only. No I/O, no clock, no randomness: the same events give the same messages.
-// Errors:  what a worker or client does wrong becomes a message (a refusal, a new epoch, an eviction); a
-//          report that contradicts the accounting evicts the worker and replays its sequences.
+// Thread:  loop thread only. No I/O, no clock, no randomness: the same events give the same
+//          messages.
+// Errors:  what a worker or client does wrong becomes a message (a refusal, a new epoch, an
+//          eviction); a report that contradicts the accounting evicts the worker and replays its
+//          sequences.
 // Limits:  CoreOptions; proto/limits.h.
 // Why:     the server (coordinator/service) and the simulator (tests/sim) run this same code.
 #pragma once
@@ -26,14 +28,14 @@
 namespace strait {
 
 struct CoreOptions {
-  uint64_t term = 1;             // raised by every coordinator that takes over
-  uint32_t num_pipelines = 1;    // wanted; formed as soon as enough idle workers are there
-  uint32_t num_stages = 1;       // of each pipeline
-  uint32_t max_step_tokens = 512;      // rows of one step, all sequences together
-  uint32_t prefill_chunk = 256;        // rows of one sequence in one step
-  uint32_t max_running = 256;          // sequences resident in one pipeline
-  uint32_t max_waiting = 1024;         // sequences admitted and not resident, whole cluster
-  uint32_t steps_in_flight = 0;        // per pipeline; 0: num_stages + 1
+  uint64_t term = 1;               // raised by every coordinator that takes over
+  uint32_t num_pipelines = 1;      // wanted; formed as soon as enough idle workers are there
+  uint32_t num_stages = 1;         // of each pipeline
+  uint32_t max_step_tokens = 512;  // rows of one step, all sequences together
+  uint32_t prefill_chunk = 256;    // rows of one sequence in one step
+  uint32_t max_running = 256;      // sequences resident in one pipeline
+  uint32_t max_waiting = 1024;     // sequences admitted and not resident, whole cluster
+  uint32_t steps_in_flight = 0;    // per pipeline; 0: num_stages + 1
   uint64_t heartbeat_timeout_us = 5'000'000;
   uint64_t request_timeout_us = 600'000'000;  // when the request names none
   // How long waiting requests survive without any pipeline before they fail Unavailable.
@@ -44,7 +46,8 @@ struct CoreOptions {
   uint64_t activation_timeout_us = 30'000'000;
 };
 
-// What Core must know of the model; made from proto/model_config.h by the server, invented by the simulator.
+// What Core must know of the model; made from proto/model_config.h by the server, invented by the
+// simulator.
 struct ModelShape {
   uint32_t vocab_size = 0;
   uint32_t max_positions = 0;
@@ -102,11 +105,11 @@ using CoreMessage = std::variant<SendToWorker, EvictWorker, RequestRefused, Requ
 // Counters that only grow, and gauges; for metrics and status.
 struct CoreStats {
   uint64_t steps = 0;
-  uint64_t prompt_tokens = 0;      // computed, replays not counted
+  uint64_t prompt_tokens = 0;  // computed, replays not counted
   uint64_t generated_tokens = 0;
   uint64_t replayed_tokens = 0;
   uint64_t preemptions = 0;
-  uint64_t recoveries = 0;         // pipelines that came back with a new epoch
+  uint64_t recoveries = 0;  // pipelines that came back with a new epoch
   uint64_t workers_lost = 0;
   uint64_t requests_refused = 0;
   uint64_t requests_ended[4] = {0, 0, 0, 0};  // by FinishReason
@@ -124,7 +127,8 @@ class Core {
   ~Core();
 
   // ---- Events ----
-  // A worker's Hello was valid in itself; Core answers Welcome or EvictWorker (another model, wire version).
+  // A worker's Hello was valid in itself; Core answers Welcome or EvictWorker (another model, wire
+  // version).
   void OnWorkerAttached(WorkerId worker, const v1::Hello& hello, uint64_t now_us);
   void OnWorkerMessage(WorkerId worker, const v1::FromWorker& message, uint64_t now_us);
   void OnWorkerLost(WorkerId worker, absl::Status why, uint64_t now_us);
@@ -133,8 +137,8 @@ class Core {
   // Deadlines, heartbeat timeouts. Call at least every 100 ms, and it may be called at any time.
   void OnTick(uint64_t now_us);
 
-  // Messages since the last call, in order. To be called after each event (or batch of events): forming of
-  // steps happens here, so that one step serves all events of a batch.
+  // Messages since the last call, in order. To be called after each event (or batch of events):
+  // forming of steps happens here, so that one step serves all events of a batch.
   std::vector<CoreMessage> Take(uint64_t now_us);
 
   // ---- What others may ask ----

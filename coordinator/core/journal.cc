@@ -91,8 +91,8 @@ void Journal::End(Sequence* sequence, FinishReason reason, std::optional<TokenId
   sequences_.erase(sequence->id);
   const bool last = --request->num_live == 0;
   ++context_->stats.requests_ended[static_cast<int>(reason)];
-  context_->Send(SequenceEnded{request->id, sequence->index, reason, stop_token, std::move(status),
-                               last});
+  context_->Send(
+      SequenceEnded{request->id, sequence->index, reason, stop_token, std::move(status), last});
   request->sequences[sequence->index].reset();
   if (!last) return;
   deadlines_.erase({request->deadline_us, request->id});
@@ -128,14 +128,14 @@ absl::Status Journal::CheckIntegrity() const {
     const bool waits = waiting_.contains(id);
     resident += sequence->resident_in != nullptr;
     if (waits == (sequence->resident_in != nullptr)) {
-      return absl::InternalError(absl::StrCat("sequence ", id.value, waits
-                                                  ? " waits and is resident"
-                                                  : " neither waits nor is resident"));
+      return absl::InternalError(
+          absl::StrCat("sequence ", id.value,
+                       waits ? " waits and is resident" : " neither waits nor is resident"));
     }
     if (sequence->tokens.size() < sequence->prompt_tokens ||
         sequence->generated() > sequence->spec.max_tokens) {
-      return absl::InternalError(absl::StrCat("sequence ", id.value, " has ",
-                                              sequence->tokens.size(), " tokens"));
+      return absl::InternalError(
+          absl::StrCat("sequence ", id.value, " has ", sequence->tokens.size(), " tokens"));
     }
   }
   if (waiting_.size() + resident != sequences_.size()) {

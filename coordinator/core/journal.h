@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Journal keeps every request and sequence until it ends, and is the only place that tells clients anything.
+// Journal keeps every request and sequence until it ends, and is the only place that tells clients
+// anything.
 //
 // Owns:    requests, sequences, the queue of those that wait, deadlines. Borrows: the Context.
 // Thread:  loop thread only.
 // Limits:  CoreOptions::max_waiting, asked by Core before Admit.
-// Why:     tokens are accepted in position order only, here and nowhere else, so whatever happened below (a
-//          replay, another pipeline) no client sees a token lost, doubled or changed.
+// Why:     tokens are accepted in position order only, here and nowhere else, so whatever happened
+//          below (a replay, another pipeline) no client sees a token lost, doubled or changed.
 #pragma once
 
 #include <cstdint>

@@ -28,10 +28,13 @@ absl::Status CannotFit(const CoreOptions& options, const ModelShape& model,
                           memory_bytes.size() * model.stage_workspace_bytes +
                           num_layers * model.block_bytes;
   std::string each;
-  for (const uint64_t bytes : memory_bytes) absl::StrAppend(&each, each.empty() ? "" : " + ", bytes);
+  for (const uint64_t bytes : memory_bytes)
+    absl::StrAppend(&each, each.empty() ? "" : " + ", bytes);
   return absl::ResourceExhaustedError(absl::StrCat(
-      "the model does not fit on ", memory_bytes.size(), " stage(s): weights, workspace and one latent "
-      "block a layer take ", needed, " bytes, the workers offer ", memory, " (", each, ")",
+      "the model does not fit on ", memory_bytes.size(),
+      " stage(s): weights, workspace and one latent "
+      "block a layer take ",
+      needed, " bytes, the workers offer ", memory, " (", each, ")",
       needed <= memory ? ", and no split into contiguous layers fits each of them" : "",
       options.max_cache_bytes_per_stage > 0
           ? absl::StrCat("; the cache is limited to ", options.max_cache_bytes_per_stage,

@@ -5,9 +5,10 @@
 // Thread:  pure functions.
 // Errors:  ResourceExhausted says what is needed and what there is.
 // Limits:  O(stages x layers²).
-// Why:     first the smallest cache (in tokens) of all stages is made as large as it can be, because it bounds
-//          what a pipeline holds; among the splits that reach it, the one whose heaviest stage is lightest,
-//          because that one sets the pace. More cache than max_running full contexts is of no use.
+// Why:     first the smallest cache (in tokens) of all stages is made as large as it can be,
+//          because it bounds what a pipeline holds; among the splits that reach it, the one whose
+//          heaviest stage is lightest, because that one sets the pace. More cache than max_running
+//          full contexts is of no use.
 #pragma once
 
 #include <cstdint>
@@ -34,8 +35,8 @@ struct PipelinePlan {
 // Bytes of weights that a stage with these layers holds.
 uint64_t StageWeightBytes(const ModelShape& model, LayerRange layers);
 
-// Columns of latent blocks (one block in each of its layers) that such a stage can hold in `memory_bytes`;
-// 0: not even one.
+// Columns of latent blocks (one block in each of its layers) that such a stage can hold in
+// `memory_bytes`; 0: not even one.
 uint32_t StageColumns(const CoreOptions& options, const ModelShape& model, LayerRange layers,
                       uint64_t memory_bytes);
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a stage's report means for the scheduler: checked against the plans first, applied as a whole then.
+// What a stage's report means for the scheduler: checked against the plans first, applied as a
+// whole then.
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -20,12 +21,12 @@ bool IsLogprob(float value) { return value <= kMaxLogprob && !std::isnan(value);
 
 absl::Status CheckToken(const v1::TokenLogprob& token, uint32_t num_top, const ModelShape& model) {
   if (token.token_id() >= model.vocab_size) {
-    return absl::InvalidArgumentError(absl::StrCat("token id ", token.token_id(),
-                                                   ", the vocabulary has ", model.vocab_size));
+    return absl::InvalidArgumentError(
+        absl::StrCat("token id ", token.token_id(), ", the vocabulary has ", model.vocab_size));
   }
   if (!IsLogprob(token.logprob())) {
-    return absl::InvalidArgumentError(absl::StrCat("log-probability ", token.logprob(),
-                                                   " of token id ", token.token_id()));
+    return absl::InvalidArgumentError(
+        absl::StrCat("log-probability ", token.logprob(), " of token id ", token.token_id()));
   }
   const int due = static_cast<int>(std::min(num_top, model.vocab_size));
   if (token.top_ids_size() != due || token.top_logprobs_size() != due) {
@@ -60,8 +61,8 @@ TokenInfo ToInfo(const v1::TokenLogprob& token, uint32_t position) {
 absl::Status Scheduler::CheckResults(const StepRecord& record,
                                      const v1::StageReport& report) const {
   if (report.results_size() != static_cast<int>(record.wanted.size())) {
-    return absl::InvalidArgumentError(absl::StrCat(report.results_size(), " results, ",
-                                                   record.wanted.size(), " sequences wanted logits"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        report.results_size(), " results, ", record.wanted.size(), " sequences wanted logits"));
   }
   for (int i = 0; i < report.results_size(); ++i) {
     const WantedResult& wanted = record.wanted[i];
@@ -89,8 +90,7 @@ absl::Status Scheduler::CheckResults(const StepRecord& record,
           " scored at position ", position, ", it has ", sequence->tokens[position]));
     }
     if (wanted.sample) {
-      STRAIT_RETURN_IF_ERROR(
-          CheckToken(result.sampled(), wanted.sample_num_top, context_->model));
+      STRAIT_RETURN_IF_ERROR(CheckToken(result.sampled(), wanted.sample_num_top, context_->model));
     }
   }
   return absl::OkStatus();

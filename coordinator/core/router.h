@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Router picks the pipeline for a sequence: (later: the longest cached prefix, then) the least load, then the
-// most free latent blocks, then the oldest pipeline.
+// Router picks the pipeline for a sequence: (later: the longest cached prefix, then) the least
+// load, then the most free latent blocks, then the oldest pipeline.
 //
 // Thread:  pure function.
-// Why:     sequences are routed when they can start, not when they arrive, so a pipeline that slows down or
-//          dies has no queue of its own to be emptied.
+// Why:     sequences are routed when they can start, not when they arrive, so a pipeline that
+//          slows down or dies has no queue of its own to be emptied.
 #pragma once
 
 #include <cstddef>

@@ -105,8 +105,8 @@ uint32_t Scheduler::DecodeCap() const {
 
 bool Scheduler::WorthDecoding() const {
   if (ready_.empty()) return false;
-  // With a step for every stage under way, a part of a micro-batch waits to be joined by others: many small
-  // steps would read the weights more often for the same tokens.
+  // With a step for every stage under way, a part of a micro-batch waits to be joined by others:
+  // many small steps would read the weights more often for the same tokens.
   return ready_.size() >= DecodeCap() || ledger_.decode_steps() < num_stages_;
 }
 
@@ -176,7 +176,8 @@ void Scheduler::PlanDecodes(Draft* draft) {
     if (chosen.size() >= cap) break;
     chosen.push_back(sequence);
   }
-  // Oldest first, so that a victim of preemption is never one that has its rows in this step already.
+  // Oldest first, so that a victim of preemption is never one that has its rows in this step
+  // already.
   std::sort(chosen.begin(), chosen.end(),
             [](const Sequence* a, const Sequence* b) { return a->id < b->id; });
   for (Sequence* sequence : chosen) {
@@ -271,15 +272,15 @@ absl::Status Scheduler::CheckIntegrity() const {
     if (prefilling) unplanned += sequence->rows_wanted() - sequence->rows;
     const auto opened = opened_.find(id);
     const uint32_t rows = opened == opened_.end() ? 0 : opened->second;
-    const bool feasible = sequence->resident_in == this && rows == sequence->rows &&
-                          sequence->opened == (opened != opened_.end()) &&
-                          prefilling == (sequence->rows < sequence->rows_wanted() &&
-                                         sequence->ready_ticket == 0) &&
-                          BlocksPerLayer(rows) <= sequence->columns;
+    const bool feasible =
+        sequence->resident_in == this && rows == sequence->rows &&
+        sequence->opened == (opened != opened_.end()) &&
+        prefilling == (sequence->rows < sequence->rows_wanted() && sequence->ready_ticket == 0) &&
+        BlocksPerLayer(rows) <= sequence->columns;
     if (!feasible) {
       return absl::InternalError(absl::StrCat("resident sequence ", id.value, " with ",
-                                              sequence->rows, " rows of ",
-                                              sequence->rows_wanted(), " is inconsistent"));
+                                              sequence->rows, " rows of ", sequence->rows_wanted(),
+                                              " is inconsistent"));
     }
     // It must have something to do or to wait for.
     if (!prefilling && sequence->ready_ticket == 0 && sequence->results_pending == 0) {
@@ -291,9 +292,10 @@ absl::Status Scheduler::CheckIntegrity() const {
   for (const auto& [id, rows] : opened_) held += BlocksPerLayer(rows);
   if (reserved != reserved_ || reserved_ > capacity_ || held != held_ || held_ > reserved_ ||
       unplanned != unplanned_rows_) {
-    return absl::InternalError(absl::StrCat(
-        "columns: reserved ", reserved_, " (counted ", reserved, "), held ", held_, " (counted ",
-        held, ") of ", capacity_, "; rows to plan ", unplanned_rows_, " (counted ", unplanned, ")"));
+    return absl::InternalError(absl::StrCat("columns: reserved ", reserved_, " (counted ", reserved,
+                                            "), held ", held_, " (counted ", held, ") of ",
+                                            capacity_, "; rows to plan ", unplanned_rows_,
+                                            " (counted ", unplanned, ")"));
   }
   if (opened_.size() > residents_.size() + closing_.size()) {
     return absl::InternalError(absl::StrCat(opened_.size(), " sequences are open, ",

@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Scheduler forms the steps of one pipeline: continuous batching, chunked prefill, decode micro-batches. It
-// accounts for every latent block and checks what stages report against it.
+// Scheduler forms the steps of one pipeline: continuous batching, chunked prefill, decode
+// micro-batches. It accounts for every latent block and checks what stages report against it.
 //
-// Owns:    the residents' bookkeeping and the steps in flight. Borrows: sequences (of the Journal).
+// Owns:    the residents' bookkeeping and the steps in flight. Borrows: sequences (of the
+//          Journal).
 // Thread:  loop thread only.
-// Errors:  OnReport says how a stage contradicted the plans (the caller evicts its worker); nothing is
-//          applied then.
+// Errors:  OnReport says how a stage contradicted the plans (the caller evicts its worker);
+//          nothing is applied then.
 // Limits:  CoreOptions: max_step_tokens, prefill_chunk, max_running, steps_in_flight.
-// Why:     under the exact policy every layer of every stage holds the same number of blocks of a sequence:
-//          a *column* is one block in each layer. So one integer per pipeline says what is free: the
-//          capacity is that of the stage with the fewest blocks per layer.
+// Why:     under the exact policy every layer of every stage holds the same number of blocks of a
+//          sequence: a *column* is one block in each layer. So one integer per pipeline says what
+//          is free: the capacity is that of the stage with the fewest blocks per layer.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +33,8 @@ class Scheduler {
 
   // Every stage is empty. REQUIRES: stopped.
   void Start(std::vector<uint32_t> layers_of_stages, uint32_t capacity_columns);
-  // Forgets steps and blocks; residents wait again. Those that fail once too often without a token in between
-  // end Unavailable because of `why`.
+  // Forgets steps and blocks; residents wait again. Those that fail once too often without a token
+  // in between end Unavailable because of `why`.
   void Stop(const absl::Status& why);
   bool started() const { return capacity_ > 0; }
 
@@ -50,7 +51,8 @@ class Scheduler {
   void Drop(Sequence* sequence);
 
   // ---- Steps ----
-  // The next step, if one is worth it now; the caller adds stage and epoch, and sends it to all stages.
+  // The next step, if one is worth it now; the caller adds stage and epoch, and sends it to all
+  // stages.
   std::optional<v1::StepPlan> Form(uint64_t now_us);
   absl::Status OnReport(uint32_t stage_index, const v1::StageReport& report, uint64_t now_us);
 
@@ -103,7 +105,7 @@ class Scheduler {
 
   std::map<SequenceId, Sequence*> residents_;
   std::map<SequenceId, Sequence*> prefilling_;  // residents with rows to plan; oldest first
-  std::map<uint64_t, Sequence*> ready_;         // residents with a token to feed; longest waiting first
+  std::map<uint64_t, Sequence*> ready_;  // residents with a token to feed; longest waiting first
   std::vector<Closing> closing_;
   std::map<SequenceId, uint32_t> opened_;  // on the stages after the last planned step: rows
   StepLedger ledger_;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Sequence is one token stream being grown, with its journal: every token of it and what its client was
-// already given.
+// Sequence is one token stream being grown, with its journal: every token of it and what its
+// client was already given.
 //
 // Owns:    its tokens. Borrows: its Request (Journal owns both).
 // Thread:  loop thread only.
-// Why:     a sequence has no state on workers that cannot be made again from this: rows of the cache follow
-//          from the tokens, sampling noise from (seed, choice, position).
+// Why:     a sequence has no state on workers that cannot be made again from this: rows of the
+//          cache follow from the tokens, sampling noise from (seed, choice, position).
 #pragma once
 
 #include <cstdint>
@@ -22,16 +22,16 @@ namespace strait {
 struct Request;
 class Scheduler;
 
-// Failures of its pipeline that a sequence survives without having got a token in between. A sequence that
-// kills every worker it meets must not kill them forever.
+// Failures of its pipeline that a sequence survives without having got a token in between. A
+// sequence that kills every worker it meets must not kill them forever.
 inline constexpr uint32_t kMaxFruitlessReplays = 8;
 
 struct Sequence {
   // --- Constant after admission ---
   SequenceId id;  // rises with age
   Request* request = nullptr;
-  uint32_t index = 0;  // in the request
-  SequenceSpec spec;   // its prompt is moved into `tokens`
+  uint32_t index = 0;             // in the request
+  SequenceSpec spec;              // its prompt is moved into `tokens`
   std::vector<TokenId> stop_ids;  // sorted: end of sequence (unless ignored) and the request's own
   uint32_t prompt_tokens = 0;
 
@@ -51,7 +51,8 @@ struct Sequence {
 
   uint32_t generated() const { return static_cast<uint32_t>(tokens.size()) - prompt_tokens; }
   bool score_only() const { return spec.max_tokens == 0; }
-  // Rows that its next sampling needs; of the last prompt token nothing is wanted when it only scores.
+  // Rows that its next sampling needs; of the last prompt token nothing is wanted when it only
+  // scores.
   uint32_t rows_wanted() const {
     return static_cast<uint32_t>(tokens.size()) - (score_only() ? 1 : 0);
   }

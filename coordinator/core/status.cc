@@ -91,8 +91,7 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Mode
   const char* state = worker.unloading.empty() ? "idle" : "unloading";
   if (worker.pipeline) {
     const Pipeline& pipeline = *cluster.pipelines().at(*worker.pipeline);
-    const bool loading =
-        pipeline.slots[worker.slot_index].state == StageSlot::State::kLoading;
+    const bool loading = pipeline.slots[worker.slot_index].state == StageSlot::State::kLoading;
     state = loading ? "loading" : pipeline.scheduler.started() ? "serving" : "loaded";
     stages.push_back(StageJson(pipeline, worker.slot_index, model));
   }

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// StepLedger remembers the steps in flight of one pipeline epoch and what every stage must answer to each.
+// StepLedger remembers the steps in flight of one pipeline epoch and what every stage must answer
+// to each.
 //
 // Owns:    one StepRecord per step until all stages reported it.
 // Thread:  loop thread only.
 // Errors:  CheckReport says how a report contradicts the plans; the ledger is unchanged.
 // Limits:  the scheduler's steps in flight.
-// Why:     blocks and tables after a step are known when it is planned, so a stage that counts otherwise is
-//          found at that very step.
+// Why:     blocks and tables after a step are known when it is planned, so a stage that counts
+//          otherwise is found at that very step.
 #pragma once
 
 #include <cstdint>
@@ -34,9 +35,9 @@ struct WantedResult {
 struct StepRecord {
   StepId id;
   uint32_t num_rows = 0;
-  bool decodes = false;          // has rows of sequences past their prefill
-  uint64_t columns_after = 0;    // of latent blocks held after it, see scheduler.h
-  uint64_t tables_digest = 0;    // proto/tables_digest.h
+  bool decodes = false;        // has rows of sequences past their prefill
+  uint64_t columns_after = 0;  // of latent blocks held after it, see scheduler.h
+  uint64_t tables_digest = 0;  // proto/tables_digest.h
   std::vector<WantedResult> wanted;
 };
 

@@ -26,9 +26,9 @@
 namespace strait {
 
 inline constexpr size_t kMaxTemplateBytes = 1u << 20;
-inline constexpr size_t kMaxTemplateNesting = 64;      // of blocks and of expressions
-inline constexpr size_t kMaxRenderBytes = 64u << 20;   // of output, and of any string on the way
-inline constexpr size_t kMaxRenderSteps = 10'000'000;  // evaluated nodes, loop rounds included
+inline constexpr size_t kMaxTemplateNesting = 64;     // of blocks and of expressions
+inline constexpr size_t kMaxRenderBytes = 64u << 20;  // of output, and of any string on the way
+inline constexpr size_t kMaxRenderSteps = 4'000'000;  // evaluated nodes, loop rounds included
 
 struct ChatInput {
   json::Array messages;  // as the request has them: {"role": …, "content": …, …}

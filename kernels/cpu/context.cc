@@ -15,13 +15,17 @@ constexpr std::align_val_t kAlignment{64};
 
 const LevelTable* TableOf(SimdLevel level) {
   switch (level) {
-    case SimdLevel::kPortable: return &kPortableTable;
+    case SimdLevel::kPortable:
+      return &kPortableTable;
 #if defined(STRAIT_X86)
-    case SimdLevel::kAvx2: return &kAvx2Table;
-    case SimdLevel::kAvx512: return &kAvx512Table;
+    case SimdLevel::kAvx2:
+      return &kAvx2Table;
+    case SimdLevel::kAvx512:
+      return &kAvx512Table;
 #else
     case SimdLevel::kAvx2:
-    case SimdLevel::kAvx512: break;
+    case SimdLevel::kAvx512:
+      break;
 #endif
   }
   STRAIT_CHECK(false, "a level that is not compiled in");

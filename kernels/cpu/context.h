@@ -21,8 +21,8 @@ namespace strait::cpu {
 struct LevelTable;  // one level's compiled kernels (kernels/cpu/level.h)
 
 struct ContextOptions {
-  int num_threads = 1;             // the caller's thread included
-  std::optional<SimdLevel> simd;   // unset: STRAIT_SIMD, else the widest available
+  int num_threads = 1;            // the caller's thread included
+  std::optional<SimdLevel> simd;  // unset: STRAIT_SIMD, else the widest available
 };
 
 class Context {

@@ -97,8 +97,8 @@ void CacheAppend(Context& context, const CacheAppendParams& p) {
     for (int64_t t = begin; t < end; ++t) {
       const int64_t position = p.positions[t];
       const uint32_t block = p.page_tables[p.sequence_index[t]][position / kCacheBlockTokens];
-      std::byte* row = p.blocks + block * layout.block_bytes +
-                       position % kCacheBlockTokens * layout.row_bytes;
+      std::byte* row =
+          p.blocks + block * layout.block_bytes + position % kCacheBlockTokens * layout.row_bytes;
       StoreRow(layout.format, p.latent + t * p.latent_stride, layout.kv_lora_rank, row);
       StoreRow(layout.format, p.rope_key + t * p.rope_key_stride, layout.qk_rope_head_dim,
                row + layout.kv_lora_rank * element_bytes);

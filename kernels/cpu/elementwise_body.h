@@ -2,7 +2,8 @@
 //
 // Norm, activation, sums and exponentials of one instruction set.
 //
-// Why:     each is one pass at the speed of memory or cache; only exp has arithmetic worth a thought
+// Why:     each is one pass at the speed of memory or cache; only exp has arithmetic worth a
+// thought
 //          (simd.h).
 #pragma once
 
@@ -13,9 +14,8 @@
 namespace strait::cpu::STRAIT_LEVEL {
 
 STRAIT_INLINE F32x16 LoadFloats(const float* p, int64_t count) {
-  return count >= 16
-             ? Load16(p)
-             : LoadStoredTail<WeightType::kFp32>(reinterpret_cast<const char*>(p), count);
+  return count >= 16 ? Load16(p)
+                     : LoadStoredTail<WeightType::kFp32>(reinterpret_cast<const char*>(p), count);
 }
 STRAIT_INLINE void StoreFloats(float* p, const F32x16& v, int64_t count) {
   if (count >= 16) return Store16(p, v);

@@ -27,7 +27,8 @@ Cut CutOf(const GemmParams& p) {
   Cut cut;
   const int64_t n = p.weight.rows;
   if (p.num_rows <= kGemmDirectRows) {
-    const int64_t row_bytes = std::max<int64_t>(1, p.weight.cols * WeightElementBytes(p.weight.type));
+    const int64_t row_bytes =
+        std::max<int64_t>(1, p.weight.cols * WeightElementBytes(p.weight.type));
     cut.m_block = std::max<int64_t>(1, p.num_rows);
     cut.n_block = std::max<int64_t>(1, kDirectPieceBytes / row_bytes);
     cut.n_block = CeilDiv(cut.n_block, kDirectPieceMultiple) * kDirectPieceMultiple;
@@ -59,8 +60,8 @@ void RunGemms(Context& context, absl::Span<const GemmWork> works) {
     first[i + 1] = first[i] + cuts[i].m_blocks * cuts[i].n_blocks;
   }
   context.pool().ParallelFor(first.back(), [&](int64_t piece, int thread) {
-    const size_t i = static_cast<size_t>(
-        std::upper_bound(first.begin(), first.end(), piece) - first.begin() - 1);
+    const size_t i = static_cast<size_t>(std::upper_bound(first.begin(), first.end(), piece) -
+                                         first.begin() - 1);
     const GemmParams& p = works[i].params;
     const Cut& cut = cuts[i];
     // Neighbouring pieces share their weights' rows, so that a second read finds them in cache.

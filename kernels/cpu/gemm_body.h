@@ -15,8 +15,8 @@
 namespace strait::cpu::STRAIT_LEVEL {
 
 #if defined(STRAIT_LEVEL_AVX512)
-inline constexpr int kDotRows = 4;   // rows of x in a tile of dot products
-inline constexpr int kDotCols = 6;   // weight rows in it
+inline constexpr int kDotRows = 4;  // rows of x in a tile of dot products
+inline constexpr int kDotCols = 6;  // weight rows in it
 inline constexpr int kDirectCols = 4;
 #elif defined(STRAIT_LEVEL_AVX2)
 inline constexpr int kDotRows = 4;
@@ -109,10 +109,14 @@ void WidenColumns(const WeightMatrix& w, int64_t row, int64_t k0, int64_t count,
 STRAIT_INLINE void WidenColumnsOf(const WeightMatrix& w, int64_t row, int64_t k0, int64_t count,
                                   float* to) {
   switch (w.type) {
-    case WeightType::kFp32: return WidenColumns<WeightType::kFp32>(w, row, k0, count, to);
-    case WeightType::kBf16: return WidenColumns<WeightType::kBf16>(w, row, k0, count, to);
-    case WeightType::kFp16: return WidenColumns<WeightType::kFp16>(w, row, k0, count, to);
-    case WeightType::kFp8E4m3: return WidenColumns<WeightType::kFp8E4m3>(w, row, k0, count, to);
+    case WeightType::kFp32:
+      return WidenColumns<WeightType::kFp32>(w, row, k0, count, to);
+    case WeightType::kBf16:
+      return WidenColumns<WeightType::kBf16>(w, row, k0, count, to);
+    case WeightType::kFp16:
+      return WidenColumns<WeightType::kFp16>(w, row, k0, count, to);
+    case WeightType::kFp8E4m3:
+      return WidenColumns<WeightType::kFp8E4m3>(w, row, k0, count, to);
   }
 }
 
@@ -148,8 +152,9 @@ void DirectTile(const GemmParams& p, int64_t weight_row, int64_t m0, int64_t n0)
   int64_t k = 0;
   while (k + 16 <= depth) {
     // fp8: up to the end of a block one scale per weight row; other types: one run.
-    const int64_t run_end =
-        kType == WeightType::kFp8E4m3 ? Smaller(k + kFp8BlockSize, depth / 16 * 16) : depth / 16 * 16;
+    const int64_t run_end = kType == WeightType::kFp8E4m3
+                                ? Smaller(k + kFp8BlockSize, depth / 16 * 16)
+                                : depth / 16 * 16;
     float scale[kCols];
     if constexpr (kType == WeightType::kFp8E4m3) {
       for (int n = 0; n < kCols; ++n) scale[n] = Fp8Scale(w, weight_row + n0 + n, k);
@@ -174,9 +179,9 @@ void DirectTile(const GemmParams& p, int64_t weight_row, int64_t m0, int64_t n0)
         v = Scale16(v, Fp8Scale(w, weight_row + n0 + n, k));
       }
       for (int m = 0; m < kRows; ++m) {
-        acc[m][n] = Fma16(
-            LoadStoredTail<WeightType::kFp32>(reinterpret_cast<const char*>(x[m] + k), left), v,
-            acc[m][n]);
+        acc[m][n] =
+            Fma16(LoadStoredTail<WeightType::kFp32>(reinterpret_cast<const char*>(x[m] + k), left),
+                  v, acc[m][n]);
       }
     }
   }
@@ -193,7 +198,8 @@ void DirectRows(const GemmParams& p, int64_t weight_row, int64_t m0, int64_t n0,
   for (; n < n1; ++n) DirectTile<kType, kRows, 1>(p, weight_row, m0, n);
 }
 
-// Rows go three at a time: the first three bring the weights into cache, where the others find them.
+// Rows go three at a time: the first three bring the weights into cache, where the others find
+// them.
 template <WeightType kType>
 void GemmDirect(const GemmParams& p, int64_t weight_row, int64_t m0, int64_t m1, int64_t n0,
                 int64_t n1) {
@@ -281,10 +287,18 @@ void PackPanel(const WeightMatrix& w, int64_t row0, int64_t num_cols, int64_t k0
       continue;
     }
     switch (w.type) {
-      case WeightType::kFp32: PackRow<WeightType::kFp32>(w, row0 + n, k0, count, to); break;
-      case WeightType::kBf16: PackRow<WeightType::kBf16>(w, row0 + n, k0, count, to); break;
-      case WeightType::kFp16: PackRow<WeightType::kFp16>(w, row0 + n, k0, count, to); break;
-      case WeightType::kFp8E4m3: PackRow<WeightType::kFp8E4m3>(w, row0 + n, k0, count, to); break;
+      case WeightType::kFp32:
+        PackRow<WeightType::kFp32>(w, row0 + n, k0, count, to);
+        break;
+      case WeightType::kBf16:
+        PackRow<WeightType::kBf16>(w, row0 + n, k0, count, to);
+        break;
+      case WeightType::kFp16:
+        PackRow<WeightType::kFp16>(w, row0 + n, k0, count, to);
+        break;
+      case WeightType::kFp8E4m3:
+        PackRow<WeightType::kFp8E4m3>(w, row0 + n, k0, count, to);
+        break;
     }
   }
 }
@@ -343,8 +357,8 @@ void GemmPanel(const GemmParams& p, int64_t weight_row, int64_t m0, int64_t m1, 
   for (int64_t i = 0; i < num_row_tiles; ++i) {
     for (int64_t r = 0; r < Smaller(kDotRows, m1 - m0 - i * kDotRows); ++r) {
       for (int64_t n = 0; n < n1 - n0; ++n) {
-        const float* lanes = acc + (i * num_tiles + n / kDotCols) * kTileFloats +
-                             (r * kDotCols + n % kDotCols) * 16;
+        const float* lanes =
+            acc + (i * num_tiles + n / kDotCols) * kTileFloats + (r * kDotCols + n % kDotCols) * 16;
         GemmWrite(p, m0 + i * kDotRows + r, n0 + n, Load16(lanes));
       }
     }
@@ -355,9 +369,12 @@ void Gemm(const GemmParams& p, int64_t weight_row, int64_t m0, int64_t m1, int64
           float* scratch) {
   if (m1 - m0 > kGemmDirectRows) return GemmPanel(p, weight_row, m0, m1, n0, n1, scratch);
   switch (p.weight.type) {
-    case WeightType::kFp32: return GemmDirect<WeightType::kFp32>(p, weight_row, m0, m1, n0, n1);
-    case WeightType::kBf16: return GemmDirect<WeightType::kBf16>(p, weight_row, m0, m1, n0, n1);
-    case WeightType::kFp16: return GemmDirect<WeightType::kFp16>(p, weight_row, m0, m1, n0, n1);
+    case WeightType::kFp32:
+      return GemmDirect<WeightType::kFp32>(p, weight_row, m0, m1, n0, n1);
+    case WeightType::kBf16:
+      return GemmDirect<WeightType::kBf16>(p, weight_row, m0, m1, n0, n1);
+    case WeightType::kFp16:
+      return GemmDirect<WeightType::kFp16>(p, weight_row, m0, m1, n0, n1);
     case WeightType::kFp8E4m3:
       return GemmDirect<WeightType::kFp8E4m3>(p, weight_row, m0, m1, n0, n1);
   }

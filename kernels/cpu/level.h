@@ -38,8 +38,8 @@ inline constexpr int64_t kMlaTileQueries = 32;
 // Consecutive (token, head) pairs of one sequence: pair = token * num_heads + head.
 struct MlaTile {
   int64_t first_pair;
-  int64_t num_pairs;     // 1 to kMlaTileQueries
-  int64_t last_position; // the greatest position among its tokens
+  int64_t num_pairs;      // 1 to kMlaTileQueries
+  int64_t last_position;  // the greatest position among its tokens
 };
 
 // Unnormalized attention of a tile over a range of rows, in scratch:

@@ -21,9 +21,7 @@ int64_t PartialFloats(const MlaParams& p) {
   return kMlaPartialHead + kMlaTileQueries * PadTo16(p.layout.kv_lora_rank);
 }
 
-MlaPartial PartialAt(float* base) {
-  return {base, base + kMlaTileQueries, base + kMlaPartialHead};
-}
+MlaPartial PartialAt(float* base) { return {base, base + kMlaTileQueries, base + kMlaPartialHead}; }
 
 std::vector<MlaTile> CutTiles(const MlaParams& p) {
   std::vector<MlaTile> tiles;
@@ -79,8 +77,8 @@ void RunSplitTiles(Context& context, const MlaParams& p, const std::vector<MlaTi
   const int64_t num_tiles = static_cast<int64_t>(tiles.size());
   const int64_t wave = std::min(most_spans, kSpansPerWave);
   const int64_t slots = wave + 1;  // slot 0 of a tile holds the total
-  float* partials = context.Scratch(Context::kShared,
-                                    static_cast<size_t>(num_tiles * slots * PartialFloats(p)));
+  float* partials =
+      context.Scratch(Context::kShared, static_cast<size_t>(num_tiles * slots * PartialFloats(p)));
   const auto slot = [&](int64_t tile, int64_t index) {
     return PartialAt(partials + (tile * slots + index) * PartialFloats(p));
   };

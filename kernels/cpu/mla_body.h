@@ -74,8 +74,8 @@ void Axpy(int64_t num_rows, const float* a, int64_t a_stride, const float* b, in
   for (; col + kStrip <= cols; col += kStrip) {
     for (int64_t m = 0; m < num_rows; m += kAxpyRows) {
       AxpyTileRows<kAxpyVecs, kAxpyRows>(Smaller(kAxpyRows, num_rows - m), a + m * a_stride,
-                                         a_stride, b + col, b_stride, depth,
-                                         c + m * c_stride + col, c_stride);
+                                         a_stride, b + col, b_stride, depth, c + m * c_stride + col,
+                                         c_stride);
     }
   }
   for (; col < cols; col += kLanes) {
@@ -90,9 +90,9 @@ void Absorb(const AbsorbQueryParams& p, int64_t head, int64_t t0, int64_t t1, fl
   const int64_t rank = p.kv_b_proj.cols;
   const int64_t cols = (rank + 15) / 16 * 16;
   const int64_t first_row = head * (p.qk_nope_head_dim + p.v_head_dim);
-  float* panel = scratch;                        // [kAbsorbRows, cols]
-  float* sums = panel + kAbsorbRows * cols;      // [kAbsorbTokens, cols]
-  float* query = sums + kAbsorbTokens * cols;    // [kAbsorbTokens, kAbsorbRows]
+  float* panel = scratch;                      // [kAbsorbRows, cols]
+  float* sums = panel + kAbsorbRows * cols;    // [kAbsorbTokens, cols]
+  float* query = sums + kAbsorbTokens * cols;  // [kAbsorbTokens, kAbsorbRows]
   memset(sums, 0, static_cast<size_t>((t1 - t0) * cols) * sizeof(float));
   for (int64_t d0 = 0; d0 < p.qk_nope_head_dim; d0 += kAbsorbRows) {
     const int64_t rows = Smaller(kAbsorbRows, p.qk_nope_head_dim - d0);
@@ -311,9 +311,9 @@ void MlaFold(const MlaParams& p, const MlaTile& tile, const MlaPartial& total,
 void MlaSpans(const MlaParams& p, const MlaTile& tile, int64_t span0, int64_t span1,
               const MlaPartial& result, float* scratch) {
   const MlaWidths w = WidthsOf(p.layout);
-  float* query = scratch;                                     // [kMlaTileQueries, width]
-  float* block = query + kMlaTileQueries * w.width;           // [64, width]
-  float* scores = block + kCacheBlockTokens * w.width;        // [kMlaTileQueries, 64]
+  float* query = scratch;                               // [kMlaTileQueries, width]
+  float* block = query + kMlaTileQueries * w.width;     // [64, width]
+  float* scores = block + kCacheBlockTokens * w.width;  // [kMlaTileQueries, 64]
   float* head = scores + kMlaTileQueries * kCacheBlockTokens;
   const MlaPartial next = {head, head + kMlaTileQueries, head + kMlaPartialHead};
   for (int64_t m = 0; m < tile.num_pairs; ++m) {

@@ -20,7 +20,8 @@ void MarkGreatest(const float* values, int32_t n, int32_t count, bool* chosen) {
     int32_t best = -1;
     for (int32_t i = 0; i < n; ++i) {
       if (chosen[i]) continue;
-      if (best < 0 || values[i] > values[best] || (values[best] != values[best] && values[i] == values[i])) {
+      if (best < 0 || values[i] > values[best] ||
+          (values[best] != values[best] && values[i] == values[i])) {
         best = i;
       }
     }

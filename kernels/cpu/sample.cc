@@ -106,8 +106,7 @@ std::vector<ScoredToken> TopTokens(Context&, const float* logits, int64_t vocab_
   if (k <= 0) return best;
   best.reserve(static_cast<size_t>(k) + 1);
   for (int64_t i = 0; i < vocab_size; ++i) {
-    const ScoredToken token = {static_cast<int32_t>(i),
-                               std::isnan(logits[i]) ? kNever : logits[i]};
+    const ScoredToken token = {static_cast<int32_t>(i), std::isnan(logits[i]) ? kNever : logits[i]};
     if (static_cast<int64_t>(best.size()) == k) {
       if (!Better(token, best.front())) continue;
       std::pop_heap(best.begin(), best.end(), Better);

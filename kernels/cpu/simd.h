@@ -64,12 +64,11 @@ STRAIT_INLINE Vec LoadF16(const void* p) {
 STRAIT_INLINE Vec LoadFp8(const void* p) {
   const __m128i raw = _mm_loadu_si128(static_cast<const __m128i*>(p));
   const __m256i wide = _mm256_cvtepi8_epi16(raw);
-  const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)),
-                                         _mm256_set1_epi16(0x7f));
-  const __m256i half = _mm256_and_si256(_mm256_slli_epi16(wide, 7),
-                                        _mm256_set1_epi16(static_cast<short>(0xbfff)));
-  return _mm512_cvtph_ps(
-      _mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7fff))));
+  const __m256i nan =
+      _mm256_cmpeq_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x7f));
+  const __m256i half =
+      _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<short>(0xbfff)));
+  return _mm512_cvtph_ps(_mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7fff))));
 }
 // v * 2^n for an integral n in [-252, 252]; rounds once, also where the result is subnormal.
 STRAIT_INLINE Vec ScaleByPowerOfTwo(Vec v, Vec n) {
@@ -109,8 +108,8 @@ STRAIT_INLINE Vec LoadF16(const void* p) {
 STRAIT_INLINE Vec LoadFp8(const void* p) {
   const __m128i raw = _mm_loadl_epi64(static_cast<const __m128i*>(p));
   const __m128i wide = _mm_cvtepi8_epi16(raw);
-  const __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x7f)),
-                                      _mm_set1_epi16(0x7f));
+  const __m128i nan =
+      _mm_cmpeq_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7f));
   const __m128i half =
       _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(static_cast<short>(0xbfff)));
   return _mm256_cvtph_ps(_mm_or_si128(half, _mm_and_si128(nan, _mm_set1_epi16(0x7fff))));
@@ -133,8 +132,8 @@ struct Vec {
 };
 
 // Applies an expression to lane i of every operand.
-#define STRAIT_LANES(expression)          \
-  Vec r;                                  \
+#define STRAIT_LANES(expression)                      \
+  Vec r;                                              \
   for (int i = 0; i < 16; ++i) r.f[i] = (expression); \
   return r
 
@@ -228,12 +227,12 @@ STRAIT_INLINE void Store16(float* to, const F32x16& v) {
   STRAIT_UNROLL
   for (int p = 0; p < kParts; ++p) Store(to + p * kLanes, v.part[p]);
 }
-#define STRAIT_BINARY16(name, op)                                            \
-  STRAIT_INLINE F32x16 name(const F32x16& a, const F32x16& b) {              \
-    F32x16 r;                                                                \
-    STRAIT_UNROLL                                                            \
-    for (int p = 0; p < kParts; ++p) r.part[p] = op(a.part[p], b.part[p]);   \
-    return r;                                                                \
+#define STRAIT_BINARY16(name, op)                                          \
+  STRAIT_INLINE F32x16 name(const F32x16& a, const F32x16& b) {            \
+    F32x16 r;                                                              \
+    STRAIT_UNROLL                                                          \
+    for (int p = 0; p < kParts; ++p) r.part[p] = op(a.part[p], b.part[p]); \
+    return r;                                                              \
   }
 STRAIT_BINARY16(Add16, Add)
 STRAIT_BINARY16(Sub16, Sub)
@@ -251,8 +250,8 @@ STRAIT_INLINE F32x16 Fma16(const F32x16& a, const F32x16& b, const F32x16& c) {
 STRAIT_INLINE float Reduce(const F32x16& v) {
 #if defined(STRAIT_LEVEL_AVX2) || defined(STRAIT_LEVEL_AVX512)
 #if defined(STRAIT_LEVEL_AVX512)
-  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v.part[0]),
-                                     _mm512_extractf32x8_ps(v.part[0], 1));
+  const __m256 eight =
+      _mm256_add_ps(_mm512_castps512_ps256(v.part[0]), _mm512_extractf32x8_ps(v.part[0], 1));
 #else
   const __m256 eight = _mm256_add_ps(v.part[0], v.part[1]);
 #endif

@@ -22,16 +22,20 @@ absl::Status NotAvailable(SimdLevel level, const char* asked_by) {
 
 std::string_view SimdLevelName(SimdLevel level) {
   switch (level) {
-    case SimdLevel::kPortable: return "portable";
-    case SimdLevel::kAvx2: return "avx2";
-    case SimdLevel::kAvx512: return "avx512";
+    case SimdLevel::kPortable:
+      return "portable";
+    case SimdLevel::kAvx2:
+      return "avx2";
+    case SimdLevel::kAvx512:
+      return "avx512";
   }
   return "unknown";
 }
 
 bool SimdLevelAvailable(SimdLevel level) {
   switch (level) {
-    case SimdLevel::kPortable: return true;
+    case SimdLevel::kPortable:
+      return true;
 #if defined(STRAIT_X86)
     // The compiler's run-time checks include what the operating system saves (xgetbv).
     case SimdLevel::kAvx2:
@@ -43,7 +47,8 @@ bool SimdLevelAvailable(SimdLevel level) {
              __builtin_cpu_supports("avx512vl");
 #else
     case SimdLevel::kAvx2:
-    case SimdLevel::kAvx512: return false;
+    case SimdLevel::kAvx512:
+      return false;
 #endif
   }
   return false;

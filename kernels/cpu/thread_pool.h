@@ -34,8 +34,8 @@ class ThreadPool {
 
   int num_threads() const { return static_cast<int>(threads_.size()) + 1; }
 
-  // Calls fn(task, thread_index) once for each task in [0, num_tasks), in any order, on any threads,
-  // thread_index in [0, num_threads), and returns when all calls have returned.
+  // Calls fn(task, thread_index) once for each task in [0, num_tasks), in any order, on any
+  // threads, thread_index in [0, num_threads), and returns when all calls have returned.
   template <typename Fn>
   void ParallelFor(int64_t num_tasks, Fn&& fn) {
     using Callable = std::remove_reference_t<Fn>;
@@ -65,7 +65,7 @@ class ThreadPool {
   std::atomic<int> num_sleeping_{0};
   std::atomic<bool> caller_sleeps_{false};
   std::atomic<bool> stopping_{false};
-  std::mutex mutex_;                  // only for sleeping and waking
+  std::mutex mutex_;  // only for sleeping and waking
   std::condition_variable job_ready_;
   std::condition_variable job_done_;
   std::vector<std::thread> threads_;

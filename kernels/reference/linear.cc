@@ -45,10 +45,14 @@ double DecodeE4m3(uint8_t code) {
 
 double VectorValue(const void* data, WeightType type, int64_t index) {
   switch (type) {
-    case WeightType::kFp32: return ReadElement<float>(data, index);
-    case WeightType::kBf16: return DecodeIeee(ReadElement<uint16_t>(data, index), 8, 7);
-    case WeightType::kFp16: return DecodeIeee(ReadElement<uint16_t>(data, index), 5, 10);
-    case WeightType::kFp8E4m3: return DecodeE4m3(ReadElement<uint8_t>(data, index));
+    case WeightType::kFp32:
+      return ReadElement<float>(data, index);
+    case WeightType::kBf16:
+      return DecodeIeee(ReadElement<uint16_t>(data, index), 8, 7);
+    case WeightType::kFp16:
+      return DecodeIeee(ReadElement<uint16_t>(data, index), 5, 10);
+    case WeightType::kFp8E4m3:
+      return DecodeE4m3(ReadElement<uint8_t>(data, index));
   }
   return 0;
 }

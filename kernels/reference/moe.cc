@@ -54,9 +54,8 @@ void Router(const RouterParams& p) {
         group_scores.push_back(two ? group[0] + group[1] : group[0]);
       }
       const std::vector<int32_t> groups = Greatest(group_scores, p.topk_group);
-      const double outside = p.method == RouterMethod::kNoauxTc
-                                 ? -std::numeric_limits<double>::infinity()
-                                 : 0.0;
+      const double outside =
+          p.method == RouterMethod::kNoauxTc ? -std::numeric_limits<double>::infinity() : 0.0;
       for (int32_t e = 0; e < p.n_routed_experts; ++e) {
         if (!std::binary_search(groups.begin(), groups.end(), e / group_size)) choice[e] = outside;
       }

@@ -158,7 +158,8 @@ def test_client_that_leaves_a_stream_is_cancelled(cluster):
     with cluster.client() as c:
         with c.stream("POST", "/v1/completions", json={"prompt": PROMPT, "max_tokens": 15_000, "stream": True,
                                                        "ignore_eos": True}) as reply:
-            next(reply.iter_lines())
+            lines = reply.iter_lines()  # kept: dropping it would close the stream already
+            next(lines)
             wait_until(lambda: cluster.status()["running"] == 1, timeout_s=30, what="the request to run")
     wait_until(lambda: cluster.status()["running"] == 0, timeout_s=30, what="the left request's end")
     used = [s["blocks_used"] for w in cluster.status()["workers"] for s in w["stages"]]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Defends: the instruction set is chosen by argument, then by STRAIT_SIMD, then the widest; what the
-// CPU lacks or nobody knows is an error that says what to do.
+// Defends: the instruction set is chosen by argument, then by STRAIT_SIMD, then the widest; what
+// the CPU lacks or nobody knows is an error that says what to do.
 #include "kernels/cpu/context.h"
 
 #include <gtest/gtest.h>

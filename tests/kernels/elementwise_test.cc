@@ -46,8 +46,13 @@ TEST_P(ElementwiseTest, RmsNorm) {
       const StoredWeight w(rng, type, 1, dim);
       const int64_t rows = 257;
       const std::vector<float> x = RandomFloats(rng, rows * (dim + 3), 3.0f);
-      RmsNormParams p = {.x = x.data(), .x_stride = dim + 3, .weight = w.matrix().data,
-                         .weight_type = type, .eps = 1e-6f, .y_stride = dim, .num_rows = rows,
+      RmsNormParams p = {.x = x.data(),
+                         .x_stride = dim + 3,
+                         .weight = w.matrix().data,
+                         .weight_type = type,
+                         .eps = 1e-6f,
+                         .y_stride = dim,
+                         .num_rows = rows,
                          .dim = dim};
       const std::vector<float> y =
           SameEverywhere(std::vector<float>(rows * dim), [&](cpu::Context& context, float* out) {
@@ -72,8 +77,13 @@ TEST_P(ElementwiseTest, SiluMul) {
       std::vector<float> gate = RandomFloats(rng, rows * dim, 8.0f);
       gate[0] = -200.0f;  // beyond exp's range
       const std::vector<float> up = RandomFloats(rng, rows * dim);
-      SiluMulParams p = {.gate = gate.data(), .gate_stride = dim, .up = up.data(), .up_stride = dim,
-                         .y_stride = dim, .num_rows = rows, .dim = dim};
+      SiluMulParams p = {.gate = gate.data(),
+                         .gate_stride = dim,
+                         .up = up.data(),
+                         .up_stride = dim,
+                         .y_stride = dim,
+                         .num_rows = rows,
+                         .dim = dim};
       const std::vector<float> y =
           SameEverywhere(std::vector<float>(rows * dim), [&](cpu::Context& context, float* out) {
             p.y = out;
@@ -100,10 +110,14 @@ TEST_P(ElementwiseTest, AddAndExpertSum) {
   const std::vector<float> initial = RandomFloats(rng, kTokens * kDim);
   for (const float* shared : {static_cast<const float*>(nullptr), addend.data()}) {
     for (bool accumulate : {false, true}) {
-      ExpertSumParams p = {.expert_rows = rows.data(), .row_of = row_of.data(),
-                           .expert_weights = weights.data(), .addend = shared,
-                           .accumulate = accumulate, .num_tokens = kTokens,
-                           .num_experts_per_tok = kChosen, .dim = kDim};
+      ExpertSumParams p = {.expert_rows = rows.data(),
+                           .row_of = row_of.data(),
+                           .expert_weights = weights.data(),
+                           .addend = shared,
+                           .accumulate = accumulate,
+                           .num_tokens = kTokens,
+                           .num_experts_per_tok = kChosen,
+                           .dim = kDim};
       const std::vector<float> y = SameEverywhere(initial, [&](cpu::Context& context, float* out) {
         p.y = out;
         cpu::ExpertSum(context, p);
@@ -150,7 +164,7 @@ TEST_P(ElementwiseTest, CacheAppendWritesItsRowsOnly) {
     std::vector<float> rows = RandomFloats(rng, 5 * 30);
     rows[0] = std::numeric_limits<float>::quiet_NaN();
     rows[1] = std::numeric_limits<float>::infinity();
-    rows[2] = 3.39e38f;  // rounds up to infinity in bf16
+    rows[2] = 3.39e38f;                           // rounds up to infinity in bf16
     rows[3] = std::bit_cast<float>(0x3f808000u);  // a tie
     rows[4] = std::bit_cast<float>(0x3f818000u);  // a tie, to even the other way
     const std::vector<uint32_t> pages0 = {3, 0xffffffff};
@@ -160,10 +174,16 @@ TEST_P(ElementwiseTest, CacheAppendWritesItsRowsOnly) {
     const std::vector<int32_t> sequences = {0, 0, 1, 1, 1};
     std::vector<std::byte> pool(static_cast<size_t>(4 * layout.block_bytes), std::byte{0x5a});
     std::vector<std::byte> expected = pool;
-    CacheAppendParams p = {.latent = rows.data(), .latent_stride = 30, .rope_key = rows.data() + 24,
-                           .rope_key_stride = 30, .positions = positions.data(),
-                           .sequence_index = sequences.data(), .page_tables = tables,
-                           .blocks = pool.data(), .layout = layout, .num_tokens = 5};
+    CacheAppendParams p = {.latent = rows.data(),
+                           .latent_stride = 30,
+                           .rope_key = rows.data() + 24,
+                           .rope_key_stride = 30,
+                           .positions = positions.data(),
+                           .sequence_index = sequences.data(),
+                           .page_tables = tables,
+                           .blocks = pool.data(),
+                           .layout = layout,
+                           .num_tokens = 5};
     cpu::CacheAppend(*MakeContext(GetParam(), 2), p);
     p.blocks = expected.data();
     reference::CacheAppend(p);
@@ -186,13 +206,14 @@ TEST_P(ElementwiseTest, ExponentialIsAccurate) {
   for (size_t i = 0; i < x.size(); ++i) {
     const double exact = std::exp(static_cast<double>(x[i]));
     const float rounded = static_cast<float>(exact);
-    const double ulp = static_cast<double>(
-        std::nextafter(rounded, std::numeric_limits<float>::infinity())) - rounded;
+    const double ulp =
+        static_cast<double>(std::nextafter(rounded, std::numeric_limits<float>::infinity())) -
+        rounded;
     ASSERT_LE(std::abs(y[i] - exact), 1.5 * ulp) << "exp(" << x[i] << ")";
   }
   constexpr float kInf = std::numeric_limits<float>::infinity();
-  const std::vector<float> special = {0.0f, -0.0f, -kInf, kInf, -1000.0f, 1000.0f,
-                                      std::numeric_limits<float>::quiet_NaN()};
+  const std::vector<float> special = {
+      0.0f, -0.0f, -kInf, kInf, -1000.0f, 1000.0f, std::numeric_limits<float>::quiet_NaN()};
   const std::vector<float> at =
       SameEverywhere(std::vector<float>(7), [&](cpu::Context& context, float* out) {
         context.table().exp_shifted(special.data(), 0.0f, out, 6);

@@ -44,8 +44,16 @@ TEST_P(GemmTest, MatchesReference) {
   STRAIT_TRACE_SEED();
   kernel_test::Rng rng(kernel_test::Seed());
   auto context = MakeContext(GetParam(), 2);
-  for (const Shape s : {Shape{1, 1, 7}, {1, 5, 24}, {2, 9, 40}, {3, 5, 129}, {4, 24, 16},
-                        {5, 130, 300}, {130, 25, 257}, {257, 5, 24}, {17, 49, 513}, {1, 300, 144}}) {
+  for (const Shape s : {Shape{1, 1, 7},
+                        {1, 5, 24},
+                        {2, 9, 40},
+                        {3, 5, 129},
+                        {4, 24, 16},
+                        {5, 130, 300},
+                        {130, 25, 257},
+                        {257, 5, 24},
+                        {17, 49, 513},
+                        {1, 300, 144}}) {
     for (WeightType type : kAllTypes) {
       for (bool accumulate : {false, true}) {
         const StoredWeight weight(rng, type, s.n, s.k);
@@ -56,12 +64,18 @@ TEST_P(GemmTest, MatchesReference) {
         for (int32_t& row : x_rows) row = static_cast<int32_t>(rng() % (s.m + 2));
         std::vector<float> y = RandomFloats(rng, s.m * y_stride);
         std::vector<float> expected = y;
-        GemmParams p = {.x = x.data(), .x_stride = x_stride, .x_rows = x_rows.data(),
-                        .num_rows = s.m, .weight = weight.matrix(), .y = y.data(),
-                        .y_stride = y_stride, .accumulate = accumulate};
+        GemmParams p = {.x = x.data(),
+                        .x_stride = x_stride,
+                        .x_rows = x_rows.data(),
+                        .num_rows = s.m,
+                        .weight = weight.matrix(),
+                        .y = y.data(),
+                        .y_stride = y_stride,
+                        .accumulate = accumulate};
         cpu::Gemm(*context, p);
         // A lane makes K/16 roundings, the tree 4, accumulation and the final rounding one each.
-        const double bound = (static_cast<double>(s.k) / 16 + 8) * kEps * (GreatestAbsoluteSum(p) + 4);
+        const double bound =
+            (static_cast<double>(s.k) / 16 + 8) * kEps * (GreatestAbsoluteSum(p) + 4);
         p.y = expected.data();
         reference::Gemm(p);
         EXPECT_TRUE(kernel_test::Within(y, expected, bound))
@@ -74,8 +88,8 @@ TEST_P(GemmTest, MatchesReference) {
   }
 }
 
-// Every number of rows from 1 to 257 gives the row that it gives alone, with 1, 2 and 3 threads, and
-// all of it equals the portable level's.
+// Every number of rows from 1 to 257 gives the row that it gives alone, with 1, 2 and 3 threads,
+// and all of it equals the portable level's.
 TEST_P(GemmTest, RowsDoNotDependOnTheirCompany) {
   STRAIT_TRACE_SEED();
   kernel_test::Rng rng(kernel_test::Seed());
@@ -91,20 +105,32 @@ TEST_P(GemmTest, RowsDoNotDependOnTheirCompany) {
       const std::vector<float> x = RandomFloats(rng, kMost * k);
       std::vector<float> alone(kMost * n);
       for (int64_t m = 0; m < kMost; ++m) {
-        cpu::Gemm(*one, {.x = &x[m * k], .x_stride = k, .num_rows = 1, .weight = weight.matrix(),
-                         .y = &alone[m * n], .y_stride = n});
+        cpu::Gemm(*one, {.x = &x[m * k],
+                         .x_stride = k,
+                         .num_rows = 1,
+                         .weight = weight.matrix(),
+                         .y = &alone[m * n],
+                         .y_stride = n});
       }
       std::vector<float> y(kMost * n);
-      cpu::Gemm(*portable, {.x = x.data(), .x_stride = k, .num_rows = kMost,
-                            .weight = weight.matrix(), .y = y.data(), .y_stride = n});
+      cpu::Gemm(*portable, {.x = x.data(),
+                            .x_stride = k,
+                            .num_rows = kMost,
+                            .weight = weight.matrix(),
+                            .y = y.data(),
+                            .y_stride = n});
       ASSERT_TRUE(SameBits(alone, y)) << "against portable, K " << k;
       for (cpu::Context* context : {one.get(), two.get(), three.get()}) {
         // The portable level is slow: a few numbers of rows stand for all.
         const int64_t step = GetParam() == cpu::SimdLevel::kPortable ? 64 : 1;
         for (int64_t m = 1; m <= kMost; m += step) {
           std::fill(y.begin(), y.end(), 0.0f);
-          cpu::Gemm(*context, {.x = x.data(), .x_stride = k, .num_rows = m,
-                               .weight = weight.matrix(), .y = y.data(), .y_stride = n});
+          cpu::Gemm(*context, {.x = x.data(),
+                               .x_stride = k,
+                               .num_rows = m,
+                               .weight = weight.matrix(),
+                               .y = y.data(),
+                               .y_stride = n});
           ASSERT_TRUE(SameBits(alone.data(), y.data(), m * n))
               << m << " rows, K " << k << ", type " << static_cast<int>(type) << ", "
               << context->num_threads() << " threads";
@@ -129,14 +155,18 @@ TEST_P(GemmTest, GroupsEqualSeparateCalls) {
   for (int64_t expert = 0; expert < 9; ++expert) {
     weights.push_back(std::make_unique<StoredWeight>(rng, kAllTypes[expert % 4], kOut, kDepth));
     rows.emplace_back();
-    for (int64_t i = 0; i < expert; ++i) rows.back().push_back(static_cast<int32_t>(rng() % kTokens));
+    for (int64_t i = 0; i < expert; ++i)
+      rows.back().push_back(static_cast<int32_t>(rng() % kTokens));
     together.emplace_back(static_cast<size_t>(expert * kOut));
   }
   separate = together;
   for (size_t expert = 0; expert < rows.size(); ++expert) {
-    GemmParams p = {.x = x.data(), .x_stride = kDepth, .x_rows = rows[expert].data(),
+    GemmParams p = {.x = x.data(),
+                    .x_stride = kDepth,
+                    .x_rows = rows[expert].data(),
                     .num_rows = static_cast<int64_t>(rows[expert].size()),
-                    .weight = weights[expert]->matrix(), .y = together[expert].data(),
+                    .weight = weights[expert]->matrix(),
+                    .y = together[expert].data(),
                     .y_stride = kOut};
     groups.push_back(p);
     p.y = separate[expert].data();
@@ -157,8 +187,8 @@ TEST_P(GemmTest, SignedZerosAndSubnormals) {
   for (int64_t i = 0; i < 7; ++i) x[i] = 3e-12f;  // products near the least subnormal
   const WeightMatrix weight = {tiny.data(), nullptr, WeightType::kFp32, 5, 7};
   std::vector<float> a(25), b(25), alone(5);
-  const GemmParams p = {.x = x.data(), .x_stride = 7, .num_rows = 5, .weight = weight,
-                        .y = a.data(), .y_stride = 5};
+  const GemmParams p = {
+      .x = x.data(), .x_stride = 7, .num_rows = 5, .weight = weight, .y = a.data(), .y_stride = 5};
   cpu::Gemm(*context, p);
   GemmParams q = p;
   q.y = b.data();

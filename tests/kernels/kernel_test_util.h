@@ -3,7 +3,8 @@
 // What kernel tests share: seeds, random tensors, stored weights, contexts of a level.
 //
 // Why:     a weight lies at an odd multiple of its element in a buffer of exactly its size, as a
-//          memory-mapped checkpoint may have it, so that a sanitizer sees every byte read beyond it.
+//          memory-mapped checkpoint may have it, so that a sanitizer sees every byte read beyond
+//          it.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -70,8 +71,12 @@ class StoredWeight {
     const uint32_t bits = std::bit_cast<uint32_t>(value);
     uint16_t half = 0;
     switch (type) {
-      case WeightType::kFp32: std::memcpy(to, &value, 4); return;
-      case WeightType::kBf16: half = static_cast<uint16_t>(bits >> 16); break;
+      case WeightType::kFp32:
+        std::memcpy(to, &value, 4);
+        return;
+      case WeightType::kBf16:
+        half = static_cast<uint16_t>(bits >> 16);
+        break;
       case WeightType::kFp16:  // ordinary magnitudes only: exponent rebased, mantissa cut
         if (std::abs(value) > 1e-4f && std::abs(value) < 6e4f) {
           half = static_cast<uint16_t>((bits >> 16 & 0x8000u) |
@@ -80,7 +85,8 @@ class StoredWeight {
           half = static_cast<uint16_t>(bits >> 13 & 0x83ffu);  // some subnormal
         }
         break;
-      case WeightType::kFp8E4m3: return;
+      case WeightType::kFp8E4m3:
+        return;
     }
     std::memcpy(to, &half, 2);
   }
@@ -112,11 +118,11 @@ class LevelTest : public testing::TestWithParam<cpu::SimdLevel> {
 inline std::string LevelName(const testing::TestParamInfo<cpu::SimdLevel>& info) {
   return std::string(cpu::SimdLevelName(info.param));
 }
-#define STRAIT_FOR_EACH_LEVEL(fixture)                                                        \
-  INSTANTIATE_TEST_SUITE_P(Levels, fixture,                                                   \
-                           testing::Values(cpu::SimdLevel::kPortable, cpu::SimdLevel::kAvx2,  \
-                                           cpu::SimdLevel::kAvx512),                          \
-                           kernel_test::LevelName)
+#define STRAIT_FOR_EACH_LEVEL(fixture)                                                            \
+  INSTANTIATE_TEST_SUITE_P(                                                                       \
+      Levels, fixture,                                                                            \
+      testing::Values(cpu::SimdLevel::kPortable, cpu::SimdLevel::kAvx2, cpu::SimdLevel::kAvx512), \
+      kernel_test::LevelName)
 
 inline constexpr WeightType kAllTypes[] = {WeightType::kFp32, WeightType::kBf16, WeightType::kFp16,
                                            WeightType::kFp8E4m3};
@@ -141,9 +147,8 @@ inline testing::AssertionResult Within(const std::vector<float>& a, const std::v
                                        double bound) {
   for (size_t i = 0; i < a.size(); ++i) {
     if (!(std::abs(static_cast<double>(a[i]) - b[i]) <= bound)) {
-      return testing::AssertionFailure()
-             << "element " << i << " of " << a.size() << ": " << a[i] << " and " << b[i]
-             << ", apart by more than " << bound;
+      return testing::AssertionFailure() << "element " << i << " of " << a.size() << ": " << a[i]
+                                         << " and " << b[i] << ", apart by more than " << bound;
     }
   }
   return testing::AssertionSuccess();

@@ -24,8 +24,8 @@ using kernel_test::StoredWeight;
 
 constexpr uint32_t kWild = 0xdeadbeef;  // a block id far outside every pool
 
-// Some sequences in a pool of shuffled blocks. Rows behind a sequence's end hold NaN, page tables go
-// on with wild ids.
+// Some sequences in a pool of shuffled blocks. Rows behind a sequence's end hold NaN, page tables
+// go on with wild ids.
 struct Cache {
   Cache(kernel_test::Rng& rng, CacheRowFormat format, int64_t rank, int64_t rope,
         std::vector<int64_t> lengths)
@@ -49,11 +49,16 @@ struct Cache {
       std::vector<int32_t> positions(static_cast<size_t>(lengths[s]));
       std::iota(positions.begin(), positions.end(), 0);
       const std::vector<int32_t> sequence(positions.size(), static_cast<int32_t>(s));
-      reference::CacheAppend({.latent = rows.data(), .latent_stride = rank + rope,
-                              .rope_key = rows.data() + rank, .rope_key_stride = rank + rope,
-                              .positions = positions.data(), .sequence_index = sequence.data(),
-                              .page_tables = table_pointers.data(), .blocks = bytes.data(),
-                              .layout = layout, .num_tokens = lengths[s]});
+      reference::CacheAppend({.latent = rows.data(),
+                              .latent_stride = rank + rope,
+                              .rope_key = rows.data() + rank,
+                              .rope_key_stride = rank + rope,
+                              .positions = positions.data(),
+                              .sequence_index = sequence.data(),
+                              .page_tables = table_pointers.data(),
+                              .blocks = bytes.data(),
+                              .layout = layout,
+                              .num_tokens = lengths[s]});
     }
   }
 
@@ -82,13 +87,19 @@ struct Batch {
   MlaParams Params(const Cache& cache, size_t begin, size_t end, float* out) const {
     const int64_t first = static_cast<int64_t>(begin) * heads;
     return {.q_latent = &q_latent[static_cast<size_t>(first * rank)],
-            .q_rope = &q_rope[static_cast<size_t>(first * rope)], .positions = &positions[begin],
-            .sequence_index = &sequences[begin], .page_tables = cache.table_pointers.data(),
-            .blocks = cache.bytes.data(), .layout = cache.layout,
-            .softmax_scale = 1.0f / std::sqrt(static_cast<float>(rank + rope)), .o_latent = out,
-            .num_tokens = static_cast<int64_t>(end - begin), .num_heads = heads};
+            .q_rope = &q_rope[static_cast<size_t>(first * rope)],
+            .positions = &positions[begin],
+            .sequence_index = &sequences[begin],
+            .page_tables = cache.table_pointers.data(),
+            .blocks = cache.bytes.data(),
+            .layout = cache.layout,
+            .softmax_scale = 1.0f / std::sqrt(static_cast<float>(rank + rope)),
+            .o_latent = out,
+            .num_tokens = static_cast<int64_t>(end - begin),
+            .num_heads = heads};
   }
-  std::vector<float> Run(cpu::Context& context, const Cache& cache, size_t begin, size_t end) const {
+  std::vector<float> Run(cpu::Context& context, const Cache& cache, size_t begin,
+                         size_t end) const {
     std::vector<float> out((end - begin) * static_cast<size_t>(heads * rank));
     cpu::Mla(context, Params(cache, begin, end, out.data()));
     return out;
@@ -115,8 +126,18 @@ TEST_P(MlaTest, MatchesReferenceAndNeverReadsBehindThePosition) {
     for (const Shape s : {Shape{1, 16, 8}, {6, 32, 24}, {5, 24, 6}, {16, 64, 16}, {3, 129, 7}}) {
       const Cache cache(rng, format, s.rank, s.rope, {1, 64, 65, 300, 1300});
       const Batch batch(rng, cache, s.heads,
-                        {{0, 0}, {1, 63}, {2, 64}, {3, 297}, {3, 298}, {3, 299}, {4, 1023}, {4, 1024},
-                         {4, 1299}, {2, 0}, {4, 5}, {3, 1}});
+                        {{0, 0},
+                         {1, 63},
+                         {2, 64},
+                         {3, 297},
+                         {3, 298},
+                         {3, 299},
+                         {4, 1023},
+                         {4, 1024},
+                         {4, 1299},
+                         {2, 0},
+                         {4, 5},
+                         {3, 1}});
       const std::vector<float> out = batch.Run(*context, cache, 0, batch.size());
       std::vector<float> expected(out.size());
       reference::Mla(batch.Params(cache, 0, batch.size(), expected.data()));
@@ -133,13 +154,17 @@ TEST_P(MlaTest, SameBitsHoweverTokensAreGrouped) {
   kernel_test::Rng rng(kernel_test::Seed());
   auto portable = MakeContext(cpu::SimdLevel::kPortable);
   std::vector<std::unique_ptr<cpu::Context>> contexts;
-  for (int threads : {1, 2, 3}) contexts.push_back(MakeContext(GetParam(), threads));
+  // The portable level is slow: fewer ways to run stand for all.
+  const bool slow = GetParam() == cpu::SimdLevel::kPortable;
+  for (int threads : {1, 2, 3}) {
+    if (threads != 2 || !slow) contexts.push_back(MakeContext(GetParam(), threads));
+  }
   for (CacheRowFormat format : {CacheRowFormat::kFp32, CacheRowFormat::kBf16}) {
     for (const Shape s : {Shape{6, 48, 24}, {3, 40, 6}}) {
-      const Cache cache(rng, format, s.rank, s.rope, {257, 2200, 70});
+      const Cache cache(rng, format, s.rank, s.rope, {130, 2200, 70});
       std::vector<Token> tokens;
-      for (int32_t p = 0; p < 257; ++p) tokens.push_back({0, p});
-      for (int32_t p = 2190; p < 2200; ++p) tokens.push_back({1, p});
+      for (int32_t p = 0; p < 130; ++p) tokens.push_back({0, p});
+      for (int32_t p = 2197; p < 2200; ++p) tokens.push_back({1, p});  // three spans
       for (int32_t p : {69, 3, 64, 63}) tokens.push_back({2, p});
       tokens.push_back({1, 1500});
       const Batch batch(rng, cache, s.heads, tokens);
@@ -151,6 +176,7 @@ TEST_P(MlaTest, SameBitsHoweverTokensAreGrouped) {
       EXPECT_TRUE(SameBits(alone, batch.Run(*portable, cache, 0, batch.size())));
       for (const auto& context : contexts) {
         for (size_t chunk : {size_t{7}, size_t{64}, batch.size()}) {
+          if (slow && chunk == 64) continue;
           std::vector<float> out;
           for (size_t t = 0; t < batch.size(); t += chunk) {
             const std::vector<float> part =
@@ -196,34 +222,45 @@ TEST_P(MlaTest, AbsorbAndValueUpMatchReference) {
   struct Dims {
     int64_t tokens, heads, nope, v, rank;
   };
-  for (const Dims d : {Dims{1, 6, 48, 32, 64}, {5, 3, 24, 40, 129}, {50, 2, 33, 7, 24},
-                       {3, 4, 128, 128, 160}}) {
+  for (const Dims d :
+       {Dims{1, 6, 48, 32, 64}, {5, 3, 24, 40, 129}, {50, 2, 33, 7, 24}, {3, 4, 128, 128, 160}}) {
     for (WeightType type : kAllTypes) {
       const StoredWeight w(rng, type, d.heads * (d.nope + d.v), d.rank);
       const int64_t token_stride = d.heads * (d.nope + 5);  // the rope part lies between heads
       const std::vector<float> q = RandomFloats(rng, d.tokens * token_stride);
-      std::vector<float> out(static_cast<size_t>(d.tokens * d.heads * d.rank)), expected(out.size());
-      AbsorbQueryParams p = {.q_nope = q.data(), .q_token_stride = token_stride,
-                             .q_head_stride = d.nope + 5, .kv_b_proj = w.matrix(),
-                             .q_latent = out.data(), .num_tokens = d.tokens, .num_heads = d.heads,
-                             .qk_nope_head_dim = d.nope, .v_head_dim = d.v};
+      std::vector<float> out(static_cast<size_t>(d.tokens * d.heads * d.rank)),
+          expected(out.size());
+      AbsorbQueryParams p = {.q_nope = q.data(),
+                             .q_token_stride = token_stride,
+                             .q_head_stride = d.nope + 5,
+                             .kv_b_proj = w.matrix(),
+                             .q_latent = out.data(),
+                             .num_tokens = d.tokens,
+                             .num_heads = d.heads,
+                             .qk_nope_head_dim = d.nope,
+                             .v_head_dim = d.v};
       cpu::AbsorbQuery(*context, p);
       p.q_latent = expected.data();
       reference::AbsorbQuery(p);
       // One rounding per term, each relative to a sum of about depth terms of at most 4 * 4.
-      EXPECT_TRUE(kernel_test::Within(out, expected, static_cast<double>(d.nope * d.nope) * 4 * kEps));
+      EXPECT_TRUE(
+          kernel_test::Within(out, expected, static_cast<double>(d.nope * d.nope) * 4 * kEps));
 
       const std::vector<float> o = RandomFloats(rng, d.tokens * d.heads * d.rank);
       std::vector<float> up(static_cast<size_t>(d.tokens * d.heads * d.v)), up_expected(up.size());
-      ValueUpParams v = {.o_latent = o.data(), .kv_b_proj = w.matrix(), .out = up.data(),
-                         .num_tokens = d.tokens, .num_heads = d.heads, .qk_nope_head_dim = d.nope,
+      ValueUpParams v = {.o_latent = o.data(),
+                         .kv_b_proj = w.matrix(),
+                         .out = up.data(),
+                         .num_tokens = d.tokens,
+                         .num_heads = d.heads,
+                         .qk_nope_head_dim = d.nope,
                          .v_head_dim = d.v};
       cpu::ValueUp(*context, v);
       v.out = up_expected.data();
       reference::ValueUp(v);
-      EXPECT_TRUE(kernel_test::Within(up, up_expected,
-                                      (static_cast<double>(d.rank) / 16 + 8) *
-                                          static_cast<double>(d.rank) * 4 * kEps));
+      EXPECT_TRUE(kernel_test::Within(
+          up, up_expected,
+          (static_cast<double>(d.rank) / 16 + 8) * static_cast<double>(d.rank) * 4 * kEps));
     }
   }
 }
@@ -240,14 +277,23 @@ TEST_P(MlaTest, AbsorbAndValueUpDoNotDependOnCompany) {
     const std::vector<float> q = RandomFloats(rng, kTokens * kHeads * kNope);
     const std::vector<float> o = RandomFloats(rng, kTokens * kHeads * kRank);
     const auto absorb = [&](cpu::Context& context, int64_t t, int64_t count, float* out) {
-      cpu::AbsorbQuery(context, {.q_nope = &q[t * kHeads * kNope], .q_token_stride = kHeads * kNope,
-                                 .q_head_stride = kNope, .kv_b_proj = w.matrix(), .q_latent = out,
-                                 .num_tokens = count, .num_heads = kHeads,
-                                 .qk_nope_head_dim = kNope, .v_head_dim = kV});
+      cpu::AbsorbQuery(context, {.q_nope = &q[t * kHeads * kNope],
+                                 .q_token_stride = kHeads * kNope,
+                                 .q_head_stride = kNope,
+                                 .kv_b_proj = w.matrix(),
+                                 .q_latent = out,
+                                 .num_tokens = count,
+                                 .num_heads = kHeads,
+                                 .qk_nope_head_dim = kNope,
+                                 .v_head_dim = kV});
     };
     const auto up = [&](cpu::Context& context, int64_t t, int64_t count, float* out) {
-      cpu::ValueUp(context, {.o_latent = &o[t * kHeads * kRank], .kv_b_proj = w.matrix(), .out = out,
-                             .num_tokens = count, .num_heads = kHeads, .qk_nope_head_dim = kNope,
+      cpu::ValueUp(context, {.o_latent = &o[t * kHeads * kRank],
+                             .kv_b_proj = w.matrix(),
+                             .out = out,
+                             .num_tokens = count,
+                             .num_heads = kHeads,
+                             .qk_nope_head_dim = kNope,
                              .v_head_dim = kV});
     };
     std::vector<float> alone(kTokens * kHeads * kRank), all(alone.size());

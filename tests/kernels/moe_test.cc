@@ -49,17 +49,24 @@ TEST_P(RouterTest, MatchesReferenceAlone) {
     int32_t experts, chosen, groups, topk_groups;
     bool norm;
   };
-  for (const Config c : {Config{RouterScoring::kSoftmax, RouterMethod::kGreedy, 64, 6, 1, 1, false},
-                         {RouterScoring::kSoftmax, RouterMethod::kGroupLimitedGreedy, 160, 6, 8, 3, false},
-                         {RouterScoring::kSigmoid, RouterMethod::kNoauxTc, 256, 8, 8, 4, true},
-                         {RouterScoring::kSigmoid, RouterMethod::kNoauxTc, 12, 3, 4, 2, true},
-                         {RouterScoring::kSigmoid, RouterMethod::kNoauxTc, 5, 5, 5, 5, false}}) {
+  for (const Config c :
+       {Config{RouterScoring::kSoftmax, RouterMethod::kGreedy, 64, 6, 1, 1, false},
+        {RouterScoring::kSoftmax, RouterMethod::kGroupLimitedGreedy, 160, 6, 8, 3, false},
+        {RouterScoring::kSigmoid, RouterMethod::kNoauxTc, 256, 8, 8, 4, true},
+        {RouterScoring::kSigmoid, RouterMethod::kNoauxTc, 12, 3, 4, 2, true},
+        {RouterScoring::kSigmoid, RouterMethod::kNoauxTc, 5, 5, 5, 5, false}}) {
     const std::vector<float> logits = RandomFloats(rng, kTokens * c.experts, 2.0f);
     const std::vector<float> bias = RandomFloats(rng, c.experts, 0.1f);
-    RouterParams p = {.logits = logits.data(), .scoring = c.scoring, .method = c.method,
-                      .n_routed_experts = c.experts, .num_experts_per_tok = c.chosen,
-                      .n_group = c.groups, .topk_group = c.topk_groups, .norm_topk_prob = c.norm,
-                      .routed_scaling_factor = 2.5f, .num_tokens = kTokens};
+    RouterParams p = {.logits = logits.data(),
+                      .scoring = c.scoring,
+                      .method = c.method,
+                      .n_routed_experts = c.experts,
+                      .num_experts_per_tok = c.chosen,
+                      .n_group = c.groups,
+                      .topk_group = c.topk_groups,
+                      .norm_topk_prob = c.norm,
+                      .routed_scaling_factor = 2.5f,
+                      .num_tokens = kTokens};
     if (c.scoring == RouterScoring::kSigmoid) p.correction_bias = bias.data();
     const Routed expected = Route(nullptr, p);
     const Routed all = Route(one.get(), p);
@@ -77,7 +84,8 @@ TEST_P(RouterTest, MatchesReferenceAlone) {
       single.num_tokens = 1;
       const Routed alone = Route(one.get(), single);
       EXPECT_TRUE(std::equal(alone.ids.begin(), alone.ids.end(), all.ids.begin() + t * c.chosen));
-      EXPECT_TRUE(kernel_test::SameBits(alone.weights.data(), &all.weights[t * c.chosen], c.chosen));
+      EXPECT_TRUE(
+          kernel_test::SameBits(alone.weights.data(), &all.weights[t * c.chosen], c.chosen));
     }
   }
 }
@@ -85,8 +93,8 @@ TEST_P(RouterTest, MatchesReferenceAlone) {
 TEST_P(RouterTest, TiesGoToTheLowerId) {
   auto context = MakeContext(GetParam());
   const std::vector<float> equal(16, 0.25f);
-  RouterParams p = {.logits = equal.data(), .n_routed_experts = 16, .num_experts_per_tok = 4,
-                    .num_tokens = 1};
+  RouterParams p = {
+      .logits = equal.data(), .n_routed_experts = 16, .num_experts_per_tok = 4, .num_tokens = 1};
   EXPECT_EQ(Route(context.get(), p).ids, (std::vector<int32_t>{0, 1, 2, 3}));
   p.scoring = RouterScoring::kSigmoid;
   p.method = RouterMethod::kNoauxTc;
@@ -104,18 +112,28 @@ TEST_P(RouterTest, NegativeBiasedScoresStayInTheirGroups) {
   auto context = MakeContext(GetParam());
   const std::vector<float> logits = {0, 0, 3, 3, 0, 0, 1, 1};
   const std::vector<float> bias(8, -5.0f);
-  const RouterParams p = {.logits = logits.data(), .correction_bias = bias.data(),
-                          .scoring = RouterScoring::kSigmoid, .method = RouterMethod::kNoauxTc,
-                          .n_routed_experts = 8, .num_experts_per_tok = 4, .n_group = 4,
-                          .topk_group = 2, .norm_topk_prob = true, .num_tokens = 1};
+  const RouterParams p = {.logits = logits.data(),
+                          .correction_bias = bias.data(),
+                          .scoring = RouterScoring::kSigmoid,
+                          .method = RouterMethod::kNoauxTc,
+                          .n_routed_experts = 8,
+                          .num_experts_per_tok = 4,
+                          .n_group = 4,
+                          .topk_group = 2,
+                          .norm_topk_prob = true,
+                          .num_tokens = 1};
   EXPECT_EQ(Route(context.get(), p).ids, (std::vector<int32_t>{2, 3, 6, 7}));
 }
 
 TEST(GroupByExpertTest, ListsEveryChoiceOnceInOrder) {
   const std::vector<int32_t> ids = {1, 4, 0, 4, 1, 2, 1, 4};
   std::vector<int32_t> begin(7), token_of(8), row_of(8);
-  GroupByExpert({.expert_ids = ids.data(), .num_tokens = 4, .num_experts_per_tok = 2,
-                 .n_routed_experts = 6, .group_begin = begin.data(), .token_of = token_of.data(),
+  GroupByExpert({.expert_ids = ids.data(),
+                 .num_tokens = 4,
+                 .num_experts_per_tok = 2,
+                 .n_routed_experts = 6,
+                 .group_begin = begin.data(),
+                 .token_of = token_of.data(),
                  .row_of = row_of.data()});
   EXPECT_EQ(begin, (std::vector<int32_t>{0, 1, 4, 5, 5, 8, 8}));
   EXPECT_EQ(token_of, (std::vector<int32_t>{1, 0, 2, 3, 2, 0, 1, 3}));

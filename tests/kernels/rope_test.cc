@@ -17,9 +17,15 @@ using kernel_test::RandomFloats;
 using kernel_test::SameBits;
 
 RopeConfig DeepSeekV3() {
-  return {.qk_rope_head_dim = 64, .rope_theta = 10000.0, .yarn = true, .factor = 40.0,
-          .original_max_position_embeddings = 4096.0, .beta_fast = 32.0, .beta_slow = 1.0,
-          .mscale = 1.0, .mscale_all_dim = 1.0};
+  return {.qk_rope_head_dim = 64,
+          .rope_theta = 10000.0,
+          .yarn = true,
+          .factor = 40.0,
+          .original_max_position_embeddings = 4096.0,
+          .beta_fast = 32.0,
+          .beta_slow = 1.0,
+          .mscale = 1.0,
+          .mscale_all_dim = 1.0};
 }
 
 TEST(RopeTest, PlainFrequencies) {
@@ -84,8 +90,11 @@ TEST_P(RopeLevelTest, TableAndRotationMatchReference) {
     positions.push_back(i < 100 ? static_cast<int32_t>(i) : static_cast<int32_t>(rng() % 10000000));
   }
   std::vector<float> table(kTokens * kDim), expected(table.size()), again(table.size());
-  RopeTableParams p = {.positions = positions.data(), .inv_freq = inv_freq.data(),
-                       .attention_scaling = 1.0f, .num_tokens = kTokens, .dim = kDim,
+  RopeTableParams p = {.positions = positions.data(),
+                       .inv_freq = inv_freq.data(),
+                       .attention_scaling = 1.0f,
+                       .num_tokens = kTokens,
+                       .dim = kDim,
                        .cos_sin = table.data()};
   auto one = MakeContext(GetParam(), 1);
   auto three = MakeContext(GetParam(), 3);
@@ -100,9 +109,16 @@ TEST_P(RopeLevelTest, TableAndRotationMatchReference) {
 
   const std::vector<float> x = RandomFloats(rng, kTokens * kHeads * (kDim + 2));
   std::vector<float> y(kTokens * kHeads * kDim), y_expected(y.size());
-  RopeParams r = {.x = x.data(), .x_token_stride = kHeads * (kDim + 2), .x_head_stride = kDim + 2,
-                  .cos_sin = table.data(), .y = y.data(), .y_token_stride = kHeads * kDim,
-                  .y_head_stride = kDim, .num_tokens = kTokens, .num_heads = kHeads, .dim = kDim};
+  RopeParams r = {.x = x.data(),
+                  .x_token_stride = kHeads * (kDim + 2),
+                  .x_head_stride = kDim + 2,
+                  .cos_sin = table.data(),
+                  .y = y.data(),
+                  .y_token_stride = kHeads * kDim,
+                  .y_head_stride = kDim,
+                  .num_tokens = kTokens,
+                  .num_heads = kHeads,
+                  .dim = kDim};
   cpu::Rope(*three, r);
   std::vector<float> in_place = x;
   RopeParams same = r;

@@ -26,16 +26,17 @@ SequenceSpec Clients::MakeSequence() {
   World& w = *world_;
   const ModelShape& model = scenario_->model;
   SequenceSpec spec;
-  const uint64_t prompt_tokens = w.Chance(0.2) ? w.Pick<uint64_t>({1, 63, 64, 65})
-                                               : w.Random(1, scenario_->prompt_tokens_max);
+  const uint64_t prompt_tokens =
+      w.Chance(0.2) ? w.Pick<uint64_t>({1, 63, 64, 65}) : w.Random(1, scenario_->prompt_tokens_max);
   for (uint64_t i = 0; i < std::min<uint64_t>(prompt_tokens, model.max_positions - 1); ++i) {
     spec.prompt.push_back(static_cast<TokenId>(w.Random(0, model.vocab_size - 1)));
   }
-  spec.max_tokens = static_cast<uint32_t>(
-      std::min<uint64_t>(w.Random(1, scenario_->max_tokens_max), model.max_positions - spec.prompt.size()));
+  spec.max_tokens = static_cast<uint32_t>(std::min<uint64_t>(
+      w.Random(1, scenario_->max_tokens_max), model.max_positions - spec.prompt.size()));
   spec.ignore_eos = w.Chance(0.5);
   if (w.Chance(0.3)) spec.min_tokens = static_cast<uint32_t>(w.Random(0, spec.max_tokens));
-  if (w.Chance(0.3)) spec.stop_token_ids = {static_cast<TokenId>(w.Random(0, model.vocab_size - 1))};
+  if (w.Chance(0.3))
+    spec.stop_token_ids = {static_cast<TokenId>(w.Random(0, model.vocab_size - 1))};
   spec.score_prompt = w.Chance(0.3);
   if (w.Chance(0.1)) {
     spec.max_tokens = spec.min_tokens = 0;
@@ -169,11 +170,10 @@ void Clients::OnMessage(const PromptScored& message) {
         Same(score, stream->expected.scores[index])) {
       continue;
     }
-    return world_->Violation(absl::StrCat("request ", message.request.value, " score ", index,
-                                          " is ", Show(score), ", expected ",
-                                          index < stream->expected.scores.size()
-                                              ? Show(stream->expected.scores[index])
-                                              : std::string("none")));
+    return world_->Violation(absl::StrCat(
+        "request ", message.request.value, " score ", index, " is ", Show(score), ", expected ",
+        index < stream->expected.scores.size() ? Show(stream->expected.scores[index])
+                                               : std::string("none")));
   }
 }
 
@@ -186,10 +186,10 @@ void Clients::OnMessage(const TokenEmitted& message) {
       stream->scores == expected.scores.size()) {
     return;
   }
-  world_->Violation(absl::StrCat("request ", message.request.value, " sequence ",
-                                 message.sequence_index, " got ", Show(message.token), ", expected ",
-                                 index < expected.tokens.size() ? Show(expected.tokens[index])
-                                                                : std::string("no more")));
+  world_->Violation(absl::StrCat(
+      "request ", message.request.value, " sequence ", message.sequence_index, " got ",
+      Show(message.token), ", expected ",
+      index < expected.tokens.size() ? Show(expected.tokens[index]) : std::string("no more")));
 }
 
 void Clients::OnMessage(const SequenceEnded& message, uint64_t no_pipeline_us,
@@ -239,7 +239,8 @@ void Clients::OnMessage(const SequenceEnded& message, uint64_t no_pipeline_us,
   const bool last = std::all_of(live.streams.begin(), live.streams.end(),
                                 [](const Stream& s) { return s.ended; });
   if (last != message.last_of_request) {
-    world_->Violation(absl::StrCat("request ", message.request.value, ": last_of_request is wrong"));
+    world_->Violation(
+        absl::StrCat("request ", message.request.value, ": last_of_request is wrong"));
   }
   if (!last) return;
   live.ended = true;

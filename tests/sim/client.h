@@ -33,9 +33,9 @@ class Clients {
   void OnMessage(const TokenEmitted& message);
   void OnMessage(const SequenceEnded& message, uint64_t no_pipeline_us, uint64_t workers_lost);
 
-  uint32_t num_live() const { return num_live_; }      // requests not refused and not ended
+  uint32_t num_live() const { return num_live_; }          // requests not refused and not ended
   uint32_t num_finished() const { return num_finished_; }  // sequences that got all they asked for
-  std::string Stuck() const;                           // those that live, for the violation
+  std::string Stuck() const;                               // those that live, for the violation
 
  private:
   struct Stream {

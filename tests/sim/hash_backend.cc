@@ -33,7 +33,8 @@ class HashStage : public StageModel {
     for (size_t i = 0; i < pool_.size(); ++i) pool_[i] = Mix(i, 0xBAD);
   }
   ~HashStage() override {
-    backend_->used_bytes_ -= weight_bytes() + cache_bytes() + backend_->model().stage_workspace_bytes;
+    backend_->used_bytes_ -=
+        weight_bytes() + cache_bytes() + backend_->model().stage_workspace_bytes;
   }
 
   absl::Status Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
@@ -120,8 +121,8 @@ absl::StatusOr<std::unique_ptr<StageModel>> HashBackend::Load(
     const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) {
   if (!fail_next_load.ok()) return std::exchange(fail_next_load, absl::OkStatus());
   const uint64_t weights = WeightBytes(*model_, spec.layers);
-  const uint64_t bytes = weights + uint64_t{spec.pool_blocks} * model_->block_bytes +
-                         model_->stage_workspace_bytes;
+  const uint64_t bytes =
+      weights + uint64_t{spec.pool_blocks} * model_->block_bytes + model_->stage_workspace_bytes;
   if (used_bytes_ + bytes > memory_bytes_) {
     return absl::ResourceExhaustedError(absl::StrCat("needs ", bytes, " bytes, ", used_bytes_,
                                                      " of ", memory_bytes_, " are taken"));

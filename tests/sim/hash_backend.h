@@ -4,8 +4,8 @@
 //
 // Owns:    each model owns its pool, filled with noise before use.
 // Thread:  the simulator's one thread.
-// Errors:  Load: ResourceExhausted beyond its memory, or whatever `fail_next_load` says; Forward: whatever
-//          `fail_next_forward` says.
+// Errors:  Load: ResourceExhausted beyond its memory, or whatever `fail_next_load` says; Forward:
+//          whatever `fail_next_forward` says.
 #pragma once
 
 #include <functional>

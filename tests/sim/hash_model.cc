@@ -8,7 +8,8 @@ namespace strait::sim {
 std::vector<std::pair<TokenId, float>> Top(uint64_t hidden, uint32_t num_top, uint32_t vocab_size) {
   std::vector<std::pair<TokenId, float>> top;
   if (num_top == 0) return top;
-  for (TokenId token = 0; token < vocab_size; ++token) top.emplace_back(token, Logprob(hidden, token));
+  for (TokenId token = 0; token < vocab_size; ++token)
+    top.emplace_back(token, Logprob(hidden, token));
   std::sort(top.begin(), top.end(), [](const auto& a, const auto& b) {
     return a.second != b.second ? a.second > b.second : a.first < b.first;
   });

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// HashModel is the simulator's idea of a language model: plain functions from (tokens, position) to the next
-// token, defined once and used twice: by HashBackend through real page tables, by the Oracle without any.
+// HashModel is the simulator's idea of a language model: plain functions from (tokens, position)
+// to the next token, defined once and used twice: by HashBackend through real page tables, by the
+// Oracle without any.
 //
 // Thread:  pure functions.
-// Why:     every token depends on every cache row of every layer before it, so one wrong block, stale row,
-//          position or missed token changes what comes out.
+// Why:     every token depends on every cache row of every layer before it, so one wrong block,
+//          stale row, position or missed token changes what comes out.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,8 @@
 namespace strait::sim {
 
 inline uint64_t Mix(uint64_t a, uint64_t b = 0) {
-  uint64_t x = a * 0x9E3779B97F4A7C15ull + (b ^ (b >> 29)) * 0xD6E8FEB86659FD93ull + 0x632BE59BD9B4E019ull;
+  uint64_t x =
+      a * 0x9E3779B97F4A7C15ull + (b ^ (b >> 29)) * 0xD6E8FEB86659FD93ull + 0x632BE59BD9B4E019ull;
   x = (x ^ (x >> 32)) * 0xBF58476D1CE4E5B9ull;
   return x ^ (x >> 29);
 }

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Network and SimTransport: the Transport seam in virtual time. In-order delivery on every edge, delays from
-// the seed, edges that break.
+// Network and SimTransport: the Transport seam in virtual time. In-order delivery on every edge,
+// delays from the seed, edges that break.
 //
-// Owns:    Network owns the links; a SimTransport is one worker's end. Thread:  one.
+// Owns:    Network owns the links; a SimTransport is one worker's end.
+// Thread:  one.
 #pragma once
 
 #include <map>
@@ -80,7 +81,7 @@ class SimTransport : public Transport {
   const TransportEvents events_;
   const RunAfter run_;
   bool alive_ = true;
-  std::map<uint64_t, LinkPtr> outgoing_;  // by from_stage_id
+  std::map<uint64_t, LinkPtr> outgoing_;   // by from_stage_id
   std::map<uint64_t, Expected> expected_;  // by to_stage_id
   std::vector<LinkPtr> incoming_;          // parked and up
 };

@@ -61,7 +61,8 @@ Expected Expect(const SequenceSpec& spec, const ModelShape& model) {
         {position, token, Logprob(hidden, token),
          Top(hidden, spec.want_logprobs ? spec.num_top : 0, model.vocab_size)});
     // The stop rule in words: a stop token ends the stream once min_tokens came before it.
-    if (generated >= spec.min_tokens && std::find(stops.begin(), stops.end(), token) != stops.end()) {
+    if (generated >= spec.min_tokens &&
+        std::find(stops.begin(), stops.end(), token) != stops.end()) {
       expected.reason = FinishReason::kStop;
       expected.stop_token = token;
       break;

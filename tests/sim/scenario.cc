@@ -44,16 +44,16 @@ Scenario MakeScenario(World* world) {
   s.columns_least = static_cast<uint32_t>(w.Pick({2, 3, 6, 12, 50}));
   uint64_t weights = m.embedding_bytes + m.head_bytes;
   for (const uint64_t bytes : m.layer_weight_bytes) weights += bytes;
-  const uint64_t enough = weights + m.stage_workspace_bytes +
-                          uint64_t{s.columns_least} * num_layers * m.block_bytes;
+  const uint64_t enough =
+      weights + m.stage_workspace_bytes + uint64_t{s.columns_least} * num_layers * m.block_bytes;
   s.equal_memory = w.Chance(0.7);
   const uint64_t num_workers = uint64_t{o.num_stages} * o.num_pipelines + w.Pick({0, 0, 1, 2});
   for (uint64_t i = 0; i < num_workers; ++i) {
     s.worker_memory.push_back(s.equal_memory ? enough : enough * w.Random(10, 20) / 10);
   }
   if (o.max_cache_bytes_per_stage > 0) {
-    s.columns_least = std::min<uint32_t>(
-        s.columns_least, o.max_cache_bytes_per_stage / m.block_bytes / num_layers);
+    s.columns_least = std::min<uint32_t>(s.columns_least,
+                                         o.max_cache_bytes_per_stage / m.block_bytes / num_layers);
   }
 
   s.num_requests = static_cast<uint32_t>(w.Pick({1, 6, 15, 25}));

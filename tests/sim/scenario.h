@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Scenario is everything that a seed decides before a simulation starts: the model, the cluster, its speeds and
-// which faults it will see.
+// Scenario is everything that a seed decides before a simulation starts: the model, the cluster,
+// its speeds and which faults it will see.
 //
 // Thread:  plain value.
 #pragma once

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Defends: in thousands of random clusters with random faults, no client sees a token lost, doubled or changed, no
-// block leaks or has two owners, no step of an old epoch runs, and everything ends.
+// Defends: in thousands of random clusters with random faults, no client sees a token lost,
+// doubled or changed, no block leaks or has two owners, no step of an old epoch runs, and
+// everything ends.
 //
-// STRAIT_SIM_SEEDS says how many seeds to run (fewer under sanitizers), STRAIT_SIM_FIRST where to begin.
+// STRAIT_SIM_SEEDS says how many seeds to run (fewer under sanitizers), STRAIT_SIM_FIRST where to
+// begin.
 #include <gtest/gtest.h>
 
 #include <csignal>
@@ -20,10 +22,12 @@ namespace {
 
 volatile uint64_t running_seed = 0;
 
-extern "C" void OnAbort(int) {
-  std::fprintf(stderr, "aborted in seed %llu; replay: strait_sim --seed %llu --trace\n",
+extern "C" void OnCrash(int signal) {
+  std::fprintf(stderr, "crashed in seed %llu; replay: strait_sim --seed %llu --trace\n",
                static_cast<unsigned long long>(running_seed),
                static_cast<unsigned long long>(running_seed));
+  std::signal(signal, SIG_DFL);
+  std::raise(signal);
 }
 
 uint64_t FromEnvironment(const char* name, uint64_t otherwise) {
@@ -38,7 +42,7 @@ constexpr uint64_t kSeeds = 2000;
 #endif
 
 TEST(SimTest, ManySeeds) {
-  std::signal(SIGABRT, OnAbort);
+  for (const int signal : {SIGABRT, SIGFPE, SIGSEGV}) std::signal(signal, OnCrash);
   const uint64_t first = FromEnvironment("STRAIT_SIM_FIRST", 1);
   const uint64_t count = FromEnvironment("STRAIT_SIM_SEEDS", kSeeds);
   Outcome sum;
@@ -62,7 +66,8 @@ TEST(SimTest, ManySeeds) {
     sum.stats.replayed_tokens += outcome.stats.replayed_tokens;
   }
   std::printf(
-      "%llu seeds: %u requests, %u sequences finished, %llu steps, %llu preemptions, %llu recoveries, "
+      "%llu seeds: %u requests, %u sequences finished, %llu steps, %llu preemptions, %llu "
+      "recoveries, "
       "%llu tokens replayed, %u evictions, %u of %u lies caught\n",
       static_cast<unsigned long long>(count), sum.requests, sum.sequences_finished,
       static_cast<unsigned long long>(sum.stats.steps),

@@ -29,15 +29,14 @@ SimWorker::SimWorker(World* world, Network* network, Control* control, const Sce
       instance_(instance),
       memory_bytes_(memory_bytes),
       backend_(&scenario->model, memory_bytes),
-      transport_(network, absl::StrCat("worker-", instance),
-                 {[this](const Edge& edge) { OnEdgeUp(edge); },
-                  [this](const Edge& edge, absl::Status why) { OnEdgeDown(edge, why); },
-                  [this](uint64_t stage_id, HiddenStep hidden) {
-                    OnHidden(stage_id, std::move(hidden));
-                  }},
-                 [this](uint64_t delay_us, std::function<void()> what) {
-                   RunAfter(delay_us, std::move(what));
-                 }) {
+      transport_(
+          network, absl::StrCat("worker-", instance),
+          {[this](const Edge& edge) { OnEdgeUp(edge); },
+           [this](const Edge& edge, absl::Status why) { OnEdgeDown(edge, why); },
+           [this](uint64_t stage_id, HiddenStep hidden) { OnHidden(stage_id, std::move(hidden)); }},
+          [this](uint64_t delay_us, std::function<void()> what) {
+            RunAfter(delay_us, std::move(what));
+          }) {
   control_->Dial(this);
 }
 
@@ -160,9 +159,9 @@ void SimWorker::OnLoad(const v1::LoadStage& load) {
       stages_.erase(id);
       return SendState(id, v1::StageState::FAILED, {}, model.status());
     }
-    stages_[id].stage = std::make_unique<Stage>(
-        id, *std::move(model), backend_.num_layers(), backend_.hidden_row_bytes(),
-        backend_.vocab_size(), backend_.max_positions());
+    stages_[id].stage = std::make_unique<Stage>(id, *std::move(model), backend_.num_layers(),
+                                                backend_.hidden_row_bytes(), backend_.vocab_size(),
+                                                backend_.max_positions());
     SendState(id, v1::StageState::LOADED, {}, absl::OkStatus());
   });
 }
@@ -233,7 +232,8 @@ void SimWorker::OnStep(const v1::StepPlan& plan) {
   const absl::Status status = it->second.stage->AcceptPlan(plan, world_->now_us());
   if (status.ok() || absl::IsAborted(status)) return;
   // Core and stage share their rules: a refused plan is a bug of one of them.
-  world_->Violation(absl::StrCat("stage ", plan.stage_id(), " refused a plan: ", status.ToString()));
+  world_->Violation(
+      absl::StrCat("stage ", plan.stage_id(), " refused a plan: ", status.ToString()));
 }
 
 void SimWorker::OnHidden(uint64_t stage_id, HiddenStep hidden) {
@@ -241,14 +241,15 @@ void SimWorker::OnHidden(uint64_t stage_id, HiddenStep hidden) {
   if (it == stages_.end() || it->second.stage == nullptr) return;
   const absl::Status status = it->second.stage->AcceptHidden(std::move(hidden), world_->now_us());
   if (status.ok() || absl::IsAborted(status)) return;
-  world_->Violation(absl::StrCat("stage ", stage_id, " refused hidden states: ", status.ToString()));
+  world_->Violation(
+      absl::StrCat("stage ", stage_id, " refused hidden states: ", status.ToString()));
 }
 
 void SimWorker::TryRun() {
   for (auto& [id, hosted] : stages_) {
     if (hosted.stage == nullptr || !hosted.stage->Ready()) continue;
-    auto output = std::make_shared<StepOutput>(
-        hosted.stage->RunNext([this] { return world_->now_us(); }));
+    auto output =
+        std::make_shared<StepOutput>(hosted.stage->RunNext([this] { return world_->now_us(); }));
     ++steps_run_;
     if (FromWire(output->report.epoch()) != FromWire(hosted.active.epoch())) {
       return world_->Violation("a step of an old epoch was executed");
@@ -257,9 +258,8 @@ void SimWorker::TryRun() {
     if (!sound.ok()) return world_->Violation(absl::StrCat("stage ", id, ": ", sound.ToString()));
     computing_ = true;
     const uint64_t compute_us = world_->Random(10, scenario_->compute_us_max);
-    world_->After(compute_us, [this, id = id, stream = stream_, output] {
-      Finish(id, stream, output);
-    });
+    world_->After(compute_us,
+                  [this, id = id, stream = stream_, output] { Finish(id, stream, output); });
     return;
   }
 }
@@ -268,9 +268,8 @@ void SimWorker::Finish(uint64_t stage_id, uint64_t stream,
                        const std::shared_ptr<StepOutput>& output) {
   if (!alive_) return;
   if (world_->now_us() < stalled_until_us_) {
-    return world_->At(stalled_until_us_, [this, stage_id, stream, output] {
-      Finish(stage_id, stream, output);
-    });
+    return world_->At(stalled_until_us_,
+                      [this, stage_id, stream, output] { Finish(stage_id, stream, output); });
   }
   computing_ = false;
   if (stream == stream_ && stages_.contains(stage_id)) {

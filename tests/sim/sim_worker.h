@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// SimWorker is a worker process in virtual time: the real Stage between a simulated stream to the coordinator
-// and a simulated Transport. It does what worker/service does.
+// SimWorker is a worker process in virtual time: the real Stage between a simulated stream to the
+// coordinator and a simulated Transport. It does what worker/service does.
 //
 // Owns:    its stages, its backend. Borrows: World, Network, the Control that carries its stream.
 // Thread:  the simulator's; its own time stands still while it computes or is stalled.
@@ -50,7 +50,8 @@ class SimWorker {
   void FailNextForward();
   void LieOnce() { lie_next_ = true; }
 
-  // Runs `what` in this worker's time, `delay_us` from now or when it is free; never once it is dead.
+  // Runs `what` in this worker's time, `delay_us` from now or when it is free; never once it is
+  // dead.
   void RunAfter(uint64_t delay_us, std::function<void()> what);
 
   bool alive() const { return alive_; }
@@ -72,7 +73,8 @@ class SimWorker {
   void Send(v1::FromWorker message, bool lie = false);
   void SendState(uint64_t stage_id, v1::StageState::State state, PipelineEpoch epoch,
                  const absl::Status& error);
-  void SendError(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id, const absl::Status& error);
+  void SendError(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
+                 const absl::Status& error);
   void Heartbeat(uint64_t stream);
   void OnLoad(const v1::LoadStage& load);
   void OnActivate(const v1::ActivateStage& activate);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "proto/json.h"
 #include "tests/sim/client.h"
 #include "tests/sim/scenario.h"
 #include "tests/sim/sim_worker.h"
@@ -56,8 +57,10 @@ class Simulation : public Control {
     const uint64_t delay_us = world_.Random(5, scenario_.control_delay_us_max);
     return world_.Chance(scenario_.slow_message_chance) ? delay_us * 100 : delay_us;
   }
-  void Pump();       // what the loop does after events
-  void PumpSoon();   // now, or together with the events of the next moment
+  // Whether a report is of what the core takes for the present.
+  bool EpochIsActive(const v1::StageReport& report) const;
+  void Pump();      // what the loop does after events
+  void PumpSoon();  // now, or together with the events of the next moment
   void Tick();
   void Deliver(SendToWorker message);
   void Close(const StreamPtr& stream, const absl::Status& why, bool core_learns);
@@ -98,8 +101,8 @@ void Simulation::Dial(SimWorker* worker) {
     if (!stream->open) return;
     stream->id = WorkerId{++last_worker_id_};
     by_id_[stream->id] = stream;
-    world_.Trace(absl::StrCat("w", stream->worker->instance(), " attaches as worker ",
-                              stream->id.value));
+    world_.Trace(
+        absl::StrCat("w", stream->worker->instance(), " attaches as worker ", stream->id.value));
     core_.OnWorkerAttached(stream->id, stream->worker->Hello(), world_.now_us());
     PumpSoon();
   });
@@ -111,16 +114,34 @@ void Simulation::FromWorker(SimWorker* worker, v1::FromWorker message, bool lie)
   outcome_.lies_told += lie;
   stream->to_core_us = std::max(stream->to_core_us, world_.now_us() + Delay());
   auto shared = std::make_shared<v1::FromWorker>(std::move(message));
-  world_.At(stream->to_core_us, [this, stream, shared] {
+  world_.At(stream->to_core_us, [this, stream, shared, lie] {
     // A closed stream's last words may still be in the loop's queue.
     if (!stream->open && !world_.Chance(0.3)) return;
     if (world_.tracing() && !shared->has_heartbeat()) {
-      world_.Trace(absl::StrCat("from w", stream->worker->instance(), ": ",
-                                shared->ShortDebugString()));
+      world_.Trace(
+          absl::StrCat("from w", stream->worker->instance(), ": ", shared->ShortDebugString()));
     }
+    const bool must_be_noticed = lie && stream->open && EpochIsActive(shared->report());
     core_.OnWorkerMessage(stream->id, *shared, world_.now_us());
-    PumpSoon();
+    if (!must_be_noticed) return PumpSoon();
+    Pump();
+    if (stream->open) world_.Violation("a lie was not noticed: " + shared->ShortDebugString());
   });
+}
+
+bool Simulation::EpochIsActive(const v1::StageReport& report) const {
+  const absl::StatusOr<json::Value> status =
+      json::Parse(core_.StatusJson(world_.now_us()), "status");
+  for (const json::Value& value : status->at("pipelines").as_array()) {
+    if (value.at("state").as_string() != "active" ||
+        value.at("epoch").at("counter").to_number<uint64_t>() != report.epoch().counter()) {
+      continue;
+    }
+    for (const json::Value& stage : value.at("stages").as_array()) {
+      if (stage.at("stage_id").to_number<uint64_t>() == report.stage_id()) return true;
+    }
+  }
+  return false;
 }
 
 void Simulation::Deliver(SendToWorker message) {
@@ -130,8 +151,8 @@ void Simulation::Deliver(SendToWorker message) {
   if (!stream->open) return;
   stream->to_worker_us = std::max(stream->to_worker_us, world_.now_us() + Delay());
   if (world_.tracing()) {
-    world_.Trace(absl::StrCat("to w", stream->worker->instance(), ": ",
-                              message.message.ShortDebugString()));
+    world_.Trace(
+        absl::StrCat("to w", stream->worker->instance(), ": ", message.message.ShortDebugString()));
   }
   auto shared = std::make_shared<v1::ToWorker>(std::move(message.message));
   world_.At(stream->to_worker_us, [this, stream, shared] {
@@ -331,8 +352,9 @@ Outcome Simulation::Run() {
   requests_left_ = scenario_.num_requests;
   for (uint32_t i = 0; i < scenario_.num_requests; ++i) {
     // Some come before anybody can serve them.
-    world_.After(world_.Chance(0.1) ? 0 : scenario_.load_us_max +
-                                              world_.Random(0, 50'000 + scenario_.arrival_us),
+    world_.After(world_.Chance(0.1)
+                     ? 0
+                     : scenario_.load_us_max + world_.Random(0, 50'000 + scenario_.arrival_us),
                  [this] { SubmitOne(); });
   }
   const uint64_t faults_from_us = world_.Chance(0.5) ? 0 : scenario_.load_us_max;
@@ -340,16 +362,17 @@ Outcome Simulation::Run() {
     world_.After(faults_from_us + world_.Random(0, scenario_.faults_us), [this] { Fault(); });
   }
   for (uint32_t i = 0; i < scenario_.num_lies; ++i) {
-    world_.After(scenario_.load_us_max + world_.Random(0, 200'000), [this] {
-      workers_[world_.Random(0, workers_.size() - 1)]->LieOnce();
-    });
+    // Later than the last worker's start.
+    world_.After(20'001 + scenario_.load_us_max + world_.Random(0, 200'000),
+                 [this] { workers_[world_.Random(0, workers_.size() - 1)]->LieOnce(); });
   }
   // Replacements of killed workers come up to a second later.
   world_.After(faults_from_us + scenario_.faults_us + 1'100'000, [this] { Heal(); });
   Tick();
 
   const uint64_t limit_us = begin_us + scenario_.load_us_max + scenario_.faults_us +
-                            scenario_.arrival_us + scenario_.options.no_pipeline_grace_us + kSettleUs;
+                            scenario_.arrival_us + scenario_.options.no_pipeline_grace_us +
+                            kSettleUs;
   while (world_.RunOne()) {
     if (world_.now_us() > limit_us) {
       world_.Violation(absl::StrCat("not settled: ", clients_.num_live(), " requests live:",
@@ -357,8 +380,9 @@ Outcome Simulation::Run() {
     }
     if (Settled()) break;
   }
-  // What is under way arrives, nothing more happens.
-  const uint64_t end_us = world_.now_us() + 3'000'000;
+  // What is under way arrives, stalled workers wake up, nothing more happens.
+  const uint64_t end_us = world_.now_us() + 3'000'000 +
+                          (scenario_.num_faults + 1) * 3 * scenario_.options.heartbeat_timeout_us;
   while (world_.violation().empty() && world_.now_us() < end_us) world_.RunOne();
   if (world_.violation().empty()) CheckIdle();
   outcome_.violation = world_.violation();

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Simulation runs a whole cluster from a seed: the real Core and real Stages, clients, faults, on one thread in
-// virtual time, and checks everything after every event.
+// Simulation runs a whole cluster from a seed: the real Core and real Stages, clients, faults, on
+// one thread in virtual time, and checks everything after every event.
 //
-// Owns:    all of it. Thread:  one.
+// Owns:    all of it.
+// Thread:  one.
 // Errors:  Outcome::violation, empty if all went well.
 #pragma once
 

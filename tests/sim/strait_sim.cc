@@ -13,10 +13,12 @@ namespace {
 
 volatile uint64_t running_seed = 0;
 
-extern "C" void OnAbort(int) {
-  std::fprintf(stderr, "aborted in seed %llu; replay: strait_sim --seed %llu --trace\n",
+extern "C" void OnCrash(int signal) {
+  std::fprintf(stderr, "crashed in seed %llu; replay: strait_sim --seed %llu --trace\n",
                static_cast<unsigned long long>(running_seed),
                static_cast<unsigned long long>(running_seed));
+  std::signal(signal, SIG_DFL);
+  std::raise(signal);
 }
 
 }  // namespace
@@ -37,7 +39,7 @@ int main(int argc, char** argv) {
       return 2;
     }
   }
-  std::signal(SIGABRT, OnAbort);
+  for (const int signal : {SIGABRT, SIGFPE, SIGSEGV}) std::signal(signal, OnCrash);
   uint64_t failures = 0;
   for (uint64_t i = 0; i < count; ++i) {
     running_seed = seed + i;

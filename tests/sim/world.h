@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// World is virtual time, chance and a list of what is to happen: everything in a simulation is a callback in
-// its queue.
+// World is virtual time, chance and a list of what is to happen: everything in a simulation is a
+// callback in its queue.
 //
-// Owns:    the events. Thread:  one.
+// Owns:    the events.
+// Thread:  one.
 // Errors:  the first Violation ends the run.
 // Why:     one seed decides everything, so a failing run is replayed by its number.
 #pragma once
@@ -28,14 +29,14 @@ class World {
   void At(uint64_t at_us, std::function<void()> what) {
     events_.push({at_us < now_us_ ? now_us_ : at_us, ++last_order_, std::move(what)});
   }
-  void After(uint64_t delay_us, std::function<void()> what) { At(now_us_ + delay_us, std::move(what)); }
+  void After(uint64_t delay_us, std::function<void()> what) {
+    At(now_us_ + delay_us, std::move(what));
+  }
   // Runs the next event; false when there is none, or after a violation.
   bool RunOne();
 
   // Both ends included.
-  uint64_t Random(uint64_t least, uint64_t most) {
-    return least + random_() % (most - least + 1);
-  }
+  uint64_t Random(uint64_t least, uint64_t most) { return least + random_() % (most - least + 1); }
   bool Chance(double probability) {
     return static_cast<double>(random_() >> 11) * 0x1p-53 < probability;
   }

@@ -7,13 +7,13 @@
 //          tables).
 // Thread:  loop thread only.
 // Errors:  AcceptPlan and AcceptHidden refuse what contradicts the stage's state and leave it
-//          unchanged: Aborted (older epoch; harmless), InvalidArgument (malformed), FailedPrecondition (gap in
-//          steps, sequence unknown, positions that do not follow), ResourceExhausted (a limit).
-//          What a refused plan means is the caller's: the worker reports it and the coordinator
-//          bumps the epoch.
+//          unchanged: Aborted (older epoch; harmless), InvalidArgument (malformed),
+//          FailedPrecondition (gap in steps, sequence unknown, positions that do not follow),
+//          ResourceExhausted (a limit). What a refused plan means is the caller's: the worker
+//          reports it and the coordinator bumps the epoch.
 // Limits:  proto/limits.h: kMaxStepsInFlight plans and hidden steps waiting.
-// Why:     plans are validated against the state that all plans before them leave behind, so a plan
-//          is accepted or refused on arrival, before its hidden states exist.
+// Why:     plans are validated against the state that all plans before them leave behind, so a
+//          plan is accepted or refused on arrival, before its hidden states exist.
 #pragma once
 
 #include <cstddef>

@@ -5,8 +5,8 @@
 //
 //   kernels_bench [--smoke] [Google Benchmark's flags]
 //
-// Counters: GB/s counts the stored bytes that a call must read (weights, cache rows); GFLOP/s counts
-// two per multiply-add; of_read and of_fma are the shares of the limits (1 = at the limit).
+// Counters: GB/s counts the stored bytes that a call must read (weights, cache rows); GFLOP/s
+// counts two per multiply-add; of_read and of_fma are the shares of the limits (1 = at the limit).
 #include <benchmark/benchmark.h>
 
 #include <chrono>
@@ -68,7 +68,7 @@ uint64_t ReadOnce(const uint64_t* p, size_t count) {
 // Reads `bytes` with every thread on a part, and keeps the best of some runs.
 double MeasureRead(cpu::ThreadPool& pool, size_t bytes) {
   std::vector<uint64_t> data(bytes / 8, 1);
-  const int64_t pieces = 64;
+  const int64_t pieces = 61;  // no power of two: four streams at such a distance share cache sets
   const size_t per_piece = data.size() / pieces;
   std::vector<uint64_t> sums(pieces);
   double best = 0;
@@ -173,10 +173,14 @@ std::vector<float> RandomFloats(int64_t count, float scale) {
 
 const char* TypeName(WeightType type) {
   switch (type) {
-    case WeightType::kFp32: return "fp32";
-    case WeightType::kBf16: return "bf16";
-    case WeightType::kFp16: return "fp16";
-    case WeightType::kFp8E4m3: return "fp8";
+    case WeightType::kFp32:
+      return "fp32";
+    case WeightType::kBf16:
+      return "bf16";
+    case WeightType::kFp16:
+      return "fp16";
+    case WeightType::kFp8E4m3:
+      return "fp8";
   }
   return "";
 }
@@ -219,9 +223,12 @@ void BenchGemm(benchmark::State& state, cpu::Context& context, const Limits& lim
   std::vector<float> y(static_cast<size_t>(m * s.n));
   size_t turn = 0;
   for (auto _ : state) {
-    cpu::Gemm(context, {.x = x.data(), .x_stride = s.k, .num_rows = m,
+    cpu::Gemm(context, {.x = x.data(),
+                        .x_stride = s.k,
+                        .num_rows = m,
                         .weight = weights.matrices[turn++ % weights.matrices.size()],
-                        .y = y.data(), .y_stride = s.n});
+                        .y = y.data(),
+                        .y_stride = s.n});
   }
   Report(state, limits, static_cast<double>(s.n * s.k * WeightElementBytes(type)),
          2.0 * static_cast<double>(m * s.n * s.k));
@@ -237,21 +244,33 @@ void BenchMla(benchmark::State& state, cpu::Context& context, const Limits& limi
   std::vector<int32_t> positions, sequence(static_cast<size_t>(num_rows), 0);
   for (int64_t i = 0; i < num_rows; ++i) positions.push_back(static_cast<int32_t>(i));
   std::vector<uint32_t> pages;
-  for (int64_t i = 0; i < num_blocks; ++i) pages.push_back(static_cast<uint32_t>(num_blocks - 1 - i));
+  for (int64_t i = 0; i < num_blocks; ++i)
+    pages.push_back(static_cast<uint32_t>(num_blocks - 1 - i));
   const uint32_t* tables[] = {pages.data()};
-  cpu::CacheAppend(context, {.latent = rows.data(), .latent_stride = s.rank + s.rope,
-                             .rope_key = rows.data() + s.rank, .rope_key_stride = s.rank + s.rope,
-                             .positions = positions.data(), .sequence_index = sequence.data(),
-                             .page_tables = tables, .blocks = pool.data(), .layout = layout,
+  cpu::CacheAppend(context, {.latent = rows.data(),
+                             .latent_stride = s.rank + s.rope,
+                             .rope_key = rows.data() + s.rank,
+                             .rope_key_stride = s.rank + s.rope,
+                             .positions = positions.data(),
+                             .sequence_index = sequence.data(),
+                             .page_tables = tables,
+                             .blocks = pool.data(),
+                             .layout = layout,
                              .num_tokens = num_rows});
   const std::vector<float> q = RandomFloats(num_tokens * s.heads * s.rank, 0.05f);
   std::vector<float> o(static_cast<size_t>(num_tokens * s.heads * s.rank));
   const int64_t first = num_rows - num_tokens;
   for (auto _ : state) {
-    cpu::Mla(context, {.q_latent = q.data(), .q_rope = q.data(),
-                       .positions = positions.data() + first, .sequence_index = sequence.data(),
-                       .page_tables = tables, .blocks = pool.data(), .layout = layout,
-                       .softmax_scale = 0.1f, .o_latent = o.data(), .num_tokens = num_tokens,
+    cpu::Mla(context, {.q_latent = q.data(),
+                       .q_rope = q.data(),
+                       .positions = positions.data() + first,
+                       .sequence_index = sequence.data(),
+                       .page_tables = tables,
+                       .blocks = pool.data(),
+                       .layout = layout,
+                       .softmax_scale = 0.1f,
+                       .o_latent = o.data(),
+                       .num_tokens = num_tokens,
                        .num_heads = s.heads});
   }
   const double seen = static_cast<double>(num_tokens) *
@@ -269,14 +288,23 @@ void BenchAbsorb(benchmark::State& state, cpu::Context& context, const Limits& l
   for (auto _ : state) {
     const WeightMatrix& w = weights.matrices[turn++ % weights.matrices.size()];
     if (up) {
-      cpu::ValueUp(context, {.o_latent = in.data(), .kv_b_proj = w, .out = out.data(),
-                             .num_tokens = m, .num_heads = s.heads, .qk_nope_head_dim = s.nope,
+      cpu::ValueUp(context, {.o_latent = in.data(),
+                             .kv_b_proj = w,
+                             .out = out.data(),
+                             .num_tokens = m,
+                             .num_heads = s.heads,
+                             .qk_nope_head_dim = s.nope,
                              .v_head_dim = s.v});
     } else {
-      cpu::AbsorbQuery(context, {.q_nope = in.data(), .q_token_stride = s.heads * s.nope,
-                                 .q_head_stride = s.nope, .kv_b_proj = w, .q_latent = out.data(),
-                                 .num_tokens = m, .num_heads = s.heads,
-                                 .qk_nope_head_dim = s.nope, .v_head_dim = s.v});
+      cpu::AbsorbQuery(context, {.q_nope = in.data(),
+                                 .q_token_stride = s.heads * s.nope,
+                                 .q_head_stride = s.nope,
+                                 .kv_b_proj = w,
+                                 .q_latent = out.data(),
+                                 .num_tokens = m,
+                                 .num_heads = s.heads,
+                                 .qk_nope_head_dim = s.nope,
+                                 .v_head_dim = s.v});
     }
   }
   const double numbers = static_cast<double>(s.heads * (up ? s.v : s.nope) * s.rank);
@@ -305,9 +333,8 @@ void RegisterAll(cpu::Context& context, const Limits& limits, const Sizes& s) {
   const std::string shape = "/" + std::to_string(s.n) + "x" + std::to_string(s.k) + "/";
   for (WeightType type :
        {WeightType::kBf16, WeightType::kFp8E4m3, WeightType::kFp16, WeightType::kFp32}) {
-    add("gemv" + shape + TypeName(type), [&, type, s](benchmark::State& state) {
-      BenchGemm(state, context, limits, type, 1, s);
-    });
+    add("gemv" + shape + TypeName(type),
+        [&, type, s](benchmark::State& state) { BenchGemm(state, context, limits, type, 1, s); });
   }
   for (int64_t m : s.rows) {
     add("gemm" + shape + "bf16/M:" + std::to_string(m), [&, m, s](benchmark::State& state) {
@@ -350,9 +377,19 @@ int Main(int argc, char** argv) {
   }
   char min_time[] = "--benchmark_min_time=0.001";
   if (smoke) {
-    sizes = {.n = 40, .k = 200, .total_bytes = 1 << 16, .rows = {4, 20}, .context_rows = {130},
-             .prefill_tokens = 3, .heads = 2, .rank = 48, .rope = 8, .nope = 16, .v = 16,
-             .vocab = 1000, .read_bytes = 1u << 20};
+    sizes = {.n = 40,
+             .k = 200,
+             .total_bytes = 1 << 16,
+             .rows = {4, 20},
+             .context_rows = {130},
+             .prefill_tokens = 3,
+             .heads = 2,
+             .rank = 48,
+             .rope = 8,
+             .nope = 16,
+             .v = 16,
+             .vocab = 1000,
+             .read_bytes = 1u << 20};
     args.push_back(min_time);
   }
   int count = static_cast<int>(args.size());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Harness drives a Core by hand: workers that load and activate at once, steps that wait until the test lets a
-// stage report them.
+// Harness drives a Core by hand: workers that load and activate at once, steps that wait until the
+// test lets a stage report them.
 //
 // Thread:  the test's.
 #pragma once
@@ -123,7 +123,8 @@ class Harness {
       v1::SequenceResult* result = report.add_results();
       result->set_sequence_id(step.sequence_id());
       for (const v1::LogitsWanted& wanted : step.logits()) {
-        v1::TokenLogprob* out = wanted.has_sample() ? result->mutable_sampled() : result->add_scored();
+        v1::TokenLogprob* out =
+            wanted.has_sample() ? result->mutable_sampled() : result->add_scored();
         out->set_token_id(wanted.has_sample() ? next_token : wanted.score_token());
         out->set_logprob(-1);
       }
@@ -162,7 +163,8 @@ class Harness {
   void Pump() {
     for (std::vector<CoreMessage> messages = core.Take(now_us); !messages.empty();
          messages = core.Take(now_us)) {
-      for (const CoreMessage& message : messages) std::visit([this](const auto& m) { On(m); }, message);
+      for (const CoreMessage& message : messages)
+        std::visit([this](const auto& m) { On(m); }, message);
     }
     const absl::Status sound = core.CheckIntegrity();
     if (!sound.ok()) problems.push_back(sound.ToString());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Defends: every plan covers all layers once, in order, fits every worker, and no other split holds more tokens;
-// what cannot fit is refused with the numbers.
+// Defends: every plan covers all layers once, in order, fits every worker, and no other split
+// holds more tokens; what cannot fit is refused with the numbers.
 #include "coordinator/core/planner.h"
 
 #include <gtest/gtest.h>
@@ -52,7 +52,8 @@ TEST(PlannerTest, IsAsGoodAsTryingEverySplit) {
     model.head_bytes = random() % 3000;
     CoreOptions options = Options();
     if (random() % 4 == 0) options.max_cache_bytes_per_stage = 1000 + random() % 5000;
-    const uint32_t num_stages = 1 + random() % std::min<uint32_t>(4, model.layer_weight_bytes.size());
+    const uint32_t num_stages =
+        1 + random() % std::min<uint32_t>(4, model.layer_weight_bytes.size());
     std::vector<uint64_t> memory;
     for (uint32_t s = 0; s < num_stages; ++s) memory.push_back(2000 + random() % 12000);
 

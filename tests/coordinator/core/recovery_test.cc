@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Defends: whatever a worker does (dies, falls silent, fails, contradicts the plans), the pipeline comes back with
-// a new epoch and clients get every token once; who contradicts is named and evicted; who serves nobody says so.
+// Defends: whatever a worker does (dies, falls silent, fails, contradicts the plans), the pipeline
+// comes back with a new epoch and clients get every token once; who contradicts is named and
+// evicted; who serves nobody says so.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -110,9 +111,18 @@ TEST(RecoveryTest, TheOtherPipelineTakesOver) {
 TEST(RecoveryTest, SilenceEvicts) {
   Harness h(Options(1), SmallModel());
   const WorkerId worker = h.Attach(kMemory);
-  h.now_us += 5'000'001;
-  h.core.OnTick(h.now_us);
-  h.Pump();
+  const auto silent_tick = [&h](uint64_t after_us) {
+    h.now_us += after_us;
+    h.core.OnTick(h.now_us);
+    h.Pump();
+  };
+  // Nobody looked at the clock for a minute: the coordinator itself was stopped.
+  silent_tick(1);
+  silent_tick(60'000'000);
+  EXPECT_FALSE(h.workers.at(worker).evicted);
+  for (int i = 0; i < 5; ++i) silent_tick(1'000'000);
+  EXPECT_FALSE(h.workers.at(worker).evicted);
+  silent_tick(1);
   EXPECT_TRUE(h.workers.at(worker).evicted);
   EXPECT_EQ(h.workers.at(worker).why.code(), absl::StatusCode::kDeadlineExceeded);
   EXPECT_FALSE(h.core.Ready());

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Defends: the shape of steps (micro-batches, chunks that follow each other without waiting, decode before
-// prefill), preemption of the youngest, blocks given back within one step, and the numbers in refusals.
+// Defends: the shape of steps (micro-batches, chunks that follow each other without waiting,
+// decode before prefill), preemption of the youngest, blocks given back within one step, and the
+// numbers in refusals.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -108,28 +109,6 @@ TEST(SchedulerTest, DecodeComesBeforePrefill) {
 // One stage of 4 layers: weights 5000, workspace 50; `columns` blocks a layer of 100 bytes each.
 uint64_t MemoryFor(uint32_t columns) { return 5050 + uint64_t{columns} * 4 * 100; }
 
-TEST(SchedulerTest, TheYoungestIsPreemptedAndReplayedWithTheSameTokens) {
-  Harness h(Options(1), SmallModel());
-  const WorkerId worker = h.Attach(MemoryFor(4));
-  const RequestId old = h.Submit(OneSequence(100, 100));   // 2 columns, grows to 4
-  const RequestId young = h.Submit(OneSequence(50, 10));   // 1 column
-  // 2 + 1 columns; the older one needs a third at 128 rows, and a fourth at 192.
-  std::set<uint64_t> closed;
-  uint32_t reopened_rows = 0;
-  for (int i = 0; i < 400 && !h.StageOf(worker).plans.empty(); ++i) {
-    for (const v1::CacheOp& op : h.StageOf(worker).plans.front().cache_ops()) {
-      if (op.has_close()) closed.insert(op.close().sequence_id());
-    }
-    h.next_token = 20 + i % 30;
-    h.Report(worker);
-  }
-  EXPECT_EQ(h.tokens[old].size(), 100u);
-  EXPECT_EQ(h.tokens[young].size(), 10u);
-  (void)reopened_rows;
-  EXPECT_THAT(h.problems, ElementsAre());
-  EXPECT_EQ(h.core.Stats().blocks_used, 0u);
-}
-
 TEST(SchedulerTest, OutOfBlocksTheYoungestGoesAndComesBack) {
   Harness h(Options(1), SmallModel());
   const WorkerId worker = h.Attach(MemoryFor(5));
@@ -137,7 +116,6 @@ TEST(SchedulerTest, OutOfBlocksTheYoungestGoesAndComesBack) {
   const RequestId young = h.Submit(OneSequence(120, 100));
   // Both grow over 128 rows: 3 + 3 columns of 5.
   std::vector<uint64_t> closed;
-  std::vector<uint32_t> reopened_with;
   for (int i = 0; i < 2000 && !h.StageOf(worker).plans.empty(); ++i) {
     const v1::StepPlan& plan = h.StageOf(worker).plans.front();
     for (const v1::CacheOp& op : plan.cache_ops()) {
@@ -193,7 +171,8 @@ TEST(SchedulerTest, RefusalsNameTheNumbers) {
   h.Attach(MemoryFor(4));
   const RequestId context = h.Submit(OneSequence(1000, 100));
   EXPECT_EQ(h.refused.at(context).code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_THAT(h.refused.at(context).ToString(), HasSubstr("make 1100, the context of this server has 1024"));
+  EXPECT_THAT(h.refused.at(context).ToString(),
+              HasSubstr("make 1100, the context of this server has 1024"));
   const RequestId blocks = h.Submit(OneSequence(200, 100));
   EXPECT_EQ(h.refused.at(blocks).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(h.refused.at(blocks).ToString(),

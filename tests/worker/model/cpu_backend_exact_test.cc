@@ -21,7 +21,7 @@ struct Case {
   ModelConfig (*config)();
   RowFormat row_format;
   // fp32 arithmetic over some hundred operations per sum is off by about 1e-6 of a logit's size (2
-  // to 3); the worst seen here is below 1e-5. bf16 rows carry 8 bits: 2^-9 of a latent, hundreds of
+  // to 3); the worst seen here is 1.3e-5. bf16 rows carry 8 bits: 2^-9 of a latent, hundreds of
   // rows averaged.
   double tolerance;
 };
