@@ -9,6 +9,7 @@
 #include <boost/beast/http/error.hpp>
 #include <boost/beast/http/status.hpp>
 #include <cstdio>
+#include <functional>
 #include <utility>
 
 #include "coordinator/http/api_error.h"
@@ -59,13 +60,7 @@ class HttpConnection::ExchangeResponder : public Responder {
       : connection_(connection), strand_(connection->strand_), exchange_(exchange) {}
 
   ~ExchangeResponder() override {
-    if (complete_) return;
-    // A handler that forgot its client; a stream can only be cut, since its length is not known.
-    On([](HttpConnection& c, uint64_t exchange) {
-      if (!c.Answers(exchange)) return;
-      if (c.streaming_) return c.Close();
-      c.Send(exchange, ErrorResponse({.status = 500, .message = "the request was dropped"}));
-    });
+    if (!complete_) On(&HttpConnection::Forgotten);
   }
 
   void Send(HttpResponse response) override {
@@ -87,7 +82,7 @@ class HttpConnection::ExchangeResponder : public Responder {
   }
   void EndStream() override {
     complete_ = true;
-    On([](HttpConnection& c, uint64_t exchange) { c.EndStream(exchange); });
+    On(&HttpConnection::EndStream);
   }
   void OnAbandon(std::function<void(AbandonReason)> callback) override {
     if (connection_.expired()) {
@@ -111,7 +106,7 @@ class HttpConnection::ExchangeResponder : public Responder {
   void On(F f) {
     if (auto connection = connection_.lock()) {
       asio::dispatch(strand_, [connection, exchange = exchange_, f = std::move(f)]() mutable {
-        f(*connection, exchange);
+        std::invoke(f, *connection, exchange);
       });
     }
   }
@@ -396,6 +391,13 @@ void HttpConnection::EndStream(uint64_t exchange) {
   if (!Answers(exchange) || !streaming_) return;
   if (!http10_ && !head_only_) Queue("0\r\n\r\n");
   Complete();
+}
+
+// The handler let its client down. A stream can only be cut: its length is not known.
+void HttpConnection::Forgotten(uint64_t exchange) {
+  if (!Answers(exchange)) return;
+  if (streaming_) return Close();
+  Send(exchange, ErrorResponse({500, "the request was dropped", "", "internal_error"}));
 }
 
 void HttpConnection::SetAbandon(uint64_t exchange, std::function<void(AbandonReason)> callback) {

@@ -86,6 +86,7 @@ class HttpConnection : public std::enable_shared_from_this<HttpConnection> {
   void StartStream(uint64_t exchange, HttpResponse response, std::string keepalive);
   void WriteStream(uint64_t exchange, std::string_view piece);
   void EndStream(uint64_t exchange);
+  void Forgotten(uint64_t exchange);
   void SetAbandon(uint64_t exchange, std::function<void(AbandonReason)> callback);
   std::string Head(const HttpResponse& response, bool stream) const;
   void Complete();

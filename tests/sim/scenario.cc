@@ -29,7 +29,7 @@ Scenario MakeScenario(World* world) {
   o.num_pipelines = static_cast<uint32_t>(w.Pick({1, 1, 1, 2, 3}));
   o.max_step_tokens = static_cast<uint32_t>(w.Pick({1, 7, 16, 64, 64, 300}));
   o.prefill_chunk = static_cast<uint32_t>(w.Pick({1, 5, 16, 16, 64, 300}));
-  o.max_running = static_cast<uint32_t>(w.Pick({1, 2, 4, 16, 64}));
+  o.max_running = static_cast<uint32_t>(w.Pick({1, 4, 16, 16, 64}));
   o.max_waiting = static_cast<uint32_t>(w.Pick({4, 20, 200}));
   o.steps_in_flight = static_cast<uint32_t>(w.Pick({0, 0, 1, 2, 5}));
   o.heartbeat_timeout_us = w.Pick({100'000, 500'000, 2'000'000});
@@ -41,7 +41,7 @@ Scenario MakeScenario(World* world) {
   if (w.Chance(0.2)) o.max_cache_bytes_per_stage = w.Random(4, 20) * num_layers * m.block_bytes;
 
   // A pool of few columns makes residents fight for them.
-  s.columns_least = static_cast<uint32_t>(w.Pick({2, 3, 6, 12, 50}));
+  s.columns_least = static_cast<uint32_t>(w.Pick({2, 3, 4, 6, 6, 12, 50}));
   uint64_t weights = m.embedding_bytes + m.head_bytes;
   for (const uint64_t bytes : m.layer_weight_bytes) weights += bytes;
   const uint64_t enough =
@@ -56,13 +56,13 @@ Scenario MakeScenario(World* world) {
                                          o.max_cache_bytes_per_stage / m.block_bytes / num_layers);
   }
 
-  s.num_requests = static_cast<uint32_t>(w.Pick({1, 6, 15, 25}));
+  s.num_requests = static_cast<uint32_t>(w.Pick({1, 6, 15, 25, 25}));
   s.arrival_us = w.Pick({1'000, 50'000, 1'000'000});
   s.cancel_chance = w.Pick({0.0, 0.1, 0.5});
   s.deadline_chance = w.Pick({0.0, 0.0, 0.2});
   s.bad_request_chance = w.Pick({0.0, 0.1});
   s.prompt_tokens_max = static_cast<uint32_t>(w.Pick({4, 30, 100, 200}));
-  s.max_tokens_max = static_cast<uint32_t>(w.Pick({3, 20, 80}));
+  s.max_tokens_max = static_cast<uint32_t>(w.Pick({3, 20, 80, 200, 200}));
 
   s.control_delay_us_max = w.Pick({100, 1'000, 5'000});
   s.data_delay_us_max = w.Pick({100, 1'000, 5'000});

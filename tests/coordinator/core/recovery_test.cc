@@ -120,9 +120,9 @@ TEST(RecoveryTest, SilenceEvicts) {
   silent_tick(1);
   silent_tick(60'000'000);
   EXPECT_FALSE(h.workers.at(worker).evicted);
-  for (int i = 0; i < 5; ++i) silent_tick(1'000'000);
+  for (int i = 0; i < 5; ++i) silent_tick(999'000);
   EXPECT_FALSE(h.workers.at(worker).evicted);
-  silent_tick(1);
+  silent_tick(10'000);
   EXPECT_TRUE(h.workers.at(worker).evicted);
   EXPECT_EQ(h.workers.at(worker).why.code(), absl::StatusCode::kDeadlineExceeded);
   EXPECT_FALSE(h.core.Ready());
