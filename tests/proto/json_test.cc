@@ -27,7 +27,7 @@ TEST(JsonTest, ErrorsSayWhereTheTextIsWrong) {
     return json::Parse(text, "request body").status();
   };
   EXPECT_THAT(status("{\"a\": tru}").ToString(),
-              HasSubstr("request body: not valid JSON at byte 9"));
+              HasSubstr("request body: not valid JSON at byte 6"));
   EXPECT_THAT(status("{\"a\": 1").ToString(), HasSubstr("cut off after 7 bytes"));
   EXPECT_THAT(status("").ToString(), HasSubstr("cut off after 0 bytes"));
   EXPECT_THAT(status("{} x").ToString(), HasSubstr("byte"));
