@@ -2,14 +2,15 @@
 //
 // Engine is what the HTTP front sees of the rest: requests go in, tokens come out.
 //
-// Thread:  Submit, Cancel and the getters: any thread. A RequestListener is called on the coordinator's loop
-//          thread, one call at a time, and must only enqueue. After OnEnd or OnRefused it is called no more
-//          and dropped.
-// Errors:  a refused request is refused whole, by OnRefused, before any other event: InvalidArgument (fix the
-//          request), ResourceExhausted (queue full: come back), Unavailable (no pipeline: come back).
-//          A sequence that fails later ends with its status in OnSequenceEnd.
-// Why:     text lives in front of this seam: the core knows token ids only, so stop strings are found by the
-//          listener, which then calls Cancel for that choice.
+// Thread:  Submit, Cancel and the getters: any thread. A RequestListener is called on the
+//          coordinator's loop thread, one call at a time, and must only enqueue. After OnEnd or
+//          OnRefused it is called no more and dropped.
+// Errors:  a refused request is refused whole, by OnRefused, before any other event:
+//          InvalidArgument (fix the request), ResourceExhausted (queue full: come back),
+//          Unavailable (no pipeline: come back). A sequence that fails later ends with its status
+//          in OnSequenceEnd.
+// Why:     text lives in front of this seam: the core knows token ids only, so stop strings are
+//          found by the listener, which then calls Cancel for that choice.
 #pragma once
 
 #include <cstdint>

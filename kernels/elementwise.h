@@ -4,7 +4,7 @@
 //
 // Shapes:  below.
 //
-// Intensity: below 1 flop per byte (silu about 4): bound by memory or cache bandwidth.
+// Intensity:below 1 flop per byte (silu about 4): bound by memory or cache bandwidth.
 #pragma once
 
 #include <cstdint>

@@ -3,9 +3,9 @@
 // Sine, cosine, exponential and logarithm in float64, written out with exactly rounded operations.
 //
 // Thread:  any; pure functions.
-// Why:     a math library may pick other code on another CPU and differ in the last bit; these give
-//          the same bits everywhere, which the promise of equal tokens needs. Errors below 4e-16
-//          relative (sine and cosine: 3e-16 absolute) for the arguments named.
+// Why:     a math library may pick other code on another CPU and differ in the last bit; these
+//          give the same bits everywhere, which the promise of equal tokens needs. Errors below
+//          4e-16 relative (sine and cosine: 3e-16 absolute) for the arguments named.
 #pragma once
 
 namespace strait {

@@ -3,15 +3,16 @@
 // GemmParams: y[m, n] (+)= sum over k of x[row(m), k] * W[n, k], the linear layers of the model.
 //
 // Shapes:  below. M = num_rows, N = weight.rows, K = weight.cols. Any of them may be odd; M may be
-// 0. Errors:  none; a null or mis-sized argument is our bug and is checked. Why:     the sum over K
-// has one order, which is a property of K alone: 16 lanes, lane j takes
-//          k = j, j+16, ... by fused multiply-add (K padded with zeros), then the tree
-//          j + (j+8), j + (j+4), j + (j+2), j + (j+1). So a row's result does not depend on the
-//          other rows, on threads or on the instruction set. fp8 weights are code * scale rounded
-//          to fp32 before they are multiplied.
+//          0.
+// Errors:  none; a null or mis-sized argument is our bug and is checked.
+// Why:     the sum over K has one order, which is a property of K alone: 16 lanes, lane j takes k
+//          = j, j+16, ... by fused multiply-add (K padded with zeros), then the tree j + (j+8), j
+//          + (j+4), j + (j+2), j + (j+1). So a row's result does not depend on the other rows, on
+//          threads or on the instruction set. fp8 weights are code * scale rounded to fp32 before
+//          they are multiplied.
 //
-// Intensity: 2M flops per stored weight. M = 1 is bound by memory bandwidth (one pass over W);
-// from M of about 16 on, by fused multiply-adds.
+// Intensity:2M flops per stored weight. M = 1 is bound by memory bandwidth (one pass over W); from
+//          M of about 16 on, by fused multiply-adds.
 #pragma once
 
 #include <cstdint>

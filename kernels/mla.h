@@ -10,9 +10,8 @@
 // Shapes:  below. Tokens may come in any order; it is fastest when a sequence's lie together.
 // Errors:  none; arguments are checked as our own bugs.
 // Why:     a token at position p reads rows 0..p of its sequence and nothing else: rows behind p
-// and
-//          page table entries behind p/64 may hold anything. Order of the sums, a function of p
-//          alone: a score is a 16-lane dot product over latent then rope_key (each padded with
+//          and page table entries behind p/64 may hold anything. Order of the sums, a function of
+//          p alone: a score is a 16-lane dot product over latent then rope_key (each padded with
 //          zeros to 16, one tree at the end); rows are folded in blocks of 64 by position (online
 //          softmax), a span of 16 blocks left to right, then the spans left to right. So a token's
 //          result does not depend on batch, chunk, tile, thread or instruction set.

@@ -5,10 +5,10 @@
 //
 // Shapes:  below.
 // Why:     experts of a token are listed by ascending id, and their outputs are summed in that
-//          order, so that the sum does not depend on which experts other tokens chose. Equal scores
-//          go to the lower id.
+//          order, so that the sum does not depend on which experts other tokens chose. Equal
+//          scores go to the lower id.
 //
-// Intensity: the router works on n_routed_experts numbers a token; the sum is bound by memory.
+// Intensity:the router works on n_routed_experts numbers a token; the sum is bound by memory.
 #pragma once
 
 #include <cstdint>

@@ -5,7 +5,7 @@
 // Shapes:  below. y may be x (in place).
 // Why:     the sum of squares has the 16-lane order of kernels/gemm.h.
 //
-// Intensity: about 1 flop per byte: bound by memory (or cache) bandwidth.
+// Intensity:about 1 flop per byte: bound by memory (or cache) bandwidth.
 #pragma once
 
 #include <cstdint>

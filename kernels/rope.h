@@ -7,10 +7,10 @@
 // Shapes:  a table row holds qk_rope_head_dim/2 pairs (cos, sin), fp32.
 // Why:     angles are float64 products of the position and the checkpoint's fp32 inverse frequency
 //          (an fp32 product is off by 5e-3 rad at position 164k); sine and cosine are computed by
-//          our own float64 code, so that every machine gets the same bits.
-//          Pairs are (2i, 2i+1), as DeepSeek's weights store them, and stay where they are.
-//          transformers' DeepseekV3 moves them to (i, i + dim/2) first; the dot product of a query
-//          and a key does not see the difference, as both are treated alike.
+//          our own float64 code, so that every machine gets the same bits. Pairs are (2i, 2i+1),
+//          as DeepSeek's weights store them, and stay where they are. transformers' DeepseekV3
+//          moves them to (i, i + dim/2) first; the dot product of a query and a key does not see
+//          the difference, as both are treated alike.
 #pragma once
 
 #include <cstdint>

@@ -7,7 +7,7 @@
 // Why:     noise is a counter-based generator keyed by (seed, choice, position), so a sequence's
 //          sampler has no state. Equal logits go to the lower id everywhere.
 //
-// Intensity: one pass (greedy), a handful of passes (top_k, top_p) over the logits: bound by cache.
+// Intensity:one pass (greedy), a handful of passes (top_k, top_p) over the logits: bound by cache.
 #pragma once
 
 #include <array>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// STRAIT_CHECK ends the process when we got something wrong; what the world gets wrong is a Status.
+// STRAIT_CHECK ends the process when we got something wrong; what the world gets wrong is a
+// Status.
 //
 // Thread:  any.
 // Why:     abseil's CHECK came after the version that Debian 12 ships. This header needs only the

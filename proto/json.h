@@ -4,11 +4,10 @@
 //
 // Thread:  any; values are plain data.
 // Errors:  InvalidArgument (not JSON, with the byte offset; wrong type, naming the key), NotFound
-// (missing
-//          key, unreadable file), ResourceExhausted (text or nesting over its bound).
+//          (missing key, unreadable file), ResourceExhausted (text or nesting over its bound).
 // Limits:  bytes: the caller's; nesting: kMaxJsonDepth. Of duplicate keys the last one counts.
 // Why:     Boost.JSON is compiled once, in json.cc (boost/json/src.hpp); nobody else includes that
-// header.
+//          header.
 #pragma once
 
 #include <boost/json/array.hpp>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Every bound on what crosses a wire or comes out of a file. Over a bound is a tested status, not growth.
+// Every bound on what crosses a wire or comes out of a file. Over a bound is a tested status, not
+// growth.
 #pragma once
 
 #include <cstddef>

@@ -5,7 +5,8 @@
 //   Log(LogLevel::kWarning, "worker lost", {{"worker", id}, {"reason", status.ToString()}});
 //
 // Thread:  any, synchronized inside.
-// Why:     a facade of one file, so that the library behind it (spdlog) can be changed in one place.
+// Why:     a facade of one file, so that the library behind it (spdlog) can be changed in one
+//          place.
 #pragma once
 
 #include <concepts>

@@ -7,9 +7,9 @@
 // Errors:  InvalidArgument names the key, its value and what is supported; NotFound if there is no
 //          config.json; ResourceExhausted if it is larger than kMaxConfigBytes.
 // Limits:  limits::kMax… ("Model"); every number of the file is checked against them.
-// Why:     fields keep DeepSeek's names, so that code reads like the published configuration. A key
-// that
-//          would change the result and that we do not implement is refused, never ignored.
+// Why:     fields keep DeepSeek's names, so that code reads like the published configuration. A
+//          key that would change the result and that we do not implement is refused, never
+//          ignored.
 #pragma once
 
 #include <cstdint>

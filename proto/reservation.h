@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a sequence costs in latent blocks: one pure function, used by the coordinator to reserve and by the
-// worker to allocate. Both assert, at every step, that use equals the sum over distinct blocks.
+// What a sequence costs in latent blocks: one pure function, used by the coordinator to reserve
+// and by the worker to allocate. Both assert, at every step, that use equals the sum over distinct
+// blocks.
 //
 // Thread:  pure functions.
 // Why:     no worker evicts or refuses on its own, so the coordinator must know the cost exactly.

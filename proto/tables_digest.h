@@ -5,8 +5,8 @@
 // journal; they must be equal.
 //
 // Thread:  plain value.
-// Why:     XXH3-64 over 16 bytes a sequence (id, then length, both little-endian uint64), by rising
-// id.
+// Why:     XXH3-64 over 16 bytes a sequence (id, then length, both little-endian uint64), by
+//          rising id.
 #pragma once
 
 #ifndef XXH_INLINE_ALL

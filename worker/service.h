@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// WorkerProcess is a worker: it attaches to a coordinator, hosts the stages that it is told to, and
-// runs their steps.
+// WorkerProcess is a worker: it attaches to a coordinator, hosts the stages that it is told to,
+// and runs their steps.
 //
 // Owns:    stages, the transport, the link to the coordinator, a loader thread.
-//          Borrows: the Backend; it outlives the process.
+// Borrows: the Backend; it outlives the process.
 // Thread:  Run is the loop thread and owns all state; RPC and loader threads only enqueue. Stop:
-// any. Errors:  what the coordinator asks wrongly is answered by StageState FAILED or a StageReport
-// with an error;
-//          what a peer does wrongly breaks that edge. Losing the coordinator drops every stage: the
-//          worker attaches again with nothing.
+//          any.
+// Errors:  what the coordinator asks wrongly is answered by StageState FAILED or a StageReport
+//          with an error; what a peer does wrongly breaks that edge. Losing the coordinator drops
+//          every stage: the worker attaches again with nothing.
 // Limits:  kMaxHostedStages; kEventQueue events waiting, then streams are read no further.
 // Why:     loads run on a thread of their own, so that the other stages of this worker go on
-// stepping.
+//          stepping.
 #pragma once
 
 #include <cstdint>

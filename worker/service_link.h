@@ -5,13 +5,13 @@
 //
 // Owns:    the control stream, and one thread that dials and beats.
 // Thread:  Send, Resume, Drop, Stop: any but gRPC's. Events: on_message on gRPC threads, on_ended
-// on the
-//          link's own; both must only enqueue. All events of a session come before the next
+//          on the link's own; both must only enqueue. All events of a session come before the next
 //          session's first.
 // Errors:  Send to a session that is not the current one is dropped: Unavailable.
 // Limits:  kControlQueueMessages, kMaxControlMessageBytes; kFirstBackoff … kMaxBackoff between
-// attempts. Why:     beats come from a thread of their own, so that a worker in a long step is not
-// taken for dead.
+//          attempts.
+// Why:     beats come from a thread of their own, so that a worker in a long step is not taken for
+//          dead.
 #pragma once
 
 #include <atomic>

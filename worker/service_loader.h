@@ -4,8 +4,8 @@
 //
 // Borrows: the Backend.
 // Thread:  Enqueue, CancelBefore: loop thread. `done` and `progress` are called on the loader's
-// thread (progress
-//          on any) and must only enqueue. The destructor waits for the load under way.
+//          thread (progress on any) and must only enqueue. The destructor waits for the load under
+//          way.
 #pragma once
 
 #include <atomic>

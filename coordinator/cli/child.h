@@ -4,13 +4,11 @@
 // turns SIGINT, SIGTERM, SIGHUP and SIGCHLD into a descriptor to poll.
 //
 // Thread:  Spawn: a thread that lives as long as the process (the kernel ties the child to that
-// thread).
-//          Signals: create in main before any other thread starts.
+//          thread). Signals: create in main before any other thread starts.
 // Errors:  Unavailable (fork, exec), with what failed and the path.
 // Why:     a child has a process group of its own, so that Ctrl-C reaches us alone and we stop
-// children in
-//          order; and it asks the kernel to kill it when we die, so that nothing is left behind
-//          even then.
+//          children in order; and it asks the kernel to kill it when we die, so that nothing is
+//          left behind even then.
 #pragma once
 
 #include <sys/types.h>

@@ -3,7 +3,8 @@
 // The verbs of the `strait` program: each adds its flags to the command line and runs.
 //
 // Thread:  main. Each Run… returns the process's exit code: 0 done, 1 failed (told on stderr), 130
-// cancelled. Why:     results go to stdout, everything else to stderr, so that output can be piped.
+//          cancelled.
+// Why:     results go to stdout, everything else to stderr, so that output can be piped.
 #pragma once
 
 #include <CLI/CLI.hpp>

@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// HttpClient talks HTTP/1.1 to one server over one kept connection, and reads server-sent events as
-// they come: what the command line needs of a client.
+// HttpClient talks HTTP/1.1 to one server over one kept connection, and reads server-sent events
+// as they come: what the command line needs of a client.
 //
 // Thread:  one thread a client; calls block, at most as long as their time-out says.
 // Errors:  Unavailable (no connection, or it broke), DeadlineExceeded (silence), Cancelled (the
-// cancel
-//          descriptor became readable), InvalidArgument (URL), FailedPrecondition (the server's
-//          bytes are not HTTP/1.1), ResourceExhausted (a bound below). An HTTP status is no error
-//          here: it is in HttpReply.
+//          cancel descriptor became readable), InvalidArgument (URL), FailedPrecondition (the
+//          server's bytes are not HTTP/1.1), ResourceExhausted (a bound below). An HTTP status is
+//          no error here: it is in HttpReply.
 // Limits:  the constants below.
 // Why:     blocking sockets of our own: an asynchronous library costs more to compile than this
-// file.
+//          file.
 #pragma once
 
 #include <cstddef>

@@ -6,9 +6,8 @@
 // Owns:    the child processes and their log files' folder (kept when something failed).
 // Thread:  the main thread only: see Spawn.
 // Errors:  InvalidArgument (options that do not fit each other, with the numbers and the fix),
-// Unavailable
-//          (a daemon that ends; the text carries the last lines of its log), Cancelled (SIGINT,
-//          SIGTERM).
+//          Unavailable (a daemon that ends; the text carries the last lines of its log), Cancelled
+//          (SIGINT, SIGTERM).
 // Limits:  kMaxRapidDeaths deaths of one worker, each within kHealthyAfterMs of its start → error.
 // Why:     one poll over a signal descriptor and deadlines: no thread, no busy loop.
 #pragma once

@@ -3,7 +3,8 @@
 // Cluster knows the workers and puts pipelines together from them: it forms them, fills the place
 // of a worker that died, and gives a pipeline a new epoch whenever something of it failed.
 //
-// Owns:    workers, pipelines (each with its Scheduler). Borrows: the Context, the Journal.
+// Owns:    workers, pipelines (each with its Scheduler).
+// Borrows: the Context, the Journal.
 // Thread:  loop thread only.
 // Errors:  what a worker does wrong evicts it, with a status that names the discrepancy.
 // Limits:  limits::kMaxWorkers; CoreOptions::heartbeat_timeout_us, activation_timeout_us,

@@ -3,7 +3,8 @@
 // Journal keeps every request and sequence until it ends, and is the only place that tells clients
 // anything.
 //
-// Owns:    requests, sequences, the queue of those that wait, deadlines. Borrows: the Context.
+// Owns:    requests, sequences, the queue of those that wait, deadlines.
+// Borrows: the Context.
 // Thread:  loop thread only.
 // Limits:  CoreOptions::max_waiting, asked by Core before Admit.
 // Why:     tokens are accepted in position order only, here and nowhere else, so whatever happened

@@ -3,8 +3,8 @@
 // Scheduler forms the steps of one pipeline: continuous batching, chunked prefill, decode
 // micro-batches. It accounts for every latent block and checks what stages report against it.
 //
-// Owns:    the residents' bookkeeping and the steps in flight. Borrows: sequences (of the
-//          Journal).
+// Owns:    the residents' bookkeeping and the steps in flight.
+// Borrows: sequences (of the Journal).
 // Thread:  loop thread only.
 // Errors:  OnReport says how a stage contradicted the plans (the caller evicts its worker);
 //          nothing is applied then.

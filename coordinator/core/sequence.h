@@ -3,7 +3,8 @@
 // Sequence is one token stream being grown, with its journal: every token of it and what its
 // client was already given.
 //
-// Owns:    its tokens. Borrows: its Request (Journal owns both).
+// Owns:    its tokens.
+// Borrows: its Request (Journal owns both).
 // Thread:  loop thread only.
 // Why:     a sequence has no state on workers that cannot be made again from this: rows of the
 //          cache follow from the tokens, sampling noise from (seed, choice, position).

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// ApiError is an error as an OpenAI client sees it: {"error": {"message", "type", "param", "code"}}
-// under the right status.
+// ApiError is an error as an OpenAI client sees it: {"error": {"message", "type", "param",
+// "code"}} under the right status.
 //
 // Thread:  plain data.
 #pragma once

@@ -6,7 +6,7 @@
 // Borrows: the model and the request, which outlive it.
 // Thread:  one thread at a time.
 // Why:     knows no JSON and no engine, so that streams and whole answers are made of the same
-// pieces.
+//          pieces.
 #pragma once
 
 #include <cstdint>

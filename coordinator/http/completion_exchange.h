@@ -4,16 +4,17 @@
 // client.
 //
 // Owns:    the request, its choices, itself: the engine holds it as listener until the request has
-// ended. Borrows: the engine, which outlives the server. Thread:  listener methods only enqueue;
-// everything else runs in the Responder's posts, one at a time. Errors:  before the answer begins:
-// a status and a JSON error; in a stream: an error event, then its end.
-//          A client that goes away, a choice that fails and a stop string cancel in the engine at
-//          once.
+//          ended.
+// Borrows: the engine, which outlives the server.
+// Thread:  listener methods only enqueue; everything else runs in the Responder's posts, one at a
+//          time.
+// Errors:  before the answer begins: a status and a JSON error; in a stream: an error event, then
+//          its end. A client that goes away, a choice that fails and a stop string cancel in the
+//          engine at once.
 // Limits:  queued events: at most what the request may generate.
 // Why:     a stream begins when the engine has admitted the request, so that a refusal keeps its
-// status. A
-//          token that may be the last one waits for the event behind it, which the engine sends
-//          with it: the chunk of the last token carries finish_reason.
+//          status. A token that may be the last one waits for the event behind it, which the
+//          engine sends with it: the chunk of the last token carries finish_reason.
 #pragma once
 
 #include <chrono>

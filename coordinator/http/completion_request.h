@@ -7,8 +7,7 @@
 // Errors:  ApiError, naming the field, the value and the bound.
 // Limits:  proto/limits.h ("One request"), kMax… below, the model's context and vocabulary.
 // Why:     what would change the answer and is not supported (tools, response_format, suffix …) is
-// refused;
-//          all else that is unknown is ignored.
+//          refused; all else that is unknown is ignored.
 #pragma once
 
 #include <cstdint>

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// HttpConnection serves one client: it reads requests one after the other, and writes their answers
-// in the same order. Internal to the server.
+// HttpConnection serves one client: it reads requests one after the other, and writes their
+// answers in the same order. Internal to the server.
 //
 // Owns:    the socket, the bytes read ahead, the bytes not yet written.
 // Thread:  its strand, but for the Responders that it gives out.
 // Limits:  HttpServerOptions.
 // Why:     one read is always outstanding, while a request is answered too: that is how a client
-// that goes
-//          away is noticed at once. What it reads meanwhile (pipelined requests) waits in `in_`.
+//          that goes away is noticed at once. What it reads meanwhile (pipelined requests) waits
+//          in `in_`.
 #pragma once
 
 #include <array>

@@ -6,9 +6,9 @@
 // Borrows: the object.
 // Thread:  one thread at a time.
 // Errors:  the first one is kept: status 400 and `param` naming the member; later reads return
-// defaults, so
-//          a parser reads everything and asks once.
-// Why:     absent and null mean the same; members that nobody reads are ignored, as clients expect.
+//          defaults, so a parser reads everything and asks once.
+// Why:     absent and null mean the same; members that nobody reads are ignored, as clients
+//          expect.
 #pragma once
 
 #include <cstdint>

@@ -4,9 +4,10 @@
 //
 // Thread:  one thread at a time.
 // Errors:  none; strings must be UTF-8, keys and values come in a valid order (the caller's
-// promise). Why:     a log-probability is printed as the shortest decimal that reads back to the
-// same float32;
-//          Boost.JSON knows only doubles, and a chunk a token is not worth a tree of values.
+//          promise).
+// Why:     a log-probability is printed as the shortest decimal that reads back to the same
+//          float32; Boost.JSON knows only doubles, and a chunk a token is not worth a tree of
+//          values.
 #pragma once
 
 #include <concepts>

@@ -4,12 +4,11 @@
 // other: the API knows no sockets, the server no routes.
 //
 // Thread:  a Responder's methods may be called from any thread and take effect in the order of the
-// calls of
-//          one thread; functions given to Post and OnAbandon run one at a time.
+//          calls of one thread; functions given to Post and OnAbandon run one at a time.
 // Errors:  none: a call to a Responder whose client is gone, or that has answered, does nothing.
 // Limits:  what waits for a slow client is bounded by the server
-// (HttpServerOptions::max_output_bytes). Why:     the whole API is tested through a Responder that
-// records, without a socket.
+//          (HttpServerOptions::max_output_bytes).
+// Why:     the whole API is tested through a Responder that records, without a socket.
 #pragma once
 
 #include <functional>

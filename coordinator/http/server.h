@@ -3,20 +3,18 @@
 // HttpServer accepts HTTP/1.1 connections, reads requests within bounds, hands them to an
 // HttpHandler and carries the answers back, whole or as a stream.
 //
-// Owns:    listening socket, connections, I/O threads, a pool for large requests. Borrows: nothing;
-// it
-//          shares the handler.
+// Owns:    listening socket, connections, I/O threads, a pool for large requests.
+// Borrows: nothing; it shares the handler.
 // Thread:  Create, Listen and Stop from one thread that is none of its own; the getters from any.
 // Errors:  Listen: InvalidArgument (no such address), Unavailable (address taken or not ours).
 //          Towards clients, with a JSON error: 400 malformed, 408 stalled while sending, 411 no
 //          length, 413 body too large, 431 headers too large, 503 too many connections. A client
-//          that stops reading, or reads more slowly than a stream grows beyond max_output_bytes, is
-//          cut off.
+//          that stops reading, or reads more slowly than a stream grows beyond max_output_bytes,
+//          is cut off.
 // Limits:  HttpServerOptions.
 // Why:     half a close is a close: a client that shuts its sending side down while it waits is
-// taken for
-//          gone and its request cancelled, because a vanished client looks the same and holds
-//          cache.
+//          taken for gone and its request cancelled, because a vanished client looks the same and
+//          holds cache.
 #pragma once
 
 #include <chrono>

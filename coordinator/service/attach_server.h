@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// AttachServer is the coordinator's gRPC side: it lets workers in whose Hello is valid, and carries
-// messages between them and the loop.
+// AttachServer is the coordinator's gRPC side: it lets workers in whose Hello is valid, and
+// carries messages between them and the loop.
 //
 // Owns:    the gRPC server (Coordinator, health, reflection).
-// Thread:  Start and Stop from one thread, Stop before destruction. Events come on gRPC threads and
-// must only
-//          enqueue: on_attached, then messages, then on_ended, in order for one worker.
+// Thread:  Start and Stop from one thread, Stop before destruction. Events come on gRPC threads
+//          and must only enqueue: on_attached, then messages, then on_ended, in order for one
+//          worker.
 // Errors:  Start: Unavailable (the address is taken). A worker that is silent, begins otherwise
-// than with
-//          Hello, or says nonsense is ended with a status that names it, and no event comes of it.
+//          than with Hello, or says nonsense is ended with a status that names it, and no event
+//          comes of it.
 // Limits:  kMaxWorkers streams; kControlQueueMessages waiting to be written to one worker.
 #pragma once
 

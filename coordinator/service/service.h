@@ -5,14 +5,13 @@
 //
 // Owns:    Core, the AttachServer, one loop thread.
 // Thread:  the loop thread owns Core, worker streams and listeners; gRPC and HTTP threads only
-// enqueue. Create
-//          and Stop from one thread; Engine's methods from any.
+//          enqueue. Create and Stop from one thread; Engine's methods from any.
 // Errors:  Create: InvalidArgument (options), Unavailable (the address is taken). A worker that
-// does not read
-//          what it is sent is ended with ResourceExhausted.
+//          does not read what it is sent is ended with ResourceExhausted.
 // Limits:  kLoopQueue events waiting, then workers are read no further. HTTP's connections bound
-// the rest. Why:     all events that wait are given to Core before it forms steps, so that one step
-// serves them all.
+//          the rest.
+// Why:     all events that wait are given to Core before it forms steps, so that one step serves
+//          them all.
 #pragma once
 
 #include <cstdint>

@@ -4,9 +4,9 @@
 //
 // Thread:  immutable after Create.
 // Limits:  kMaxAddedTokens, kMaxTokenBytes (tokenizer.h).
-// Why:     The leftmost match counts, of several there the longest. Tokens with "normalized": false
-// are
-//          looked for first, in the text as it came; the others in what lies between, normalized.
+// Why:     The leftmost match counts, of several there the longest. Tokens with "normalized":
+//          false are looked for first, in the text as it came; the others in what lies between,
+//          normalized.
 #pragma once
 
 #include <cstdint>

@@ -7,8 +7,8 @@
 // Errors:  Create: InvalidArgument naming a merge of tokens that do not exist; ResourceExhausted.
 // Limits:  kMaxMerges, kMaxVocabSize (tokenizer.h).
 // Why:     A heap over a linked list: n log n for a word of n bytes, so that 100 kB of one letter
-// is no
-//          trap. Most words are short; for those a plain scan is quicker and gives the same merges.
+//          is no trap. Most words are short; for those a plain scan is quicker and gives the same
+//          merges.
 #pragma once
 
 #include <array>

@@ -6,12 +6,13 @@
 //
 // Thread:  immutable after Parse or Load; Render may be called from any thread at once.
 // Errors:  Parse, Load: Unimplemented or InvalidArgument, naming the construct and its line;
-// NotFound (no
-//          such template). Render: InvalidArgument (raise_exception's message; an operation that
-//          the messages make impossible, with its line), ResourceExhausted (over a limit).
+//          NotFound (no such template). Render: InvalidArgument (raise_exception's message; an
+//          operation that the messages make impossible, with its line), ResourceExhausted (over a
+//          limit).
 // Limits:  kMaxTemplateBytes, kMaxTemplateNesting at load; kMaxRenderBytes, kMaxRenderSteps at
-// render. Why:     A strict subset with errors at load: a template that this cannot run must not
-// serve a model.
+//          render.
+// Why:     A strict subset with errors at load: a template that this cannot run must not serve a
+//          model.
 #pragma once
 
 #include <cstddef>

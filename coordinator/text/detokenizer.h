@@ -6,11 +6,11 @@
 //
 // Borrows: the Tokenizer, which outlives the Detokenizer.
 // Thread:  one sequence, one thread at a time.
-// Limits:  a Detokenizer holds back at most 3 bytes; a StopMatcher at most its longest stop string.
+// Limits:  a Detokenizer holds back at most 3 bytes; a StopMatcher at most its longest stop
+//          string.
 // Why:     All pieces joined equal Tokenizer::Decode of all ids, whatever the grouping: bytes that
-// cannot
-//          become a character turn into U+FFFD as soon as that is certain, one per maximal broken
-//          part.
+//          cannot become a character turn into U+FFFD as soon as that is certain, one per maximal
+//          broken part.
 #pragma once
 
 #include <cstddef>

@@ -4,7 +4,7 @@
 //
 // Thread:  immutable once parsed.
 // Limits:  kMaxExpressionDepth levels of an expression, kMaxTemplateNesting of blocks: evaluation
-// recurses.
+//          recurses.
 #pragma once
 
 #include <memory>

@@ -5,7 +5,7 @@
 //
 // Thread:  any; constants.
 // Errors:  InvalidArgument for values that Python refuses, ResourceExhausted for a result over the
-// limit.
+//          limit.
 #pragma once
 
 #include <cstddef>

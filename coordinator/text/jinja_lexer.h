@@ -5,7 +5,7 @@
 //
 // Thread:  any; a pure function.
 // Errors:  InvalidArgument for what no Jinja accepts, Unimplemented for what only we do not; with
-// the line.
+//          the line.
 #pragma once
 
 #include <string>

@@ -2,7 +2,8 @@
 //
 // Renderer runs a parsed template once.
 //
-// Owns:    the namespaces that the template makes. Borrows: the tree, for the time of Run.
+// Owns:    the namespaces that the template makes.
+// Borrows: the tree, for the time of Run.
 // Thread:  one.
 // Errors:  InvalidArgument, with the line, for what Python would refuse and for raise_exception;
 //          ResourceExhausted over kMaxRenderBytes or kMaxRenderSteps (chat_template.h).

@@ -8,8 +8,7 @@
 // Errors:  InvalidArgument for an operation that Python refuses.
 // Limits:  kMaxValueDepth levels of lists and dicts.
 // Why:     Lists and dicts are shared and never changed, as in transformers' immutable sandbox;
-// only a
-//          namespace can be assigned to.
+//          only a namespace can be assigned to.
 #pragma once
 
 #include <cstdint>

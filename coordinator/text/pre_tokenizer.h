@@ -8,8 +8,8 @@
 //          InvalidArgument naming a wrong member. Split: as Regex::FindAll.
 // Limits:  kMaxPreTokenizerSteps.
 // Why:     Each step sees the pieces of the step before as texts of their own, so a lookahead ends
-// at a
-//          piece's end. ByteLevel must be there and last: a vocabulary of bytes is all that we run.
+//          at a piece's end. ByteLevel must be there and last: a vocabulary of bytes is all that
+//          we run.
 #pragma once
 
 #include <string>

@@ -8,9 +8,8 @@
 //          limits.
 // Limits:  kMaxPatternBytes; PCRE2's default match and heap limits.
 // Why:     \s and character classes mean different sets in the two engines (U+180E; characters
-// newer than
-//          PCRE2's Unicode), so they are spelled out. The wider classes are slower, and rarely
-//          needed: a pattern is compiled without and with them, and the text decides.
+//          newer than PCRE2's Unicode), so they are spelled out. The wider classes are slower, and
+//          rarely needed: a pattern is compiled without and with them, and the text decides.
 #pragma once
 
 #include <cstddef>

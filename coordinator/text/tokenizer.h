@@ -7,16 +7,14 @@
 // Owns:    the vocabulary, merges and compiled regexes.
 // Thread:  immutable after Load; every method may be called from any thread at once.
 // Errors:  Load: NotFound, InvalidArgument (malformed file, naming the entry), Unimplemented (a
-// component
-//          that DeepSeek's files do not use, naming it), ResourceExhausted (over a limit).
-//          Encode: InvalidArgument with the byte offset of what is not UTF-8, ResourceExhausted
-//          (text over kMaxEncodeBytes). Decode: InvalidArgument naming an id that is not in the
-//          vocabulary.
+//          component that DeepSeek's files do not use, naming it), ResourceExhausted (over a
+//          limit). Encode: InvalidArgument with the byte offset of what is not UTF-8,
+//          ResourceExhausted (text over kMaxEncodeBytes). Decode: InvalidArgument naming an id
+//          that is not in the vocabulary.
 // Limits:  kMaxTokenizerFileBytes, kMaxVocabSize, kMaxMerges, kMaxAddedTokens, kMaxTokenBytes.
-// Why:     A model's vocab_size may be larger than the tokenizer's (V2 pads 100,002 to 102,400), so
-// a
-//          sampled id may have no token: lookups of one id answer "nothing", only Decode refuses
-//          it.
+// Why:     A model's vocab_size may be larger than the tokenizer's (V2 pads 100,002 to 102,400),
+//          so a sampled id may have no token: lookups of one id answer "nothing", only Decode
+//          refuses it.
 #pragma once
 
 #include <cstddef>

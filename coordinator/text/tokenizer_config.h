@@ -7,7 +7,7 @@
 // Errors:  NotFound (no such file), InvalidArgument (wrong JSON, naming the key).
 // Limits:  kMaxTokenizerConfigBytes.
 // Why:     DeepSeek's tokenizer.json adds no BOS; its tokenizer_class (Llama) does, by
-// add_bos_token.
+//          add_bos_token.
 #pragma once
 
 #include <optional>

@@ -6,7 +6,7 @@
 // Errors:  as Tokenizer::Load.
 // Limits:  those of tokenizer.h.
 // Why:     Everything is checked here, once; the code that encodes and decodes checks nothing
-// again.
+//          again.
 #pragma once
 
 #include <cstdint>

@@ -3,9 +3,8 @@
 // UTF-8: one step at a time, validation, and repair.
 //
 // Thread:  any; pure functions.
-// Why:     Repair follows Unicode's "maximal subpart" rule, as Hugging Face's decoder does, so that
-// text
-//          repaired piece by piece equals text repaired whole.
+// Why:     Repair follows Unicode's "maximal subpart" rule, as Hugging Face's decoder does, so
+//          that text repaired piece by piece equals text repaired whole.
 #pragma once
 
 #include <cstddef>

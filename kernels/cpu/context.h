@@ -2,7 +2,8 @@
 //
 // Context carries what every CPU kernel needs: threads, an instruction set, scratch memory.
 //
-// Owns:    the thread pool and scratch. Thread: one kernel call at a time per context.
+// Owns:    the thread pool and scratch.
+// Thread:  one kernel call at a time per context.
 // Errors:  Create: InvalidArgument, FailedPrecondition (see simd_level.h).
 // Limits:  kMaxThreads threads.
 #pragma once

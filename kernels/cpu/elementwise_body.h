@@ -3,8 +3,7 @@
 // Norm, activation, sums and exponentials of one instruction set.
 //
 // Why:     each is one pass at the speed of memory or cache; only exp has arithmetic worth a
-// thought
-//          (simd.h).
+//          thought (simd.h).
 #pragma once
 
 #include "kernels/cpu/gemm_body.h"

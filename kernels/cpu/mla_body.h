@@ -3,9 +3,9 @@
 // Attention and query absorption of one instruction set (kernels/mla.h has the order of the sums).
 //
 // Why:     both products of attention are register tiles over (token, head) pairs: scores with the
-//          lanes along the row (as in gemm), values with the lanes along the latent and the rows in
-//          order. A cache block is read once for up to 32 pairs and stays in the second-level cache
-//          between the two products. The limit is two fused multiply-adds a cycle.
+//          lanes along the row (as in gemm), values with the lanes along the latent and the rows
+//          in order. A cache block is read once for up to 32 pairs and stays in the second-level
+//          cache between the two products. The limit is two fused multiply-adds a cycle.
 #pragma once
 
 #include "kernels/cpu/gemm_body.h"

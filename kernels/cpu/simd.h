@@ -5,8 +5,8 @@
 // Thread:  any; values.
 // Why:     included only by level_*.cc, each compiled with its own flags; everything lives in the
 //          level's namespace and calls nothing from std:: that a linker could merge across levels.
-//          All operations used are exactly rounded, so every level gives the same bits.
-//          Vec is the native width; F32x16 is 16 logical lanes in 16/kLanes of them.
+//          All operations used are exactly rounded, so every level gives the same bits. Vec is the
+//          native width; F32x16 is 16 logical lanes in 16/kLanes of them.
 #pragma once
 
 #include <cstdint>

@@ -5,8 +5,8 @@
 // Owns:    num_threads - 1 threads; the caller of ParallelFor is the last one.
 // Thread:  ParallelFor by one thread at a time, never from inside a piece.
 // Limits:  kMaxThreads; kMaxTasks pieces a call.
-// Why:     decoding makes hundreds of calls per token: between calls a thread spins for kSpin, then
-//          sleeps. Several workers share the cores of a laptop, so it never spins longer.
+// Why:     decoding makes hundreds of calls per token: between calls a thread spins for kSpin,
+//          then sleeps. Several workers share the cores of a laptop, so it never spins longer.
 #pragma once
 
 #include <atomic>

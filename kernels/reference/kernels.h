@@ -2,7 +2,8 @@
 //
 // The reference twins: each kernel once more, as its formula reads, summed in float64.
 //
-// Thread:  any. Shapes: those of the parameter structs; outputs are rounded to fp32 at the end.
+// Thread:  any.
+// Shapes:  those of the parameter structs; outputs are rounded to fp32 at the end.
 // Why:     they define what a kernel means; tests hold cpu/ and cuda/ against them.
 #pragma once
 

@@ -4,8 +4,7 @@
 //
 // Thread:  any.
 // Errors:  InvalidArgument names the text and the form that is wanted; FailedPrecondition a
-// listener that
-//          others could reach and that nobody asked for.
+//          listener that others could reach and that nobody asked for.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How every gRPC channel and server of the project is set up, both ends in one place: a client that pings
-// more often than its server allows is cut off ("Too many pings").
+// How every gRPC channel and server of the project is set up, both ends in one place: a client
+// that pings more often than its server allows is cut off ("Too many pings").
 //
 // Thread:  any.
 // Limits:  control messages proto/limits.h kMaxControlMessageBytes, data kMaxDataMessageBytes.

@@ -4,10 +4,10 @@
 //
 // Thread:  any, synchronized inside; one consumer.
 // Limits:  capacity. Push over it takes the item and answers false: its producer then pauses, so
-// the queue
-//          never holds more than capacity plus one item a producer. TryPush over it refuses.
+//          the queue never holds more than capacity plus one item a producer. TryPush over it
+//          refuses.
 // Why:     an event that must not be lost (a stream ended) has no caller to whom "full" could be
-// told.
+//          told.
 #pragma once
 
 #include <chrono>

@@ -1,22 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// ClientStream and ServerStream carry messages both ways over one gRPC call: the one implementation
-// that control and data use, at both ends.
+// ClientStream and ServerStream carry messages both ways over one gRPC call: the one
+// implementation that control and data use, at both ends.
 //
 // Owns:    its outgoing queue, and on the client the call's context and with it the channel.
-// Thread:  Send, Resume, Close, Abort: any. Events come on gRPC's threads, one at a time in each of
-// the two
-//          kinds, and must only enqueue: never block, never destroy the stream. A ClientStream is
-//          destroyed by its owner, never on a gRPC thread; that cancels the call and waits for the
-//          last event.
+// Thread:  Send, Resume, Close, Abort: any. Events come on gRPC's threads, one at a time in each
+//          of the two kinds, and must only enqueue: never block, never destroy the stream. A
+//          ClientStream is destroyed by its owner, never on a gRPC thread; that cancels the call
+//          and waits for the last event.
 // Errors:  Send answers ResourceExhausted (queue full, message too big) or Unavailable (ended).
-// on_end comes
-//          exactly once, last: the status that Close was given, else the peer's.
+//          on_end comes exactly once, last: the status that Close was given, else the peer's.
 // Limits:  StreamOptions.
 // Why:     gRPC allows one write in flight and one Finish, and joins its threads when a channel is
-// dropped:
-//          three rules that are kept here so that nobody else need know them. No operation is
-//          started with the mutex held, because newer gRPC may run its reaction inside.
+//          dropped: three rules that are kept here so that nobody else need know them. No
+//          operation is started with the mutex held, because newer gRPC may run its reaction
+//          inside.
 #pragma once
 
 #include <atomic>

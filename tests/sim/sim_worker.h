@@ -3,7 +3,8 @@
 // SimWorker is a worker process in virtual time: the real Stage between a simulated stream to the
 // coordinator and a simulated Transport. It does what worker/service does.
 //
-// Owns:    its stages, its backend. Borrows: World, Network, the Control that carries its stream.
+// Owns:    its stages, its backend.
+// Borrows: World, Network, the Control that carries its stream.
 // Thread:  the simulator's; its own time stands still while it computes or is stalled.
 #pragma once
 

@@ -5,12 +5,11 @@
 // Owns:    the mappings of the shards that were asked for; a TensorView keeps its shard mapped.
 // Thread:  any, synchronized inside (mu_ guards the table of open shards).
 // Errors:  NotFound names tensor and file; InvalidArgument: config, index or a tensor's dtype or
-// shape is not
-//          what the model needs; DataLoss: a file contradicts itself.
+//          shape is not what the model needs; DataLoss: a file contradicts itself.
 // Limits:  limits::kMaxIndexBytes, kMaxShards.
 // Why:     with an index, a tensor is looked for only where the index says: neighbours in a layer
-// may live in
-//          different shards. Shards are mapped when first needed, so a stage opens only its own.
+//          may live in different shards. Shards are mapped when first needed, so a stage opens
+//          only its own.
 #pragma once
 
 #include <cstddef>

@@ -5,13 +5,11 @@
 // Owns:    the mapping (read-only, shared with the page cache). Views borrow it.
 // Thread:  immutable after Open.
 // Errors:  all name file and tensor. NotFound: no such file. DataLoss: the bytes contradict
-// themselves
-//          (truncated, offsets outside, overlaps, gaps, size that shape and dtype do not give).
-//          InvalidArgument: not a safetensors file (malformed header).
+//          themselves (truncated, offsets outside, overlaps, gaps, size that shape and dtype do
+//          not give). InvalidArgument: not a safetensors file (malformed header).
 // Limits:  limits::kMaxSafetensorsHeaderBytes, kMaxTensorRank, kMaxTensorsPerFile.
 // Why:     the format is a length, a JSON header and bytes; checking it all once here is what lets
-// the
-//          rest of the worker trust a view.
+//          the rest of the worker trust a view.
 #pragma once
 
 #include <cstddef>

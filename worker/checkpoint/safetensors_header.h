@@ -4,12 +4,10 @@
 //
 // Thread:  pure function.
 // Errors:  InvalidArgument names `path`, the byte of the header and what was expected;
-// ResourceExhausted
-//          for what is over a limit.
+//          ResourceExhausted for what is over a limit.
 // Limits:  limits::kMaxTensorsPerFile, kMaxTensorRank, kMaxTensorNameBytes.
 // Why:     streaming, because a tree of a header with 100,000 tensors costs time and memory, and
-// because a
-//          tree forgets duplicate keys, which must be refused.
+//          because a tree forgets duplicate keys, which must be refused.
 #pragma once
 
 #include <cstdint>

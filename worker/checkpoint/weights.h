@@ -4,11 +4,12 @@
 //
 // Owns:    a …Weights struct's `storage` keeps everything that its views point to.
 // Thread:  a WeightSource may be used by any thread, synchronized inside; the structs are plain
-// values. Shapes:  as at each member; matrices are row-major [out, in], as stored; absent ones have
-// null data. Errors:  those of Checkpoint; ResourceExhausted if memory for random weights cannot be
-// had. Why:     matrices stay where they are and in their stored precision; vectors (norms, biases)
-// are small and
-//          become fp32 once, so that no kernel cares about their dtype.
+//          values.
+// Shapes:  as at each member; matrices are row-major [out, in], as stored; absent ones have null
+//          data.
+// Errors:  those of Checkpoint; ResourceExhausted if memory for random weights cannot be had.
+// Why:     matrices stay where they are and in their stored precision; vectors (norms, biases) are
+//          small and become fp32 once, so that no kernel cares about their dtype.
 #pragma once
 
 #include <cstdint>

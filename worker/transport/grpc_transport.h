@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// GrpcTransport carries hidden states over gRPC streams: one stream and one connection per edge and
-// epoch.
+// GrpcTransport carries hidden states over gRPC streams: one stream and one connection per edge
+// and epoch.
 //
-// Owns:    a data server (StageTransport, health, reflection), outgoing streams, a watchdog thread.
+// Owns:    a data server (StageTransport, health, reflection), outgoing streams, a watchdog
+//          thread.
 // Thread:  as Transport; Expect, Forget, Consumed: loop thread. The destructor waits for the last
-// callback. Errors:  Create: Unavailable (the address is taken), InvalidArgument. A sender that
-// contradicts itself is
-//          ended with InvalidArgument or DataLoss, one of an older epoch with Aborted, one that
-//          nobody expects in time with FailedPrecondition; each is counted, and other edges do not
-//          notice.
+//          callback.
+// Errors:  Create: Unavailable (the address is taken), InvalidArgument. A sender that contradicts
+//          itself is ended with InvalidArgument or DataLoss, one of an older epoch with Aborted,
+//          one that nobody expects in time with FailedPrecondition; each is counted, and other
+//          edges do not notice.
 // Limits:  GrpcTransportOptions; kMaxIncomingStreams, kMaxParkedOpens.
 // Why:     a sender may open before the receiver has entered its epoch: it is parked (not read
-// from), so
-//          nothing has to be kept for an epoch that may never come.
+//          from), so nothing has to be kept for an epoch that may never come.
 #pragma once
 
 #include <chrono>

@@ -5,14 +5,12 @@
 //
 // Thread:  plain functions and values.
 // Errors:  InvalidArgument: not a HiddenMessage as this project writes it (fields in rising order,
-// each at
-//          most once, nothing else); DataLoss: the payload does not match its checksum.
+//          each at most once, nothing else); DataLoss: the payload does not match its checksum.
 // Limits:  the payload is at most kHiddenChunkBytes.
 // Why:     a prefill step is tens of megabytes. The generated classes copy a payload twice on
-// either side;
-//          here a sender lends its own memory and a receiver copies once, into the step that it
-//          assembles. The bytes are plain protobuf all the same (tests compare with the generated
-//          classes).
+//          either side; here a sender lends its own memory and a receiver copies once, into the
+//          step that it assembles. The bytes are plain protobuf all the same (tests compare with
+//          the generated classes).
 #pragma once
 
 #include <cstddef>

@@ -5,12 +5,10 @@
 // steps.
 //
 // Thread:  Accept and stream events: gRPC threads. Expect, Forget, Consumed: loop thread.
-// CheckDeadlines:
-//          watchdog thread.
+//          CheckDeadlines: watchdog thread.
 // Errors:  as GrpcTransport.
 // Why:     a step is assembled on the gRPC thread that read it, straight from gRPC's slices: the
-// one copy that
-//          the bytes make on this side.
+//          one copy that the bytes make on this side.
 #pragma once
 
 #include <atomic>

@@ -5,8 +5,7 @@
 //
 // Owns:    streams and their channels; those of dropped edges until CheckDeadlines buries them.
 // Thread:  Connect, Send, Disconnect: loop thread. CheckDeadlines: watchdog thread. Never a gRPC
-// thread, and
-//          destroyed on none.
+//          thread, and destroyed on none.
 // Errors:  as Transport.
 #pragma once
 

@@ -5,14 +5,11 @@
 //
 // Owns:    its connections; callbacks are borrowed and outlive it.
 // Thread:  Connect, Send, Disconnect: loop thread. Events come on the transport's own threads and
-// must only
-//          enqueue.
+//          must only enqueue.
 // Errors:  an edge that broke, stalled past its deadline or was refused is told once by
-// on_edge_down; a
-//          dead peer never blocks a caller. Both sides of a broken edge tell it.
+//          on_edge_down; a dead peer never blocks a caller. Both sides of a broken edge tell it.
 // Limits:  kDataQueueBytes waiting per edge, then Send answers ResourceExhausted; as many bytes
-// delivered and
-//          not consumed on the receiving side, then it reads no more.
+//          delivered and not consumed on the receiving side, then it reads no more.
 #pragma once
 
 #include <cstdint>

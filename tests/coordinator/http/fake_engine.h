@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// FakeEngine is an engine without workers: it answers with tokens from a script, when it is told to
-// (Step) or from a thread of its own (Run).
+// FakeEngine is an engine without workers: it answers with tokens from a script, when it is told
+// to (Step) or from a thread of its own (Run).
 //
 // Thread:  any, synchronized inside; listeners are called outside the lock, one call at a time.
 #pragma once

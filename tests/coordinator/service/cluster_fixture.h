@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A cluster in one process over real sockets: a CoordinatorService and WorkerProcesses that run the
-// simulator's hash model, and listeners that record what a client would see.
+// A cluster in one process over real sockets: a CoordinatorService and WorkerProcesses that run
+// the simulator's hash model, and listeners that record what a client would see.
 #pragma once
 
 #include <chrono>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the tests of this folder share: the files of tests/golden/tokenizer, and a tokenizer.json as
-// a value that a test can change.
+// What the tests of this folder share: the files of tests/golden/tokenizer, and a tokenizer.json
+// as a value that a test can change.
 #pragma once
 
 #include <string>

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The model as its paper writes it, in float64, one token after the other: keys and values are
-// expanded for every head (nothing absorbed), every expert is computed where it is chosen. Slow and
-// plain.
+// expanded for every head (nothing absorbed), every expert is computed where it is chosen. Slow
+// and plain.
 //
 // Why:     shares no code with the backend but the reading of one stored weight.
 #pragma once
