@@ -211,7 +211,8 @@ void HttpConnection::Parse() {
       in_.consume(1);
     }
     if (in_.size() == 0) {
-      read_deadline_ = now + options_.idle_timeout;
+      // Who has never sent a byte gets no longer than for a header: idling is for kept connections.
+      read_deadline_ = now + (exchange_ == 0 ? options_.header_timeout : options_.idle_timeout);
       Arm(read_deadline_);
       return StartRead();
     }
@@ -240,6 +241,12 @@ void HttpConnection::Parse() {
     if (!head_accepted_ && parser_->is_header_done() && !AcceptHead()) return;
   }
   if (parser_->is_done()) return Dispatch();
+  // The parser waits for the end of a chunk extension or a trailer however long it grows, and no limit
+  // of its own applies to them.
+  if (in_.size() > options_.max_header_bytes) {
+    return Reject(400, "a chunk extension or trailer is larger than " +
+                           std::to_string(options_.max_header_bytes) + " bytes");
+  }
   if (state_ == State::kBody) {
     read_deadline_ = now + options_.stall_timeout;
     Arm(read_deadline_);

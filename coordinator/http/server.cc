@@ -2,6 +2,7 @@
 #include "coordinator/http/server.h"
 
 #include <boost/asio/post.hpp>
+#include <exception>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -77,6 +78,19 @@ struct HttpServer::Impl {
                                                "; choose another address or port"));
   }
 
+  // An I/O thread. What a handler throws costs its own connection (its deadline ends it), never the
+  // process: a client must not be able to end everybody's service.
+  void Run() {
+    for (;;) {
+      try {
+        shared.io.run();
+        return;
+      } catch (const std::exception& e) {
+        Log(LogLevel::kError, "an HTTP connection failed", {{"reason", e.what()}});
+      }
+    }
+  }
+
   // Waits until no connection is left, at most `time`.
   bool WaitEmpty(std::chrono::milliseconds time) {
     std::unique_lock lock(shared.mu);
@@ -118,7 +132,7 @@ absl::Status HttpServer::Listen(const std::string& host, uint16_t port) {
   impl_->work.emplace(impl_->shared.io.get_executor());
   impl_->Accept();
   for (uint32_t i = 0; i < impl_->shared.options.num_io_threads; ++i) {
-    impl_->threads.emplace_back([this] { impl_->shared.io.run(); });
+    impl_->threads.emplace_back([this] { impl_->Run(); });
   }
   return absl::OkStatus();
 }
