@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
 # Installs what is missing, builds, starts a coordinator and two CPU workers on the bundled model, streams a
 # completion. Stays up until Ctrl-C; --once stops everything after the completion.
 set -uo pipefail
@@ -14,7 +15,8 @@ for arg in "$@"; do
     --http=*) http="$arg" ;;
     -h|--help)
       echo "usage: deploy/quickstart.sh [--once] [--http=HOST:PORT]"
-      echo "  --once   stop everything after the first completion and exit"
+      echo "  --once            stop everything after the first completion and exit"
+      echo "  --http=HOST:PORT  where the API listens (default: 127.0.0.1:8000, or a free port)"
       exit 0 ;;
     *) strait_fail "unknown option $arg; see --help" ;;
   esac
@@ -47,7 +49,7 @@ stopped() {
 trap stopped INT TERM
 
 strait_say "Starting a coordinator and two CPU workers on $model"
-[ -z "$random" ] || strait_say "NOTE: this model has RANDOM WEIGHTS: its text is noise. It shows that the cluster runs."
+strait_say "NOTE: this model has RANDOM WEIGHTS: its text is noise. It shows that the cluster runs."
 # In a session of its own: on Ctrl-C this script decides the order of things. `strait up` still ends its daemons
 # if it is killed.
 setsid "$bin/strait" up --model "$model" --workers 2 $random $http >"$state/ready" </dev/null &
@@ -70,7 +72,7 @@ printf '\n'
 "$bin/strait" generate "$prompt" --url "$url" --max-tokens 48 --temperature 1 --seed 7 ||
   strait_fail "the completion failed"
 printf '\n'
-[ -z "$random" ] || strait_say "(Noise, as said: the weights are random.)"
+strait_say "(Noise, as said: the weights are random.)"
 strait_say "The API is at $url/v1. Try:"
 cat <<LINE
 

@@ -1,8 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 # Shared by deploy/quickstart.sh and tests/run.sh (sourced, bash): packages, build, messages.
 #
 #   strait_say TEXT…            a line that starts with the seconds since the script began
 #   strait_need_packages GROUP… installs what is missing of these groups of deploy/packages.txt
-#   strait_build PRESET TARGET… configures the preset once and builds the targets, with progress
+#   strait_build PRESET TARGET… configures the preset once and builds the targets, with progress; tests are part of
+#                               the configuration only if strait_tests=ON, since they need more packages
 #
 # Needs: STRAIT_ROOT (the repository's root).
 
@@ -102,9 +104,12 @@ strait_build() {
   shift
   local folder="$STRAIT_ROOT/build/$preset" log="$STRAIT_ROOT/build/$preset-configure.log"
   mkdir -p "$STRAIT_ROOT/build"
-  if [ ! -f "$folder/build.ninja" ]; then
+  local tests="${strait_tests:-OFF}"
+  # What was configured with tests serves without them too.
+  if [ ! -f "$folder/build.ninja" ] ||
+     { [ "$tests" = ON ] && ! grep -q '^STRAIT_TESTS:BOOL=ON$' "$folder/CMakeCache.txt"; }; then
     strait_say "Configuring build/$preset"
-    if ! (cd "$STRAIT_ROOT" && cmake --preset "$preset") >"$log" 2>&1 </dev/null; then
+    if ! (cd "$STRAIT_ROOT" && cmake --preset "$preset" -DSTRAIT_TESTS="$tests") >"$log" 2>&1 </dev/null; then
       tail -n 30 "$log" >&2
       rm -f "$folder/build.ninja"
       strait_fail "CMake could not configure the $preset preset; all of its output: $log"

@@ -1,14 +1,16 @@
 #!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
 # Installs what the tests need, builds, and runs every test that needs no GPU. Ends with ctest's summary.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 STRAIT_ROOT="$PWD"
 . deploy/setup.sh
+strait_tests=ON
 
 usage() {
   cat <<'USAGE'
 usage: tests/run.sh [options]
-  Without options, what CI runs:
+  Without options, everything:
     release   all tests: unit, simulator, end-to-end with real processes, benchmarks' smoke runs
     dev       AddressSanitizer and UBSan: unit tests and simulator
     cuda      compiled where nvcc is found and there is CUDA code

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Every outside library, found once. Versions are lower bounds: those of Debian 12, or the first that has
 # what is used. Targets below are the names that the folders link.
 

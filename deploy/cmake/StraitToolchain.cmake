@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # One interface target, strait_options, carries the language level, the warnings and the sanitizers.
 # Every target of the project links it; nothing is set globally.
 

@@ -1,4 +1,5 @@
 #!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
 # run_python.sh PYTHON ARGUMENT…: for ctest. Fails, with the fix, where the Python environment is missing.
 python="$1"
 shift

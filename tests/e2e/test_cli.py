@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Defends: each verb of `strait` does what DESIGN §8 says, on real processes; nothing survives `strait up`."""
+"""Defends: each verb of `strait` does what its --help says, on real processes; nothing survives `strait up`."""
 import json
 import os
 import re

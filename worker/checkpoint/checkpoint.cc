@@ -3,6 +3,7 @@
 
 #include <filesystem>
 #include <optional>
+#include <set>
 #include <utility>
 
 #include "absl/container/flat_hash_set.h"
@@ -107,6 +108,13 @@ absl::StatusOr<std::shared_ptr<const SafetensorsFile>> Checkpoint::Shard(const s
                           SafetensorsFile::Open(dir_ + "/" + file));
   shards_.emplace(file, shard);
   return shard;
+}
+
+std::vector<std::string> Checkpoint::files() const {
+  if (only_file_ != nullptr) return {kOnlyFile};
+  std::set<std::string> files;
+  for (const auto& [tensor, file] : file_of_tensor_) files.insert(file);
+  return {files.begin(), files.end()};
 }
 
 bool Checkpoint::Has(std::string_view name) const {

@@ -47,6 +47,9 @@ class Checkpoint {
   const ModelConfig& config() const { return config_; }
   const std::string& dir() const { return dir_; }
 
+  // Names of the safetensors files, sorted; none need have been opened.
+  std::vector<std::string> files() const;
+
   // Whether the index (or the single file) lists `name`.
   bool Has(std::string_view name) const;
 

@@ -45,6 +45,7 @@ class SafetensorsFile {
   const std::byte* Data(const TensorEntry& entry) const { return data_ + entry.begin; }
 
   const std::string& path() const { return path_; }
+  uint64_t size() const { return size_; }
   const absl::flat_hash_map<std::string, TensorEntry>& tensors() const { return tensors_; }
 
  private:

@@ -1,0 +1,80 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Style rules that a machine can hold; an ordinary test (ctest -R style).
+
+  style_check.py [ROOT]
+
+Prints each breach as path:line: what, and fails if there is any.
+"""
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else __file__).resolve()
+ROOT = ROOT if ROOT.is_dir() else ROOT.parents[1]
+CODE = {".h", ".cc", ".cu", ".cuh", ".py", ".sh", ".proto", ".cmake"}
+MAX_LINES = 500
+# Longer on purpose, each with its reason.
+LONGER = {
+    "coordinator/text/jinja_parser.cc": "one grammar, read from top to bottom",
+    "coordinator/text/jinja_renderer.cc": "one evaluator, a case for each node",
+    "coordinator/http/connection.cc": "one state machine of one connection",
+    "tests/coordinator/http/server_test.cc": "one behaviour of the server a test, one fixture",
+    "tests/golden/generate.py": "a self-contained oracle beside the generator",
+}
+LABELS = ("Owns", "Borrows", "Thread", "Shapes", "Stream", "Errors", "Limits", "Why")
+# folder -> folders whose headers it may include ("kernels <- worker -> proto <- coordinator").
+MAY_INCLUDE = {"proto": {"proto"}, "kernels": {"kernels"}, "worker": {"worker", "kernels", "proto"},
+               "coordinator": {"coordinator", "proto"}}
+
+
+def files():
+    try:
+        listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-co", "--exclude-standard"], capture_output=True, text=True,
+                                check=True).stdout.split("\n")
+        paths = [ROOT / name for name in listed if name]
+    except (OSError, subprocess.CalledProcessError):  # an unpacked archive
+        paths = [p for p in ROOT.rglob("*") if not {"build", ".venv"} & set(p.relative_to(ROOT).parts)]
+    return sorted(p for p in paths if p.is_file() and p.suffix in CODE)
+
+
+def check(path):
+    name = str(path.relative_to(ROOT))
+    lines = path.read_text().splitlines()
+    if not any("SPDX-License-Identifier: Apache-2.0" in line for line in lines[:2]):
+        yield 1, "no SPDX-License-Identifier in the first two lines"
+    if len(lines) > MAX_LINES and name not in LONGER:
+        yield len(lines), f"more than {MAX_LINES} lines: split it, or name the reason in tests/style_check.py"
+    folder = name.split("/")[0]
+    for number, line in enumerate(lines, 1):
+        if line.rstrip() != line:
+            yield number, "white space at the end of the line"
+        if path.suffix in (".h", ".cc"):
+            include = re.match(r'#include "(\w+)/', line)
+            allowed = MAY_INCLUDE.get(folder)
+            if include and allowed and include[1] in MAY_INCLUDE and include[1] not in allowed:
+                if not (folder == "kernels" and '"proto/check.h"' in line):
+                    yield number, f"{folder} may not include {include[1]}"
+            swallowed = re.match(r"//.*\S (%s):  " % "|".join(LABELS), line)
+            if swallowed:
+                yield number, f"the label {swallowed[1]}: must begin its line"
+            if re.search(r"\babsl::(Mutex|CondVar)\b", line) and not line.lstrip().startswith("//"):
+                yield number, "absl::Mutex is not instrumented for ThreadSanitizer: use std::mutex"
+    if path.suffix == ".h" and "#pragma once" not in lines:
+        yield 1, "no #pragma once"
+
+
+def main():
+    count = breaches = 0
+    for path in files():
+        count += 1
+        for number, what in check(path):
+            print(f"{path.relative_to(ROOT)}:{number}: {what}")
+            breaches += 1
+    print(f"{count} files, {breaches} breaches")
+    return 1 if breaches or not count else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
