@@ -57,7 +57,7 @@ bool IsPlain(std::string_view header_value) {
 class HttpConnection::ExchangeResponder : public Responder {
  public:
   ExchangeResponder(std::shared_ptr<HttpConnection> connection, uint64_t exchange)
-      : connection_(connection), strand_(connection->strand_), exchange_(exchange) {}
+      : connection_(std::move(connection)), exchange_(exchange) {}
 
   ~ExchangeResponder() override {
     if (!complete_) On(&HttpConnection::Forgotten);
@@ -97,7 +97,7 @@ class HttpConnection::ExchangeResponder : public Responder {
     if (auto connection = connection_.lock()) {
       // The connection goes along: work that was posted runs, and in order, after the client is
       // gone too.
-      asio::post(strand_, [connection, work = std::move(work)] { work(); });
+      asio::post(connection->strand_, [connection, work = std::move(work)] { work(); });
     }
   }
 
@@ -105,14 +105,16 @@ class HttpConnection::ExchangeResponder : public Responder {
   template <class F>
   void On(F f) {
     if (auto connection = connection_.lock()) {
-      asio::dispatch(strand_, [connection, exchange = exchange_, f = std::move(f)]() mutable {
-        std::invoke(f, *connection, exchange);
-      });
+      asio::dispatch(connection->strand_,
+                     [connection, exchange = exchange_, f = std::move(f)]() mutable {
+                       std::invoke(f, *connection, exchange);
+                     });
     }
   }
 
+  // Weak, and nothing else of the server's: the engine may keep a listener, and with it this, for longer
+  // than the server lives.
   const std::weak_ptr<HttpConnection> connection_;
-  const Strand strand_;
   const uint64_t exchange_;
   std::atomic<bool> complete_{false};
 };

@@ -121,6 +121,24 @@ void Clients::OnCancel(RequestId id, std::optional<uint32_t> index) {
   }
 }
 
+void Clients::CheckCancelled(RequestId id) {
+  for (const Stream& stream : live_.at(id).streams) {
+    if (!live_.at(id).ended && stream.cancelled && !stream.ended) {
+      return world_->Violation(
+          absl::StrCat("request ", id.value, " goes on after its cancellation"));
+    }
+  }
+}
+
+void Clients::CheckDeadlines(uint64_t slack_us) {
+  for (const auto& [id, live] : live_) {
+    if (live.ended || !live.admitted || live.spec.timeout_us == 0) continue;
+    if (world_->now_us() > live.submitted_us + live.spec.timeout_us + slack_us) {
+      return world_->Violation(absl::StrCat("request ", id.value, " outlives its deadline"));
+    }
+  }
+}
+
 void Clients::OnMessage(const RequestRefused& message, bool core_ready) {
   Live* live = Find(message.request, "refusal");
   if (live == nullptr) return;

@@ -26,6 +26,10 @@ class Clients {
   RequestSpec Make(RequestId* id);
 
   void OnCancel(RequestId id, std::optional<uint32_t> index);
+  // What was cancelled must have ended by the coordinator's next messages.
+  void CheckCancelled(RequestId id);
+  // No request outlives its deadline by more than `slack_us`.
+  void CheckDeadlines(uint64_t slack_us);
   // `core_ready`: a pipeline is active; `no_pipeline_us`: for how long none was.
   void OnMessage(const RequestRefused& message, bool core_ready);
   void OnMessage(const RequestAdmitted& message);

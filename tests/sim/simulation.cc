@@ -226,6 +226,12 @@ void Simulation::Pump() {
 void Simulation::Tick() {
   core_.OnTick(world_.now_us());
   Pump();
+  clients_.CheckDeadlines(2 * kTickUs);
+  const uint64_t no_pipeline_us = world_.now_us() - last_ready_us_;
+  if (no_pipeline_us > scenario_.options.no_pipeline_grace_us + 4 * kTickUs &&
+      core_.Stats().waiting > 0) {
+    world_.Violation("requests wait though no pipeline serves and the grace is over");
+  }
   world_.After(kTickUs, [this] { Tick(); });
 }
 
@@ -253,7 +259,8 @@ void Simulation::SubmitOne() {
     world_.Trace(absl::StrCat("cancel ", id.value));
     clients_.OnCancel(id, index);
     core_.OnCancel(id, index, world_.now_us());
-    PumpSoon();
+    Pump();
+    clients_.CheckCancelled(id);
   });
 }
 
