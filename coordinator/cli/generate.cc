@@ -29,6 +29,7 @@ struct GenerateFlags {
   std::optional<double> temperature;
   std::optional<double> top_p;
   std::optional<uint64_t> seed;
+  bool ignore_eos = false;
   std::vector<std::string> stop;
 };
 
@@ -49,6 +50,7 @@ json::Object RequestOf(const GenerateFlags& flags) {
   if (flags.temperature) request["temperature"] = *flags.temperature;
   if (flags.top_p) request["top_p"] = *flags.top_p;
   if (flags.seed) request["seed"] = *flags.seed;
+  if (flags.ignore_eos) request["ignore_eos"] = true;
   if (!flags.stop.empty()) request["stop"] = json::Array(flags.stop.begin(), flags.stop.end());
   request["stream"] = true;
   request["stream_options"] = json::Object{{"include_usage", true}};
@@ -184,6 +186,7 @@ void AddGenerate(CLI::App& app, Run* run) {
   verb->add_option("--top-p", flags->top_p,
                    "Sample from the likeliest tokens of this total probability");
   verb->add_option("--seed", flags->seed, "Equal seeds give equal text");
+  verb->add_flag("--ignore-eos", flags->ignore_eos, "Go on past the model's end of text");
   verb->add_option("--stop", flags->stop, "Stop before this text; may be repeated")
       ->allow_extra_args(false);
   verb->add_flag("--quiet,-q", flags->quiet, "No figures at the end");

@@ -14,6 +14,9 @@ constexpr int kKeepaliveMs = 10'000;
 constexpr int kKeepaliveTimeoutMs = 5'000;
 constexpr int kServerMinPingMs = 5'000;
 constexpr int kMaxReconnectBackoffMs = 2'000;
+// gRPC takes the least reconnect back-off as the time that one attempt to connect may last. A busy peer
+// can need a while for the handshake.
+constexpr int kConnectTimeoutMs = 5'000;
 
 int MaxMessageBytes(Traffic traffic) {
   return traffic == Traffic::kControl ? limits::kMaxControlMessageBytes
@@ -32,7 +35,7 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, Traffic t
   args.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   args.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
-  args.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);
+  args.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, kConnectTimeoutMs);
   args.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, kMaxReconnectBackoffMs);
   // A proxy from the environment must never see cluster traffic.
   args.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);

@@ -196,7 +196,7 @@ def test_grpc_port_is_recognized(cluster):
 
 def test_interrupted_generate_cancels_the_request(cluster):
     p = subprocess.Popen([program("strait"), "generate", "long", "--url", cluster.base_url, "--max-tokens", "15000",
-                          "--temperature", "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_env())
+                          "--temperature", "1", "--ignore-eos"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=clean_env())
     wait_until(lambda: cluster.status()["running"] > 0, what="the request to run")
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=30)
