@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Who computes what in a launch of mla.h: tiles of up to 64 (token, head) rows of one sequence, cut
+// along the cache, dealt to thread blocks. Made on the host, copied to the device, read there.
+//
+// Owns:    MlaPlan its vectors.     Borrows: MlaPlanView device memory of the caller.
+// Thread:  any; MlaPlan is plain data.
+// Shapes:  rows of a sequence are numbered token-major: token * num_heads + head.
+// Errors:  PlanMla returns false when a limit is too small; the plan is then empty.
+// Limits:  MlaPlanLimits; MaxMlaPlan gives those that no batch of a stated size passes.
+// Why:     each thread block gets one contiguous stretch of (tile, cache block) pairs of equal
+//          cost, so ragged batches and one long sequence alike fill the device, and at most two
+//          partial results a thread block are merged. Deterministic: cuts at multiples of
+//          kMlaSpanBlocks cache blocks and nowhere else, merged left to right.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace strait::cuda {
+
+inline constexpr int32_t kMlaTileRows = 64;
+inline constexpr int32_t kMlaBlockRows = 64;
+inline constexpr int32_t kMlaDeterministicSpan = 16;  // cache blocks: 1,024 rows
+
+// One stretch of one tile: what a thread block does between loading q and writing a result.
+struct alignas(16) MlaWork {
+  int32_t sequence = 0;         // index into segments
+  int32_t first_row = 0;        // row of q and out of the tile's first row
+  int32_t num_rows = 0;         // 1..64
+  int32_t row_in_sequence = 0;  // number of the tile's first row in its sequence
+  int32_t first_position = 0;   // of the sequence's first query token
+  int32_t cache_rows = 0;       // rows that the tile's last token may see; 0: none
+  int32_t block_begin = 0;      // of the page table
+  int32_t block_end = 0;
+  int32_t partial = -1;  // slot of the partial result; -1: this is the whole result
+  int32_t reserved[3] = {};
+};
+
+// One split tile: partials [first_partial, first_partial + num_partials) in cache order.
+struct alignas(16) MlaMerge {
+  int32_t first_row = 0;
+  int32_t num_rows = 0;
+  int32_t first_partial = 0;
+  int32_t num_partials = 0;
+};
+
+struct MlaPlanLimits {
+  int32_t num_thread_blocks = 0;  // grid of the attention kernel: the multiprocessors
+  int32_t max_work = 0;
+  int32_t max_merges = 0;
+  int32_t max_partials = 0;
+};
+
+// The plan as kernels see it: pointers into one buffer laid out by MlaPlanLayout.
+struct MlaPlanView {
+  MlaPlanLimits limits;
+  const int32_t* num_merges = nullptr;  // [1]
+  const int32_t* work_begin = nullptr;  // [num_thread_blocks + 1] into work
+  const MlaWork* work = nullptr;        // [max_work]
+  const MlaMerge* merges = nullptr;     // [max_merges]
+};
+
+// One sequence of the step.
+struct MlaSequence {
+  int32_t sequence = 0;        // index into segments
+  int32_t first_token = 0;     // of q
+  int32_t num_tokens = 0;      // new tokens, their rows already in the cache; 0: skipped
+  int32_t first_position = 0;  // of the first new token
+  int32_t num_rows = -1;       // rows in its segment; -1: first_position + num_tokens
+};
+
+struct MlaPlanOptions {
+  int32_t num_heads = 0;
+  bool deterministic = false;
+  int32_t min_split_blocks = 2;  // a stretch is not cut shorter than this
+};
+
+struct MlaPlan {
+  MlaPlanLimits limits;
+  std::vector<int32_t> work_begin;
+  std::vector<MlaWork> work;
+  std::vector<MlaMerge> merges;
+  int32_t num_partials = 0;
+};
+
+// REQUIRES: block_positions, where a segment has them, ascend, and every row that they name at or
+// below a token's position lies in the first num_rows rows.
+bool PlanMla(const MlaSequence* sequences, int32_t num_sequences, const MlaPlanOptions& options,
+             const MlaPlanLimits& limits, MlaPlan* plan);
+
+// Limits that hold for every step of at most max_tokens tokens in max_sequences sequences of at
+// most max_rows cache rows.
+MlaPlanLimits MaxMlaPlan(int32_t num_thread_blocks, int32_t max_sequences, int32_t max_tokens,
+                         int32_t num_heads, int64_t max_rows, bool deterministic);
+
+// Bytes of the plan's buffer; the same on host and device.
+int64_t MlaPlanBytes(const MlaPlanLimits& limits);
+// Writes the plan to `to`, of MlaPlanBytes(plan.limits) bytes, 16-byte aligned; copy it to the
+// device as it is. Returns how many leading bytes matter.
+int64_t WriteMlaPlan(const MlaPlan& plan, void* to);
+// The view of such a buffer, which may be on the device: nothing is read.
+MlaPlanView ViewMlaPlan(const MlaPlanLimits& limits, const void* buffer);
+
+}  // namespace strait::cuda
