@@ -43,7 +43,16 @@ struct alignas(16) MlaMerge {
   int32_t num_rows = 0;
   int32_t first_partial = 0;
   int32_t num_partials = 0;
+  int32_t first_unit = 0;  // units of the merges before it
+  int32_t reserved[3] = {};
 };
+
+// Units of merge work that thread blocks of 16 warps take: few partials, four rows at once, a warp
+// for 128 columns of a row; many, all warps share 128 columns of one row.
+inline constexpr int32_t kMlaFewPartials = 4;
+constexpr int32_t MlaMergeUnits(int32_t num_rows, int32_t num_partials) {
+  return num_partials <= kMlaFewPartials ? (num_rows + 3) / 4 : num_rows * 4;
+}
 
 struct MlaPlanLimits {
   int32_t num_thread_blocks = 0;  // grid of the attention kernel: the multiprocessors
@@ -55,7 +64,7 @@ struct MlaPlanLimits {
 // The plan as kernels see it: pointers into one buffer laid out by MlaPlanLayout.
 struct MlaPlanView {
   MlaPlanLimits limits;
-  const int32_t* num_merges = nullptr;  // [1]
+  const int32_t* counts = nullptr;      // [2] merges, merge units
   const int32_t* work_begin = nullptr;  // [num_thread_blocks + 1] into work
   const MlaWork* work = nullptr;        // [max_work]
   const MlaMerge* merges = nullptr;     // [max_merges]
@@ -67,7 +76,8 @@ struct MlaSequence {
   int32_t first_token = 0;     // of q
   int32_t num_tokens = 0;      // new tokens, their rows already in the cache; 0: skipped
   int32_t first_position = 0;  // of the first new token
-  int32_t num_rows = -1;       // rows in its segment; -1: first_position + num_tokens
+  int32_t num_rows = -1;       // rows in its segment, where rows do not follow positions; -1: row
+                               // p holds position p, up to the last new token
 };
 
 struct MlaPlanOptions {
@@ -82,6 +92,7 @@ struct MlaPlan {
   std::vector<MlaWork> work;
   std::vector<MlaMerge> merges;
   int32_t num_partials = 0;
+  int32_t num_merge_units = 0;
 };
 
 // REQUIRES: block_positions, where a segment has them, ascend, and every row that they name at or

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the attention kernels of mla.h share on the device.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/mla.h"
+
+namespace strait::cuda::mla {
+
+inline constexpr float kLog2e = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
+
+__device__ __forceinline__ float NegInf() { return __int_as_float(0xff800000); }
+
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The factor that brings sums relative to the maximum `from` to the maximum `to` (powers of two).
+__device__ __forceinline__ float Rescale(float from, float to) {
+  return from == to ? 1.0f : Exp2(from - to);
+}
+
+__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// Position of the token that row `row` of the tile belongs to; rows behind the tile's last: -1,
+// before every cache row.
+__device__ __forceinline__ int32_t RowPosition(const MlaWork& work, int32_t row,
+                                               int32_t num_heads) {
+  if (row >= work.num_rows) return -1;
+  return work.first_position + (work.row_in_sequence + row) / num_heads;
+}
+
+__device__ __forceinline__ int32_t BlockPosition(const MlaSegment& segment, int32_t block) {
+  return segment.block_positions == nullptr ? block * kMlaBlockRows
+                                            : segment.block_positions[block];
+}
+
+// Rows of the work's cache that may be read.
+__device__ __forceinline__ int32_t CacheRows(const MlaWork& work, const MlaSegment& segment) {
+  return min(work.cache_rows, segment.num_rows);
+}
+
+// How many leading rows of the block a token at `position` sees.
+__device__ __forceinline__ int32_t SeenRows(int32_t position, int32_t block_position,
+                                            int32_t present) {
+  return min(present, position - block_position + 1);
+}
+
+// Two e4m3 codes as floats.
+__device__ __forceinline__ float2 WidenE4m3Pair(uint16_t codes) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+  return __half22float2(*reinterpret_cast<const __half2*>(&halves));
+}
+
+// 16 e4m3 codes times their scale, as 16 bf16.
+__device__ __forceinline__ void WidenRow16(const uint4& codes, float scale, uint4& low,
+                                           uint4& high) {
+  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+  uint32_t out[8];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 a = WidenE4m3Pair(static_cast<uint16_t>(words[i] & 0xffffu));
+    const float2 b = WidenE4m3Pair(static_cast<uint16_t>(words[i] >> 16));
+    out[2 * i] = PackBf16(a.x * scale, a.y * scale);
+    out[2 * i + 1] = PackBf16(b.x * scale, b.y * scale);
+  }
+  low = make_uint4(out[0], out[1], out[2], out[3]);
+  high = make_uint4(out[4], out[5], out[6], out[7]);
+}
+
+// Kernels of the other files.
+cudaError_t LaunchPortable(const MlaParams& params, cudaStream_t stream);
+cudaError_t LaunchHopper(const MlaParams& params, cudaStream_t stream);
+cudaError_t LaunchMerge(const MlaParams& params, cudaStream_t stream);
+cudaError_t PreparePortable();
+cudaError_t PrepareHopper();
+
+}  // namespace strait::cuda::mla
