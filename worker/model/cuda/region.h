@@ -22,8 +22,7 @@ class Region {
   // [count] T; null when only measuring, or for nothing.
   template <class T>
   T* Take(uint64_t count) {
-    T* const at =
-        base_ != nullptr && count > 0 ? reinterpret_cast<T*>(base_ + end_) : nullptr;
+    T* const at = base_ != nullptr && count > 0 ? reinterpret_cast<T*>(base_ + end_) : nullptr;
     end_ = (end_ + count * sizeof(T) + kAlign - 1) / kAlign * kAlign;
     return at;
   }
@@ -47,7 +46,7 @@ class Region {
   uint64_t end() const { return end_; }
 
  private:
-  std::byte* const base_;
+  std::byte* base_;
   uint64_t end_;
 };
 

@@ -16,8 +16,8 @@ constexpr int kLostContextExit = 70;  // EX_SOFTWARE of sysexits.h
 
 absl::Status CudaStatus(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return absl::OkStatus();
-  const std::string text =
-      absl::StrCat("CUDA: ", cudaGetErrorName(error), " (", cudaGetErrorString(error), ") in ", what);
+  const std::string text = absl::StrCat("CUDA: ", cudaGetErrorName(error), " (",
+                                        cudaGetErrorString(error), ") in ", what);
   if (error == cudaErrorMemoryAllocation) {
     (void)cudaGetLastError();  // not a lost context: forget it
     return absl::ResourceExhaustedError(text);

@@ -22,8 +22,8 @@ void ExitIfContextLost(const absl::Status& status);
 
 }  // namespace strait
 
-#define STRAIT_CUDA_RETURN_IF_ERROR(call)                                                    \
-  do {                                                                                       \
-    if (const cudaError_t cuda_error = (call); cuda_error != cudaSuccess) [[unlikely]]       \
-      return ::strait::CudaStatus(cuda_error, #call);                                        \
+#define STRAIT_CUDA_RETURN_IF_ERROR(call)                                              \
+  do {                                                                                 \
+    if (const cudaError_t cuda_error = (call); cuda_error != cudaSuccess) [[unlikely]] \
+      return ::strait::CudaStatus(cuda_error, #call);                                  \
   } while (false)

@@ -112,9 +112,8 @@ absl::Status Uploader::Rows(std::byte* to, uint64_t num_rows, uint64_t row_bytes
     next_ ^= 1;
     STRAIT_CUDA_RETURN_IF_ERROR(cudaEventSynchronize(buffer.copied));
     for (uint64_t i = 0; i < count; ++i) fill(begin + i, buffer.data + i * row_bytes);
-    STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(to + begin * row_bytes, buffer.data,
-                                                count * row_bytes, cudaMemcpyHostToDevice,
-                                                stream_));
+    STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(
+        to + begin * row_bytes, buffer.data, count * row_bytes, cudaMemcpyHostToDevice, stream_));
     STRAIT_CUDA_RETURN_IF_ERROR(cudaEventRecord(buffer.copied, stream_));
     bytes_ += count * row_bytes;
   }
@@ -143,24 +142,24 @@ absl::Status Uploader::Matrix(const WeightMatrix& from, const cuda::Matrix& to, 
   const uint64_t used_bytes = static_cast<uint64_t>(to.cols) * element;
   const bool as_stored = fp8 || from.type == WeightType::kBf16;
   std::vector<float> values(as_stored ? 0 : static_cast<size_t>(from.cols));
-  STRAIT_RETURN_IF_ERROR(Rows(
-      Writable(to.data) + group * static_cast<uint64_t>(to.rows) * row_bytes,
-      static_cast<uint64_t>(to.rows), row_bytes, [&](uint64_t row, std::byte* out) {
-        const uint64_t in_head = row % heads.padded;
-        if (in_head >= heads.rows) {
-          std::memset(out, 0, row_bytes);
-          return;
-        }
-        const uint64_t stored = row / heads.padded * heads.rows + in_head;
-        if (as_stored) {
-          std::memcpy(out, static_cast<const std::byte*>(from.data) + stored * used_bytes,
-                      used_bytes);
-        } else {
-          ReadRow(from, static_cast<int64_t>(stored), values.data());
-          WriteBf16(values.data(), from.cols, 1, out);
-        }
-        std::memset(out + used_bytes, 0, row_bytes - used_bytes);
-      }));
+  STRAIT_RETURN_IF_ERROR(
+      Rows(Writable(to.data) + group * static_cast<uint64_t>(to.rows) * row_bytes,
+           static_cast<uint64_t>(to.rows), row_bytes, [&](uint64_t row, std::byte* out) {
+             const uint64_t in_head = row % heads.padded;
+             if (in_head >= heads.rows) {
+               std::memset(out, 0, row_bytes);
+               return;
+             }
+             const uint64_t stored = row / heads.padded * heads.rows + in_head;
+             if (as_stored) {
+               std::memcpy(out, static_cast<const std::byte*>(from.data) + stored * used_bytes,
+                           used_bytes);
+             } else {
+               ReadRow(from, static_cast<int64_t>(stored), values.data());
+               WriteBf16(values.data(), from.cols, 1, out);
+             }
+             std::memset(out + used_bytes, 0, row_bytes - used_bytes);
+           }));
   if (!fp8) return absl::OkStatus();
   STRAIT_CHECK(heads.rows == heads.padded, "scales belong to rows as stored");
   const uint64_t num_scales =
@@ -195,8 +194,8 @@ absl::Status Uploader::UpProjections(const WeightMatrix& kv_b, uint64_t num_head
   const uint64_t value_bytes = static_cast<uint64_t>(value_up.stride) * 2;
   std::vector<float> head(nope * rank);  // W_UK of one head
   std::vector<float> row(rank);
-  STRAIT_RETURN_IF_ERROR(Rows(
-      Writable(key_up.data), num_heads * rank, key_bytes, [&](uint64_t index, std::byte* out) {
+  STRAIT_RETURN_IF_ERROR(
+      Rows(Writable(key_up.data), num_heads * rank, key_bytes, [&](uint64_t index, std::byte* out) {
         const uint64_t r = index % rank;
         if (r == 0) {
           for (uint64_t d = 0; d < nope; ++d) {

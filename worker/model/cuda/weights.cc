@@ -51,8 +51,8 @@ DeviceLayer LayOutLayer(const ModelConfig& c, LayerIndex layer, Region& region) 
   }
   d.experts = LayOutMlp(c, c.moe_intermediate_size, fp8, c.n_routed_experts, region);
   if (c.n_shared_experts > 0) {
-    d.shared_experts = LayOutMlp(c, uint64_t{c.n_shared_experts} * c.moe_intermediate_size, fp8, 1,
-                                 region);
+    d.shared_experts =
+        LayOutMlp(c, uint64_t{c.n_shared_experts} * c.moe_intermediate_size, fp8, 1, region);
   }
   return d;
 }
@@ -87,8 +87,7 @@ absl::Status UploadLayer(Uploader& up, const ModelConfig& c, const LayerWeights&
   STRAIT_RETURN_IF_ERROR(up.Matrix(from.moe.gate, to.gate));
   if (to.gate_has_rest) STRAIT_RETURN_IF_ERROR(up.Rest(from.moe.gate, to.gate_rest));
   if (to.e_score_correction_bias != nullptr) {
-    STRAIT_RETURN_IF_ERROR(
-        up.Vector(from.moe.e_score_correction_bias, to.e_score_correction_bias));
+    STRAIT_RETURN_IF_ERROR(up.Vector(from.moe.e_score_correction_bias, to.e_score_correction_bias));
   }
   for (uint64_t e = 0; e < from.moe.experts.size(); ++e) {
     STRAIT_RETURN_IF_ERROR(UploadMlp(up, from.moe.experts[e], to.experts, e));
@@ -104,8 +103,8 @@ absl::Status CheckCudaModel(const ModelConfig& c) {
     return absl::InvalidArgumentError(
         absl::StrCat("the CUDA backend does not run this model: ", what...));
   };
-  if (c.kv_lora_rank % 8 != 0 || c.kv_lora_rank > 512) {
-    return refuse("kv_lora_rank is ", c.kv_lora_rank, ", must be a multiple of 8, at most 512");
+  if (c.kv_lora_rank % 16 != 0 || c.kv_lora_rank > 512) {
+    return refuse("kv_lora_rank is ", c.kv_lora_rank, ", must be a multiple of 16, at most 512");
   }
   if (c.qk_rope_head_dim % 8 != 0 || c.qk_rope_head_dim > 64) {
     return refuse("qk_rope_head_dim is ", c.qk_rope_head_dim,

@@ -36,11 +36,11 @@ struct DeviceMlp {
 struct DeviceLayer {
   float* input_layernorm = nullptr;           // [hidden_size]
   float* post_attention_layernorm = nullptr;  // [hidden_size]
-  cuda::Matrix q_proj;            // [heads * padded q head, hidden_size]; without q_lora_rank
-  cuda::Matrix q_a_proj;          // [q_lora_rank, hidden_size]
-  float* q_a_layernorm = nullptr;  // [q_lora_rank]
-  cuda::Matrix q_b_proj;          // [heads * padded q head, q_lora_rank]
-  cuda::Matrix kv_a_proj;         // [kv_lora_rank + qk_rope_head_dim, hidden_size]
+  cuda::Matrix q_proj;              // [heads * padded q head, hidden_size]; without q_lora_rank
+  cuda::Matrix q_a_proj;            // [q_lora_rank, hidden_size]
+  float* q_a_layernorm = nullptr;   // [q_lora_rank]
+  cuda::Matrix q_b_proj;            // [heads * padded q head, q_lora_rank]
+  cuda::Matrix kv_a_proj;           // [kv_lora_rank + qk_rope_head_dim, hidden_size]
   float* kv_a_layernorm = nullptr;  // [kv_lora_rank]
   cuda::Matrix key_up;    // of head 0: [kv_lora_rank, qk_nope_head_dim], W_UK transposed; bf16
   cuda::Matrix value_up;  // of head 0: [v_head_dim, kv_lora_rank], W_UV; bf16
