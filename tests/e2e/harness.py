@@ -7,7 +7,8 @@
         d.kill_worker(0)                                # nobody replaces what dies
 
 Both wait until the cluster serves, always end every process that they started, and put the daemons' logs into the
-assertion when something goes wrong. Programs come from STRAIT_BIN (set by ctest), else build/release/bin.
+assertion when something goes wrong. Programs come from STRAIT_BIN (set by ctest), else build/release/bin. With
+STRAIT_TEST_BACKEND=cuda every cluster's workers compute on the GPU.
 """
 import contextlib
 import json
@@ -25,6 +26,7 @@ import httpx
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BIN = pathlib.Path(os.environ.get("STRAIT_BIN", ROOT / "build/release/bin"))
+BACKEND = os.environ.get("STRAIT_TEST_BACKEND", "cpu")
 TINY = ROOT / "deploy/models/tiny-random"
 START_TIMEOUT_S = 120  # generous: sanitizers, two busy cores
 REQUEST_TIMEOUT_S = 120
@@ -172,6 +174,8 @@ class Cluster(Http):
             self.argv += ["--memory", memory]
         if random_weights is not None:
             self.argv += ["--random-weights", str(random_weights)]
+        if BACKEND != "cpu":
+            self.argv += ["--backend", BACKEND]
         self.argv += list(args)
         self.env = env or {}
         self.process = None
@@ -269,6 +273,8 @@ class Daemons(Http):
                 "--threads", str(self.threads), "--memory", self.memory]
         if self.random_weights is not None:
             argv += ["--random-weights", str(self.random_weights)]
+        if BACKEND != "cpu":
+            argv += ["--backend", BACKEND]
         worker = self.spawn(name, argv + self.worker_args + list(args))
         self.workers.append(worker)
         return worker

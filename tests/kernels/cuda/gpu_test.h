@@ -105,6 +105,6 @@ inline double RelativeError(const std::vector<float>& a, const std::vector<float
   return norm > 0 ? std::sqrt(error / norm) : std::sqrt(error);
 }
 
-inline constexpr double kBf16Eps = 0x1p-9;  // half a unit in the last place of bf16, relative
+inline constexpr double kBf16Eps = 0x1p-8;  // half a unit in the last place of bf16, relative
 
 }  // namespace strait::gpu_test

@@ -20,7 +20,7 @@ using gpu_test::Bf16;
 using gpu_test::Buffer;
 using kernel_test::RandomFloats;
 
-// One rounding to bf16, and a norm in fp32: nothing else may add to 2^-9 of each element.
+// One rounding to bf16, and a norm in fp32: nothing else may add to 2^-8 of each element.
 constexpr double kOneRounding = gpu_test::kBf16Eps * 1.01;
 
 // |got - expected| <= relative * |expected| + tiny, for each element.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// TestPipeline: real Stages over a CpuBackend, in one thread, hidden states handed on directly.
+// TestPipeline: real Stages over a backend, in one thread, hidden states handed on directly.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -21,10 +21,12 @@ class TestPipeline {
  public:
   // `ends`: the layer after each stage's last one, rising to num_hidden_layers.
   TestPipeline(const CpuBackendOptions& options, std::unique_ptr<WeightSource> source,
-               std::vector<LayerIndex> ends, uint32_t sequence_tokens = 2048) {
-    auto backend = CpuBackend::Create(options, std::move(source));
-    EXPECT_TRUE(backend.ok()) << backend.status();
-    backend_ = *std::move(backend);
+               const std::vector<LayerIndex>& ends, uint32_t sequence_tokens = 2048)
+      : TestPipeline(MakeCpu(options, std::move(source)), ends, sequence_tokens) {}
+
+  TestPipeline(std::unique_ptr<Backend> backend, const std::vector<LayerIndex>& ends,
+               uint32_t sequence_tokens = 2048)
+      : backend_(std::move(backend)) {
     LayerIndex begin = 0;
     for (const LayerIndex end : ends) {
       StageSpec spec;
@@ -71,10 +73,17 @@ class TestPipeline {
     return {out.report.results().begin(), out.report.results().end()};
   }
 
-  CpuBackend& backend() { return *backend_; }
+  Backend& backend() { return *backend_; }
 
  private:
-  std::unique_ptr<CpuBackend> backend_;
+  static std::unique_ptr<Backend> MakeCpu(const CpuBackendOptions& options,
+                                          std::unique_ptr<WeightSource> source) {
+    auto backend = CpuBackend::Create(options, std::move(source));
+    EXPECT_TRUE(backend.ok()) << backend.status();
+    return *std::move(backend);
+  }
+
+  std::unique_ptr<Backend> backend_;
   std::vector<std::unique_ptr<Stage>> stages_;
   uint64_t next_step_ = 1;
 };

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// cuda_gemm_bench: products of the model's shapes, weights rotated over more than twice the L2.
+//
+//   cuda_gemm_bench [--smoke]
+//
+// Prints shape, time, GB/s of weights and its share of the read rate measured in this run, TFLOP/s;
+// then the same as a JSON line each.
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/device.h"
+#include "kernels/cuda/gemm.h"
+#include "tests/bench/cuda/limits.h"
+
+namespace strait::bench {
+namespace {
+
+struct Shape {
+  const char* name;
+  int32_t rows, n, k;
+  bool fp8, gated;
+  int32_t experts;  // 0: dense; else rows choices spread over so many, each a tile of its own
+};
+
+constexpr Shape kShapes[] = {
+    {"v2-lite o_proj", 1, 2048, 2048, false, false, 0},
+    {"v2-lite q_proj", 1, 3072, 2048, false, false, 0},
+    {"v2-lite dense up", 1, 10944, 2048, false, true, 0},
+    {"v2-lite dense down", 1, 2048, 10944, false, false, 0},
+    {"v2-lite head", 1, 102400, 2048, false, false, 0},
+    {"v2-lite experts up", 6, 1408, 2048, false, true, 6},
+    {"v2-lite experts down", 6, 2048, 1408, false, false, 6},
+    {"v2-lite experts up, 64 tokens", 384, 1408, 2048, false, true, 64},
+    {"v2-lite experts down, 64 tokens", 384, 2048, 1408, false, false, 64},
+    {"v2-lite o_proj", 16, 2048, 2048, false, false, 0},
+    {"v2-lite o_proj", 64, 2048, 2048, false, false, 0},
+    {"v2-lite head", 64, 102400, 2048, false, false, 0},
+    {"v2-lite q_proj", 2048, 3072, 2048, false, false, 0},
+    {"v2-lite experts up, 2048 tokens", 12288, 1408, 2048, false, true, 64},
+    {"v3 q_b_proj", 1, 24576, 1536, true, false, 0},
+    {"v3 o_proj", 1, 7168, 16384, true, false, 0},
+    {"v3 q_a_proj", 1, 1536, 7168, true, false, 0},
+    {"v3 kv_a_proj", 1, 576, 7168, true, false, 0},
+    {"v3 experts up", 8, 2048, 7168, true, true, 8},
+    {"v3 experts down", 8, 7168, 2048, true, false, 8},
+    {"v3 o_proj", 64, 7168, 16384, true, false, 0},
+    {"v3 o_proj", 2048, 7168, 16384, true, false, 0},
+};
+
+void* Take(size_t bytes, int fill) {
+  void* data = nullptr;
+  Check(cudaMalloc(&data, bytes), "cudaMalloc");
+  Check(cudaMemset(data, fill, bytes), "cudaMemset");
+  return data;
+}
+
+// Bit patterns that are ordinary numbers in bf16 and e4m3, and not all equal.
+void FillRandom(void* device, size_t bytes) {
+  std::vector<uint8_t> host(std::min<size_t>(bytes, 1 << 20));
+  uint32_t state = 12345;
+  for (size_t i = 0; i < host.size(); ++i) {
+    state = state * 1664525u + 1013904223u;
+    host[i] = static_cast<uint8_t>(i % 2 == 0 ? state >> 24 : 0x3c | (state >> 24 & 0x81));
+  }
+  for (size_t at = 0; at < bytes; at += host.size()) {
+    Check(cudaMemcpy(static_cast<char*>(device) + at, host.data(),
+                     std::min(host.size(), bytes - at), cudaMemcpyHostToDevice),
+          "cudaMemcpy");
+  }
+}
+
+void Run(const Shape& s, double read_rate, size_t l2_bytes) {
+  const int64_t stride = cuda::AlignedStride(s.k);
+  const int64_t groups = s.experts > 0 ? s.experts : 1;
+  const size_t weight_bytes = static_cast<size_t>(groups * s.n * stride * (s.fp8 ? 1 : 2));
+  const size_t read_bytes = weight_bytes * (s.gated ? 2 : 1);
+  const auto copies = static_cast<int>(2 * l2_bytes / read_bytes + 2);
+  std::vector<void*> weights;
+  for (int i = 0; i < copies * (s.gated ? 2 : 1); ++i) {
+    weights.push_back(Take(weight_bytes, 0));
+    FillRandom(weights.back(), weight_bytes);
+  }
+  const int64_t num_scales = groups * ((s.n + 127) / 128) * ((s.k + 127) / 128);
+  auto* const scales = static_cast<float*>(Take(static_cast<size_t>(num_scales) * 4, 0));
+  auto* const x = static_cast<cuda::Bf16*>(Take(static_cast<size_t>(s.rows * stride) * 2, 0));
+  FillRandom(x, static_cast<size_t>(s.rows * stride) * 2);
+  void* const y = Take(static_cast<size_t>(s.rows) * static_cast<size_t>(s.n) * 4, 0);
+  std::vector<cuda::RowTile> tiles;
+  const int32_t tile_rows = s.experts > 0 ? cuda::ExpertTileRows(s.rows, s.experts, false) : 0;
+  for (int32_t e = 0; e < s.experts; ++e) {
+    const int32_t each = s.rows / s.experts;
+    for (int32_t i = 0; i < each; i += tile_rows) {
+      tiles.push_back({e, e * each + i, std::min(tile_rows, each - i)});
+    }
+  }
+  void* d_tiles = nullptr;
+  void* d_count = nullptr;
+  if (s.experts > 0) {
+    d_tiles = Take(tiles.size() * sizeof(cuda::RowTile), 0);
+    d_count = Take(4, 0);
+    const auto count = static_cast<int32_t>(tiles.size());
+    Check(cudaMemcpy(d_tiles, tiles.data(), tiles.size() * sizeof(cuda::RowTile),
+                     cudaMemcpyHostToDevice),
+          "tiles");
+    Check(cudaMemcpy(d_count, &count, 4, cudaMemcpyHostToDevice), "count");
+  }
+  const double us = MedianUs([&](int i) {
+    cuda::GemmParams p;
+    p.x = x;
+    p.x_stride = stride;
+    p.num_rows = s.rows;
+    const size_t at = static_cast<size_t>(i % copies) * (s.gated ? 2 : 1);
+    const auto matrix = [&](void* data) {
+      return cuda::Matrix{data, s.fp8 ? scales : nullptr, s.n, s.k, static_cast<int32_t>(stride)};
+    };
+    p.weight = matrix(weights[at]);
+    if (s.gated) p.up = matrix(weights[at + 1]);
+    p.weight_group_stride = s.n * stride;
+    p.scale_group_stride = num_scales / groups;
+    p.num_groups = static_cast<int32_t>(groups);
+    if (s.experts > 0) {
+      p.tiles = static_cast<const cuda::RowTile*>(d_tiles);
+      p.num_tiles = static_cast<const int32_t*>(d_count);
+      p.max_tiles = static_cast<int32_t>(tiles.size());
+      p.tile_rows = tile_rows;
+    }
+    p.y_bf16 = static_cast<cuda::Bf16*>(y);
+    p.y_stride = s.n;
+    Check(cuda::Gemm(p, nullptr), "Gemm");
+  });
+  const double rate = static_cast<double>(read_bytes) / us * 1e6;
+  const double flops = 2.0 * s.rows * s.n * s.k * (s.gated ? 2 : 1) / us * 1e6;
+  std::printf("%-34s %5d x %6d x %5d %s %8.1f us %7.0f GB/s %5.1f %% of reading %7.1f TFLOP/s\n",
+              s.name, s.rows, s.n, s.k, s.fp8 ? "fp8 " : "bf16", us, rate / 1e9,
+              100 * rate / read_rate, flops / 1e12);
+  std::printf(
+      "JSON {\"bench\":\"gemm\",\"name\":\"%s\",\"rows\":%d,\"n\":%d,\"k\":%d,\"fp8\":%s,"
+      "\"us\":%.2f,\"gb_s\":%.1f,\"read_share\":%.4f,\"tflops\":%.2f}\n",
+      s.name, s.rows, s.n, s.k, s.fp8 ? "true" : "false", us, rate / 1e9, rate / read_rate,
+      flops / 1e12);
+  for (void* data : weights) Check(cudaFree(data), "cudaFree");
+  for (void* data : {static_cast<void*>(scales), static_cast<void*>(x), y, d_tiles, d_count}) {
+    if (data != nullptr) Check(cudaFree(data), "cudaFree");
+  }
+}
+
+int Main(bool smoke) {
+  cuda::Device device;
+  if (const std::string problem = cuda::OpenDevice(0, &device); !problem.empty()) {
+    std::fprintf(stderr, "cuda_gemm_bench: %s\n", problem.c_str());
+    return 1;
+  }
+  const double read_rate = ReadRate();
+  std::printf("%s, reading %.0f GB/s\n", device.name.c_str(), read_rate / 1e9);
+  std::printf("JSON {\"bench\":\"limits\",\"device\":\"%s\",\"read_gb_s\":%.1f}\n",
+              device.name.c_str(), read_rate / 1e9);
+  if (smoke) {
+    Run({"smoke", 3, 40, 72, false, true, 0}, read_rate, 1024);
+    return 0;
+  }
+  for (const Shape& shape : kShapes) Run(shape, read_rate, static_cast<size_t>(device.l2_bytes));
+  return 0;
+}
+
+}  // namespace
+}  // namespace strait::bench
+
+int main(int argc, char** argv) {
+  return strait::bench::Main(argc > 1 && std::strcmp(argv[1], "--smoke") == 0);
+}

@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// cuda_stage_bench: steps of a stage on the GPU with random weights, through the Backend seam as a
+// worker runs them, host work and copies included.
+//
+//   cuda_stage_bench CONFIG_DIR BEGIN END CONTEXT BATCH… [--prefill TOKENS] [--memory BYTES]
+//
+// Decode: BATCH sequences at CONTEXT. The floor of a step is reading, once, the weights that it
+// touches (experts: as many as BATCH tokens choose on average) and the cache, at the read rate
+// measured in this run. The cache holds zeros, which costs what any rows cost.
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "proto/model_config.h"
+#include "proto/reservation.h"
+#include "tests/bench/cuda/limits.h"
+#include "worker/model/cuda/cuda_backend.h"
+
+namespace strait::bench {
+namespace {
+
+struct Options {
+  std::string config;
+  LayerRange layers;
+  uint32_t context = 1024;
+  std::vector<uint32_t> batches;
+  uint32_t prefill = 0;
+  uint64_t memory_bytes = uint64_t{70} << 30;
+};
+
+template <class T>
+T Must(absl::StatusOr<T> value) {
+  if (!value.ok()) {
+    std::fprintf(stderr, "cuda_stage_bench: %s\n", value.status().ToString().c_str());
+    std::exit(1);
+  }
+  return *std::move(value);
+}
+
+// Bytes of weights that a step of `batch` tokens reads.
+double TouchedBytes(const ModelConfig& c, LayerRange layers, double batch) {
+  double bytes = 0;
+  for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
+    const auto all = static_cast<double>(LayerWeightBytes(c, layer));
+    if (!c.IsMoeLayer(layer)) {
+      bytes += all;
+      continue;
+    }
+    const double element = c.quantization == Quantization::kFp8Block128 ? 1.0 + 4.0 / 128 / 128 : 2;
+    const double expert = 3.0 * c.hidden_size * c.moe_intermediate_size * element;
+    const double share = static_cast<double>(c.num_experts_per_tok) / c.n_routed_experts;
+    const double used = c.n_routed_experts * (1 - std::pow(1 - share, batch));
+    bytes += all - expert * (c.n_routed_experts - used);
+  }
+  if (layers.end == c.num_hidden_layers) bytes += static_cast<double>(HeadBytes(c));
+  return bytes;
+}
+
+// Sequences of `rows` new tokens each behind `context` cached ones, with blocks of their own.
+class Batch {
+ public:
+  Batch(uint32_t count, uint32_t context, uint32_t rows, LayerRange layers, bool last)
+      : tokens_(context + rows), tables_(count), views_(count) {
+    for (size_t i = 0; i < tokens_.size(); ++i) tokens_[i] = static_cast<TokenId>(7 + i * 31 % 500);
+    BlockId next = 0;
+    for (uint32_t s = 0; s < count; ++s) {
+      for (uint32_t layer = 0; layer < layers.size(); ++layer) {
+        std::vector<BlockId> table;
+        for (uint32_t i = 0; i < BlocksPerLayer(context + rows); ++i) table.push_back(next++);
+        tables_[s].push_back(std::move(table));
+      }
+      for (const auto& table : tables_[s]) views_[s].push_back(table);
+      BatchSequence sequence;
+      sequence.id = SequenceId{s + 1};
+      sequence.first_position = context;
+      sequence.num_tokens = rows;
+      sequence.tokens = tokens_;
+      sequence.page_tables = views_[s];
+      sequence.sampling = &sampling_;
+      sequences_.push_back(sequence);
+      LogitsRequest request;
+      request.sequence_index = s;
+      request.row = s * rows + rows - 1;
+      request.sample = true;
+      if (last) requests_.push_back(request);
+    }
+    sampling_.temperature = 0;
+    batch_.sequences = sequences_;
+    batch_.num_tokens = count * rows;
+    batch_.logits = requests_;
+  }
+  const StageBatch& get() const { return batch_; }
+
+ private:
+  SamplingParams sampling_;
+  std::vector<TokenId> tokens_;
+  std::vector<std::vector<std::vector<BlockId>>> tables_;
+  std::vector<std::vector<absl::Span<const BlockId>>> views_;
+  std::vector<BatchSequence> sequences_;
+  std::vector<LogitsRequest> requests_;
+  StageBatch batch_;
+};
+
+double StepUs(StageModel& model, const StageBatch& batch, const ModelConfig& c, int repeats) {
+  const StageSpec& spec = model.spec();
+  const size_t bytes = size_t{batch.num_tokens} * c.hidden_size * sizeof(float);
+  std::vector<std::byte> in(spec.layers.begin == 0 ? 0 : bytes);
+  for (size_t i = 0; i + 4 <= in.size(); i += 4) {
+    const float value =
+        static_cast<float>(static_cast<int>(i * 2654435761u >> 8 & 1023) - 512) / 512;
+    std::memcpy(&in[i], &value, 4);
+  }
+  std::vector<std::byte> out(spec.layers.end == c.num_hidden_layers ? 0 : bytes);
+  std::vector<double> times;
+  for (int i = 0; i < repeats + 2; ++i) {
+    std::vector<LogitsResult> results;
+    const auto begin = std::chrono::steady_clock::now();
+    const absl::Status status = model.Forward(batch, in, absl::MakeSpan(out), &results);
+    const std::chrono::duration<double, std::micro> us = std::chrono::steady_clock::now() - begin;
+    if (!status.ok()) {
+      std::fprintf(stderr, "cuda_stage_bench: %s\n", status.ToString().c_str());
+      std::exit(1);
+    }
+    if (i >= 2) times.push_back(us.count());
+  }
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+int Main(const Options& o) {
+  const ModelConfig config = Must(LoadModelConfig(o.config));
+  (void)Must(OpenCudaDevice(0));
+  const double read_rate = ReadRate();
+  const uint32_t threads = std::max(1u, std::thread::hardware_concurrency());
+  CudaBackendOptions options;
+  options.memory_bytes = o.memory_bytes;
+  auto backend = Must(CudaBackend::Create(options, MakeRandomWeights(config, 1, threads)));
+  uint32_t most = o.prefill > 0 ? BlocksPerLayer(o.prefill) : 1;
+  for (const uint32_t batch : o.batches) {
+    most = std::max(most, batch * BlocksPerLayer(o.context + 1));
+  }
+  StageSpec spec;
+  spec.layers = o.layers;
+  spec.pool_blocks = most * o.layers.size();
+  const auto begin = std::chrono::steady_clock::now();
+  auto model = Must(backend->Load(spec, {}));
+  const std::chrono::duration<double> load = std::chrono::steady_clock::now() - begin;
+  const bool last = o.layers.end == config.num_hidden_layers;
+  std::printf("%s layers %u to %u, loaded in %.1f s, reading %.0f GB/s\n", o.config.c_str(),
+              o.layers.begin, o.layers.end, load.count(), read_rate / 1e9);
+  const double row_bytes = RowBytes(RowFormat::kBf16, config.kv_lora_rank, config.qk_rope_head_dim);
+  for (const uint32_t count : o.batches) {
+    const Batch batch(count, o.context, 1, o.layers, last);
+    const double us = StepUs(*model, batch.get(), config, 20);
+    const double bytes = TouchedBytes(config, o.layers, count) +
+                         row_bytes * count * (o.context + 1) * o.layers.size();
+    const double floor_us = bytes / read_rate * 1e6;
+    std::printf("decode batch %4u at %6u: %9.1f us, floor %8.1f us, %5.1f %%, %8.0f tokens/s\n",
+                count, o.context, us, floor_us, 100 * floor_us / us, count / us * 1e6);
+    std::printf(
+        "JSON {\"bench\":\"decode\",\"config\":\"%s\",\"layers\":%u,\"batch\":%u,\"context\":%u,"
+        "\"us\":%.1f,\"floor_us\":%.1f,\"share\":%.4f}\n",
+        o.config.c_str(), o.layers.size(), count, o.context, us, floor_us, floor_us / us);
+  }
+  if (o.prefill > 0) {
+    const Batch batch(1, 0, o.prefill, o.layers, last);
+    const double us = StepUs(*model, batch.get(), config, 3);
+    std::printf("prefill %u tokens: %.1f us, %.0f tokens/s\n", o.prefill, us, o.prefill / us * 1e6);
+    std::printf(
+        "JSON {\"bench\":\"prefill\",\"config\":\"%s\",\"layers\":%u,\"tokens\":%u,\"us\":%.1f}\n",
+        o.config.c_str(), o.layers.size(), o.prefill, us);
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace strait::bench
+
+int main(int argc, char** argv) {
+  using strait::bench::Options;
+  Options options;
+  if (argc < 6) {
+    std::fprintf(stderr,
+                 "usage: cuda_stage_bench CONFIG_DIR BEGIN END CONTEXT BATCH… [--prefill TOKENS] "
+                 "[--memory BYTES]\n");
+    return 2;
+  }
+  const auto number = [&](int i) {
+    return static_cast<uint32_t>(std::strtoul(argv[i], nullptr, 10));
+  };
+  options.config = argv[1];
+  options.layers = {number(2), number(3)};
+  options.context = number(4);
+  for (int i = 5; i < argc; ++i) {
+    if (std::strcmp(argv[i], "--prefill") == 0 && i + 1 < argc) {
+      options.prefill = number(++i);
+    } else if (std::strcmp(argv[i], "--memory") == 0 && i + 1 < argc) {
+      options.memory_bytes = std::strtoull(argv[++i], nullptr, 10);
+    } else {
+      options.batches.push_back(number(i));
+    }
+  }
+  return strait::bench::Main(options);
+}

@@ -1,0 +1,115 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""What rounding to bf16 does to the golden log-probabilities: where the bounds of the GPU tests come from.
+
+    python tests/golden/bf16_error.py [SHAPE…]
+
+Runs the float64 oracle of generate.py with activations, queries, cache rows and attention weights rounded to bf16
+where the CUDA backend rounds them (the residual and all sums stay wide), and compares with golden.json. Prints per
+shape: mean, median, 90 and 99 in 100, worst |difference|, and the share of tokens off by more than 0.1; then the
+same with each token's experts chosen by the unrounded model: what is left when no routing changes.
+"""
+import json
+import pathlib
+import sys
+
+import numpy as np
+
+from generate import SHAPES, Oracle, from_bf16, make_weights, to_bf16
+
+ROOT = pathlib.Path(__file__).resolve().parent
+
+
+def rounded(x):
+    return from_bf16(to_bf16(np.asarray(x, np.float32))).astype(np.float64)
+
+
+class RoundedOracle(Oracle):
+    """`guide`: an Oracle that has run the same tokens and whose experts are taken; or None."""
+
+    guide = None
+
+    def linear(self, name, x):
+        weight = self.w[name + ".weight"]
+        return rounded(x) @ (rounded(weight) if name.endswith("kv_b_proj") else weight).T
+
+    def decide(self, scores, k):
+        if self.guide is None:
+            return super().decide(scores, k)
+        return self.guide.pop(0)
+
+    def moe(self, layer, x):
+        name = f"model.layers.{layer}.mlp"
+        experts, weights = self.route(layer, x)
+        out = self.mlp(name + ".shared_experts", x)
+        for expert in range(self.c["n_routed_experts"]):
+            rows, slots = np.nonzero(experts == expert)
+            if len(rows):
+                out[rows] += weights[rows, slots][:, None] * rounded(self.mlp(f"{name}.experts.{expert}", x[rows]))
+        return out
+
+    def attention(self, layer, x, positions):
+        c, name = self.c, f"model.layers.{layer}.self_attn"
+        heads, nope, rope = c["num_attention_heads"], c["qk_nope_head_dim"], c["qk_rope_head_dim"]
+        if c["q_lora_rank"] is None:
+            q = self.linear(name + ".q_proj", x)
+        else:
+            q = self.norm(name + ".q_a_layernorm", self.linear(name + ".q_a_proj", x), 1e-6)
+            q = self.linear(name + ".q_b_proj", q)
+        q = rounded(q.reshape(len(x), heads, nope + rope))
+        q_rope = rounded(self.rotate(q[..., nope:], positions))
+        kv = self.linear(name + ".kv_a_proj_with_mqa", x)
+        latent = rounded(self.norm(name + ".kv_a_layernorm", kv[:, :c["kv_lora_rank"]], 1e-6))
+        rope_key = rounded(self.rotate(kv[:, c["kv_lora_rank"]:], positions))
+        up = rounded(self.w[name + ".kv_b_proj.weight"]).reshape(heads, -1, c["kv_lora_rank"])
+        q_latent = rounded(np.einsum("qhd,hdr->qhr", q[..., :nope], up[:, :nope]))
+        scores = (np.einsum("qhr,kr->hqk", q_latent, latent) +
+                  np.einsum("qhd,kd->hqk", q_rope, rope_key)) * self.softmax_scale
+        scores[:, np.arange(len(latent))[None, :] > positions[:, None]] = -np.inf
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        out = np.einsum("hqk,kr->qhr", rounded(weights), latent) / weights.sum(-1).T[..., None]
+        out = np.einsum("qhr,hvr->qhv", rounded(out), up[:, nope:]).reshape(len(x), -1)
+        return self.linear(name + ".o_proj", out)
+
+
+class Recording(Oracle):
+    def reset(self):
+        super().reset()
+        self.decisions = []
+
+    def decide(self, scores, k):
+        self.decisions.append(super().decide(scores, k))
+        return self.decisions[-1]
+
+
+def show(shape, what, errors):
+    errors = np.sort(np.array(errors))
+    at = lambda q: errors[int(q * (len(errors) - 1))]
+    print(f"{shape:8} {what:15} mean {errors.mean():.4f} median {at(.5):.4f} 90% {at(.9):.4f} 99% {at(.99):.4f} "
+          f"worst {errors[-1]:.3f} over 0.1: {(errors > 0.1).mean():.4f}", flush=True)
+
+
+def main():
+    for shape in sys.argv[1:] or SHAPES:
+        golden = json.loads((ROOT / shape / "golden.json").read_text())
+        config = SHAPES[shape][0]
+        _, values = make_weights(config, golden["seed"])
+        exact, free = Recording(config, values), RoundedOracle(config, values)
+        errors = {"as it is": [], "same experts": []}
+        for prompt in golden["prompts"]:
+            tokens = prompt["tokens"] + prompt["greedy"]["tokens"]
+            expected = np.array(prompt["logprobs"][1:] + prompt["greedy"]["logprobs"])
+            for oracle in (exact, free):
+                oracle.reset()
+            exact.run(tokens)
+            for what, guide in (("as it is", None), ("same experts", list(exact.decisions))):
+                free.reset()
+                free.guide = guide
+                got = free.run(tokens)[np.arange(len(tokens) - 1), tokens[1:]]
+                errors[what].extend(np.abs(got - expected))
+        for what, list_of in errors.items():
+            show(shape, what, list_of)
+
+
+if __name__ == "__main__":
+    main()

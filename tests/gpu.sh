@@ -1,0 +1,136 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# Everything that needs an NVIDIA GPU: builds the cuda preset if it can, runs the GPU unit tests, the exactness suite
+# with CUDA workers, and the benchmarks, whose data it writes as JSON.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+STRAIT_ROOT="$PWD"
+. deploy/setup.sh
+strait_tests=ON
+
+usage() {
+  cat <<'USAGE'
+usage: tests/gpu.sh [options]
+  --out FOLDER       results: logs, gpu.json (default: build/gpu)
+  --pack FOLDER      only builds, and puts the programs with the libraries they need there: for a GPU machine that
+                     cannot build. There: tests/gpu.sh --programs FOLDER
+  --programs FOLDER  builds nothing, uses the programs of --pack
+  --only PART        one of unit, exactness, bench, sanitizer; may be repeated (default: all but sanitizer)
+  --jobs N           exactness tests at once, where pytest-xdist is there (default: 4)
+USAGE
+}
+
+out=build/gpu pack= programs= parts= jobs=4
+need_value() { [ $# -ge 2 ] || { echo "tests/gpu.sh: $1 needs a value" >&2; exit 2; }; }
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --out) need_value "$@"; out="$2"; shift ;;
+    --pack) need_value "$@"; pack="$2"; shift ;;
+    --programs) need_value "$@"; programs="$2"; shift ;;
+    --only) need_value "$@"; parts="$parts $2"; shift ;;
+    --jobs) need_value "$@"; jobs="$2"; shift ;;
+    -h|--help) usage; exit 0 ;;
+    *) echo "tests/gpu.sh: unknown option $1" >&2; usage >&2; exit 2 ;;
+  esac
+  shift
+done
+parts="${parts:-unit exactness bench}"
+wanted() { case " $parts " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
+failed=
+fail() { failed="$failed $1"; strait_say "FAILED: $1${2:+ ($2)}"; }
+
+# ---- Programs ----
+if [ -z "$programs" ]; then
+  nvcc="$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)"
+  [ -n "$nvcc" ] || strait_fail "no nvcc: install the CUDA Toolkit, 12.4 or newer, or give --programs"
+  CUDACXX="$nvcc" strait_build cuda || exit 1
+  programs=build/cuda
+fi
+if [ -n "$pack" ]; then
+  mkdir -p "$pack/bin" "$pack/tests" "$pack/lib"
+  cp build/cuda/bin/strait* "$pack/bin/"
+  cp build/cuda/tests/cuda_* "$pack/tests/"
+  strip "$pack"/bin/* "$pack"/tests/*
+  # All but what every system has.
+  ldd build/cuda/bin/* build/cuda/tests/cuda_* | awk '$3 ~ /^\// { print $3 }' | sort -u |
+    grep -vE '/lib(c|m|stdc\+\+|gcc_s)\.so' | while read -r library; do cp -L "$library" "$pack/lib/"; done
+  strait_say "Packed: $(du -sh "$pack" | cut -f1) in $pack"
+  exit 0
+fi
+programs="$(realpath "$programs")"
+mkdir -p "$out" && out="$(realpath "$out")"
+[ -d "$programs/lib" ] && export LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}"
+export STRAIT_SOURCE_DIR="$STRAIT_ROOT"
+"$programs/tests/cuda_device_test" >"$out/device.log" 2>&1 || fail device
+gpu="$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null | head -n 1)"
+[ -n "$gpu" ] || strait_fail "no NVIDIA GPU here (nvidia-smi finds none)"
+strait_say "GPU: $gpu"
+
+# ---- Unit tests: each kernel against its reference, the golden checkpoints in one process ----
+if wanted unit; then
+  strait_say "=== unit tests"
+  for test in "$programs"/tests/cuda_*_test; do
+    name="$(basename "$test")"
+    ( "$test" --gtest_output="json:$out/$name.json" >"$out/$name.log" 2>&1; echo $? >"$out/$name.rc" ) &
+  done
+  wait
+  for test in "$programs"/tests/cuda_*_test; do
+    name="$(basename "$test")"
+    if [ "$(cat "$out/$name.rc")" != 0 ]; then
+      fail "$name" "$out/$name.log"
+      grep -E "Failure|FAILED|check failed" "$out/$name.log" | head -n 5
+    elif grep -q SKIPPED "$out/$name.log"; then
+      fail "$name" "it skipped, see $out/$name.log"
+    fi
+    grep -hE "log-probabilities;" "$out/$name.log"
+  done
+fi
+
+if wanted sanitizer; then
+  strait_say "=== compute-sanitizer"
+  command -v compute-sanitizer >/dev/null || strait_fail "no compute-sanitizer: it is part of the CUDA Toolkit"
+  for tool in memcheck racecheck; do
+    for name in cuda_latent_test cuda_moe_test cuda_gemm_test cuda_sample_test; do
+      filter=; [ $name = cuda_gemm_test ] && filter='--gtest_filter=*AMatrixAHead:*ExpertsByAList'
+      compute-sanitizer --tool $tool --error-exitcode 9 "$programs/tests/$name" $filter \
+        >"$out/$tool-$name.log" 2>&1 || fail "$tool $name" "$out/$tool-$name.log"
+    done
+  done
+fi
+
+# ---- The exactness suite: real clusters whose workers compute on the GPU ----
+if wanted exactness; then
+  strait_say "=== exactness suite, CUDA workers"
+  python=tests/.venv/bin/python
+  "$python" -c 'import pytest, httpx' 2>/dev/null || python=python3
+  if "$python" -c 'import pytest, httpx' 2>"$out/python.log"; then
+    parallel=; "$python" -c 'import xdist' 2>/dev/null && parallel="-n $jobs"
+    STRAIT_TEST_BACKEND=cuda STRAIT_BIN="$programs/bin" "$python" -B -m pytest -p no:cacheprovider $parallel -q -rP \
+      --tb=short tests/e2e/test_exactness.py </dev/null >"$out/exactness.log" 2>&1 || fail exactness "$out/exactness.log"
+    grep -hE "mean|differ$|^[0-9]+ (passed|failed)|passed|failed" "$out/exactness.log" | tail -n 60
+  else
+    fail exactness "NOT RUN: $python has no pytest or no httpx; run ./tests/run.sh once, or: pip install pytest httpx"
+  fi
+fi
+
+# ---- Benchmarks ----
+if wanted bench; then
+  strait_say "=== benchmarks"
+  models=tests/bench/models
+  {
+    "$programs/tests/cuda_gemm_bench" &&
+      "$programs/tests/cuda_stage_bench" $models/v2-lite 0 27 1024 1 16 64 256 --prefill 8192 &&
+      "$programs/tests/cuda_stage_bench" $models/v3 3 8 4096 1 16 64
+  } >"$out/bench.log" 2>&1 || fail bench "$out/bench.log"
+  grep -v '^JSON' "$out/bench.log"
+  {
+    printf '{"gpu": "%s", "results": [\n' "$gpu"
+    sed -n 's/^JSON //p' "$out/bench.log" | sed '$!s/$/,/'
+    printf ']}\n'
+  } >"$out/gpu.json"
+  strait_say "Data: $out/gpu.json"
+fi
+
+[ -z "$failed" ] || strait_say "FAILED:$failed"
+[ -z "$failed" ] && strait_say "All of it passed:$parts"
+[ -z "$failed" ]
