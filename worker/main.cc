@@ -22,6 +22,7 @@
 #include "proto/status_macros.h"
 #include "proto/version.h"
 #include "worker/checkpoint/weights.h"
+#include "worker/gpu_backend.h"
 #include "worker/model/cpu_backend.h"
 #include "worker/service.h"
 
@@ -35,10 +36,13 @@ struct Flags {
   std::string advertise;
   std::string name;
   std::string simd;
-  std::string cache_format = "fp32";
+  std::string backend = "cpu";
+  std::string cache_format;  // empty: fp32 on the CPU, bf16 on a GPU
   std::string log_level = "info";
   std::optional<uint64_t> random_weights;
   uint64_t memory_bytes = 0;
+  double gpu_memory_share = 0.85;
+  uint32_t gpu = 0;
   uint32_t threads = 0;
   bool log_json = false;
   bool insecure = false;
@@ -109,20 +113,38 @@ absl::Status CheckAddresses(const Flags& flags) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::unique_ptr<CpuBackend>> MakeBackend(const Flags& flags, uint32_t threads,
-                                                        uint64_t memory_bytes) {
+absl::StatusOr<std::unique_ptr<WeightSource>> OpenWeights(const Flags& flags, uint32_t threads) {
+  if (!flags.random_weights) return OpenCheckpointWeights(flags.model);
+  STRAIT_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(flags.model));
+  return MakeRandomWeights(config, *flags.random_weights, threads);
+}
+
+// `memory_bytes` becomes what weights and cache may take.
+absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_t threads,
+                                                     uint64_t* memory_bytes) {
+  if (flags.backend == "cuda") {
+    if (flags.cache_format == "fp32") {
+      return absl::InvalidArgumentError("--backend cuda has a bf16 cache: use --cache-format bf16");
+    }
+    GpuBackendOptions options;
+    options.device = static_cast<int>(flags.gpu);
+    options.memory_bytes = flags.memory_bytes;
+    options.memory_share = flags.gpu_memory_share;
+    STRAIT_ASSIGN_OR_RETURN(GpuBackend made,
+                            MakeGpuBackend(options, [&] { return OpenWeights(flags, threads); }));
+    *memory_bytes = made.memory_bytes;
+    return std::move(made.backend);
+  }
   CpuBackendOptions options;
   options.num_threads = threads;
-  options.memory_bytes = memory_bytes;
+  *memory_bytes =
+      flags.memory_bytes > 0
+          ? flags.memory_bytes
+          : static_cast<uint64_t>(static_cast<double>(AvailableMemory()) * kDefaultMemoryShare);
+  options.memory_bytes = *memory_bytes;
   STRAIT_ASSIGN_OR_RETURN(options.simd, ParseSimd(flags.simd));
   options.row_format = flags.cache_format == "bf16" ? RowFormat::kBf16 : RowFormat::kFp32;
-  std::unique_ptr<WeightSource> weights;
-  if (flags.random_weights) {
-    STRAIT_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(flags.model));
-    weights = MakeRandomWeights(config, *flags.random_weights, threads);
-  } else {
-    STRAIT_ASSIGN_OR_RETURN(weights, OpenCheckpointWeights(flags.model));
-  }
+  STRAIT_ASSIGN_OR_RETURN(auto weights, OpenWeights(flags, threads));
   return CpuBackend::Create(options, std::move(weights));
 }
 
@@ -130,11 +152,10 @@ absl::Status Run(const Flags& flags) {
   StopSignals signals;
   STRAIT_RETURN_IF_ERROR(CheckAddresses(flags));
   const uint32_t threads = flags.threads > 0 ? flags.threads : AvailableCores();
-  const uint64_t memory_bytes =
-      flags.memory_bytes > 0
-          ? flags.memory_bytes
-          : static_cast<uint64_t>(static_cast<double>(AvailableMemory()) * kDefaultMemoryShare);
-  STRAIT_ASSIGN_OR_RETURN(auto backend, MakeBackend(flags, threads, memory_bytes));
+  // What cannot run here says so before anything is read.
+  uint64_t memory_bytes = 0;
+  STRAIT_ASSIGN_OR_RETURN(auto backend, MakeBackend(flags, threads, &memory_bytes));
+  STRAIT_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(flags.model));
 
   WorkerOptions options;
   options.coordinator_address = flags.coordinator;
@@ -143,12 +164,14 @@ absl::Status Run(const Flags& flags) {
   options.name = flags.name;
   options.memory_bytes = memory_bytes;
   options.num_threads = threads;
-  options.model_fingerprint = ModelFingerprint(backend->config());
+  options.backend_name = flags.backend;
+  options.model_fingerprint = ModelFingerprint(config);
   STRAIT_ASSIGN_OR_RETURN(auto worker, WorkerProcess::Create(options, backend.get()));
   Log(LogLevel::kInfo, "worker started",
       {{"model", flags.model},
        {"data_address", worker->data_address()},
        {"memory_bytes", memory_bytes},
+       {"backend", flags.backend},
        {"threads", threads},
        {"numerics", backend->numerics_id()},
        {"coordinator", flags.coordinator}});
@@ -188,15 +211,23 @@ int main(int argc, char** argv) {
   AddFlag(
       app, "--advertise", flags.advertise,
       "host:port under which other workers reach --listen; default: the address it is bound to");
+  AddFlag(app, "--backend", flags.backend, "Where to compute: cpu, or cuda on an NVIDIA GPU")
+      ->check(CLI::IsMember({"cpu", "cuda"}));
+  AddFlag(app, "--gpu", flags.gpu, "Which GPU, of those that CUDA_VISIBLE_DEVICES leaves");
+  AddFlag(app, "--gpu-memory-share", flags.gpu_memory_share,
+          "Without --memory: part of the GPU's memory for weights and cache")
+      ->check(CLI::Range(0.0, 1.0));
   AddFlag(app, "--memory", flags.memory_bytes,
-          "Bytes for weights and cache, e.g. 8GiB; default: 80 % of the available memory")
+          "Bytes for weights and cache, e.g. 8GiB; default: 80 % of the available memory, on a GPU "
+          "see --gpu-memory-share")
       ->transform(CLI::AsSizeValue(false));
   AddFlag(app, "--threads", flags.threads, "Threads that compute; 0: one for each available core");
   AddFlag(app, "--simd", flags.simd,
           "portable, avx2 or avx512; default: the widest that there is. All give the same bits");
   AddFlag(app, "--random-weights", flags.random_weights,
           "Fill weights from this seed instead of reading them");
-  AddFlag(app, "--cache-format", flags.cache_format, "Row format of the latent cache")
+  AddFlag(app, "--cache-format", flags.cache_format,
+          "Row format of the latent cache; default: fp32, on a GPU bf16")
       ->check(CLI::IsMember({"fp32", "bf16"}));
   AddFlag(app, "--name", flags.name, "Name for people, in status and logs; default: worker");
   AddSwitch(app, "--insecure", flags.insecure,

@@ -29,7 +29,8 @@ constexpr int kStatusTimeoutMs = 2'000;
 constexpr int kStopGraceMs = 5'000;
 constexpr int kFirstBackoffMs = 250;  // doubles with every rapid death
 constexpr size_t kTailLines = 15;
-constexpr double kMemoryShare = 0.8;  // of what is available, for all workers together
+constexpr double kMemoryShare = 0.8;      // of what is available, for all workers together
+constexpr double kGpuMemoryShare = 0.85;  // the rest is for workspaces and CUDA itself
 
 uint64_t AvailableMemoryBytes() {
   std::ifstream file("/proc/meminfo");
@@ -72,9 +73,9 @@ absl::StatusOr<std::string> ChooseAddress(const std::string& given, uint16_t def
 absl::StatusOr<std::unique_ptr<LocalCluster>> LocalCluster::Start(LocalClusterOptions options,
                                                                   Terminal* terminal,
                                                                   Signals* signals) {
-  if (options.backend != "cpu") {
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--backend ", options.backend, ": this version runs on CPUs only; use --backend cpu"));
+  if (options.backend != "cpu" && options.backend != "cuda") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--backend ", options.backend, " is unknown: use cpu or cuda"));
   }
   if (options.num_pipelines == 0)
     return absl::InvalidArgumentError("--pipelines must be at least 1");
@@ -151,7 +152,12 @@ absl::Status LocalCluster::Launch() {
     threads = std::max(1u, std::thread::hardware_concurrency() / options_.num_workers);
   }
   std::string memory = options_.worker_memory;
-  if (memory.empty()) {
+  const bool on_gpu = options_.backend == "cuda";
+  const auto& given = options_.coordinator_args;
+  if (on_gpu && std::find(given.begin(), given.end(), "--cache-format") == given.end()) {
+    append(coordinator_.spec.argv, {"--cache-format", "bf16"});
+  }
+  if (memory.empty() && !on_gpu) {
     const uint64_t share = static_cast<uint64_t>(static_cast<double>(AvailableMemoryBytes()) *
                                                  kMemoryShare / options_.num_workers);
     if (share > 0) memory = std::to_string(share);
@@ -170,6 +176,11 @@ absl::Status LocalCluster::Launch() {
                         "--threads",
                         std::to_string(threads)};
     if (!memory.empty()) append(worker.spec.argv, {"--memory", memory});
+    if (on_gpu) {
+      // All on one GPU: each gets its part of it.
+      append(worker.spec.argv, {"--backend", "cuda", "--gpu-memory-share",
+                                absl::StrCat(kGpuMemoryShare / options_.num_workers)});
+    }
     if (!options_.random_weights.empty()) {
       append(worker.spec.argv, {"--random-weights", options_.random_weights});
     }

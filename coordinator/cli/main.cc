@@ -32,7 +32,7 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
       ->check(CLI::Range(1u, 1024u))
       ->capture_default_str()
       ->group(group);
-  verb.add_option("--backend", options->backend, "Where workers compute: cpu")
+  verb.add_option("--backend", options->backend, "Where workers compute: cpu, or cuda (one GPU for all)")
       ->envname("STRAIT_BACKEND")
       ->capture_default_str()
       ->group(group);

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "kernels/cpu/kernels.h"
-#include "proto/check.h"
+#include "worker/model/kernel_names.h"
 
 namespace strait {
 namespace {
@@ -33,36 +33,6 @@ void Activate(cpu::Context& context, float* gate, const float* up, int64_t width
   cpu::SiluMul(context, p);
 }
 
-RouterMethod MethodOf(TopkMethod method) {
-  switch (method) {
-    case TopkMethod::kGreedy:
-      return RouterMethod::kGreedy;
-    case TopkMethod::kGroupLimitedGreedy:
-      return RouterMethod::kGroupLimitedGreedy;
-    case TopkMethod::kNoauxTc:
-      return RouterMethod::kNoauxTc;
-  }
-  STRAIT_CHECK(false, "a method that no config has");
-  return RouterMethod::kGreedy;
-}
-
-RopeConfig RopeOf(const ModelConfig& config) {
-  const RopeParameters& from = config.rope_parameters;
-  RopeConfig rope;
-  rope.qk_rope_head_dim = static_cast<int32_t>(config.qk_rope_head_dim);
-  rope.rope_theta = from.rope_theta;
-  rope.yarn = from.rope_type == RopeType::kYarn;
-  rope.factor = from.factor;
-  rope.original_max_position_embeddings = from.original_max_position_embeddings;
-  rope.beta_fast = from.beta_fast;
-  rope.beta_slow = from.beta_slow;
-  rope.mscale = from.mscale;
-  rope.mscale_all_dim = from.mscale_all_dim;
-  rope.attention_factor = from.attention_factor;
-  rope.truncate = from.truncate;
-  return rope;
-}
-
 }  // namespace
 
 CpuLayers::CpuLayers(cpu::Context& context, const ModelConfig& config, const CacheLayout& layout,
@@ -72,7 +42,7 @@ CpuLayers::CpuLayers(cpu::Context& context, const ModelConfig& config, const Cac
       layout_(layout),
       blocks_(blocks),
       ws_(workspace),
-      rope_(RopeOf(config)),
+      rope_(RopeConfigOf(config)),
       inv_freq_(config.qk_rope_head_dim / 2),
       rope_scaling_(RopeAttentionScaling(rope_)),
       softmax_scale_(AttentionSoftmaxScale(static_cast<int32_t>(config.qk_head_dim()), rope_)) {
@@ -268,7 +238,7 @@ void CpuLayers::Moe(const MoeWeights& weights, uint32_t num_rows, float* hidden)
   router.correction_bias = weights.e_score_correction_bias.data;
   router.scoring = config_.scoring_func == ScoringFunc::kSigmoid ? RouterScoring::kSigmoid
                                                                  : RouterScoring::kSoftmax;
-  router.method = MethodOf(config_.topk_method);
+  router.method = RouterMethodOf(config_.topk_method);
   router.n_routed_experts = static_cast<int32_t>(num_experts);
   router.num_experts_per_tok = picks;
   router.n_group = static_cast<int32_t>(config_.n_group);

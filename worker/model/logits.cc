@@ -6,21 +6,10 @@
 
 #include "kernels/cpu/kernels.h"
 #include "proto/check.h"
+#include "worker/model/token_counts.h"
 
 namespace strait {
 namespace {
-
-std::vector<TokenCount> CountTokens(absl::Span<const TokenId> tokens) {
-  std::vector<TokenId> sorted(tokens.begin(), tokens.end());
-  std::sort(sorted.begin(), sorted.end());
-  std::vector<TokenCount> counts;
-  for (const TokenId token : sorted) {
-    const auto id = static_cast<int32_t>(token);
-    if (counts.empty() || counts.back().token_id != id) counts.push_back({id, 0});
-    ++counts.back().count;
-  }
-  return counts;
-}
 
 TokenId SampleToken(cpu::Context& context, const float* logits, uint32_t vocab_size,
                     const BatchSequence& sequence, uint32_t position) {

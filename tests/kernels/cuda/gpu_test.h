@@ -32,7 +32,9 @@ class GpuTest : public testing::Test {
     if (!DeviceProblem().empty()) GTEST_SKIP() << "SKIPPED, no GPU test ran: " << DeviceProblem();
   }
   void TearDown() override {
-    if (DeviceProblem().empty()) EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    if (DeviceProblem().empty()) {
+      EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+    }
   }
 };
 
@@ -41,7 +43,9 @@ template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t count) : count_(count) {
-    EXPECT_EQ(cudaMalloc(&data_, bytes() + 1), cudaSuccess);
+    void* data = nullptr;
+    EXPECT_EQ(cudaMalloc(&data, bytes() + 1), cudaSuccess);
+    data_ = static_cast<T*>(data);
     Poison();
   }
   explicit Buffer(const std::vector<T>& from) : Buffer(static_cast<int64_t>(from.size())) {

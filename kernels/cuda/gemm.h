@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// GemmParams: the linear layers, one launch for a dense matrix, for one matrix a head, or for the
+// experts that tokens chose:
+//   y[m, n] (+)= sum over k of x[row(m), k] * weight[n, k], or, with `up`,
+//   y[m, n]    = silu(x[row(m), :] . weight[n, :]) * (x[row(m), :] . up[n, :]).
+//
+// Thread:  any; asynchronous.
+// Stream:  the parameter.
+// Shapes:  below; products of bf16 are summed in fp32. Any of M, N, K may be odd.
+// Errors:  none but CUDA's own launch errors, returned.
+// Why:     two kernels. "Few rows" reads each weight once for up to 64 rows with 16-byte loads
+//          straight into tensor-core fragments, warps splitting K: bound by memory. "Tiles" is the
+//          classical tiled product through shared memory. In the first, the order of a sum is a
+//          property of K alone; fixed_order uses it for any number of rows, so that a row's bits
+//          do not depend on the others. fp8 weights keep their codes up to the tensor core (e4m3
+//          fits in bf16) and sums are scaled every 128 k, so nothing is rounded twice.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/matrix.h"
+
+namespace strait::cuda {
+
+// Rows [begin, begin + count) of x (or of x_rows) and y that go through group `group`.
+struct RowTile {
+  int32_t group;
+  int32_t begin;
+  int32_t count;
+};
+
+struct GemmParams {
+  const Bf16* x = nullptr;          // [*, K], rows x_stride apart, 16-byte aligned
+  int64_t x_stride = 0;             // elements, multiple of 8
+  int64_t x_group_stride = 0;       // elements, multiple of 8
+  const int32_t* x_rows = nullptr;  // [M] row of x that makes row m of y; may be null
+  int32_t num_rows = 0;             // M, in every group; ignored with tiles
+  Matrix weight;                    // [N, K], of group 0
+  Matrix up;                        // [N, K] or empty
+  int32_t num_groups = 1;
+  int64_t weight_group_stride = 0;  // elements between the weights of groups; `up` has the same
+  int64_t scale_group_stride = 0;
+
+  // The rows of each group as a list on the device; null: every group has all num_rows.
+  const RowTile* tiles = nullptr;      // [*num_tiles], each of at most tile_rows rows
+  const int32_t* num_tiles = nullptr;  // on the device
+  int32_t max_tiles = 0;               // what *num_tiles never exceeds
+  int32_t tile_rows = 0;               // ExpertTileRows(), or another of 8, 16, 32, 64, 128
+
+  Bf16* y_bf16 = nullptr;  // exactly one of the two; with `up` the first
+  float* y_fp32 = nullptr;
+  int64_t y_stride = 0;
+  int64_t y_group_stride = 0;
+  bool accumulate = false;   // y_fp32 += instead of =
+  bool fixed_order = false;  // above: Why
+};
+
+cudaError_t Gemm(const GemmParams& params, cudaStream_t stream);
+
+// Rows of a tile for a list of experts' rows: few rows an expert, small tiles.
+int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fixed_order);
+
+}  // namespace strait::cuda

@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Products of a weight with few rows: y[m, n] = sum over k of x[m, k] * w[n, k], m up to 64.
+//
+// A block makes 16 outputs of up to 8 * kTokenTiles rows. Its eight warps take the 128-wide pieces
+// of K in turn, and their sums are added in order at the end. Weights are the tensor core's A
+// operand and go from memory to registers: a lane loads 16 contiguous bytes of two rows of W and of
+// one row of x; that they are other k than the fragment's layout names does not matter, as both
+// operands are permuted alike.
+//
+// Intensity: 2 M flops a weight; 1 byte (fp8) or 2 (bf16) a weight. Limit: reading memory; at M = 64
+// x comes from L2 four times as much as W from memory. Measured shares: tests/bench/cuda.
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/gemm_internal.h"
+
+namespace strait::cuda {
+namespace {
+
+constexpr int kWarps = 8;
+constexpr int kRows = 16;    // of W, a block
+constexpr int kPiece = 128;  // of K, a warp at a time; one fp8 scale
+
+struct Vec {
+  uint32_t v[4];  // 16 bytes
+};
+
+__device__ __forceinline__ Vec LoadWeight(const void* from) {
+  const uint4 value = __ldcs(static_cast<const uint4*>(from));  // read once
+  return {{value.x, value.y, value.z, value.w}};
+}
+
+__device__ __forceinline__ Vec LoadX(const Bf16* from) {
+  const uint4 value = __ldg(reinterpret_cast<const uint4*>(from));
+  return {{value.x, value.y, value.z, value.w}};
+}
+
+// Keeps the first `count` of 8 bf16.
+__device__ __forceinline__ void KeepBf16(Vec& vec, int count) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (count <= 2 * i) vec.v[i] = 0;
+    if (count == 2 * i + 1) vec.v[i] &= 0xffffu;
+  }
+}
+
+// Keeps the first `count` of 16 codes.
+__device__ __forceinline__ void KeepCodes(Vec& vec, int count) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int bytes = count - 4 * i;
+    if (bytes <= 0) vec.v[i] = 0;
+    if (bytes > 0 && bytes < 4) vec.v[i] &= (1u << (8 * bytes)) - 1;
+  }
+}
+
+constexpr Vec kZero = {{0, 0, 0, 0}};
+
+// One 128-wide piece of K for a warp: sums += W[16 rows, piece] * x[rows, piece]^T.
+template <bool kFp8, int kTokenTiles, bool kTail>
+__device__ __forceinline__ void Piece(const char* w0, const char* w1,
+                                      const Bf16* const (&x)[kTokenTiles], int k0, int k_end,
+                                      float (&sums)[kTokenTiles][4]) {
+  const int j = threadIdx.x % 4;
+  constexpr int kLane = kFp8 ? 16 : 8;  // elements of W a lane loads at once
+  constexpr int kChunk = 4 * kLane;
+  Vec weights[kPiece / kChunk][2];
+#pragma unroll
+  for (int c = 0; c < kPiece / kChunk; ++c) {
+    const int k = k0 + c * kChunk + j * kLane;
+    const int64_t offset = int64_t{k} * (kFp8 ? 1 : 2);
+    if (!kTail || k < k_end) {
+      weights[c][0] = LoadWeight(w0 + offset);
+      weights[c][1] = LoadWeight(w1 + offset);
+    } else {
+      weights[c][0] = weights[c][1] = kZero;
+    }
+    if (kTail && k < k_end && k + kLane > k_end) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (kFp8) {
+          KeepCodes(weights[c][r], k_end - k);
+        } else {
+          KeepBf16(weights[c][r], k_end - k);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int c = 0; c < kPiece / kChunk; ++c) {
+#pragma unroll
+    for (int half = 0; half < kLane / 8; ++half) {  // 8 k at a time: 16 bytes of x
+      const int k = k0 + c * kChunk + j * kLane + half * 8;
+      uint32_t a[2][4];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (kFp8) {
+          WidenE4m3(weights[c][r].v[half * 2], a[r][0], a[r][1]);
+          WidenE4m3(weights[c][r].v[half * 2 + 1], a[r][2], a[r][3]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) a[r][i] = weights[c][r].v[i];
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+        Vec b = kZero;
+        if (x[t] != nullptr && (!kTail || k < k_end)) {
+          b = LoadX(x[t] + k);
+          if (kTail && k + 8 > k_end) KeepBf16(b, k_end - k);
+        }
+        MmaBf16(sums[t], a[0][0], a[1][0], a[0][1], a[1][1], b.v[0], b.v[1]);
+        MmaBf16(sums[t], a[0][2], a[1][2], a[0][3], a[1][3], b.v[2], b.v[3]);
+      }
+    }
+  }
+}
+
+template <bool kFp8, int kTokenTiles>
+__device__ __forceinline__ void Product(const Matrix& w, int64_t weight_offset,
+                                        int64_t scale_offset, int n0,
+                                        const Bf16* const (&x)[kTokenTiles],
+                                        float (&sums)[kTokenTiles][4]) {
+  const int row = threadIdx.x % 32 / 4;
+  const int64_t element = kFp8 ? 1 : 2;
+  const char* base = static_cast<const char*>(w.data) + weight_offset * element;
+  // Rows beyond the last one are read as the last one, and never written.
+  const char* w0 = base + int64_t{min(n0 + row, w.rows - 1)} * w.stride * element;
+  const char* w1 = base + int64_t{min(n0 + row + 8, w.rows - 1)} * w.stride * element;
+  const float* scales = nullptr;
+  if (kFp8) {
+    const int scale_cols = (w.cols + kScaleBlock - 1) / kScaleBlock;
+    scales = w.scales + scale_offset + int64_t{n0 / kScaleBlock} * scale_cols;
+  }
+  for (int k0 = threadIdx.x / 32 * kPiece; k0 < w.cols; k0 += kWarps * kPiece) {
+    if (kFp8) {
+      const float scale = scales[k0 / kScaleBlock];
+      float partial[kTokenTiles][4] = {};
+      if (k0 + kPiece <= w.cols) {
+        Piece<kFp8, kTokenTiles, false>(w0, w1, x, k0, w.cols, partial);
+      } else {
+        Piece<kFp8, kTokenTiles, true>(w0, w1, x, k0, w.cols, partial);
+      }
+#pragma unroll
+      for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[t][i] = fmaf(partial[t][i], scale, sums[t][i]);
+      }
+    } else if (k0 + kPiece <= w.cols) {
+      Piece<kFp8, kTokenTiles, false>(w0, w1, x, k0, w.cols, sums);
+    } else {
+      Piece<kFp8, kTokenTiles, true>(w0, w1, x, k0, w.cols, sums);
+    }
+  }
+}
+
+// Adds the warps' sums in order; leaves them in shared[0].
+template <int kTokenTiles>
+__device__ __forceinline__ void AddWarps(const float (&sums)[kTokenTiles][4],
+                                         float (*shared)[8 * kTokenTiles][kRows + 1]) {
+  const int warp = threadIdx.x / 32;
+  const int row = threadIdx.x % 32 / 4;
+  const int token = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int t = 0; t < kTokenTiles; ++t) {
+    shared[warp][t * 8 + token][row] = sums[t][0];
+    shared[warp][t * 8 + token + 1][row] = sums[t][1];
+    shared[warp][t * 8 + token][row + 8] = sums[t][2];
+    shared[warp][t * 8 + token + 1][row + 8] = sums[t][3];
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < 8 * kTokenTiles * kRows; i += kWarps * 32) {
+    const int t = i / kRows;
+    const int n = i % kRows;
+    float sum = shared[0][t][n];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) sum += shared[w][t][n];
+    shared[0][t][n] = sum;  // the same thread reads it again
+  }
+}
+
+template <bool kFp8, bool kGated, int kTokenTiles>
+__global__ void __launch_bounds__(kWarps * 32) FewRows(const GemmParams p) {
+  extern __shared__ float memory[];
+  constexpr int kTileRows = 8 * kTokenTiles;
+  auto* shared = reinterpret_cast<float(*)[kTileRows][kRows + 1]>(memory);
+  const GemmItem item = ItemOf(p, kTileRows, blockIdx.y);
+  if (item.count == 0) return;
+  const int n0 = blockIdx.x * kRows;
+  const int token = threadIdx.x % 32 / 4;
+  const Bf16* x[kTokenTiles];
+#pragma unroll
+  for (int t = 0; t < kTokenTiles; ++t) {
+    const int m = t * 8 + token;
+    x[t] = nullptr;
+    if (m < item.count) {
+      const int64_t row = p.x_rows ? p.x_rows[item.begin + m] : item.begin + m;
+      x[t] = p.x + item.group * p.x_group_stride + row * p.x_stride;
+    }
+  }
+  const int64_t weight_offset = item.group * p.weight_group_stride;
+  const int64_t scale_offset = item.group * p.scale_group_stride;
+  float sums[kTokenTiles][4] = {};
+  Product<kFp8, kTokenTiles>(p.weight, weight_offset, scale_offset, n0, x, sums);
+  AddWarps<kTokenTiles>(sums, shared);
+  if (kGated) {
+    float up[kTokenTiles][4] = {};
+    Product<kFp8, kTokenTiles>(p.up, weight_offset, scale_offset, n0, x, up);
+    AddWarps<kTokenTiles>(up, shared + kWarps);
+  }
+  for (int i = threadIdx.x; i < kTileRows * kRows; i += kWarps * 32) {
+    const int m = i / kRows;
+    const int n = i % kRows;
+    if (m >= item.count || n0 + n >= p.weight.rows) continue;
+    float value = shared[0][m][n];
+    if (kGated) value = Silu(value) * shared[kWarps][m][n];
+    const int64_t at =
+        item.group * p.y_group_stride + int64_t{item.begin + m} * p.y_stride + n0 + n;
+    if (p.y_bf16 != nullptr) {
+      p.y_bf16[at] = __float2bfloat16(value);
+    } else {
+      p.y_fp32[at] = p.accumulate ? p.y_fp32[at] + value : value;
+    }
+  }
+}
+
+template <bool kFp8, bool kGated, int kTokenTiles>
+cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
+  constexpr int kBytes = (kGated ? 2 : 1) * kWarps * 8 * kTokenTiles * (kRows + 1) * 4;
+  const dim3 grid((p.weight.rows + kRows - 1) / kRows,
+                  static_cast<unsigned>(NumItems(p, 8 * kTokenTiles)));
+  const auto kernel = FewRows<kFp8, kGated, kTokenTiles>;
+  if (kBytes > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+    if (error != cudaSuccess) return error;
+  }
+  kernel<<<grid, kWarps * 32, kBytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <bool kFp8, bool kGated>
+cudaError_t Choose(const GemmParams& p, int32_t tile_rows, cudaStream_t stream) {
+  switch (tile_rows) {
+    case 8:
+      return Launch<kFp8, kGated, 1>(p, stream);
+    case 16:
+      return Launch<kFp8, kGated, 2>(p, stream);
+    case 32:
+      return Launch<kFp8, kGated, 4>(p, stream);
+    case 64:
+      return Launch<kFp8, kGated, 8>(p, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+cudaError_t GemmFewRows(const GemmParams& p, int32_t tile_rows, cudaStream_t stream) {
+  const bool gated = !p.up.empty();
+  if (p.weight.scales != nullptr) {
+    return gated ? Choose<true, true>(p, tile_rows, stream)
+                 : Choose<true, false>(p, tile_rows, stream);
+  }
+  return gated ? Choose<false, true>(p, tile_rows, stream)
+               : Choose<false, false>(p, tile_rows, stream);
+}
+
+}  // namespace strait::cuda

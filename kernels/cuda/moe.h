@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Mixture of experts around the experts' products: which experts a token goes to, the lists that a
+// grouped product needs, the weighted sum of what the experts answer. Semantics: kernels/moe.h.
+//
+// Stream:  the parameter; asynchronous.
+// Shapes:  below.
+// Errors:  CUDA's launch errors; cudaErrorInvalidValue beyond kMaxRouterExperts.
+// Limits:  kMaxRouterExperts.
+// Why:     nothing goes back to the host: grids are sized by what a step can need at most, blocks
+//          beyond the lists' ends return at once. Lists are in a fixed order (ascending expert, then
+//          token), made without atomics that decide an order.
+//
+// Intensity: the router works on n_routed_experts numbers a token: bound by the launch. The sum
+// reads num_experts_per_tok rows a token: bound by memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/gemm.h"
+#include "kernels/moe.h"
+
+namespace strait::cuda {
+
+inline constexpr int32_t kMaxRouterExperts = 4096;
+
+// Pointers of `params` are on the device.
+cudaError_t Router(const RouterParams& params, cudaStream_t stream);
+
+struct ExpertListsParams {
+  const int32_t* expert_ids = nullptr;  // [num_tokens, num_experts_per_tok]
+  int32_t num_tokens = 0;
+  int32_t num_experts_per_tok = 0;
+  int32_t n_routed_experts = 0;
+  int32_t tile_rows = 0;         // of the products to come
+  int32_t* token_of = nullptr;   // [num_tokens * num_experts_per_tok] token of a grouped row, out
+  int32_t* row_of = nullptr;     // [num_tokens, num_experts_per_tok] grouped row of a choice, out
+  RowTile* tiles = nullptr;      // [MaxExpertTiles()] out
+  int32_t* num_tiles = nullptr;  // out
+};
+
+// What *num_tiles never exceeds.
+constexpr int64_t MaxExpertTiles(int64_t num_choices, int64_t num_experts, int64_t tile_rows) {
+  const int64_t used = num_choices < num_experts ? num_choices : num_experts;
+  return used + num_choices / tile_rows;
+}
+
+cudaError_t ExpertLists(const ExpertListsParams& params, cudaStream_t stream);
+
+// y[t] += sum over j, in order, of weights[t, j] * expert_rows[row_of[t, j]].
+struct ExpertSumParams {
+  const Bf16* expert_rows = nullptr;  // [*, dim] bf16, rows expert_stride apart
+  int64_t expert_stride = 0;
+  const int32_t* row_of = nullptr;        // [num_tokens, num_experts_per_tok]
+  const float* expert_weights = nullptr;  // [num_tokens, num_experts_per_tok]
+  float* y = nullptr;                     // [num_tokens, dim] fp32, dense
+  int64_t num_tokens = 0;
+  int32_t num_experts_per_tok = 0;
+  int32_t dim = 0;
+};
+
+cudaError_t ExpertSum(const ExpertSumParams& params, cudaStream_t stream);
+
+}  // namespace strait::cuda

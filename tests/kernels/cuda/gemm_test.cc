@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Defends: products of the CUDA backend are the reference's for every form (dense, gated, a matrix
+// a head, experts by a list), both weight formats, both kernels, and sizes that nothing divides;
+// padding is never used, every output is written, and with a fixed order a row's bits do not depend
+// on the other rows.
+#include "kernels/cuda/gemm.h"
+
+#include "kernels/reference/kernels.h"
+#include "tests/kernels/cuda/device_matrix.h"
+
+namespace strait {
+namespace {
+
+using gpu_test::Bf16;
+using gpu_test::Buffer;
+using gpu_test::DeviceMatrices;
+using gpu_test::PaddedRows;
+using gpu_test::RelativeError;
+using gpu_test::RoundedToBf16;
+using kernel_test::RandomFloats;
+
+// Products of bf16 are exact in fp32; sums of up to 8,192 of them in fp32 by the tensor core, whose
+// additions cut instead of rounding: 2^-22 a step, far below sqrt(8192) steps of it.
+constexpr double kFp32Bound = 3e-5;
+// Rounding to bf16 alone is 2^-9 / sqrt(3) = 1.1e-3 of the norm; gated products round once, too.
+constexpr double kBf16Bound = 1.6e-3;
+
+class CudaGemmTest : public gpu_test::GpuTest {
+ protected:
+  CudaGemmTest() : rng_(kernel_test::Seed()) {}
+
+  static std::vector<float> Expected(const std::vector<float>& x, int64_t rows,
+                                     const WeightMatrix& weight) {
+    std::vector<float> y(static_cast<size_t>(rows * weight.rows));
+    GemmParams p;
+    p.x = x.data();
+    p.x_stride = weight.cols;
+    p.num_rows = rows;
+    p.weight = weight;
+    p.y = y.data();
+    p.y_stride = weight.rows;
+    reference::Gemm(p);
+    return y;
+  }
+
+  static std::vector<float> Gated(const std::vector<float>& gate, const std::vector<float>& up) {
+    std::vector<float> y(gate.size());
+    SiluMulParams p;
+    p.gate = gate.data();
+    p.up = up.data();
+    p.y = y.data();
+    p.num_rows = 1;
+    p.gate_stride = p.up_stride = p.y_stride = p.dim = static_cast<int64_t>(gate.size());
+    reference::SiluMul(p);
+    return y;
+  }
+
+  kernel_test::Rng rng_;
+};
+
+struct Shape {
+  int64_t rows, n, k;
+};
+
+TEST_F(CudaGemmTest, Dense) {
+  STRAIT_TRACE_SEED();
+  for (const WeightType type : {WeightType::kBf16, WeightType::kFp8E4m3}) {
+    for (const auto& [rows, n, k] : {Shape{1, 16, 128},
+                                     {1, 2048, 7168},
+                                     {3, 37, 72},
+                                     {8, 100, 100},
+                                     {9, 576, 2048},
+                                     {17, 130, 40},
+                                     {33, 257, 1000},
+                                     {64, 640, 96},
+                                     {65, 129, 208},
+                                     {130, 300, 72},
+                                     {257, 520, 1416}}) {
+      for (const bool fixed : {false, true}) {
+        SCOPED_TRACE(testing::Message() << rows << " x " << n << " x " << k << " type "
+                                        << static_cast<int>(type) << " fixed " << fixed);
+        const DeviceMatrices w(rng_, type, n, k);
+        const std::vector<float> x = RoundedToBf16(RandomFloats(rng_, rows * k));
+        const int64_t x_stride = cuda::AlignedStride(k) + 8;
+        const Buffer<Bf16> dx(PaddedRows(x, k, x_stride));
+        const Buffer<float> y(rows * n);
+        cuda::GemmParams p;
+        p.x = dx.data();
+        p.x_stride = x_stride;
+        p.num_rows = static_cast<int32_t>(rows);
+        p.weight = w.matrix();
+        p.y_fp32 = y.data();
+        p.y_stride = n;
+        p.fixed_order = fixed;
+        ASSERT_EQ(cuda::Gemm(p, nullptr), cudaSuccess);
+        const std::vector<float> expected = Expected(x, rows, w.stored());
+        EXPECT_LT(RelativeError(y.Get(), expected), kFp32Bound);
+
+        p.accumulate = true;
+        ASSERT_EQ(cuda::Gemm(p, nullptr), cudaSuccess);
+        std::vector<float> twice = expected;
+        for (float& value : twice) value *= 2;
+        EXPECT_LT(RelativeError(y.Get(), twice), kFp32Bound);
+
+        const Buffer<Bf16> y_bf16(rows * n);
+        p.accumulate = false;
+        p.y_fp32 = nullptr;
+        p.y_bf16 = y_bf16.data();
+        ASSERT_EQ(cuda::Gemm(p, nullptr), cudaSuccess);
+        EXPECT_LT(RelativeError(gpu_test::ToFloat(y_bf16.Get()), expected), kBf16Bound);
+      }
+    }
+  }
+}
+
+TEST_F(CudaGemmTest, GatedInPlaceOfThreeKernels) {
+  STRAIT_TRACE_SEED();
+  for (const WeightType type : {WeightType::kBf16, WeightType::kFp8E4m3}) {
+    for (const auto& [rows, n, k] : {Shape{1, 1408, 2048},
+                                     {5, 36, 72},
+                                     {16, 100, 160},
+                                     {64, 48, 160},
+                                     {100, 140, 200},
+                                     {300, 208, 96}}) {
+      SCOPED_TRACE(testing::Message()
+                   << rows << " x " << n << " x " << k << " type " << static_cast<int>(type));
+      const DeviceMatrices gate(rng_, type, n, k);
+      const DeviceMatrices up(rng_, type, n, k);
+      const std::vector<float> x = RoundedToBf16(RandomFloats(rng_, rows * k));
+      const Buffer<Bf16> dx(PaddedRows(x, k, cuda::AlignedStride(k)));
+      const int64_t y_stride = cuda::AlignedStride(n);
+      const Buffer<Bf16> y(rows * y_stride);
+      cuda::GemmParams p;
+      p.x = dx.data();
+      p.x_stride = cuda::AlignedStride(k);
+      p.num_rows = static_cast<int32_t>(rows);
+      p.weight = gate.matrix();
+      p.up = up.matrix();
+      p.y_bf16 = y.data();
+      p.y_stride = y_stride;
+      ASSERT_EQ(cuda::Gemm(p, nullptr), cudaSuccess);
+      const std::vector<float> got = gpu_test::ToFloat(y.Get());
+      std::vector<float> dense;
+      for (int64_t r = 0; r < rows; ++r) {
+        dense.insert(dense.end(), got.begin() + r * y_stride, got.begin() + r * y_stride + n);
+        for (int64_t i = n; i < y_stride; ++i) {
+          ASSERT_TRUE(std::isnan(got[static_cast<size_t>(r * y_stride + i)])) << "padding written";
+        }
+      }
+      const std::vector<float> expected =
+          Gated(Expected(x, rows, gate.stored()), Expected(x, rows, up.stored()));
+      EXPECT_LT(RelativeError(dense, expected), kBf16Bound);
+    }
+  }
+}
+
+// The absorbed query and the value up-projection: head h has its matrix, its columns of x and of y.
+TEST_F(CudaGemmTest, AMatrixAHead) {
+  STRAIT_TRACE_SEED();
+  for (const int64_t rows : {1, 7, 70, 150}) {
+    const int heads = 6;
+    const int64_t k = 20;
+    const int64_t n = 48;
+    const int64_t x_head = 48;  // nope 20, rope 24, padded
+    const DeviceMatrices w(rng_, WeightType::kBf16, n, k, heads);
+    const std::vector<float> x = RoundedToBf16(RandomFloats(rng_, rows * heads * x_head));
+    const Buffer<Bf16> dx(gpu_test::ToBf16(x));
+    const Buffer<Bf16> y(rows * heads * n);
+    cuda::GemmParams p;
+    p.x = dx.data();
+    p.x_stride = heads * x_head;
+    p.x_group_stride = x_head;
+    p.num_rows = static_cast<int32_t>(rows);
+    p.num_groups = heads;
+    p.weight = w.matrix();
+    p.weight_group_stride = w.group_stride();
+    p.y_bf16 = y.data();
+    p.y_stride = heads * n;
+    p.y_group_stride = n;
+    ASSERT_EQ(cuda::Gemm(p, nullptr), cudaSuccess);
+    const std::vector<float> got = gpu_test::ToFloat(y.Get());
+    for (int h = 0; h < heads; ++h) {
+      std::vector<float> own_x;
+      std::vector<float> own_y;
+      for (int64_t r = 0; r < rows; ++r) {
+        const auto x_at = x.begin() + (r * heads + h) * x_head;
+        own_x.insert(own_x.end(), x_at, x_at + k);
+        const auto y_at = got.begin() + (r * heads + h) * n;
+        own_y.insert(own_y.end(), y_at, y_at + n);
+      }
+      EXPECT_LT(RelativeError(own_y, Expected(own_x, rows, w.stored(h))), kBf16Bound) << h;
+    }
+  }
+}
+
+TEST_F(CudaGemmTest, ExpertsByAList) {
+  STRAIT_TRACE_SEED();
+  const int experts = 12;
+  const int64_t k = 136;
+  const int64_t n = 140;
+  const int64_t tokens = 200;
+  for (const WeightType type : {WeightType::kBf16, WeightType::kFp8E4m3}) {
+    for (const int tile : {8, 16, 32, 64, 128}) {
+      SCOPED_TRACE(testing::Message() << "tile " << tile << " type " << static_cast<int>(type));
+      const DeviceMatrices gate(rng_, type, n, k, experts);
+      const DeviceMatrices up(rng_, type, n, k, experts);
+      const std::vector<float> x = RoundedToBf16(RandomFloats(rng_, tokens * k));
+      const Buffer<Bf16> dx(PaddedRows(x, k, 144));
+      // Ragged: none, few, more than a tile of rows.
+      std::vector<int32_t> token_of;
+      std::vector<int32_t> expert_of;
+      std::vector<cuda::RowTile> tiles;
+      for (int e = 0; e < experts; ++e) {
+        const int count = e % 3 == 0 ? 0 : e % 3 == 1 ? 3 : 150;
+        const int begin = static_cast<int>(token_of.size());
+        for (int i = 0; i < count; ++i) {
+          token_of.push_back(static_cast<int32_t>(rng_() % tokens));
+          expert_of.push_back(e);
+        }
+        for (int i = 0; i < count; i += tile) {
+          tiles.push_back({e, begin + i, std::min(tile, count - i)});
+        }
+      }
+      const auto rows = static_cast<int64_t>(token_of.size());
+      const int num_tiles = static_cast<int>(tiles.size());
+      for (int wild = 0; wild < 3; ++wild) tiles.push_back({1 << 30, -1 << 30, 1 << 30});
+      const Buffer<cuda::RowTile> d_tiles(tiles);
+      const Buffer<int32_t> d_count(std::vector<int32_t>{num_tiles});
+      const Buffer<int32_t> d_tokens(token_of);
+      const Buffer<Bf16> y(rows * n);
+      cuda::GemmParams p;
+      p.x = dx.data();
+      p.x_stride = 144;
+      p.x_rows = d_tokens.data();
+      p.weight = gate.matrix();
+      p.up = up.matrix();
+      p.num_groups = experts;
+      p.weight_group_stride = gate.group_stride();
+      p.scale_group_stride = gate.scale_group_stride();
+      p.tiles = d_tiles.data();
+      p.num_tiles = d_count.data();
+      p.max_tiles = static_cast<int32_t>(tiles.size());
+      p.tile_rows = tile;
+      p.y_bf16 = y.data();
+      p.y_stride = n;
+      ASSERT_EQ(cuda::Gemm(p, nullptr), cudaSuccess);
+      const std::vector<float> got = gpu_test::ToFloat(y.Get());
+      for (int e = 0; e < experts; ++e) {
+        std::vector<float> own_x;
+        std::vector<float> own_y;
+        for (int64_t r = 0; r < rows; ++r) {
+          if (expert_of[static_cast<size_t>(r)] != e) continue;
+          const auto at = x.begin() + token_of[static_cast<size_t>(r)] * k;
+          own_x.insert(own_x.end(), at, at + k);
+          own_y.insert(own_y.end(), got.begin() + r * n, got.begin() + (r + 1) * n);
+        }
+        const auto count = static_cast<int64_t>(own_x.size()) / k;
+        if (count == 0) continue;
+        EXPECT_LT(RelativeError(own_y, Gated(Expected(own_x, count, gate.stored(e)),
+                                             Expected(own_x, count, up.stored(e)))),
+                  kBf16Bound)
+            << "expert " << e;
+      }
+    }
+  }
+}
+
+TEST_F(CudaGemmTest, FixedOrderGivesARowTheSameBitsInEveryBatch) {
+  STRAIT_TRACE_SEED();
+  for (const WeightType type : {WeightType::kBf16, WeightType::kFp8E4m3}) {
+    const int64_t n = 130;
+    const int64_t k = 1000;
+    const int64_t most = 257;
+    const DeviceMatrices w(rng_, type, n, k);
+    const std::vector<float> x = RoundedToBf16(RandomFloats(rng_, most * k));
+    const Buffer<Bf16> dx(PaddedRows(x, k, 1008));
+    std::vector<float> all;
+    for (const int64_t rows : {int64_t{257}, int64_t{1}, int64_t{8}, int64_t{31}, int64_t{64}}) {
+      const Buffer<float> y(rows * n);
+      cuda::GemmParams p;
+      p.x = dx.data() + (most - rows) * 1008;
+      p.x_stride = 1008;
+      p.num_rows = static_cast<int32_t>(rows);
+      p.weight = w.matrix();
+      p.y_fp32 = y.data();
+      p.y_stride = n;
+      p.fixed_order = true;
+      ASSERT_EQ(cuda::Gemm(p, nullptr), cudaSuccess);
+      if (all.empty()) all = y.Get();
+      EXPECT_TRUE(kernel_test::SameBits(y.Get(), {all.end() - rows * n, all.end()}))
+          << rows << " rows";
+    }
+  }
+}
+
+}  // namespace
+}  // namespace strait

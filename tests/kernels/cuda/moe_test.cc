@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Defends: every routing method chooses the reference's experts with its weights, ties included;
+// the lists that grouped products read hold each choice once, in order; sums are the reference's;
+// logits that are NaN choose some valid experts.
+#include "kernels/cuda/moe.h"
+
+#include <algorithm>
+#include <set>
+
+#include "kernels/reference/kernels.h"
+#include "tests/kernels/cuda/gpu_test.h"
+
+namespace strait {
+namespace {
+
+using gpu_test::Bf16;
+using gpu_test::Buffer;
+using kernel_test::RandomFloats;
+
+class CudaMoeTest : public gpu_test::GpuTest {
+ protected:
+  CudaMoeTest() : rng_(kernel_test::Seed()) {}
+  kernel_test::Rng rng_;
+};
+
+struct Case {
+  RouterMethod method;
+  RouterScoring scoring;
+  int32_t experts, picks, groups, topk_group;
+  bool normalize;
+};
+
+const Case kCases[] = {
+    {RouterMethod::kGreedy, RouterScoring::kSoftmax, 64, 6, 1, 1, false},
+    {RouterMethod::kGreedy, RouterScoring::kSoftmax, 3, 3, 1, 1, false},
+    {RouterMethod::kGroupLimitedGreedy, RouterScoring::kSoftmax, 160, 6, 8, 3, false},
+    {RouterMethod::kGroupLimitedGreedy, RouterScoring::kSoftmax, 12, 4, 3, 2, false},
+    {RouterMethod::kNoauxTc, RouterScoring::kSigmoid, 256, 8, 8, 4, true},
+    {RouterMethod::kNoauxTc, RouterScoring::kSigmoid, 12, 3, 3, 2, false},
+    {RouterMethod::kNoauxTc, RouterScoring::kSigmoid, 12, 5, 12, 5, true},
+};
+
+TEST_F(CudaMoeTest, RouterChoosesAndWeighs) {
+  STRAIT_TRACE_SEED();
+  for (const Case& c : kCases) {
+    SCOPED_TRACE(testing::Message()
+                 << "method " << static_cast<int>(c.method) << ", " << c.experts << " experts");
+    const int64_t tokens = 65;
+    std::vector<float> logits = RandomFloats(rng_, tokens * c.experts, 2.0f);
+    // Ties in the first tokens: only few values.
+    for (int64_t i = 0; i < 8 * c.experts; ++i) {
+      logits[static_cast<size_t>(i)] = std::round(logits[static_cast<size_t>(i)] / 2);
+    }
+    const std::vector<float> bias = RandomFloats(rng_, c.experts, 0.1f);
+    const bool biased = c.method == RouterMethod::kNoauxTc;
+    RouterParams p;
+    p.logits = logits.data();
+    p.correction_bias = biased ? bias.data() : nullptr;
+    p.scoring = c.scoring;
+    p.method = c.method;
+    p.n_routed_experts = c.experts;
+    p.num_experts_per_tok = c.picks;
+    p.n_group = c.groups;
+    p.topk_group = c.topk_group;
+    p.norm_topk_prob = c.normalize;
+    p.routed_scaling_factor = 2.5f;
+    p.num_tokens = tokens;
+    std::vector<int32_t> ids(static_cast<size_t>(tokens * c.picks));
+    std::vector<float> weights(ids.size());
+    p.expert_ids = ids.data();
+    p.expert_weights = weights.data();
+    reference::Router(p);
+
+    const Buffer<float> d_logits(logits);
+    const Buffer<float> d_bias(bias);
+    const Buffer<int32_t> d_ids(tokens * c.picks);
+    const Buffer<float> d_weights(tokens * c.picks);
+    RouterParams d = p;
+    d.logits = d_logits.data();
+    d.correction_bias = biased ? d_bias.data() : nullptr;
+    d.expert_ids = d_ids.data();
+    d.expert_weights = d_weights.data();
+    ASSERT_EQ(cuda::Router(d, nullptr), cudaSuccess);
+    // Random scores closer than an fp32 rounding are not to be expected among these few.
+    EXPECT_EQ(d_ids.Get(), ids);
+    EXPECT_TRUE(kernel_test::Within(d_weights.Get(), weights, 2.5 * 1e-6));
+  }
+}
+
+TEST_F(CudaMoeTest, NanLogitsChooseValidExperts) {
+  const int32_t experts = 12;
+  const int32_t picks = 4;
+  for (const auto method : {RouterMethod::kGreedy, RouterMethod::kNoauxTc}) {
+    const Buffer<float> logits(2 * experts);  // NaN
+    const Buffer<int32_t> ids(2 * picks);
+    const Buffer<float> weights(2 * picks);
+    RouterParams p;
+    p.logits = logits.data();
+    p.method = method;
+    p.scoring = method == RouterMethod::kGreedy ? RouterScoring::kSoftmax : RouterScoring::kSigmoid;
+    p.n_routed_experts = experts;
+    p.num_experts_per_tok = picks;
+    p.n_group = 3;
+    p.topk_group = 2;
+    p.expert_ids = ids.data();
+    p.expert_weights = weights.data();
+    p.num_tokens = 2;
+    ASSERT_EQ(cuda::Router(p, nullptr), cudaSuccess);
+    const std::vector<int32_t> got = ids.Get();
+    for (int t = 0; t < 2; ++t) {
+      const std::set<int32_t> one(got.begin() + t * picks, got.begin() + (t + 1) * picks);
+      EXPECT_EQ(one.size(), static_cast<size_t>(picks));
+      EXPECT_GE(*one.begin(), 0);
+      EXPECT_LT(*one.rbegin(), experts);
+    }
+  }
+}
+
+TEST_F(CudaMoeTest, ListsHoldEveryChoiceOnceInOrder) {
+  STRAIT_TRACE_SEED();
+  struct Size {
+    int32_t tokens, picks, experts, tile;
+  };
+  for (const auto& [tokens, picks, experts, tile] : {Size{1, 6, 64, 8},
+                                                     {3, 4, 12, 8},
+                                                     {700, 3, 12, 64},
+                                                     {257, 8, 256, 16},
+                                                     {2048, 6, 64, 128}}) {
+    std::vector<int32_t> ids;
+    for (int t = 0; t < tokens; ++t) {
+      std::set<int32_t> own;
+      // A favourite expert, so that lists are ragged.
+      if (t % 2 == 0) own.insert(experts / 2);
+      while (static_cast<int32_t>(own.size()) < picks) {
+        own.insert(static_cast<int32_t>(rng_() % static_cast<uint64_t>(experts)));
+      }
+      ids.insert(ids.end(), own.begin(), own.end());
+    }
+    const int64_t choices = int64_t{tokens} * picks;
+    std::vector<int32_t> begin(static_cast<size_t>(experts + 1));
+    std::vector<int32_t> token_of(static_cast<size_t>(choices));
+    std::vector<int32_t> row_of(static_cast<size_t>(choices));
+    ExpertGroupParams g;
+    g.expert_ids = ids.data();
+    g.num_tokens = tokens;
+    g.num_experts_per_tok = picks;
+    g.n_routed_experts = experts;
+    g.group_begin = begin.data();
+    g.token_of = token_of.data();
+    g.row_of = row_of.data();
+    GroupByExpert(g);
+
+    const Buffer<int32_t> d_ids(ids);
+    const Buffer<int32_t> d_token_of(choices);
+    const Buffer<int32_t> d_row_of(choices);
+    const int64_t max_tiles = cuda::MaxExpertTiles(choices, experts, tile);
+    const Buffer<cuda::RowTile> d_tiles(max_tiles);
+    const Buffer<int32_t> d_num_tiles(1);
+    cuda::ExpertListsParams p;
+    p.expert_ids = d_ids.data();
+    p.num_tokens = tokens;
+    p.num_experts_per_tok = picks;
+    p.n_routed_experts = experts;
+    p.tile_rows = tile;
+    p.token_of = d_token_of.data();
+    p.row_of = d_row_of.data();
+    p.tiles = d_tiles.data();
+    p.num_tiles = d_num_tiles.data();
+    ASSERT_EQ(cuda::ExpertLists(p, nullptr), cudaSuccess);
+    EXPECT_EQ(d_token_of.Get(), token_of);
+    EXPECT_EQ(d_row_of.Get(), row_of);
+    const int32_t num_tiles = d_num_tiles.Get()[0];
+    ASSERT_LE(num_tiles, max_tiles);
+    const std::vector<cuda::RowTile> tiles = d_tiles.Get();
+    size_t at = 0;
+    for (int32_t e = 0; e < experts; ++e) {
+      for (int32_t row = begin[static_cast<size_t>(e)]; row < begin[static_cast<size_t>(e) + 1];
+           row += tile) {
+        ASSERT_LT(at, static_cast<size_t>(num_tiles));
+        EXPECT_EQ(tiles[at].group, e);
+        EXPECT_EQ(tiles[at].begin, row);
+        EXPECT_EQ(tiles[at].count, std::min(tile, begin[static_cast<size_t>(e) + 1] - row));
+        ++at;
+      }
+    }
+    EXPECT_EQ(at, static_cast<size_t>(num_tiles));
+  }
+}
+
+TEST_F(CudaMoeTest, Sum) {
+  STRAIT_TRACE_SEED();
+  const int64_t tokens = 5;
+  const int32_t picks = 3;
+  const int32_t dim = 300;
+  const std::vector<float> rows = gpu_test::RoundedToBf16(RandomFloats(rng_, tokens * picks * dim));
+  std::vector<int32_t> row_of(static_cast<size_t>(tokens * picks));
+  for (size_t i = 0; i < row_of.size(); ++i) {
+    row_of[i] = static_cast<int32_t>(row_of.size() - 1 - i);
+  }
+  const std::vector<float> weights = RandomFloats(rng_, tokens * picks);
+  std::vector<float> y = RandomFloats(rng_, tokens * dim);
+  const Buffer<Bf16> d_rows(gpu_test::ToBf16(rows));
+  const Buffer<int32_t> d_row_of(row_of);
+  const Buffer<float> d_weights(weights);
+  const Buffer<float> d_y(y);
+  cuda::ExpertSumParams p;
+  p.expert_rows = d_rows.data();
+  p.expert_stride = dim;
+  p.row_of = d_row_of.data();
+  p.expert_weights = d_weights.data();
+  p.y = d_y.data();
+  p.num_tokens = tokens;
+  p.num_experts_per_tok = picks;
+  p.dim = dim;
+  ASSERT_EQ(cuda::ExpertSum(p, nullptr), cudaSuccess);
+  ExpertSumParams r;
+  r.expert_rows = rows.data();
+  r.row_of = row_of.data();
+  r.expert_weights = weights.data();
+  r.y = y.data();
+  r.accumulate = true;
+  r.num_tokens = tokens;
+  r.num_experts_per_tok = picks;
+  r.dim = dim;
+  reference::ExpertSum(r);
+  EXPECT_TRUE(kernel_test::Within(d_y.Get(), y, 1e-5));
+}
+
+}  // namespace
+}  // namespace strait

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// MakeGpuBackend makes a CudaBackend where this build has one; gpu_backend_absent.cc is linked
+// where it has not, and says so.
+//
+// Thread:  any.
+// Errors:  FailedPrecondition: no CUDA in this build, no usable GPU; those of CudaBackend::Create.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "worker/backend.h"
+#include "worker/checkpoint/weights.h"
+
+namespace strait {
+
+struct GpuBackendOptions {
+  int device = 0;
+  uint64_t memory_bytes = 0;  // for weights and cache; 0: by share
+  double memory_share = 0;    // of the GPU's memory
+};
+
+struct GpuBackend {
+  std::unique_ptr<Backend> backend;
+  uint64_t memory_bytes = 0;
+};
+
+// `open` is called once the GPU is known to be usable.
+absl::StatusOr<GpuBackend> MakeGpuBackend(
+    const GpuBackendOptions& options,
+    const std::function<absl::StatusOr<std::unique_ptr<WeightSource>>()>& open);
+
+}  // namespace strait

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/model/cuda/cuda_backend.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/reservation.h"
+#include "proto/status_macros.h"
+#include "worker/model/cuda/stage_model.h"
+#include "worker/model/cuda/weights.h"
+#include "worker/model/memory.h"
+
+namespace strait {
+namespace {
+
+// Raise it with every change that may change a bit of the results.
+constexpr int kKernelRevision = 1;
+
+// As the coordinator counts them.
+uint64_t AnnouncedWeightBytes(const ModelConfig& config, LayerRange layers) {
+  uint64_t bytes = 0;
+  for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
+    bytes += LayerWeightBytes(config, layer);
+  }
+  if (layers.begin == 0) bytes += EmbeddingBytes(config);
+  if (layers.end == config.num_hidden_layers) bytes += HeadBytes(config);
+  return bytes;
+}
+
+}  // namespace
+
+struct CudaBackend::Shared {
+  cuda::Device device;
+  std::unique_ptr<WeightSource> weights;
+  std::shared_ptr<MemoryBudget> budget;
+};
+
+absl::StatusOr<cuda::Device> OpenCudaDevice(int index) {
+  cuda::Device device;
+  const std::string problem = cuda::OpenDevice(index, &device);
+  if (!problem.empty()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("--backend cuda: ", problem, "; or use --backend cpu"));
+  }
+  return device;
+}
+
+CudaBackend::CudaBackend(std::shared_ptr<Shared> shared) : shared_(std::move(shared)) {}
+CudaBackend::~CudaBackend() = default;
+
+absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
+    const CudaBackendOptions& options, std::unique_ptr<WeightSource> weights) {
+  auto shared = std::make_shared<Shared>();
+  STRAIT_ASSIGN_OR_RETURN(shared->device, OpenCudaDevice(options.device));
+  STRAIT_RETURN_IF_ERROR(CheckCudaModel(weights->config()));
+  shared->weights = std::move(weights);
+  shared->budget = std::make_shared<MemoryBudget>(options.memory_bytes);
+  return std::unique_ptr<CudaBackend>(new CudaBackend(std::move(shared)));
+}
+
+absl::StatusOr<std::unique_ptr<StageModel>> CudaBackend::Load(
+    const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) {
+  const ModelConfig& config = shared_->weights->config();
+  if (spec.layers.begin >= spec.layers.end || spec.layers.end > config.num_hidden_layers) {
+    return absl::InvalidArgumentError(absl::StrCat("layers ", spec.layers.begin, " to ",
+                                                   spec.layers.end, " of a model with ",
+                                                   config.num_hidden_layers));
+  }
+  if (spec.pool_blocks == 0) {
+    return absl::InvalidArgumentError("a stage needs latent blocks, pool_blocks is 0");
+  }
+  const auto what = absl::StrCat("a stage of layers ", spec.layers.begin, " to ", spec.layers.end,
+                                 " with ", spec.pool_blocks, " latent blocks");
+  const uint64_t block_bytes =
+      BlockBytes(RowFormat::kBf16, config.kv_lora_rank, config.qk_rope_head_dim);
+  STRAIT_ASSIGN_OR_RETURN(MemoryBudget::Share share,
+                          MemoryBudget::Take(shared_->budget,
+                                             AnnouncedWeightBytes(config, spec.layers) +
+                                                 uint64_t{spec.pool_blocks} * block_bytes,
+                                             what));
+  // What the GPU really has: others may use it too.
+  STRAIT_ASSIGN_OR_RETURN(const cuda::Device now, OpenCudaDevice(shared_->device.index));
+  const CudaStageBytes needed =
+      CudaStageModel::Measure(config, spec, shared_->device.num_multiprocessors);
+  const auto available = static_cast<uint64_t>(now.free_bytes);
+  if (needed.total() > available) {
+    const uint64_t fixed = needed.weights + needed.workspace;
+    const uint64_t blocks =
+        available > fixed ? std::min<uint64_t>((available - fixed) / block_bytes, spec.pool_blocks)
+                          : 0;
+    return absl::ResourceExhaustedError(absl::StrCat(
+        what, " needs ", needed.total(), " bytes of GPU memory (weights ", needed.weights,
+        ", cache ", needed.pool, ", workspace ", needed.workspace, "), available are ", available,
+        " of ", now.memory_bytes, " on ", now.name, "; ",
+        blocks > 0 ? absl::StrCat("with ", blocks, " latent blocks it would fit")
+                   : std::string("its weights alone do not fit: use more stages")));
+  }
+  return CudaStageModel::Create(shared_, *shared_->weights, spec, shared_->device.index,
+                                shared_->device.num_multiprocessors, std::move(share), progress);
+}
+
+uint32_t CudaBackend::hidden_row_bytes() const {
+  return config().hidden_size * static_cast<uint32_t>(sizeof(float));
+}
+uint32_t CudaBackend::num_layers() const { return config().num_hidden_layers; }
+uint32_t CudaBackend::vocab_size() const { return config().vocab_size; }
+uint32_t CudaBackend::max_positions() const { return config().max_position_embeddings; }
+const ModelConfig& CudaBackend::config() const { return shared_->weights->config(); }
+
+std::string CudaBackend::numerics_id() const {
+  return absl::StrCat("cuda/", kKernelRevision, "/sm_", shared_->device.compute_capability,
+                      "/bf16");
+}
+
+}  // namespace strait

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// CudaBackend runs real checkpoints on one NVIDIA GPU: bf16 weights, fp8 ones kept in fp8, the
+// latent cache in bf16 rows; hidden states come and go as fp32 in host memory.
+//
+// Owns:    the weight source, the budget that its stages share. A stage keeps what it needs of
+//          these alive, so it may outlive the backend.
+// Thread:  Load any; Forward of a stage by one thread.
+// Stream:  one a stage, in order.
+// Errors:  Create: FailedPrecondition: no GPU, driver too old, compute capability without code;
+//          InvalidArgument: a model that the kernels do not take. Load: as CpuBackend's, and
+//          ResourceExhausted if the GPU has not the bytes. Forward: Internal; if the GPU context is
+//          lost, the process ends (worker/model/cuda/status.h).
+// Limits:  weights and pools of all stages within memory_bytes, counted as the coordinator counts
+//          them. Besides, a stage takes its workspace (worker/model/cuda/workspace.h): 5 % of its
+//          weights, or what 64 rows need; and where weights are fp8, kv_b_proj once more.
+// Why:     a stage's device memory is one allocation, made at load: nothing is taken in a step.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "kernels/cuda/device.h"
+#include "proto/model_config.h"
+#include "worker/backend.h"
+#include "worker/checkpoint/weights.h"
+
+namespace strait {
+
+struct CudaBackendOptions {
+  int device = 0;
+  uint64_t memory_bytes = 0;  // for weights and pools of all stages
+};
+
+// Opens GPU `index`, for a worker to know its memory before it makes a backend.
+absl::StatusOr<cuda::Device> OpenCudaDevice(int index);
+
+class CudaBackend final : public Backend {
+ public:
+  static absl::StatusOr<std::unique_ptr<CudaBackend>> Create(const CudaBackendOptions& options,
+                                                             std::unique_ptr<WeightSource> weights);
+  ~CudaBackend() override;
+
+  absl::StatusOr<std::unique_ptr<StageModel>> Load(
+      const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) override;
+
+  uint32_t hidden_row_bytes() const override;
+  uint32_t num_layers() const override;
+  uint32_t vocab_size() const override;
+  uint32_t max_positions() const override;
+  std::string numerics_id() const override;
+
+  const ModelConfig& config() const;
+
+  struct Shared;  // what stages keep alive
+
+ private:
+  explicit CudaBackend(std::shared_ptr<Shared> shared);
+  const std::shared_ptr<Shared> shared_;
+};
+
+}  // namespace strait

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/model/cuda/head.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "kernels/cuda/norm.h"
+#include "kernels/sample.h"
+#include "proto/check.h"
+#include "proto/limits.h"
+#include "proto/status_macros.h"
+#include "worker/model/token_counts.h"
+
+namespace strait {
+
+static_assert(cuda::kMaxTopTokens >= static_cast<int32_t>(limits::kMaxTopLogprobs));
+
+absl::StatusOr<CudaHead> CudaHead::Create(const ModelConfig& config, const StepLimits& limits,
+                                          const CudaWorkspace& workspace,
+                                          const DeviceStage& weights, cudaStream_t stream) {
+  CudaHead head(config, limits, workspace, weights, stream);
+  STRAIT_ASSIGN_OR_RETURN(head.tables_, PinnedMemory::Create(HeadTableBytes(limits)));
+  STRAIT_ASSIGN_OR_RETURN(
+      head.results_, PinnedMemory::Create(uint64_t{limits.head_rows} * sizeof(cuda::SampleResult)));
+  head.entries_.reserve(limits.head_entries);
+  return head;
+}
+
+cuda::SampleRow CudaHead::RowOf(const StageBatch& batch, const LogitsRequest& request) {
+  const BatchSequence& sequence = batch.sequences[request.sequence_index];
+  cuda::SampleRow row;
+  row.num_top = static_cast<int32_t>(request.num_top);
+  row.token = static_cast<int32_t>(request.token);
+  const auto here = [&] { return static_cast<int32_t>(entries_.size()); };
+  row.banned_begin = row.bias_begin = row.prompt_begin = row.output_begin = row.output_end = here();
+  if (!request.sample) return row;
+  STRAIT_CHECK(sequence.sampling != nullptr);
+  const SamplingParams& s = *sequence.sampling;
+  uint32_t first_row = 0;
+  for (uint32_t i = 0; i < request.sequence_index; ++i) first_row += batch.sequences[i].num_tokens;
+  const uint32_t position = sequence.first_position + (request.row - first_row);
+  const absl::Span<const TokenId> tokens = sequence.tokens.subspan(0, position + 1);
+  const size_t num_prompt = std::min<size_t>(sequence.prompt_tokens, tokens.size());
+  row.sample = 1;
+  row.top_k = static_cast<int32_t>(std::min(s.top_k, config_->vocab_size));
+  row.temperature = s.temperature;
+  row.top_p = s.top_p;
+  row.min_p = s.min_p;
+  row.repetition_penalty = s.repetition_penalty;
+  row.presence_penalty = s.presence_penalty;
+  row.frequency_penalty = s.frequency_penalty;
+  row.uniform = SamplingUniform(s.seed, s.choice_index, uint64_t{position} + 1);
+
+  if (tokens.size() - num_prompt < s.min_tokens) {
+    for (const TokenId id : s.banned_ids) entries_.push_back({static_cast<int32_t>(id), 0});
+  }
+  row.bias_begin = here();
+  for (const auto& [id, bias] : s.logit_bias) entries_.push_back({static_cast<int32_t>(id), bias});
+  row.prompt_begin = here();
+  std::vector<TokenCount> output;
+  if (s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0) {
+    output = CountTokens(tokens.subspan(num_prompt));
+  }
+  if (s.repetition_penalty != 1) {
+    for (const TokenCount& token : CountTokens(tokens.subspan(0, num_prompt))) {
+      const bool in_output = std::binary_search(
+          output.begin(), output.end(), token,
+          [](const TokenCount& a, const TokenCount& b) { return a.token_id < b.token_id; });
+      if (!in_output) entries_.push_back({token.token_id, 0});
+    }
+  }
+  row.output_begin = here();
+  for (const TokenCount& token : output) {
+    entries_.push_back({token.token_id, static_cast<float>(token.count)});
+  }
+  row.output_end = here();
+  return row;
+}
+
+absl::Status CudaHead::Read(const StageBatch& batch, absl::Span<const LogitsRequest> requests,
+                            uint32_t first_row, std::vector<LogitsResult>* results) {
+  while (!requests.empty()) {
+    const size_t count = std::min<size_t>(requests.size(), limits_->head_rows);
+    const size_t before = results->size();
+    STRAIT_RETURN_IF_ERROR(ReadSome(batch, requests.subspan(0, count), first_row, results));
+    requests.remove_prefix(results->size() - before);
+  }
+  return absl::OkStatus();
+}
+
+// As many of the requests as have room for their lists: at least one has.
+absl::Status CudaHead::ReadSome(const StageBatch& batch, absl::Span<const LogitsRequest> requests,
+                                uint32_t first_row, std::vector<LogitsResult>* results) {
+  Region host(tables_.data());
+  auto* const rows = host.Take<cuda::SampleRow>(limits_->head_rows);
+  auto* const indices = host.Take<int32_t>(limits_->head_rows);
+  auto* const entries = host.Take<cuda::TokenEntry>(limits_->head_entries);
+  entries_.clear();
+  size_t count = 0;
+  for (; count < requests.size(); ++count) {
+    const LogitsRequest& request = requests[count];
+    const size_t before = entries_.size();
+    STRAIT_CHECK(request.row >= first_row, "rows of logits must rise");
+    rows[count] = RowOf(batch, request);
+    indices[count] = static_cast<int32_t>(request.row - first_row);
+    if (entries_.size() > limits_->head_entries) {
+      entries_.resize(before);
+      break;
+    }
+  }
+  STRAIT_CHECK(count > 0, "one row's lists are within the limit");
+  std::copy(entries_.begin(), entries_.end(), entries);
+  const auto used = static_cast<uint64_t>(reinterpret_cast<std::byte*>(entries) - tables_.data()) +
+                    entries_.size() * sizeof(cuda::TokenEntry);
+  STRAIT_CUDA_RETURN_IF_ERROR(
+      cudaMemcpyAsync(ws_->head_tables, tables_.data(), used, cudaMemcpyHostToDevice, stream_));
+  Region device(ws_->head_tables);
+  const auto* const d_rows = device.Take<cuda::SampleRow>(limits_->head_rows);
+  const auto* const d_indices = device.Take<int32_t>(limits_->head_rows);
+  const auto* const d_entries = device.Take<cuda::TokenEntry>(limits_->head_entries);
+
+  const int64_t stride = cuda::AlignedStride(config_->hidden_size);
+  cuda::RmsNormParams norm;
+  norm.x = ws_->hidden;
+  norm.x_stride = config_->hidden_size;
+  norm.x_rows = d_indices;
+  norm.weight = weights_->norm;
+  norm.eps = static_cast<float>(config_->rms_norm_eps);
+  norm.y = ws_->head_normed;
+  norm.y_stride = stride;
+  norm.num_rows = static_cast<int64_t>(count);
+  norm.dim = static_cast<int32_t>(config_->hidden_size);
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::RmsNorm(norm, stream_));
+  cuda::GemmParams product;
+  product.x = ws_->head_normed;
+  product.x_stride = stride;
+  product.num_rows = static_cast<int32_t>(count);
+  product.weight = weights_->lm_head;
+  product.y_fp32 = ws_->logits;
+  product.y_stride = config_->vocab_size;
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(product, stream_));
+  cuda::SampleParams sample;
+  sample.logits = ws_->logits;
+  sample.adjusted = ws_->adjusted;
+  sample.rows = d_rows;
+  sample.entries = d_entries;
+  sample.results = ws_->results;
+  sample.logits_stride = config_->vocab_size;
+  sample.num_rows = static_cast<int64_t>(count);
+  sample.vocab_size = static_cast<int32_t>(config_->vocab_size);
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Sample(sample, stream_));
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(results_.data(), ws_->results,
+                                              count * sizeof(cuda::SampleResult),
+                                              cudaMemcpyDeviceToHost, stream_));
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
+
+  const auto* const read = reinterpret_cast<const cuda::SampleResult*>(results_.data());
+  for (size_t i = 0; i < count; ++i) {
+    LogitsResult result;
+    result.token = static_cast<TokenId>(read[i].token);
+    STRAIT_CHECK(result.token < config_->vocab_size);
+    result.logprob = read[i].logprob;
+    const uint32_t num_top = std::min(requests[i].num_top, config_->vocab_size);
+    for (uint32_t j = 0; j < num_top; ++j) {
+      result.top.emplace_back(static_cast<TokenId>(read[i].top_ids[j]), read[i].top_logprobs[j]);
+    }
+    results->push_back(std::move(result));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace strait

@@ -1,0 +1,292 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/model/cuda/layers.h"
+
+#include "kernels/cuda/moe.h"
+#include "kernels/cuda/norm.h"
+#include "kernels/rope.h"
+#include "proto/check.h"
+#include "proto/status_macros.h"
+#include "worker/model/cuda/status.h"
+#include "worker/model/kernel_names.h"
+
+namespace strait {
+namespace {
+
+cuda::GemmParams Product(const cuda::Bf16* x, int64_t x_stride, const cuda::Matrix& weight,
+                         int32_t num_rows) {
+  cuda::GemmParams p;
+  p.x = x;
+  p.x_stride = x_stride;
+  p.weight = weight;
+  p.num_rows = num_rows;
+  return p;
+}
+
+cuda::GemmParams ToBf16(cuda::GemmParams p, cuda::Bf16* y, int64_t y_stride) {
+  p.y_bf16 = y;
+  p.y_stride = y_stride;
+  return p;
+}
+
+cuda::GemmParams ToFp32(cuda::GemmParams p, float* y, int64_t y_stride, bool accumulate = false) {
+  p.y_fp32 = y;
+  p.y_stride = y_stride;
+  p.accumulate = accumulate;
+  return p;
+}
+
+int64_t GroupStride(const cuda::Matrix& m) { return int64_t{m.rows} * m.stride; }
+
+int64_t ScaleStride(const cuda::Matrix& m) {
+  return static_cast<int64_t>(
+      Region::ScaleCount(static_cast<uint64_t>(m.rows), static_cast<uint64_t>(m.cols)));
+}
+
+}  // namespace
+
+CudaLayers::CudaLayers(const ModelConfig& config, const CudaPool& pool,
+                       const CudaWorkspace& workspace, const float* inv_freq, cudaStream_t stream)
+    : config_(config),
+      pool_(pool),
+      ws_(workspace),
+      inv_freq_(inv_freq),
+      stream_(stream),
+      rope_scaling_(RopeAttentionScaling(RopeConfigOf(config))),
+      softmax_scale_(
+          AttentionSoftmaxScale(static_cast<int32_t>(config.qk_head_dim()), RopeConfigOf(config))),
+      hidden_stride_(cuda::AlignedStride(config.hidden_size)) {}
+
+absl::Status CudaLayers::Rotate(const CudaTile& tile) {
+  cuda::RopeTableParams p;
+  p.positions = tile.positions;
+  p.inv_freq = inv_freq_;
+  p.attention_scaling = rope_scaling_;
+  p.cos_sin = ws_.cos_sin;
+  p.num_tokens = tile.num_rows;
+  p.dim = static_cast<int32_t>(config_.qk_rope_head_dim);
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::RopeTable(p, stream_));
+  return absl::OkStatus();
+}
+
+absl::Status CudaLayers::Norm(const float* x, int64_t x_stride, const float* weight, int32_t dim,
+                              double eps, cuda::Bf16* y, int64_t y_stride, int32_t num_rows) {
+  cuda::RmsNormParams p;
+  p.x = const_cast<float*>(x);  // changed only with a delta
+  p.x_stride = x_stride;
+  p.weight = weight;
+  p.eps = static_cast<float>(eps);
+  p.y = y;
+  p.y_stride = y_stride;
+  p.num_rows = num_rows;
+  p.dim = dim;
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::RmsNorm(p, stream_));
+  return absl::OkStatus();
+}
+
+absl::Status CudaLayers::Run(const DeviceLayer& weights, const cuda::MlaSegment* segments,
+                             const CudaTile& tile) {
+  const auto size = static_cast<int32_t>(config_.hidden_size);
+  STRAIT_RETURN_IF_ERROR(Norm(ws_.hidden, size, weights.input_layernorm, size, config_.rms_norm_eps,
+                              ws_.normed, hidden_stride_, tile.num_rows));
+  STRAIT_RETURN_IF_ERROR(Project(weights, tile));
+  STRAIT_RETURN_IF_ERROR(Attend(weights, segments, tile));
+  STRAIT_RETURN_IF_ERROR(Norm(ws_.hidden, size, weights.post_attention_layernorm, size,
+                              config_.rms_norm_eps, ws_.normed, hidden_stride_, tile.num_rows));
+  return weights.is_moe ? Moe(weights, tile.num_rows) : Dense(weights.mlp, tile.num_rows);
+}
+
+// normed -> q and kv_a.
+absl::Status CudaLayers::Project(const DeviceLayer& weights, const CudaTile& tile) {
+  const int64_t kv_width = int64_t{config_.kv_lora_rank} + config_.qk_rope_head_dim;
+  const auto lora = static_cast<int32_t>(config_.q_lora_rank);
+  if (lora == 0) {
+    STRAIT_CUDA_RETURN_IF_ERROR(
+        cuda::Gemm(ToBf16(Product(ws_.normed, hidden_stride_, weights.q_proj, tile.num_rows), ws_.q,
+                          weights.q_proj.rows),
+                   stream_));
+  } else {
+    const int64_t lora_stride = cuda::AlignedStride(lora);
+    STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(
+        ToFp32(Product(ws_.normed, hidden_stride_, weights.q_a_proj, tile.num_rows), ws_.q_a, lora),
+        stream_));
+    STRAIT_RETURN_IF_ERROR(Norm(ws_.q_a, lora, weights.q_a_layernorm, lora, kLoraNormEps,
+                                ws_.q_a_normed, lora_stride, tile.num_rows));
+    STRAIT_CUDA_RETURN_IF_ERROR(
+        cuda::Gemm(ToBf16(Product(ws_.q_a_normed, lora_stride, weights.q_b_proj, tile.num_rows),
+                          ws_.q, weights.q_b_proj.rows),
+                   stream_));
+  }
+  STRAIT_CUDA_RETURN_IF_ERROR(
+      cuda::Gemm(ToFp32(Product(ws_.normed, hidden_stride_, weights.kv_a_proj, tile.num_rows),
+                        ws_.kv_a, kv_width),
+                 stream_));
+  return absl::OkStatus();
+}
+
+// Appends the tile's rows to the cache, attends, adds the output projection to hidden.
+absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegment* segments,
+                                const CudaTile& tile) {
+  const auto heads = static_cast<int32_t>(config_.num_attention_heads);
+  const auto rank = static_cast<int32_t>(config_.kv_lora_rank);
+  const auto rope = static_cast<int32_t>(config_.qk_rope_head_dim);
+  const auto q_head = static_cast<int64_t>(PaddedQHead(config_));
+  const int64_t cat = int64_t{rank} + rope;
+  const int64_t value = config_.v_head_dim;
+
+  cuda::LatentAppendParams append;
+  append.kv_a = ws_.kv_a;
+  append.kv_a_stride = cat;
+  append.norm_weight = weights.kv_a_layernorm;
+  append.eps = static_cast<float>(kLoraNormEps);
+  append.cos_sin = ws_.cos_sin;
+  append.q = ws_.q;
+  append.q_token_stride = heads * q_head;
+  append.q_head_stride = q_head;
+  append.q_rope_offset = static_cast<int32_t>(config_.qk_nope_head_dim);
+  append.q_rope = ws_.q_cat + rank;
+  append.q_rope_stride = cat;
+  append.positions = tile.positions;
+  append.sequence_index = tile.sequence_index;
+  append.segments = segments;
+  append.blocks = pool_.blocks;
+  append.block_bytes = pool_.block_bytes;
+  append.num_tokens = tile.num_rows;
+  append.num_heads = heads;
+  append.rank = rank;
+  append.rope = rope;
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::LatentAppend(append, stream_));
+
+  cuda::GemmParams absorb = Product(ws_.q, heads * q_head, weights.key_up, tile.num_rows);
+  absorb.x_group_stride = q_head;
+  absorb.num_groups = heads;
+  absorb.weight_group_stride = GroupStride(weights.key_up);
+  absorb.y_group_stride = cat;
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(ToBf16(absorb, ws_.q_cat, heads * cat), stream_));
+
+  cuda::MlaParams mla;
+  mla.q_latent = ws_.q_cat;
+  mla.q_latent_stride = cat;
+  mla.q_rope = ws_.q_cat + rank;
+  mla.q_rope_stride = cat;
+  mla.segments = segments;
+  mla.blocks = pool_.blocks;
+  mla.block_bytes = pool_.block_bytes;
+  mla.pool_map = pool_.map;
+  mla.plan = tile.plan;
+  mla.partial_out = ws_.partial_out;
+  mla.partial_lse = ws_.partial_lse;
+  mla.out = ws_.o_latent;
+  mla.softmax_scale = softmax_scale_;
+  mla.num_heads = heads;
+  mla.rank = rank;
+  mla.rope = rope;
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::LaunchMla(mla, stream_));
+
+  const int64_t attended_stride = cuda::AlignedStride(heads * value);
+  cuda::GemmParams up =
+      Product(ws_.o_latent, int64_t{heads} * rank, weights.value_up, tile.num_rows);
+  up.x_group_stride = rank;
+  up.num_groups = heads;
+  up.weight_group_stride = GroupStride(weights.value_up);
+  up.y_group_stride = value;
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(ToBf16(up, ws_.attended, attended_stride), stream_));
+  STRAIT_CUDA_RETURN_IF_ERROR(
+      cuda::Gemm(ToFp32(Product(ws_.attended, attended_stride, weights.o_proj, tile.num_rows),
+                        ws_.hidden, config_.hidden_size, true),
+                 stream_));
+  return absl::OkStatus();
+}
+
+// normed -> added to hidden.
+absl::Status CudaLayers::Dense(const DeviceMlp& mlp, int32_t num_rows) {
+  const int64_t width_stride = cuda::AlignedStride(mlp.gate_proj.rows);
+  cuda::GemmParams gated = Product(ws_.normed, hidden_stride_, mlp.gate_proj, num_rows);
+  gated.up = mlp.up_proj;
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(ToBf16(gated, ws_.activated, width_stride), stream_));
+  STRAIT_CUDA_RETURN_IF_ERROR(
+      cuda::Gemm(ToFp32(Product(ws_.activated, width_stride, mlp.down_proj, num_rows), ws_.hidden,
+                        config_.hidden_size, true),
+                 stream_));
+  return absl::OkStatus();
+}
+
+absl::Status CudaLayers::Moe(const DeviceLayer& weights, int32_t num_rows) {
+  const auto experts = static_cast<int32_t>(config_.n_routed_experts);
+  const auto picks = static_cast<int32_t>(config_.num_experts_per_tok);
+  const auto size = static_cast<int32_t>(config_.hidden_size);
+  STRAIT_CUDA_RETURN_IF_ERROR(
+      cuda::Gemm(ToFp32(Product(ws_.normed, hidden_stride_, weights.gate, num_rows),
+                        ws_.router_logits, experts),
+                 stream_));
+  if (weights.gate_has_rest) {
+    STRAIT_CUDA_RETURN_IF_ERROR(
+        cuda::Gemm(ToFp32(Product(ws_.normed, hidden_stride_, weights.gate_rest, num_rows),
+                          ws_.router_logits, experts, true),
+                   stream_));
+  }
+  RouterParams router;
+  router.logits = ws_.router_logits;
+  router.correction_bias = weights.e_score_correction_bias;
+  router.scoring = config_.scoring_func == ScoringFunc::kSigmoid ? RouterScoring::kSigmoid
+                                                                 : RouterScoring::kSoftmax;
+  router.method = RouterMethodOf(config_.topk_method);
+  router.n_routed_experts = experts;
+  router.num_experts_per_tok = picks;
+  router.n_group = static_cast<int32_t>(config_.n_group);
+  router.topk_group = static_cast<int32_t>(config_.topk_group);
+  router.norm_topk_prob = config_.norm_topk_prob;
+  router.routed_scaling_factor = static_cast<float>(config_.routed_scaling_factor);
+  router.expert_ids = ws_.expert_ids;
+  router.expert_weights = ws_.expert_weights;
+  router.num_tokens = num_rows;
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Router(router, stream_));
+
+  const int64_t choices = int64_t{num_rows} * picks;
+  cuda::ExpertListsParams lists;
+  lists.expert_ids = ws_.expert_ids;
+  lists.num_tokens = num_rows;
+  lists.num_experts_per_tok = picks;
+  lists.n_routed_experts = experts;
+  lists.tile_rows = cuda::ExpertTileRows(choices, experts, false);
+  lists.token_of = ws_.token_of;
+  lists.row_of = ws_.row_of;
+  lists.tiles = ws_.tiles;
+  lists.num_tiles = ws_.num_tiles;
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::ExpertLists(lists, stream_));
+
+  const DeviceMlp& e = weights.experts;
+  const int64_t width_stride = cuda::AlignedStride(e.gate_proj.rows);
+  const auto grouped = [&](cuda::GemmParams p) {
+    p.num_groups = experts;
+    p.weight_group_stride = GroupStride(p.weight);
+    p.scale_group_stride = ScaleStride(p.weight);
+    p.tiles = ws_.tiles;
+    p.num_tiles = ws_.num_tiles;
+    p.tile_rows = lists.tile_rows;
+    p.max_tiles = static_cast<int32_t>(cuda::MaxExpertTiles(choices, experts, lists.tile_rows));
+    return p;
+  };
+  cuda::GemmParams gated = grouped(Product(ws_.normed, hidden_stride_, e.gate_proj, 0));
+  gated.up = e.up_proj;
+  gated.x_rows = ws_.token_of;
+  STRAIT_CUDA_RETURN_IF_ERROR(
+      cuda::Gemm(ToBf16(gated, ws_.expert_activated, width_stride), stream_));
+  STRAIT_CUDA_RETURN_IF_ERROR(
+      cuda::Gemm(ToBf16(grouped(Product(ws_.expert_activated, width_stride, e.down_proj, 0)),
+                        ws_.expert_rows, size),
+                 stream_));
+  cuda::ExpertSumParams sum;
+  sum.expert_rows = ws_.expert_rows;
+  sum.expert_stride = size;
+  sum.row_of = ws_.row_of;
+  sum.expert_weights = ws_.expert_weights;
+  sum.y = ws_.hidden;
+  sum.num_tokens = num_rows;
+  sum.num_experts_per_tok = picks;
+  sum.dim = size;
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::ExpertSum(sum, stream_));
+  if (weights.shared_experts.gate_proj.empty()) return absl::OkStatus();
+  return Dense(weights.shared_experts, num_rows);
+}
+
+}  // namespace strait

@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// CudaLayers runs one decoder layer over a tile: attention over the paged latent cache, then the
+// dense or mixture-of-experts feed-forward, each added to the workspace's hidden states.
+//
+// Borrows: config, workspace, the pool, device memory; they outlive it.
+// Thread:  loop thread only; asynchronous on one stream.
+// Errors:  those of CUDA's launches.
+// Why:     the residual is fp32; every product reads bf16 and sums in fp32; what goes through a
+//          nonlinearity or into the cache is rounded to bf16 once.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/latent.h"
+#include "kernels/cuda/mla.h"
+#include "proto/model_config.h"
+#include "worker/model/cuda/weights.h"
+#include "worker/model/cuda/workspace.h"
+
+namespace strait {
+
+// Rows that go through the layers together; device pointers.
+struct CudaTile {
+  int32_t num_rows = 0;
+  const int32_t* positions = nullptr;       // [num_rows]
+  const int32_t* sequence_index = nullptr;  // [num_rows] into a layer's segments
+  cuda::MlaPlanView plan;
+};
+
+// The latent cache on the device.
+struct CudaPool {
+  std::byte* blocks = nullptr;
+  int64_t block_bytes = 0;
+  cuda::MlaPoolMap map;
+};
+
+class CudaLayers {
+ public:
+  CudaLayers(const ModelConfig& config, const CudaPool& pool, const CudaWorkspace& workspace,
+             const float* inv_freq, cudaStream_t stream);
+
+  // Fills workspace.cos_sin. Before the first layer of a tile.
+  absl::Status Rotate(const CudaTile& tile);
+  // `segments` [sequences of the batch]: this layer's, on the device.
+  absl::Status Run(const DeviceLayer& weights, const cuda::MlaSegment* segments,
+                   const CudaTile& tile);
+
+ private:
+  absl::Status Project(const DeviceLayer& weights, const CudaTile& tile);
+  absl::Status Attend(const DeviceLayer& weights, const cuda::MlaSegment* segments,
+                      const CudaTile& tile);
+  absl::Status Dense(const DeviceMlp& mlp, int32_t num_rows);
+  absl::Status Moe(const DeviceLayer& weights, int32_t num_rows);
+  absl::Status Norm(const float* x, int64_t x_stride, const float* weight, int32_t dim, double eps,
+                    cuda::Bf16* y, int64_t y_stride, int32_t num_rows);
+
+  const ModelConfig& config_;
+  const CudaPool& pool_;
+  const CudaWorkspace& ws_;
+  const float* const inv_freq_;  // [qk_rope_head_dim / 2], on the device
+  const cudaStream_t stream_;
+  const float rope_scaling_;
+  const float softmax_scale_;
+  const int64_t hidden_stride_;  // of normed rows
+};
+
+}  // namespace strait

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/model/cuda/stage_model.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "kernels/rope.h"
+#include "proto/check.h"
+#include "proto/log.h"
+#include "proto/reservation.h"
+#include "proto/status_macros.h"
+#include "worker/model/cuda/status.h"
+#include "worker/model/kernel_names.h"
+
+namespace strait {
+namespace {
+
+constexpr RowFormat kRowFormat = RowFormat::kBf16;
+
+// All that a stage has in device memory, in one region.
+struct StageLayout {
+  CudaStageBytes bytes;
+  StepLimits limits;
+  DeviceStage weights;
+  float* inv_freq = nullptr;
+  std::byte* pool = nullptr;
+  CudaWorkspace workspace;
+};
+
+StageLayout LayOut(const ModelConfig& config, const StageSpec& spec, int num_multiprocessors,
+                   std::byte* base) {
+  StageLayout l;
+  Region region(base);
+  l.weights = LayOutWeights(config, spec.layers, region);
+  l.inv_freq = region.Take<float>(config.qk_rope_head_dim / 2);
+  l.bytes.weights = region.end();
+  l.pool =
+      region.Take<std::byte>(uint64_t{spec.pool_blocks} *
+                             BlockBytes(kRowFormat, config.kv_lora_rank, config.qk_rope_head_dim));
+  l.bytes.pool = region.end() - l.bytes.weights;
+  l.limits =
+      MakeStepLimits(config, spec.layers, spec.pool_blocks, l.bytes.weights, num_multiprocessors);
+  l.workspace = LayOutWorkspace(config, spec.layers, l.limits, region);
+  l.bytes.workspace = region.end() - l.bytes.weights - l.bytes.pool;
+  return l;
+}
+
+}  // namespace
+
+CudaStageBytes CudaStageModel::Measure(const ModelConfig& config, const StageSpec& spec,
+                                       int num_multiprocessors) {
+  return LayOut(config, spec, num_multiprocessors, nullptr).bytes;
+}
+
+absl::StatusOr<std::unique_ptr<CudaStageModel>> CudaStageModel::Create(
+    std::shared_ptr<const void> alive, WeightSource& source, const StageSpec& spec, int device,
+    int num_multiprocessors, MemoryBudget::Share share, const LoadProgress& progress) {
+  std::unique_ptr<CudaStageModel> model(
+      new CudaStageModel(std::move(alive), source.config(), spec, device, std::move(share)));
+  STRAIT_RETURN_IF_ERROR(model->Init(source, num_multiprocessors, progress));
+  return model;
+}
+
+CudaStageModel::~CudaStageModel() {
+  (void)cudaSetDevice(device_);
+  if (stream_ != nullptr) {
+    (void)cudaStreamSynchronize(stream_);
+    (void)cudaStreamDestroy(stream_);
+  }
+}
+
+absl::Status CudaStageModel::Init(WeightSource& source, int num_multiprocessors,
+                                  const LoadProgress& progress) {
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaSetDevice(device_));
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::PrepareMla());
+  bytes_ = Measure(config_, spec_, num_multiprocessors);
+  STRAIT_ASSIGN_OR_RETURN(memory_, DeviceMemory::Create(bytes_.total()));
+  StageLayout layout = LayOut(config_, spec_, num_multiprocessors, memory_.data());
+  weights_ = std::move(layout.weights);
+  limits_ = layout.limits;
+  ws_ = layout.workspace;
+  pool_.blocks = layout.pool;
+  pool_.block_bytes =
+      static_cast<int64_t>(BlockBytes(kRowFormat, config_.kv_lora_rank, config_.qk_rope_head_dim));
+  static_assert(cuda::kMlaBlockRows == static_cast<int32_t>(limits::kBlockTokens));
+  const auto rank = static_cast<int32_t>(config_.kv_lora_rank);
+  const auto rope = static_cast<int32_t>(config_.qk_rope_head_dim);
+  // Both sides of the seam must mean the same by a row.
+  STRAIT_CHECK(pool_.block_bytes ==
+               cuda::kMlaBlockRows * cuda::MlaRowBytes(cuda::MlaRowFormat::kBf16, rank, rope));
+  // A row's padding is never read as a number, but zeros are kinder to debug.
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(pool_.blocks, 0, bytes_.pool, stream_));
+  if (cuda::MlaAutoPath(cuda::MlaRowFormat::kBf16, rank, rope) == cuda::MlaPath::kHopper) {
+    STRAIT_CUDA_RETURN_IF_ERROR(
+        cuda::MakeMlaPoolMap(pool_.blocks, spec_.pool_blocks, pool_.block_bytes, &pool_.map));
+  }
+  STRAIT_RETURN_IF_ERROR(UploadWeights(source, spec_.layers, weights_, bytes_.weights, progress));
+  std::vector<float> inv_freq(config_.qk_rope_head_dim / 2);
+  RopeInverseFrequencies(RopeConfigOf(config_), inv_freq.data());
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(layout.inv_freq, inv_freq.data(),
+                                              inv_freq.size() * sizeof(float),
+                                              cudaMemcpyHostToDevice, stream_));
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
+
+  STRAIT_ASSIGN_OR_RETURN(StepTables tables, StepTables::Create(limits_.table_bytes, ws_.tables));
+  tables_.emplace(std::move(tables));
+  layers_.emplace(config_, pool_, ws_, layout.inv_freq, stream_);
+  if (weights_.norm != nullptr) {
+    STRAIT_ASSIGN_OR_RETURN(CudaHead head,
+                            CudaHead::Create(config_, limits_, ws_, weights_, stream_));
+    head_.emplace(std::move(head));
+  }
+  STRAIT_ASSIGN_OR_RETURN(staging_, PinnedMemory::Create(uint64_t{limits_.tile_rows} *
+                                                         config_.hidden_size * sizeof(float)));
+  STRAIT_ASSIGN_OR_RETURN(
+      plan_host_, PinnedMemory::Create(static_cast<uint64_t>(cuda::MlaPlanBytes(limits_.mla))));
+  Log(LogLevel::kInfo, "GPU memory of a stage",
+      {{"weights", bytes_.weights},
+       {"cache", bytes_.pool},
+       {"workspace", bytes_.workspace},
+       {"rows_at_once", limits_.tile_rows}});
+  return absl::OkStatus();
+}
+
+absl::Status CudaStageModel::Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
+                                     absl::Span<std::byte> hidden_out,
+                                     std::vector<LogitsResult>* results) {
+  absl::Status status = CudaStatus(cudaSetDevice(device_), "cudaSetDevice");
+  if (status.ok()) status = Run(batch, hidden_in, hidden_out, results);
+  if (!status.ok()) ExitIfContextLost(status);
+  return status;
+}
+
+absl::Status CudaStageModel::Run(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
+                                 absl::Span<std::byte> hidden_out,
+                                 std::vector<LogitsResult>* results) {
+  const size_t row_bytes = size_t{config_.hidden_size} * sizeof(float);
+  const bool is_first = !weights_.embed_tokens.empty();
+  STRAIT_CHECK(hidden_in.size() == (is_first ? 0 : batch.num_tokens * row_bytes));
+  STRAIT_CHECK(hidden_out.size() == (head_ ? 0 : batch.num_tokens * row_bytes));
+  STRAIT_RETURN_IF_ERROR(tables_->Fill(batch, spec_, config_.max_position_embeddings, stream_));
+  absl::Span<const LogitsRequest> requests = batch.logits;
+  for (uint32_t begin = 0; begin < batch.num_tokens; begin += limits_.tile_rows) {
+    CudaTile tile;
+    tile.num_rows = static_cast<int32_t>(std::min(limits_.tile_rows, batch.num_tokens - begin));
+    tile.positions = tables_->positions() + begin;
+    tile.sequence_index = tables_->sequence_index() + begin;
+    const size_t tile_bytes = static_cast<size_t>(tile.num_rows) * row_bytes;
+    // Pinned memory is filled again when the last tile's copies have been made.
+    if (begin > 0) STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
+    STRAIT_RETURN_IF_ERROR(Plan(batch, begin, &tile));
+    if (is_first) {
+      cuda::EmbeddingParams embed;
+      embed.table = weights_.embed_tokens;
+      embed.token_ids = tables_->token_ids() + begin;
+      embed.y = ws_.hidden;
+      embed.num_tokens = tile.num_rows;
+      STRAIT_CUDA_RETURN_IF_ERROR(cuda::Embedding(embed, stream_));
+    } else {
+      std::memcpy(staging_.data(), hidden_in.data() + begin * row_bytes, tile_bytes);
+      STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(ws_.hidden, staging_.data(), tile_bytes,
+                                                  cudaMemcpyHostToDevice, stream_));
+    }
+    STRAIT_RETURN_IF_ERROR(layers_->Rotate(tile));
+    for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer) {
+      STRAIT_RETURN_IF_ERROR(layers_->Run(weights_.layers[layer], tables_->segments(layer), tile));
+    }
+    if (!head_) {
+      STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(staging_.data(), ws_.hidden, tile_bytes,
+                                                  cudaMemcpyDeviceToHost, stream_));
+      STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
+      std::memcpy(hidden_out.data() + begin * row_bytes, staging_.data(), tile_bytes);
+      continue;
+    }
+    size_t count = 0;
+    while (count < requests.size() &&
+           requests[count].row < begin + static_cast<uint32_t>(tile.num_rows)) {
+      ++count;
+    }
+    STRAIT_RETURN_IF_ERROR(head_->Read(batch, requests.subspan(0, count), begin, results));
+    requests.remove_prefix(count);
+  }
+  STRAIT_CHECK(requests.empty(), "logits were asked for at a row that the batch does not have");
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
+  return absl::OkStatus();
+}
+
+absl::Status CudaStageModel::Plan(const StageBatch& batch, uint32_t begin, CudaTile* tile) {
+  const uint32_t end = begin + static_cast<uint32_t>(tile->num_rows);
+  plan_sequences_.clear();
+  uint32_t row = 0;
+  for (uint32_t index = 0; index < batch.sequences.size() && row < end; ++index) {
+    const BatchSequence& sequence = batch.sequences[index];
+    const uint32_t from = std::max(row, begin);
+    const uint32_t to = std::min(row + sequence.num_tokens, end);
+    if (from < to) {
+      cuda::MlaSequence one;
+      one.sequence = static_cast<int32_t>(index);
+      one.first_token = static_cast<int32_t>(from - begin);
+      one.num_tokens = static_cast<int32_t>(to - from);
+      one.first_position = static_cast<int32_t>(sequence.first_position + (from - row));
+      plan_sequences_.push_back(one);
+    }
+    row += sequence.num_tokens;
+  }
+  cuda::MlaPlanOptions options;
+  options.num_heads = static_cast<int32_t>(config_.num_attention_heads);
+  STRAIT_CHECK(cuda::PlanMla(plan_sequences_.data(), static_cast<int32_t>(plan_sequences_.size()),
+                             options, limits_.mla, &plan_),
+               "the plan's limits hold for every tile");
+  const int64_t used = cuda::WriteMlaPlan(plan_, plan_host_.data());
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(
+      ws_.plan, plan_host_.data(), static_cast<size_t>(used), cudaMemcpyHostToDevice, stream_));
+  tile->plan = cuda::ViewMlaPlan(limits_.mla, ws_.plan);
+  return absl::OkStatus();
+}
+
+}  // namespace strait

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// CudaStageModel is a stage on the GPU: one allocation for weights, cache and workspace, one stream.
+//
+// Owns:    device memory, pinned staging, the stream.
+// Thread:  made on the loader thread, then loop thread only.
+// Errors:  Forward: those of CUDA; see CudaBackend.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "kernels/cuda/mla_plan.h"
+#include "worker/backend.h"
+#include "worker/model/cuda/head.h"
+#include "worker/model/cuda/layers.h"
+#include "worker/model/cuda/step_tables.h"
+#include "worker/model/memory.h"
+
+namespace strait {
+
+// What a stage takes on the device, part by part.
+struct CudaStageBytes {
+  uint64_t weights = 0;
+  uint64_t pool = 0;
+  uint64_t workspace = 0;
+  uint64_t total() const { return weights + pool + workspace; }
+};
+
+class CudaStageModel final : public StageModel {
+ public:
+  static CudaStageBytes Measure(const ModelConfig& config, const StageSpec& spec,
+                                int num_multiprocessors);
+
+  // Takes the memory and reads the weights. `alive`: kept as long as the stage lives; `config`
+  // belongs to it.
+  static absl::StatusOr<std::unique_ptr<CudaStageModel>> Create(
+      std::shared_ptr<const void> alive, WeightSource& source, const StageSpec& spec, int device,
+      int num_multiprocessors, MemoryBudget::Share share, const LoadProgress& progress);
+  ~CudaStageModel() override;
+
+  absl::Status Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
+                       absl::Span<std::byte> hidden_out,
+                       std::vector<LogitsResult>* results) override;
+
+  const StageSpec& spec() const override { return spec_; }
+  uint64_t weight_bytes() const override { return bytes_.weights; }
+  uint64_t cache_bytes() const override { return bytes_.pool; }
+
+ private:
+  CudaStageModel(std::shared_ptr<const void> alive, const ModelConfig& config,
+                 const StageSpec& spec, int device, MemoryBudget::Share share)
+      : alive_(std::move(alive)),
+        config_(config),
+        spec_(spec),
+        device_(device),
+        share_(std::move(share)) {}
+
+  absl::Status Init(WeightSource& source, int num_multiprocessors, const LoadProgress& progress);
+  absl::Status Run(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
+                   absl::Span<std::byte> hidden_out, std::vector<LogitsResult>* results);
+  // The attention plan of rows [begin, begin + tile.num_rows), on its way to the device.
+  absl::Status Plan(const StageBatch& batch, uint32_t begin, CudaTile* tile);
+
+  const std::shared_ptr<const void> alive_;
+  const ModelConfig& config_;
+  const StageSpec spec_;
+  const int device_;
+  const MemoryBudget::Share share_;
+
+  // --- Constant after Init ---
+  CudaStageBytes bytes_;
+  StepLimits limits_;
+  DeviceMemory memory_;
+  cudaStream_t stream_ = nullptr;
+  DeviceStage weights_;
+  CudaPool pool_;
+  CudaWorkspace ws_;
+  std::optional<StepTables> tables_;
+  std::optional<CudaLayers> layers_;
+  std::optional<CudaHead> head_;  // last stage
+  PinnedMemory staging_;          // [tile_rows, hidden_size] fp32
+  PinnedMemory plan_host_;
+
+  cuda::MlaPlan plan_;  // kept for its memory
+  std::vector<cuda::MlaSequence> plan_sequences_;
+};
+
+}  // namespace strait

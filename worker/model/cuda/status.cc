@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/model/cuda/status.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+#include "absl/strings/str_cat.h"
+#include "proto/log.h"
+
+namespace strait {
+namespace {
+
+constexpr int kLostContextExit = 70;  // EX_SOFTWARE of sysexits.h
+
+}  // namespace
+
+absl::Status CudaStatus(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return absl::OkStatus();
+  const std::string text = absl::StrCat("CUDA: ", cudaGetErrorName(error), " (",
+                                        cudaGetErrorString(error), ") in ", what);
+  if (error == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();  // not a lost context: forget it
+    return absl::ResourceExhaustedError(text);
+  }
+  return absl::InternalError(text);
+}
+
+void ExitIfContextLost(const absl::Status& status) {
+  (void)cudaGetLastError();
+  const cudaError_t now = cudaDeviceSynchronize();
+  if (now == cudaSuccess) return;
+  Log(LogLevel::kError, "the GPU context is lost, this process ends and must be started again",
+      {{"why", status}, {"now", cudaGetErrorString(now)}});
+  std::fflush(nullptr);
+  std::_Exit(kLostContextExit);
+}
+
+}  // namespace strait

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// A stage's weights on the device: how they lie in its memory, and how they get there.
+//
+// Borrows: device memory, which outlives every kernel that reads it.
+// Thread:  loader thread.
+// Shapes:  at each member; matrices are [out, in] with padded rows (kernels/cuda/matrix.h).
+// Errors:  Upload…: InvalidArgument: config.json announces fp8 and a tensor is not; those of CUDA.
+// Why:     bf16 and fp8 stay as stored; fp32 and fp16 become bf16. kv_b_proj is taken apart into
+//          the two matrices a head that the absorbed form multiplies with, in bf16 also where it
+//          was fp8: transposing does not keep 128 x 128 blocks whole (V3: 0.2 % of a layer). A
+//          head's rows of q are padded to 8, so that every head begins at 16 bytes.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/cuda/matrix.h"
+#include "proto/model_config.h"
+#include "worker/checkpoint/weights.h"
+#include "worker/model/cuda/region.h"
+
+namespace strait {
+
+struct DeviceMlp {
+  cuda::Matrix gate_proj;  // of expert 0 where there are many, the others follow at equal distance
+  cuda::Matrix up_proj;
+  cuda::Matrix down_proj;
+};
+
+struct DeviceLayer {
+  float* input_layernorm = nullptr;           // [hidden_size]
+  float* post_attention_layernorm = nullptr;  // [hidden_size]
+  cuda::Matrix q_proj;              // [heads * padded q head, hidden_size]; without q_lora_rank
+  cuda::Matrix q_a_proj;            // [q_lora_rank, hidden_size]
+  float* q_a_layernorm = nullptr;   // [q_lora_rank]
+  cuda::Matrix q_b_proj;            // [heads * padded q head, q_lora_rank]
+  cuda::Matrix kv_a_proj;           // [kv_lora_rank + qk_rope_head_dim, hidden_size]
+  float* kv_a_layernorm = nullptr;  // [kv_lora_rank]
+  cuda::Matrix key_up;    // of head 0: [kv_lora_rank, qk_nope_head_dim], W_UK transposed; bf16
+  cuda::Matrix value_up;  // of head 0: [v_head_dim, kv_lora_rank], W_UV; bf16
+  cuda::Matrix o_proj;    // [hidden_size, heads * v_head_dim]
+
+  bool is_moe = false;
+  DeviceMlp mlp;  // dense layers
+  // The router's matrix as the sum of two bf16 ones, the second only where the first is not exact.
+  cuda::Matrix gate;       // [n_routed_experts, hidden_size]
+  cuda::Matrix gate_rest;  // the same
+  bool gate_has_rest = false;
+  float* e_score_correction_bias = nullptr;  // [n_routed_experts]; may be null
+  DeviceMlp experts;
+  DeviceMlp shared_experts;
+};
+
+struct DeviceStage {
+  std::vector<DeviceLayer> layers;
+  cuda::Matrix embed_tokens;  // first stage
+  float* norm = nullptr;      // last stage
+  cuda::Matrix lm_head;       // last stage
+};
+
+// Elements of one head's q on the device.
+inline uint64_t PaddedQHead(const ModelConfig& config) {
+  return (uint64_t{config.qk_head_dim()} + 7) / 8 * 8;
+}
+
+// Whether this backend runs the model; InvalidArgument says what it cannot.
+absl::Status CheckCudaModel(const ModelConfig& config);
+
+// Lays the weights of `layers` out in `region`; a region without base only measures.
+DeviceStage LayOutWeights(const ModelConfig& config, LayerRange layers, Region& region);
+
+// Reads, converts and copies everything that `stage` has room for.
+absl::Status UploadWeights(WeightSource& source, LayerRange layers, DeviceStage& stage,
+                           uint64_t total_bytes, const LoadProgress& progress);
+
+}  // namespace strait

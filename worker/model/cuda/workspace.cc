@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/model/cuda/workspace.h"
+
+#include <algorithm>
+
+#include "kernels/cuda/moe.h"
+#include "proto/limits.h"
+#include "worker/model/cuda/weights.h"
+
+namespace strait {
+namespace {
+
+constexpr int32_t kSmallestExpertTile = 8;
+
+uint64_t Padded(uint64_t elements) {
+  return static_cast<uint64_t>(cuda::AlignedStride(static_cast<int64_t>(elements)));
+}
+
+}  // namespace
+
+uint64_t HeadTableBytes(const StepLimits& limits) {
+  Region region(nullptr);
+  region.Take<cuda::SampleRow>(limits.head_rows);
+  region.Take<int32_t>(limits.head_rows);
+  region.Take<cuda::TokenEntry>(limits.head_entries);
+  return region.end();
+}
+
+CudaWorkspace LayOutWorkspace(const ModelConfig& c, LayerRange layers, const StepLimits& limits,
+                              Region& region) {
+  const uint64_t t = limits.tile_rows;
+  const uint64_t heads = c.num_attention_heads;
+  const uint64_t rank = c.kv_lora_rank;
+  const uint64_t rope = c.qk_rope_head_dim;
+  const bool moe = c.n_routed_experts > 0;
+  CudaWorkspace w;
+  w.hidden = region.Take<float>(t * c.hidden_size);
+  w.normed = region.Take<cuda::Bf16>(t * Padded(c.hidden_size));
+  w.cos_sin = region.Take<float>(t * rope);
+  w.tables = region.Take<std::byte>(limits.table_bytes);
+  w.plan = region.Take<std::byte>(static_cast<uint64_t>(cuda::MlaPlanBytes(limits.mla)));
+  const auto partial_rows = static_cast<uint64_t>(limits.mla.max_partials) * cuda::kMlaTileRows;
+  w.partial_out = region.Take<float>(partial_rows * rank);
+  w.partial_lse = region.Take<float>(partial_rows);
+
+  const Region common = region;
+  Region attention = common;
+  w.q_a = attention.Take<float>(t * c.q_lora_rank);
+  w.q_a_normed = attention.Take<cuda::Bf16>(t * Padded(c.q_lora_rank));
+  w.q = attention.Take<cuda::Bf16>(t * heads * PaddedQHead(c));
+  w.kv_a = attention.Take<float>(t * (rank + rope));
+  w.q_cat = attention.Take<cuda::Bf16>(t * heads * (rank + rope));
+  w.o_latent = attention.Take<cuda::Bf16>(t * heads * rank);
+  w.attended = attention.Take<cuda::Bf16>(t * Padded(heads * c.v_head_dim));
+
+  Region forward = common;
+  const uint64_t shared = moe ? uint64_t{c.n_shared_experts} * c.moe_intermediate_size : 0;
+  w.activated =
+      forward.Take<cuda::Bf16>(t * Padded(std::max<uint64_t>(c.intermediate_size, shared)));
+  if (moe) {
+    const uint64_t choices = t * c.num_experts_per_tok;
+    w.router_logits = forward.Take<float>(t * c.n_routed_experts);
+    w.expert_weights = forward.Take<float>(choices);
+    w.expert_ids = forward.Take<int32_t>(choices);
+    w.row_of = forward.Take<int32_t>(choices);
+    w.token_of = forward.Take<int32_t>(choices);
+    w.tiles = forward.Take<cuda::RowTile>(static_cast<uint64_t>(cuda::MaxExpertTiles(
+        static_cast<int64_t>(choices), c.n_routed_experts, kSmallestExpertTile)));
+    w.num_tiles = forward.Take<int32_t>(1);
+    w.expert_activated = forward.Take<cuda::Bf16>(choices * Padded(c.moe_intermediate_size));
+    w.expert_rows = forward.Take<cuda::Bf16>(choices * c.hidden_size);
+  }
+
+  Region head = common;
+  if (layers.end == c.num_hidden_layers) {
+    const uint64_t rows = limits.head_rows;
+    w.head_normed = head.Take<cuda::Bf16>(rows * Padded(c.hidden_size));
+    w.logits = head.Take<float>(rows * c.vocab_size);
+    w.adjusted = head.Take<float>(rows * c.vocab_size);
+    w.head_tables = head.Take<std::byte>(HeadTableBytes(limits));
+    w.results = head.Take<cuda::SampleResult>(rows);
+  }
+  region = std::max({attention, forward, head},
+                    [](const Region& a, const Region& b) { return a.end() < b.end(); });
+  return w;
+}
+
+StepLimits MakeStepLimits(const ModelConfig& c, LayerRange layers, uint32_t pool_blocks,
+                          uint64_t weight_bytes, int num_multiprocessors) {
+  StepLimits limits;
+  const uint64_t row_bytes = uint64_t{c.vocab_size} * sizeof(float);
+  limits.head_rows = static_cast<uint32_t>(
+      std::clamp<uint64_t>(kCudaMaxLogitBytes / row_bytes, kCudaMinHeadRows, kCudaMaxHeadRows));
+  // A row's own lists: each token at most once, biases, bans.
+  limits.head_entries = std::max<uint64_t>(
+      uint64_t{c.vocab_size} + limits::kMaxLogitBias + 2 * limits::kMaxStopTokens, 1 << 16);
+  Region tables(nullptr);
+  tables.Take<int32_t>(limits::kMaxStepTokens);
+  tables.Take<int32_t>(limits::kMaxStepTokens);
+  tables.Take<int32_t>(limits::kMaxStepTokens);
+  tables.Take<cuda::MlaSegment>(uint64_t{layers.size()} * limits::kMaxStepSequences);
+  tables.Take<uint32_t>(pool_blocks);
+  limits.table_bytes = tables.end();
+  uint32_t rows = kCudaMaxTileRows;
+  for (;; rows -= kCudaMinTileRows) {
+    limits.tile_rows = rows;
+    limits.mla = cuda::MaxMlaPlan(
+        num_multiprocessors, limits::kMaxStepSequences, static_cast<int32_t>(rows),
+        static_cast<int32_t>(c.num_attention_heads), c.max_position_embeddings, false);
+    Region measured(nullptr);
+    LayOutWorkspace(c, layers, limits, measured);
+    if (rows == kCudaMinTileRows || measured.end() <= weight_bytes / kCudaWorkspaceDivisor) {
+      return limits;
+    }
+  }
+}
+
+}  // namespace strait

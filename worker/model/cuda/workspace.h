@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a stage has on the device besides weights and cache: the activations of one tile of rows,
+// and the tables of one step.
+//
+// Borrows: one region of device memory.
+// Thread:  a plain value.
+// Shapes:  at each member; T is tile_rows. Buffers of attention, feed-forward and head lie over
+//          each other.
+// Limits:  kMaxTileRows; StepLimits.
+// Why:     all sizes follow from the configuration and the pool before anything is allocated
+//          (WorkspaceBytes), so that a stage that does not fit says so before it reads weights.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/mla.h"
+#include "kernels/cuda/sample.h"
+#include "proto/model_config.h"
+#include "worker/model/cuda/region.h"
+
+namespace strait {
+
+inline constexpr uint32_t kCudaMaxTileRows = 2048;
+inline constexpr uint32_t kCudaMinTileRows = 64;
+inline constexpr uint64_t kCudaMaxLogitBytes = 128 << 20;  // of one product of the head
+inline constexpr uint32_t kCudaMaxHeadRows = 256;
+inline constexpr uint32_t kCudaMinHeadRows = 16;
+// A tile is as large as fits in this part of the stage's weights, within the limits above.
+inline constexpr uint64_t kCudaWorkspaceDivisor = 20;
+
+// What a step can need at most.
+struct StepLimits {
+  uint32_t tile_rows = 0;
+  uint32_t head_rows = 0;     // whose logits exist at a time
+  uint64_t head_entries = 0;  // penalties, biases, bans of these rows
+  uint64_t table_bytes = 0;   // step tables: rows, segments, page tables
+  cuda::MlaPlanLimits mla;
+};
+
+struct CudaWorkspace {
+  // H hidden_size, A heads, Q padded q head, D qk_rope_head_dim, R kv_lora_rank, C R + D rounded up
+  // to 8, K experts per token, E experts, I and M intermediate sizes, V vocab_size, S shared width.
+  float* hidden = nullptr;       // [T, H]
+  cuda::Bf16* normed = nullptr;  // [T, H padded]
+  float* cos_sin = nullptr;      // [T, D]
+  std::byte* tables = nullptr;   // [StepLimits::table_bytes]
+  std::byte* plan = nullptr;     // [MlaPlanBytes]
+  float* partial_out = nullptr;  // [max_partials, 64, R]
+  float* partial_lse = nullptr;  // [max_partials, 64]
+
+  // --- Attention ---
+  float* q_a = nullptr;              // [T, q_lora_rank]
+  cuda::Bf16* q_a_normed = nullptr;  // [T, q_lora_rank padded]
+  cuda::Bf16* q = nullptr;           // [T, A, Q]
+  float* kv_a = nullptr;             // [T, R + D]
+  cuda::Bf16* q_cat = nullptr;       // [T, A, C]: latent, then rope
+  cuda::Bf16* o_latent = nullptr;    // [T, A, R]
+  cuda::Bf16* attended = nullptr;    // [T, A * v_head_dim padded]
+
+  // --- Feed-forward ---
+  cuda::Bf16* activated = nullptr;  // [T, max(I, S) padded]
+  float* router_logits = nullptr;   // [T, E]
+  float* expert_weights = nullptr;  // [T, K]
+  int32_t* expert_ids = nullptr;    // [T, K]
+  int32_t* row_of = nullptr;        // [T, K]
+  int32_t* token_of = nullptr;      // [T * K]
+  cuda::RowTile* tiles = nullptr;   // [MaxExpertTiles at 8 rows]
+  int32_t* num_tiles = nullptr;
+  cuda::Bf16* expert_activated = nullptr;  // [T * K, M padded]
+  cuda::Bf16* expert_rows = nullptr;       // [T * K, H]
+
+  // --- Head; B head_rows ---
+  cuda::Bf16* head_normed = nullptr;      // [B, H padded]
+  float* logits = nullptr;                // [B, V]
+  float* adjusted = nullptr;              // [B, V]
+  std::byte* head_tables = nullptr;       // [HeadTableBytes]
+  cuda::SampleResult* results = nullptr;  // [B]
+};
+
+// Row indices, sampling rows, entries of one product of the head.
+uint64_t HeadTableBytes(const StepLimits& limits);
+
+// `weight_bytes` decides the size of a tile.
+StepLimits MakeStepLimits(const ModelConfig& config, LayerRange layers, uint32_t pool_blocks,
+                          uint64_t weight_bytes, int num_multiprocessors);
+
+CudaWorkspace LayOutWorkspace(const ModelConfig& config, LayerRange layers,
+                              const StepLimits& limits, Region& region);
+
+}  // namespace strait
