@@ -76,11 +76,13 @@ struct MlaParams {
 };
 
 // The bytes of a row, and where an fp8 row's scales and rope key begin.
-constexpr int32_t MlaScalesOffset(int32_t rank) { return (rank + 15) / 16 * 16; }
-constexpr int32_t MlaRopeOffset(MlaRowFormat format, int32_t rank) {
+__host__ __device__ constexpr int32_t MlaScalesOffset(int32_t rank) {
+  return (rank + 15) / 16 * 16;
+}
+__host__ __device__ constexpr int32_t MlaRopeOffset(MlaRowFormat format, int32_t rank) {
   return format == MlaRowFormat::kBf16 ? rank * 2 : MlaScalesOffset(rank) + (rank + 127) / 128 * 4;
 }
-constexpr int32_t MlaRowBytes(MlaRowFormat format, int32_t rank, int32_t rope) {
+__host__ __device__ constexpr int32_t MlaRowBytes(MlaRowFormat format, int32_t rank, int32_t rope) {
   return (MlaRopeOffset(format, rank) + rope * 2 + 15) / 16 * 16;
 }
 

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr unsigned kFullWarp = 0xffffffffu;
-constexpr int kPad = 8;         // bf16 behind each row in shared memory: no bank conflicts
+constexpr int kPad = 8;  // bf16 behind each row in shared memory: no bank conflicts
 constexpr int kScoreStride = kMlaBlockRows + kPad;
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
@@ -48,16 +48,18 @@ __device__ __forceinline__ void Multiply(float (&d)[4], const uint32_t (&a)[4], 
 }
 
 struct Shared {
-  __nv_bfloat16* q;    // [64, width + kPad]
-  __nv_bfloat16* kv;   // [64, width + kPad]
-  __nv_bfloat16* p;    // [64, kScoreStride]
-  float* row_max;      // [2, 64]
-  float* row_sum;      // [2, 64]
-  int width;           // rank + rope, rope padded with zeros to 16
-  int stride() const { return width + kPad; }
+  __nv_bfloat16* q;   // [64, width + kPad]
+  __nv_bfloat16* kv;  // [64, width + kPad]
+  __nv_bfloat16* p;   // [64, kScoreStride]
+  float* row_max;     // [2, 64]
+  float* row_sum;     // [2, 64]
+  int width;          // rank + rope, rope padded with zeros to 16
+  __device__ int stride() const { return width + kPad; }
 };
 
-constexpr int PaddedWidth(int rank, int rope) { return rank + (rope + 15) / 16 * 16; }
+__host__ __device__ constexpr int PaddedWidth(int rank, int rope) {
+  return rank + (rope + 15) / 16 * 16;
+}
 
 constexpr int SharedBytes(int width) {
   return 2 * 64 * (width + kPad) * 2 + 64 * kScoreStride * 2 + 4 * 64 * 4;
@@ -69,8 +71,8 @@ __device__ __forceinline__ uint4 RowPiece(const std::byte* row, int column, int 
   if (column >= rank + rope) return make_uint4(0, 0, 0, 0);
   if (kFormat == MlaRowFormat::kBf16) return *reinterpret_cast<const uint4*>(row + column * 2);
   if (column >= rank) {  // the rope key begins at a multiple of 4 bytes
-    const uint32_t* words = reinterpret_cast<const uint32_t*>(
-        row + MlaRopeOffset(kFormat, rank) + (column - rank) * 2);
+    const uint32_t* words =
+        reinterpret_cast<const uint32_t*>(row + MlaRopeOffset(kFormat, rank) + (column - rank) * 2);
     return make_uint4(words[0], words[1], words[2], words[3]);
   }
   const float scale =
@@ -123,8 +125,7 @@ __device__ __forceinline__ void Scores(const Shared& s, int row0, int kv0, float
     for (int i = 0; i < 4; ++i) score[n][i] = 0;
   }
   const __nv_bfloat16* q = s.q + (row0 + lane % 16) * s.stride() + lane / 16 * 8;
-  const __nv_bfloat16* k =
-      s.kv + (kv0 + lane % 8 + lane / 16 * 8) * s.stride() + lane / 8 % 2 * 8;
+  const __nv_bfloat16* k = s.kv + (kv0 + lane % 8 + lane / 16 * 8) * s.stride() + lane / 8 % 2 * 8;
   for (int column = 0; column < s.width; column += 16) {
     uint32_t a[4];
     LoadMatrices(a, q + column);
@@ -210,8 +211,7 @@ __global__ void __launch_bounds__(kThreads) PortableKernel(const MlaParams p) {
       float base[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const float to =
-            fmaxf(max[r], fmaxf(s.row_max[rows[r]], s.row_max[64 + rows[r]]));
+        const float to = fmaxf(max[r], fmaxf(s.row_max[rows[r]], s.row_max[64 + rows[r]]));
         const float factor = Rescale(max[r], to);
         max[r] = to;
         base[r] = to == NegInf() ? 0.0f : to;
@@ -262,8 +262,8 @@ __global__ void __launch_bounds__(kThreads) PortableKernel(const MlaParams p) {
         for (int g = 0; g < kGroups; ++g) {
           if (g < num_groups) {
             uint32_t b[4];
-            LoadMatricesTransposed(b, s.kv + (k + lane % 16) * s.stride() +
-                                          (first_group + g) * 16 + lane / 16 * 8);
+            LoadMatricesTransposed(
+                b, s.kv + (k + lane % 16) * s.stride() + (first_group + g) * 16 + lane / 16 * 8);
             Multiply(out[2 * g], a, b[0], b[1]);
             Multiply(out[2 * g + 1], a, b[2], b[3]);
           }
@@ -341,8 +341,8 @@ cudaError_t LaunchPortable(const MlaParams& params, cudaStream_t stream) {
                             ? KernelOf<MlaRowFormat::kBf16>(params.rank)
                             : KernelOf<MlaRowFormat::kFp8>(params.rank);
   const int bytes = SharedBytes(PaddedWidth(params.rank, params.rope));
-  kernel<<<static_cast<unsigned>(params.plan.limits.num_thread_blocks), kThreads, bytes,
-           stream>>>(params);
+  kernel<<<static_cast<unsigned>(params.plan.limits.num_thread_blocks), kThreads, bytes, stream>>>(
+      params);
   return cudaGetLastError();
 }
 
