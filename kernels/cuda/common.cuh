@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Device helpers that several kernels share: warp and block sums in a fixed order, the tensor
-// core's bf16 product, e4m3 codes widened to bf16.
+// What several kernels share: launches that overlap the end of the kernel before, warp and block
+// sums in a fixed order, the tensor core's bf16 product, e4m3 codes widened to bf16.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,6 +14,39 @@
 namespace strait::cuda {
 
 inline constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Waits until the kernels before this one in the stream have ended and their writes are seen. Every
+// kernel that LaunchChained starts calls it, in every block, before it touches what another kernel
+// reads or writes; weights may be read before.
+__device__ __forceinline__ void WaitForEarlier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel of the stream begin, up to its WaitForEarlier, when all blocks said so.
+__device__ __forceinline__ void StartNext() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Launches a kernel that may begin while the one before it in the stream drains.
+template <class... Params, class... Args>
+cudaError_t LaunchChained(void (*kernel)(Params...), dim3 grid, unsigned threads,
+                          size_t shared_bytes, cudaStream_t stream, const Args&... args) {
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+}
 
 __device__ __forceinline__ float WarpSum(float value) {
 #pragma unroll

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/cuda/gemm.h"
 
+#include <algorithm>
+
 #include "kernels/cuda/gemm_internal.h"
 #include "proto/check.h"
 
@@ -18,9 +20,7 @@ int32_t FewRowsTile(int32_t num_rows) {
   return tile;
 }
 
-}  // namespace
-
-cudaError_t Gemm(const GemmParams& p, cudaStream_t stream) {
+void Check(const GemmParams& p) {
   STRAIT_CHECK((p.y_bf16 == nullptr) != (p.y_fp32 == nullptr), "one output");
   STRAIT_CHECK(p.up.empty() || p.y_bf16 != nullptr, "gated products are bf16");
   STRAIT_CHECK(!p.accumulate || p.y_fp32 != nullptr, "only fp32 accumulates");
@@ -31,17 +31,42 @@ cudaError_t Gemm(const GemmParams& p, cudaStream_t stream) {
   STRAIT_CHECK(p.up.empty() || (p.up.rows == p.weight.rows && p.up.cols == p.weight.cols &&
                                 p.up.stride == p.weight.stride &&
                                 (p.up.scales == nullptr) == (p.weight.scales == nullptr)));
+}
+
+// Rows a tile of the few-rows kernel; 0: too many rows for it.
+int32_t FewRowsTileOf(const GemmParams& p) {
+  if (p.num_rows > kFewRows && !p.fixed_order) return 0;
+  const int32_t tile = FewRowsTile(p.num_rows);
+  return p.fixed_order ? std::min(tile, kFixedRows) : tile;
+}
+
+}  // namespace
+
+cudaError_t Gemm(const GemmParams& p, cudaStream_t stream) {
+  Check(p);
   if (p.tiles != nullptr) {
     if (p.max_tiles == 0) return cudaSuccess;
     const bool few = p.tile_rows < kSmallTile || p.fixed_order;
     return few ? GemmFewRows(p, p.tile_rows, stream) : GemmTiles(p, p.tile_rows, stream);
   }
   if (p.num_rows == 0) return cudaSuccess;
-  if (p.num_rows <= kFewRows || p.fixed_order) {
-    const int32_t tile = FewRowsTile(p.num_rows);
-    return GemmFewRows(p, p.fixed_order ? (tile < kFixedRows ? tile : kFixedRows) : tile, stream);
+  const int32_t tile = FewRowsTileOf(p);
+  return tile > 0 ? GemmFewRows(p, tile, stream) : GemmTiles(p, kLargeTile, stream);
+}
+
+cudaError_t GemmPair(const GemmParams& a, const GemmParams& b, cudaStream_t stream) {
+  const bool alike = a.tiles == nullptr && b.tiles == nullptr && a.up.empty() && b.up.empty() &&
+                     a.num_rows == b.num_rows && a.num_rows > 0 && a.num_groups == 1 &&
+                     b.num_groups == 1 && a.fixed_order == b.fixed_order &&
+                     (a.weight.scales == nullptr) == (b.weight.scales == nullptr);
+  const int32_t tile = alike ? FewRowsTileOf(a) : 0;
+  if (tile > 0) {
+    Check(a);
+    Check(b);
+    return GemmFewRowsPair(a, b, tile, stream);
   }
-  return GemmTiles(p, kLargeTile, stream);
+  const cudaError_t error = Gemm(a, stream);
+  return error != cudaSuccess ? error : Gemm(b, stream);
 }
 
 int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fixed_order) {

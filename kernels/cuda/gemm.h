@@ -60,6 +60,10 @@ struct GemmParams {
 
 cudaError_t Gemm(const GemmParams& params, cudaStream_t stream);
 
+// Both, in one launch where they are alike (few rows, one group, one weight format): what reads the
+// same x. Outputs do not overlap.
+cudaError_t GemmPair(const GemmParams& a, const GemmParams& b, cudaStream_t stream);
+
 // Rows of a tile for a list of experts' rows: few rows an expert, small tiles.
 int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fixed_order);
 

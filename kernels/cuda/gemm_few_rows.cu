@@ -17,8 +17,9 @@ namespace strait::cuda {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kRows = 16;    // of W, a block
-constexpr int kPiece = 128;  // of K, a warp at a time; one fp8 scale
+constexpr int kRows = 16;       // of W, a block
+constexpr int kPiece = 128;     // of K, a warp at a time; one fp8 scale
+constexpr int kBlocksEach = 2;  // a multiprocessor, at least, but for 64 rows: latency needs hiding
 
 struct Vec {
   uint32_t v[4];  // 16 bytes
@@ -55,58 +56,73 @@ __device__ __forceinline__ void KeepCodes(Vec& vec, int count) {
 
 constexpr Vec kZero = {{0, 0, 0, 0}};
 
-// One 128-wide piece of K for a warp: sums += W[16 rows, piece] * x[rows, piece]^T.
-template <bool kFp8, int kTokenTiles, bool kTail>
-__device__ __forceinline__ void Piece(const char* w0, const char* w1,
-                                      const Bf16* const (&x)[kTokenTiles], int k0, int k_end,
-                                      float (&sums)[kTokenTiles][4]) {
-  const int j = threadIdx.x % 4;
-  constexpr int kLane = kFp8 ? 16 : 8;  // elements of W a lane loads at once
-  constexpr int kChunk = 4 * kLane;
+// A 128-wide piece of 16 rows of W, as a lane holds it: rows r and r + 8.
+template <bool kFp8>
+struct Piece {
+  static constexpr int kLane = kFp8 ? 16 : 8;  // elements that a lane loads at once
+  static constexpr int kChunk = 4 * kLane;
   Vec weights[kPiece / kChunk][2];
+};
+
+template <bool kFp8>
+__device__ __forceinline__ void Load(Piece<kFp8>& piece, const char* w0, const char* w1, int k0,
+                                     int k_end) {
+  using P = Piece<kFp8>;
+  const int j = threadIdx.x % 4;
+  const bool tail = k0 + kPiece > k_end;
 #pragma unroll
-  for (int c = 0; c < kPiece / kChunk; ++c) {
-    const int k = k0 + c * kChunk + j * kLane;
+  for (int c = 0; c < kPiece / P::kChunk; ++c) {
+    const int k = k0 + c * P::kChunk + j * P::kLane;
     const int64_t offset = int64_t{k} * (kFp8 ? 1 : 2);
-    if (!kTail || k < k_end) {
-      weights[c][0] = LoadWeight(w0 + offset);
-      weights[c][1] = LoadWeight(w1 + offset);
+    if (!tail || k < k_end) {
+      piece.weights[c][0] = LoadWeight(w0 + offset);
+      piece.weights[c][1] = LoadWeight(w1 + offset);
     } else {
-      weights[c][0] = weights[c][1] = kZero;
+      piece.weights[c][0] = piece.weights[c][1] = kZero;
     }
-    if (kTail && k < k_end && k + kLane > k_end) {
+    if (tail && k < k_end && k + P::kLane > k_end) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (kFp8) {
-          KeepCodes(weights[c][r], k_end - k);
+          KeepCodes(piece.weights[c][r], k_end - k);
         } else {
-          KeepBf16(weights[c][r], k_end - k);
+          KeepBf16(piece.weights[c][r], k_end - k);
         }
       }
     }
   }
+}
+
+// sums += W[16 rows, piece] * x[rows, piece]^T.
+template <bool kFp8, int kTokenTiles>
+__device__ __forceinline__ void Multiply(const Piece<kFp8>& piece,
+                                         const Bf16* const (&x)[kTokenTiles], int k0, int k_end,
+                                         float (&sums)[kTokenTiles][4]) {
+  using P = Piece<kFp8>;
+  const int j = threadIdx.x % 4;
+  const bool tail = k0 + kPiece > k_end;
 #pragma unroll
-  for (int c = 0; c < kPiece / kChunk; ++c) {
+  for (int c = 0; c < kPiece / P::kChunk; ++c) {
 #pragma unroll
-    for (int half = 0; half < kLane / 8; ++half) {  // 8 k at a time: 16 bytes of x
-      const int k = k0 + c * kChunk + j * kLane + half * 8;
+    for (int half = 0; half < P::kLane / 8; ++half) {  // 8 k at a time: 16 bytes of x
+      const int k = k0 + c * P::kChunk + j * P::kLane + half * 8;
       uint32_t a[2][4];
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (kFp8) {
-          WidenE4m3(weights[c][r].v[half * 2], a[r][0], a[r][1]);
-          WidenE4m3(weights[c][r].v[half * 2 + 1], a[r][2], a[r][3]);
+          WidenE4m3(piece.weights[c][r].v[half * 2], a[r][0], a[r][1]);
+          WidenE4m3(piece.weights[c][r].v[half * 2 + 1], a[r][2], a[r][3]);
         } else {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) a[r][i] = weights[c][r].v[i];
+          for (int i = 0; i < 4; ++i) a[r][i] = piece.weights[c][r].v[i];
         }
       }
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
         Vec b = kZero;
-        if (x[t] != nullptr && (!kTail || k < k_end)) {
+        if (x[t] != nullptr && (!tail || k < k_end)) {
           b = LoadX(x[t] + k);
-          if (kTail && k + 8 > k_end) KeepBf16(b, k_end - k);
+          if (tail && k + 8 > k_end) KeepBf16(b, k_end - k);
         }
         MmaBf16(sums[t], a[0][0], a[1][0], a[0][1], a[1][1], b.v[0], b.v[1]);
         MmaBf16(sums[t], a[0][2], a[1][2], a[0][3], a[1][3], b.v[2], b.v[3]);
@@ -115,42 +131,57 @@ __device__ __forceinline__ void Piece(const char* w0, const char* w1,
   }
 }
 
+// One matrix's part of a block's work: the rows that this lane reads.
+template <bool kFp8>
+struct Rows {
+  const char* w0;
+  const char* w1;
+  const float* scales;
+
+  __device__ __forceinline__ Rows(const GemmParams& p, const Matrix& w, int group, int n0) {
+    const int row = threadIdx.x % 32 / 4;
+    const int64_t element = kFp8 ? 1 : 2;
+    const char* base = static_cast<const char*>(w.data) + group * p.weight_group_stride * element;
+    // Rows beyond the last one are read as the last one, and never written.
+    w0 = base + int64_t{min(n0 + row, w.rows - 1)} * w.stride * element;
+    w1 = base + int64_t{min(n0 + row + 8, w.rows - 1)} * w.stride * element;
+    scales = nullptr;
+    if (kFp8) {
+      const int scale_cols = (w.cols + kScaleBlock - 1) / kScaleBlock;
+      scales = w.scales + group * p.scale_group_stride + int64_t{n0 / kScaleBlock} * scale_cols;
+    }
+  }
+};
+
+// `piece`: the warp's first, already on its way. The next is loaded before one is multiplied.
 template <bool kFp8, int kTokenTiles>
-__device__ __forceinline__ void Product(const Matrix& w, int64_t weight_offset,
-                                        int64_t scale_offset, int n0,
+__device__ __forceinline__ void Product(const Rows<kFp8>& rows, Piece<kFp8> piece, int k_end,
                                         const Bf16* const (&x)[kTokenTiles],
                                         float (&sums)[kTokenTiles][4]) {
-  const int row = threadIdx.x % 32 / 4;
-  const int64_t element = kFp8 ? 1 : 2;
-  const char* base = static_cast<const char*>(w.data) + weight_offset * element;
-  // Rows beyond the last one are read as the last one, and never written.
-  const char* w0 = base + int64_t{min(n0 + row, w.rows - 1)} * w.stride * element;
-  const char* w1 = base + int64_t{min(n0 + row + 8, w.rows - 1)} * w.stride * element;
-  const float* scales = nullptr;
-  if (kFp8) {
-    const int scale_cols = (w.cols + kScaleBlock - 1) / kScaleBlock;
-    scales = w.scales + scale_offset + int64_t{n0 / kScaleBlock} * scale_cols;
-  }
-  for (int k0 = threadIdx.x / 32 * kPiece; k0 < w.cols; k0 += kWarps * kPiece) {
+  for (int k0 = threadIdx.x / 32 * kPiece; k0 < k_end; k0 += kWarps * kPiece) {
+    const int k1 = k0 + kWarps * kPiece;
+    Piece<kFp8> next;
+    if (k1 < k_end) Load(next, rows.w0, rows.w1, k1, k_end);
     if (kFp8) {
-      const float scale = scales[k0 / kScaleBlock];
+      const float scale = rows.scales[k0 / kScaleBlock];
       float partial[kTokenTiles][4] = {};
-      if (k0 + kPiece <= w.cols) {
-        Piece<kFp8, kTokenTiles, false>(w0, w1, x, k0, w.cols, partial);
-      } else {
-        Piece<kFp8, kTokenTiles, true>(w0, w1, x, k0, w.cols, partial);
-      }
+      Multiply(piece, x, k0, k_end, partial);
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[t][i] = fmaf(partial[t][i], scale, sums[t][i]);
       }
-    } else if (k0 + kPiece <= w.cols) {
-      Piece<kFp8, kTokenTiles, false>(w0, w1, x, k0, w.cols, sums);
     } else {
-      Piece<kFp8, kTokenTiles, true>(w0, w1, x, k0, w.cols, sums);
+      Multiply(piece, x, k0, k_end, sums);
     }
+    piece = next;
   }
+}
+
+template <bool kFp8>
+__device__ __forceinline__ void LoadFirst(Piece<kFp8>& piece, const Rows<kFp8>& rows, int k_end) {
+  const int k0 = threadIdx.x / 32 * kPiece;
+  if (k0 < k_end) Load(piece, rows.w0, rows.w1, k0, k_end);
 }
 
 // Adds the warps' sums in order; leaves them in shared[0].
@@ -178,14 +209,26 @@ __device__ __forceinline__ void AddWarps(const float (&sums)[kTokenTiles][4],
   }
 }
 
+// Block `block_x` of the product p.
 template <bool kFp8, bool kGated, int kTokenTiles>
-__global__ void __launch_bounds__(kWarps * 32) FewRows(const GemmParams p) {
-  extern __shared__ float memory[];
+__device__ __forceinline__ void Block(const GemmParams& p, int block_x, float* memory) {
   constexpr int kTileRows = 8 * kTokenTiles;
   auto* shared = reinterpret_cast<float(*)[kTileRows][kRows + 1]>(memory);
-  const GemmItem item = ItemOf(p, kTileRows, blockIdx.y);
+  const int n0 = block_x * kRows;
+  const int k_end = p.weight.cols;
+  GemmItem item = {0, 0, 0};
+  // Which weights a block reads is known early unless a list says it: reading begins before the
+  // kernel before has ended.
+  const bool early = p.tiles == nullptr;
+  if (early) item = ItemOf(p, kTileRows, blockIdx.y);
+  Piece<kFp8> piece;
+  if (early) LoadFirst(piece, Rows<kFp8>(p, p.weight, item.group, n0), k_end);
+  WaitForEarlier();
+  StartNext();
+  if (!early) item = ItemOf(p, kTileRows, blockIdx.y);
   if (item.count == 0) return;
-  const int n0 = blockIdx.x * kRows;
+  const Rows<kFp8> rows(p, p.weight, item.group, n0);
+  if (!early) LoadFirst(piece, rows, k_end);
   const int token = threadIdx.x % 32 / 4;
   const Bf16* x[kTokenTiles];
 #pragma unroll
@@ -197,15 +240,18 @@ __global__ void __launch_bounds__(kWarps * 32) FewRows(const GemmParams p) {
       x[t] = p.x + item.group * p.x_group_stride + row * p.x_stride;
     }
   }
-  const int64_t weight_offset = item.group * p.weight_group_stride;
-  const int64_t scale_offset = item.group * p.scale_group_stride;
   float sums[kTokenTiles][4] = {};
-  Product<kFp8, kTokenTiles>(p.weight, weight_offset, scale_offset, n0, x, sums);
-  AddWarps<kTokenTiles>(sums, shared);
   if (kGated) {
+    const Rows<kFp8> up_rows(p, p.up, item.group, n0);
+    Product<kFp8, kTokenTiles>(rows, piece, k_end, x, sums);
+    LoadFirst(piece, up_rows, k_end);
+    AddWarps<kTokenTiles>(sums, shared);
     float up[kTokenTiles][4] = {};
-    Product<kFp8, kTokenTiles>(p.up, weight_offset, scale_offset, n0, x, up);
+    Product<kFp8, kTokenTiles>(up_rows, piece, k_end, x, up);
     AddWarps<kTokenTiles>(up, shared + kWarps);
+  } else {
+    Product<kFp8, kTokenTiles>(rows, piece, k_end, x, sums);
+    AddWarps<kTokenTiles>(sums, shared);
   }
   for (int i = threadIdx.x; i < kTileRows * kRows; i += kWarps * 32) {
     const int m = i / kRows;
@@ -224,18 +270,71 @@ __global__ void __launch_bounds__(kWarps * 32) FewRows(const GemmParams p) {
 }
 
 template <bool kFp8, bool kGated, int kTokenTiles>
+__global__ void __launch_bounds__(kWarps * 32, kTokenTiles < 8 ? kBlocksEach : 1)
+    FewRows(const __grid_constant__ GemmParams p) {
+  extern __shared__ float memory[];
+  Block<kFp8, kGated, kTokenTiles>(p, blockIdx.x, memory);
+}
+
+// Two products of the same rows count in one launch.
+template <bool kFp8, int kTokenTiles>
+__global__ void __launch_bounds__(kWarps * 32, kTokenTiles < 8 ? kBlocksEach : 1)
+    FewRowsPair(const __grid_constant__ GemmParams a, const __grid_constant__ GemmParams b) {
+  extern __shared__ float memory[];
+  const int a_blocks = (a.weight.rows + kRows - 1) / kRows;
+  const bool first = static_cast<int>(blockIdx.x) < a_blocks;
+  Block<kFp8, false, kTokenTiles>(first ? a : b, first ? blockIdx.x : blockIdx.x - a_blocks,
+                                  memory);
+}
+
+template <int kTokenTiles>
+constexpr int SharedBytes(bool gated) {
+  return (gated ? 2 : 1) * kWarps * 8 * kTokenTiles * (kRows + 1) * 4;
+}
+
+template <class Kernel>
+cudaError_t AllowShared(Kernel kernel, int bytes) {
+  if (bytes <= 48 * 1024) return cudaSuccess;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+
+template <bool kFp8, bool kGated, int kTokenTiles>
 cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
-  constexpr int kBytes = (kGated ? 2 : 1) * kWarps * 8 * kTokenTiles * (kRows + 1) * 4;
+  constexpr int kBytes = SharedBytes<kTokenTiles>(kGated);
   const dim3 grid((p.weight.rows + kRows - 1) / kRows,
                   static_cast<unsigned>(NumItems(p, 8 * kTokenTiles)));
   const auto kernel = FewRows<kFp8, kGated, kTokenTiles>;
-  if (kBytes > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-    if (error != cudaSuccess) return error;
+  const cudaError_t error = AllowShared(kernel, kBytes);
+  if (error != cudaSuccess) return error;
+  return LaunchChained(kernel, grid, kWarps * 32, kBytes, stream, p);
+}
+
+template <bool kFp8, int kTokenTiles>
+cudaError_t LaunchPair(const GemmParams& a, const GemmParams& b, cudaStream_t stream) {
+  constexpr int kBytes = SharedBytes<kTokenTiles>(false);
+  const dim3 grid((a.weight.rows + kRows - 1) / kRows + (b.weight.rows + kRows - 1) / kRows,
+                  static_cast<unsigned>(NumItems(a, 8 * kTokenTiles)));
+  const auto kernel = FewRowsPair<kFp8, kTokenTiles>;
+  const cudaError_t error = AllowShared(kernel, kBytes);
+  if (error != cudaSuccess) return error;
+  return LaunchChained(kernel, grid, kWarps * 32, kBytes, stream, a, b);
+}
+
+template <bool kFp8>
+cudaError_t ChoosePair(const GemmParams& a, const GemmParams& b, int32_t tile_rows,
+                       cudaStream_t stream) {
+  switch (tile_rows) {
+    case 8:
+      return LaunchPair<kFp8, 1>(a, b, stream);
+    case 16:
+      return LaunchPair<kFp8, 2>(a, b, stream);
+    case 32:
+      return LaunchPair<kFp8, 4>(a, b, stream);
+    case 64:
+      return LaunchPair<kFp8, 8>(a, b, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
-  kernel<<<grid, kWarps * 32, kBytes, stream>>>(p);
-  return cudaGetLastError();
 }
 
 template <bool kFp8, bool kGated>
@@ -255,6 +354,12 @@ cudaError_t Choose(const GemmParams& p, int32_t tile_rows, cudaStream_t stream) 
 }
 
 }  // namespace
+
+cudaError_t GemmFewRowsPair(const GemmParams& a, const GemmParams& b, int32_t tile_rows,
+                            cudaStream_t stream) {
+  return a.weight.scales != nullptr ? ChoosePair<true>(a, b, tile_rows, stream)
+                                    : ChoosePair<false>(a, b, tile_rows, stream);
+}
 
 cudaError_t GemmFewRows(const GemmParams& p, int32_t tile_rows, cudaStream_t stream) {
   const bool gated = !p.up.empty();

@@ -29,6 +29,9 @@ __device__ __forceinline__ GemmItem ItemOf(const GemmParams& p, int32_t tile_row
 
 // tile_rows: 8, 16, 32 or 64.
 cudaError_t GemmFewRows(const GemmParams& params, int32_t tile_rows, cudaStream_t stream);
+// Neither gated nor by a list, of the same weight format and number of rows and groups.
+cudaError_t GemmFewRowsPair(const GemmParams& a, const GemmParams& b, int32_t tile_rows,
+                            cudaStream_t stream);
 // tile_rows: 64 or 128.
 cudaError_t GemmTiles(const GemmParams& params, int32_t tile_rows, cudaStream_t stream);
 

@@ -59,9 +59,11 @@ struct Layout {
 };
 
 template <bool kFp8, bool kGated, int kTileRows>
-__global__ void __launch_bounds__(kThreads) Tiles(const GemmParams p) {
+__global__ void __launch_bounds__(kThreads) Tiles(const __grid_constant__ GemmParams p) {
   using L = Layout<kFp8, kTileRows>;
   extern __shared__ __align__(128) char memory[];
+  WaitForEarlier();
+  StartNext();
   const GemmItem item = ItemOf(p, kTileRows, blockIdx.y);
   if (item.count == 0) return;
   constexpr int kColumns = kGated ? kN / 2 : kN;
@@ -241,8 +243,7 @@ cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const dim3 grid((p.weight.rows + kColumns - 1) / kColumns,
                   static_cast<unsigned>(NumItems(p, kTileRows)));
-  kernel<<<grid, kThreads, kBytes, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchChained(kernel, grid, kThreads, kBytes, stream, p);
 }
 
 template <bool kFp8, bool kGated>

@@ -14,6 +14,8 @@ constexpr int kThreads = 256;
 constexpr float kE4m3Max = 448.0f;
 
 __global__ void FillRopeTable(const RopeTableParams p) {
+  WaitForEarlier();
+  StartNext();
   const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const int64_t half = p.dim / 2;
   if (index >= p.num_tokens * half) return;
@@ -28,6 +30,8 @@ __global__ void FillRopeTable(const RopeTableParams p) {
 
 __global__ void __launch_bounds__(kThreads) AppendRow(const LatentAppendParams p) {
   __shared__ float shared[kThreads / 32];
+  WaitForEarlier();
+  StartNext();
   const int64_t token = blockIdx.x;
   const float* const cos_sin = p.cos_sin + token * p.rope;
   const int half = p.rope / 2;
@@ -92,6 +96,8 @@ __global__ void __launch_bounds__(kThreads) AppendRow(const LatentAppendParams p
 }
 
 __global__ void __launch_bounds__(kThreads) EmbedRow(const EmbeddingParams p) {
+  WaitForEarlier();
+  StartNext();
   const int64_t token = blockIdx.x;
   const Bf16* const row =
       static_cast<const Bf16*>(p.table.data) + int64_t{p.token_ids[token]} * p.table.stride;
@@ -105,20 +111,19 @@ __global__ void __launch_bounds__(kThreads) EmbedRow(const EmbeddingParams p) {
 cudaError_t RopeTable(const RopeTableParams& p, cudaStream_t stream) {
   const int64_t pairs = p.num_tokens * (p.dim / 2);
   if (pairs == 0) return cudaSuccess;
-  FillRopeTable<<<static_cast<unsigned>((pairs + 127) / 128), 128, 0, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchChained(FillRopeTable, dim3(static_cast<unsigned>((pairs + 127) / 128)), 128, 0,
+                       stream, p);
 }
 
 cudaError_t LatentAppend(const LatentAppendParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
-  AppendRow<<<static_cast<unsigned>(p.num_tokens), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchChained(AppendRow, dim3(static_cast<unsigned>(p.num_tokens)), kThreads, 0, stream,
+                       p);
 }
 
 cudaError_t Embedding(const EmbeddingParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
-  EmbedRow<<<static_cast<unsigned>(p.num_tokens), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchChained(EmbedRow, dim3(static_cast<unsigned>(p.num_tokens)), kThreads, 0, stream, p);
 }
 
 }  // namespace strait::cuda

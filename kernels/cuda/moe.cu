@@ -2,7 +2,8 @@
 //
 // Router: one warp a token, scores in shared memory, the best taken one by one by warp-wide
 // comparison (greater value first, then lower id). Lists: one block an expert; each counts all
-// choices, finds where its own begin, and writes them in order of choice.
+// choices, finds where its own begin, and writes them in order of choice; then the shared experts,
+// which every token goes to.
 #include <cub/block/block_scan.cuh>
 
 #include "kernels/cuda/common.cuh"
@@ -98,6 +99,8 @@ __device__ void LimitGroups(const RouterParams& p, float* choice, float* groups)
 
 __global__ void __launch_bounds__(32) RouteToken(const RouterParams p) {
   extern __shared__ float memory[];
+  WaitForEarlier();
+  StartNext();
   float* const scores = memory;
   float* const choice = scores + p.n_routed_experts;
   float* const groups = choice + p.n_routed_experts;
@@ -137,43 +140,71 @@ __global__ void __launch_bounds__(32) RouteToken(const RouterParams p) {
 
 constexpr int kListThreads = 256;
 
+// Sums of two numbers over the block, known to all threads.
+__device__ void AddUp(int32_t& a, int32_t& b, int32_t (*shared)[2]) {
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    a += __shfl_xor_sync(kFullWarp, a, offset);
+    b += __shfl_xor_sync(kFullWarp, b, offset);
+  }
+  if (threadIdx.x % 32 == 0) {
+    shared[threadIdx.x / 32][0] = a;
+    shared[threadIdx.x / 32][1] = b;
+  }
+  __syncthreads();
+  a = b = 0;
+  for (int warp = 0; warp < kListThreads / 32; ++warp) {
+    a += shared[warp][0];
+    b += shared[warp][1];
+  }
+}
+
+__device__ __forceinline__ int32_t TilesOf(int32_t rows, int32_t tile_rows) {
+  return (rows + tile_rows - 1) / tile_rows;
+}
+
 __global__ void __launch_bounds__(kListThreads) ListExperts(const ExpertListsParams p) {
   extern __shared__ int32_t counts[];  // [n_routed_experts]
   using Scan = cub::BlockScan<int32_t, kListThreads>;
   __shared__ typename Scan::TempStorage scan;
-  __shared__ int32_t total_rows;
-  __shared__ int32_t total_tiles;
+  __shared__ int32_t sums[kListThreads / 32][2];
+  WaitForEarlier();
+  StartNext();
   const int32_t expert = blockIdx.x;
+  const bool shared = expert >= p.n_routed_experts;
   const int32_t num_choices = p.num_tokens * p.num_experts_per_tok;
   for (int32_t e = threadIdx.x; e < p.n_routed_experts; e += kListThreads) counts[e] = 0;
-  if (threadIdx.x == 0) total_rows = total_tiles = 0;
   __syncthreads();
   for (int32_t i = threadIdx.x; i < num_choices; i += kListThreads) {
     atomicAdd(&counts[p.expert_ids[i]], 1);
   }
   __syncthreads();
-  // Rows and tiles of the experts before this one; the last block counts all tiles.
-  const bool last = expert + 1 == p.n_routed_experts;
-  int32_t rows = 0;
-  int32_t tiles = 0;
-  for (int32_t e = threadIdx.x; e < expert; e += kListThreads) {
-    rows += counts[e];
-    tiles += (counts[e] + p.tile_rows - 1) / p.tile_rows;
+  // Rows and tiles of the experts before this one.
+  int32_t begin = 0;
+  int32_t first_tile = 0;
+  for (int32_t e = threadIdx.x; e < min(expert, p.n_routed_experts); e += kListThreads) {
+    begin += counts[e];
+    first_tile += TilesOf(counts[e], p.tile_rows);
   }
-  atomicAdd(&total_rows, rows);
-  atomicAdd(&total_tiles, tiles);
-  __syncthreads();
-  const int32_t count = counts[expert];
-  const int32_t begin = total_rows;
-  const int32_t num_tiles = (count + p.tile_rows - 1) / p.tile_rows;
-  if (last && threadIdx.x == 0) *p.num_tiles = total_tiles + num_tiles;
-  if (count == 0) return;
+  AddUp(begin, first_tile, sums);
+  if (shared) {  // every token goes to each of these
+    const int32_t before = expert - p.n_routed_experts;
+    begin += before * p.num_tokens;
+    first_tile += before * TilesOf(p.num_tokens, p.tile_rows);
+  }
+  const int32_t count = shared ? p.num_tokens : counts[expert];
+  const int32_t num_tiles = TilesOf(count, p.tile_rows);
+  if (blockIdx.x + 1 == gridDim.x && threadIdx.x == 0) *p.num_tiles = first_tile + num_tiles;
   for (int32_t i = threadIdx.x; i < num_tiles; i += kListThreads) {
-    p.tiles[total_tiles + i] = {expert, begin + i * p.tile_rows,
-                                min(p.tile_rows, count - i * p.tile_rows)};
+    p.tiles[first_tile + i] = {expert, begin + i * p.tile_rows,
+                               min(p.tile_rows, count - i * p.tile_rows)};
+  }
+  if (shared) {
+    for (int32_t t = threadIdx.x; t < count; t += kListThreads) p.token_of[begin + t] = t;
+    return;
   }
   int32_t row = begin;
-  for (int32_t from = 0; from < num_choices; from += kListThreads) {
+  for (int32_t from = 0; from < num_choices && row < begin + count; from += kListThreads) {
     const int32_t i = from + threadIdx.x;
     const int32_t mine = i < num_choices && p.expert_ids[i] == expert ? 1 : 0;
     int32_t before = 0;
@@ -184,7 +215,6 @@ __global__ void __launch_bounds__(kListThreads) ListExperts(const ExpertListsPar
       p.row_of[i] = row + before;
     }
     row += all;
-    if (row == begin + count) break;
     __syncthreads();
   }
 }
@@ -192,6 +222,8 @@ __global__ void __launch_bounds__(kListThreads) ListExperts(const ExpertListsPar
 constexpr int kSumThreads = 256;
 
 __global__ void __launch_bounds__(kSumThreads) SumExperts(const ExpertSumParams p) {
+  WaitForEarlier();
+  StartNext();
   const int64_t token = blockIdx.x;
   const int32_t i = blockIdx.y * kSumThreads + threadIdx.x;
   if (i >= p.dim) return;
@@ -200,6 +232,10 @@ __global__ void __launch_bounds__(kSumThreads) SumExperts(const ExpertSumParams 
     const int64_t choice = token * p.num_experts_per_tok + j;
     const float value = __bfloat162float(p.expert_rows[p.row_of[choice] * p.expert_stride + i]);
     sum = fmaf(p.expert_weights[choice], value, sum);
+  }
+  for (int32_t s = 0; s < p.num_shared; ++s) {
+    const int64_t row = p.num_tokens * (p.num_experts_per_tok + s) + token;
+    sum += __bfloat162float(p.expert_rows[row * p.expert_stride + i]);
   }
   p.y[token * p.dim + i] += sum;
 }
@@ -210,23 +246,20 @@ cudaError_t Router(const RouterParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
   if (p.n_routed_experts > kMaxRouterExperts) return cudaErrorInvalidValue;
   const size_t bytes = sizeof(float) * (2 * p.n_routed_experts + p.n_group);
-  RouteToken<<<static_cast<unsigned>(p.num_tokens), 32, bytes, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchChained(RouteToken, dim3(static_cast<unsigned>(p.num_tokens)), 32, bytes, stream, p);
 }
 
 cudaError_t ExpertLists(const ExpertListsParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
   if (p.n_routed_experts > kMaxRouterExperts) return cudaErrorInvalidValue;
-  ListExperts<<<p.n_routed_experts, kListThreads, sizeof(int32_t) * p.n_routed_experts, stream>>>(
-      p);
-  return cudaGetLastError();
+  return LaunchChained(ListExperts, dim3(p.n_routed_experts + p.num_shared), kListThreads,
+                       sizeof(int32_t) * p.n_routed_experts, stream, p);
 }
 
 cudaError_t ExpertSum(const ExpertSumParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(p.num_tokens), (p.dim + kSumThreads - 1) / kSumThreads);
-  SumExperts<<<grid, kSumThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchChained(SumExperts, grid, kSumThreads, 0, stream, p);
 }
 
 }  // namespace strait::cuda

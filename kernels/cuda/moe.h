@@ -34,22 +34,28 @@ struct ExpertListsParams {
   int32_t num_tokens = 0;
   int32_t num_experts_per_tok = 0;
   int32_t n_routed_experts = 0;
-  int32_t tile_rows = 0;         // of the products to come
-  int32_t* token_of = nullptr;   // [num_tokens * num_experts_per_tok] token of a grouped row, out
+  int32_t num_shared = 0;  // experts n_routed_experts, … that every token goes to
+  int32_t tile_rows = 0;   // of the products to come
+  // [num_tokens * (num_experts_per_tok + num_shared)] token of a grouped row, out: rows of routed
+  // experts, then for each shared one all tokens in order.
+  int32_t* token_of = nullptr;
   int32_t* row_of = nullptr;     // [num_tokens, num_experts_per_tok] grouped row of a choice, out
   RowTile* tiles = nullptr;      // [MaxExpertTiles()] out
   int32_t* num_tiles = nullptr;  // out
 };
 
 // What *num_tiles never exceeds.
-constexpr int64_t MaxExpertTiles(int64_t num_choices, int64_t num_experts, int64_t tile_rows) {
+constexpr int64_t MaxExpertTiles(int64_t num_tokens, int64_t num_experts_per_tok,
+                                 int64_t num_experts, int64_t num_shared, int64_t tile_rows) {
+  const int64_t num_choices = num_tokens * num_experts_per_tok;
   const int64_t used = num_choices < num_experts ? num_choices : num_experts;
-  return used + num_choices / tile_rows;
+  return used + num_choices / tile_rows + num_shared * ((num_tokens + tile_rows - 1) / tile_rows);
 }
 
 cudaError_t ExpertLists(const ExpertListsParams& params, cudaStream_t stream);
 
-// y[t] += sum over j, in order, of weights[t, j] * expert_rows[row_of[t, j]].
+// y[t] += sum over j, in order, of weights[t, j] * expert_rows[row_of[t, j]], then of the shared
+// experts' rows of t.
 struct ExpertSumParams {
   const Bf16* expert_rows = nullptr;  // [*, dim] bf16, rows expert_stride apart
   int64_t expert_stride = 0;
@@ -58,6 +64,7 @@ struct ExpertSumParams {
   float* y = nullptr;                     // [num_tokens, dim] fp32, dense
   int64_t num_tokens = 0;
   int32_t num_experts_per_tok = 0;
+  int32_t num_shared = 0;
   int32_t dim = 0;
 };
 

@@ -11,6 +11,8 @@ constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) RmsNormRows(const RmsNormParams p) {
   __shared__ float shared[kThreads / 32];
+  WaitForEarlier();
+  StartNext();
   const int64_t row = blockIdx.x;
   float* const x = p.x + (p.x_rows ? p.x_rows[row] : row) * p.x_stride;
   Bf16* const y = p.y + row * p.y_stride;
@@ -37,8 +39,8 @@ __global__ void __launch_bounds__(kThreads) RmsNormRows(const RmsNormParams p) {
 
 cudaError_t RmsNorm(const RmsNormParams& p, cudaStream_t stream) {
   if (p.num_rows == 0) return cudaSuccess;
-  RmsNormRows<<<static_cast<unsigned>(p.num_rows), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchChained(RmsNormRows, dim3(static_cast<unsigned>(p.num_rows)), kThreads, 0, stream,
+                       p);
 }
 
 }  // namespace strait::cuda

@@ -277,6 +277,7 @@ __device__ int32_t SampleToken(const SampleParams& p, const SampleRow& row, cons
 
 __global__ void __launch_bounds__(kThreads) ReadRow(const SampleParams p) {
   __shared__ Shared s;
+  WaitForEarlier();
   const int64_t index = blockIdx.x;
   const float* const logits = p.logits + index * p.logits_stride;
   const SampleRow row = p.rows[index];
@@ -320,8 +321,7 @@ __global__ void __launch_bounds__(kThreads) ReadRow(const SampleParams p) {
 
 cudaError_t Sample(const SampleParams& p, cudaStream_t stream) {
   if (p.num_rows == 0) return cudaSuccess;
-  ReadRow<<<static_cast<unsigned>(p.num_rows), kThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchChained(ReadRow, dim3(static_cast<unsigned>(p.num_rows)), kThreads, 0, stream, p);
 }
 
 }  // namespace strait::cuda

@@ -47,6 +47,24 @@ inline double MedianUs(const std::function<void(int)>& run, int repeats = 20, in
   return times[times.size() / 2];
 }
 
+// Median microseconds of one launch among many: `launches` calls of run(i, stream) are captured, and
+// replayed, so that gaps between launches are those of a graph.
+inline double GraphUs(const std::function<void(int, cudaStream_t)>& run, int launches = 20) {
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t ready = nullptr;
+  Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+  for (int i = 0; i < launches; ++i) run(i, stream);
+  Check(cudaStreamEndCapture(stream, &graph), "capture");
+  Check(cudaGraphInstantiate(&ready, graph, 0), "instantiate");
+  const double us = MedianUs([&](int) { Check(cudaGraphLaunch(ready, nullptr), "launch"); }, 9, 2);
+  Check(cudaGraphExecDestroy(ready), "destroy");
+  Check(cudaGraphDestroy(graph), "destroy");
+  Check(cudaStreamDestroy(stream), "destroy");
+  return us / launches;
+}
+
 // Bytes a second of reading 1 GiB once.
 inline double ReadRate() {
   constexpr size_t kBytes = size_t{1} << 30;

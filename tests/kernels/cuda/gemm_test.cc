@@ -155,6 +155,37 @@ TEST_F(CudaGemmTest, GatedInPlaceOfThreeKernels) {
   }
 }
 
+TEST_F(CudaGemmTest, PairIsTwoProducts) {
+  STRAIT_TRACE_SEED();
+  for (const WeightType type : {WeightType::kBf16, WeightType::kFp8E4m3}) {
+    for (const int64_t rows : {1, 12, 33, 64, 70}) {
+      const int64_t k = 200;
+      const DeviceMatrices a(rng_, type, 130, k);
+      const DeviceMatrices b(rng_, type, 72, k);
+      const std::vector<float> x = RoundedToBf16(RandomFloats(rng_, rows * k));
+      const Buffer<Bf16> dx(PaddedRows(x, k, 208));
+      const Buffer<Bf16> y_a(rows * 130);
+      const Buffer<float> y_b(rows * 72);
+      cuda::GemmParams p;
+      p.x = dx.data();
+      p.x_stride = 208;
+      p.num_rows = static_cast<int32_t>(rows);
+      p.weight = a.matrix();
+      p.y_bf16 = y_a.data();
+      p.y_stride = 130;
+      cuda::GemmParams q = p;
+      q.weight = b.matrix();
+      q.y_bf16 = nullptr;
+      q.y_fp32 = y_b.data();
+      q.y_stride = 72;
+      ASSERT_EQ(cuda::GemmPair(p, q, nullptr), cudaSuccess);
+      EXPECT_LT(RelativeError(gpu_test::ToFloat(y_a.Get()), Expected(x, rows, a.stored())),
+                kBf16Bound);
+      EXPECT_LT(RelativeError(y_b.Get(), Expected(x, rows, b.stored())), kFp32Bound);
+    }
+  }
+}
+
 // The absorbed query and the value up-projection: head h has its matrix, its columns of x and of y.
 TEST_F(CudaGemmTest, AMatrixAHead) {
   STRAIT_TRACE_SEED();

@@ -120,13 +120,13 @@ TEST_F(CudaMoeTest, NanLogitsChooseValidExperts) {
 TEST_F(CudaMoeTest, ListsHoldEveryChoiceOnceInOrder) {
   STRAIT_TRACE_SEED();
   struct Size {
-    int32_t tokens, picks, experts, tile;
+    int32_t tokens, picks, experts, tile, shared;
   };
-  for (const auto& [tokens, picks, experts, tile] : {Size{1, 6, 64, 8},
-                                                     {3, 4, 12, 8},
-                                                     {700, 3, 12, 64},
-                                                     {257, 8, 256, 16},
-                                                     {2048, 6, 64, 128}}) {
+  for (const auto& [tokens, picks, experts, tile, shared] : {Size{1, 6, 64, 8, 2},
+                                                             {3, 4, 12, 8, 0},
+                                                             {700, 3, 12, 64, 1},
+                                                             {257, 8, 256, 16, 1},
+                                                             {2048, 6, 64, 128, 2}}) {
     std::vector<int32_t> ids;
     for (int t = 0; t < tokens; ++t) {
       std::set<int32_t> own;
@@ -152,9 +152,9 @@ TEST_F(CudaMoeTest, ListsHoldEveryChoiceOnceInOrder) {
     GroupByExpert(g);
 
     const Buffer<int32_t> d_ids(ids);
-    const Buffer<int32_t> d_token_of(choices);
+    const Buffer<int32_t> d_token_of(choices + int64_t{shared} * tokens);
     const Buffer<int32_t> d_row_of(choices);
-    const int64_t max_tiles = cuda::MaxExpertTiles(choices, experts, tile);
+    const int64_t max_tiles = cuda::MaxExpertTiles(tokens, picks, experts, shared, tile);
     const Buffer<cuda::RowTile> d_tiles(max_tiles);
     const Buffer<int32_t> d_num_tiles(1);
     cuda::ExpertListsParams p;
@@ -162,19 +162,24 @@ TEST_F(CudaMoeTest, ListsHoldEveryChoiceOnceInOrder) {
     p.num_tokens = tokens;
     p.num_experts_per_tok = picks;
     p.n_routed_experts = experts;
+    p.num_shared = shared;
     p.tile_rows = tile;
     p.token_of = d_token_of.data();
     p.row_of = d_row_of.data();
     p.tiles = d_tiles.data();
     p.num_tiles = d_num_tiles.data();
     ASSERT_EQ(cuda::ExpertLists(p, nullptr), cudaSuccess);
+    for (int s = 0; s < shared; ++s) {
+      for (int t = 0; t < tokens; ++t) token_of.push_back(t);
+      begin.push_back(begin.back() + tokens);
+    }
     EXPECT_EQ(d_token_of.Get(), token_of);
     EXPECT_EQ(d_row_of.Get(), row_of);
     const int32_t num_tiles = d_num_tiles.Get()[0];
     ASSERT_LE(num_tiles, max_tiles);
     const std::vector<cuda::RowTile> tiles = d_tiles.Get();
     size_t at = 0;
-    for (int32_t e = 0; e < experts; ++e) {
+    for (int32_t e = 0; e < experts + shared; ++e) {
       for (int32_t row = begin[static_cast<size_t>(e)]; row < begin[static_cast<size_t>(e) + 1];
            row += tile) {
         ASSERT_LT(at, static_cast<size_t>(num_tiles));
@@ -212,6 +217,7 @@ TEST_F(CudaMoeTest, Sum) {
   p.y = d_y.data();
   p.num_tokens = tokens;
   p.num_experts_per_tok = picks;
+  p.num_shared = shared;
   p.dim = dim;
   ASSERT_EQ(cuda::ExpertSum(p, nullptr), cudaSuccess);
   ExpertSumParams r;
@@ -223,6 +229,14 @@ TEST_F(CudaMoeTest, Sum) {
   r.num_tokens = tokens;
   r.num_experts_per_tok = picks;
   r.dim = dim;
+  std::vector<float> of_shared(static_cast<size_t>(tokens * dim), 0.0f);
+  for (int64_t i = 0; i < tokens * dim; ++i) {
+    for (int s = 0; s < shared; ++s) {
+      of_shared[static_cast<size_t>(i)] +=
+          rows[static_cast<size_t>(tokens * (picks + s) * dim + i)];
+    }
+  }
+  r.addend = of_shared.data();
   reference::ExpertSum(r);
   EXPECT_TRUE(kernel_test::Within(d_y.Get(), y, 1e-5));
 }

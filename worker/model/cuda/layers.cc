@@ -99,26 +99,24 @@ absl::Status CudaLayers::Run(const DeviceLayer& weights, const cuda::MlaSegment*
 absl::Status CudaLayers::Project(const DeviceLayer& weights, const CudaTile& tile) {
   const int64_t kv_width = int64_t{config_.kv_lora_rank} + config_.qk_rope_head_dim;
   const auto lora = static_cast<int32_t>(config_.q_lora_rank);
+  const cuda::GemmParams kv_a = ToFp32(
+      Product(ws_.normed, hidden_stride_, weights.kv_a_proj, tile.num_rows), ws_.kv_a, kv_width);
   if (lora == 0) {
-    STRAIT_CUDA_RETURN_IF_ERROR(
-        cuda::Gemm(ToBf16(Product(ws_.normed, hidden_stride_, weights.q_proj, tile.num_rows), ws_.q,
-                          weights.q_proj.rows),
-                   stream_));
-  } else {
-    const int64_t lora_stride = cuda::AlignedStride(lora);
-    STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(
-        ToFp32(Product(ws_.normed, hidden_stride_, weights.q_a_proj, tile.num_rows), ws_.q_a, lora),
-        stream_));
-    STRAIT_RETURN_IF_ERROR(Norm(ws_.q_a, lora, weights.q_a_layernorm, lora, kLoraNormEps,
-                                ws_.q_a_normed, lora_stride, tile.num_rows));
-    STRAIT_CUDA_RETURN_IF_ERROR(
-        cuda::Gemm(ToBf16(Product(ws_.q_a_normed, lora_stride, weights.q_b_proj, tile.num_rows),
-                          ws_.q, weights.q_b_proj.rows),
-                   stream_));
+    const cuda::GemmParams q =
+        ToBf16(Product(ws_.normed, hidden_stride_, weights.q_proj, tile.num_rows), ws_.q,
+               weights.q_proj.rows);
+    STRAIT_CUDA_RETURN_IF_ERROR(cuda::GemmPair(q, kv_a, stream_));
+    return absl::OkStatus();
   }
+  const int64_t lora_stride = cuda::AlignedStride(lora);
+  const cuda::GemmParams q_a =
+      ToFp32(Product(ws_.normed, hidden_stride_, weights.q_a_proj, tile.num_rows), ws_.q_a, lora);
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::GemmPair(q_a, kv_a, stream_));
+  STRAIT_RETURN_IF_ERROR(Norm(ws_.q_a, lora, weights.q_a_layernorm, lora, kLoraNormEps,
+                              ws_.q_a_normed, lora_stride, tile.num_rows));
   STRAIT_CUDA_RETURN_IF_ERROR(
-      cuda::Gemm(ToFp32(Product(ws_.normed, hidden_stride_, weights.kv_a_proj, tile.num_rows),
-                        ws_.kv_a, kv_width),
+      cuda::Gemm(ToBf16(Product(ws_.q_a_normed, lora_stride, weights.q_b_proj, tile.num_rows),
+                        ws_.q, weights.q_b_proj.rows),
                  stream_));
   return absl::OkStatus();
 }
@@ -247,6 +245,7 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, int32_t num_rows) {
   lists.num_tokens = num_rows;
   lists.num_experts_per_tok = picks;
   lists.n_routed_experts = experts;
+  lists.num_shared = static_cast<int32_t>(weights.num_shared);
   lists.tile_rows = cuda::ExpertTileRows(choices, experts, false);
   lists.token_of = ws_.token_of;
   lists.row_of = ws_.row_of;
@@ -257,13 +256,14 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, int32_t num_rows) {
   const DeviceMlp& e = weights.experts;
   const int64_t width_stride = cuda::AlignedStride(e.gate_proj.rows);
   const auto grouped = [&](cuda::GemmParams p) {
-    p.num_groups = experts;
+    p.num_groups = experts + lists.num_shared;
     p.weight_group_stride = GroupStride(p.weight);
     p.scale_group_stride = ScaleStride(p.weight);
     p.tiles = ws_.tiles;
     p.num_tiles = ws_.num_tiles;
     p.tile_rows = lists.tile_rows;
-    p.max_tiles = static_cast<int32_t>(cuda::MaxExpertTiles(choices, experts, lists.tile_rows));
+    p.max_tiles = static_cast<int32_t>(
+        cuda::MaxExpertTiles(num_rows, picks, experts, lists.num_shared, lists.tile_rows));
     return p;
   };
   cuda::GemmParams gated = grouped(Product(ws_.normed, hidden_stride_, e.gate_proj, 0));
@@ -283,10 +283,10 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, int32_t num_rows) {
   sum.y = ws_.hidden;
   sum.num_tokens = num_rows;
   sum.num_experts_per_tok = picks;
+  sum.num_shared = lists.num_shared;
   sum.dim = size;
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::ExpertSum(sum, stream_));
-  if (weights.shared_experts.gate_proj.empty()) return absl::OkStatus();
-  return Dense(weights.shared_experts, num_rows);
+  return absl::OkStatus();
 }
 
 }  // namespace strait

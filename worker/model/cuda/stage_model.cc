@@ -17,6 +17,7 @@ namespace strait {
 namespace {
 
 constexpr RowFormat kRowFormat = RowFormat::kBf16;
+constexpr int32_t kMaxGraphRows = 256;
 
 // All that a stage has in device memory, in one region.
 struct StageLayout {
@@ -64,8 +65,9 @@ absl::StatusOr<std::unique_ptr<CudaStageModel>> CudaStageModel::Create(
 
 CudaStageModel::~CudaStageModel() {
   (void)cudaSetDevice(device_);
+  if (stream_ != nullptr) (void)cudaStreamSynchronize(stream_);
+  for (const auto& [rows, graph] : graphs_) (void)cudaGraphExecDestroy(graph);
   if (stream_ != nullptr) {
-    (void)cudaStreamSynchronize(stream_);
     (void)cudaStreamDestroy(stream_);
   }
 }
@@ -151,25 +153,13 @@ absl::Status CudaStageModel::Run(const StageBatch& batch, absl::Span<const std::
     // Pinned memory is filled again when the last tile's copies have been made.
     if (begin > 0) STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
     STRAIT_RETURN_IF_ERROR(Plan(batch, begin, &tile));
-    if (is_first) {
-      cuda::EmbeddingParams embed;
-      embed.table = weights_.embed_tokens;
-      embed.token_ids = tables_->token_ids() + begin;
-      embed.y = ws_.hidden;
-      embed.num_tokens = tile.num_rows;
-      STRAIT_CUDA_RETURN_IF_ERROR(cuda::Embedding(embed, stream_));
-    } else {
-      std::memcpy(staging_.data(), hidden_in.data() + begin * row_bytes, tile_bytes);
-      STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(ws_.hidden, staging_.data(), tile_bytes,
-                                                  cudaMemcpyHostToDevice, stream_));
-    }
-    STRAIT_RETURN_IF_ERROR(layers_->Rotate(tile));
-    for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer) {
-      STRAIT_RETURN_IF_ERROR(layers_->Run(weights_.layers[layer], tables_->segments(layer), tile));
-    }
+    if (!is_first) std::memcpy(staging_.data(), hidden_in.data() + begin * row_bytes, tile_bytes);
+    const bool decodes = batch.num_tokens == batch.sequences.size() &&
+                         batch.num_tokens == static_cast<uint32_t>(tile.num_rows) &&
+                         tile.num_rows <= kMaxGraphRows;
+    const int32_t* const token_ids = tables_->token_ids() + begin;
+    STRAIT_RETURN_IF_ERROR(decodes ? ReplayTile(tile, token_ids) : RunTile(tile, token_ids));
     if (!head_) {
-      STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(staging_.data(), ws_.hidden, tile_bytes,
-                                                  cudaMemcpyDeviceToHost, stream_));
       STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
       std::memcpy(hidden_out.data() + begin * row_bytes, staging_.data(), tile_bytes);
       continue;
@@ -184,6 +174,49 @@ absl::Status CudaStageModel::Run(const StageBatch& batch, absl::Span<const std::
   }
   STRAIT_CHECK(requests.empty(), "logits were asked for at a row that the batch does not have");
   STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
+  return absl::OkStatus();
+}
+
+absl::Status CudaStageModel::RunTile(const CudaTile& tile, const int32_t* token_ids) {
+  const size_t bytes = static_cast<size_t>(tile.num_rows) * config_.hidden_size * sizeof(float);
+  if (!weights_.embed_tokens.empty()) {
+    cuda::EmbeddingParams embed;
+    embed.table = weights_.embed_tokens;
+    embed.token_ids = token_ids;
+    embed.y = ws_.hidden;
+    embed.num_tokens = tile.num_rows;
+    STRAIT_CUDA_RETURN_IF_ERROR(cuda::Embedding(embed, stream_));
+  } else {
+    STRAIT_CUDA_RETURN_IF_ERROR(
+        cudaMemcpyAsync(ws_.hidden, staging_.data(), bytes, cudaMemcpyHostToDevice, stream_));
+  }
+  STRAIT_RETURN_IF_ERROR(layers_->Rotate(tile));
+  for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer) {
+    STRAIT_RETURN_IF_ERROR(layers_->Run(weights_.layers[layer], tables_->segments(layer), tile));
+  }
+  if (!head_) {
+    STRAIT_CUDA_RETURN_IF_ERROR(
+        cudaMemcpyAsync(staging_.data(), ws_.hidden, bytes, cudaMemcpyDeviceToHost, stream_));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CudaStageModel::ReplayTile(const CudaTile& tile, const int32_t* token_ids) {
+  auto it = graphs_.find(tile.num_rows);
+  if (it == graphs_.end()) {
+    STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+    const absl::Status captured = RunTile(tile, token_ids);
+    cudaGraph_t graph = nullptr;
+    const cudaError_t ended = cudaStreamEndCapture(stream_, &graph);
+    STRAIT_RETURN_IF_ERROR(captured);
+    STRAIT_CUDA_RETURN_IF_ERROR(ended);
+    cudaGraphExec_t ready = nullptr;
+    const cudaError_t made = cudaGraphInstantiate(&ready, graph, 0);
+    STRAIT_CUDA_RETURN_IF_ERROR(cudaGraphDestroy(graph));
+    STRAIT_CUDA_RETURN_IF_ERROR(made);
+    it = graphs_.emplace(tile.num_rows, ready).first;
+  }
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaGraphLaunch(it->second, stream_));
   return absl::OkStatus();
 }
 

@@ -9,6 +9,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <map>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -62,6 +63,11 @@ class CudaStageModel final : public StageModel {
   absl::Status Init(WeightSource& source, int num_multiprocessors, const LoadProgress& progress);
   absl::Status Run(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
                    absl::Span<std::byte> hidden_out, std::vector<LogitsResult>* results);
+  // Everything of a tile but tables, plan and head: hidden states in (if not embedded), layers,
+  // hidden states out (if not the last stage), through pinned memory. Asynchronous.
+  absl::Status RunTile(const CudaTile& tile, const int32_t* token_ids);
+  // The same for the only tile of a step that decodes `num_rows` sequences, as a graph.
+  absl::Status ReplayTile(const CudaTile& tile, const int32_t* token_ids);
   // The attention plan of rows [begin, begin + tile.num_rows), on its way to the device.
   absl::Status Plan(const StageBatch& batch, uint32_t begin, CudaTile* tile);
 
@@ -84,6 +90,10 @@ class CudaStageModel final : public StageModel {
   std::optional<CudaHead> head_;  // last stage
   PinnedMemory staging_;          // [tile_rows, hidden_size] fp32
   PinnedMemory plan_host_;
+
+  // By rows of the step: all that a graph's launches depend on, with the addresses of the tables,
+  // which follow from it. A size is captured when it is first seen.
+  std::map<int32_t, cudaGraphExec_t> graphs_;
 
   cuda::MlaPlan plan_;  // kept for its memory
   std::vector<cuda::MlaSequence> plan_sequences_;

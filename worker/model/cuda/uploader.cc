@@ -170,6 +170,50 @@ absl::Status Uploader::Matrix(const WeightMatrix& from, const cuda::Matrix& to, 
               });
 }
 
+absl::Status Uploader::RowSlice(const WeightMatrix& from, uint64_t index, const cuda::Matrix& to,
+                                uint64_t group) {
+  const int64_t begin = static_cast<int64_t>(index) * to.rows;
+  STRAIT_CHECK(begin + to.rows <= from.rows);
+  WeightMatrix slice = from;
+  slice.rows = to.rows;
+  slice.data =
+      static_cast<const std::byte*>(from.data) + begin * from.cols * WeightElementBytes(from.type);
+  if (from.scale_inv != nullptr) {
+    STRAIT_CHECK(begin % kFp8BlockSize == 0);
+    slice.scale_inv += begin / kFp8BlockSize * ((from.cols + kFp8BlockSize - 1) / kFp8BlockSize);
+  }
+  return Matrix(slice, to, group);
+}
+
+absl::Status Uploader::ColumnSlice(const WeightMatrix& from, uint64_t index, const cuda::Matrix& to,
+                                   uint64_t group) {
+  const int64_t begin = static_cast<int64_t>(index) * to.cols;
+  STRAIT_CHECK(begin + to.cols <= from.cols && from.rows == to.rows);
+  // A copy, dense as Matrix() wants it: shared experts are few.
+  const int64_t element = WeightElementBytes(from.type);
+  std::vector<std::byte> data(static_cast<size_t>(int64_t{to.rows} * to.cols * element));
+  for (int64_t row = 0; row < to.rows; ++row) {
+    std::memcpy(data.data() + row * to.cols * element,
+                static_cast<const std::byte*>(from.data) + (row * from.cols + begin) * element,
+                static_cast<size_t>(to.cols * element));
+  }
+  WeightMatrix slice = from;
+  slice.data = data.data();
+  slice.cols = to.cols;
+  std::vector<float> scales;
+  if (from.scale_inv != nullptr) {
+    STRAIT_CHECK(begin % kFp8BlockSize == 0);
+    const int64_t from_cols = (from.cols + kFp8BlockSize - 1) / kFp8BlockSize;
+    const int64_t to_cols = (to.cols + kFp8BlockSize - 1) / kFp8BlockSize;
+    for (int64_t row = 0; row * kFp8BlockSize < to.rows; ++row) {
+      const float* at = from.scale_inv + row * from_cols + begin / kFp8BlockSize;
+      scales.insert(scales.end(), at, at + to_cols);
+    }
+    slice.scale_inv = scales.data();
+  }
+  return Matrix(slice, to, group);
+}
+
 absl::Status Uploader::Rest(const WeightMatrix& from, const cuda::Matrix& to) {
   STRAIT_CHECK(to.scales == nullptr && from.rows == to.rows && from.cols == to.cols);
   const uint64_t row_bytes = static_cast<uint64_t>(to.stride) * 2;

@@ -38,6 +38,12 @@ class Uploader {
   // `group`: which of the matrices that lie one after the other at `to`.
   absl::Status Matrix(const WeightMatrix& from, const cuda::Matrix& to, uint64_t group = 0,
                       HeadRows heads = {});
+  // Rows, or columns, [index * n, (index + 1) * n) of `from`, where `to` has n. With fp8 they begin
+  // at a scale's first.
+  absl::Status RowSlice(const WeightMatrix& from, uint64_t index, const cuda::Matrix& to,
+                        uint64_t group);
+  absl::Status ColumnSlice(const WeightMatrix& from, uint64_t index, const cuda::Matrix& to,
+                           uint64_t group);
   // What rounding `from` to bf16 leaves, in bf16.
   absl::Status Rest(const WeightMatrix& from, const cuda::Matrix& to);
   // Takes kv_b_proj apart: `key_up` and `value_up` of all heads.

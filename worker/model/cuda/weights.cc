@@ -49,11 +49,8 @@ DeviceLayer LayOutLayer(const ModelConfig& c, LayerIndex layer, Region& region) 
   if (c.topk_method == TopkMethod::kNoauxTc) {
     d.e_score_correction_bias = region.Take<float>(c.n_routed_experts);
   }
-  d.experts = LayOutMlp(c, c.moe_intermediate_size, fp8, c.n_routed_experts, region);
-  if (c.n_shared_experts > 0) {
-    d.shared_experts =
-        LayOutMlp(c, uint64_t{c.n_shared_experts} * c.moe_intermediate_size, fp8, 1, region);
-  }
+  d.num_shared = c.n_shared_experts;
+  d.experts = LayOutMlp(c, c.moe_intermediate_size, fp8, c.n_routed_experts + d.num_shared, region);
   return d;
 }
 
@@ -92,8 +89,15 @@ absl::Status UploadLayer(Uploader& up, const ModelConfig& c, const LayerWeights&
   for (uint64_t e = 0; e < from.moe.experts.size(); ++e) {
     STRAIT_RETURN_IF_ERROR(UploadMlp(up, from.moe.experts[e], to.experts, e));
   }
-  if (from.moe.shared_experts.empty()) return absl::OkStatus();
-  return UploadMlp(up, from.moe.shared_experts, to.shared_experts);
+  // Stored as one MLP, num_shared times as wide.
+  for (uint64_t e = 0; e < to.num_shared; ++e) {
+    const MlpWeights& shared = from.moe.shared_experts;
+    const uint64_t group = c.n_routed_experts + e;
+    STRAIT_RETURN_IF_ERROR(up.RowSlice(shared.gate_proj, e, to.experts.gate_proj, group));
+    STRAIT_RETURN_IF_ERROR(up.RowSlice(shared.up_proj, e, to.experts.up_proj, group));
+    STRAIT_RETURN_IF_ERROR(up.ColumnSlice(shared.down_proj, e, to.experts.down_proj, group));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -113,6 +117,11 @@ absl::Status CheckCudaModel(const ModelConfig& c) {
   if (c.quantization == Quantization::kFp8Block128 && PaddedQHead(c) != c.qk_head_dim()) {
     return refuse("with fp8 weights a head's q (", c.qk_head_dim(),
                   ") must be a multiple of 8 columns");
+  }
+  if (c.quantization == Quantization::kFp8Block128 && c.n_shared_experts > 1 &&
+      c.moe_intermediate_size % kFp8Block != 0) {
+    return refuse("with fp8 weights and ", c.n_shared_experts,
+                  " shared experts, moe_intermediate_size must be a multiple of ", kFp8Block);
   }
   return absl::OkStatus();
 }

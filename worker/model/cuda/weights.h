@@ -53,8 +53,9 @@ struct DeviceLayer {
   cuda::Matrix gate_rest;  // the same
   bool gate_has_rest = false;
   float* e_score_correction_bias = nullptr;  // [n_routed_experts]; may be null
+  // The routed ones, then the shared ones as num_shared more, which every token goes to.
   DeviceMlp experts;
-  DeviceMlp shared_experts;
+  uint32_t num_shared = 0;
 };
 
 struct DeviceStage {

@@ -54,21 +54,21 @@ CudaWorkspace LayOutWorkspace(const ModelConfig& c, LayerRange layers, const Ste
   w.attended = attention.Take<cuda::Bf16>(t * Padded(heads * c.v_head_dim));
 
   Region forward = common;
-  const uint64_t shared = moe ? uint64_t{c.n_shared_experts} * c.moe_intermediate_size : 0;
-  w.activated =
-      forward.Take<cuda::Bf16>(t * Padded(std::max<uint64_t>(c.intermediate_size, shared)));
+  w.activated = forward.Take<cuda::Bf16>(t * Padded(c.intermediate_size));
   if (moe) {
     const uint64_t choices = t * c.num_experts_per_tok;
     w.router_logits = forward.Take<float>(t * c.n_routed_experts);
     w.expert_weights = forward.Take<float>(choices);
     w.expert_ids = forward.Take<int32_t>(choices);
     w.row_of = forward.Take<int32_t>(choices);
-    w.token_of = forward.Take<int32_t>(choices);
-    w.tiles = forward.Take<cuda::RowTile>(static_cast<uint64_t>(cuda::MaxExpertTiles(
-        static_cast<int64_t>(choices), c.n_routed_experts, kSmallestExpertTile)));
+    const uint64_t rows = choices + t * c.n_shared_experts;
+    w.token_of = forward.Take<int32_t>(rows);
+    w.tiles = forward.Take<cuda::RowTile>(static_cast<uint64_t>(
+        cuda::MaxExpertTiles(static_cast<int64_t>(t), c.num_experts_per_tok, c.n_routed_experts,
+                             c.n_shared_experts, kSmallestExpertTile)));
     w.num_tiles = forward.Take<int32_t>(1);
-    w.expert_activated = forward.Take<cuda::Bf16>(choices * Padded(c.moe_intermediate_size));
-    w.expert_rows = forward.Take<cuda::Bf16>(choices * c.hidden_size);
+    w.expert_activated = forward.Take<cuda::Bf16>(rows * Padded(c.moe_intermediate_size));
+    w.expert_rows = forward.Take<cuda::Bf16>(rows * c.hidden_size);
   }
 
   Region head = common;

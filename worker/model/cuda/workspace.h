@@ -41,7 +41,7 @@ struct StepLimits {
 
 struct CudaWorkspace {
   // H hidden_size, A heads, Q padded q head, D qk_rope_head_dim, R kv_lora_rank, C R + D rounded up
-  // to 8, K experts per token, E experts, I and M intermediate sizes, V vocab_size, S shared width.
+  // to 8, K experts per token, S shared ones, E experts, I and M intermediate sizes, V vocab_size.
   float* hidden = nullptr;       // [T, H]
   cuda::Bf16* normed = nullptr;  // [T, H padded]
   float* cos_sin = nullptr;      // [T, D]
@@ -60,16 +60,16 @@ struct CudaWorkspace {
   cuda::Bf16* attended = nullptr;    // [T, A * v_head_dim padded]
 
   // --- Feed-forward ---
-  cuda::Bf16* activated = nullptr;  // [T, max(I, S) padded]
+  cuda::Bf16* activated = nullptr;  // [T, I padded]
   float* router_logits = nullptr;   // [T, E]
   float* expert_weights = nullptr;  // [T, K]
   int32_t* expert_ids = nullptr;    // [T, K]
   int32_t* row_of = nullptr;        // [T, K]
-  int32_t* token_of = nullptr;      // [T * K]
+  int32_t* token_of = nullptr;      // [T * (K + S)]
   cuda::RowTile* tiles = nullptr;   // [MaxExpertTiles at 8 rows]
   int32_t* num_tiles = nullptr;
-  cuda::Bf16* expert_activated = nullptr;  // [T * K, M padded]
-  cuda::Bf16* expert_rows = nullptr;       // [T * K, H]
+  cuda::Bf16* expert_activated = nullptr;  // [T * (K + S), M padded]
+  cuda::Bf16* expert_rows = nullptr;       // [T * (K + S), H]
 
   // --- Head; B head_rows ---
   cuda::Bf16* head_normed = nullptr;      // [B, H padded]
