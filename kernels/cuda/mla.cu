@@ -5,8 +5,8 @@
 //
 // Roofline: bytes. Each partial is 64 x rank fp32 = 128 KiB at rank 512, written and read once,
 // mostly from L2; a plan that is not deterministic has at most two a multiprocessor.
-// Order: partials are weighted, then added from the left in steps of 16 (a warp takes every 16th
-// of many); a partial that saw no row adds an exact zero.
+// Order: warp w of W takes partials w, w + W, ..., each weighted, then added; the warps' sums are
+// added from the left. A partial that saw no row adds an exact zero.
 #include "kernels/cuda/mla_device.cuh"
 
 namespace strait::cuda {
@@ -42,10 +42,27 @@ __device__ __forceinline__ void Finish(const MlaParams& p, int64_t row, int colu
   if (column == 0 && p.lse != nullptr) p.lse[row] = weights > 0 ? max + logf(weights) : NegInf();
 }
 
+// The last merge that begins at or before the unit: 32 probes a round.
+__device__ __forceinline__ int FindMerge(const MlaMerge* merges, int num_merges, int unit) {
+  const int lane = threadIdx.x % 32;
+  int low = 0;
+  int count = num_merges;
+  while (count > 1) {
+    const int step = (count + 31) / 32;
+    const int probe = low + lane * step;
+    const bool before = probe < low + count && merges[probe].first_unit <= unit;
+    const int last = __popc(__ballot_sync(0xffffffffu, before)) - 1;
+    count = min(step, count - last * step);
+    low += last * step;
+  }
+  return low;
+}
+
 __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const MlaParams p) {
   __shared__ float4 sums[kMergeWarps][32];
   __shared__ float warp_weights[kMergeWarps];
 #if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
   const int warp = threadIdx.x / 32;
@@ -53,16 +70,13 @@ __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const MlaParams p) 
   const int num_merges = p.plan.counts[0];
   const int num_units = p.plan.counts[1];
   for (int unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
-    int low = 0;  // the last merge that begins at or before this unit
-    for (int high = num_merges; high - low > 1;) {
-      const int middle = (low + high) / 2;
-      (p.plan.merges[middle].first_unit <= unit ? low : high) = middle;
-    }
-    const MlaMerge merge = p.plan.merges[low];
+    const MlaMerge merge = p.plan.merges[FindMerge(p.plan.merges, num_merges, unit)];
     const int local = unit - merge.first_unit;
-    const bool few = merge.num_partials <= kMlaFewPartials;
-    const int row = few ? local * 4 + warp / 4 : local / 4;
-    const int column = (few ? warp % 4 : local % 4) * kMergeColumns + lane * 4;
+    const int warps = merge.warps;
+    const int share = warp % warps;  // which of the warps that share these columns
+    const int row = warps == 1 ? local * 4 + warp / 4 : warps == 4 ? local : local / 4;
+    const int chunk = warps == 1 ? warp % 4 : warps == 4 ? warp / 4 : local % 4;
+    const int column = chunk * kMergeColumns + lane * 4;
     const bool inside = column < p.rank && row < merge.num_rows;
     const float* lse = p.partial_lse + static_cast<int64_t>(merge.first_partial) * kMlaTileRows +
                        min(row, merge.num_rows - 1);
@@ -78,31 +92,27 @@ __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const MlaParams p) 
                         static_cast<int64_t>(row) * p.rank + column;
     float4 sum = make_float4(0, 0, 0, 0);
     float weights = 0;
-    const int first = few ? 0 : warp;
-    const int step = few ? 1 : kMergeWarps;
-#pragma unroll 4
-    for (int s = first; s < merge.num_partials; s += step) {
+#pragma unroll 8
+    for (int s = share; s < merge.num_partials; s += warps) {
       const float weight = Exp2((lse[s * kMlaTileRows] - base) * kLog2e);
       weights = __fadd_rn(weights, weight);
       if (inside) {
         AddWeighted(sum, weight, *reinterpret_cast<const float4*>(from + s * partial_stride));
       }
     }
-    if (few) {
-      if (row < merge.num_rows) Finish(p, merge.first_row + row, column, sum, weights, max);
-      continue;
-    }
-    sums[warp][lane] = sum;
-    if (lane == 0) warp_weights[warp] = weights;
-    __syncthreads();
-    if (warp == 0) {
-      for (int w = 1; w < kMergeWarps; ++w) {
-        AddWeighted(sum, 1.0f, sums[w][lane]);
-        weights = __fadd_rn(weights, warp_weights[w]);
+    if (warps > 1) {
+      sums[warp][lane] = sum;
+      if (lane == 0) warp_weights[warp] = weights;
+      __syncthreads();
+      for (int w = 1; share == 0 && w < warps; ++w) {
+        AddWeighted(sum, 1.0f, sums[warp + w][lane]);
+        weights = __fadd_rn(weights, warp_weights[warp + w]);
       }
+      __syncthreads();
+    }
+    if (share == 0 && row < merge.num_rows) {
       Finish(p, merge.first_row + row, column, sum, weights, max);
     }
-    __syncthreads();
   }
 }
 
@@ -110,9 +120,7 @@ __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const MlaParams p) 
 
 cudaError_t LaunchMerge(const MlaParams& params, cudaStream_t stream) {
   if (params.plan.limits.max_merges == 0) return cudaSuccess;
-  cudaLaunchAttribute early;  // begins while the attention kernel drains, then waits for it
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute early = EarlyStart();
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(params.plan.limits.num_thread_blocks) * 4);
   config.blockDim = dim3(kMergeThreads);

@@ -80,6 +80,15 @@ __device__ __forceinline__ void WidenRow16(const uint4& codes, float scale, uint
   high = make_uint4(out[4], out[5], out[6], out[7]);
 }
 
+// Lets a kernel begin while the one before it drains; it must wait (griddepcontrol.wait) before it
+// touches memory that another kernel touches.
+inline cudaLaunchAttribute EarlyStart() {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  return early;
+}
+
 // Kernels of the other files.
 cudaError_t LaunchPortable(const MlaParams& params, cudaStream_t stream);
 cudaError_t LaunchHopper(const MlaParams& params, cudaStream_t stream);

@@ -29,6 +29,7 @@ namespace {
 constexpr int kThreads = 384;
 constexpr int kConsumers = 256;
 constexpr int kChunks = 9;
+constexpr int kHalfChunks = 4;   // the columns of a group's half of the output
 constexpr int kWeightChunk = 8;  // rope columns, then weights
 constexpr uint32_t kTileBytes = kChunks * wgmma::kChunkBytes;
 constexpr uint32_t kNumTiles = 2;
@@ -37,7 +38,7 @@ constexpr float kMaxSlack = 8.0f;
 // Offsets from a 1,024-byte boundary.
 constexpr uint32_t kQueryAt = 0;
 constexpr uint32_t kTilesAt = kTileBytes;
-constexpr uint32_t kBarriersAt = kTilesAt + kNumTiles * kTileBytes;  // full[2], empty[2]
+constexpr uint32_t kBarriersAt = kTilesAt + kNumTiles * kTileBytes;  // full[2, 2], empty[2, 2]
 constexpr uint32_t kMaxAt = kBarriersAt + 64;                        // [2, 64] fp32
 constexpr uint32_t kSumAt = kMaxAt + 2 * 64 * 4;                     // [2, 64] fp32
 constexpr uint32_t kFlagAt = kSumAt + 2 * 64 * 4;                    // int
@@ -57,11 +58,12 @@ struct Shared {
   __device__ uint32_t tile(uint32_t index) const {
     return address + kTilesAt + index % kNumTiles * kTileBytes;
   }
-  __device__ uint32_t full(uint32_t index) const {
-    return address + kBarriersAt + index % kNumTiles * 8;
+  // A tile comes and goes in halves: chunks 0 to 3, chunks 4 to 8.
+  __device__ uint32_t full(uint32_t index, int half) const {
+    return address + kBarriersAt + (index % kNumTiles * 2 + half) * 8;
   }
-  __device__ uint32_t empty(uint32_t index) const {
-    return address + kBarriersAt + 16 + index % kNumTiles * 8;
+  __device__ uint32_t empty(uint32_t index, int half) const {
+    return address + kBarriersAt + 32 + (index % kNumTiles * 2 + half) * 8;
   }
   __device__ float* max(int group) const {
     return reinterpret_cast<float*>(memory + kMaxAt) + group * 64;
@@ -168,7 +170,7 @@ class Consumer {
           // Score first if the block is there: then that runs beside the other group's softmax.
           // If not, do not hold the other block up. All four warps must go the same way.
           if (threadIdx.x == kConsumers / 2) {
-            *s_.flag() = pair && BarrierTest(s_.full(tile + 1), FullParity(tile + 1));
+            *s_.flag() = pair && BarrierTest(s_.full(tile + 1, 1), FullParity(tile + 1));
           }
           wgmma::NamedSync<kGroup + kGroupIndex, 128>();
           const bool early = *s_.flag() != 0;
@@ -198,12 +200,17 @@ class Consumer {
  private:
   // score = q . rows of the tile.
   __device__ __forceinline__ void Products(uint32_t tile, float (&score)[32]) {
-    wgmma::BarrierWait(s_.full(tile), FullParity(tile));
     const uint32_t q = s_.query();
     const uint32_t k = s_.tile(tile);
+    wgmma::BarrierWait(s_.full(tile, 0), FullParity(tile));
     wgmma::Begin();
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
+      if (chunk == kHalfChunks) {
+        wgmma::Commit();
+        wgmma::BarrierWait(s_.full(tile, 1), FullParity(tile));
+        wgmma::Begin();
+      }
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         wgmma::MultiplyRows(score, wgmma::RowsDescriptor(q + chunk * wgmma::kChunkBytes, step),
@@ -305,7 +312,7 @@ class Consumer {
 
   // out += weights . this group's half of the columns; rows not present count as zeros.
   __device__ __forceinline__ void StartValues(uint32_t tile, int present, float (&out)[128]) {
-    wgmma::BarrierWait(s_.full(tile), FullParity(tile));
+    wgmma::BarrierWait(s_.full(tile, kGroupIndex), FullParity(tile));
     const uint32_t weights = s_.tile(tile) + kWeightChunk * wgmma::kChunkBytes;
     const uint32_t values = s_.tile(tile) + kGroupIndex * 4 * wgmma::kChunkBytes;
     if (present < kMlaBlockRows) {
@@ -330,7 +337,10 @@ class Consumer {
   __device__ __forceinline__ void FinishValues(uint32_t tile, float (&out)[128]) {
     wgmma::Wait<0>();
     wgmma::Pin(out);
-    if (threadIdx.x % 32 == 0) wgmma::BarrierArrive(s_.empty(tile));
+    if (threadIdx.x % 32 == 0) {  // both groups have read the weights, each its own columns
+      if (kGroupIndex == 0) wgmma::BarrierArrive(s_.empty(tile, 0));
+      wgmma::BarrierArrive(s_.empty(tile, 1));
+    }
   }
 
   __device__ __forceinline__ void Write(const MlaWork& work, State& t, const float (&out)[128]) {
@@ -378,6 +388,13 @@ class Consumer {
   const float scale_;
 };
 
+// Blocks that are brought to L2 before their tile is free: by then they are near.
+constexpr int kAhead = 2;
+
+__device__ __forceinline__ void PrefetchBlock(const std::byte* block, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(block), "r"(bytes) : "memory");
+}
+
 // One warp; lane 0 starts the copies, all lanes read the page table ahead.
 __device__ __forceinline__ void FeedBf16(const MlaParams& p, const Shared& s) {
   const int lane = threadIdx.x % 32;
@@ -400,17 +417,27 @@ __device__ __forceinline__ void FeedBf16(const MlaParams& p, const Shared& s) {
         next_pages = page(block + 32);
       }
       const uint32_t id = __shfl_sync(0xffffffffu, pages, at);
+      const uint32_t id_ahead =
+          __shfl_sync(0xffffffffu, at + kAhead < 32 ? pages : next_pages, (at + kAhead) % 32);
       if (lane == 0) {
-        wgmma::BarrierWait(s.empty(tile), FullParity(tile) ^ 1);
-        if (block < present_end) {
-          wgmma::BarrierExpect(s.full(tile), kTileBytes);
+        if (block + kAhead < present_end) {
+          PrefetchBlock(p.blocks + id_ahead * p.block_bytes, kTileBytes);
+        }
 #pragma unroll
-          for (int chunk = 0; chunk < kChunks; ++chunk) {
-            wgmma::LoadChunk(s.tile(tile) + chunk * wgmma::kChunkBytes, &p.pool_map, chunk * 64,
-                             static_cast<int>(id), s.full(tile));
+        for (int half = 0; half < 2; ++half) {
+          constexpr int kFirst[3] = {0, kHalfChunks, kChunks};
+          const uint32_t full = s.full(tile, half);
+          wgmma::BarrierWait(s.empty(tile, half), FullParity(tile) ^ 1);
+          if (block >= present_end) {
+            wgmma::BarrierArrive(full);
+            continue;
           }
-        } else {
-          wgmma::BarrierArrive(s.full(tile));
+          wgmma::BarrierExpect(full, (kFirst[half + 1] - kFirst[half]) * wgmma::kChunkBytes);
+#pragma unroll
+          for (int chunk = kFirst[half]; chunk < kFirst[half + 1]; ++chunk) {
+            wgmma::LoadChunk(s.tile(tile) + chunk * wgmma::kChunkBytes, &p.pool_map, chunk * 64,
+                             static_cast<int>(id), full);
+          }
         }
       }
       __syncwarp();
@@ -421,13 +448,32 @@ __device__ __forceinline__ void FeedBf16(const MlaParams& p, const Shared& s) {
 constexpr int kFp8RowBytes = MlaRowBytes(MlaRowFormat::kFp8, 512, 64);
 constexpr int kFp8RopeAt = MlaRopeOffset(MlaRowFormat::kFp8, 512);
 
-__device__ __forceinline__ void PrefetchBlock(const std::byte* block, int present) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(block),
-               "r"(present * kFp8RowBytes)
-               : "memory");
-}
+// What a lane of the fp8 feeder reads of a block; a null block has no row present.
+struct Fp8Block {
+  const std::byte* rows = nullptr;  // of this warp
+  int present = 0;                  // of this warp's 16 rows
 
-// A warpgroup; a warp takes 16 rows, a lane 16 codes of a row.
+  // 16 codes of a row.
+  __device__ __forceinline__ uint4 Codes(int row) const {
+    if (row >= present) return make_uint4(0, 0, 0, 0);
+    return *reinterpret_cast<const uint4*>(rows + row * kFp8RowBytes + threadIdx.x % 32 * 16);
+  }
+  // Scale number `lane`, or 32 + lane, of the 64 of the warp's rows, four a row.
+  __device__ __forceinline__ float Scale(int index) const {
+    if (index / 4 >= present) return 0.0f;
+    return *reinterpret_cast<const float*>(rows + index / 4 * kFp8RowBytes + 512 + index % 4 * 4);
+  }
+  // Eight rope numbers of one of four rows.
+  __device__ __forceinline__ uint4 Rope(int first_row) const {
+    const int row = first_row + threadIdx.x % 32 / 8;
+    if (row >= present) return make_uint4(0, 0, 0, 0);
+    return *reinterpret_cast<const uint4*>(rows + row * kFp8RowBytes + kFp8RopeAt +
+                                           threadIdx.x % 8 * 16);
+  }
+};
+
+// A warpgroup; a warp takes 16 rows, a lane 16 codes of a row. Four rows are always on their way,
+// those of the next block too.
 __device__ __forceinline__ void FeedFp8(const MlaParams& p, const Shared& s) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32 % 4;
@@ -437,65 +483,56 @@ __device__ __forceinline__ void FeedFp8(const MlaParams& p, const Shared& s) {
     const MlaWork work = p.plan.work[w];
     const MlaSegment segment = p.segments[work.sequence];
     const int cache_rows = CacheRows(work, segment);
-    const auto present_in = [&](int block) {
-      return max(min(cache_rows - block * kMlaBlockRows, kMlaBlockRows), 0);
+    const auto block_at = [&](int block) {
+      Fp8Block at;
+      const int present = min(cache_rows - block * kMlaBlockRows, kMlaBlockRows);
+      if (block >= work.block_end || present <= 0) return at;
+      at.rows = p.blocks + segment.page_table[block] * p.block_bytes + warp * 16 * kFp8RowBytes;
+      at.present = present - warp * 16;
+      return at;
     };
-    const auto block_at = [&](int block) -> const std::byte* {
-      if (block >= work.block_end || present_in(block) == 0) return nullptr;
-      return p.blocks + segment.page_table[block] * p.block_bytes;
-    };
-    const std::byte* from = block_at(work.block_begin);
-    const std::byte* next = block_at(work.block_begin + 1);
+    Fp8Block now = block_at(work.block_begin);
+    Fp8Block next = block_at(work.block_begin + 1);
+    uint4 codes[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) codes[i] = now.Codes(i);
+    float scales[2] = {now.Scale(lane), now.Scale(32 + lane)};
     for (int block = work.block_begin; block < work.block_end; ++block, ++tile) {
-      const int present = present_in(block);
-      const std::byte* after = block_at(block + 2);
-      if (threadIdx.x == kConsumers && after != nullptr) {
-        PrefetchBlock(after, present_in(block + 2));
+      const Fp8Block after = block_at(block + 2);
+      if (lane == 0 && after.present > 0) {  // a warp its rows
+        PrefetchBlock(after.rows, min(after.present, 16) * kFp8RowBytes);
       }
-      wgmma::BarrierWait(s.empty(tile), FullParity(tile) ^ 1);
+      const float next_scales[2] = {next.Scale(lane), next.Scale(32 + lane)};
+      uint4 rope = now.Rope(0);
+      wgmma::BarrierWait(s.empty(tile, 0), FullParity(tile) ^ 1);
+      wgmma::BarrierWait(s.empty(tile, 1), FullParity(tile) ^ 1);
       const uint32_t to = s.tile(tile);
       const uint32_t chunk = to + lane / 4 * wgmma::kChunkBytes;
       const uint32_t piece = lane % 4 * 2;
       const uint32_t swap = lane / 4 % 2;  // neighbours in the next chunk use the other banks
 #pragma unroll
-      for (int batch = 0; batch < 4; ++batch) {
-        uint4 codes[4];
-        float scales[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = warp * 16 + batch * 4 + i;
-          codes[i] = make_uint4(0, 0, 0, 0);
-          scales[i] = 0;
-          if (row < present) {
-            const std::byte* at = from + row * kFp8RowBytes;
-            codes[i] = *reinterpret_cast<const uint4*>(at + lane * 16);
-            scales[i] = *reinterpret_cast<const float*>(at + 512 + lane / 8 * 4);
-          }
+      for (int i = 0; i < 16; ++i) {
+        const uint32_t row = warp * 16 + i;
+        const float scale = __shfl_sync(0xffffffffu, scales[i / 8], (i * 4 + lane / 8) % 32);
+        uint4 low;
+        uint4 high;
+        WidenRow16(codes[i % 4], scale, low, high);
+        codes[i % 4] = i < 12 ? now.Codes(i + 4) : next.Codes(i - 12);
+        wgmma::StorePiece(chunk + wgmma::PieceOffset(row, piece + swap), swap ? high : low);
+        wgmma::StorePiece(chunk + wgmma::PieceOffset(row, piece + 1 - swap), swap ? low : high);
+        if (i % 4 == 3) {
+          wgmma::StorePiece(to + kWeightChunk * wgmma::kChunkBytes +
+                                wgmma::PieceOffset(warp * 16 + i - 3 + lane / 8, lane % 8),
+                            rope);
+          if (i < 15) rope = now.Rope(i + 1);
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t row = warp * 16 + batch * 4 + i;
-          uint4 low;
-          uint4 high;
-          WidenRow16(codes[i], scales[i], low, high);
-          wgmma::StorePiece(chunk + wgmma::PieceOffset(row, piece + swap), swap ? high : low);
-          wgmma::StorePiece(chunk + wgmma::PieceOffset(row, piece + 1 - swap), swap ? low : high);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const uint32_t row = warp * 16 + i * 4 + lane / 8;
-        uint4 value = make_uint4(0, 0, 0, 0);
-        if (static_cast<int>(row) < present) {
-          value = *reinterpret_cast<const uint4*>(from + row * kFp8RowBytes + kFp8RopeAt +
-                                                  lane % 8 * 16);
-        }
-        wgmma::StorePiece(
-            to + kWeightChunk * wgmma::kChunkBytes + wgmma::PieceOffset(row, lane % 8), value);
       }
       wgmma::FenceProxy();
-      wgmma::BarrierArrive(s.full(tile));
-      from = next;
+      wgmma::BarrierArrive(s.full(tile, 0));
+      wgmma::BarrierArrive(s.full(tile, 1));
+      scales[0] = next_scales[0];
+      scales[1] = next_scales[1];
+      now = next;
       next = after;
     }
   }
@@ -514,19 +551,22 @@ __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constan
   s.memory = raw + (s.address - start);
   if (threadIdx.x == 0) {
     for (uint32_t i = 0; i < kNumTiles; ++i) {
-      wgmma::BarrierInit(s.full(i), kBf16 ? 1 : kThreads - kConsumers);
-      wgmma::BarrierInit(s.empty(i), kConsumers / 32);
+      for (int half = 0; half < 2; ++half) {
+        wgmma::BarrierInit(s.full(i, half), kBf16 ? 1 : kThreads - kConsumers);
+        wgmma::BarrierInit(s.empty(i, half), half == 0 ? 4 : 8);  // warps that read it last
+      }
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
   if (threadIdx.x >= kConsumers) {
     if constexpr (kBf16) {
       asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
       if (threadIdx.x < kConsumers + 32) FeedBf16(p, s);
     } else {
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 64;");
+      asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
       FeedFp8(p, s);
     }
   } else {
@@ -566,9 +606,15 @@ cudaError_t PrepareHopper() {
 cudaError_t LaunchHopper(const MlaParams& params, cudaStream_t stream) {
   const auto kernel = params.format == MlaRowFormat::kBf16 ? HopperKernel<MlaRowFormat::kBf16>
                                                            : HopperKernel<MlaRowFormat::kFp8>;
-  kernel<<<static_cast<unsigned>(params.plan.limits.num_thread_blocks), kThreads, kSharedBytes,
-           stream>>>(params);
-  return cudaGetLastError();
+  cudaLaunchAttribute early = EarlyStart();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(params.plan.limits.num_thread_blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 }  // namespace strait::cuda::mla

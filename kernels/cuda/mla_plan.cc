@@ -150,7 +150,8 @@ bool PlanMla(const MlaSequence* sequences, int32_t num_sequences, const MlaPlanO
       merge.first_partial = plan->num_partials;
       merge.num_partials = count;
       merge.first_unit = num_units;
-      num_units += MlaMergeUnits(merge.num_rows, count);
+      merge.warps = MlaMergeWarps(count, options.deterministic);
+      num_units += MlaMergeUnits(merge.num_rows, merge.warps);
       plan->merges.push_back(merge);
       plan->num_partials += count;
     }

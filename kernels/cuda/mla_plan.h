@@ -44,14 +44,18 @@ struct alignas(16) MlaMerge {
   int32_t first_partial = 0;
   int32_t num_partials = 0;
   int32_t first_unit = 0;  // units of the merges before it
-  int32_t reserved[3] = {};
+  int32_t warps = 1;       // that share 128 columns of a row
+  int32_t reserved[2] = {};
 };
 
-// Units of merge work that thread blocks of 16 warps take: few partials, four rows at once, a warp
-// for 128 columns of a row; many, all warps share 128 columns of one row.
-inline constexpr int32_t kMlaFewPartials = 4;
-constexpr int32_t MlaMergeUnits(int32_t num_rows, int32_t num_partials) {
-  return num_partials <= kMlaFewPartials ? (num_rows + 3) / 4 : num_rows * 4;
+// A thread block of the merge has 16 warps and takes one unit at a time: four rows of few partials,
+// one row of more, 128 columns of a row of many. Deterministic: 4 warps at most, so that the order
+// of the sum is the same whatever more partials there are that saw nothing.
+constexpr int32_t MlaMergeWarps(int32_t num_partials, bool deterministic) {
+  return num_partials <= 4 ? 1 : num_partials <= 16 || deterministic ? 4 : 16;
+}
+constexpr int32_t MlaMergeUnits(int32_t num_rows, int32_t warps) {
+  return warps == 1 ? (num_rows + 3) / 4 : warps == 4 ? num_rows : num_rows * 4;
 }
 
 struct MlaPlanLimits {

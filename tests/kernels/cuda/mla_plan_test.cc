@@ -61,7 +61,7 @@ void ExpectWhole(const Batch& batch, int32_t heads, const MlaPlan& plan) {
   for (const MlaMerge& merge : plan.merges) {
     EXPECT_TRUE(merges.emplace(merge.first_row, merge).second);
     EXPECT_EQ(merge.first_unit, units);
-    units += MlaMergeUnits(merge.num_rows, merge.num_partials);
+    units += MlaMergeUnits(merge.num_rows, merge.warps);
   }
   EXPECT_EQ(plan.num_merge_units, units);
   size_t num_tiles = 0;

@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Measures latent attention against the rate at which this GPU reads memory, taken in the same run.
+//
+//   mla_bench [--smoke] [--json FILE] [--format bf16|fp8] [--path hopper|portable]
+//             [--deterministic] [--only TEXT]
+//
+// A case is timed as the replay of a graph of launches (attention and merge) that walk over copies
+// of the cache of more than twice the L2; the median of the replays, divided by the launches.
+// GB/s counts what a launch must move: each cache row once, q and out. TFLOP/s counts two per
+// multiply-add of scores and values, of rows that are seen. of_read: GB/s over the read rate.
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/cuda/mla.h"
+
+namespace strait::cuda {
+namespace {
+
+void Check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+
+template <class T>
+T* Allocate(int64_t count) {
+  void* data = nullptr;
+  Check(cudaMalloc(&data, static_cast<size_t>(count) * sizeof(T)), "device memory");
+  return static_cast<T*>(data);
+}
+
+template <class T>
+T* Upload(const std::vector<T>& from) {
+  T* to = Allocate<T>(static_cast<int64_t>(from.size()));
+  Check(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice), "upload");
+  return to;
+}
+
+__device__ uint32_t Hash(uint64_t x) {
+  x = (x ^ (x >> 31)) * 0x7fb5d329728ea185ull;
+  x = (x ^ (x >> 27)) * 0x81dadef4bc2dd44dull;
+  return static_cast<uint32_t>(x ^ (x >> 33));
+}
+
+// Values in (-1, 1), of random sign and size.
+__device__ __nv_bfloat16 RandomBf16(uint64_t at) {
+  return __float2bfloat16(static_cast<float>(static_cast<int32_t>(Hash(at))) * 0x1p-31f * 1.7f);
+}
+
+__global__ void FillBf16(__nv_bfloat16* to, int64_t count) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    to[i] = RandomBf16(static_cast<uint64_t>(i));
+  }
+}
+
+__global__ void FillFp8Rows(std::byte* to, int64_t rows) {
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    std::byte* at = to + row * 656;
+    for (int i = threadIdx.x; i < 512; i += blockDim.x) {
+      const uint32_t code = Hash(static_cast<uint64_t>(row * 512 + i));
+      at[i] = static_cast<std::byte>((code & 0x7f) > 0x70 ? code & 0xbf : code & 0xff);
+    }
+    if (threadIdx.x < 4) reinterpret_cast<float*>(at + 512)[threadIdx.x] = 0.004f;
+    for (int i = threadIdx.x; i < 64; i += blockDim.x) {
+      reinterpret_cast<__nv_bfloat16*>(at + 528)[i] = RandomBf16(static_cast<uint64_t>(~row * i));
+    }
+  }
+}
+
+__global__ void __launch_bounds__(512) ReadKernel(const uint4* from, int64_t count, uint32_t* sum) {
+  uint32_t x = 0;
+  const int64_t step = int64_t{gridDim.x} * blockDim.x;
+  int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x;
+  for (; i + 7 * step < count; i += 8 * step) {
+    uint4 v[8];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) v[k] = __ldcs(from + i + k * step);
+#pragma unroll
+    for (int k = 0; k < 8; ++k) x ^= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
+  }
+  for (; i < count; i += step) x ^= from[i].x;
+  if (x == 0x12345678u) *sum = x;
+}
+
+// Median microseconds of a launch: `launch(i)` for i < launches, captured once, replayed.
+template <class Launch>
+double Median(int launches, int replays, const Launch& launch) {
+  cudaStream_t stream;
+  Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  for (int i = 0; i < launches; ++i) launch(i, stream);
+  Check(cudaStreamSynchronize(stream), "warm-up");
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+  for (int i = 0; i < launches; ++i) launch(i, stream);
+  Check(cudaStreamEndCapture(stream, &graph), "capture");
+  Check(cudaGraphInstantiate(&exec, graph, 0), "graph");
+  Check(cudaGraphLaunch(exec, stream), "replay");
+  cudaEvent_t begin;
+  cudaEvent_t end;
+  Check(cudaEventCreate(&begin), "event");
+  Check(cudaEventCreate(&end), "event");
+  std::vector<double> times;
+  for (int i = 0; i < replays; ++i) {
+    Check(cudaEventRecord(begin, stream), "event");
+    Check(cudaGraphLaunch(exec, stream), "replay");
+    Check(cudaEventRecord(end, stream), "event");
+    Check(cudaEventSynchronize(end), "replay");
+    float ms = 0;
+    Check(cudaEventElapsedTime(&ms, begin, end), "event");
+    times.push_back(ms * 1000.0 / launches);
+  }
+  std::nth_element(times.begin(), times.begin() + replays / 2, times.end());
+  Check(cudaGraphExecDestroy(exec), "graph");
+  Check(cudaGraphDestroy(graph), "graph");
+  Check(cudaEventDestroy(begin), "event");
+  Check(cudaEventDestroy(end), "event");
+  Check(cudaStreamDestroy(stream), "stream");
+  return times[static_cast<size_t>(replays / 2)];
+}
+
+struct Options {
+  bool smoke = false;
+  bool deterministic = false;
+  MlaRowFormat format = MlaRowFormat::kBf16;
+  MlaPath path = MlaPath::kAuto;
+  std::string json;
+  std::string only;
+};
+
+struct Size {
+  int32_t heads;
+  int32_t batch;
+  int32_t length;
+  int32_t new_tokens = 1;
+};
+
+struct Device {
+  int32_t multiprocessors = 0;
+  int32_t l2_bytes = 0;
+  double read_gb_per_s = 0;
+  char name[256] = {};
+};
+
+class Bench {
+ public:
+  Bench(const Options& options, const Device& device) : options_(options), device_(device) {}
+
+  void Run(const Size& size, std::FILE* json) {
+    const std::string name = std::to_string(size.heads) + " heads, " + std::to_string(size.batch) +
+                             " x " + std::to_string(size.length) +
+                             (size.new_tokens > 1 ? ", prefill " : "");
+    if (name.find(options_.only) == std::string::npos) return;
+    const int32_t blocks = (size.length + 63) / 64;
+    const int64_t block_bytes = 64 * int64_t{MlaRowBytes(options_.format, 512, 64)};
+    const int64_t cache_bytes = size.batch * blocks * block_bytes;
+    const int64_t enough = options_.smoke ? 1 : 2 * int64_t{device_.l2_bytes} + (8 << 20);
+    const int copies = static_cast<int>((enough + cache_bytes - 1) / cache_bytes);
+    const int64_t num_blocks = int64_t{copies} * size.batch * blocks;
+    std::byte* pool = Allocate<std::byte>(num_blocks * block_bytes);
+    if (options_.format == MlaRowFormat::kBf16) {
+      FillBf16<<<1024, 256>>>(reinterpret_cast<__nv_bfloat16*>(pool), num_blocks * block_bytes / 2);
+    } else {
+      FillFp8Rows<<<1024, 128>>>(pool, num_blocks * 64);
+    }
+    std::vector<uint32_t> ids(static_cast<size_t>(num_blocks));
+    std::iota(ids.begin(), ids.end(), 0u);
+    std::shuffle(ids.begin(), ids.end(), std::mt19937_64(std::random_device{}()));
+    uint32_t* tables = Upload(ids);
+    std::vector<MlaSegment> segments(static_cast<size_t>(copies * size.batch));
+    for (size_t i = 0; i < segments.size(); ++i) {
+      segments[i].page_table = tables + static_cast<int64_t>(i) * blocks;
+      segments[i].num_rows = size.length;
+      segments[i].rank = 512;
+      segments[i].format = options_.format;
+    }
+    MlaSegment* device_segments = Upload(segments);
+
+    std::vector<MlaSequence> sequences;
+    for (int32_t s = 0; s < size.batch; ++s) {
+      sequences.push_back({s, s * size.new_tokens, size.new_tokens, size.length - size.new_tokens});
+    }
+    const int32_t tokens = size.batch * size.new_tokens;
+    const MlaPlanLimits limits = MaxMlaPlan(device_.multiprocessors, size.batch, tokens, size.heads,
+                                            size.length, options_.deterministic);
+    MlaPlan plan;
+    if (!PlanMla(sequences.data(), size.batch,
+                 {.num_heads = size.heads, .deterministic = options_.deterministic}, limits,
+                 &plan)) {
+      std::fprintf(stderr, "no plan\n");
+      std::exit(1);
+    }
+    std::vector<std::byte> plan_bytes(static_cast<size_t>(MlaPlanBytes(limits)));
+    WriteMlaPlan(plan, plan_bytes.data());
+    std::byte* device_plan = Upload(plan_bytes);
+    const int64_t rows = int64_t{tokens} * size.heads;
+    __nv_bfloat16* q = Allocate<__nv_bfloat16>(rows * 576);
+    FillBf16<<<1024, 256>>>(q, rows * 576);
+    __nv_bfloat16* out = Allocate<__nv_bfloat16>(rows * 512);
+    float* lse = Allocate<float>(rows);
+    float* partial_out = Allocate<float>(std::max(1, plan.num_partials) * int64_t{64} * 512);
+    float* partial_lse = Allocate<float>(std::max(1, plan.num_partials) * int64_t{64});
+    Check(cudaDeviceSynchronize(), "fill");
+
+    MlaParams p;
+    p.q_latent = q;
+    p.q_rope = q + 512;
+    p.q_latent_stride = p.q_rope_stride = 576;
+    p.blocks = pool;
+    p.block_bytes = block_bytes;
+    if (options_.format == MlaRowFormat::kBf16) {
+      Check(MakeMlaPoolMap(pool, num_blocks, block_bytes, &p.pool_map), "tensor map");
+    }
+    p.plan = ViewMlaPlan(limits, device_plan);
+    p.partial_out = partial_out;
+    p.partial_lse = partial_lse;
+    p.out = out;
+    p.lse = lse;
+    p.softmax_scale = 0.1f;
+    p.num_heads = size.heads;
+    p.rank = 512;
+    p.rope = 64;
+    p.format = options_.format;
+    p.path = options_.path;
+    const bool long_run = size.new_tokens > 1;
+    const int launches = options_.smoke || long_run ? 1 : std::max(copies, 8);
+    const double us = Median(launches,
+                             options_.smoke ? 1
+                             : long_run     ? 5
+                                            : 15,
+                             [&](int i, cudaStream_t stream) {
+                               MlaParams launch = p;
+                               launch.segments = device_segments + i % copies * size.batch;
+                               Check(LaunchMla(launch, stream), "launch");
+                             });
+    double seen = 0;  // pairs of token and row
+    for (int32_t t = 0; t < size.new_tokens; ++t) seen += size.length - size.new_tokens + 1 + t;
+    const double flops = 2.0 * size.batch * size.heads * seen * (576 + 512);
+    const double bytes = static_cast<double>(cache_bytes) + rows * (576 + 512) * 2.0;
+    const double gb_per_s = bytes / us / 1e3;
+    const char* format = options_.format == MlaRowFormat::kBf16 ? "bf16" : "fp8";
+    std::printf("%-34s %-5s %10.1f us %8.1f TFLOP/s %8.0f GB/s %6.3f of read\n", name.c_str(),
+                format, us, flops / us / 1e6, gb_per_s, gb_per_s / device_.read_gb_per_s);
+    std::fflush(stdout);
+    if (json != nullptr) {
+      std::fprintf(json,
+                   "{\"heads\": %d, \"batch\": %d, \"length\": %d, \"new_tokens\": %d, "
+                   "\"format\": \"%s\", \"deterministic\": %s, \"us\": %.2f, \"tflops\": %.2f, "
+                   "\"gb_per_s\": %.1f, \"read_gb_per_s\": %.1f, \"device\": \"%s\"}\n",
+                   size.heads, size.batch, size.length, size.new_tokens, format,
+                   options_.deterministic ? "true" : "false", us, flops / us / 1e6, gb_per_s,
+                   device_.read_gb_per_s, device_.name);
+    }
+    for (void* memory : {static_cast<void*>(pool), static_cast<void*>(tables),
+                         static_cast<void*>(device_segments), static_cast<void*>(device_plan),
+                         static_cast<void*>(q), static_cast<void*>(out), static_cast<void*>(lse),
+                         static_cast<void*>(partial_out), static_cast<void*>(partial_lse)}) {
+      Check(cudaFree(memory), "free");
+    }
+  }
+
+ private:
+  const Options options_;
+  const Device device_;
+};
+
+Device Open(bool smoke) {
+  Device device;
+  cudaDeviceProp properties;
+  Check(cudaGetDeviceProperties(&properties, 0), "no GPU");
+  std::snprintf(device.name, sizeof(device.name), "%s", properties.name);
+  device.multiprocessors = properties.multiProcessorCount;
+  device.l2_bytes = properties.l2CacheSize;
+  uint32_t* sum = Allocate<uint32_t>(1);
+  for (const int64_t megabytes : {5, 38, 151, 1208}) {
+    const int64_t bytes = smoke ? 1 << 20 : megabytes * 1000000 / 16 * 16;
+    const int copies = std::max<int>(1, static_cast<int>(3 * int64_t{device.l2_bytes} / bytes));
+    uint4* data = Allocate<uint4>(copies * bytes / 16);
+    FillBf16<<<1024, 256>>>(reinterpret_cast<__nv_bfloat16*>(data), copies * bytes / 2);
+    const double us =
+        Median(std::max(copies, smoke ? 1 : 4), smoke ? 1 : 15, [&](int i, cudaStream_t stream) {
+          ReadKernel<<<device.multiprocessors * 4, 512, 0, stream>>>(
+              data + i % copies * (bytes / 16), bytes / 16, sum);
+        });
+    device.read_gb_per_s = std::max(device.read_gb_per_s, bytes / us / 1e3);
+    std::printf("read %6.1f MB: %8.1f us %8.0f GB/s\n", bytes / 1e6, us, bytes / us / 1e3);
+    Check(cudaFree(data), "free");
+  }
+  Check(cudaFree(sum), "free");
+  std::printf("%s, %d multiprocessors, L2 %d MiB\n", device.name, device.multiprocessors,
+              device.l2_bytes >> 20);
+  return device;
+}
+
+int Main(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    const char* value = i + 1 < argc ? argv[i + 1] : "";
+    if (argument == "--smoke") {
+      options.smoke = true;
+    } else if (argument == "--deterministic") {
+      options.deterministic = true;
+    } else if (argument == "--json") {
+      options.json = value, ++i;
+    } else if (argument == "--only") {
+      options.only = value, ++i;
+    } else if (argument == "--format") {
+      options.format = std::strcmp(value, "fp8") == 0 ? MlaRowFormat::kFp8 : MlaRowFormat::kBf16;
+      ++i;
+    } else if (argument == "--path") {
+      options.path = std::strcmp(value, "portable") == 0 ? MlaPath::kPortable : MlaPath::kHopper;
+      ++i;
+    } else {
+      std::fprintf(stderr, "unknown argument %s\n", argument.c_str());
+      return 2;
+    }
+  }
+  const Device device = Open(options.smoke);
+  Check(PrepareMla(), "prepare");
+  std::FILE* json = options.json.empty() ? nullptr : std::fopen(options.json.c_str(), "w");
+  if (!options.json.empty() && json == nullptr) {
+    std::perror(options.json.c_str());
+    return 1;
+  }
+  Bench bench(options, device);
+  std::vector<Size> sizes = {
+      {128, 1, 4096},   {128, 1, 32768},     {128, 1, 131072},    {128, 16, 4096}, {128, 64, 4096},
+      {128, 128, 4096}, {128, 128, 8192},    {128, 32, 32768},    {64, 1, 131072}, {64, 16, 4096},
+      {64, 64, 4096},   {64, 128, 8192},     {64, 32, 32768},     {16, 1, 4096},   {16, 1, 32768},
+      {16, 1, 131072},  {16, 16, 4096},      {16, 64, 4096},      {16, 128, 4096}, {16, 128, 8192},
+      {16, 32, 32768},  {16, 1, 8192, 8192}, {128, 1, 8192, 8192}};
+  if (options.smoke) sizes = {{128, 1, 300}, {16, 3, 100}, {16, 1, 70, 70}};
+  for (const Size& size : sizes) {
+    if (options.deterministic && size.new_tokens > 1) continue;  // its partials: gigabytes
+    bench.Run(size, json);
+  }
+  if (json != nullptr) std::fclose(json);
+  return 0;
+}
+
+}  // namespace
+}  // namespace strait::cuda
+
+int main(int argc, char** argv) { return strait::cuda::Main(argc, argv); }
