@@ -9,14 +9,17 @@
 namespace strait::cuda {
 namespace {
 
-constexpr int32_t kFewRows = 64;     // up to here weights are read once by the few-rows kernel
+constexpr int32_t kFewRows = 16;     // up to here the few-rows kernel, beyond it tiles
 constexpr int32_t kFixedRows = 32;   // rows a tile when the order of sums is fixed
 constexpr int32_t kLargeTile = 128;  // rows of the tiled kernel
 constexpr int32_t kSmallTile = 64;
+constexpr int32_t kTileColumns = 128;
+constexpr int64_t kWantedBlocks = 128;  // of the tiled kernel, to be worth the device
+constexpr int32_t kMaxSplits = 16;
 
 int32_t FewRowsTile(int32_t num_rows) {
   int32_t tile = 8;
-  while (tile < num_rows && tile < kFewRows) tile *= 2;
+  while (tile < num_rows && tile < kFixedRows) tile *= 2;
   return tile;
 }
 
@@ -40,6 +43,16 @@ int32_t FewRowsTileOf(const GemmParams& p) {
   return p.fixed_order ? std::min(tile, kFixedRows) : tile;
 }
 
+// Into how many shares K is cut, so that a product of few outputs fills the device.
+int32_t NumSplits(const GemmParams& p, int32_t tile_rows) {
+  if (p.split_sums == nullptr || p.num_groups != 1 || !p.up.empty()) return 1;
+  const int64_t blocks =
+      NumItems(p, tile_rows) * ((p.weight.rows + kTileColumns - 1) / kTileColumns);
+  int64_t splits = std::min<int64_t>(kWantedBlocks / blocks, p.weight.cols / (2 * kScaleBlock));
+  splits = std::min(splits, p.split_capacity / (int64_t{p.num_rows} * p.weight.rows));
+  return static_cast<int32_t>(std::clamp<int64_t>(splits, 1, kMaxSplits));
+}
+
 }  // namespace
 
 cudaError_t Gemm(const GemmParams& p, cudaStream_t stream) {
@@ -50,8 +63,12 @@ cudaError_t Gemm(const GemmParams& p, cudaStream_t stream) {
     return few ? GemmFewRows(p, p.tile_rows, stream) : GemmTiles(p, p.tile_rows, stream);
   }
   if (p.num_rows == 0) return cudaSuccess;
-  const int32_t tile = FewRowsTileOf(p);
-  return tile > 0 ? GemmFewRows(p, tile, stream) : GemmTiles(p, kLargeTile, stream);
+  const int32_t few = FewRowsTileOf(p);
+  if (few > 0) return GemmFewRows(p, few, stream);
+  const int32_t tile = p.num_rows <= kSmallTile ? kSmallTile : kLargeTile;
+  GemmParams split = p;
+  split.num_splits = NumSplits(p, tile);
+  return GemmTiles(split, tile, stream);
 }
 
 cudaError_t GemmPair(const GemmParams& a, const GemmParams& b, cudaStream_t stream) {
@@ -71,10 +88,10 @@ cudaError_t GemmPair(const GemmParams& a, const GemmParams& b, cudaStream_t stre
 
 int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fixed_order) {
   const int64_t mean = num_choices / num_experts;
-  if (mean <= 2) return 8;
+  if (mean <= 3) return 8;
+  if (fixed_order) return mean <= 8 ? 16 : kFixedRows;
   if (mean <= 8) return 16;
-  if (mean <= 24 || fixed_order) return 32;
-  return mean <= 96 ? kSmallTile : kLargeTile;
+  return mean <= 48 ? kSmallTile : kLargeTile;
 }
 
 }  // namespace strait::cuda

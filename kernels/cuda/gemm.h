@@ -9,7 +9,7 @@
 // Stream:  the parameter.
 // Shapes:  below; products of bf16 are summed in fp32. Any of M, N, K may be odd.
 // Errors:  none but CUDA's own launch errors, returned.
-// Why:     two kernels. "Few rows" reads each weight once for up to 64 rows with 16-byte loads
+// Why:     two kernels. "Few rows" reads each weight once for up to 16 rows with 16-byte loads
 //          straight into tensor-core fragments, warps splitting K: bound by memory. "Tiles" is the
 //          classical tiled product through shared memory. In the first, the order of a sum is a
 //          property of K alone; fixed_order uses it for any number of rows, so that a row's bits
@@ -49,6 +49,12 @@ struct GemmParams {
   const int32_t* num_tiles = nullptr;  // on the device
   int32_t max_tiles = 0;               // what *num_tiles never exceeds
   int32_t tile_rows = 0;               // ExpertTileRows(), or another of 8, 16, 32, 64, 128
+
+  // Room for partial sums, for products of few rows and columns that must split K to fill the
+  // device; may be null. Not used with a fixed order.
+  float* split_sums = nullptr;
+  int64_t split_capacity = 0;  // floats
+  int32_t num_splits = 1;      // set by Gemm
 
   Bf16* y_bf16 = nullptr;  // exactly one of the two; with `up` the first
   float* y_fp32 = nullptr;

@@ -2,14 +2,18 @@
 //
 // Products of a weight with few rows: y[m, n] = sum over k of x[m, k] * w[n, k], m up to 64.
 //
-// A block makes 16 outputs of up to 8 * kTokenTiles rows. Its eight warps take the 128-wide pieces
-// of K in turn, and their sums are added in order at the end. Weights are the tensor core's A
+// A unit of work is 16 outputs of up to 8 * kTokenTiles rows. The eight warps of a block take the
+// 128-wide pieces of K in turn, and their sums are added in order at the end; as many blocks as run
+// at once take all units, each warp loading its next piece, of the next unit too, while it
+// multiplies one. Weights are the tensor core's A
 // operand and go from memory to registers: a lane loads 16 contiguous bytes of two rows of W and of
 // one row of x; that they are other k than the fragment's layout names does not matter, as both
 // operands are permuted alike.
 //
 // Intensity: 2 M flops a weight; 1 byte (fp8) or 2 (bf16) a weight. Limit: reading memory; at M = 64
 // x comes from L2 four times as much as W from memory. Measured shares: tests/bench/cuda.
+#include <algorithm>
+
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm_internal.h"
 
@@ -30,8 +34,9 @@ __device__ __forceinline__ Vec LoadWeight(const void* from) {
   return {{value.x, value.y, value.z, value.w}};
 }
 
+// An ordinary load: the read-only path may not see what a kernel wrote that ran beside this one.
 __device__ __forceinline__ Vec LoadX(const Bf16* from) {
-  const uint4 value = __ldg(reinterpret_cast<const uint4*>(from));
+  const uint4 value = *reinterpret_cast<const uint4*>(from);
   return {{value.x, value.y, value.z, value.w}};
 }
 
@@ -138,6 +143,7 @@ struct Rows {
   const char* w1;
   const float* scales;
 
+  Rows() = default;
   __device__ __forceinline__ Rows(const GemmParams& p, const Matrix& w, int group, int n0) {
     const int row = threadIdx.x % 32 / 4;
     const int64_t element = kFp8 ? 1 : 2;
@@ -153,37 +159,6 @@ struct Rows {
   }
 };
 
-// `piece`: the warp's first, already on its way. The next is loaded before one is multiplied.
-template <bool kFp8, int kTokenTiles>
-__device__ __forceinline__ void Product(const Rows<kFp8>& rows, Piece<kFp8> piece, int k_end,
-                                        const Bf16* const (&x)[kTokenTiles],
-                                        float (&sums)[kTokenTiles][4]) {
-  for (int k0 = threadIdx.x / 32 * kPiece; k0 < k_end; k0 += kWarps * kPiece) {
-    const int k1 = k0 + kWarps * kPiece;
-    Piece<kFp8> next;
-    if (k1 < k_end) Load(next, rows.w0, rows.w1, k1, k_end);
-    if (kFp8) {
-      const float scale = rows.scales[k0 / kScaleBlock];
-      float partial[kTokenTiles][4] = {};
-      Multiply(piece, x, k0, k_end, partial);
-#pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[t][i] = fmaf(partial[t][i], scale, sums[t][i]);
-      }
-    } else {
-      Multiply(piece, x, k0, k_end, sums);
-    }
-    piece = next;
-  }
-}
-
-template <bool kFp8>
-__device__ __forceinline__ void LoadFirst(Piece<kFp8>& piece, const Rows<kFp8>& rows, int k_end) {
-  const int k0 = threadIdx.x / 32 * kPiece;
-  if (k0 < k_end) Load(piece, rows.w0, rows.w1, k0, k_end);
-}
-
 // Adds the warps' sums in order; leaves them in shared[0].
 template <int kTokenTiles>
 __device__ __forceinline__ void AddWarps(const float (&sums)[kTokenTiles][4],
@@ -191,6 +166,7 @@ __device__ __forceinline__ void AddWarps(const float (&sums)[kTokenTiles][4],
   const int warp = threadIdx.x / 32;
   const int row = threadIdx.x % 32 / 4;
   const int token = threadIdx.x % 4 * 2;
+  __syncthreads();  // what was there has been read
 #pragma unroll
   for (int t = 0; t < kTokenTiles; ++t) {
     shared[warp][t * 8 + token][row] = sums[t][0];
@@ -209,82 +185,177 @@ __device__ __forceinline__ void AddWarps(const float (&sums)[kTokenTiles][4],
   }
 }
 
-// Block `block_x` of the product p.
+// Where a warp is in a block's work: units of 16 rows of W (of both matrices, if gated) for the rows
+// of one item; a block takes every num_blocks-th.
+template <bool kFp8, bool kGated>
+struct Cursor {
+  int unit;
+  int n0;
+  int k0;
+  bool up;  // in the second matrix
+  GemmItem item;
+  Rows<kFp8> rows;
+
+  __device__ __forceinline__ void Enter(const GemmParams& p, int tile_rows, int at) {
+    const int units_each = (p.weight.rows + kRows - 1) / kRows;
+    unit = at;
+    n0 = at % units_each * kRows;
+    k0 = threadIdx.x / 32 * kPiece;
+    up = false;
+    item = ItemOf(p, tile_rows, at / units_each);
+    rows = Rows<kFp8>(p, p.weight, item.group, n0);
+  }
+  // To the next piece; false: the block's work is done.
+  __device__ __forceinline__ bool Next(const GemmParams& p, int tile_rows, int num_units,
+                                       int num_blocks) {
+    k0 += kWarps * kPiece;
+    if (k0 < p.weight.cols) return true;
+    if (kGated && !up) {
+      up = true;
+      k0 = threadIdx.x / 32 * kPiece;
+      rows = Rows<kFp8>(p, p.up, item.group, n0);
+      return true;
+    }
+    if (unit + num_blocks >= num_units) return false;
+    Enter(p, tile_rows, unit + num_blocks);
+    return true;
+  }
+};
+
+// The part of the product p that block `block` of `num_blocks` makes. Every warp goes through the
+// same units; its pieces of them follow each other without a gap: the next one, of the next unit
+// too, is on its way while one is multiplied.
 template <bool kFp8, bool kGated, int kTokenTiles>
-__device__ __forceinline__ void Block(const GemmParams& p, int block_x, float* memory) {
+__device__ __forceinline__ void Block(const GemmParams& p, int block, int num_blocks,
+                                      float* memory) {
   constexpr int kTileRows = 8 * kTokenTiles;
   auto* shared = reinterpret_cast<float(*)[kTileRows][kRows + 1]>(memory);
-  const int n0 = block_x * kRows;
   const int k_end = p.weight.cols;
-  GemmItem item = {0, 0, 0};
-  // Which weights a block reads is known early unless a list says it: reading begins before the
-  // kernel before has ended.
-  const bool early = p.tiles == nullptr;
-  if (early) item = ItemOf(p, kTileRows, blockIdx.y);
+  const int units_each = (p.weight.rows + kRows - 1) / kRows;
+  Cursor<kFp8, kGated> at;
   Piece<kFp8> piece;
-  if (early) LoadFirst(piece, Rows<kFp8>(p, p.weight, item.group, n0), k_end);
+  // Which weights a block reads first is known early unless a list says it: reading begins before
+  // the kernel before has ended.
+  const bool early = p.tiles == nullptr;
+  if (early) {
+    at.Enter(p, kTileRows, block);
+    Load(piece, at.rows.w0, at.rows.w1, at.k0, k_end);
+  }
   WaitForEarlier();
   StartNext();
-  if (!early) item = ItemOf(p, kTileRows, blockIdx.y);
-  if (item.count == 0) return;
-  const Rows<kFp8> rows(p, p.weight, item.group, n0);
-  if (!early) LoadFirst(piece, rows, k_end);
+  const int num_items =
+      early ? p.num_groups * ((p.num_rows + kTileRows - 1) / kTileRows) : *p.num_tiles;
+  const int num_units = num_items * units_each;
+  if (block >= num_units) return;
+  if (!early) {
+    at.Enter(p, kTileRows, block);
+    Load(piece, at.rows.w0, at.rows.w1, at.k0, k_end);
+  }
   const int token = threadIdx.x % 32 / 4;
   const Bf16* x[kTokenTiles];
+  float sums[kGated ? 2 : 1][kTokenTiles][4] = {};
+  int x_item = -1;  // whose rows x are
+  bool more = true;
+  while (more) {
+    const GemmItem item = at.item;
+    const int unit = at.unit;
+    const int n0 = at.n0;
+    const int k0 = at.k0;
+    const bool up = at.up;
+    const float* const scales = at.rows.scales;
+    if (unit / units_each != x_item) {
+      x_item = unit / units_each;
 #pragma unroll
-  for (int t = 0; t < kTokenTiles; ++t) {
-    const int m = t * 8 + token;
-    x[t] = nullptr;
-    if (m < item.count) {
-      const int64_t row = p.x_rows ? p.x_rows[item.begin + m] : item.begin + m;
-      x[t] = p.x + item.group * p.x_group_stride + row * p.x_stride;
+      for (int t = 0; t < kTokenTiles; ++t) {
+        const int m = t * 8 + token;
+        x[t] = nullptr;
+        if (m < item.count) {
+          const int64_t row = p.x_rows ? p.x_rows[item.begin + m] : item.begin + m;
+          x[t] = p.x + item.group * p.x_group_stride + row * p.x_stride;
+        }
+      }
     }
-  }
-  float sums[kTokenTiles][4] = {};
-  if (kGated) {
-    const Rows<kFp8> up_rows(p, p.up, item.group, n0);
-    Product<kFp8, kTokenTiles>(rows, piece, k_end, x, sums);
-    LoadFirst(piece, up_rows, k_end);
-    AddWarps<kTokenTiles>(sums, shared);
-    float up[kTokenTiles][4] = {};
-    Product<kFp8, kTokenTiles>(up_rows, piece, k_end, x, up);
-    AddWarps<kTokenTiles>(up, shared + kWarps);
-  } else {
-    Product<kFp8, kTokenTiles>(rows, piece, k_end, x, sums);
-    AddWarps<kTokenTiles>(sums, shared);
-  }
-  for (int i = threadIdx.x; i < kTileRows * kRows; i += kWarps * 32) {
-    const int m = i / kRows;
-    const int n = i % kRows;
-    if (m >= item.count || n0 + n >= p.weight.rows) continue;
-    float value = shared[0][m][n];
-    if (kGated) value = Silu(value) * shared[kWarps][m][n];
-    const int64_t at =
-        item.group * p.y_group_stride + int64_t{item.begin + m} * p.y_stride + n0 + n;
-    if (p.y_bf16 != nullptr) {
-      p.y_bf16[at] = __float2bfloat16(value);
-    } else {
-      p.y_fp32[at] = p.accumulate ? p.y_fp32[at] + value : value;
+    more = at.Next(p, kTileRows, num_units, num_blocks);
+    Piece<kFp8> next;
+    if (more) Load(next, at.rows.w0, at.rows.w1, at.k0, k_end);
+    float partial[kTokenTiles][4] = {};
+    Multiply(piece, x, k0, k_end, partial);
+    const float scale = kFp8 && k0 < k_end ? scales[k0 / kScaleBlock] : 1.0f;
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (kGated && up) {
+          sums[kGated][t][i] = fmaf(partial[t][i], scale, sums[kGated][t][i]);
+        } else {
+          sums[0][t][i] = fmaf(partial[t][i], scale, sums[0][t][i]);
+        }
+      }
+    }
+    piece = next;
+    if (more && at.unit == unit) continue;
+
+    AddWarps<kTokenTiles>(sums[0], shared);
+    if (kGated) AddWarps<kTokenTiles>(sums[kGated], shared + kWarps);
+    for (int i = threadIdx.x; i < kTileRows * kRows; i += kWarps * 32) {
+      const int m = i / kRows;
+      const int n = i % kRows;
+      if (m >= item.count || n0 + n >= p.weight.rows) continue;
+      float value = shared[0][m][n];
+      if (kGated) value = Silu(value) * shared[kWarps][m][n];
+      const int64_t to =
+          item.group * p.y_group_stride + int64_t{item.begin + m} * p.y_stride + n0 + n;
+      if (p.y_bf16 != nullptr) {
+        p.y_bf16[to] = __float2bfloat16(value);
+      } else {
+        p.y_fp32[to] = p.accumulate ? p.y_fp32[to] + value : value;
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[0][t][i] = sums[kGated][t][i] = 0;
     }
   }
 }
 
 template <bool kFp8, bool kGated, int kTokenTiles>
-__global__ void __launch_bounds__(kWarps * 32, kTokenTiles < 8 ? kBlocksEach : 1)
+__global__ void __launch_bounds__(kWarps * 32, kTokenTiles < 4 ? kBlocksEach : 1)
     FewRows(const __grid_constant__ GemmParams p) {
   extern __shared__ float memory[];
-  Block<kFp8, kGated, kTokenTiles>(p, blockIdx.x, memory);
+  Block<kFp8, kGated, kTokenTiles>(p, blockIdx.x, gridDim.x, memory);
 }
 
-// Two products of the same rows count in one launch.
+// Two products of the same number of rows in one launch: the first a_blocks blocks make a.
 template <bool kFp8, int kTokenTiles>
-__global__ void __launch_bounds__(kWarps * 32, kTokenTiles < 8 ? kBlocksEach : 1)
-    FewRowsPair(const __grid_constant__ GemmParams a, const __grid_constant__ GemmParams b) {
+__global__ void __launch_bounds__(kWarps * 32, kTokenTiles < 4 ? kBlocksEach : 1)
+    FewRowsPair(const __grid_constant__ GemmParams a, const __grid_constant__ GemmParams b,
+                const int a_blocks) {
   extern __shared__ float memory[];
-  const int a_blocks = (a.weight.rows + kRows - 1) / kRows;
-  const bool first = static_cast<int>(blockIdx.x) < a_blocks;
-  Block<kFp8, false, kTokenTiles>(first ? a : b, first ? blockIdx.x : blockIdx.x - a_blocks,
-                                  memory);
+  const int block = blockIdx.x;
+  if (block < a_blocks) {
+    Block<kFp8, false, kTokenTiles>(a, block, a_blocks, memory);
+  } else {
+    Block<kFp8, false, kTokenTiles>(b, block - a_blocks, gridDim.x - a_blocks, memory);
+  }
+}
+
+// Blocks that run at once.
+int ResidentBlocks() {
+  static const int blocks = [] {
+    int device = 0;
+    int count = 132;
+    if (cudaGetDevice(&device) == cudaSuccess) {
+      (void)cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    }
+    return count * kBlocksEach;
+  }();
+  return blocks;
+}
+
+template <int kTokenTiles>
+int64_t NumUnits(const GemmParams& p) {
+  return NumItems(p, 8 * kTokenTiles) * ((p.weight.rows + kRows - 1) / kRows);
 }
 
 template <int kTokenTiles>
@@ -301,8 +372,8 @@ cudaError_t AllowShared(Kernel kernel, int bytes) {
 template <bool kFp8, bool kGated, int kTokenTiles>
 cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
   constexpr int kBytes = SharedBytes<kTokenTiles>(kGated);
-  const dim3 grid((p.weight.rows + kRows - 1) / kRows,
-                  static_cast<unsigned>(NumItems(p, 8 * kTokenTiles)));
+  const dim3 grid(
+      static_cast<unsigned>(std::min<int64_t>(NumUnits<kTokenTiles>(p), ResidentBlocks())));
   const auto kernel = FewRows<kFp8, kGated, kTokenTiles>;
   const cudaError_t error = AllowShared(kernel, kBytes);
   if (error != cudaSuccess) return error;
@@ -312,12 +383,21 @@ cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
 template <bool kFp8, int kTokenTiles>
 cudaError_t LaunchPair(const GemmParams& a, const GemmParams& b, cudaStream_t stream) {
   constexpr int kBytes = SharedBytes<kTokenTiles>(false);
-  const dim3 grid((a.weight.rows + kRows - 1) / kRows + (b.weight.rows + kRows - 1) / kRows,
-                  static_cast<unsigned>(NumItems(a, 8 * kTokenTiles)));
+  // Both at once where they fit; else in proportion.
+  const int64_t a_units = NumUnits<kTokenTiles>(a);
+  const int64_t b_units = NumUnits<kTokenTiles>(b);
+  const int64_t most = ResidentBlocks();
+  int64_t a_blocks = a_units;
+  int64_t b_blocks = b_units;
+  if (a_units + b_units > most) {
+    a_blocks = std::clamp<int64_t>(most * a_units / (a_units + b_units), 1, most - 1);
+    b_blocks = std::min(b_units, most - a_blocks);
+  }
+  const dim3 grid(static_cast<unsigned>(a_blocks + b_blocks));
   const auto kernel = FewRowsPair<kFp8, kTokenTiles>;
   const cudaError_t error = AllowShared(kernel, kBytes);
   if (error != cudaSuccess) return error;
-  return LaunchChained(kernel, grid, kWarps * 32, kBytes, stream, a, b);
+  return LaunchChained(kernel, grid, kWarps * 32, kBytes, stream, a, b, static_cast<int>(a_blocks));
 }
 
 template <bool kFp8>

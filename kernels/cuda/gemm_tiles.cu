@@ -49,6 +49,13 @@ __device__ __forceinline__ int Clamp(int64_t value, int most) {
   return value < 0 ? 0 : value > most ? most : static_cast<int>(value);
 }
 
+// Steps of K that one block makes: all, unless the product is split.
+__host__ __device__ __forceinline__ int StepsEach(const GemmParams& p) {
+  const int steps = (p.weight.cols + kK - 1) / kK;
+  const int each = (steps + p.num_splits - 1) / p.num_splits;
+  return (each + 1) / 2 * 2;
+}
+
 template <bool kFp8, int kTileRows>
 struct Layout {
   static constexpr int kABytes = kTileRows * kRowBytes;
@@ -62,8 +69,12 @@ template <bool kFp8, bool kGated, int kTileRows>
 __global__ void __launch_bounds__(kThreads) Tiles(const __grid_constant__ GemmParams p) {
   using L = Layout<kFp8, kTileRows>;
   extern __shared__ __align__(128) char memory[];
-  WaitForEarlier();
-  StartNext();
+  // Weights may be read before the kernel before has ended, if no list says which.
+  const bool early = p.tiles == nullptr && p.x_rows == nullptr;
+  if (!early) {
+    WaitForEarlier();
+    StartNext();
+  }
   const GemmItem item = ItemOf(p, kTileRows, blockIdx.y);
   if (item.count == 0) return;
   constexpr int kColumns = kGated ? kN / 2 : kN;
@@ -105,24 +116,29 @@ __global__ void __launch_bounds__(kThreads) Tiles(const __grid_constant__ GemmPa
   }
 
   const int k_end = p.weight.cols;
-  const int num_steps = (k_end + kK - 1) / kK;
-  const auto copy = [&](int step) {
+  // Split: a share of K, whole scales.
+  const int steps_each = StepsEach(p);
+  const int first_step = blockIdx.z * steps_each;
+  const int num_steps = min((k_end + kK - 1) / kK - first_step, steps_each);
+  const auto copy_a = [&](int step) {
     char* const stage = memory + step % kStages * L::kStageBytes;
     const int a_chunk = threadIdx.x % 8;
 #pragma unroll
     for (int i = 0; i < kACopies; ++i) {
       const int m = threadIdx.x / 8 + i * (kThreads / 8);
-      const int k = step * kK + a_chunk * 8;
+      const int k = (first_step + step) * kK + a_chunk * 8;
       const int valid = a_valid[i] ? Clamp((k_end - k) * 2, 16) : 0;
       CopyAsync(SharedAddress(stage + Swizzled(m, a_chunk)), a_rows[i] + (valid > 0 ? k : 0),
                 valid);
     }
-    char* const b = stage + L::kABytes;
+  };
+  const auto copy_b = [&](int step) {
+    char* const b = memory + step % kStages * L::kStageBytes + L::kABytes;
     const int b_chunk = threadIdx.x % kBChunks;
 #pragma unroll
     for (int i = 0; i < kBCopies; ++i) {
       const int row = threadIdx.x / kBChunks + i * (kThreads / kBChunks);
-      const int k = step * kK + b_chunk * (16 / kElement);
+      const int k = (first_step + step) * kK + b_chunk * (16 / kElement);
       const int valid = b_valid[i] ? Clamp((k_end - k) * kElement, 16) : 0;
       const int to = kFp8 ? row * kK + b_chunk * 16 : Swizzled(row, b_chunk);
       CopyAsync(SharedAddress(b + to), b_rows[i] + (valid > 0 ? k * kElement : 0), valid);
@@ -133,18 +149,29 @@ __global__ void __launch_bounds__(kThreads) Tiles(const __grid_constant__ GemmPa
   float scaled[kFp8 ? kFragments : 1][4][4] = {};
   const int scale_cols = (k_end + kScaleBlock - 1) / kScaleBlock;
   const int64_t scale_at =
-      item.group * p.scale_group_stride + int64_t{n0 / kScaleBlock} * scale_cols;
+      item.group * p.scale_group_stride + int64_t{n0 / kScaleBlock} * scale_cols + first_step / 2;
 
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {
-    if (step < num_steps) copy(step);
-    asm volatile("cp.async.commit_group;\n");
+    if (step < num_steps) copy_b(step);
+  }
+  if (early) {
+    WaitForEarlier();
+    StartNext();
+  }
+#pragma unroll
+  for (int step = 0; step < kStages - 1; ++step) {
+    if (step < num_steps) copy_a(step);
+    asm volatile("cp.async.commit_group;\n");  // the first takes all of b's
   }
   char* const wide = memory + kStages * L::kStageBytes;
   for (int step = 0; step < num_steps; ++step) {
     asm volatile("cp.async.wait_group %0;\n" ::"n"(kStages - 2));
     __syncthreads();
-    if (step + kStages - 1 < num_steps) copy(step + kStages - 1);
+    if (step + kStages - 1 < num_steps) {
+      copy_a(step + kStages - 1);
+      copy_b(step + kStages - 1);
+    }
     asm volatile("cp.async.commit_group;\n");
     const char* const a = memory + step % kStages * L::kStageBytes;
     const char* b = a + L::kABytes;
@@ -207,6 +234,11 @@ __global__ void __launch_bounds__(kThreads) Tiles(const __grid_constant__ GemmPa
   const auto result = [&](int m, int n, int i) { return kFp8 ? scaled[m][n][i] : sums[m][n][i]; };
   const auto put = [&](int row, int column, float value) {
     if (row >= item.count || column >= p.weight.rows) return;
+    if (gridDim.z > 1) {
+      const int64_t split_row = int64_t{blockIdx.z} * p.num_rows + item.begin + row;
+      p.split_sums[split_row * p.weight.rows + column] = value;
+      return;
+    }
     const int64_t at =
         item.group * p.y_group_stride + int64_t{item.begin + row} * p.y_stride + column;
     if (p.y_bf16 != nullptr) {
@@ -233,17 +265,44 @@ __global__ void __launch_bounds__(kThreads) Tiles(const __grid_constant__ GemmPa
   }
 }
 
+constexpr int kAddThreads = 256;
+
+// y (+)= the shares of K, in order.
+__global__ void __launch_bounds__(kAddThreads)
+    AddShares(const __grid_constant__ GemmParams p, const int num_shares) {
+  WaitForEarlier();
+  StartNext();
+  const int64_t index = int64_t{blockIdx.x} * kAddThreads + threadIdx.x;
+  const int64_t count = int64_t{p.num_rows} * p.weight.rows;
+  if (index >= count) return;
+  float sum = 0;
+  for (int share = 0; share < num_shares; ++share) sum += p.split_sums[share * count + index];
+  const int64_t at = index / p.weight.rows * p.y_stride + index % p.weight.rows;
+  if (p.y_bf16 != nullptr) {
+    p.y_bf16[at] = __float2bfloat16(sum);
+  } else {
+    p.y_fp32[at] = p.accumulate ? p.y_fp32[at] + sum : sum;
+  }
+}
+
 template <bool kFp8, bool kGated, int kTileRows>
 cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
   constexpr int kBytes = Layout<kFp8, kTileRows>::kBytes;
   constexpr int kColumns = kGated ? kN / 2 : kN;
   const auto kernel = Tiles<kFp8, kGated, kTileRows>;
-  const cudaError_t error =
+  cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
+  const int steps_each = StepsEach(p);
+  const int shares = ((p.weight.cols + kK - 1) / kK + steps_each - 1) / steps_each;
   const dim3 grid((p.weight.rows + kColumns - 1) / kColumns,
-                  static_cast<unsigned>(NumItems(p, kTileRows)));
-  return LaunchChained(kernel, grid, kThreads, kBytes, stream, p);
+                  static_cast<unsigned>(NumItems(p, kTileRows)), static_cast<unsigned>(shares));
+  error = LaunchChained(kernel, grid, kThreads, kBytes, stream, p);
+  if (error != cudaSuccess || shares == 1) return error;
+  const int64_t count = int64_t{p.num_rows} * p.weight.rows;
+  return LaunchChained(AddShares,
+                       dim3(static_cast<unsigned>((count + kAddThreads - 1) / kAddThreads)),
+                       kAddThreads, 0, stream, p, shares);
 }
 
 template <bool kFp8, bool kGated>

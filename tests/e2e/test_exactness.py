@@ -6,7 +6,7 @@ each prompt token's log-probability is within 1e-3 of the reference, and a greed
 tokens before it, equals the reference's wherever its two best tokens are further apart than 2e-3.
 
 On a GPU (STRAIT_TEST_BACKEND=cuda) activations and cache rows are bf16 and the reference is fp32: the bounds of
-CUDA_BOUNDS hold, whose origin is told there.
+BF16_ERROR hold, whose origin is told there.
 """
 import json
 
@@ -18,12 +18,14 @@ SHAPES = ["v3-yarn", "v3-odd", "v2-lite", "v2", "v3-fp8"]
 LOGPROB_TOLERANCE = 1e-3
 GREEDY_GAP = 2e-3
 
-# Bounds of |difference| on the GPU: mean, and of 99 in 100. Rounding activations to bf16 (2^-8) at every product
-# moves a log-probability of these random models by some 1e-2. Where two experts score nearer than that, rounding
-# chooses the other one, and that token moves by tenths: no bound on the worst holds, so the bulk is bounded. The
-# numbers are half above what tests/golden/bf16_error.py finds when it rounds a float64 model at the same places.
-CUDA_BOUNDS = {"v3-yarn": (0.12, 2.0), "v3-odd": (0.09, 2.3), "v2-lite": (0.018, 0.08), "v2": (0.03, 0.15),
-               "v3-fp8": (0.04, 0.25)}
+# |difference| on the GPU, of a float64 model that rounds to bf16 where the CUDA backend does (tests/golden/
+# bf16_error.py): median, mean, 99 in 100. Rounding moves a log-probability of these random models by 1e-2. Where two
+# experts score nearer than that, the other one may be chosen, and that token moves by tenths or more: few tokens,
+# other ones in each implementation, which is why the mean and the tail have wide margins and the worst none. With
+# the reference's experts the same model is nowhere off by more than 0.1.
+BF16_ERROR = {"v3-yarn": (0.0223, 0.0717, 1.311), "v3-odd": (0.0123, 0.0438, 1.228), "v2-lite": (0.0081, 0.0107, 0.043),
+              "v2": (0.0106, 0.0214, 0.172), "v3-fp8": (0.0102, 0.0164, 0.071)}
+BF16_MARGIN = (1.5, 2, 3)
 # A greedy token must be the reference's where that leads by more than this, but for one in twenty (other experts).
 CUDA_GREEDY_GAP = 0.5
 
@@ -36,9 +38,9 @@ def check(shape, differences):
         assert worst[0] <= LOGPROB_TOLERANCE, f"{worst[0]} at {worst[1]}"
         return
     values = sorted(d for d, _ in differences)
-    mean, most = sum(values) / len(values), values[len(values) * 99 // 100]
-    print(f"{shape}: mean {mean:.2e}, 99 in 100 within {most:.2e}")
-    assert mean <= CUDA_BOUNDS[shape][0] and most <= CUDA_BOUNDS[shape][1]
+    got = values[len(values) // 2], sum(values) / len(values), values[len(values) * 99 // 100]
+    print(f"{shape}: median {got[0]:.2e}, mean {got[1]:.2e}, 99 in 100 within {got[2]:.2e}")
+    assert all(g <= m * e for g, m, e in zip(got, BF16_MARGIN, BF16_ERROR[shape])), got
 
 
 @pytest.fixture(scope="module", params=[(s, n) for s in SHAPES for n in (1, 2, 3)], ids=lambda p: f"{p[0]}-{p[1]}")

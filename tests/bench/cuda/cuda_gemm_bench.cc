@@ -88,6 +88,8 @@ void Run(const Shape& s, double read_rate, size_t l2_bytes) {
   auto* const scales = static_cast<float*>(Take(static_cast<size_t>(num_scales) * 4, 0));
   auto* const x = static_cast<cuda::Bf16*>(Take(static_cast<size_t>(s.rows * stride) * 2, 0));
   FillRandom(x, static_cast<size_t>(s.rows * stride) * 2);
+  constexpr int64_t kSplitFloats = 8 << 20;
+  auto* const split = static_cast<float*>(Take(kSplitFloats * 4, 0));
   void* const y = Take(static_cast<size_t>(s.rows) * static_cast<size_t>(s.n) * 4, 0);
   std::vector<cuda::RowTile> tiles;
   const int32_t tile_rows = s.experts > 0 ? cuda::ExpertTileRows(s.rows, s.experts, false) : 0;
@@ -113,6 +115,8 @@ void Run(const Shape& s, double read_rate, size_t l2_bytes) {
     p.x = x;
     p.x_stride = stride;
     p.num_rows = s.rows;
+    p.split_sums = split;
+    p.split_capacity = kSplitFloats;
     const size_t at = static_cast<size_t>(i % copies) * (s.gated ? 2 : 1);
     const auto matrix = [&](void* data) {
       return cuda::Matrix{data, s.fp8 ? scales : nullptr, s.n, s.k, static_cast<int32_t>(stride)};
@@ -143,7 +147,8 @@ void Run(const Shape& s, double read_rate, size_t l2_bytes) {
       s.name, s.rows, s.n, s.k, s.fp8 ? "true" : "false", us, rate / 1e9, rate / read_rate,
       flops / 1e12);
   for (void* data : weights) Check(cudaFree(data), "cudaFree");
-  for (void* data : {static_cast<void*>(scales), static_cast<void*>(x), y, d_tiles, d_count}) {
+  for (void* data : {static_cast<void*>(scales), static_cast<void*>(x), static_cast<void*>(split),
+                     y, d_tiles, d_count}) {
     if (data != nullptr) Check(cudaFree(data), "cudaFree");
   }
 }

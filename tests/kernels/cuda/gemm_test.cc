@@ -73,6 +73,8 @@ TEST_F(CudaGemmTest, Dense) {
                                      {9, 576, 2048},
                                      {17, 130, 40},
                                      {33, 257, 1000},
+                                     {33, 64, 4096},
+                                     {61, 130, 2100},
                                      {64, 640, 96},
                                      {65, 129, 208},
                                      {130, 300, 72},
@@ -93,6 +95,9 @@ TEST_F(CudaGemmTest, Dense) {
         p.y_fp32 = y.data();
         p.y_stride = n;
         p.fixed_order = fixed;
+        const Buffer<float> split(1 << 20);
+        p.split_sums = rows % 2 == 0 ? nullptr : split.data();
+        p.split_capacity = split.count();
         ASSERT_EQ(cuda::Gemm(p, nullptr), cudaSuccess);
         const std::vector<float> expected = Expected(x, rows, w.stored());
         EXPECT_LT(RelativeError(y.Get(), expected), kFp32Bound);

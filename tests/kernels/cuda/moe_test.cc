@@ -197,8 +197,10 @@ TEST_F(CudaMoeTest, Sum) {
   STRAIT_TRACE_SEED();
   const int64_t tokens = 5;
   const int32_t picks = 3;
+  const int32_t shared = 2;
   const int32_t dim = 300;
-  const std::vector<float> rows = gpu_test::RoundedToBf16(RandomFloats(rng_, tokens * picks * dim));
+  const std::vector<float> rows =
+      gpu_test::RoundedToBf16(RandomFloats(rng_, tokens * (picks + shared) * dim));
   std::vector<int32_t> row_of(static_cast<size_t>(tokens * picks));
   for (size_t i = 0; i < row_of.size(); ++i) {
     row_of[i] = static_cast<int32_t>(row_of.size() - 1 - i);

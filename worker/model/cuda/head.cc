@@ -137,6 +137,8 @@ absl::Status CudaHead::ReadSome(const StageBatch& batch, absl::Span<const Logits
   product.x_stride = stride;
   product.num_rows = static_cast<int32_t>(count);
   product.weight = weights_->lm_head;
+  product.split_sums = ws_->split_sums;
+  product.split_capacity = static_cast<int64_t>(kCudaSplitFloats);
   product.y_fp32 = ws_->logits;
   product.y_stride = config_->vocab_size;
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(product, stream_));

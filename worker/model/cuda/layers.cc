@@ -12,9 +12,11 @@
 namespace strait {
 namespace {
 
-cuda::GemmParams Product(const cuda::Bf16* x, int64_t x_stride, const cuda::Matrix& weight,
-                         int32_t num_rows) {
+cuda::GemmParams Product(const CudaWorkspace& workspace, const cuda::Bf16* x, int64_t x_stride,
+                         const cuda::Matrix& weight, int32_t num_rows) {
   cuda::GemmParams p;
+  p.split_sums = workspace.split_sums;
+  p.split_capacity = static_cast<int64_t>(kCudaSplitFloats);
   p.x = x;
   p.x_stride = x_stride;
   p.weight = weight;
@@ -99,23 +101,24 @@ absl::Status CudaLayers::Run(const DeviceLayer& weights, const cuda::MlaSegment*
 absl::Status CudaLayers::Project(const DeviceLayer& weights, const CudaTile& tile) {
   const int64_t kv_width = int64_t{config_.kv_lora_rank} + config_.qk_rope_head_dim;
   const auto lora = static_cast<int32_t>(config_.q_lora_rank);
-  const cuda::GemmParams kv_a = ToFp32(
-      Product(ws_.normed, hidden_stride_, weights.kv_a_proj, tile.num_rows), ws_.kv_a, kv_width);
+  const cuda::GemmParams kv_a =
+      ToFp32(Product(ws_, ws_.normed, hidden_stride_, weights.kv_a_proj, tile.num_rows), ws_.kv_a,
+             kv_width);
   if (lora == 0) {
     const cuda::GemmParams q =
-        ToBf16(Product(ws_.normed, hidden_stride_, weights.q_proj, tile.num_rows), ws_.q,
+        ToBf16(Product(ws_, ws_.normed, hidden_stride_, weights.q_proj, tile.num_rows), ws_.q,
                weights.q_proj.rows);
     STRAIT_CUDA_RETURN_IF_ERROR(cuda::GemmPair(q, kv_a, stream_));
     return absl::OkStatus();
   }
   const int64_t lora_stride = cuda::AlignedStride(lora);
-  const cuda::GemmParams q_a =
-      ToFp32(Product(ws_.normed, hidden_stride_, weights.q_a_proj, tile.num_rows), ws_.q_a, lora);
+  const cuda::GemmParams q_a = ToFp32(
+      Product(ws_, ws_.normed, hidden_stride_, weights.q_a_proj, tile.num_rows), ws_.q_a, lora);
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::GemmPair(q_a, kv_a, stream_));
   STRAIT_RETURN_IF_ERROR(Norm(ws_.q_a, lora, weights.q_a_layernorm, lora, kLoraNormEps,
                               ws_.q_a_normed, lora_stride, tile.num_rows));
   STRAIT_CUDA_RETURN_IF_ERROR(
-      cuda::Gemm(ToBf16(Product(ws_.q_a_normed, lora_stride, weights.q_b_proj, tile.num_rows),
+      cuda::Gemm(ToBf16(Product(ws_, ws_.q_a_normed, lora_stride, weights.q_b_proj, tile.num_rows),
                         ws_.q, weights.q_b_proj.rows),
                  stream_));
   return absl::OkStatus();
@@ -154,7 +157,7 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   append.rope = rope;
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::LatentAppend(append, stream_));
 
-  cuda::GemmParams absorb = Product(ws_.q, heads * q_head, weights.key_up, tile.num_rows);
+  cuda::GemmParams absorb = Product(ws_, ws_.q, heads * q_head, weights.key_up, tile.num_rows);
   absorb.x_group_stride = q_head;
   absorb.num_groups = heads;
   absorb.weight_group_stride = GroupStride(weights.key_up);
@@ -182,14 +185,14 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
 
   const int64_t attended_stride = cuda::AlignedStride(heads * value);
   cuda::GemmParams up =
-      Product(ws_.o_latent, int64_t{heads} * rank, weights.value_up, tile.num_rows);
+      Product(ws_, ws_.o_latent, int64_t{heads} * rank, weights.value_up, tile.num_rows);
   up.x_group_stride = rank;
   up.num_groups = heads;
   up.weight_group_stride = GroupStride(weights.value_up);
   up.y_group_stride = value;
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(ToBf16(up, ws_.attended, attended_stride), stream_));
   STRAIT_CUDA_RETURN_IF_ERROR(
-      cuda::Gemm(ToFp32(Product(ws_.attended, attended_stride, weights.o_proj, tile.num_rows),
+      cuda::Gemm(ToFp32(Product(ws_, ws_.attended, attended_stride, weights.o_proj, tile.num_rows),
                         ws_.hidden, config_.hidden_size, true),
                  stream_));
   return absl::OkStatus();
@@ -198,12 +201,12 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
 // normed -> added to hidden.
 absl::Status CudaLayers::Dense(const DeviceMlp& mlp, int32_t num_rows) {
   const int64_t width_stride = cuda::AlignedStride(mlp.gate_proj.rows);
-  cuda::GemmParams gated = Product(ws_.normed, hidden_stride_, mlp.gate_proj, num_rows);
+  cuda::GemmParams gated = Product(ws_, ws_.normed, hidden_stride_, mlp.gate_proj, num_rows);
   gated.up = mlp.up_proj;
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(ToBf16(gated, ws_.activated, width_stride), stream_));
   STRAIT_CUDA_RETURN_IF_ERROR(
-      cuda::Gemm(ToFp32(Product(ws_.activated, width_stride, mlp.down_proj, num_rows), ws_.hidden,
-                        config_.hidden_size, true),
+      cuda::Gemm(ToFp32(Product(ws_, ws_.activated, width_stride, mlp.down_proj, num_rows),
+                        ws_.hidden, config_.hidden_size, true),
                  stream_));
   return absl::OkStatus();
 }
@@ -213,12 +216,12 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, int32_t num_rows) {
   const auto picks = static_cast<int32_t>(config_.num_experts_per_tok);
   const auto size = static_cast<int32_t>(config_.hidden_size);
   STRAIT_CUDA_RETURN_IF_ERROR(
-      cuda::Gemm(ToFp32(Product(ws_.normed, hidden_stride_, weights.gate, num_rows),
+      cuda::Gemm(ToFp32(Product(ws_, ws_.normed, hidden_stride_, weights.gate, num_rows),
                         ws_.router_logits, experts),
                  stream_));
   if (weights.gate_has_rest) {
     STRAIT_CUDA_RETURN_IF_ERROR(
-        cuda::Gemm(ToFp32(Product(ws_.normed, hidden_stride_, weights.gate_rest, num_rows),
+        cuda::Gemm(ToFp32(Product(ws_, ws_.normed, hidden_stride_, weights.gate_rest, num_rows),
                           ws_.router_logits, experts, true),
                    stream_));
   }
@@ -266,13 +269,13 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, int32_t num_rows) {
         cuda::MaxExpertTiles(num_rows, picks, experts, lists.num_shared, lists.tile_rows));
     return p;
   };
-  cuda::GemmParams gated = grouped(Product(ws_.normed, hidden_stride_, e.gate_proj, 0));
+  cuda::GemmParams gated = grouped(Product(ws_, ws_.normed, hidden_stride_, e.gate_proj, 0));
   gated.up = e.up_proj;
   gated.x_rows = ws_.token_of;
   STRAIT_CUDA_RETURN_IF_ERROR(
       cuda::Gemm(ToBf16(gated, ws_.expert_activated, width_stride), stream_));
   STRAIT_CUDA_RETURN_IF_ERROR(
-      cuda::Gemm(ToBf16(grouped(Product(ws_.expert_activated, width_stride, e.down_proj, 0)),
+      cuda::Gemm(ToBf16(grouped(Product(ws_, ws_.expert_activated, width_stride, e.down_proj, 0)),
                         ws_.expert_rows, size),
                  stream_));
   cuda::ExpertSumParams sum;

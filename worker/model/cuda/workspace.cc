@@ -36,6 +36,7 @@ CudaWorkspace LayOutWorkspace(const ModelConfig& c, LayerRange layers, const Ste
   CudaWorkspace w;
   w.hidden = region.Take<float>(t * c.hidden_size);
   w.normed = region.Take<cuda::Bf16>(t * Padded(c.hidden_size));
+  w.split_sums = region.Take<float>(kCudaSplitFloats);
   w.cos_sin = region.Take<float>(t * rope);
   w.tables = region.Take<std::byte>(limits.table_bytes);
   w.plan = region.Take<std::byte>(static_cast<uint64_t>(cuda::MlaPlanBytes(limits.mla)));

@@ -27,6 +27,7 @@ inline constexpr uint32_t kCudaMinTileRows = 64;
 inline constexpr uint64_t kCudaMaxLogitBytes = 128 << 20;  // of one product of the head
 inline constexpr uint32_t kCudaMaxHeadRows = 256;
 inline constexpr uint32_t kCudaMinHeadRows = 16;
+inline constexpr uint64_t kCudaSplitFloats = 8 << 20;  // partial sums of products that split K
 // A tile is as large as fits in this part of the stage's weights, within the limits above.
 inline constexpr uint64_t kCudaWorkspaceDivisor = 20;
 
@@ -44,6 +45,7 @@ struct CudaWorkspace {
   // to 8, K experts per token, S shared ones, E experts, I and M intermediate sizes, V vocab_size.
   float* hidden = nullptr;       // [T, H]
   cuda::Bf16* normed = nullptr;  // [T, H padded]
+  float* split_sums = nullptr;   // [kCudaSplitFloats]
   float* cos_sin = nullptr;      // [T, D]
   std::byte* tables = nullptr;   // [StepLimits::table_bytes]
   std::byte* plan = nullptr;     // [MlaPlanBytes]

@@ -16,15 +16,25 @@
 namespace strait {
 namespace {
 
-// The reference computes in fp32. Activations rounded to bf16 at every product (2^-9 each, some
-// twenty in a row through three or four layers) move a log-probability by a few 1e-2; where two
-// experts score within that of each other the other one is chosen, which moves that token, and a
-// little those after it, by more. So the bulk is bounded tightly, the few loosely.
-constexpr double kMeanTolerance = 0.02;
-constexpr double kMostTolerance = 0.06;  // of all but one in a hundred
-constexpr double kWorstTolerance = 0.5;
-// Where the reference prefers its first token by more than this, ours must be the same.
-constexpr double kDecidedGap = 0.25;
+// What tests/golden/bf16_error.py finds when a float64 model rounds to bf16 where this backend does.
+// Where two experts score nearer than rounding, the other one may be chosen, and that token moves
+// by tenths or more: few tokens, other ones in each implementation, so the mean and the tail have
+// wide margins and the worst none. The median knows nothing of it.
+struct Bf16Error {
+  const char* shape;
+  double median, mean, most;  // most: of 99 in 100
+};
+constexpr Bf16Error kErrors[] = {{"v3-yarn", 0.0223, 0.0717, 1.311},
+                                 {"v3-odd", 0.0123, 0.0438, 1.228},
+                                 {"v2-lite", 0.0081, 0.0107, 0.043},
+                                 {"v2", 0.0106, 0.0214, 0.172},
+                                 {"v3-fp8", 0.0102, 0.0164, 0.071}};
+constexpr double kMedianMargin = 1.5;
+constexpr double kMeanMargin = 2;
+constexpr double kMostMargin = 3;
+// Where the reference prefers its first token by more than this, ours is the same, but for one in
+// twenty.
+constexpr double kDecidedGap = 0.5;
 
 class GoldenCudaTest : public testing::TestWithParam<const char*> {
  protected:
@@ -51,23 +61,35 @@ class GoldenCudaTest : public testing::TestWithParam<const char*> {
     ASSERT_GT(scores.size(), 1000u);
     std::vector<double> errors;
     double sum = 0;
+    int decided = 0;
+    int others = 0;
     for (const GoldenScore& score : scores) {
       errors.push_back(std::abs(score.got - score.expected));
       ASSERT_TRUE(std::isfinite(errors.back())) << "position " << score.position;
       sum += errors.back();
       if (score.gap > kDecidedGap) {
-        EXPECT_TRUE(score.is_first)
-            << "prompt of " << score.prompt_tokens << " tokens, position " << score.position;
+        ++decided;
+        others += !score.is_first;
       }
     }
     std::sort(errors.begin(), errors.end());
+    const double median = errors[errors.size() / 2];
     const double mean = sum / static_cast<double>(errors.size());
-    const double most = errors[errors.size() - 1 - errors.size() / 100];
-    std::printf("%s: %zu log-probabilities; difference: mean %.2e, 99 of 100 within %.2e, worst %.2e\n",
-                GetParam(), errors.size(), mean, most, errors.back());
-    EXPECT_LT(mean, kMeanTolerance);
-    EXPECT_LT(most, kMostTolerance);
-    EXPECT_LT(errors.back(), kWorstTolerance);
+    const double most = errors[errors.size() * 99 / 100];
+    std::printf(
+        "%s: %zu log-probabilities; difference: median %.2e, mean %.2e, 99 of 100 within %.2e, "
+        "worst %.2e; %d of %d clear choices differ\n",
+        GetParam(), errors.size(), median, mean, most, errors.back(), others, decided);
+    EXPECT_GT(decided, 100);
+    EXPECT_LE(others, decided / 20);
+    for (const Bf16Error& expected : kErrors) {
+      if (std::string(expected.shape) != GetParam()) continue;
+      EXPECT_LT(median, expected.median * kMedianMargin);
+      EXPECT_LT(mean, expected.mean * kMeanMargin);
+      EXPECT_LT(most, expected.most * kMostMargin);
+      return;
+    }
+    FAIL() << "no bound for this shape";
   }
 };
 
