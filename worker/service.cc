@@ -15,6 +15,7 @@
 #include "proto/rpc/queue.h"
 #include "proto/rpc/status.h"
 #include "proto/status_macros.h"
+#include "proto/text.h"
 #include "strait/v1/cluster.pb.h"
 #include "worker/service_link.h"
 #include "worker/service_loader.h"
@@ -173,7 +174,8 @@ class WorkerProcess::Impl {
         break;
       case v1::ToWorker::kShutdown:
         Log(LogLevel::kInfo, "the coordinator asks to stop",
-            {{"reason", message.shutdown().reason()}});
+            {{"reason",
+              PrintableText(message.shutdown().reason(), limits::kMaxErrorMessageBytes)}});
         stop_ = true;
         break;
       default:
@@ -422,13 +424,13 @@ class WorkerProcess::Impl {
   }
 
   void TellFailed(uint64_t id, const absl::Status& why, PipelineEpoch epoch = {}) {
-    Log(LogLevel::kWarning, "stage request failed", {{"stage", id}, {"why", why}});
+    Log(LogLevel::kWarning, "stage request failed", {{"stage", id}, {"why", rpc::Bounded(why)}});
     Tell(FailedMessage(id, why, epoch));
   }
 
   void TellStuck(uint64_t id, PipelineEpoch epoch, uint64_t step, const absl::Status& why) {
     Log(LogLevel::kWarning, "stage cannot go on",
-        {{"stage", id}, {"epoch", ToString(epoch)}, {"step", step}, {"why", why}});
+        {{"stage", id}, {"epoch", ToString(epoch)}, {"step", step}, {"why", rpc::Bounded(why)}});
     Tell(StuckMessage(id, epoch, step, why));
   }
 

@@ -5,6 +5,7 @@
 
 #include <random>
 
+#include "proto/rpc/status.h"
 #include "proto/version.h"
 
 namespace strait {
@@ -73,7 +74,7 @@ v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, Pipelin
   v1::FromWorker message = StateMessage(stage_id, v1::StageState::FAILED);
   v1::StageState& state = *message.mutable_stage_state();
   state.set_error_code(static_cast<uint32_t>(why.code()));
-  state.set_error_message(std::string(why.message()));
+  state.set_error_message(std::string(rpc::Bounded(why).message()));
   ToProto(epoch, state.mutable_epoch());
   return message;
 }
@@ -86,7 +87,7 @@ v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t ste
   report.set_step_id(step_id);
   ToProto(epoch, report.mutable_epoch());
   report.set_error_code(static_cast<uint32_t>(why.code()));
-  report.set_error_message(std::string(why.message()));
+  report.set_error_message(std::string(rpc::Bounded(why).message()));
   return message;
 }
 

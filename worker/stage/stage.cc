@@ -13,6 +13,7 @@
 #include "proto/limits.h"
 #include "proto/reservation.h"
 #include "proto/status_macros.h"
+#include "proto/text.h"
 #include "worker/cache/latent_cache.h"
 #include "worker/stage/plan_ledger.h"
 
@@ -38,6 +39,10 @@ struct Resident {
   SamplingParams sampling;
   TokenId sampled = 0;  // by this stage, when the ledger says that a step sampled it
 };
+
+std::string Bounded(const absl::Status& status) {
+  return PrintableText(ToStd(status.message()), limits::kMaxErrorMessageBytes);
+}
 
 void SetTokenLogprob(const LogitsResult& result, v1::TokenLogprob* wire) {
   wire->set_token_id(result.token);
@@ -376,7 +381,7 @@ StepOutput Stage::RunNext(const std::function<uint64_t()>& clock) {
   report.set_wait_us(wait_us);
   if (!status.ok()) {
     report.set_error_code(static_cast<uint32_t>(status.code()));
-    report.set_error_message(std::string(status.message()));
+    report.set_error_message(Bounded(status));
     s.failed = true;
     s.plans.clear();
     s.hiddens.clear();
