@@ -10,13 +10,17 @@
 #include <memory>
 #include <optional>
 #include <sstream>
+#include "proto/limits.h"
 #include <string>
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
+#include "proto/rpc/clock.h"
 #include "kernels/cpu/simd_level.h"
 #include "proto/log.h"
 #include "proto/model_config.h"
+#include "worker/checkpoint/bus_error.h"
+#include "worker/checkpoint/fingerprint.h"
 #include "proto/rpc/address.h"
 #include "proto/rpc/process.h"
 #include "proto/status_macros.h"
@@ -90,6 +94,16 @@ absl::StatusOr<std::optional<cpu::SimdLevel>> ParseSimd(const std::string& text)
 absl::Status CheckAddresses(const Flags& flags) {
   if (auto parsed = rpc::ParseHostPort(flags.coordinator); !parsed.ok()) {
     return absl::InvalidArgumentError(absl::StrCat("--coordinator: ", parsed.status().message()));
+// Of the weights that this worker would load, as told in Hello. Reads a few kilobytes of each tensor.
+absl::StatusOr<uint64_t> FingerprintOf(const Flags& flags) {
+  if (flags.random_weights) return RandomWeightsFingerprint(*flags.random_weights);
+  const uint64_t begin_us = MonotonicMicros();
+  STRAIT_ASSIGN_OR_RETURN(const uint64_t fingerprint, WeightsFingerprint(flags.model));
+  Log(LogLevel::kInfo, "weights sampled",
+      {{"fingerprint", fingerprint}, {"took_ms", (MonotonicMicros() - begin_us) / 1000}});
+  return fingerprint;
+}
+
   }
   STRAIT_ASSIGN_OR_RETURN(const rpc::HostPort listen,
                           rpc::ParseListenAddress(flags.listen, "--listen", flags.insecure));
@@ -109,6 +123,8 @@ absl::Status CheckAddresses(const Flags& flags) {
   return absl::OkStatus();
 }
 
+  STRAIT_ASSIGN_OR_RETURN(options.weights_fingerprint, FingerprintOf(flags));
+  options.cache_row_bytes = static_cast<uint32_t>(backend->block_bytes() / limits::kBlockTokens);
 absl::StatusOr<std::unique_ptr<CpuBackend>> MakeBackend(const Flags& flags, uint32_t threads,
                                                         uint64_t memory_bytes) {
   CpuBackendOptions options;

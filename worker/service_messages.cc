@@ -35,6 +35,8 @@ v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
   hello.set_data_address(data_address);
   hello.set_memory_bytes(options.memory_bytes);
   hello.set_model_fingerprint(options.model_fingerprint);
+  hello.set_weights_fingerprint(options.weights_fingerprint);
+  hello.set_cache_row_bytes(options.cache_row_bytes);
   hello.set_numerics_id(backend.numerics_id());
   hello.set_backend(options.backend_name);
   hello.set_num_threads(options.num_threads);

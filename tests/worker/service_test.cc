@@ -139,6 +139,8 @@ class WorkerTest : public testing::Test {
     options.memory_bytes = 1 << 24;
     options.model_fingerprint = 42;
     auto made = WorkerProcess::Create(options, &backend_);
+    options.weights_fingerprint = 43;
+    options.cache_row_bytes = 8;
     EXPECT_TRUE(made.ok()) << made.status();
     worker_ = std::move(*made);
     thread_ = std::thread([this] { worker_->Run(); });
@@ -241,6 +243,8 @@ TEST_F(WorkerTest, SaysWhoItIs) {
   for (int i = 0; i < 3000 && coordinator_.beats < 3; ++i) std::this_thread::sleep_for(10ms);
   EXPECT_GE(coordinator_.beats, 3);
 }
+  EXPECT_EQ(hello.weights_fingerprint(), 43u);
+  EXPECT_EQ(hello.cache_row_bytes(), 8u);
 
 TEST_F(WorkerTest, LoadsAndUnloads) {
   coordinator_.Welcome();
