@@ -336,6 +336,15 @@ void Stage::State::FillResults(const v1::StepPlan& plan, const std::vector<Logit
     if (step.logits().empty()) continue;
     v1::SequenceResult* wire = report->add_results();
     wire->set_sequence_id(step.sequence_id());
+    const auto end = result + step.logits_size();
+    const auto bad =
+        std::find_if(result, end, [](const LogitsResult& one) { return !one.status.ok(); });
+    if (bad != end) {
+      wire->set_error_code(static_cast<uint32_t>(bad->status.code()));
+      wire->set_error_message(Bounded(bad->status));
+      result = end;
+      continue;
+    }
     for (const v1::LogitsWanted& wanted : step.logits()) {
       STRAIT_CHECK(result->token < vocab_size);
       if (wanted.has_sample()) {
