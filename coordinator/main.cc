@@ -9,6 +9,7 @@
 #include <fstream>
 #include <future>
 #include <memory>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -143,6 +144,8 @@ absl::Status Run(Flags flags) {
   flags.core.heartbeat_timeout_us = static_cast<uint64_t>(flags.heartbeat_timeout_s * 1e6);
   flags.core.no_pipeline_grace_us = static_cast<uint64_t>(flags.no_pipeline_grace_s * 1e6);
   // A coordinator that takes over must have a higher term: the time serves, until one is stored.
+  std::random_device random;
+  flags.core.edge_secret = uint64_t{random()} << 32 | random();
   flags.core.term = static_cast<uint64_t>(served.created);
   CoordinatorOptions options;
   options.core = flags.core;

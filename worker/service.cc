@@ -323,6 +323,13 @@ class WorkerProcess::Impl {
       if (last != (activate.next_stage_id() == 0) || last != activate.next_data_address().empty()) {
         return absl::InvalidArgumentError("every stage but the last has a next one");
       }
+      const bool first = activate.stage_index() == 0;
+      if (first != (activate.previous_stage_id() == 0) || first != (activate.edge_nonce() == 0) ||
+          last != (activate.next_edge_nonce() == 0)) {
+        return absl::InvalidArgumentError(
+            "an edge has a stage at either end and a nonce that is not 0; where there is no edge, "
+            "there is neither");
+      }
       if (!last) {
         STRAIT_RETURN_IF_ERROR(rpc::ParseHostPort(activate.next_data_address()).status());
       }
@@ -348,7 +355,7 @@ class WorkerProcess::Impl {
     if (activate.stage_index() == 0) {
       transport_->Forget(id);
     } else {
-      transport_->Expect(id, epoch, activate.previous_stage_id());
+      transport_->Expect(id, epoch, activate.previous_stage_id(), activate.edge_nonce());
     }
     if (last) {
       TellActive(*hosted->stage);
@@ -358,7 +365,8 @@ class WorkerProcess::Impl {
     transport_->Connect({.from_stage_id = id,
                          .to_stage_id = activate.next_stage_id(),
                          .epoch = epoch,
-                         .peer_address = activate.next_data_address()});
+                         .peer_address = activate.next_data_address(),
+                         .nonce = activate.next_edge_nonce()});
   }
 
   void OnPlan(v1::StepPlan plan) {
