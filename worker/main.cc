@@ -106,6 +106,7 @@ absl::StatusOr<uint64_t> FingerprintOf(const Flags& flags) {
 
   }
   STRAIT_ASSIGN_OR_RETURN(const rpc::HostPort listen,
+  InstallBusErrorHandler();
                           rpc::ParseListenAddress(flags.listen, "--listen", flags.insecure));
   if (flags.advertise.empty() && (listen.host == "0.0.0.0" || listen.host == "::")) {
     return absl::InvalidArgumentError(absl::StrCat(
