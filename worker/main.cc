@@ -1,16 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // strait-worker: a process with one device that serves the layers that a coordinator gives it.
-#include <sched.h>
-
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <memory>
 #include <optional>
-#include <sstream>
-#include "proto/limits.h"
 #include <string>
 
 #include "CLI/CLI.hpp"
@@ -18,6 +12,7 @@
 #include "proto/rpc/clock.h"
 #include "kernels/cpu/simd_level.h"
 #include "proto/log.h"
+#include "proto/machine.h"
 #include "proto/model_config.h"
 #include "worker/checkpoint/bus_error.h"
 #include "worker/checkpoint/fingerprint.h"
@@ -50,37 +45,6 @@ struct Flags {
 
 // Of what the machine can give, this much: the rest is for workspaces, buffers and the page cache.
 constexpr double kDefaultMemoryShare = 0.8;
-
-uint64_t ReadNumber(const std::string& path, const std::string& key) {
-  std::ifstream file(path);
-  std::string line;
-  while (std::getline(file, line)) {
-    std::istringstream words(line);
-    std::string first;
-    uint64_t value = 0;
-    if (key.empty()) {
-      if (words >> value) return value;
-    } else if (words >> first >> value && first == key) {
-      return value;
-    }
-  }
-  return 0;
-}
-
-// What the machine, or the container around this process, has left.
-uint64_t AvailableMemory() {
-  uint64_t bytes = ReadNumber("/proc/meminfo", "MemAvailable:") * 1024;
-  const uint64_t most = ReadNumber("/sys/fs/cgroup/memory.max", "");
-  const uint64_t used = ReadNumber("/sys/fs/cgroup/memory.current", "");
-  if (most > 0) bytes = std::min(bytes, most > used ? most - used : 0);
-  return bytes;
-}
-
-uint32_t AvailableCores() {
-  cpu_set_t cores;
-  if (sched_getaffinity(0, sizeof(cores), &cores) != 0) return 1;
-  return static_cast<uint32_t>(std::max(1, CPU_COUNT(&cores)));
-}
 
 absl::StatusOr<std::optional<cpu::SimdLevel>> ParseSimd(const std::string& text) {
   if (text.empty()) return std::nullopt;
@@ -148,9 +112,9 @@ absl::Status Run(const Flags& flags) {
   STRAIT_RETURN_IF_ERROR(CheckAddresses(flags));
   const uint32_t threads = flags.threads > 0 ? flags.threads : AvailableCores();
   const uint64_t memory_bytes =
-      flags.memory_bytes > 0
-          ? flags.memory_bytes
-          : static_cast<uint64_t>(static_cast<double>(AvailableMemory()) * kDefaultMemoryShare);
+      flags.memory_bytes > 0 ? flags.memory_bytes
+                             : static_cast<uint64_t>(static_cast<double>(AvailableMemoryBytes()) *
+                                                     kDefaultMemoryShare);
   STRAIT_ASSIGN_OR_RETURN(auto backend, MakeBackend(flags, threads, memory_bytes));
 
   WorkerOptions options;
