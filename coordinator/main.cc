@@ -42,7 +42,6 @@ struct Flags {
   std::string served_model_name;
   std::string cache_format = "fp32";
   std::string ready_file;
-  std::string log_level = "info";
   std::vector<std::string> api_keys;
   CoreOptions core;
   uint32_t max_model_len = 0;
@@ -51,7 +50,7 @@ struct Flags {
   double stop_grace_s = 3;
   double no_pipeline_grace_s = 30;
   bool insecure = false;
-  bool log_json = false;
+  LogFlags log;
 };
 
 constexpr double kMaxSeconds = 1e7;
@@ -236,19 +235,6 @@ int main(int argc, char** argv) {
   AddSwitch(
       app, "--insecure", flags.insecure,
       "Let --grpc and --http be reached from other machines, neither encrypted nor authenticated");
-  AddFlag(app, "--log-level", flags.log_level, "debug, info, warning or error");
-  AddSwitch(app, "--log-json", flags.log_json, "Log JSON lines");
-  CLI11_PARSE(app, argc, argv);
-
-  LogLevel level;
-  if (absl::Status parsed = ParseLogLevel(flags.log_level, &level); !parsed.ok()) {
-    std::fprintf(stderr, "strait-coordinator: %s\n", std::string(parsed.message()).c_str());
-    return 2;
-  }
-  InitLog("coordinator", level, flags.log_json);
-  if (absl::Status status = Run(std::move(flags)); !status.ok()) {
-    Log(LogLevel::kError, "cannot start", {{"why", status}});
-    return 1;
-  }
-  return 0;
+  AddLogFlags(app, &flags.log);
+  return RunDaemon(app, argc, argv, flags.log, "coordinator", [&flags] { return Run(flags); });
 }
