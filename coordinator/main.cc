@@ -143,9 +143,9 @@ absl::Status Run(Flags flags) {
   flags.core.heartbeat_timeout_us = static_cast<uint64_t>(flags.heartbeat_timeout_s * 1e6);
   flags.core.no_pipeline_grace_us = static_cast<uint64_t>(flags.no_pipeline_grace_s * 1e6);
   // A coordinator that takes over must have a higher term: the time serves, until one is stored.
+  flags.core.term = static_cast<uint64_t>(served.created);
   std::random_device random;
   flags.core.edge_secret = uint64_t{random()} << 32 | random();
-  flags.core.term = static_cast<uint64_t>(served.created);
   CoordinatorOptions options;
   options.core = flags.core;
   options.model = MakeShape(config, flags);
@@ -216,7 +216,9 @@ int main(int argc, char** argv) {
   AddFlag(app, "--cache-format", flags.cache_format, "Row format of the workers' latent caches")
       ->check(CLI::IsMember({"fp32", "bf16"}));
   AddFlag(app, "--api-key", flags.api_keys,
-          "Key that clients must send as bearer token; may be repeated");
+          "Key that clients must send as bearer token; may be repeated, in the environment one a "
+          "line. Who lists processes sees a command line, not an environment")
+      ->delimiter('\n');
   AddFlag(app, "--served-model-name", flags.served_model_name,
           "Name of the model in the API; default: the directory's name");
   AddFlag(app, "--request-timeout", flags.request_timeout_s, "Seconds a request may take")

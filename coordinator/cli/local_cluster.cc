@@ -15,10 +15,11 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "coordinator/cli/status_json.h"
 #include "proto/json.h"
-#include "proto/status_macros.h"
 #include "proto/machine.h"
+#include "proto/status_macros.h"
 
 namespace strait::cli {
 namespace {
@@ -129,8 +130,10 @@ absl::Status LocalCluster::Launch() {
   auto append = [](std::vector<std::string>& to, const std::vector<std::string>& more) {
     to.insert(to.end(), more.begin(), more.end());
   };
-  for (const std::string& key : options_.api_keys)
-    append(coordinator_.spec.argv, {"--api-key", key});
+  if (!options_.api_keys.empty()) {
+    coordinator_.spec.environment = {
+        absl::StrCat("STRAIT_API_KEY=", absl::StrJoin(options_.api_keys, "\n"))};
+  }
   append(coordinator_.spec.argv, options_.coordinator_args);
 
   uint32_t threads = options_.worker_threads;
