@@ -8,7 +8,8 @@
 //          thread.
 // Shapes:  hidden [num_tokens, hidden_size] in the backend's hidden format, row-major, host
 //          memory.
-// Errors:  a Forward that fails leaves the stage unusable until its next activation.
+// Errors:  a Forward that fails leaves the stage unusable until its next activation. What concerns
+//          one sequence alone is told by its LogitsResult.
 // Why:     sampling belongs to the backend, because logits need not leave a device.
 #pragma once
 
@@ -71,6 +72,8 @@ struct LogitsResult {
   TokenId token = 0;                           // the scored or the sampled one
   float logprob = 0;                           // natural log, of the raw distribution
   std::vector<std::pair<TokenId, float>> top;  // num_top entries, falling, ties by lower id
+  // Not ok: the row's logits were no numbers, and all of the above is void. The step is well.
+  absl::Status status;
 };
 
 struct StageBatch {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // How Cluster puts pipelines together, and what it does when one fails.
+#include <xxhash.h>
+
 #include <algorithm>
 #include <utility>
 
@@ -9,6 +11,16 @@
 #include "proto/check.h"
 
 namespace strait {
+
+namespace {
+
+// Of the edge that ends at this stage, in this epoch. Never 0.
+uint64_t EdgeNonce(uint64_t secret, PipelineEpoch epoch, uint64_t to_stage_id) {
+  const uint64_t words[] = {secret, epoch.term, epoch.counter, to_stage_id};
+  return XXH3_64bits_withSeed(words, sizeof(words), secret) | 1;
+}
+
+}  // namespace
 
 uint32_t Pipeline::capacity_columns() const {
   uint32_t columns = slots.front().pool_blocks / slots.front().layers.size();
@@ -193,8 +205,14 @@ void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
       const StageSlot& next = pipeline->slots[i + 1];
       activate->set_next_data_address(FindWorker(next.worker)->data_address);
       activate->set_next_stage_id(next.stage_id);
+      activate->set_next_edge_nonce(
+          EdgeNonce(context_->options.edge_secret, pipeline->epoch, next.stage_id));
     }
-    if (i > 0) activate->set_previous_stage_id(pipeline->slots[i - 1].stage_id);
+    if (i > 0) {
+      activate->set_previous_stage_id(pipeline->slots[i - 1].stage_id);
+      activate->set_edge_nonce(
+          EdgeNonce(context_->options.edge_secret, pipeline->epoch, slot.stage_id));
+    }
     context_->Send(std::move(out));
   }
 }

@@ -44,6 +44,8 @@ struct CoreOptions {
   // A stage that sits on a step, or on an activation, for longer than this is evicted.
   uint64_t step_timeout_us = 300'000'000;
   uint64_t activation_timeout_us = 30'000'000;
+  // Of this process, random; edge nonces are made from it, so nobody outside can guess one.
+  uint64_t edge_secret = 0;
 };
 
 // What Core must know of the model; made from proto/model_config.h by the server, invented by the
