@@ -31,6 +31,7 @@ inline constexpr size_t kMaxStopStringBytes = 1024;
 inline constexpr uint32_t kMaxWorkers = 1024;
 inline constexpr uint32_t kMaxStagesPerPipeline = 256;
 inline constexpr uint32_t kMaxSequencesResident = 65536;  // on one stage
+inline constexpr size_t kMaxErrorMessageBytes = 1024;     // that a worker tells of a failure
 
 // ---- gRPC ----
 inline constexpr int kMaxControlMessageBytes = 16 << 20;

@@ -6,13 +6,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/check.h"
+#include "proto/epoch_wire.h"
 #include "proto/limits.h"
 #include "proto/version.h"
 
 namespace strait {
 namespace {
-
-PipelineEpoch FromWire(const v1::PipelineEpoch& wire) { return {wire.term(), wire.counter()}; }
 
 uint64_t Doubling(uint64_t first, uint32_t times, uint64_t most) {
   return times >= 32 ? most : std::min(first << times, most);

@@ -6,20 +6,11 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "proto/epoch_wire.h"
 #include "proto/status_macros.h"
 #include "proto/version.h"
 
 namespace strait::sim {
-namespace {
-
-PipelineEpoch FromWire(const v1::PipelineEpoch& wire) { return {wire.term(), wire.counter()}; }
-
-void ToWire(PipelineEpoch epoch, v1::PipelineEpoch* wire) {
-  wire->set_term(epoch.term);
-  wire->set_counter(epoch.counter);
-}
-
-}  // namespace
 
 SimWorker::SimWorker(World* world, Network* network, Control* control, const Scenario* scenario,
                      uint64_t instance, uint64_t memory_bytes)
