@@ -89,7 +89,7 @@ absl::Status HashStage::Forward(const StageBatch& batch, absl::Span<const std::b
           const uint32_t end = std::min(position + 1 - block, limits::kBlockTokens);
           for (uint32_t r = 0; r < end; ++r) attended += Attend(rows[r], block + r);
         }
-        h = LayerOut(h, attended, layer);
+        h = LayerOut(h, attended + backend_->weights() - kHashWeights, layer);
       }
       hidden[row] = h;
     }

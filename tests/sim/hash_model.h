@@ -18,6 +18,9 @@
 
 namespace strait::sim {
 
+// Fingerprint of the weights that the Oracle knows. With others every layer answers otherwise.
+inline constexpr uint64_t kHashWeights = 0x5EED;
+
 inline uint64_t Mix(uint64_t a, uint64_t b = 0) {
   uint64_t x =
       a * 0x9E3779B97F4A7C15ull + (b ^ (b >> 29)) * 0xD6E8FEB86659FD93ull + 0x632BE59BD9B4E019ull;

@@ -21,7 +21,7 @@ Scenario MakeScenario(World* world) {
   for (uint32_t l = 0; l < num_layers; ++l) m.layer_weight_bytes.push_back(w.Random(1000, 6000));
   m.embedding_bytes = w.Random(0, 4000);
   m.head_bytes = w.Random(0, 4000);
-  m.block_bytes = 1000;
+  m.block_bytes = 1024;
   m.stage_workspace_bytes = w.Random(0, 500);
   m.fingerprint = 42;
 

@@ -7,19 +7,20 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/epoch_wire.h"
+#include "proto/limits.h"
 #include "proto/status_macros.h"
 #include "proto/version.h"
 
 namespace strait::sim {
 
 SimWorker::SimWorker(World* world, Network* network, Control* control, const Scenario* scenario,
-                     uint64_t instance, uint64_t memory_bytes)
+                     uint64_t instance, uint64_t memory_bytes, uint64_t weights)
     : world_(world),
       control_(control),
       scenario_(scenario),
       instance_(instance),
       memory_bytes_(memory_bytes),
-      backend_(&scenario->model, memory_bytes),
+      backend_(&scenario->model, memory_bytes, weights),
       transport_(
           network, absl::StrCat("worker-", instance),
           {[this](const Edge& edge) { OnEdgeUp(edge); },
@@ -54,6 +55,9 @@ v1::Hello SimWorker::Hello() const {
   hello.set_data_address(absl::StrCat("worker-", instance_));
   hello.set_memory_bytes(memory_bytes_);
   hello.set_model_fingerprint(scenario_->model.fingerprint);
+  hello.set_weights_fingerprint(backend_.weights());
+  hello.set_cache_row_bytes(
+      static_cast<uint32_t>(scenario_->model.block_bytes / limits::kBlockTokens));
   hello.set_numerics_id(backend_.numerics_id());
   hello.set_backend("hash");
   hello.set_instance(instance_);

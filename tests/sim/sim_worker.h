@@ -38,7 +38,7 @@ class Control {
 class SimWorker {
  public:
   SimWorker(World* world, Network* network, Control* control, const Scenario* scenario,
-            uint64_t instance, uint64_t memory_bytes);
+            uint64_t instance, uint64_t memory_bytes, uint64_t weights);
 
   v1::Hello Hello() const;
   void Receive(const v1::ToWorker& message);  // in its own time
@@ -59,6 +59,8 @@ class SimWorker {
   bool lied() const { return lied_; }
   uint64_t instance() const { return instance_; }
   uint64_t memory_bytes() const { return memory_bytes_; }
+  // Has weights that the others have not.
+  bool is_foreign() const { return backend_.weights() != kHashWeights; }
   uint64_t steps_run() const { return steps_run_; }
   absl::Status CheckIntegrity() const;
   // Latent blocks held by stages of this epoch counter or a newer one.
