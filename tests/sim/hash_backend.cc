@@ -2,6 +2,7 @@
 #include "tests/sim/hash_backend.h"
 
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -111,6 +112,10 @@ absl::Status HashStage::Forward(const StageBatch& batch, absl::Span<const std::b
       result.token = request.token;
     }
     result.logprob = Logprob(h, result.token);
+    if (request.sample &&
+        LogitsAreNan(sequence.sampling->seed, static_cast<uint32_t>(sequence.tokens.size()))) {
+      result.logprob = std::numeric_limits<float>::quiet_NaN();
+    }
     result.top = Top(h, request.num_top, backend_->vocab_size());
     results->push_back(std::move(result));
   }

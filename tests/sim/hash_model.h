@@ -44,6 +44,10 @@ inline float Logprob(uint64_t hidden, TokenId token) {
   return -static_cast<float>(Mix(hidden, uint64_t{token} + 77) % 10240) / 1024.0f;
 }
 
+// Logits for this position are NaN if the sequence's seed says so.
+inline constexpr uint64_t kNanSeed = uint64_t{1} << 40;
+inline bool LogitsAreNan(uint64_t seed, uint32_t position) { return seed == kNanSeed + position; }
+
 // The alternatives reported: falling log-probability, ties by lower id.
 std::vector<std::pair<TokenId, float>> Top(uint64_t hidden, uint32_t num_top, uint32_t vocab_size);
 

@@ -2,6 +2,7 @@
 #include "tests/sim/sim_worker.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <utility>
 
@@ -274,11 +275,23 @@ void SimWorker::Finish(uint64_t stage_id, uint64_t stream,
       if (!sent.ok()) world_->Trace(absl::StrCat("stage ", stage_id, ": ", sent.ToString()));
     }
     v1::FromWorker message;
+    VoidNan(&output->report);
     const bool lie = lie_next_ && Lie(&output->report);
     *message.mutable_report() = std::move(output->report);
     Send(std::move(message), lie);
   }
   Drain();
+}
+
+// What no number came of is told by an error of that sequence.
+void SimWorker::VoidNan(v1::StageReport* report) {
+  for (v1::SequenceResult& result : *report->mutable_results()) {
+    if (!std::isnan(result.sampled().logprob())) continue;
+    result.clear_scored();
+    result.clear_sampled();
+    result.set_error_code(static_cast<uint32_t>(absl::StatusCode::kDataLoss));
+    result.set_error_message("NaN");
+  }
 }
 
 bool SimWorker::Lie(v1::StageReport* report) {

@@ -89,6 +89,7 @@ class SimWorker {
   void Drain();  // does what has arrived, then computes, as far as it is free
   void TryRun();
   void Finish(uint64_t stage_id, uint64_t stream, const std::shared_ptr<StepOutput>& output);
+  static void VoidNan(v1::StageReport* report);
   bool Lie(v1::StageReport* report);
 
   World* const world_;

@@ -420,6 +420,7 @@ Outcome Simulation::Run() {
   outcome_.violation = world_.violation();
   outcome_.stats = core_.Stats();
   outcome_.sequences_finished = clients_.num_finished();
+  outcome_.sequences_nan = clients_.num_nan();
   outcome_.virtual_us = world_.now_us() - begin_us;
   return outcome_;
 }
