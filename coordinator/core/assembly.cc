@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "coordinator/core/cluster.h"
 #include "proto/check.h"
+#include "proto/epoch_wire.h"
 
 namespace strait {
 
@@ -196,8 +197,7 @@ void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
     SendToWorker out{slot.worker, {}};
     v1::ActivateStage* activate = out.message.mutable_activate_stage();
     activate->set_stage_id(slot.stage_id);
-    activate->mutable_epoch()->set_term(pipeline->epoch.term);
-    activate->mutable_epoch()->set_counter(pipeline->epoch.counter);
+    ToWire(pipeline->epoch, activate->mutable_epoch());
     activate->set_pipeline_id(pipeline->id.value);
     activate->set_stage_index(i);
     activate->set_num_stages(num_stages);
@@ -268,8 +268,7 @@ void Cluster::SendStep(const Pipeline& pipeline, const v1::StepPlan& plan) {
     v1::StepPlan* step = out.message.mutable_step();
     *step = plan;
     step->set_stage_id(slot.stage_id);
-    step->mutable_epoch()->set_term(pipeline.epoch.term);
-    step->mutable_epoch()->set_counter(pipeline.epoch.counter);
+    ToWire(pipeline.epoch, step->mutable_epoch());
     context_->Send(std::move(out));
   }
 }
