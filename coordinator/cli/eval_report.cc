@@ -142,7 +142,9 @@ using Rows = std::vector<std::vector<std::string>>;
 void PerplexityTable(const json::Object& figures, std::string* text) {
   Rows rows = {{"positions", "perplexity", "95 % interval", "log-loss", "95 % interval"}};
   const auto add = [&](const std::string& name, const json::Object& of) {
-    rows.push_back({name, Value(At(of, "perplexity"), 3), Interval(At(of, "perplexity"), 3),
+    const json::Object& perplexity = At(of, "perplexity");
+    const int digits = perplexity.at("value").to_number<double>() < 100 ? 3 : 1;
+    rows.push_back({name, Value(perplexity, digits), Interval(perplexity, digits),
                     Value(At(of, "nll"), 4), Interval(At(of, "nll"), 4)});
   };
   for (const json::Value& bucket : figures.at("buckets").as_array()) {

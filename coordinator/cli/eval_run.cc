@@ -52,7 +52,6 @@ class Evaluation {
   uint32_t context_tokens_ = 0;
   TokenIds special_;
   std::vector<TokenIds> documents_;  // without specials
-  std::vector<Window> windows_;
 };
 
 absl::Status Evaluation::ForAll(std::string_view what, size_t count,
@@ -67,7 +66,10 @@ absl::Status Evaluation::ForAll(std::string_view what, size_t count,
       const absl::Status status = work(server, i);
       if (!status.ok()) {
         const std::lock_guard<std::mutex> lock(mu);
-        if (first.ok()) first = status;
+        if (first.ok()) {
+          first = absl::Status(status.code(), absl::StrCat(ToAbsl(what), " ", i + 1, " of ", count,
+                                                           ": ", std::string(status.message())));
+        }
         cancel_->Set();
       }
       ++finished;
@@ -96,13 +98,17 @@ absl::Status Evaluation::TokenizeText(EvalServer& server) {
         absl::StrCat("--window ", result_.window, ": must be at least ", special_.size() + 2));
   }
   documents_.resize(text_.documents.size());
-  STRAIT_RETURN_IF_ERROR(
-      ForAll("Tokenizing", documents_.size(), [&](EvalServer& own, size_t i) -> absl::Status {
+  STRAIT_RETURN_IF_ERROR(ForAll(
+      "Tokenizing, document", documents_.size(), [&](EvalServer& own, size_t i) -> absl::Status {
         STRAIT_ASSIGN_OR_RETURN(documents_[i], own.Tokenize(text_.documents[i], false));
         return absl::OkStatus();
       }));
   STRAIT_ASSIGN_OR_RETURN(
-      windows_, CutWindows(text_, documents_, special_, result_.window, options_.max_windows));
+      std::vector<TokenIds> windows,
+      CutWindows(text_, documents_, special_, result_.window, options_.max_windows));
+  result_.num_special = special_.size();
+  result_.windows.resize(windows.size());
+  for (size_t i = 0; i < windows.size(); ++i) result_.windows[i].ids = std::move(windows[i]);
   return absl::OkStatus();
 }
 
@@ -152,17 +158,16 @@ absl::Status Evaluation::Prepare(HttpClient& client) {
                           MakeBuckets(options_.edges, options_.default_edges, result_.window));
   EvalServer server(&client, result_.model);
   STRAIT_RETURN_IF_ERROR(TokenizeText(server));
-  return PlanRecall(server);
+  STRAIT_RETURN_IF_ERROR(PlanRecall(server));
+  documents_.clear();
+  return absl::OkStatus();
 }
 
 absl::Status Evaluation::ScoreWindows() {
-  result_.windows.resize(windows_.size());
-  return ForAll("Perplexity, windows", windows_.size(),
+  return ForAll("Perplexity, window", result_.windows.size(),
                 [&](EvalServer& server, size_t i) -> absl::Status {
-                  const Window& window = windows_[i];
-                  STRAIT_ASSIGN_OR_RETURN(const PromptScore score, server.Score(window.ids, false));
                   WindowResult& out = result_.windows[i];
-                  out.ids = window.ids;
+                  STRAIT_ASSIGN_OR_RETURN(const PromptScore score, server.Score(out.ids, false));
                   out.num_scored = score.logprobs.size();
                   out.loss = MeanLoss(score.logprobs, {0, result_.window});
                   for (const Bucket& bucket : result_.buckets) {
@@ -175,7 +180,7 @@ absl::Status Evaluation::ScoreWindows() {
 absl::Status Evaluation::ScoreRecall(RecallResult& recall) {
   std::vector<std::vector<uint8_t>> right(recall.contexts.size());
   STRAIT_RETURN_IF_ERROR(
-      ForAll(absl::StrCat("Recall at ", recall.distance, ", contexts"), recall.contexts.size(),
+      ForAll(absl::StrCat("Recall at ", recall.distance, ", context"), recall.contexts.size(),
              [&](EvalServer& server, size_t i) -> absl::Status {
                const RecallContext& context = recall.contexts[i];
                STRAIT_ASSIGN_OR_RETURN(const PromptScore score, server.Score(context.ids, true));
@@ -193,9 +198,9 @@ absl::Status Evaluation::ScoreRecall(RecallResult& recall) {
 absl::Status Evaluation::MeasureDecode(HttpClient& client) {
   const uint32_t output = std::min(options_.decode_tokens, result_.max_model_len - 1);
   const size_t prompt_tokens = std::min<size_t>(
-      {kDecodePromptTokens, windows_[0].ids.size(), result_.max_model_len - output});
+      {kDecodePromptTokens, result_.windows[0].ids.size(), result_.max_model_len - output});
   terminal_->Progress(absl::StrCat("Decoding ", output, " tokens"), -1);
-  const auto begin = windows_[0].ids.begin();
+  const auto begin = result_.windows[0].ids.begin();
   const json::Object request = {
       {"model", result_.model},
       {"prompt", json::Array(begin, begin + static_cast<ptrdiff_t>(prompt_tokens))},
@@ -207,7 +212,7 @@ absl::Status Evaluation::MeasureDecode(HttpClient& client) {
   const RequestResult run = MeasureStream(client, boost::json::serialize(request), output);
   if (cancel_->IsSet()) return absl::CancelledError("cancelled");
   if (!run.error.empty()) {
-    return absl::UnavailableError(absl::StrCat(url_.Text(), ": decoding: ", run.error));
+    return absl::InternalError(absl::StrCat(url_.Text(), ": decoding: ", run.error));
   }
   result_.decode_tokens = static_cast<size_t>(run.output_tokens);
   if (const double s = TimePerOutputToken(run); s > 0) result_.decode_tokens_per_s = 1 / s;
@@ -229,16 +234,16 @@ absl::StatusOr<TargetResult> Evaluation::Run() {
     }
   }
 
-  STRAIT_RETURN_IF_ERROR(
-      ForAll("Counting bytes, windows", windows_.size(),
-             [&](EvalServer& server, size_t i) -> absl::Status {
-               // The first token is not scored; of the specials before text, the rest has no bytes.
-               const size_t skip = std::max<size_t>(1, windows_[i].num_special);
-               STRAIT_ASSIGN_OR_RETURN(const std::string text,
-                                       server.Detokenize(std::span(windows_[i].ids).subspan(skip)));
-               result_.windows[i].num_bytes = static_cast<double>(WholeCharacterBytes(text));
-               return absl::OkStatus();
-             }));
+  STRAIT_RETURN_IF_ERROR(ForAll(
+      "Counting bytes, window", result_.windows.size(),
+      [&](EvalServer& server, size_t i) -> absl::Status {
+        // The first token is not scored; of the specials before text, the rest has no bytes.
+        const size_t skip = std::max<size_t>(1, special_.size());
+        STRAIT_ASSIGN_OR_RETURN(const std::string text,
+                                server.Detokenize(std::span(result_.windows[i].ids).subspan(skip)));
+        result_.windows[i].num_bytes = static_cast<double>(WholeCharacterBytes(text));
+        return absl::OkStatus();
+      }));
   STRAIT_RETURN_IF_ERROR(MeasureDecode(client));
   EvalServer server(&client, result_.model);
   absl::StatusOr<std::vector<double>> cache = server.CacheBytesPerToken();

@@ -33,21 +33,21 @@ absl::StatusOr<std::vector<Bucket>> MakeBuckets(std::span<const uint32_t> edges,
   return buckets;
 }
 
-absl::StatusOr<std::vector<Window>> CutWindows(const TextFile& file,
-                                               std::span<const TokenIds> tokens,
-                                               const TokenIds& special, uint32_t length,
-                                               uint32_t max_windows) {
+absl::StatusOr<std::vector<TokenIds>> CutWindows(const TextFile& file,
+                                                 std::span<const TokenIds> tokens,
+                                                 const TokenIds& special, uint32_t length,
+                                                 uint32_t max_windows) {
   STRAIT_CHECK(special.size() < length && length > 1);
   const size_t body = length - special.size();
-  std::vector<Window> windows;
+  std::vector<TokenIds> windows;
   size_t longest = 0;
   for (const TokenIds& document : tokens) {
     longest = std::max(longest, document.size());
     for (size_t at = 0; at + body <= document.size(); at += body) {
       if (max_windows > 0 && windows.size() == max_windows) return windows;
-      Window& window = windows.emplace_back(Window{special, special.size()});
+      TokenIds& window = windows.emplace_back(special);
       const auto begin = document.begin() + static_cast<ptrdiff_t>(at);
-      window.ids.insert(window.ids.end(), begin, begin + static_cast<ptrdiff_t>(body));
+      window.insert(window.end(), begin, begin + static_cast<ptrdiff_t>(body));
       if (file.is_lines) break;
     }
   }

@@ -35,21 +35,17 @@ struct Bucket {
 absl::StatusOr<std::vector<Bucket>> MakeBuckets(std::span<const uint32_t> edges, bool are_default,
                                                 uint32_t window);
 
-// One prompt to score: the special tokens that the tokenizer puts before text (usually one, the
-// begin-of-sentence token), then text. All tokens but the first are scored.
-struct Window {
-  TokenIds ids;
-  size_t num_special = 0;
-};
-
+// Windows as prompts to score: the special tokens that the tokenizer puts before text (usually one,
+// the begin-of-sentence token), then text. All tokens but the first are scored.
+//
 // JSON lines: the first `length` tokens of every document that has as many, specials included.
 // Plain text: consecutive pieces, each with the specials before it; what remains is left out.
 // `tokens` are those of file.documents, without specials. At most `max_windows` unless that is 0.
 // REQUIRES: special.size() < length, length > 1.
-absl::StatusOr<std::vector<Window>> CutWindows(const TextFile& file,
-                                               std::span<const TokenIds> tokens,
-                                               const TokenIds& special, uint32_t length,
-                                               uint32_t max_windows);
+absl::StatusOr<std::vector<TokenIds>> CutWindows(const TextFile& file,
+                                                 std::span<const TokenIds> tokens,
+                                                 const TokenIds& special, uint32_t length,
+                                                 uint32_t max_windows);
 
 // The mean of -logprobs over a bucket's scored positions. logprobs[i] is of position i + 1.
 // REQUIRES: the bucket holds a scored position.
