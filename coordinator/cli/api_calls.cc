@@ -9,17 +9,14 @@
 
 namespace strait::cli {
 
-absl::StatusOr<ModelInfo> FirstModel(HttpClient& client) {
-  STRAIT_ASSIGN_OR_RETURN(const HttpReply reply, client.Get("/v1/models", kConnectTimeoutMs));
-  if (reply.status != 200) {
-    return absl::InternalError(
-        absl::StrCat(client.url().Text(), ": GET /v1/models: ", reply.ErrorText()));
-  }
-  STRAIT_ASSIGN_OR_RETURN(const json::Value parsed, json::Parse(reply.body, "/v1/models"));
+namespace {
+
+absl::StatusOr<ModelInfo> ReadFirstModel(const std::string& body) {
+  STRAIT_ASSIGN_OR_RETURN(const json::Value parsed, json::Parse(body, "/v1/models"));
   STRAIT_ASSIGN_OR_RETURN(const json::Object* object, json::AsObject(parsed, "/v1/models"));
   STRAIT_ASSIGN_OR_RETURN(const json::Array* data, json::GetArray(*object, "data", "/v1/models"));
   if (data->empty() || !(*data)[0].is_object()) {
-    return absl::InternalError(absl::StrCat(client.url().Text(), ": /v1/models lists no model"));
+    return absl::InternalError("/v1/models lists no model");
   }
   const json::Object& first = (*data)[0].get_object();
   ModelInfo info;
@@ -27,6 +24,20 @@ absl::StatusOr<ModelInfo> FirstModel(HttpClient& client) {
   STRAIT_ASSIGN_OR_RETURN(info.max_model_len,
                           json::GetIntOr(first, "max_model_len", 0, "/v1/models"));
   return info;
+}
+
+}  // namespace
+
+absl::StatusOr<ModelInfo> FirstModel(HttpClient& client) {
+  STRAIT_ASSIGN_OR_RETURN(const HttpReply reply, client.Get("/v1/models", kConnectTimeoutMs));
+  const std::string url = client.url().Text();
+  if (reply.status != 200) {
+    return absl::InternalError(absl::StrCat(url, ": GET /v1/models: ", reply.ErrorText()));
+  }
+  absl::StatusOr<ModelInfo> info = ReadFirstModel(reply.body);
+  if (info.ok()) return info;
+  return absl::InternalError(absl::StrCat(url, ": ", std::string(info.status().message()),
+                                          ". Is it an OpenAI-compatible server?"));
 }
 
 RequestResult MeasureStream(HttpClient& client, const std::string& request,

@@ -4,8 +4,8 @@
 // completion with its times.
 //
 // Thread:  the caller's; a client is used by one thread.
-// Errors:  of FirstModel: the client's; Internal (a status other than 200, no model listed);
-//          InvalidArgument (not the JSON that was to be expected).
+// Errors:  of FirstModel: the client's; Internal (a status other than 200, not the JSON that was
+//          to be expected, no model listed), with the address.
 #pragma once
 
 #include <cstdint>

@@ -118,11 +118,14 @@ absl::Status Evaluation::PlanRecall(EvalServer& server) {
   parts.special = special_;
   STRAIT_ASSIGN_OR_RETURN(parts.define, server.Tokenize("\n@", false));
   STRAIT_ASSIGN_OR_RETURN(parts.ask, server.Tokenize("\n?", false));
-  std::vector<TokenIds> words;
-  for (const std::string_view word : CommonWords()) {
-    STRAIT_ASSIGN_OR_RETURN(words.emplace_back(),
-                            server.Tokenize(absl::StrCat(" ", ToAbsl(word)), false));
-  }
+  const auto common = CommonWords();
+  std::vector<TokenIds> words(common.size());
+  STRAIT_RETURN_IF_ERROR(
+      ForAll("Tokenizing, word", words.size(), [&](EvalServer& own, size_t i) -> absl::Status {
+        STRAIT_ASSIGN_OR_RETURN(words[i],
+                                own.Tokenize(absl::StrCat(" ", ToAbsl(common[i])), false));
+        return absl::OkStatus();
+      }));
   parts.words = ChooseWords(words);
   if (parts.words.size() < 2) {
     return absl::FailedPreconditionError(
