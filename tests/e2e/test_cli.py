@@ -293,7 +293,7 @@ def test_help_and_version():
     assert strait("--version").returncode == 0
     out = strait("--help")
     assert out.returncode == 0
-    for verb in ("up", "generate", "status", "bench"):
+    for verb in ("up", "generate", "status", "bench", "eval"):
         assert verb in out.stdout
         assert strait(verb, "--help").returncode == 0
     assert strait("bogus").returncode != 0
