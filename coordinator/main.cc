@@ -9,6 +9,7 @@
 #include <fstream>
 #include <future>
 #include <memory>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -41,7 +42,6 @@ struct Flags {
   std::string served_model_name;
   std::string cache_format = "fp32";
   std::string ready_file;
-  std::string log_level = "info";
   std::vector<std::string> api_keys;
   CoreOptions core;
   uint32_t max_model_len = 0;
@@ -50,7 +50,7 @@ struct Flags {
   double stop_grace_s = 3;
   double no_pipeline_grace_s = 30;
   bool insecure = false;
-  bool log_json = false;
+  LogFlags log;
 };
 
 constexpr double kMaxSeconds = 1e7;
@@ -144,6 +144,8 @@ absl::Status Run(Flags flags) {
   flags.core.no_pipeline_grace_us = static_cast<uint64_t>(flags.no_pipeline_grace_s * 1e6);
   // A coordinator that takes over must have a higher term: the time serves, until one is stored.
   flags.core.term = static_cast<uint64_t>(served.created);
+  std::random_device random;
+  flags.core.edge_secret = uint64_t{random()} << 32 | random();
   CoordinatorOptions options;
   options.core = flags.core;
   options.model = MakeShape(config, flags);
@@ -214,7 +216,9 @@ int main(int argc, char** argv) {
   AddFlag(app, "--cache-format", flags.cache_format, "Row format of the workers' latent caches")
       ->check(CLI::IsMember({"fp32", "bf16"}));
   AddFlag(app, "--api-key", flags.api_keys,
-          "Key that clients must send as bearer token; may be repeated");
+          "Key that clients must send as bearer token; may be repeated, in the environment one a "
+          "line. Who lists processes sees a command line, not an environment")
+      ->delimiter('\n');
   AddFlag(app, "--served-model-name", flags.served_model_name,
           "Name of the model in the API; default: the directory's name");
   AddFlag(app, "--request-timeout", flags.request_timeout_s, "Seconds a request may take")
@@ -233,19 +237,6 @@ int main(int argc, char** argv) {
   AddSwitch(
       app, "--insecure", flags.insecure,
       "Let --grpc and --http be reached from other machines, neither encrypted nor authenticated");
-  AddFlag(app, "--log-level", flags.log_level, "debug, info, warning or error");
-  AddSwitch(app, "--log-json", flags.log_json, "Log JSON lines");
-  CLI11_PARSE(app, argc, argv);
-
-  LogLevel level;
-  if (absl::Status parsed = ParseLogLevel(flags.log_level, &level); !parsed.ok()) {
-    std::fprintf(stderr, "strait-coordinator: %s\n", std::string(parsed.message()).c_str());
-    return 2;
-  }
-  InitLog("coordinator", level, flags.log_json);
-  if (absl::Status status = Run(std::move(flags)); !status.ok()) {
-    Log(LogLevel::kError, "cannot start", {{"why", status}});
-    return 1;
-  }
-  return 0;
+  AddLogFlags(app, &flags.log);
+  return RunDaemon(app, argc, argv, flags.log, "coordinator", [&flags] { return Run(flags); });
 }

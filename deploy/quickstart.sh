@@ -22,8 +22,7 @@ for arg in "$@"; do
   esac
 done
 
-model=deploy/models/tiny-random
-random="--random-weights 1"
+model=deploy/models/reference
 bin=build/release/bin
 
 strait_need_packages build
@@ -49,10 +48,10 @@ stopped() {
 trap stopped INT TERM
 
 strait_say "Starting a coordinator and two CPU workers on $model"
-strait_say "NOTE: this model has RANDOM WEIGHTS: its text is noise. It shows that the cluster runs."
+strait_say "This model is small (7.8 M parameters) and knows manuals and source code: see $model/README.md."
 # In a session of its own: on Ctrl-C this script decides the order of things. `strait up` still ends its daemons
 # if it is killed.
-setsid "$bin/strait" up --model "$model" --workers 2 $random $http >"$state/ready" </dev/null &
+setsid "$bin/strait" up --model "$model" --workers 2 $http >"$state/ready" </dev/null &
 up=$!
 while [ ! -s "$state/ready" ]; do
   if ! kill -0 "$up" 2>/dev/null; then
@@ -66,13 +65,12 @@ url="$(sed -n 's/^ready: \([^ ]*\).*/\1/p' "$state/ready")"
 strait_say "Ready at $url"
 
 # ---- One completion ----
-prompt="The strait between"
+prompt="The package manager"
 strait_say "A completion of \"$prompt\", as it comes:"
 printf '\n'
-"$bin/strait" generate "$prompt" --url "$url" --max-tokens 48 --temperature 1 --seed 7 ||
+"$bin/strait" generate "$prompt" --url "$url" --max-tokens 64 --temperature 0.6 --seed 7 ||
   strait_fail "the completion failed"
 printf '\n'
-strait_say "(Noise, as said: the weights are random.)"
 strait_say "The API is at $url/v1. Try:"
 cat <<LINE
 

@@ -31,6 +31,7 @@ inline constexpr size_t kMaxStopStringBytes = 1024;
 inline constexpr uint32_t kMaxWorkers = 1024;
 inline constexpr uint32_t kMaxStagesPerPipeline = 256;
 inline constexpr uint32_t kMaxSequencesResident = 65536;  // on one stage
+inline constexpr size_t kMaxErrorMessageBytes = 1024;     // of a peer's words about what went wrong
 
 // ---- gRPC ----
 inline constexpr int kMaxControlMessageBytes = 16 << 20;
@@ -42,8 +43,8 @@ inline constexpr size_t kControlQueueMessages = 4096;  // outgoing, per stream
 inline constexpr size_t kDataQueueBytes = 512u << 20;  // outgoing, per edge
 
 // ---- Model files ----
-inline constexpr size_t kMaxConfigBytes = 1 << 20;           // config.json, generation_config.json
-inline constexpr size_t kMaxIndexBytes = 64 << 20;           // model.safetensors.index.json
+inline constexpr size_t kMaxConfigBytes = 1 << 20;  // config.json, generation_config.json
+inline constexpr size_t kMaxIndexBytes = 64 << 20;  // model.safetensors.index.json
 inline constexpr size_t kMaxSafetensorsHeaderBytes = 100'000'000;
 inline constexpr uint32_t kMaxTensorsPerFile = 1 << 20;
 inline constexpr uint32_t kMaxTensorRank = 8;

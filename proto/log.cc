@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "proto/log.h"
 
+#include <algorithm>
+#include <chrono>
 #include <memory>
+#include <string>
 
 #include "absl/strings/str_cat.h"
 #include "proto/text.h"
@@ -24,46 +27,65 @@ spdlog::logger& Logger() {
   return *logger;
 }
 
+// What is no printable UTF-8 goes out escaped: a peer's text must not move a terminal's cursor, nor
+// break a line in two, nor make JSON unreadable.
 void AppendQuoted(std::string& out, std::string_view text) {
   out += '"';
-  for (char c : text) {
+  while (!text.empty()) {
+    const char c = text[0];
     const auto byte = static_cast<unsigned char>(c);
+    const size_t bytes = PrintableBytes(text);
     if (c == '"' || c == '\\') {
       out += '\\';
       out += c;
+    } else if (bytes > 0) {
+      out += text.substr(0, bytes);
     } else if (c == '\n') {
       out += "\\n";
-    } else if (byte < 0x20 || byte == 0x7f) {
+    } else {
       out += "\\u00";
       out += "0123456789abcdef"[byte >> 4];
       out += "0123456789abcdef"[byte & 15];
-    } else {
-      out += c;
     }
+    text.remove_prefix(std::max<size_t>(bytes, 1));
   }
   out += '"';
 }
 
 bool NeedsQuotes(std::string_view text) {
-  return text.empty() || text.find_first_of(" \"=\\\n\t\r") != std::string_view::npos;
+  if (text.empty() || text.find_first_of(" \"=\\") != std::string_view::npos) return true;
+  while (!text.empty()) {
+    const size_t bytes = PrintableBytes(text);
+    if (bytes == 0) return true;
+    text.remove_prefix(bytes);
+  }
+  return false;
 }
 
 const char* LevelName(LogLevel level) {
   switch (level) {
-    case LogLevel::kDebug: return "debug";
-    case LogLevel::kInfo: return "info";
-    case LogLevel::kWarning: return "warning";
-    case LogLevel::kError: return "error";
+    case LogLevel::kDebug:
+      return "debug";
+    case LogLevel::kInfo:
+      return "info";
+    case LogLevel::kWarning:
+      return "warning";
+    case LogLevel::kError:
+      return "error";
   }
   return "?";
 }
 
 spdlog::level::level_enum ToSpdlog(LogLevel level) {
   switch (level) {
-    case LogLevel::kDebug: return spdlog::level::debug;
-    case LogLevel::kInfo: return spdlog::level::info;
-    case LogLevel::kWarning: return spdlog::level::warn;
-    case LogLevel::kError: return spdlog::level::err;
+    case LogLevel::kDebug:
+      return spdlog::level::debug;
+    case LogLevel::kInfo:
+      return spdlog::level::info;
+    case LogLevel::kWarning:
+      return spdlog::level::warn;
+    case LogLevel::kError:
+      return spdlog::level::err;
   }
   return spdlog::level::info;
 }
@@ -85,16 +107,16 @@ absl::Status ParseLogLevel(std::string_view text, LogLevel* level) {
       return absl::OkStatus();
     }
   }
-  return absl::InvalidArgumentError(absl::StrCat(
-      "log level '", ToAbsl(text), "' is unknown: use debug, info, warning or error"));
+  return absl::InvalidArgumentError(
+      absl::StrCat("log level '", ToAbsl(text), "' is unknown: use debug, info, warning or error"));
 }
 
 void Log(LogLevel level, std::string_view message, std::initializer_list<LogField> fields) {
   if (!Logger().should_log(ToSpdlog(level))) return;
   std::string line;
   if (json_lines) {
-    const double now_s = std::chrono::duration<double>(
-                             std::chrono::system_clock::now().time_since_epoch()).count();
+    const double now_s =
+        std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count();
     line = fmt::format("{{\"time\":{:.3f},\"level\":\"{}\",\"process\":", now_s, LevelName(level));
     AppendQuoted(line, process_name);
     line += ",\"message\":";
@@ -113,7 +135,7 @@ void Log(LogLevel level, std::string_view message, std::initializer_list<LogFiel
   } else {
     line = process_name;
     line += ": ";
-    line += message;
+    line += PrintableText(message, std::string::npos);
     for (const LogField& field : fields) {
       line += ' ';
       line += field.key;

@@ -20,6 +20,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "proto/ids.h"
 
 namespace strait {
@@ -119,6 +120,11 @@ absl::StatusOr<ModelConfig> LoadModelConfig(const std::string& dir);
 uint64_t LayerWeightBytes(const ModelConfig& config, LayerIndex layer);
 uint64_t EmbeddingBytes(const ModelConfig& config);
 uint64_t HeadBytes(const ModelConfig& config);  // final norm and lm_head
+
+// What a stage with `layers` holds: its layers, the embedding with the first, the head with the last.
+uint64_t StageWeightBytes(absl::Span<const uint64_t> layer_bytes, uint64_t embedding_bytes,
+                          uint64_t head_bytes, LayerRange layers);
+uint64_t StageWeightBytes(const ModelConfig& config, LayerRange layers);
 
 // Equal for equal shapes and arithmetic; ignores token ids.
 uint64_t ModelFingerprint(const ModelConfig& config);

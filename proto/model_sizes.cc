@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "proto/model_config.h"
@@ -59,6 +60,23 @@ uint64_t EmbeddingBytes(const ModelConfig& c) { return PlainBytes(c, c.vocab_siz
 
 uint64_t HeadBytes(const ModelConfig& c) {
   return PlainBytes(c, c.vocab_size, c.hidden_size) + VectorBytes(c.hidden_size);
+}
+
+uint64_t StageWeightBytes(absl::Span<const uint64_t> layer_bytes, uint64_t embedding_bytes,
+                          uint64_t head_bytes, LayerRange layers) {
+  uint64_t bytes = 0;
+  for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) bytes += layer_bytes[layer];
+  if (layers.begin == 0) bytes += embedding_bytes;
+  if (layers.end == layer_bytes.size()) bytes += head_bytes;
+  return bytes;
+}
+
+uint64_t StageWeightBytes(const ModelConfig& c, LayerRange layers) {
+  std::vector<uint64_t> layer_bytes;
+  for (LayerIndex layer = 0; layer < c.num_hidden_layers; ++layer) {
+    layer_bytes.push_back(LayerWeightBytes(c, layer));
+  }
+  return StageWeightBytes(layer_bytes, EmbeddingBytes(c), HeadBytes(c), layers);
 }
 
 uint64_t ModelFingerprint(const ModelConfig& c) {

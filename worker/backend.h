@@ -8,7 +8,8 @@
 //          thread.
 // Shapes:  hidden [num_tokens, hidden_size] in the backend's hidden format, row-major, host
 //          memory.
-// Errors:  a Forward that fails leaves the stage unusable until its next activation.
+// Errors:  a Forward that fails leaves the stage unusable until its next activation. What concerns
+//          one sequence alone is told by its LogitsResult.
 // Why:     sampling belongs to the backend, because logits need not leave a device.
 #pragma once
 
@@ -71,6 +72,8 @@ struct LogitsResult {
   TokenId token = 0;                           // the scored or the sampled one
   float logprob = 0;                           // natural log, of the raw distribution
   std::vector<std::pair<TokenId, float>> top;  // num_top entries, falling, ties by lower id
+  // Not ok: the row's logits were no numbers, and all of the above is void. The step is well.
+  absl::Status status;
 };
 
 struct StageBatch {
@@ -112,6 +115,7 @@ class Backend {
       const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) = 0;
 
   virtual uint32_t hidden_row_bytes() const = 0;  // bytes of one token's hidden state on an edge
+  virtual uint64_t block_bytes() const = 0;       // of a latent block of one layer
   virtual uint32_t num_layers() const = 0;        // of the whole model
   virtual uint32_t vocab_size() const = 0;
   virtual uint32_t max_positions() const = 0;  // context length

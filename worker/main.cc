@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // strait-worker: a process with one device that serves the layers that a coordinator gives it.
-#include <sched.h>
-
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <memory>
 #include <optional>
-#include <sstream>
 #include <string>
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/simd_level.h"
+#include "proto/limits.h"
 #include "proto/log.h"
+#include "proto/machine.h"
 #include "proto/model_config.h"
 #include "proto/rpc/address.h"
+#include "proto/rpc/clock.h"
 #include "proto/rpc/process.h"
 #include "proto/status_macros.h"
 #include "proto/version.h"
+#include "worker/checkpoint/bus_error.h"
+#include "worker/checkpoint/fingerprint.h"
 #include "worker/checkpoint/weights.h"
 #include "worker/gpu_backend.h"
 #include "worker/model/cpu_backend.h"
@@ -34,53 +34,21 @@ struct Flags {
   std::string model;
   std::string listen = "127.0.0.1:0";
   std::string advertise;
-  std::string name;
+  std::string name = "worker";
   std::string simd;
   std::string backend = "cpu";
   std::string cache_format;  // empty: fp32 on the CPU, bf16 on a GPU
-  std::string log_level = "info";
   std::optional<uint64_t> random_weights;
   uint64_t memory_bytes = 0;
   double gpu_memory_share = 0.85;
   uint32_t gpu = 0;
   uint32_t threads = 0;
-  bool log_json = false;
+  LogFlags log;
   bool insecure = false;
 };
 
 // Of what the machine can give, this much: the rest is for workspaces, buffers and the page cache.
 constexpr double kDefaultMemoryShare = 0.8;
-
-uint64_t ReadNumber(const std::string& path, const std::string& key) {
-  std::ifstream file(path);
-  std::string line;
-  while (std::getline(file, line)) {
-    std::istringstream words(line);
-    std::string first;
-    uint64_t value = 0;
-    if (key.empty()) {
-      if (words >> value) return value;
-    } else if (words >> first >> value && first == key) {
-      return value;
-    }
-  }
-  return 0;
-}
-
-// What the machine, or the container around this process, has left.
-uint64_t AvailableMemory() {
-  uint64_t bytes = ReadNumber("/proc/meminfo", "MemAvailable:") * 1024;
-  const uint64_t most = ReadNumber("/sys/fs/cgroup/memory.max", "");
-  const uint64_t used = ReadNumber("/sys/fs/cgroup/memory.current", "");
-  if (most > 0) bytes = std::min(bytes, most > used ? most - used : 0);
-  return bytes;
-}
-
-uint32_t AvailableCores() {
-  cpu_set_t cores;
-  if (sched_getaffinity(0, sizeof(cores), &cores) != 0) return 1;
-  return static_cast<uint32_t>(std::max(1, CPU_COUNT(&cores)));
-}
 
 absl::StatusOr<std::optional<cpu::SimdLevel>> ParseSimd(const std::string& text) {
   if (text.empty()) return std::nullopt;
@@ -137,10 +105,10 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_
   }
   CpuBackendOptions options;
   options.num_threads = threads;
-  *memory_bytes =
-      flags.memory_bytes > 0
-          ? flags.memory_bytes
-          : static_cast<uint64_t>(static_cast<double>(AvailableMemory()) * kDefaultMemoryShare);
+  *memory_bytes = flags.memory_bytes > 0
+                      ? flags.memory_bytes
+                      : static_cast<uint64_t>(static_cast<double>(AvailableMemoryBytes()) *
+                                              kDefaultMemoryShare);
   options.memory_bytes = *memory_bytes;
   STRAIT_ASSIGN_OR_RETURN(options.simd, ParseSimd(flags.simd));
   options.row_format = flags.cache_format == "bf16" ? RowFormat::kBf16 : RowFormat::kFp32;
@@ -148,8 +116,19 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_
   return CpuBackend::Create(options, std::move(weights));
 }
 
+// Of the weights that this worker would load, as told in Hello. Reads a few kilobytes of each tensor.
+absl::StatusOr<uint64_t> FingerprintOf(const Flags& flags) {
+  if (flags.random_weights) return RandomWeightsFingerprint(*flags.random_weights);
+  const uint64_t begin_us = MonotonicMicros();
+  STRAIT_ASSIGN_OR_RETURN(const uint64_t fingerprint, WeightsFingerprint(flags.model));
+  Log(LogLevel::kInfo, "weights sampled",
+      {{"fingerprint", fingerprint}, {"took_ms", (MonotonicMicros() - begin_us) / 1000}});
+  return fingerprint;
+}
+
 absl::Status Run(const Flags& flags) {
   StopSignals signals;
+  InstallBusErrorHandler();
   STRAIT_RETURN_IF_ERROR(CheckAddresses(flags));
   const uint32_t threads = flags.threads > 0 ? flags.threads : AvailableCores();
   // What cannot run here says so before anything is read.
@@ -166,6 +145,8 @@ absl::Status Run(const Flags& flags) {
   options.num_threads = threads;
   options.backend_name = flags.backend;
   options.model_fingerprint = ModelFingerprint(config);
+  STRAIT_ASSIGN_OR_RETURN(options.weights_fingerprint, FingerprintOf(flags));
+  options.cache_row_bytes = static_cast<uint32_t>(backend->block_bytes() / limits::kBlockTokens);
   STRAIT_ASSIGN_OR_RETURN(auto worker, WorkerProcess::Create(options, backend.get()));
   Log(LogLevel::kInfo, "worker started",
       {{"model", flags.model},
@@ -229,23 +210,9 @@ int main(int argc, char** argv) {
   AddFlag(app, "--cache-format", flags.cache_format,
           "Row format of the latent cache; default: fp32, on a GPU bf16")
       ->check(CLI::IsMember({"fp32", "bf16"}));
-  AddFlag(app, "--name", flags.name, "Name for people, in status and logs; default: worker");
+  AddFlag(app, "--name", flags.name, "Name for people, in status and logs");
   AddSwitch(app, "--insecure", flags.insecure,
             "Let --listen be reached from other machines, neither encrypted nor authenticated");
-  AddFlag(app, "--log-level", flags.log_level, "debug, info, warning or error");
-  AddSwitch(app, "--log-json", flags.log_json, "Log JSON lines");
-  CLI11_PARSE(app, argc, argv);
-
-  LogLevel level;
-  if (absl::Status parsed = ParseLogLevel(flags.log_level, &level); !parsed.ok()) {
-    std::fprintf(stderr, "strait-worker: %s\n", std::string(parsed.message()).c_str());
-    return 2;
-  }
-  if (flags.name.empty()) flags.name = "worker";
-  InitLog(flags.name, level, flags.log_json);
-  if (absl::Status status = Run(flags); !status.ok()) {
-    Log(LogLevel::kError, "cannot start", {{"why", status}});
-    return 1;
-  }
-  return 0;
+  AddLogFlags(app, &flags.log);
+  return RunDaemon(app, argc, argv, flags.log, flags.name, [&flags] { return Run(flags); });
 }

@@ -15,6 +15,7 @@
 #include "proto/rpc/queue.h"
 #include "proto/rpc/status.h"
 #include "proto/status_macros.h"
+#include "proto/text.h"
 #include "strait/v1/cluster.pb.h"
 #include "worker/service_link.h"
 #include "worker/service_loader.h"
@@ -173,7 +174,8 @@ class WorkerProcess::Impl {
         break;
       case v1::ToWorker::kShutdown:
         Log(LogLevel::kInfo, "the coordinator asks to stop",
-            {{"reason", message.shutdown().reason()}});
+            {{"reason",
+              PrintableText(message.shutdown().reason(), limits::kMaxErrorMessageBytes)}});
         stop_ = true;
         break;
       default:
@@ -321,6 +323,13 @@ class WorkerProcess::Impl {
       if (last != (activate.next_stage_id() == 0) || last != activate.next_data_address().empty()) {
         return absl::InvalidArgumentError("every stage but the last has a next one");
       }
+      const bool first = activate.stage_index() == 0;
+      if (first != (activate.previous_stage_id() == 0) || first != (activate.edge_nonce() == 0) ||
+          last != (activate.next_edge_nonce() == 0)) {
+        return absl::InvalidArgumentError(
+            "an edge has a stage at either end and a nonce that is not 0; where there is no edge, "
+            "there is neither");
+      }
       if (!last) {
         STRAIT_RETURN_IF_ERROR(rpc::ParseHostPort(activate.next_data_address()).status());
       }
@@ -346,7 +355,7 @@ class WorkerProcess::Impl {
     if (activate.stage_index() == 0) {
       transport_->Forget(id);
     } else {
-      transport_->Expect(id, epoch, activate.previous_stage_id());
+      transport_->Expect(id, epoch, activate.previous_stage_id(), activate.edge_nonce());
     }
     if (last) {
       TellActive(*hosted->stage);
@@ -356,7 +365,8 @@ class WorkerProcess::Impl {
     transport_->Connect({.from_stage_id = id,
                          .to_stage_id = activate.next_stage_id(),
                          .epoch = epoch,
-                         .peer_address = activate.next_data_address()});
+                         .peer_address = activate.next_data_address(),
+                         .nonce = activate.next_edge_nonce()});
   }
 
   void OnPlan(v1::StepPlan plan) {
@@ -422,13 +432,13 @@ class WorkerProcess::Impl {
   }
 
   void TellFailed(uint64_t id, const absl::Status& why, PipelineEpoch epoch = {}) {
-    Log(LogLevel::kWarning, "stage request failed", {{"stage", id}, {"why", why}});
+    Log(LogLevel::kWarning, "stage request failed", {{"stage", id}, {"why", rpc::Bounded(why)}});
     Tell(FailedMessage(id, why, epoch));
   }
 
   void TellStuck(uint64_t id, PipelineEpoch epoch, uint64_t step, const absl::Status& why) {
     Log(LogLevel::kWarning, "stage cannot go on",
-        {{"stage", id}, {"epoch", ToString(epoch)}, {"step", step}, {"why", why}});
+        {{"stage", id}, {"epoch", ToString(epoch)}, {"step", step}, {"why", rpc::Bounded(why)}});
     Tell(StuckMessage(id, epoch, step, why));
   }
 

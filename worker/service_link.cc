@@ -138,13 +138,17 @@ absl::Status ControlLink::Serve() {
                                          [&](grpc::ClientContext* context, auto* reactor) {
                                            stub->async()->Attach(context, reactor);
                                          });
+  // Before Hello: its answer, and what is sent in return, may overtake this thread.
+  {
+    std::lock_guard lock(mu_);
+    stream_ = stream;
+  }
   v1::FromWorker hello;
   *hello.mutable_hello() = hello_;
   (void)stream->Send(
       std::move(hello));  // fails only when the stream has ended, which is seen below
 
   std::unique_lock lock(mu_);
-  stream_ = stream;
   while (!stop_ && !ended_) {
     if (!drop_.ok()) {
       const absl::Status why = drop_;

@@ -5,6 +5,7 @@
 
 #include <random>
 
+#include "proto/rpc/status.h"
 #include "proto/version.h"
 
 namespace strait {
@@ -34,6 +35,8 @@ v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
   hello.set_data_address(data_address);
   hello.set_memory_bytes(options.memory_bytes);
   hello.set_model_fingerprint(options.model_fingerprint);
+  hello.set_weights_fingerprint(options.weights_fingerprint);
+  hello.set_cache_row_bytes(options.cache_row_bytes);
   hello.set_numerics_id(backend.numerics_id());
   hello.set_backend(options.backend_name);
   hello.set_num_threads(options.num_threads);
@@ -73,7 +76,7 @@ v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, Pipelin
   v1::FromWorker message = StateMessage(stage_id, v1::StageState::FAILED);
   v1::StageState& state = *message.mutable_stage_state();
   state.set_error_code(static_cast<uint32_t>(why.code()));
-  state.set_error_message(std::string(why.message()));
+  state.set_error_message(std::string(rpc::Bounded(why).message()));
   ToProto(epoch, state.mutable_epoch());
   return message;
 }
@@ -86,7 +89,7 @@ v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t ste
   report.set_step_id(step_id);
   ToProto(epoch, report.mutable_epoch());
   report.set_error_code(static_cast<uint32_t>(why.code()));
-  report.set_error_message(std::string(why.message()));
+  report.set_error_message(std::string(rpc::Bounded(why).message()));
   return message;
 }
 

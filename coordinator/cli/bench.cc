@@ -2,25 +2,21 @@
 //
 // `strait bench`: closed-loop clients, one thread and one connection each; the main thread keeps
 // the own cluster, if there is one, and waits for signals.
-#include <poll.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <memory>
-#include <mutex>
-#include <optional>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "coordinator/cli/api_calls.h"
 #include "coordinator/cli/commands.h"
+#include "coordinator/cli/drive.h"
 #include "coordinator/cli/measure.h"
+#include "coordinator/cli/mix.h"
 #include "proto/json.h"
 #include "proto/status_macros.h"
 #include "proto/version.h"
@@ -28,7 +24,6 @@
 namespace strait::cli {
 namespace {
 
-constexpr int kIdleTimeoutMs = 600'000;
 constexpr int kProgressMs = 200;
 constexpr uint32_t kMaxConcurrency = 4096;
 constexpr uint32_t kFirstPromptToken = 3;     // below are usually special tokens
@@ -49,27 +44,6 @@ struct BenchFlags {
   bool text_prompts = false;
   std::string json_path;
 };
-
-class EventFd {
- public:
-  EventFd() : fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
-  ~EventFd() { close(fd_); }
-  int fd() const { return fd_; }
-  void Set() {
-    const uint64_t one = 1;
-    [[maybe_unused]] const ssize_t n = write(fd_, &one, sizeof(one));
-  }
-
- private:
-  const int fd_;
-};
-
-uint64_t Mix(uint64_t x) {  // splitmix64's finalizer
-  x += 0x9E3779B97F4A7C15;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EB;
-  return x ^ (x >> 31);
-}
 
 class Bench {
  public:
@@ -113,18 +87,13 @@ absl::Status Bench::FindModel(HttpClient& client) {
     model_ = flags_.model;
     return absl::OkStatus();
   }
-  STRAIT_ASSIGN_OR_RETURN(const HttpReply reply, client.Get("/v1/models", kConnectTimeoutMs));
-  if (reply.status != 200) {
+  absl::StatusOr<ModelInfo> found = FirstModel(client);
+  if (absl::IsInternal(found.status())) {
     return absl::InternalError(
-        absl::StrCat("GET /v1/models: ", reply.ErrorText(), "; name the model with --model"));
+        absl::StrCat(std::string(found.status().message()), "; name the model with --model"));
   }
-  STRAIT_ASSIGN_OR_RETURN(const json::Value parsed, json::Parse(reply.body, "/v1/models"));
-  STRAIT_ASSIGN_OR_RETURN(const json::Object* object, json::AsObject(parsed, "/v1/models"));
-  STRAIT_ASSIGN_OR_RETURN(const json::Array* data, json::GetArray(*object, "data", "/v1/models"));
-  if (data->empty() || !(*data)[0].is_object()) {
-    return absl::InternalError("/v1/models lists no model; name one with --model");
-  }
-  STRAIT_ASSIGN_OR_RETURN(model_, json::GetString((*data)[0].get_object(), "id", "/v1/models"));
+  STRAIT_RETURN_IF_ERROR(found.status());
+  model_ = std::move(found->id);
   return absl::OkStatus();
 }
 
@@ -203,63 +172,7 @@ std::string Bench::Request(uint64_t key, uint32_t output_tokens) const {
 }
 
 RequestResult Bench::Measure(HttpClient& client, uint64_t key, uint32_t output_tokens) const {
-  using Clock = std::chrono::steady_clock;
-  const auto seconds = [](Clock::duration d) { return std::chrono::duration<double>(d).count(); };
-  RequestResult result;
-  const std::string request = Request(key, output_tokens);
-  int64_t num_events = 0;
-  bool done = false;
-  const Clock::time_point start = Clock::now();
-  const auto on_event = [&](std::string_view data) {
-    const double at = seconds(Clock::now() - start);
-    if (data == "[DONE]") {
-      done = true;
-      return true;
-    }
-    const absl::StatusOr<json::Value> event = json::Parse(data, "event");
-    if (!event.ok() || !event->is_object()) {
-      result.error = "an event that is no JSON object";
-      return false;
-    }
-    const json::Object& object = event->get_object();
-    if (json::Find(object, "error")) {
-      HttpReply reply;
-      reply.status = 200;
-      reply.body = std::string(data);
-      result.error = "in the stream: " + reply.ErrorText();
-      return false;
-    }
-    if (const json::Value* usage = json::Find(object, "usage"); usage && usage->is_object()) {
-      const json::Object& u = usage->get_object();
-      result.prompt_tokens = json::GetIntOr(u, "prompt_tokens", 0, "usage").value_or(0);
-      result.output_tokens = json::GetIntOr(u, "completion_tokens", 0, "usage").value_or(0);
-    }
-    const json::Value* choices = json::Find(object, "choices");
-    if (choices && choices->is_array() && !choices->get_array().empty()) {
-      if (num_events == 0) {
-        result.first_token_s = at;
-      } else {
-        result.gaps_s.push_back(at - result.total_s);
-      }
-      result.total_s = at;
-      ++num_events;
-    }
-    return true;
-  };
-  const absl::StatusOr<HttpReply> reply =
-      client.PostStream("/v1/completions", request, kIdleTimeoutMs, on_event);
-  if (!reply.ok()) {
-    result.error = std::string(reply.status().message());
-  } else if (reply->status != 200) {
-    result.error = reply->ErrorText();
-  } else if (result.error.empty() && num_events == 0) {
-    result.error = "the stream brought no token";
-  } else if (result.error.empty() && !done) {
-    result.error = "the stream ended without [DONE]";
-  }
-  if (result.output_tokens == 0) result.output_tokens = num_events;
-  result.is_short = result.output_tokens < output_tokens;
-  return result;
+  return MeasureStream(client, Request(key, output_tokens), output_tokens);
 }
 
 absl::StatusOr<RunResult> Bench::RunLevel(uint32_t concurrency) {
@@ -278,8 +191,7 @@ absl::StatusOr<RunResult> Bench::RunLevel(uint32_t concurrency) {
         const uint64_t key = Mix(Mix(flags_.seed + concurrency) + index);
         run.requests[index] = Measure(client, key, flags_.output_tokens);
         if (!run.requests[index].error.empty()) ++failed;
-        pollfd fd = {cancel_fd_, POLLIN, 0};
-        if (poll(&fd, 1, 0) > 0) cancelled = true;
+        if (WaitReadable(cancel_fd_, 0)) cancelled = true;
         ++finished;
       }
     });
@@ -290,8 +202,7 @@ absl::StatusOr<RunResult> Bench::RunLevel(uint32_t concurrency) {
         absl::StrCat("Concurrency ", concurrency, ": ", finished.load(), " of ", total, " requests",
                      failed > 0 ? absl::StrCat(", ", failed.load(), " FAILED") : ""),
         static_cast<double>(finished) / total);
-    pollfd fd = {cancel_fd_, POLLIN, 0};
-    poll(&fd, 1, kProgressMs);
+    WaitReadable(cancel_fd_, kProgressMs);
   }
   for (std::thread& client : clients) client.join();
   run.duration_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -358,29 +269,6 @@ void PrintTable(const std::vector<json::Object>& summaries) {
   std::fflush(stdout);
 }
 
-absl::Status WriteJson(const std::string& path, const json::Object& report) {
-  const std::string text = boost::json::serialize(report) + "\n";
-  if (path == "-") {
-    std::fputs(text.c_str(), stdout);
-    return absl::OkStatus();
-  }
-  std::ofstream file(path, std::ios::binary);
-  file << text;
-  file.close();
-  if (!file) return absl::UnavailableError(absl::StrCat("cannot write ", path));
-  return absl::OkStatus();
-}
-
-// Waits for the end of the measurement when there is no own cluster to look after.
-absl::Status WaitForEnd(Signals& signals, int done_fd) {
-  for (;;) {
-    pollfd fds[2] = {{signals.fd(), POLLIN, 0}, {done_fd, POLLIN, 0}};
-    poll(fds, 2, -1);
-    while (signals.Take()) return absl::CancelledError("cancelled");
-    if (fds[1].revents != 0) return absl::OkStatus();
-  }
-}
-
 int RunBench(BenchFlags flags) {
   for (const uint32_t c : flags.concurrency) {
     if (c == 0 || c > kMaxConcurrency) {
@@ -409,17 +297,10 @@ int RunBench(BenchFlags flags) {
   const absl::StatusOr<Url> url = ParseUrl(flags.server.url);
   if (!url.ok()) return Fail(url.status());
 
-  EventFd done, cancel;
+  EventFd cancel;
   Bench bench(flags, *url, &terminal, cancel.fd());
-  absl::Status driven;
-  std::thread driver([&] {
-    driven = bench.Drive();
-    done.Set();
-  });
-  const absl::Status watched =
-      cluster ? cluster->Supervise(done.fd()) : WaitForEnd(*signals, done.fd());
-  if (!watched.ok()) cancel.Set();
-  driver.join();
+  const auto [watched, driven] =
+      DriveBeside(cluster.get(), *signals, cancel, [&] { return bench.Drive(); });
   terminal.EndProgress();
   if (cluster) cluster->Stop();
 

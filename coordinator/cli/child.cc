@@ -24,7 +24,8 @@ namespace {
 constexpr size_t kTailBytes = 16 << 10;
 
 // Between fork and exec: only calls that are safe in a copy of a process with threads.
-[[noreturn]] void RunChild(char* const* argv, int log_fd, int error_fd, pid_t parent) {
+[[noreturn]] void RunChild(char* const* argv, char* const* environment, int log_fd, int error_fd,
+                           pid_t parent) {
   setpgid(0, 0);
   prctl(PR_SET_PDEATHSIG, SIGKILL);
   if (getppid() != parent) _exit(127);  // it died before the line above
@@ -35,7 +36,7 @@ constexpr size_t kTailBytes = 16 << 10;
   if (null_fd >= 0) dup2(null_fd, STDIN_FILENO);
   dup2(log_fd, STDOUT_FILENO);
   dup2(log_fd, STDERR_FILENO);
-  execv(argv[0], argv);
+  execve(argv[0], argv, environment);
   const int error = errno;
   [[maybe_unused]] const ssize_t n = write(error_fd, &error, sizeof(error));
   _exit(127);
@@ -61,6 +62,21 @@ absl::StatusOr<int> Bound(const std::string& host, uint16_t port) {
   return absl::UnavailableError(absl::StrCat(host, ":", port, ": ", strerror(error)));
 }
 
+// Ours with `more`, which wins over a variable of the same name. Borrows both.
+std::vector<char*> Environment(const std::vector<std::string>& more) {
+  std::vector<char*> all;
+  for (char** entry = environ; *entry != nullptr; ++entry) {
+    const std::string_view ours = *entry;
+    const bool replaced = std::any_of(more.begin(), more.end(), [&](const std::string& theirs) {
+      return ours.starts_with(theirs.substr(0, theirs.find('=') + 1));
+    });
+    if (!replaced) all.push_back(*entry);
+  }
+  for (const std::string& entry : more) all.push_back(const_cast<char*>(entry.c_str()));
+  all.push_back(nullptr);
+  return all;
+}
+
 }  // namespace
 
 absl::StatusOr<pid_t> Spawn(const ChildSpec& spec) {
@@ -68,6 +84,8 @@ absl::StatusOr<pid_t> Spawn(const ChildSpec& spec) {
   std::vector<char*> argv;
   for (const std::string& arg : spec.argv) argv.push_back(const_cast<char*>(arg.c_str()));
   argv.push_back(nullptr);
+
+  std::vector<char*> environment = Environment(spec.environment);
 
   const int log_fd = open(spec.log_path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
   if (log_fd < 0) {
@@ -81,7 +99,7 @@ absl::StatusOr<pid_t> Spawn(const ChildSpec& spec) {
   }
   const pid_t parent = getpid();
   const pid_t pid = fork();
-  if (pid == 0) RunChild(argv.data(), log_fd, pipe_fds[1], parent);
+  if (pid == 0) RunChild(argv.data(), environment.data(), log_fd, pipe_fds[1], parent);
   const int fork_error = errno;
   close(log_fd);
   close(pipe_fds[1]);

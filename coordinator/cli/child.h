@@ -28,6 +28,8 @@ namespace strait::cli {
 struct ChildSpec {
   std::vector<std::string> argv;  // argv[0]: path of the program
   std::string log_path;           // appended to
+  // NAME=value, besides what this process has: for what a command line would show to everyone.
+  std::vector<std::string> environment;
 };
 
 absl::StatusOr<pid_t> Spawn(const ChildSpec& spec);

@@ -26,6 +26,7 @@ void AddUp(CLI::App& app, Run* run);
 void AddGenerate(CLI::App& app, Run* run);
 void AddStatus(CLI::App& app, Run* run);
 void AddBench(CLI::App& app, Run* run);
+void AddEval(CLI::App& app, Run* run);
 
 // ---- What several verbs share ----
 

@@ -134,7 +134,9 @@ absl::StatusOr<bool> SseParser::Feed(std::string_view bytes, const OnEvent& on_e
 // ---------------------------------------------------------------- HttpClient
 
 HttpClient::HttpClient(Url url, std::string api_key, int cancel_fd)
-    : url_(std::move(url)), api_key_(std::move(api_key)), cancel_fd_(cancel_fd) {}
+    : url_(std::move(url)),
+      api_key_(api_key.substr(0, api_key.find('\n'))),  // STRAIT_API_KEY may list several
+      cancel_fd_(cancel_fd) {}
 
 HttpClient::~HttpClient() { Close(); }
 

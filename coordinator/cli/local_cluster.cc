@@ -12,13 +12,13 @@
 #include <algorithm>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
-#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "coordinator/cli/status_json.h"
 #include "proto/json.h"
+#include "proto/machine.h"
 #include "proto/status_macros.h"
 
 namespace strait::cli {
@@ -31,18 +31,6 @@ constexpr int kFirstBackoffMs = 250;  // doubles with every rapid death
 constexpr size_t kTailLines = 15;
 constexpr double kMemoryShare = 0.8;      // of what is available, for all workers together
 constexpr double kGpuMemoryShare = 0.85;  // the rest is for workspaces and CUDA itself
-
-uint64_t AvailableMemoryBytes() {
-  std::ifstream file("/proc/meminfo");
-  std::string key;
-  uint64_t value = 0;
-  std::string unit;
-  while (file >> key >> value) {
-    std::getline(file, unit);
-    if (key == "MemAvailable:") return value * 1024;
-  }
-  return 0;
-}
 
 // `given`, or the default port of loopback, or a free one when that is taken.
 absl::StatusOr<std::string> ChooseAddress(const std::string& given, uint16_t default_port,
@@ -143,13 +131,15 @@ absl::Status LocalCluster::Launch() {
   auto append = [](std::vector<std::string>& to, const std::vector<std::string>& more) {
     to.insert(to.end(), more.begin(), more.end());
   };
-  for (const std::string& key : options_.api_keys)
-    append(coordinator_.spec.argv, {"--api-key", key});
+  if (!options_.api_keys.empty()) {
+    coordinator_.spec.environment = {
+        absl::StrCat("STRAIT_API_KEY=", absl::StrJoin(options_.api_keys, "\n"))};
+  }
   append(coordinator_.spec.argv, options_.coordinator_args);
 
   uint32_t threads = options_.worker_threads;
   if (threads == 0) {
-    threads = std::max(1u, std::thread::hardware_concurrency() / options_.num_workers);
+    threads = std::max(1u, AvailableCores() / options_.num_workers);
   }
   std::string memory = options_.worker_memory;
   const bool on_gpu = options_.backend == "cuda";

@@ -43,7 +43,7 @@ struct LocalClusterOptions {
   std::string http;  // host:port; empty: 127.0.0.1:8000, or a free port when that is taken
   std::string grpc;  // the same, 127.0.0.1:7000
   std::string random_weights;         // a seed; empty: weights are read
-  uint32_t worker_threads = 0;        // 0: the machine's cores shared out
+  uint32_t worker_threads = 0;        // 0: the available cores shared out
   std::string worker_memory;          // as strait-worker --memory; empty: free memory shared out
   std::vector<std::string> api_keys;  // that clients need one of; empty: none is needed
   std::string log_dir;                // empty: a new folder under the temporary one

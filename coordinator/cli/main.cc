@@ -13,9 +13,10 @@ namespace strait::cli {
 
 void AddServerFlags(CLI::App& verb, ServerFlags* flags) {
   verb.add_option(
-          "--coordinator,--url", flags->url,
-          "HTTP address of the coordinator (not its gRPC port), or of any OpenAI-compatible server")
-      ->envname("STRAIT_COORDINATOR")
+          "--url,--coordinator", flags->url,
+          "HTTP address of the coordinator (not its gRPC port, which STRAIT_COORDINATOR names for "
+          "workers), or of any OpenAI-compatible server")
+      ->envname("STRAIT_URL")
       ->capture_default_str();
   verb.add_option("--api-key", flags->api_key, "Sent as a bearer token")->envname("STRAIT_API_KEY");
 }
@@ -49,7 +50,7 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
       ->envname("STRAIT_RANDOM_WEIGHTS")
       ->group(group);
   verb.add_option("--threads", options->worker_threads,
-                  "Threads of each worker (default: cores shared out)")
+                  "Threads of each worker (default: available cores shared out)")
       ->envname("STRAIT_THREADS")
       ->group(group);
   verb.add_option("--memory", options->worker_memory,
@@ -110,7 +111,7 @@ int Fail(const absl::Status& status, const std::string& url) {
   if (absl::IsUnavailable(status) && !url.empty()) {
     std::fprintf(stderr,
                  "No server at %s? Start one with: strait up --model DIR\n"
-                 "or name another with --coordinator http://HOST:PORT (or STRAIT_COORDINATOR).\n",
+                 "or name another with --url http://HOST:PORT (or STRAIT_URL).\n",
                  url.c_str());
   }
   return kExitFailed;
@@ -128,6 +129,7 @@ int main(int argc, char** argv) {
   strait::cli::AddGenerate(app, &run);
   strait::cli::AddStatus(app, &run);
   strait::cli::AddBench(app, &run);
+  strait::cli::AddEval(app, &run);
   CLI11_PARSE(app, argc, argv);
   return run();
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "proto/json.h"
+#include "proto/limits.h"
 
 namespace strait::cli {
 
@@ -28,6 +29,27 @@ inline double Number(const json::Object& object, std::string_view key) {
 
 inline std::string Text(const json::Object& object, std::string_view key) {
   return json::GetStringOr(object, key, "", "status").value_or("");
+}
+
+// Bytes that one token takes in each layer's cache, as the stages of the first active pipeline tell
+// by the blocks and bytes of their pools; empty when they do not tell, or not of every layer.
+inline std::vector<double> CacheBytesPerTokenByLayer(const json::Object& status) {
+  for (const json::Object* pipeline : Objects(status, "pipelines")) {
+    if (Text(*pipeline, "state") != "active") continue;
+    std::vector<double> by_layer;
+    for (const json::Object* stage : Objects(*pipeline, "stages")) {
+      const double blocks = Number(*stage, "blocks_total");
+      const double bytes = Number(*stage, "cache_bytes_total");
+      const double begin = Number(*stage, "layer_begin"), end = Number(*stage, "layer_end");
+      if (blocks <= 0 || bytes <= 0 || begin != static_cast<double>(by_layer.size()) ||
+          end <= begin || end > limits::kMaxHiddenLayers) {
+        return {};
+      }
+      by_layer.resize(static_cast<size_t>(end), bytes / blocks / limits::kBlockTokens);
+    }
+    return by_layer;
+  }
+  return {};
 }
 
 }  // namespace strait::cli

@@ -20,7 +20,9 @@ size_t Width(std::string_view text) {
 }
 
 bool LooksNumeric(std::string_view text) {
-  return text.empty() || text == "-" || (text[0] >= '0' && text[0] <= '9');
+  if (text.empty() || text == "-") return true;
+  if (text[0] == '-') text.remove_prefix(1);  // a negative number
+  return text[0] >= '0' && text[0] <= '9';
 }
 
 }  // namespace

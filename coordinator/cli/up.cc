@@ -40,8 +40,12 @@ void AddUp(CLI::App& app, Run* run) {
   verb->add_option("--model", options->model, "Hugging Face checkpoint folder")
       ->envname("STRAIT_MODEL")
       ->required();
-  verb->add_option("--api-key", options->api_keys,
-                   "Key that clients must send as bearer token; may be repeated")
+  verb->add_option(
+          "--api-key", options->api_keys,
+          "Key that clients must send as bearer token; may be repeated. In the environment "
+          "(one a line) it is not seen by who lists processes")
+      ->envname("STRAIT_API_KEY")
+      ->delimiter('\n')
       ->allow_extra_args(false);
   AddClusterFlags(*verb, options.get());
   verb->callback([=] { *run = [options] { return RunUp(*options); }; });

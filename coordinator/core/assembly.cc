@@ -1,14 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // How Cluster puts pipelines together, and what it does when one fails.
+#include <xxhash.h>
+
 #include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/core/cluster.h"
 #include "proto/check.h"
+#include "proto/epoch_wire.h"
 
 namespace strait {
+
+namespace {
+
+// Of the edge that ends at this stage, in this epoch. Never 0.
+uint64_t EdgeNonce(uint64_t secret, PipelineEpoch epoch, uint64_t to_stage_id) {
+  const uint64_t words[] = {secret, epoch.term, epoch.counter, to_stage_id};
+  return XXH3_64bits_withSeed(words, sizeof(words), secret) | 1;
+}
+
+}  // namespace
 
 uint32_t Pipeline::capacity_columns() const {
   uint32_t columns = slots.front().pool_blocks / slots.front().layers.size();
@@ -184,8 +197,7 @@ void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
     SendToWorker out{slot.worker, {}};
     v1::ActivateStage* activate = out.message.mutable_activate_stage();
     activate->set_stage_id(slot.stage_id);
-    activate->mutable_epoch()->set_term(pipeline->epoch.term);
-    activate->mutable_epoch()->set_counter(pipeline->epoch.counter);
+    ToWire(pipeline->epoch, activate->mutable_epoch());
     activate->set_pipeline_id(pipeline->id.value);
     activate->set_stage_index(i);
     activate->set_num_stages(num_stages);
@@ -193,8 +205,14 @@ void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
       const StageSlot& next = pipeline->slots[i + 1];
       activate->set_next_data_address(FindWorker(next.worker)->data_address);
       activate->set_next_stage_id(next.stage_id);
+      activate->set_next_edge_nonce(
+          EdgeNonce(context_->options.edge_secret, pipeline->epoch, next.stage_id));
     }
-    if (i > 0) activate->set_previous_stage_id(pipeline->slots[i - 1].stage_id);
+    if (i > 0) {
+      activate->set_previous_stage_id(pipeline->slots[i - 1].stage_id);
+      activate->set_edge_nonce(
+          EdgeNonce(context_->options.edge_secret, pipeline->epoch, slot.stage_id));
+    }
     context_->Send(std::move(out));
   }
 }
@@ -250,8 +268,7 @@ void Cluster::SendStep(const Pipeline& pipeline, const v1::StepPlan& plan) {
     v1::StepPlan* step = out.message.mutable_step();
     *step = plan;
     step->set_stage_id(slot.stage_id);
-    step->mutable_epoch()->set_term(pipeline.epoch.term);
-    step->mutable_epoch()->set_counter(pipeline.epoch.counter);
+    ToWire(pipeline.epoch, step->mutable_epoch());
     context_->Send(std::move(out));
   }
 }

@@ -6,13 +6,12 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/check.h"
+#include "proto/epoch_wire.h"
 #include "proto/limits.h"
 #include "proto/version.h"
 
 namespace strait {
 namespace {
-
-PipelineEpoch FromWire(const v1::PipelineEpoch& wire) { return {wire.term(), wire.counter()}; }
 
 uint64_t Doubling(uint64_t first, uint32_t times, uint64_t most) {
   return times >= 32 ? most : std::min(first << times, most);
@@ -50,15 +49,22 @@ void Cluster::OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us) {
     return refuse(absl::FailedPreconditionError(
         "worker has another model than the coordinator; start both with the same checkpoint"));
   }
-  if (workers_.size() >= limits::kMaxWorkers) {
-    return refuse(absl::ResourceExhaustedError(
-        absl::StrCat(workers_.size(), " workers are attached, at most ", limits::kMaxWorkers)));
-  }
   for (const auto& [other_id, other] : workers_) {
     if (other.instance != hello.instance()) continue;
     // The same process on a new stream: the old one has ended, though nobody has told yet.
     Evict(WorkerId(other_id), absl::AbortedError("the worker attached again"), now_us);
     break;
+  }
+  if (absl::Status agrees = CheckAgrees(hello); !agrees.ok()) return refuse(std::move(agrees));
+  if (workers_.size() >= limits::kMaxWorkers) {
+    return refuse(absl::ResourceExhaustedError(
+        absl::StrCat(workers_.size(), " workers are attached, at most ", limits::kMaxWorkers)));
+  }
+  if (weights_fingerprint_ != hello.weights_fingerprint()) {
+    // The first of a cluster with other weights: what the earlier ones began cannot be continued.
+    journal_->EndBegun(absl::FailedPreconditionError(
+        "the workers came back with other weights; a sequence cannot go on with another model"));
+    weights_fingerprint_ = hello.weights_fingerprint();
   }
   Worker& worker = workers_[id];
   worker.id = id;
@@ -81,6 +87,32 @@ void Cluster::OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us) {
   welcome->set_heartbeat_timeout_ms(static_cast<uint32_t>(timeout_ms));
   welcome->set_heartbeat_interval_ms(static_cast<uint32_t>(std::max<uint64_t>(1, timeout_ms / 5)));
   context_->Send(std::move(out));
+}
+
+absl::Status Cluster::CheckAgrees(const v1::Hello& hello) const {
+  const uint64_t weights = hello.weights_fingerprint();
+  const uint64_t block_bytes = uint64_t{hello.cache_row_bytes()} * limits::kBlockTokens;
+  if (!context_->options.accept_untold && (weights == 0 || block_bytes == 0)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("worker ", hello.name(), " does not tell ",
+                     weights == 0 ? "the fingerprint of its weights" : "the size of its cache rows",
+                     ": install the same release on all machines"));
+  }
+  if (block_bytes != 0 && block_bytes != context_->model.block_bytes) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("worker ", hello.name(), " stores cache rows of ", hello.cache_row_bytes(),
+                     " bytes, this coordinator reckons with ",
+                     context_->model.block_bytes / limits::kBlockTokens,
+                     ": start both with the same --cache-format"));
+  }
+  if (!workers_.empty() && weights != weights_fingerprint_) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "worker ", hello.name(), " has weights with fingerprint ", absl::Hex(weights), ", the ",
+        workers_.size(), " worker(s) attached have ", absl::Hex(weights_fingerprint_),
+        ": a pipeline would mix two models. Start all with the same checkpoint (--model, "
+        "--random-weights), or stop the others first"));
+  }
+  return absl::OkStatus();
 }
 
 void Cluster::OnLost(WorkerId id, const absl::Status& why, uint64_t now_us) {

@@ -126,6 +126,8 @@ class Cluster {
   absl::Status CheckIntegrity() const;
 
  private:
+  // Whether a pipeline may consist of this worker and those that are attached.
+  absl::Status CheckAgrees(const v1::Hello& hello) const;
   bool IsIdle(const Worker& worker, uint64_t now_us) const;
   std::vector<Worker*> IdleWorkers(uint64_t now_us);  // most memory first, then oldest
   Worker* FindWorker(WorkerId id);
@@ -162,7 +164,8 @@ class Cluster {
   uint64_t last_pipeline_id_ = 0;
   uint64_t last_epoch_counter_ = 0;
   uint64_t last_tick_us_ = 0;
-  absl::Status plan_problem_;  // why no further pipeline was formed
+  uint64_t weights_fingerprint_ = 0;  // of the workers that are attached, or were last
+  absl::Status plan_problem_;         // why no further pipeline was formed
   bool look_again_ =
       false;  // workers or their fitness changed since pipelines were last put together
 };

@@ -41,9 +41,13 @@ struct CoreOptions {
   // How long waiting requests survive without any pipeline before they fail Unavailable.
   uint64_t no_pipeline_grace_us = 30'000'000;
   uint64_t max_cache_bytes_per_stage = 0;  // 0: what memory leaves after weights
+  // For tests with made-up workers: a Hello may leave weights_fingerprint and cache_row_bytes 0.
+  bool accept_untold = false;
   // A stage that sits on a step, or on an activation, for longer than this is evicted.
   uint64_t step_timeout_us = 300'000'000;
   uint64_t activation_timeout_us = 30'000'000;
+  // Of this process, random; edge nonces are made from it, so nobody outside can guess one.
+  uint64_t edge_secret = 0;
 };
 
 // What Core must know of the model; made from proto/model_config.h by the server, invented by the
@@ -127,8 +131,8 @@ class Core {
   ~Core();
 
   // ---- Events ----
-  // A worker's Hello was valid in itself; Core answers Welcome or EvictWorker (another model, wire
-  // version).
+  // A worker's Hello was valid in itself; Core answers Welcome or EvictWorker (another wire version,
+  // model, cache format; other weights than those of the workers that are attached).
   void OnWorkerAttached(WorkerId worker, const v1::Hello& hello, uint64_t now_us);
   void OnWorkerMessage(WorkerId worker, const v1::FromWorker& message, uint64_t now_us);
   void OnWorkerLost(WorkerId worker, absl::Status why, uint64_t now_us);

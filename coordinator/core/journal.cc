@@ -99,6 +99,14 @@ void Journal::End(Sequence* sequence, FinishReason reason, std::optional<TokenId
   requests_.erase(RequestId(request->id));
 }
 
+void Journal::EndBegun(const absl::Status& status) {
+  const std::map<SequenceId, Sequence*> sequences = sequences_;
+  for (const auto& [id, sequence] : sequences) {
+    if (sequence->generated() == 0 && sequence->scored == 0) continue;
+    End(sequence, FinishReason::kError, std::nullopt, status);
+  }
+}
+
 Request* Journal::Expired(uint64_t now_us) {
   if (deadlines_.empty() || deadlines_.begin()->first > now_us) return nullptr;
   return Find(deadlines_.begin()->second);

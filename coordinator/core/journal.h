@@ -64,6 +64,9 @@ class Journal {
   void End(Sequence* sequence, FinishReason reason, std::optional<TokenId> stop_token,
            absl::Status status);
 
+  // Ends what clients have had a part of. REQUIRES: none is resident anywhere.
+  void EndBegun(const absl::Status& status);
+
   // A request whose deadline has passed, if any.
   Request* Expired(uint64_t now_us);
 

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/check.h"
+#include "proto/model_config.h"
 #include "proto/reservation.h"
 
 namespace strait {
@@ -46,11 +47,8 @@ absl::Status CannotFit(const CoreOptions& options, const ModelShape& model,
 }  // namespace
 
 uint64_t StageWeightBytes(const ModelShape& model, LayerRange layers) {
-  uint64_t bytes = 0;
-  for (LayerIndex l = layers.begin; l < layers.end; ++l) bytes += model.layer_weight_bytes[l];
-  if (layers.begin == 0) bytes += model.embedding_bytes;
-  if (layers.end == model.layer_weight_bytes.size()) bytes += model.head_bytes;
-  return bytes;
+  return StageWeightBytes(model.layer_weight_bytes, model.embedding_bytes, model.head_bytes,
+                          layers);
 }
 
 uint32_t StageColumns(const CoreOptions& options, const ModelShape& model, LayerRange layers,

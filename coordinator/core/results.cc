@@ -72,6 +72,7 @@ absl::Status Scheduler::CheckResults(const StepRecord& record,
                                                      " where that of ", wanted.sequence.value,
                                                      " is due"));
     }
+    if (result.error_code() != 0) continue;  // void, whatever it has
     if (result.scored_size() != static_cast<int>(wanted.num_scores) ||
         result.has_sampled() != wanted.sample) {
       return absl::InvalidArgumentError(absl::StrCat(
@@ -123,6 +124,14 @@ void Scheduler::ApplyResults(const std::vector<WantedResult>& wanted,
     STRAIT_CHECK(sequence->results_pending > 0);
     --sequence->results_pending;
     const v1::SequenceResult& result = report.results(static_cast<int>(i));
+    if (result.error_code() != 0) {
+      // Nobody's fault but the model's and the prompt's: no other worker would do better.
+      if (sequence->resident_in != nullptr) Drop(sequence);
+      journal_->End(sequence, FinishReason::kError, std::nullopt,
+                    absl::InternalError(absl::StrCat("the model's logits were not finite: ",
+                                                     result.error_message())));
+      continue;
+    }
     if (result.scored_size() > 0) {
       std::vector<TokenInfo> scores;
       scores.reserve(result.scored_size());

@@ -5,12 +5,17 @@
 #include <unistd.h>
 
 #include <cctype>
+#include <cstdio>
 #include <cstdlib>
 #include <utility>
+
+#include "proto/log.h"
 
 namespace strait {
 namespace {
 
+constexpr int kFailedExit = 1;
+constexpr int kBadFlagExit = 2;
 constexpr int kSecondSignalExit = 130;
 
 }  // namespace
@@ -21,6 +26,27 @@ std::string EnvironmentName(const std::string& flag) {
     name += c == '-' ? '_' : static_cast<char>(std::toupper(static_cast<unsigned char>(c)));
   }
   return name;
+}
+
+void AddLogFlags(CLI::App& app, LogFlags* flags) {
+  AddFlag(app, "--log-level", flags->level, "debug, info, warning or error");
+  AddSwitch(app, "--log-json", flags->json, "Log JSON lines");
+}
+
+int RunDaemon(CLI::App& app, int argc, char** argv, const LogFlags& log, const std::string& name,
+              const std::function<absl::Status()>& run) {
+  CLI11_PARSE(app, argc, argv);
+  LogLevel level;
+  if (absl::Status parsed = ParseLogLevel(log.level, &level); !parsed.ok()) {
+    std::fprintf(stderr, "%s: %s\n", app.get_name().c_str(), std::string(parsed.message()).c_str());
+    return kBadFlagExit;
+  }
+  InitLog(name.empty() ? app.get_name() : name, level, log.json);
+  if (absl::Status status = run(); !status.ok()) {
+    Log(LogLevel::kError, "cannot start", {{"why", status}});
+    return kFailedExit;
+  }
+  return 0;
 }
 
 void QuietGrpc() { setenv("GRPC_VERBOSITY", "NONE", /*overwrite=*/0); }

@@ -14,6 +14,7 @@
 #include <thread>
 
 #include "CLI/CLI.hpp"
+#include "absl/status/status.h"
 
 namespace strait {
 
@@ -29,6 +30,20 @@ inline CLI::Option* AddSwitch(CLI::App& app, const std::string& flag, bool& valu
                               const std::string& help) {
   return app.add_flag(flag, value, help)->envname(EnvironmentName(flag));
 }
+
+struct LogFlags {
+  std::string level = "info";
+  bool json = false;
+};
+
+// --log-level, --log-json.
+void AddLogFlags(CLI::App& app, LogFlags* flags);
+
+// A daemon's main from its flags on: reads the command line, starts the log under `name` (read
+// after the flags; empty: the program's), runs. The exit code: 0, or 1 if `run` failed (logged), 2
+// for a flag that makes no sense, and CLI11's own for a command line that cannot be read.
+int RunDaemon(CLI::App& app, int argc, char** argv, const LogFlags& log, const std::string& name,
+              const std::function<absl::Status()>& run);
 
 // Before gRPC is first used: its own log lines say nothing that ours do not say better.
 void QuietGrpc();

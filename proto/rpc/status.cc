@@ -3,13 +3,15 @@
 
 #include <string>
 
+#include "proto/limits.h"
 #include "proto/text.h"
 
 namespace strait::rpc {
 
 grpc::Status ToGrpc(const absl::Status& status) {
   if (status.ok()) return grpc::Status::OK;
-  return grpc::Status(static_cast<grpc::StatusCode>(status.code()), std::string(status.message()));
+  return grpc::Status(static_cast<grpc::StatusCode>(status.code()),
+                      std::string(Bounded(status).message()));
 }
 
 absl::Status FromGrpc(const grpc::Status& status) {
@@ -18,8 +20,14 @@ absl::Status FromGrpc(const grpc::Status& status) {
 
 absl::Status FromWire(uint32_t code, std::string_view message) {
   constexpr auto kLast = static_cast<uint32_t>(absl::StatusCode::kUnauthenticated);
-  if (code > kLast) return absl::UnknownError(ToAbsl(message));
-  return absl::Status(static_cast<absl::StatusCode>(code), ToAbsl(message));
+  if (code == 0) return absl::OkStatus();
+  const std::string bounded = PrintableText(message, limits::kMaxErrorMessageBytes);
+  if (code > kLast) return absl::UnknownError(bounded);
+  return absl::Status(static_cast<absl::StatusCode>(code), bounded);
+}
+
+absl::Status Bounded(const absl::Status& status) {
+  return FromWire(static_cast<uint32_t>(status.code()), ToStd(status.message()));
 }
 
 }  // namespace strait::rpc

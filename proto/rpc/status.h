@@ -3,6 +3,8 @@
 // absl::Status to grpc::Status and back: both number their codes alike.
 //
 // Thread:  any.
+// Limits:  kMaxErrorMessageBytes of a message, each way; longer ones are cut. What is no printable
+//          UTF-8 is escaped: protobuf would refuse a whole report for one such byte.
 #pragma once
 
 #include <cstdint>
@@ -18,5 +20,8 @@ absl::Status FromGrpc(const grpc::Status& status);
 
 // From the error_code/error_message pair of a report; an unknown code becomes Unknown.
 absl::Status FromWire(uint32_t code, std::string_view message);
+
+// With a message as it may be sent and logged.
+absl::Status Bounded(const absl::Status& status);
 
 }  // namespace strait::rpc

@@ -91,6 +91,17 @@ def test_default_ports_taken_move_and_are_printed():
             s.close()
 
 
+def test_api_keys_are_not_seen_in_a_daemons_command_line():
+    # Regression: they were handed on as flags, which every user of the machine can list.
+    with Cluster(workers=1, args=["--api-key", "sesame", "--api-key", "mustard"]) as c:
+        for pid in c.daemons():
+            argv = open(f"/proc/{pid}/cmdline", "rb").read()
+            assert b"sesame" not in argv and b"mustard" not in argv, argv
+        for key, good in (("sesame", True), ("mustard", True), ("pepper", False)):
+            done = strait("generate", "x", "--url", c.base_url, "--max-tokens", 1, env={"STRAIT_API_KEY": key})
+            assert (done.returncode == 0) == good, done.stderr
+
+
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_stop_leaves_no_process_and_exits_0(sig):
     with Cluster(workers=2) as c:
@@ -171,7 +182,7 @@ def test_generate_streams_text_and_figures(cluster):
 
 def test_generate_chat_and_environment(cluster):
     done = strait("generate", "Hello", "--chat", "--system", "Be brief.", "--max-tokens", 5, "--seed", 1,
-                  env={"STRAIT_COORDINATOR": cluster.base_url})
+                  env={"STRAIT_URL": cluster.base_url})
     assert done.returncode == 0, done.stderr
 
 
@@ -282,7 +293,7 @@ def test_help_and_version():
     assert strait("--version").returncode == 0
     out = strait("--help")
     assert out.returncode == 0
-    for verb in ("up", "generate", "status", "bench"):
+    for verb in ("up", "generate", "status", "bench", "eval"):
         assert verb in out.stdout
         assert strait(verb, "--help").returncode == 0
     assert strait("bogus").returncode != 0

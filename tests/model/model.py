@@ -49,6 +49,9 @@ class Config:
         return d
 
 
+FUSED_HEAD_DIM = 64  # of the attention kernels that training calls
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
@@ -94,10 +97,13 @@ class Attention(nn.Module):
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(b, t, heads, -1).transpose(1, 2)
         k_nope, v = kv.split([nope, c.v_head_dim], -1)
         k_rope = rotate(k_rope[:, None], cos, sin).expand(-1, heads, -1, -1)
-        q = torch.cat((q_nope, rotate(q_rope, cos, sin)), -1).to(v.dtype)
-        k = torch.cat((k_nope, k_rope), -1).to(v.dtype)
-        v = F.pad(v, (0, q.shape[-1] - c.v_head_dim))  # the fused kernels want one head size
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True)[..., :c.v_head_dim]
+        # The fused kernels want one head size, a power of two; zeros add nothing to a score.
+        pad = FUSED_HEAD_DIM - c.qk_nope_head_dim - c.qk_rope_head_dim
+        q = F.pad(torch.cat((q_nope, rotate(q_rope, cos, sin)), -1), (0, pad)).to(v.dtype)
+        k = F.pad(torch.cat((k_nope, k_rope), -1), (0, pad)).to(v.dtype)
+        v = F.pad(v, (0, FUSED_HEAD_DIM - c.v_head_dim))
+        scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :c.v_head_dim]
         return self.o_proj(o.transpose(1, 2).reshape(b, t, -1))
 
 
@@ -112,6 +118,13 @@ class Mlp(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def rank(x):
+    """x [..., n] -> how many of the n are before each in falling order; ties by position."""
+    index = torch.arange(x.shape[-1], device=x.device)
+    a, b = x[..., :, None], x[..., None, :]
+    return ((b > a) | ((b == a) & (index[None, :] < index[:, None]))).sum(-1)
+
+
 class Moe(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
@@ -120,6 +133,7 @@ class Moe(nn.Module):
         self.gate = nn.Parameter(torch.randn(experts, c.hidden_size) * c.hidden_size ** -0.5)
         self.register_buffer("correction", torch.zeros(experts))
         self.register_buffer("load", torch.zeros(experts))
+        self.register_buffer("last_load", torch.zeros(experts), persistent=False)
         # Experts side by side: [experts * width, hidden].
         self.gate_up = linear(c.hidden_size, 2 * experts * width)
         self.down = linear(experts * width, c.hidden_size)
@@ -132,13 +146,12 @@ class Moe(nn.Module):
         c = self.c
         with torch.autocast("cuda", enabled=False):
             scores = (x.float() @ self.gate.t()).sigmoid()
-        biased = scores.detach() + self.correction
-        groups = biased.view(-1, c.n_group, c.n_routed_experts // c.n_group)
-        best = groups.topk(2, -1).values.sum(-1).topk(c.topk_group, -1).indices
-        allowed = torch.zeros_like(groups[..., 0]).scatter_(1, best, 1.0)
-        allowed = allowed[..., None].expand_as(groups).reshape(biased.shape)
-        chosen = biased.masked_fill(allowed == 0, float("-inf")).topk(c.num_experts_per_tok, -1).indices
-        mask = torch.zeros_like(scores).scatter_(1, chosen, 1.0)
+        # Ranks by pairwise comparison: the compiler fuses them, which it does not do with top-k.
+        biased = (scores.detach() + self.correction).view(-1, c.n_group, c.n_routed_experts // c.n_group)
+        group_score = (biased * (rank(biased) < 2)).sum(-1)
+        allowed = rank(group_score) < c.topk_group
+        biased = biased.masked_fill(~allowed[..., None], float("-inf")).flatten(1)
+        mask = (rank(biased) < c.num_experts_per_tok).to(scores.dtype)
         weights = scores * mask
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * c.routed_scaling_factor
         return weights, mask
@@ -155,8 +168,12 @@ class Moe(nn.Module):
 
     @torch.no_grad()
     def balance(self, rate):
-        """Moves the correction bias by a fixed step towards equal load, then forgets the load."""
-        self.correction.add_(rate * (self.load.mean() - self.load).sign())
+        """Moves the correction bias towards equal load, by at most `rate`, then forgets the load. The step shrinks
+        with the imbalance, so that a balanced router is left alone."""
+        mean = self.load.mean()
+        self.correction.add_(rate * ((mean - self.load) / (0.5 * mean)).clamp(-1, 1))
+        self.correction.sub_(self.correction.min())  # no choice changes; every biased score stays positive
+        self.last_load.copy_(self.load)
         self.load.zero_()
 
 

@@ -39,6 +39,7 @@ class Clients {
 
   uint32_t num_live() const { return num_live_; }          // requests not refused and not ended
   uint32_t num_finished() const { return num_finished_; }  // sequences that got all they asked for
+  uint32_t num_nan() const { return num_nan_; }            // sequences that ended for NaN logits
   std::string Stuck() const;                               // those that live, for the violation
 
  private:
@@ -67,6 +68,7 @@ class Clients {
   std::map<RequestId, Live> live_;
   uint32_t num_live_ = 0;
   uint32_t num_finished_ = 0;
+  uint32_t num_nan_ = 0;
 };
 
 }  // namespace strait::sim

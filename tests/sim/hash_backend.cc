@@ -2,6 +2,7 @@
 #include "tests/sim/hash_backend.h"
 
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -89,7 +90,7 @@ absl::Status HashStage::Forward(const StageBatch& batch, absl::Span<const std::b
           const uint32_t end = std::min(position + 1 - block, limits::kBlockTokens);
           for (uint32_t r = 0; r < end; ++r) attended += Attend(rows[r], block + r);
         }
-        h = LayerOut(h, attended, layer);
+        h = LayerOut(h, attended + backend_->weights() - kHashWeights, layer);
       }
       hidden[row] = h;
     }
@@ -111,6 +112,10 @@ absl::Status HashStage::Forward(const StageBatch& batch, absl::Span<const std::b
       result.token = request.token;
     }
     result.logprob = Logprob(h, result.token);
+    if (request.sample &&
+        LogitsAreNan(sequence.sampling->seed, static_cast<uint32_t>(sequence.tokens.size()))) {
+      result.logprob = std::numeric_limits<float>::quiet_NaN();
+    }
     result.top = Top(h, request.num_top, backend_->vocab_size());
     results->push_back(std::move(result));
   }

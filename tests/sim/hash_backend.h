@@ -13,18 +13,20 @@
 #include <string>
 
 #include "coordinator/core/core.h"
+#include "tests/sim/hash_model.h"
 #include "worker/backend.h"
 
 namespace strait::sim {
 
 class HashBackend : public Backend {
  public:
-  HashBackend(const ModelShape* model, uint64_t memory_bytes)
-      : model_(model), memory_bytes_(memory_bytes) {}
+  HashBackend(const ModelShape* model, uint64_t memory_bytes, uint64_t weights = kHashWeights)
+      : model_(model), memory_bytes_(memory_bytes), weights_(weights) {}
 
   absl::StatusOr<std::unique_ptr<StageModel>> Load(
       const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) override;
   uint32_t hidden_row_bytes() const override { return sizeof(uint64_t); }
+  uint64_t block_bytes() const override { return model_->block_bytes; }
   uint32_t num_layers() const override {
     return static_cast<uint32_t>(model_->layer_weight_bytes.size());
   }
@@ -33,6 +35,7 @@ class HashBackend : public Backend {
   std::string numerics_id() const override { return "hash"; }
 
   const ModelShape& model() const { return *model_; }
+  uint64_t weights() const { return weights_; }
   uint64_t used_bytes() const { return used_bytes_; }
 
   absl::Status fail_next_load;
@@ -42,6 +45,7 @@ class HashBackend : public Backend {
   friend class HashStage;
   const ModelShape* const model_;
   const uint64_t memory_bytes_;
+  const uint64_t weights_;
   uint64_t used_bytes_ = 0;
 };
 

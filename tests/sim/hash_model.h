@@ -18,6 +18,9 @@
 
 namespace strait::sim {
 
+// Fingerprint of the weights that the Oracle knows. With others every layer answers otherwise.
+inline constexpr uint64_t kHashWeights = 0x5EED;
+
 inline uint64_t Mix(uint64_t a, uint64_t b = 0) {
   uint64_t x =
       a * 0x9E3779B97F4A7C15ull + (b ^ (b >> 29)) * 0xD6E8FEB86659FD93ull + 0x632BE59BD9B4E019ull;
@@ -40,6 +43,10 @@ inline uint64_t LayerOut(uint64_t hidden, uint64_t attended, LayerIndex layer) {
 inline float Logprob(uint64_t hidden, TokenId token) {
   return -static_cast<float>(Mix(hidden, uint64_t{token} + 77) % 10240) / 1024.0f;
 }
+
+// Logits for this position are NaN if the sequence's seed says so.
+inline constexpr uint64_t kNanSeed = uint64_t{1} << 40;
+inline bool LogitsAreNan(uint64_t seed, uint32_t position) { return seed == kNanSeed + position; }
 
 // The alternatives reported: falling log-probability, ties by lower id.
 std::vector<std::pair<TokenId, float>> Top(uint64_t hidden, uint32_t num_top, uint32_t vocab_size);

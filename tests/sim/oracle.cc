@@ -56,6 +56,10 @@ Expected Expect(const SequenceSpec& spec, const ModelShape& model) {
   }
   for (uint32_t generated = 0; generated < spec.max_tokens; ++generated) {
     const uint32_t position = prompt_tokens + generated;
+    if (LogitsAreNan(spec.seed, position)) {
+      expected.reason = FinishReason::kError;
+      break;
+    }
     const TokenId token = Sample(hidden, params, position, prompt_tokens, model.vocab_size);
     expected.tokens.push_back(
         {position, token, Logprob(hidden, token),

@@ -21,7 +21,7 @@ Scenario MakeScenario(World* world) {
   for (uint32_t l = 0; l < num_layers; ++l) m.layer_weight_bytes.push_back(w.Random(1000, 6000));
   m.embedding_bytes = w.Random(0, 4000);
   m.head_bytes = w.Random(0, 4000);
-  m.block_bytes = 1000;
+  m.block_bytes = 1024;
   m.stage_workspace_bytes = w.Random(0, 500);
   m.fingerprint = 42;
 
@@ -61,6 +61,7 @@ Scenario MakeScenario(World* world) {
   s.cancel_chance = w.Pick({0.0, 0.1, 0.5});
   s.deadline_chance = w.Pick({0.0, 0.0, 0.2});
   s.bad_request_chance = w.Pick({0.0, 0.1});
+  s.nan_chance = w.Pick({0.0, 0.0, 0.2});
   s.prompt_tokens_max = static_cast<uint32_t>(w.Pick({4, 30, 100, 200}));
   s.max_tokens_max = static_cast<uint32_t>(w.Pick({3, 20, 80, 200, 200}));
 

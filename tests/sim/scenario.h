@@ -26,6 +26,7 @@ struct Scenario {
   double cancel_chance = 0;
   double deadline_chance = 0;
   double bad_request_chance = 0;
+  double nan_chance = 0;  // of a sequence whose logits become NaN
   uint32_t prompt_tokens_max = 0;
   uint32_t max_tokens_max = 0;
 

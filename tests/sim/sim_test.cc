@@ -57,6 +57,7 @@ TEST(SimTest, ManySeeds) {
     }
     sum.requests += outcome.requests;
     sum.sequences_finished += outcome.sequences_finished;
+    sum.sequences_nan += outcome.sequences_nan;
     sum.evictions += outcome.evictions;
     sum.lies_told += outcome.lies_told;
     sum.lies_caught += outcome.lies_caught;
@@ -78,6 +79,7 @@ TEST(SimTest, ManySeeds) {
   if (count < 100) return;
   // The faults must be there, or the run proves nothing.
   EXPECT_GT(sum.sequences_finished, sum.requests / 2);
+  EXPECT_GT(sum.sequences_nan, count / 10);
   EXPECT_GT(sum.stats.preemptions, count / 10);
   EXPECT_GT(sum.stats.recoveries, count / 10);
   EXPECT_GT(sum.stats.replayed_tokens, count);

@@ -2,33 +2,26 @@
 #include "tests/sim/sim_worker.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "proto/epoch_wire.h"
+#include "proto/limits.h"
 #include "proto/status_macros.h"
 #include "proto/version.h"
 
 namespace strait::sim {
-namespace {
-
-PipelineEpoch FromWire(const v1::PipelineEpoch& wire) { return {wire.term(), wire.counter()}; }
-
-void ToWire(PipelineEpoch epoch, v1::PipelineEpoch* wire) {
-  wire->set_term(epoch.term);
-  wire->set_counter(epoch.counter);
-}
-
-}  // namespace
 
 SimWorker::SimWorker(World* world, Network* network, Control* control, const Scenario* scenario,
-                     uint64_t instance, uint64_t memory_bytes)
+                     uint64_t instance, uint64_t memory_bytes, uint64_t weights)
     : world_(world),
       control_(control),
       scenario_(scenario),
       instance_(instance),
       memory_bytes_(memory_bytes),
-      backend_(&scenario->model, memory_bytes),
+      backend_(&scenario->model, memory_bytes, weights),
       transport_(
           network, absl::StrCat("worker-", instance),
           {[this](const Edge& edge) { OnEdgeUp(edge); },
@@ -63,6 +56,9 @@ v1::Hello SimWorker::Hello() const {
   hello.set_data_address(absl::StrCat("worker-", instance_));
   hello.set_memory_bytes(memory_bytes_);
   hello.set_model_fingerprint(scenario_->model.fingerprint);
+  hello.set_weights_fingerprint(backend_.weights());
+  hello.set_cache_row_bytes(
+      static_cast<uint32_t>(scenario_->model.block_bytes / limits::kBlockTokens));
   hello.set_numerics_id(backend_.numerics_id());
   hello.set_backend("hash");
   hello.set_instance(instance_);
@@ -279,11 +275,23 @@ void SimWorker::Finish(uint64_t stage_id, uint64_t stream,
       if (!sent.ok()) world_->Trace(absl::StrCat("stage ", stage_id, ": ", sent.ToString()));
     }
     v1::FromWorker message;
+    VoidNan(&output->report);
     const bool lie = lie_next_ && Lie(&output->report);
     *message.mutable_report() = std::move(output->report);
     Send(std::move(message), lie);
   }
   Drain();
+}
+
+// What no number came of is told by an error of that sequence.
+void SimWorker::VoidNan(v1::StageReport* report) {
+  for (v1::SequenceResult& result : *report->mutable_results()) {
+    if (!std::isnan(result.sampled().logprob())) continue;
+    result.clear_scored();
+    result.clear_sampled();
+    result.set_error_code(static_cast<uint32_t>(absl::StatusCode::kDataLoss));
+    result.set_error_message("NaN");
+  }
 }
 
 bool SimWorker::Lie(v1::StageReport* report) {

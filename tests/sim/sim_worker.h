@@ -38,7 +38,7 @@ class Control {
 class SimWorker {
  public:
   SimWorker(World* world, Network* network, Control* control, const Scenario* scenario,
-            uint64_t instance, uint64_t memory_bytes);
+            uint64_t instance, uint64_t memory_bytes, uint64_t weights);
 
   v1::Hello Hello() const;
   void Receive(const v1::ToWorker& message);  // in its own time
@@ -59,6 +59,8 @@ class SimWorker {
   bool lied() const { return lied_; }
   uint64_t instance() const { return instance_; }
   uint64_t memory_bytes() const { return memory_bytes_; }
+  // Has weights that the others have not.
+  bool is_foreign() const { return backend_.weights() != kHashWeights; }
   uint64_t steps_run() const { return steps_run_; }
   absl::Status CheckIntegrity() const;
   // Latent blocks held by stages of this epoch counter or a newer one.
@@ -87,6 +89,7 @@ class SimWorker {
   void Drain();  // does what has arrived, then computes, as far as it is free
   void TryRun();
   void Finish(uint64_t stage_id, uint64_t stream, const std::shared_ptr<StepOutput>& output);
+  static void VoidNan(v1::StageReport* report);
   bool Lie(v1::StageReport* report);
 
   World* const world_;

@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "proto/json.h"
 #include "tests/sim/client.h"
+#include "tests/sim/hash_model.h"
 #include "tests/sim/scenario.h"
 #include "tests/sim/sim_worker.h"
 #include "tests/sim/world.h"
@@ -66,7 +67,10 @@ class Simulation : public Control {
   void Close(const StreamPtr& stream, const absl::Status& why, bool core_learns);
   void OnEvict(const EvictWorker& evict);
 
-  void StartWorker(uint64_t memory_bytes);
+  json::Value Status() const;
+  void StartWorker(uint64_t memory_bytes, uint64_t weights = kHashWeights);
+  // A worker with other weights dials: it must be refused, and vanishes.
+  void AttachForeign(const StreamPtr& stream);
   void SubmitOne();
   void Fault();
   void Heal();
@@ -103,9 +107,24 @@ void Simulation::Dial(SimWorker* worker) {
     by_id_[stream->id] = stream;
     world_.Trace(
         absl::StrCat("w", stream->worker->instance(), " attaches as worker ", stream->id.value));
+    if (stream->worker->is_foreign()) return AttachForeign(stream);
     core_.OnWorkerAttached(stream->id, stream->worker->Hello(), world_.now_us());
     PumpSoon();
   });
+}
+
+void Simulation::AttachForeign(const StreamPtr& stream) {
+  // Alone it would be welcome: a cluster of nobody has no weights.
+  if (!Status().at("workers").as_array().empty()) {
+    core_.OnWorkerAttached(stream->id, stream->worker->Hello(), world_.now_us());
+    Pump();
+    if (stream->open) world_.Violation("a worker with other weights was let in");
+  }
+  stream->worker->Kill();
+}
+
+json::Value Simulation::Status() const {
+  return *json::Parse(core_.StatusJson(world_.now_us()), "status");
 }
 
 void Simulation::FromWorker(SimWorker* worker, v1::FromWorker message, bool lie) {
@@ -130,9 +149,8 @@ void Simulation::FromWorker(SimWorker* worker, v1::FromWorker message, bool lie)
 }
 
 bool Simulation::EpochIsActive(const v1::StageReport& report) const {
-  const absl::StatusOr<json::Value> status =
-      json::Parse(core_.StatusJson(world_.now_us()), "status");
-  for (const json::Value& value : status->at("pipelines").as_array()) {
+  const json::Value status = Status();
+  for (const json::Value& value : status.at("pipelines").as_array()) {
     if (value.at("state").as_string() != "active" ||
         value.at("epoch").at("counter").to_number<uint64_t>() != report.epoch().counter()) {
       continue;
@@ -184,7 +202,11 @@ void Simulation::OnEvict(const EvictWorker& evict) {
   world_.Trace(absl::StrCat("evict w", worker.instance(), ": ", why));
   const bool late = absl::IsDeadlineExceeded(evict.why) || absl::IsAborted(evict.why);
   const bool failed = why.find("its stage failed") != std::string::npos;
-  if (worker.lied() && !late && !failed) {
+  if (worker.is_foreign()) {
+    if (why.find("fingerprint") == std::string::npos) {
+      world_.Violation("a worker with other weights was refused for another reason: " + why);
+    }
+  } else if (worker.lied() && !late && !failed) {
     ++outcome_.lies_caught;
   } else if (failed ? scenario_.num_faults == 0
                     : !late || (scenario_.num_faults == 0 && scenario_.slow_message_chance == 0)) {
@@ -237,9 +259,9 @@ void Simulation::Tick() {
 
 // ---------------------------------------------------------------- what happens to it
 
-void Simulation::StartWorker(uint64_t memory_bytes) {
+void Simulation::StartWorker(uint64_t memory_bytes, uint64_t weights) {
   workers_.push_back(std::make_unique<SimWorker>(&world_, &network_, this, &scenario_,
-                                                 workers_.size() + 1, memory_bytes));
+                                                 workers_.size() + 1, memory_bytes, weights));
 }
 
 void Simulation::SubmitOne() {
@@ -273,7 +295,7 @@ void Simulation::Fault() {
   SimWorker* worker = alive[world_.Random(0, alive.size() - 1)];
   const std::string name = absl::StrCat("fault: w", worker->instance());
   const StreamPtr stream = streams_[worker];
-  switch (world_.Random(0, 9)) {
+  switch (world_.Random(0, 10)) {
     case 0:
     case 1:
     case 2:
@@ -311,6 +333,9 @@ void Simulation::Fault() {
     case 9:
       world_.Trace(name + "'s next load fails");
       return worker->FailNextLoad();
+    case 10:
+      world_.Trace("fault: a worker with other weights joins");
+      return StartWorker(worker->memory_bytes(), kHashWeights + 1);
   }
 }
 
@@ -395,6 +420,7 @@ Outcome Simulation::Run() {
   outcome_.violation = world_.violation();
   outcome_.stats = core_.Stats();
   outcome_.sequences_finished = clients_.num_finished();
+  outcome_.sequences_nan = clients_.num_nan();
   outcome_.virtual_us = world_.now_us() - begin_us;
   return outcome_;
 }

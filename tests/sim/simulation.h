@@ -20,6 +20,7 @@ struct Outcome {
   CoreStats stats;
   uint32_t requests = 0;
   uint32_t sequences_finished = 0;  // got all that they asked for
+  uint32_t sequences_nan = 0;       // ended because their logits were NaN
   uint32_t evictions = 0;
   uint32_t lies_told = 0;
   uint32_t lies_caught = 0;

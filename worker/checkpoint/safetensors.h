@@ -22,6 +22,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "worker/checkpoint/bus_error.h"
 
 namespace strait {
 
@@ -50,12 +51,13 @@ class SafetensorsFile {
 
  private:
   SafetensorsFile(std::string path, const std::byte* data, uint64_t size)
-      : path_(std::move(path)), data_(data), size_(size) {}
+      : path_(std::move(path)), data_(data), size_(size), watched_(data, size, path_.c_str()) {}
   absl::Status ParseHeader();
 
   const std::string path_;
   const std::byte* const data_;
   const uint64_t size_;
+  const WatchedMapping watched_;  // a fault in the mapping is told with the path
   absl::flat_hash_map<std::string, TensorEntry> tensors_;
 };
 

@@ -23,16 +23,6 @@ namespace {
 // Raise it with every change that may change a bit of the results.
 constexpr int kKernelRevision = 1;
 
-uint64_t AnnouncedWeightBytes(const ModelConfig& config, LayerRange layers) {
-  uint64_t bytes = 0;
-  for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
-    bytes += LayerWeightBytes(config, layer);
-  }
-  if (layers.begin == 0) bytes += EmbeddingBytes(config);
-  if (layers.end == config.num_hidden_layers) bytes += HeadBytes(config);
-  return bytes;
-}
-
 }  // namespace
 
 struct CpuBackend::Shared {
@@ -250,7 +240,7 @@ absl::StatusOr<std::unique_ptr<StageModel>> CpuBackend::Load(
   }
   const auto what = absl::StrCat("a stage of layers ", spec.layers.begin, " to ", spec.layers.end,
                                  " with ", spec.pool_blocks, " latent blocks");
-  const uint64_t announced_bytes = AnnouncedWeightBytes(config, spec.layers);
+  const uint64_t announced_bytes = StageWeightBytes(config, spec.layers);
   const uint64_t pool_bytes = uint64_t{spec.pool_blocks} * block_bytes();
   // Before anything is read: a stage that cannot fit must not push others out of the page cache.
   STRAIT_ASSIGN_OR_RETURN(MemoryBudget::Share share,

@@ -50,10 +50,10 @@ class CpuBackend final : public Backend {
   uint32_t num_layers() const override;
   uint32_t vocab_size() const override;
   uint32_t max_positions() const override;
+  uint64_t block_bytes() const override;
   std::string numerics_id() const override;
 
   const ModelConfig& config() const;
-  uint64_t block_bytes() const;   // one latent block of one layer
   uint64_t memory_bytes() const;  // the budget
 
   struct Shared;  // what stages keep alive

@@ -2,8 +2,10 @@
 #include "worker/model/logits.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "kernels/cpu/kernels.h"
 #include "proto/check.h"
 #include "worker/model/token_counts.h"
@@ -64,6 +66,13 @@ LogitsResult ReadLogits(cpu::Context& context, const float* logits, uint32_t voc
                         const LogitsRequest& request) {
   const LogitStats stats = cpu::ComputeLogitStats(context, logits, vocab_size);
   LogitsResult result;
+  // One logit that is NaN or infinite makes the sum so.
+  if (!std::isfinite(stats.log_sum_exp)) {
+    result.status = absl::DataLossError(absl::StrCat(
+        "the logits at position ", position,
+        " are not finite: the weights hold NaN or infinity, or the model overflows on this text"));
+    return result;
+  }
   if (request.sample) {
     STRAIT_CHECK(sequence.sampling != nullptr);
     result.token = SampleToken(context, logits, vocab_size, sequence, position);

@@ -4,6 +4,7 @@
 //
 // Thread:  one call at a time per context.
 // Shapes:  logits [vocab_size] fp32.
+// Errors:  LogitsResult::status DataLoss: NaN or plus infinity among the logits.
 // Why:     noise is keyed by (seed, choice_index, position of the sampled token), so a sequence's
 //          sampler has no state that could be lost.
 #pragma once

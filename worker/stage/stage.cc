@@ -13,6 +13,7 @@
 #include "proto/limits.h"
 #include "proto/reservation.h"
 #include "proto/status_macros.h"
+#include "proto/text.h"
 #include "worker/cache/latent_cache.h"
 #include "worker/stage/plan_ledger.h"
 
@@ -38,6 +39,10 @@ struct Resident {
   SamplingParams sampling;
   TokenId sampled = 0;  // by this stage, when the ledger says that a step sampled it
 };
+
+std::string Bounded(const absl::Status& status) {
+  return PrintableText(ToStd(status.message()), limits::kMaxErrorMessageBytes);
+}
 
 void SetTokenLogprob(const LogitsResult& result, v1::TokenLogprob* wire) {
   wire->set_token_id(result.token);
@@ -331,6 +336,15 @@ void Stage::State::FillResults(const v1::StepPlan& plan, const std::vector<Logit
     if (step.logits().empty()) continue;
     v1::SequenceResult* wire = report->add_results();
     wire->set_sequence_id(step.sequence_id());
+    const auto end = result + step.logits_size();
+    const auto bad =
+        std::find_if(result, end, [](const LogitsResult& one) { return !one.status.ok(); });
+    if (bad != end) {
+      wire->set_error_code(static_cast<uint32_t>(bad->status.code()));
+      wire->set_error_message(Bounded(bad->status));
+      result = end;
+      continue;
+    }
     for (const v1::LogitsWanted& wanted : step.logits()) {
       STRAIT_CHECK(result->token < vocab_size);
       if (wanted.has_sample()) {
@@ -376,7 +390,7 @@ StepOutput Stage::RunNext(const std::function<uint64_t()>& clock) {
   report.set_wait_us(wait_us);
   if (!status.ok()) {
     report.set_error_code(static_cast<uint32_t>(status.code()));
-    report.set_error_message(std::string(status.message()));
+    report.set_error_message(Bounded(status));
     s.failed = true;
     s.plans.clear();
     s.hiddens.clear();

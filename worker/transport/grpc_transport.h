@@ -9,8 +9,8 @@
 //          callback.
 // Errors:  Create: Unavailable (the address is taken), InvalidArgument. A sender that contradicts
 //          itself is ended with InvalidArgument or DataLoss, one of an older epoch with Aborted,
-//          one that nobody expects in time with FailedPrecondition; each is counted, and other
-//          edges do not notice.
+//          one that nobody expects in time with FailedPrecondition, one that does not show its
+//          edge's nonce with PermissionDenied; each is counted, and other edges do not notice.
 // Limits:  GrpcTransportOptions; kMaxIncomingStreams, kMaxParkedOpens.
 // Why:     a sender may open before the receiver has entered its epoch: it is parked (not read
 //          from), so nothing has to be kept for an epoch that may never come.
@@ -59,7 +59,12 @@ class GrpcTransport final : public Transport {
   void Connect(const Edge& edge) override;
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
   void Disconnect(uint64_t from_stage_id) override;
-  void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) override;
+  void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) override {
+    Expect(to_stage_id, epoch, from_stage_id, 0);
+  }
+  // And only a sender that shows `nonce`: this port is open to all who reach it, as a simulated one
+  // is not.
+  void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id, uint64_t nonce);
   void Forget(uint64_t to_stage_id) override;
   void Consumed(uint64_t to_stage_id, StepId step) override;
 

@@ -21,9 +21,6 @@ using std::chrono_literals::operator""s;
 constexpr auto kOpenTimeout = 10s;
 constexpr size_t kReplyQueueMessages = 1024;
 constexpr size_t kReplyQueueBytes = 64 << 10;
-// A credit is sent when this much was consumed since the last.
-constexpr uint64_t kCreditSteps = 32;
-constexpr uint64_t kCreditBytes = 64 << 20;
 
 }  // namespace
 
@@ -33,6 +30,7 @@ struct HiddenReceiver::Incoming {
   // Set once by the open, before `admitted`.
   uint64_t to_stage_id = 0;
   uint64_t from_stage_id = 0;
+  uint64_t nonce = 0;
   PipelineEpoch epoch;
   uint64_t parked_since_us = 0;  // guarded by mu_ of the receiver
   std::atomic<bool> opened = false;
@@ -48,8 +46,6 @@ struct HiddenReceiver::Incoming {
   std::mutex mu;
   std::deque<std::pair<StepId, uint64_t>> outstanding;  // guarded by mu: delivered, not consumed
   uint64_t outstanding_bytes = 0;                       // guarded by mu
-  uint64_t uncredited_steps = 0;                        // loop thread
-  uint64_t uncredited_bytes = 0;                        // loop thread
 
   Edge AsEdge() const {
     return {.from_stage_id = from_stage_id,
@@ -148,6 +144,7 @@ absl::Status HiddenReceiver::CheckOpen(const v1::HiddenOpen& open) const {
 void HiddenReceiver::OnOpen(const IncomingPtr& incoming, const v1::HiddenOpen& open) {
   incoming->to_stage_id = open.to_stage_id();
   incoming->from_stage_id = open.from_stage_id();
+  incoming->nonce = open.edge_nonce();
   incoming->epoch = {open.epoch().term(), open.epoch().counter()};
   incoming->opened = true;
   absl::Status admitted;
@@ -181,6 +178,12 @@ absl::Status HiddenReceiver::Admit(const IncomingPtr& incoming) {
     return absl::AbortedError(absl::StrCat("stage ", incoming->to_stage_id, " is in epoch ",
                                            ToString(expected.epoch), ", the sender in ",
                                            ToString(incoming->epoch)));
+  }
+  // Before anything that the sender could change: a stranger neither takes the edge nor learns more.
+  if (incoming->nonce != expected.nonce) {
+    return absl::PermissionDeniedError(absl::StrCat(
+        "the sender does not know the nonce of the edge to stage ", incoming->to_stage_id,
+        " in epoch ", ToString(expected.epoch), ": its coordinator is another, or it has none"));
   }
   if (expected.from_stage_id != 0 && expected.from_stage_id != incoming->from_stage_id) {
     return absl::FailedPreconditionError(absl::StrCat("stage ", incoming->to_stage_id,
@@ -264,7 +267,8 @@ void HiddenReceiver::OnEnd(const IncomingPtr& incoming, absl::Status status) {
   }
 }
 
-void HiddenReceiver::Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) {
+void HiddenReceiver::Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id,
+                            uint64_t nonce) {
   std::vector<std::pair<IncomingPtr, absl::Status>> settled;
   {
     std::lock_guard lock(mu_);
@@ -274,7 +278,7 @@ void HiddenReceiver::Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t 
                            absl::AbortedError(absl::StrCat("stage ", to_stage_id, " entered epoch ",
                                                            ToString(epoch))));
     }
-    expected = {.epoch = epoch, .from_stage_id = from_stage_id};
+    expected = {.epoch = epoch, .from_stage_id = from_stage_id, .nonce = nonce};
     std::erase_if(parked_, [&](const IncomingPtr& incoming) {
       if (incoming->to_stage_id != to_stage_id) return false;
       absl::Status admitted = Admit(incoming);
@@ -321,22 +325,12 @@ void HiddenReceiver::Consumed(uint64_t to_stage_id, StepId step) {
     std::lock_guard lock(incoming->mu);
     const bool full = incoming->outstanding_bytes >= receive_bytes_max_;
     while (!incoming->outstanding.empty() && incoming->outstanding.front().first <= step) {
-      const uint64_t bytes = incoming->outstanding.front().second;
-      incoming->outstanding_bytes -= bytes;
-      incoming->uncredited_bytes += bytes;
-      ++incoming->uncredited_steps;
+      incoming->outstanding_bytes -= incoming->outstanding.front().second;
       incoming->outstanding.pop_front();
     }
     resume = full && incoming->outstanding_bytes < receive_bytes_max_;
   }
   if (resume) incoming->stream->Resume();
-  if (incoming->uncredited_steps >= kCreditSteps || incoming->uncredited_bytes >= kCreditBytes) {
-    incoming->uncredited_steps = 0;
-    incoming->uncredited_bytes = 0;
-    v1::HiddenReply reply;
-    reply.set_consumed_step_id(step.value);
-    (void)incoming->stream->Send(EncodeReply(reply));
-  }
 }
 
 void HiddenReceiver::CheckDeadlines(uint64_t now_us) {

@@ -40,7 +40,7 @@ class HiddenReceiver {
   grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Accept(
       grpc::CallbackServerContext* context);
 
-  void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id);
+  void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id, uint64_t nonce);
   void Forget(uint64_t to_stage_id);
   void Consumed(uint64_t to_stage_id, StepId step);
   void CheckDeadlines(uint64_t now_us);
@@ -58,6 +58,7 @@ class HiddenReceiver {
   struct Expectation {
     PipelineEpoch epoch;
     uint64_t from_stage_id = 0;
+    uint64_t nonce = 0;
     bool opened = false;  // a sender was let in; an edge is never opened twice in an epoch
     IncomingPtr current;  // null again when it ended
   };

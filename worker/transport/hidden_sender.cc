@@ -93,6 +93,7 @@ void HiddenSender::Connect(const Edge& edge) {
   open.set_from_stage_id(edge.from_stage_id);
   open.mutable_epoch()->set_term(edge.epoch.term);
   open.mutable_epoch()->set_counter(edge.epoch.counter);
+  open.set_edge_nonce(edge.nonce);
   open.set_element_bytes(sizeof(float));
   open.set_hidden_size(hidden_row_bytes_ / sizeof(float));
   // Fails only if the stream has ended already, which on_end tells.

@@ -28,6 +28,7 @@ struct Edge {
   uint64_t to_stage_id = 0;
   PipelineEpoch epoch;
   std::string peer_address;  // data address of the receiver
+  uint64_t nonce = 0;        // the receiver lets in only who shows the nonce that it was told
 };
 
 struct TransportEvents {
@@ -50,7 +51,7 @@ class Transport {
   // The stage is gone: its senders are ended, nothing is expected for it any more.
   virtual void Forget(uint64_t to_stage_id) = 0;
   // All hidden states of `to_stage_id` up to `step` were computed: their memory counts no more
-  // against the receiving side's bound, and the sender is told.
+  // against the receiving side's bound.
   virtual void Consumed(uint64_t to_stage_id, StepId step) = 0;
 };
 

@@ -28,7 +28,7 @@ class ChildTest : public ::testing::Test {
 
   std::string log() const { return folder_ + "/log"; }
   int RunToEnd(std::vector<std::string> argv) {
-    const absl::StatusOr<pid_t> pid = Spawn({std::move(argv), log()});
+    const absl::StatusOr<pid_t> pid = Spawn({std::move(argv), log(), {}});
     EXPECT_TRUE(pid.ok()) << pid.status();
     int status = 0;
     EXPECT_EQ(waitpid(*pid, &status, 0), *pid);
@@ -44,6 +44,20 @@ TEST_F(ChildTest, OutputGoesToTheLogAndTheEndIsDescribed) {
   EXPECT_EQ(TailOf(log(), 1), "err");
 }
 
+// Regression: keys were handed on by the command line, which every user of the machine can read.
+TEST_F(ChildTest, EnvironmentIsHandedOnAndWins) {
+  ASSERT_EQ(setenv("STRAIT_CHILD_TEST", "ours", 1), 0);
+  ASSERT_EQ(setenv("STRAIT_CHILD_TEST_KEPT", "kept", 1), 0);
+  const absl::StatusOr<pid_t> pid =
+      Spawn({{"/bin/sh", "-c", "echo $STRAIT_CHILD_TEST $STRAIT_CHILD_TEST_KEPT"},
+             log(),
+             {"STRAIT_CHILD_TEST=theirs"}});
+  ASSERT_TRUE(pid.ok()) << pid.status();
+  int status = 0;
+  ASSERT_EQ(waitpid(*pid, &status, 0), *pid);
+  EXPECT_EQ(TailOf(log(), 5), "theirs kept");
+}
+
 TEST_F(ChildTest, DeathBySignalIsDescribed) {
   EXPECT_EQ(DescribeExit(RunToEnd({"/bin/sh", "-c", "kill -9 $$"})), "signal 9 (Killed)");
 }
@@ -51,7 +65,7 @@ TEST_F(ChildTest, DeathBySignalIsDescribed) {
 TEST_F(ChildTest, ChildLeadsItsOwnProcessGroupWithoutBlockedSignals) {
   const absl::StatusOr<Signals> signals = Signals::Create();  // blocks them here
   ASSERT_TRUE(signals.ok());
-  const absl::StatusOr<pid_t> pid = Spawn({{"/bin/sleep", "60"}, log()});
+  const absl::StatusOr<pid_t> pid = Spawn({{"/bin/sleep", "60"}, log(), {}});
   ASSERT_TRUE(pid.ok()) << pid.status();
   EXPECT_EQ(getpgid(*pid), *pid);
   ASSERT_EQ(kill(*pid, SIGTERM), 0);
@@ -61,7 +75,7 @@ TEST_F(ChildTest, ChildLeadsItsOwnProcessGroupWithoutBlockedSignals) {
 }
 
 TEST_F(ChildTest, MissingProgramIsAnErrorThatNamesIt) {
-  const absl::StatusOr<pid_t> pid = Spawn({{"/nowhere/strait-worker"}, log()});
+  const absl::StatusOr<pid_t> pid = Spawn({{"/nowhere/strait-worker"}, log(), {}});
   ASSERT_FALSE(pid.ok());
   EXPECT_EQ(pid.status().code(), absl::StatusCode::kUnavailable);
   EXPECT_THAT(std::string(pid.status().message()), HasSubstr("/nowhere/strait-worker"));

@@ -26,6 +26,10 @@ TEST(FormatTest, TableSetsTextLeftAndNumbersRight) {
             "100  worker\n");
 }
 
+TEST(FormatTest, NegativeNumbersAreNumbers) {
+  EXPECT_EQ(FormatTable({{"difference"}, {"-0.5"}, {"-"}}), "difference\n      -0.5\n         -\n");
+}
+
 TEST(FormatTest, WidthCountsCharactersNotBytes) {
   EXPECT_EQ(FormatTable({{"a", "b"}, {"é", "x"}, {"ab", "y"}}), "a   b\né   x\nab  y\n");
 }

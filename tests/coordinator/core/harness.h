@@ -30,7 +30,7 @@ inline ModelShape SmallModel(uint32_t num_layers = 4) {
   model.layer_weight_bytes.assign(num_layers, 1000);
   model.embedding_bytes = 500;
   model.head_bytes = 500;
-  model.block_bytes = 100;
+  model.block_bytes = 128;
   model.stage_workspace_bytes = 50;
   model.fingerprint = 7;
   return model;
@@ -63,16 +63,24 @@ class Harness {
 
   Harness(CoreOptions options, ModelShape model) : core(std::move(options), std::move(model)) {}
 
-  WorkerId Attach(uint64_t memory_bytes) {
-    const WorkerId id{workers.size() + 1};
-    workers[id];
+  // The Hello of the next worker.
+  v1::Hello MakeHello(uint64_t memory_bytes) const {
+    const uint64_t id = last_worker + 1;
     v1::Hello hello;
     hello.set_wire_version(kWireVersion);
-    hello.set_name("w" + std::to_string(id.value));
-    hello.set_data_address("host:" + std::to_string(id.value));
+    hello.set_name("w" + std::to_string(id));
+    hello.set_data_address("host:" + std::to_string(id));
     hello.set_memory_bytes(memory_bytes);
     hello.set_model_fingerprint(7);
-    hello.set_instance(id.value);
+    hello.set_weights_fingerprint(0xABC);
+    hello.set_cache_row_bytes(2);
+    hello.set_instance(id);
+    return hello;
+  }
+  WorkerId Attach(uint64_t memory_bytes) { return Attach(MakeHello(memory_bytes)); }
+  WorkerId Attach(const v1::Hello& hello) {
+    const WorkerId id{++last_worker};
+    workers[id];
     core.OnWorkerAttached(id, hello, now_us);
     Pump();
     return id;
@@ -173,6 +181,7 @@ class Harness {
   Core core;
   uint64_t now_us = 1'000'000;
   uint64_t last_request = 0;
+  uint64_t last_worker = 0;
   uint32_t next_token = 50;
   bool answer_loads = true;
   std::map<WorkerId, FakeWorker> workers;

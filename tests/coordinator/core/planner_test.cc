@@ -105,8 +105,8 @@ TEST(PlannerTest, MoreCacheThanCanBeUsedIsNotTaken) {
 TEST(PlannerTest, RefusalNamesTheNumbers) {
   const auto plan = PlanPipeline(Options(), SmallModel(4), std::vector<uint64_t>{2500, 2400});
   ASSERT_EQ(plan.status().code(), absl::StatusCode::kResourceExhausted);
-  // 4 x 1000 + 500 + 500 of weights, 2 x 50 of workspace, 4 blocks of 100.
-  EXPECT_NE(plan.status().message().find("5500"), absl::string_view::npos) << plan.status();
+  // 4 x 1000 + 500 + 500 of weights, 2 x 50 of workspace, 4 blocks of 128.
+  EXPECT_NE(plan.status().message().find("5612"), absl::string_view::npos) << plan.status();
   EXPECT_NE(plan.status().message().find("4900 (2500 + 2400)"), absl::string_view::npos)
       << plan.status();
 }

@@ -272,30 +272,21 @@ TEST(RecoveryTest, DeadlinesEndRequests) {
 
 TEST(RecoveryTest, AnotherModelOrVersionIsRefused) {
   Harness h(Options(1), SmallModel());
-  v1::Hello hello;
-  hello.set_wire_version(kWireVersion + 1);
-  hello.set_model_fingerprint(7);
-  h.core.OnWorkerAttached(WorkerId{50}, hello, h.now_us);
-  hello.set_wire_version(kWireVersion);
-  hello.set_model_fingerprint(8);
-  h.core.OnWorkerAttached(WorkerId{51}, hello, h.now_us);
-  h.Pump();
-  for (const uint64_t id : {50, 51}) {
-    EXPECT_EQ(h.workers.at(WorkerId{id}).why.code(), absl::StatusCode::kFailedPrecondition);
+  v1::Hello version = h.MakeHello(kMemory);
+  version.set_wire_version(kWireVersion + 1);
+  v1::Hello model = h.MakeHello(kMemory);
+  model.set_model_fingerprint(8);
+  for (const v1::Hello& hello : {version, model}) {
+    EXPECT_EQ(h.workers.at(h.Attach(hello)).why.code(), absl::StatusCode::kFailedPrecondition);
   }
 }
 
 TEST(RecoveryTest, AWorkerThatAttachesAgainReplacesItself) {
   Harness h(Options(1), SmallModel());
   const WorkerId old = h.Attach(kMemory);
-  v1::Hello hello;
-  hello.set_wire_version(kWireVersion);
-  hello.set_model_fingerprint(7);
-  hello.set_memory_bytes(kMemory);
+  v1::Hello hello = h.MakeHello(kMemory);
   hello.set_instance(old.value);
-  h.workers[WorkerId{2}];
-  h.core.OnWorkerAttached(WorkerId{2}, hello, h.now_us);
-  h.Pump();
+  h.Attach(hello);
   EXPECT_TRUE(h.workers.at(old).evicted);
   EXPECT_TRUE(h.core.Ready());
 }

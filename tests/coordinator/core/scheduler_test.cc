@@ -106,8 +106,8 @@ TEST(SchedulerTest, DecodeComesBeforePrefill) {
   EXPECT_EQ(plan.sequences(1).literals().ids_size(), 9);
 }
 
-// One stage of 4 layers: weights 5000, workspace 50; `columns` blocks a layer of 100 bytes each.
-uint64_t MemoryFor(uint32_t columns) { return 5050 + uint64_t{columns} * 4 * 100; }
+// One stage of 4 layers: weights 5000, workspace 50; `columns` blocks a layer of 128 bytes each.
+uint64_t MemoryFor(uint32_t columns) { return 5050 + uint64_t{columns} * 4 * 128; }
 
 TEST(SchedulerTest, OutOfBlocksTheYoungestGoesAndComesBack) {
   Harness h(Options(1), SmallModel());

@@ -132,6 +132,7 @@ class ClusterFixture {
       : shape(std::move(model)) {
     core.num_stages = stages;
     core.num_pipelines = pipelines;
+    core.accept_untold = true;
     CoordinatorOptions options;
     options.core = core;
     options.model = shape;

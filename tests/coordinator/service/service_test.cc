@@ -25,6 +25,7 @@ class ServiceTest : public testing::Test {
     CoordinatorOptions options;
     options.model = SmallShape();
     options.core.heartbeat_timeout_us = 1'000'000;
+    options.core.accept_untold = true;
     options.attach.listen_address = "127.0.0.1:0";
     options.attach.hello_timeout = 300ms;
     auto made = CoordinatorService::Create(std::move(options));
@@ -88,6 +89,14 @@ TEST_F(ServiceTest, AnotherModelIsRefused) {
   const grpc::Status ended = Outcome({hello});
   EXPECT_EQ(ended.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
   EXPECT_THAT(ended.error_message(), HasSubstr("model"));
+}
+
+TEST_F(ServiceTest, AnotherCacheFormatIsRefused) {
+  v1::FromWorker hello = GoodHello();
+  hello.mutable_hello()->set_cache_row_bytes(4);
+  const grpc::Status ended = Outcome({hello});
+  EXPECT_EQ(ended.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_THAT(ended.error_message(), HasSubstr("--cache-format"));
 }
 
 TEST_F(ServiceTest, GarbageHelloIsInvalid) {

@@ -8,6 +8,7 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <fstream>
 #include <set>
 #include <string>
@@ -140,6 +141,75 @@ TEST(WorkspaceTest, IsASmallPartOfTheWeights) {
   }
   EXPECT_EQ(CreateWorkspace(config, uint64_t{30} << 30)->tile_rows, kMaxTileRows);
   EXPECT_EQ(CreateWorkspace(config, 1)->tile_rows, kMinTileRows);
+}
+
+// ---- Logits that are no numbers ----
+
+// Random weights, but the embedding of one token is NaN.
+class PoisonedWeights final : public WeightSource {
+ public:
+  PoisonedWeights(const ModelConfig& config, TokenId poisoned)
+      : weights_(MakeRandomWeights(config, 1, 1)), poisoned_(poisoned) {}
+  const ModelConfig& config() const override { return weights_->config(); }
+  absl::StatusOr<LayerWeights> LoadLayer(LayerIndex layer) override {
+    return weights_->LoadLayer(layer);
+  }
+  absl::StatusOr<EmbeddingWeights> LoadEmbedding() override {
+    auto embedding = weights_->LoadEmbedding();
+    EXPECT_TRUE(embedding.ok());
+    WeightMatrix& table = embedding->embed_tokens;
+    EXPECT_EQ(table.type, WeightType::kBf16);
+    const auto* values = static_cast<const uint16_t*>(table.data);
+    table_.assign(values, values + table.rows * table.cols);
+    std::fill_n(table_.begin() + poisoned_ * table.cols, table.cols, uint16_t{0x7fc0});
+    table.data = table_.data();
+    return embedding;
+  }
+  absl::StatusOr<HeadWeights> LoadHead() override { return weights_->LoadHead(); }
+
+ private:
+  const std::unique_ptr<WeightSource> weights_;
+  const TokenId poisoned_;
+  std::vector<uint16_t> table_;
+};
+
+// Regression: a NaN was sampled from as if it were a number, and its log-probability reported.
+TEST(NotFiniteTest, IsToldAndTouchesNoOtherSequence) {
+  const std::vector<TokenId> well = {1, 2, 3};
+  const std::vector<TokenId> bad = {4, 7, 5};
+  for (const std::vector<LayerIndex>& ends : {std::vector<LayerIndex>{5}, {2, 5}}) {
+    std::string alone;
+    for (const bool together : {false, true}) {
+      CpuBackendOptions options;
+      options.memory_bytes = 1 << 30;
+      TestPipeline pipeline(options, std::make_unique<PoisonedWeights>(TinyV3(), 7), ends);
+      v1::StepPlan plan = pipeline.Plan();
+      if (together) {
+        AddOpen(&plan, 1, 3);
+        v1::SequenceStep* rows = AddRows(&plan, 1, 0, bad);
+        WantScore(rows, 0, 7);  // position 0 has seen no NaN
+        WantScore(rows, 1, 5);
+        WantSample(rows, 2);
+      }
+      AddOpen(&plan, 2, 3);
+      v1::SequenceStep* rows = AddRows(&plan, 2, 0, well);
+      WantScore(rows, 1, 3);
+      WantSample(rows, 2, 5);
+      const auto results = pipeline.Run(plan);
+      ASSERT_EQ(results.size(), together ? 2u : 1u);
+      const std::string got = results.back().SerializeAsString();
+      EXPECT_EQ(results.back().error_code(), 0u);
+      if (!together) {
+        alone = got;
+        continue;
+      }
+      EXPECT_EQ(got, alone);
+      EXPECT_EQ(static_cast<absl::StatusCode>(results[0].error_code()),
+                absl::StatusCode::kDataLoss);
+      EXPECT_THAT(results[0].error_message(), HasSubstr("position 1 are not finite"));
+      EXPECT_EQ(results[0].scored_size(), 0);
+    }
+  }
 }
 
 // ---- Sampling, through a stage ----

@@ -82,6 +82,7 @@ class FakeModel : public StageModel {
       result.token = request.sample ? static_cast<TokenId>(hash % kFakeVocab) : request.token;
       result.logprob = -static_cast<float>(hash % 4096);
       for (uint32_t i = 0; i < request.num_top; ++i) result.top.emplace_back(i, -1.0f - i);
+      if (sequence.id == bad_sequence) result.status = absl::DataLossError("no numbers");
       results->push_back(result);
     }
     if (!last_) std::memset(hidden_out.data(), 1, hidden_out.size());
@@ -94,6 +95,7 @@ class FakeModel : public StageModel {
   uint64_t cache_bytes() const override { return rows_.size() * sizeof(uint64_t); }
 
   bool fail_next = false;
+  SequenceId bad_sequence{0};  // its logits are no numbers
   int num_forwards = 0;
 
  private:

@@ -41,6 +41,44 @@ std::vector<TokenId> Tokens(uint32_t count, TokenId first = 10) {
   return tokens;
 }
 
+// Regression: one sequence whose logits were NaN brought down the stage, and with it all the others.
+TEST(StageTest, LogitsThatAreNoNumbersEndTheirSequenceAlone) {
+  FakeStage f = OneStage();
+  f.model->bad_sequence = SequenceId{4};
+  const auto tokens = Tokens(3);
+  v1::StepPlan plan = f.Plan(1);
+  for (const uint64_t id : {3, 4, 5}) {
+    AddOpen(&plan, id, 3);
+    v1::SequenceStep* rows = AddRows(&plan, id, 0, tokens);
+    WantScore(rows, 0, tokens[1]);
+    WantSample(rows, 2);
+  }
+  ASSERT_TRUE(f.stage->AcceptPlan(plan, 0).ok());
+  StepOutput out = f.Run();
+  EXPECT_EQ(out.report.error_code(), 0u) << out.report.error_message();
+  ASSERT_EQ(out.report.results_size(), 3);
+  for (const int well : {0, 2}) {
+    const v1::SequenceResult& result = out.report.results(well);
+    EXPECT_EQ(result.error_code(), 0u);
+    EXPECT_EQ(result.scored_size(), 1);
+    EXPECT_EQ(result.sampled().token_id(), FakeHash({0, 2}, tokens) % kFakeVocab);
+  }
+  const v1::SequenceResult& bad = out.report.results(1);
+  EXPECT_EQ(bad.sequence_id(), 4u);
+  EXPECT_EQ(static_cast<absl::StatusCode>(bad.error_code()), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(bad.error_message(), "no numbers");
+  EXPECT_EQ(bad.scored_size(), 0);
+  EXPECT_FALSE(bad.has_sampled());
+  // It is closed, the others go on.
+  plan = f.Plan(2);
+  AddClose(&plan, 4);
+  WantSample(AddRows(&plan, 3, 3, {1}), 0);
+  ASSERT_TRUE(f.stage->AcceptPlan(plan, 0).ok());
+  out = f.Run();
+  EXPECT_EQ(out.report.error_code(), 0u) << out.report.error_message();
+  EXPECT_TRUE(f.stage->CheckIntegrity().ok());
+}
+
 TEST(StageTest, RunsAPromptAndDecodesReportingWhatItHolds) {
   FakeStage f = OneStage();
   auto tokens = Tokens(70);

@@ -81,9 +81,12 @@ class Node {
   std::unique_ptr<GrpcTransport> transport;  // its callbacks end first
 };
 
-Edge EdgeTo(const Node& node, PipelineEpoch epoch = kEpoch) {
-  return {
-      .from_stage_id = kFrom, .to_stage_id = kTo, .epoch = epoch, .peer_address = node.address()};
+Edge EdgeTo(const Node& node, PipelineEpoch epoch = kEpoch, uint64_t nonce = 0) {
+  return {.from_stage_id = kFrom,
+          .to_stage_id = kTo,
+          .epoch = epoch,
+          .peer_address = node.address(),
+          .nonce = nonce};
 }
 
 HiddenStep Step(uint64_t id, uint32_t tokens, PipelineEpoch epoch = kEpoch) {
@@ -172,6 +175,34 @@ TEST(GrpcTransport, OnlyTheExpectedStageIsLetInAndOnce) {
   EXPECT_EQ(other.Next().status.code(), absl::StatusCode::kFailedPrecondition);
   ASSERT_TRUE(from.transport->Send(kFrom, Step(1, 1, {1, 6})).ok());
   EXPECT_EQ(to.Next().kind, Event::kHidden);
+}
+
+// Regression: whoever came first and said the right numbers, which are easy to guess, got the edge,
+// and the stage that it belonged to was refused and blamed.
+TEST(GrpcTransport, AStrangerCannotTakeAnEdge) {
+  Node from, to, stranger;
+  to.transport->Expect(kTo, kEpoch, kFrom, 0xfeed);
+  for (const uint64_t guess : {0, 1}) {
+    stranger.transport->Connect(EdgeTo(to, kEpoch, guess));
+    EXPECT_EQ(stranger.Next().status.code(), absl::StatusCode::kPermissionDenied);
+  }
+  EXPECT_EQ(to.transport->Stats().opens_refused, 2u);
+  from.transport->Connect(EdgeTo(to, kEpoch, 0xfeed));
+  ASSERT_EQ(from.Next().kind, Event::kUp);
+  ASSERT_TRUE(from.transport->Send(kFrom, Step(1, 3)).ok());
+  EXPECT_EQ(to.Next().hidden.step.value, 1u);
+}
+
+TEST(GrpcTransport, AStrangerWhoWaitsIsNotTakenForTheSender) {
+  Node from, to, stranger;
+  stranger.transport->Connect(EdgeTo(to, kEpoch, 1));
+  EXPECT_TRUE(stranger.Silent(100ms));  // parked, first in the row
+  from.transport->Connect(EdgeTo(to, kEpoch, 0xfeed));
+  EXPECT_TRUE(from.Silent(100ms));
+  to.transport->Expect(kTo, kEpoch, kFrom, 0xfeed);
+  EXPECT_EQ(from.Next().kind, Event::kUp);
+  EXPECT_EQ(stranger.Next().status.code(), absl::StatusCode::kPermissionDenied);
+  EXPECT_TRUE(to.Silent(50ms));
 }
 
 TEST(GrpcTransport, NobodyThereIsToldOnce) {

@@ -72,8 +72,7 @@ absl::StatusOr<std::unique_ptr<StageModel>> CudaBackend::Load(
   }
   const auto what = absl::StrCat("a stage of layers ", spec.layers.begin, " to ", spec.layers.end,
                                  " with ", spec.pool_blocks, " latent blocks");
-  const uint64_t block_bytes =
-      BlockBytes(RowFormat::kBf16, config.kv_lora_rank, config.qk_rope_head_dim);
+  const uint64_t block_bytes = this->block_bytes();
   STRAIT_ASSIGN_OR_RETURN(MemoryBudget::Share share,
                           MemoryBudget::Take(shared_->budget,
                                              AnnouncedWeightBytes(config, spec.layers) +
@@ -102,6 +101,9 @@ absl::StatusOr<std::unique_ptr<StageModel>> CudaBackend::Load(
 
 uint32_t CudaBackend::hidden_row_bytes() const {
   return config().hidden_size * static_cast<uint32_t>(sizeof(float));
+}
+uint64_t CudaBackend::block_bytes() const {
+  return BlockBytes(RowFormat::kBf16, config().kv_lora_rank, config().qk_rope_head_dim);
 }
 uint32_t CudaBackend::num_layers() const { return config().num_hidden_layers; }
 uint32_t CudaBackend::vocab_size() const { return config().vocab_size; }

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Defends: what a report means for its sequences, its stage and everybody else.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "tests/coordinator/core/harness.h"
+
+namespace strait {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+constexpr uint64_t kMemory = 100'000;
+
+CoreOptions Options(uint32_t num_stages) {
+  CoreOptions options;
+  options.num_stages = num_stages;
+  options.max_step_tokens = 64;
+  options.prefill_chunk = 32;
+  return options;
+}
+
+// Makes the results of the report's first sequence void.
+void Void(v1::StageReport* report) {
+  v1::SequenceResult* result = report->mutable_results(0);
+  result->clear_scored();
+  result->clear_sampled();
+  result->set_error_code(static_cast<uint32_t>(absl::StatusCode::kDataLoss));
+  result->set_error_message("row 9");
+}
+
+// The bug: NaN logits came as a log-probability, for which an honest worker was evicted: again and
+// again, since the sequence was replayed.
+TEST(ResultsTest, LogitsThatAreNoNumbersEndTheirSequenceOnly) {
+  Harness h(Options(1), SmallModel());
+  const WorkerId worker = h.Attach(kMemory);
+  const RequestId bad = h.Submit(OneSequence(10, 5));
+  const RequestId good = h.Submit(OneSequence(10, 5));
+  h.Report(worker);  // of the first alone: the second came later
+  v1::StageReport report = h.MakeReport(worker);
+  ASSERT_EQ(report.results(0).sequence_id(), 2u);
+  h.Send(worker, report);
+  report = h.MakeReport(worker);
+  ASSERT_EQ(report.results(0).sequence_id(), 1u);
+  Void(&report);
+  h.Send(worker, report);
+  ASSERT_TRUE(h.ended.contains(bad));
+  EXPECT_EQ(h.ended.at(bad).reason, FinishReason::kError);
+  EXPECT_EQ(h.ended.at(bad).status.code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(h.ended.at(bad).status.ToString(), HasSubstr("logits were not finite: row 9"));
+  EXPECT_FALSE(h.workers.at(worker).evicted);
+  h.Run();
+  EXPECT_EQ(h.tokens[bad].size(), 1u);
+  EXPECT_EQ(h.tokens[good].size(), 5u);
+  EXPECT_EQ(h.core.Stats().blocks_used, 0u);
+  EXPECT_EQ(h.core.Stats().recoveries, 0u);
+  EXPECT_THAT(h.problems, ElementsAre());
+}
+
+TEST(ResultsTest, ScoresThatAreNoNumbersEndASequenceWithStepsInFlight) {
+  Harness h(Options(2), SmallModel());
+  const WorkerId first = h.Attach(kMemory);
+  const WorkerId last = h.Attach(kMemory);
+  RequestSpec spec = OneSequence(100, 5);
+  spec.sequences[0].score_prompt = true;
+  const RequestId id = h.Submit(spec);
+  ASSERT_EQ(h.StageOf(last).plans.size(), 3u);
+  h.Report(first);
+  v1::StageReport report = h.MakeReport(last);
+  Void(&report);
+  h.Send(last, report);
+  ASSERT_TRUE(h.ended.contains(id));
+  h.Run();  // what is under way for it is answered, and ignored
+  EXPECT_TRUE(h.scores[id].empty());
+  EXPECT_EQ(h.core.Stats().blocks_used, 0u);
+  EXPECT_FALSE(h.workers.at(last).evicted);
+  EXPECT_THAT(h.problems, ElementsAre());
+}
+
+}  // namespace
+}  // namespace strait
