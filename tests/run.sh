@@ -112,6 +112,7 @@ if wanted cuda; then
     strait_say "SKIPPED: nvcc is here, but the tree holds no CUDA code (*.cu) yet, so nothing was compiled."
   else
     CUDACXX="$nvcc" strait_build cuda
+    strait_say "The GPU tests are tests/gpu.sh's: they need an NVIDIA GPU."
   fi
 fi
 

@@ -66,10 +66,12 @@ double TouchedBytes(const ModelConfig& c, LayerRange layers, double batch) {
 class Batch {
  public:
   Batch(uint32_t count, uint32_t context, uint32_t rows, LayerRange layers, bool last)
-      : tokens_(context + rows), tables_(count), views_(count) {
-    for (size_t i = 0; i < tokens_.size(); ++i) tokens_[i] = static_cast<TokenId>(7 + i * 31 % 500);
+      : tokens_(count), tables_(count), views_(count) {
     BlockId next = 0;
     for (uint32_t s = 0; s < count; ++s) {
+      // Other tokens in each sequence: equal ones would choose equal experts.
+      for (uint32_t i = 0; i < context + rows; ++i)
+        tokens_[s].push_back(7 + (s * 97 + i * 31) % 50'000);
       for (uint32_t layer = 0; layer < layers.size(); ++layer) {
         std::vector<BlockId> table;
         for (uint32_t i = 0; i < BlocksPerLayer(context + rows); ++i) table.push_back(next++);
@@ -80,7 +82,7 @@ class Batch {
       sequence.id = SequenceId{s + 1};
       sequence.first_position = context;
       sequence.num_tokens = rows;
-      sequence.tokens = tokens_;
+      sequence.tokens = tokens_[s];
       sequence.page_tables = views_[s];
       sequence.sampling = &sampling_;
       sequences_.push_back(sequence);
@@ -99,7 +101,7 @@ class Batch {
 
  private:
   SamplingParams sampling_;
-  std::vector<TokenId> tokens_;
+  std::vector<std::vector<TokenId>> tokens_;
   std::vector<std::vector<std::vector<BlockId>>> tables_;
   std::vector<std::vector<absl::Span<const BlockId>>> views_;
   std::vector<BatchSequence> sequences_;
