@@ -200,8 +200,8 @@ class Consumer {
  private:
   // score = q . rows of the tile.
   __device__ __forceinline__ void Products(uint32_t tile, float (&score)[32]) {
-    const uint32_t q = s_.query();
-    const uint32_t k = s_.tile(tile);
+    const wgmma::Operand q = wgmma::Rows(s_.query());
+    const wgmma::Operand k = wgmma::Rows(s_.tile(tile));
     wgmma::BarrierWait(s_.full(tile, 0), FullParity(tile));
     wgmma::Begin();
 #pragma unroll
@@ -213,9 +213,8 @@ class Consumer {
       }
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
-        wgmma::MultiplyRows(score, wgmma::RowsDescriptor(q + chunk * wgmma::kChunkBytes, step),
-                            wgmma::RowsDescriptor(k + chunk * wgmma::kChunkBytes, step),
-                            chunk + step != 0);
+        const uint32_t at = chunk * wgmma::kChunkBytes + wgmma::RowsStep(step);
+        wgmma::MultiplyRows(score, q.At(at), k.At(at), chunk + step != 0);
       }
     }
     wgmma::Commit();
@@ -325,11 +324,12 @@ class Consumer {
       wgmma::FenceProxy();
       wgmma::NamedSync<kGroup + kGroupIndex, 128>();
     }
+    const wgmma::Operand a = wgmma::Rows(weights);
+    const wgmma::Operand b = wgmma::Columns(values);
     wgmma::Begin();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      wgmma::MultiplyColumns(out, wgmma::RowsDescriptor(weights, step),
-                             wgmma::ColumnsDescriptor(values, step), 1);
+      wgmma::MultiplyColumns(out, a.At(wgmma::RowsStep(step)), b.At(wgmma::ColumnsStep(step)), 1);
     }
     wgmma::Commit();
   }
@@ -417,12 +417,7 @@ __device__ __forceinline__ void FeedBf16(const MlaParams& p, const Shared& s) {
         next_pages = page(block + 32);
       }
       const uint32_t id = __shfl_sync(0xffffffffu, pages, at);
-      const uint32_t id_ahead =
-          __shfl_sync(0xffffffffu, at + kAhead < 32 ? pages : next_pages, (at + kAhead) % 32);
       if (lane == 0) {
-        if (block + kAhead < present_end) {
-          PrefetchBlock(p.blocks + id_ahead * p.block_bytes, kTileBytes);
-        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           constexpr int kFirst[3] = {0, kHalfChunks, kChunks};
@@ -448,92 +443,93 @@ __device__ __forceinline__ void FeedBf16(const MlaParams& p, const Shared& s) {
 constexpr int kFp8RowBytes = MlaRowBytes(MlaRowFormat::kFp8, 512, 64);
 constexpr int kFp8RopeAt = MlaRopeOffset(MlaRowFormat::kFp8, 512);
 
-// What a lane of the fp8 feeder reads of a block; a null block has no row present.
-struct Fp8Block {
-  const std::byte* rows = nullptr;  // of this warp
-  int present = 0;                  // of this warp's 16 rows
-
-  // 16 codes of a row.
-  __device__ __forceinline__ uint4 Codes(int row) const {
-    if (row >= present) return make_uint4(0, 0, 0, 0);
-    return *reinterpret_cast<const uint4*>(rows + row * kFp8RowBytes + threadIdx.x % 32 * 16);
-  }
-  // Scale number `lane`, or 32 + lane, of the 64 of the warp's rows, four a row.
-  __device__ __forceinline__ float Scale(int index) const {
-    if (index / 4 >= present) return 0.0f;
-    return *reinterpret_cast<const float*>(rows + index / 4 * kFp8RowBytes + 512 + index % 4 * 4);
-  }
-  // Eight rope numbers of one of four rows.
-  __device__ __forceinline__ uint4 Rope(int first_row) const {
-    const int row = first_row + threadIdx.x % 32 / 8;
-    if (row >= present) return make_uint4(0, 0, 0, 0);
-    return *reinterpret_cast<const uint4*>(rows + row * kFp8RowBytes + kFp8RopeAt +
-                                           threadIdx.x % 8 * 16);
-  }
-};
+// 16 codes of a row; none of a row that is not present.
+__device__ __forceinline__ uint4 Codes(const std::byte* row, bool present) {
+  if (!present) return make_uint4(0, 0, 0, 0);
+  return *reinterpret_cast<const uint4*>(row);
+}
 
 // A warpgroup; a warp takes 16 rows, a lane 16 codes of a row. Four rows are always on their way,
-// those of the next block too.
+// those of the next block too: no more, as a register that does not fit waits for its load. Rope
+// columns are copied as they are.
 __device__ __forceinline__ void FeedFp8(const MlaParams& p, const Shared& s) {
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32 % 4;
+  const uint32_t chunk = lane / 4 * wgmma::kChunkBytes;
+  const uint32_t piece = lane % 4 * 2;
+  const uint32_t swap = lane / 4 % 2;  // neighbours in the next chunk use the other banks
   uint32_t tile = 0;
   const int end = p.plan.work_begin[blockIdx.x + 1];
   for (int w = p.plan.work_begin[blockIdx.x]; w < end; ++w) {
-    const MlaWork work = p.plan.work[w];
-    const MlaSegment segment = p.segments[work.sequence];
-    const int cache_rows = CacheRows(work, segment);
-    const auto block_at = [&](int block) {
-      Fp8Block at;
-      const int present = min(cache_rows - block * kMlaBlockRows, kMlaBlockRows);
-      if (block >= work.block_end || present <= 0) return at;
-      at.rows = p.blocks + segment.page_table[block] * p.block_bytes + warp * 16 * kFp8RowBytes;
-      at.present = present - warp * 16;
-      return at;
+    const MlaWork& work = p.plan.work[w];
+    const MlaSegment& segment = p.segments[work.sequence];
+    const uint32_t* page_table = segment.page_table;
+    const int block_end = work.block_end;
+    // of this warp's rows in the stretch: how many there are from a block on
+    int present = CacheRows(work, segment) - work.block_begin * kMlaBlockRows - warp * 16;
+    const auto rows_of = [&](int block, int present_there) -> const std::byte* {
+      if (block >= block_end || present_there <= 0) return nullptr;
+      return p.blocks + page_table[block] * p.block_bytes + warp * 16 * kFp8RowBytes;
     };
-    Fp8Block now = block_at(work.block_begin);
-    Fp8Block next = block_at(work.block_begin + 1);
+    int block = work.block_begin;
+    const std::byte* now = rows_of(block, present);
+    const std::byte* next = rows_of(block + 1, present - kMlaBlockRows);
     uint4 codes[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) codes[i] = now.Codes(i);
-    float scales[2] = {now.Scale(lane), now.Scale(32 + lane)};
-    for (int block = work.block_begin; block < work.block_end; ++block, ++tile) {
-      const Fp8Block after = block_at(block + 2);
-      if (lane == 0 && after.present > 0) {  // a warp its rows
-        PrefetchBlock(after.rows, min(after.present, 16) * kFp8RowBytes);
+    for (int i = 0; i < 4; ++i) {
+      codes[i] = Codes(now + i * kFp8RowBytes + lane * 16, now != nullptr && i < present);
+    }
+    for (; block < block_end; ++block, ++tile) {
+      const int now_present = now != nullptr ? present : 0;
+      const int next_present = next != nullptr ? present - kMlaBlockRows : 0;
+      const std::byte* after = rows_of(block + 2, present - 2 * kMlaBlockRows);
+      if (lane == 0 && after != nullptr) {
+        PrefetchBlock(after, min(present - 2 * kMlaBlockRows, 16) * kFp8RowBytes);
       }
-      const float next_scales[2] = {next.Scale(lane), next.Scale(32 + lane)};
-      uint4 rope = now.Rope(0);
+      float scales[2] = {0, 0};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = i * 8 + lane / 4;
+        if (row < now_present) {
+          scales[i] =
+              *reinterpret_cast<const float*>(now + row * kFp8RowBytes + 512 + lane % 4 * 4);
+        }
+      }
       wgmma::BarrierWait(s.empty(tile, 0), FullParity(tile) ^ 1);
       wgmma::BarrierWait(s.empty(tile, 1), FullParity(tile) ^ 1);
       const uint32_t to = s.tile(tile);
-      const uint32_t chunk = to + lane / 4 * wgmma::kChunkBytes;
-      const uint32_t piece = lane % 4 * 2;
-      const uint32_t swap = lane / 4 % 2;  // neighbours in the next chunk use the other banks
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = i * 4 + lane / 8;
+        const uint32_t rope_to =
+            to + kWeightChunk * wgmma::kChunkBytes + wgmma::PieceOffset(warp * 16 + row, lane % 8);
+        if (row < now_present) {
+          wgmma::CopyPiece(rope_to, now + row * kFp8RowBytes + kFp8RopeAt + lane % 8 * 16);
+        } else {
+          wgmma::StorePiece(rope_to, make_uint4(0, 0, 0, 0));
+        }
+      }
 #pragma unroll
       for (int i = 0; i < 16; ++i) {
         const uint32_t row = warp * 16 + i;
-        const float scale = __shfl_sync(0xffffffffu, scales[i / 8], (i * 4 + lane / 8) % 32);
+        const float scale = __shfl_sync(0xffffffffu, scales[i / 8], i % 8 * 4 + lane / 8);
         uint4 low;
         uint4 high;
         WidenRow16(codes[i % 4], scale, low, high);
-        codes[i % 4] = i < 12 ? now.Codes(i + 4) : next.Codes(i - 12);
-        wgmma::StorePiece(chunk + wgmma::PieceOffset(row, piece + swap), swap ? high : low);
-        wgmma::StorePiece(chunk + wgmma::PieceOffset(row, piece + 1 - swap), swap ? low : high);
-        if (i % 4 == 3) {
-          wgmma::StorePiece(to + kWeightChunk * wgmma::kChunkBytes +
-                                wgmma::PieceOffset(warp * 16 + i - 3 + lane / 8, lane % 8),
-                            rope);
-          if (i < 15) rope = now.Rope(i + 1);
-        }
+        codes[i % 4] =
+            i < 12 ? Codes(now + (i + 4) * kFp8RowBytes + lane * 16, i + 4 < now_present)
+                   : Codes(next + (i - 12) * kFp8RowBytes + lane * 16, i - 12 < next_present);
+        wgmma::StorePiece(to + chunk + wgmma::PieceOffset(row, piece + swap), swap ? high : low);
+        wgmma::StorePiece(to + chunk + wgmma::PieceOffset(row, piece + 1 - swap),
+                          swap ? low : high);
       }
+      wgmma::WaitCopies();
       wgmma::FenceProxy();
       wgmma::BarrierArrive(s.full(tile, 0));
       wgmma::BarrierArrive(s.full(tile, 1));
-      scales[0] = next_scales[0];
-      scales[1] = next_scales[1];
       now = next;
       next = after;
+      present -= kMlaBlockRows;
     }
   }
 }

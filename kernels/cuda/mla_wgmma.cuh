@@ -24,22 +24,28 @@ __device__ __forceinline__ uint32_t PieceOffset(uint32_t row, uint32_t piece) {
   return row * kChunkRowBytes + ((piece ^ (row % 8)) * 16);
 }
 
-// Matrix descriptor of 128-byte swizzled operands. Strides in bytes: `leading` from 64 MN-major
-// columns to the next 64 (K-major: not used), `groups` from 8 rows to the next 8.
-__device__ __forceinline__ uint64_t Descriptor(uint32_t address, uint32_t leading,
-                                               uint32_t groups) {
-  return static_cast<uint64_t>((address & 0x3ffffu) >> 4) |
-         static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(groups >> 4) << 32 |
-         static_cast<uint64_t>(1) << 62;
-}
+// Matrix descriptors of 128-byte swizzled operands: lower word, which moves with the address, and
+// the constant upper word (8 rows to the next 8: 1,024 bytes). One addition a product: what the
+// products wait for otherwise is the arithmetic of their descriptors.
+struct Operand {
+  uint32_t low;
+  __device__ __forceinline__ uint64_t At(uint32_t bytes) const {
+    return static_cast<uint64_t>(0x40000000u | 1024 / 16) << 32 | (low + bytes / 16);
+  }
+};
 
-// Rows of a chunk against columns 16k..16k+15 of it.
-__device__ __forceinline__ uint64_t RowsDescriptor(uint32_t chunk, int k) {
-  return Descriptor(chunk + static_cast<uint32_t>(k) * 32, 16, 1024);
+// Rows of a chunk; step k, columns 16k..16k+15, lies at RowsStep(k).
+__device__ __forceinline__ Operand Rows(uint32_t chunk) {
+  return {__shfl_sync(0xffffffffu, (chunk & 0x3ffffu) / 16 | 1u << 16, 0)};
 }
-// Columns of neighbouring chunks against rows 16k..16k+15 of them.
-__device__ __forceinline__ uint64_t ColumnsDescriptor(uint32_t chunk, int k) {
-  return Descriptor(chunk + static_cast<uint32_t>(k) * 2048, kChunkBytes, 1024);
+__host__ __device__ constexpr uint32_t RowsStep(int k) { return static_cast<uint32_t>(k) * 32; }
+
+// Columns of neighbouring chunks; step k, rows 16k..16k+15, lies at ColumnsStep(k).
+__device__ __forceinline__ Operand Columns(uint32_t chunk) {
+  return {__shfl_sync(0xffffffffu, (chunk & 0x3ffffu) / 16 | kChunkBytes / 16 << 16, 0)};
+}
+__host__ __device__ constexpr uint32_t ColumnsStep(int k) {
+  return static_cast<uint32_t>(k) * 2048;
 }
 
 __device__ __forceinline__ void Begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -58,7 +64,7 @@ __device__ __forceinline__ void Pin(float (&d)[kCount]) {
 }
 
 // clang-format off: operand lists
-// d[64, 64] (+)= A[64, 16] B[64, 16]^T, both by RowsDescriptor.
+// d[64, 64] (+)= A[64, 16] B[64, 16]^T, both Rows.
 __device__ __forceinline__ void MultiplyRows(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
@@ -74,7 +80,7 @@ __device__ __forceinline__ void MultiplyRows(float (&d)[32], uint64_t a, uint64_
       : "l"(a), "l"(b), "r"(accumulate));
 }
 
-// d[64, 256] (+)= A[64, 16] B[16, 256]: A by RowsDescriptor, B by ColumnsDescriptor.
+// d[64, 256] (+)= A[64, 16] B[16, 256]: A Rows, B Columns.
 __device__ __forceinline__ void MultiplyColumns(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
   asm volatile(
       "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
