@@ -42,7 +42,7 @@ struct State {
   float sum[2];  // of the blocks that this group scored
 };
 
-template <int kGroupIndex>
+template <MlaRowFormat kFormat, int kGroupIndex>
 class Consumer {
  public:
   __device__ Consumer(const MlaParams& params, const Shared& shared)
@@ -259,7 +259,9 @@ class Consumer {
   __device__ __forceinline__ void FinishValues(uint32_t tile, float (&out)[128]) {
     wgmma::Wait<0>();
     wgmma::Pin(out);
-    if (threadIdx.x % 32 == 0) {  // both groups have read the weights, each its own columns
+    // Both groups have read the weights, each its own columns. Bulk copies wait for one arrival a
+    // warp; the fp8 feeder, which writes as ordinary threads do, for every thread that wrote.
+    if (kFormat == MlaRowFormat::kFp8 || threadIdx.x % 32 == 0) {
       if (kGroupIndex == 0) wgmma::BarrierArrive(s_.empty(tile, 0));
       wgmma::BarrierArrive(s_.empty(tile, 1));
     }
