@@ -11,6 +11,8 @@
 //          Row, fp8: rank e4m3 codes, one fp32 scale for each 128 codes begun, rope bf16, padded
 //          to 16 bytes (512/64: 656 bytes); rank and the scales' offset are multiples of 16.
 // Stream:  launches on the one given, allocates nothing, synchronizes nothing: may be captured.
+//          Kernels begin early and wait for the one before them (programmatic launch), so the
+//          launches of a stream stay in order.
 //          A captured launch may be replayed with another plan of the same limits in its buffer.
 // Errors:  cudaErrorInvalidValue: a shape that no path takes; else what the launch returned.
 // Limits:  rank <= 512, rope <= 64 (portable path); Hopper path: 512 and 64 exactly.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cuda_bf16.h>
+#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -57,10 +58,18 @@ __device__ __forceinline__ int32_t SeenRows(int32_t position, int32_t block_posi
   return min(present, position - block_position + 1);
 }
 
-// Two e4m3 codes as floats.
+// Two e4m3 codes, lower byte first, as floats; never the codes of NaN.
 __device__ __forceinline__ float2 WidenE4m3Pair(uint16_t codes) {
   uint32_t halves;
+#if __CUDA_ARCH__ >= 890
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+#else  // exponent and mantissa at their place in a half are 2^8 too small, also where subnormal
+  const uint32_t pair = (codes & 0xffu) << 8 | (codes & 0xff00u) << 16;
+  halves = (pair & 0x80008000u) | (pair & 0x7f007f00u) >> 1;
+  __half2 scaled = *reinterpret_cast<const __half2*>(&halves);
+  scaled = __hmul2(scaled, __float2half2_rn(256.0f));
+  halves = *reinterpret_cast<const uint32_t*>(&scaled);
+#endif
   return __half22float2(*reinterpret_cast<const __half2*>(&halves));
 }
 

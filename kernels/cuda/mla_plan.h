@@ -11,7 +11,9 @@
 // Why:     each thread block gets one contiguous stretch of (tile, cache block) pairs of equal
 //          cost, so ragged batches and one long sequence alike fill the device, and at most two
 //          partial results a thread block are merged. Deterministic: cuts at multiples of
-//          kMlaSpanBlocks cache blocks and nowhere else, merged left to right.
+//          kMlaDeterministicSpan cache blocks and nowhere else, so each span leaves a partial
+//          result; where they outgrow the workspace, plan and launch the batch in parts: a token's
+//          result is the same in any.
 #pragma once
 
 #include <cstdint>

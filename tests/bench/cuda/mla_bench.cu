@@ -327,6 +327,13 @@ int Main(int argc, char** argv) {
       return 2;
     }
   }
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess || count == 0) {
+    std::fprintf(stderr, "SKIPPED, nothing was measured: %s\n",
+                 error != cudaSuccess ? cudaGetErrorString(error) : "no GPU");
+    return 77;
+  }
   const Device device = Open(options.smoke);
   Check(PrepareMla(), "prepare");
   std::FILE* json = options.json.empty() ? nullptr : std::fopen(options.json.c_str(), "w");

@@ -37,16 +37,18 @@ __global__ void ProductKernel(const Bf16* a, const Bf16* b, const Bf16* v, float
   const uint32_t start = static_cast<uint32_t>(__cvta_generic_to_shared(chunks));
   float s[32];
   float o[128];
+  const wgmma::Operand left = wgmma::Rows(start);
+  const wgmma::Operand rows = wgmma::Rows(start + wgmma::kChunkBytes);
+  const wgmma::Operand columns = wgmma::Columns(start + 2 * wgmma::kChunkBytes);
   wgmma::Begin();
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    wgmma::MultiplyRows(s, wgmma::RowsDescriptor(start, k),
-                        wgmma::RowsDescriptor(start + wgmma::kChunkBytes, k), k != 0);
+    wgmma::MultiplyRows(s, left.At(wgmma::RowsStep(k)), rows.At(wgmma::RowsStep(k)), k != 0);
   }
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    wgmma::MultiplyColumns(o, wgmma::RowsDescriptor(start, k),
-                           wgmma::ColumnsDescriptor(start + 2 * wgmma::kChunkBytes, k), k != 0);
+    wgmma::MultiplyColumns(o, left.At(wgmma::RowsStep(k)), columns.At(wgmma::ColumnsStep(k)),
+                           k != 0);
   }
   wgmma::Commit();
   wgmma::Wait<0>();

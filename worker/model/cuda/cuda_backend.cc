@@ -17,17 +17,6 @@ namespace {
 // Raise it with every change that may change a bit of the results.
 constexpr int kKernelRevision = 1;
 
-// As the coordinator counts them.
-uint64_t AnnouncedWeightBytes(const ModelConfig& config, LayerRange layers) {
-  uint64_t bytes = 0;
-  for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
-    bytes += LayerWeightBytes(config, layer);
-  }
-  if (layers.begin == 0) bytes += EmbeddingBytes(config);
-  if (layers.end == config.num_hidden_layers) bytes += HeadBytes(config);
-  return bytes;
-}
-
 }  // namespace
 
 struct CudaBackend::Shared {
@@ -73,11 +62,11 @@ absl::StatusOr<std::unique_ptr<StageModel>> CudaBackend::Load(
   const auto what = absl::StrCat("a stage of layers ", spec.layers.begin, " to ", spec.layers.end,
                                  " with ", spec.pool_blocks, " latent blocks");
   const uint64_t block_bytes = this->block_bytes();
-  STRAIT_ASSIGN_OR_RETURN(MemoryBudget::Share share,
-                          MemoryBudget::Take(shared_->budget,
-                                             AnnouncedWeightBytes(config, spec.layers) +
-                                                 uint64_t{spec.pool_blocks} * block_bytes,
-                                             what));
+  STRAIT_ASSIGN_OR_RETURN(
+      MemoryBudget::Share share,
+      MemoryBudget::Take(
+          shared_->budget,
+          StageWeightBytes(config, spec.layers) + uint64_t{spec.pool_blocks} * block_bytes, what));
   // What the GPU really has: others may use it too.
   STRAIT_ASSIGN_OR_RETURN(const cuda::Device now, OpenCudaDevice(shared_->device.index));
   const CudaStageBytes needed =
