@@ -65,7 +65,7 @@ struct ModelShape {
   uint64_t embedding_bytes = 0;              // with the first layer
   uint64_t head_bytes = 0;                   // with the last: norm and head
   uint64_t block_bytes = 0;                  // one latent block of one layer
-  uint64_t stage_workspace_bytes = 0;        // besides weights and pool
+  std::vector<uint64_t> workspace_bytes;     // WorkspaceSizes of proto/workspace.h; empty: none
   uint64_t fingerprint = 0;
 };
 

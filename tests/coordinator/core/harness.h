@@ -32,7 +32,7 @@ inline ModelShape SmallModel(uint32_t num_layers = 4) {
   model.embedding_bytes = 500;
   model.head_bytes = 500;
   model.block_bytes = 128;
-  model.stage_workspace_bytes = 50;
+  model.workspace_bytes = {50};
   model.fingerprint = 7;
   return model;
 }
