@@ -99,6 +99,7 @@ void Cluster::FormPipeline(uint64_t now_us) {
   pipeline->id = PipelineId{++last_pipeline_id_};
   pipeline->epoch = {context_->options.term, ++last_epoch_counter_};
   pipeline->since_us = now_us;
+  pipeline->planned_columns = plan->capacity_columns;
   for (const StagePlan& stage : plan->stages) {
     StageSlot slot;
     slot.layers = stage.layers;
@@ -106,17 +107,17 @@ void Cluster::FormPipeline(uint64_t now_us) {
     pipeline->slots.push_back(slot);
   }
   pipelines_.emplace(pipeline->id, std::move(owned));
-  for (uint32_t i = 0; i < chosen.size(); ++i) Assign(pipeline, i, chosen[i]);
+  for (uint32_t i = 0; i < chosen.size(); ++i) Assign(pipeline, i, chosen[i], now_us);
 }
 
 void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
   std::vector<Worker*> idle = IdleWorkers(now_us);
   if (idle.empty()) return;
   const CoreOptions& options = context_->options;
-  const uint32_t planned = pipeline->capacity_columns();
+  const uint32_t planned = pipeline->planned_columns;
   std::vector<std::pair<uint32_t, Worker*>> fills;  // slot index, worker
   std::vector<uint32_t> columns_of_fills;
-  uint32_t columns = planned;
+  uint32_t columns = pipeline->capacity_columns();
   std::vector<Worker*> left = idle;
   for (uint32_t i = 0; i < pipeline->slots.size() && !left.empty(); ++i) {
     const StageSlot& slot = pipeline->slots[i];
@@ -126,19 +127,21 @@ void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
         StageColumns(options, context_->model, slot.layers, left.front()->memory_bytes);
     columns = std::min(columns, fits);
     fills.emplace_back(i, left.front());
+    // Not cut to what a small one elsewhere can hold: that one may be replaced, too.
     columns_of_fills.push_back(std::min(fits, planned));
     left.erase(left.begin());
   }
-  // What the same workers could do with other layer ranges. Loading everything anew pays only if
-  // the pipeline holds at least twice as much afterwards, or cannot work otherwise.
-  std::vector<Worker*> all;
+  // What the roomiest workers at hand could do with other layer ranges. Loading everything anew
+  // pays only if the pipeline holds at least twice as much afterwards, or cannot work otherwise.
+  std::vector<Worker*> all = idle;
   for (const StageSlot& slot : pipeline->slots) {
     if (slot.state != StageSlot::State::kVacant) all.push_back(FindWorker(slot.worker));
   }
-  for (Worker* worker : idle) {
-    if (all.size() < pipeline->slots.size()) all.push_back(worker);
-  }
-  if (columns < planned && all.size() == pipeline->slots.size()) {
+  if (all.size() >= pipeline->slots.size()) {
+    std::stable_sort(all.begin(), all.end(), [](const Worker* a, const Worker* b) {
+      return a->memory_bytes > b->memory_bytes;
+    });
+    all.resize(pipeline->slots.size());
     std::sort(all.begin(), all.end(),
               [](const Worker* a, const Worker* b) { return a->id < b->id; });
     std::vector<uint64_t> memory;
@@ -152,21 +155,30 @@ void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
     if (columns_of_fills[i] == 0) continue;
     StageSlot& slot = pipeline->slots[fills[i].first];
     slot.pool_blocks = columns_of_fills[i] * slot.layers.size();
-    Assign(pipeline, fills[i].first, fills[i].second);
+    Assign(pipeline, fills[i].first, fills[i].second, now_us);
   }
 }
 
 void Cluster::Consolidate(uint64_t now_us) {
   std::vector<Pipeline*> broken;
   for (const auto& [id, pipeline] : pipelines_) {
-    if (pipeline->num_vacant() > 0 && now_us >= pipeline->since_us + kConsolidateAfterUs) {
+    if (pipeline->num_vacant() > 0 && now_us >= pipeline->vacant_since_us + kConsolidateAfterUs) {
       broken.push_back(pipeline.get());
     }
   }
   if (broken.size() > 1) Dissolve(broken.back()->id);
 }
 
-void Cluster::Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker) {
+void Cluster::Vacate(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us) {
+  if (pipeline->num_vacant() == 0) pipeline->vacant_since_us = now_us;
+  const LayerRange layers = pipeline->slots[slot_index].layers;
+  StageSlot vacant;
+  vacant.layers = layers;
+  vacant.pool_blocks = pipeline->planned_columns * layers.size();
+  pipeline->slots[slot_index] = vacant;
+}
+
+void Cluster::Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker, uint64_t now_us) {
   StageSlot& slot = pipeline->slots[slot_index];
   STRAIT_CHECK(slot.state == StageSlot::State::kVacant && !worker->pipeline);
   worker->pipeline = pipeline->id;
@@ -174,9 +186,8 @@ void Cluster::Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker) {
   slot.state = StageSlot::State::kLoading;
   slot.worker = worker->id;
   slot.stage_id = ++last_stage_id_;
-  slot.bytes_loaded = slot.weight_bytes = 0;
   slot.bytes_total = StageWeightBytes(context_->model, slot.layers);
-  slot.errors = slot.link_errors = 0;
+  slot.load_progress_us = now_us;
   SendToWorker out{worker->id, {}};
   v1::LoadStage* load = out.message.mutable_load_stage();
   load->set_stage_id(slot.stage_id);

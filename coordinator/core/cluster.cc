@@ -129,12 +129,7 @@ void Cluster::Remove(WorkerId id, const absl::Status& why, uint64_t now_us) {
   Worker* worker = FindWorker(id);
   ++context_->stats.workers_lost;
   if (Pipeline* pipeline = PipelineOf(*worker)) {
-    StageSlot& slot = pipeline->slots[worker->slot_index];
-    slot.state = StageSlot::State::kVacant;
-    slot.worker = {};
-    slot.stage_id = 0;
-    slot.bytes_loaded = slot.bytes_total = slot.weight_bytes = 0;
-    slot.errors = slot.link_errors = 0;
+    Vacate(pipeline, worker->slot_index, now_us);
     Fail(pipeline,
          absl::Status(why.code(),
                       absl::StrCat("worker ", worker->name, ": ", std::string(why.message()))),
@@ -146,14 +141,6 @@ void Cluster::Remove(WorkerId id, const absl::Status& why, uint64_t now_us) {
 
 void Cluster::OnTick(uint64_t now_us) {
   look_again_ = true;  // backoffs run out
-  // A coordinator that was itself stopped has not heard anybody, and must not blame them.
-  const uint64_t away_us = last_tick_us_ == 0 ? 0 : now_us - std::min(now_us, last_tick_us_);
-  last_tick_us_ = now_us;
-  if (away_us > context_->options.heartbeat_timeout_us / 2) {
-    for (auto& [id, worker] : workers_) {
-      worker.last_heard_us = std::min(now_us, worker.last_heard_us + away_us);
-    }
-  }
   std::vector<std::pair<WorkerId, absl::Status>> late;
   for (const auto& [id, worker] : workers_) {
     const uint64_t silent_us = now_us - std::min(now_us, worker.last_heard_us);
@@ -163,6 +150,16 @@ void Cluster::OnTick(uint64_t now_us) {
                                            context_->options.heartbeat_timeout_us / 1000)));
   }
   for (const auto& [id, pipeline] : pipelines_) {
+    for (const StageSlot& slot : pipeline->slots) {
+      if (slot.state != StageSlot::State::kLoading ||
+          now_us <= slot.load_progress_us + context_->options.load_timeout_us) {
+        continue;
+      }
+      late.emplace_back(slot.worker,
+                        absl::DeadlineExceededError(absl::StrCat(
+                            "loading stands still at ", slot.bytes_loaded, " of ", slot.bytes_total,
+                            " bytes for ", context_->options.load_timeout_us / 1000, " ms")));
+    }
     const StepLedger& ledger = pipeline->scheduler.ledger();
     if (pipeline->state == Pipeline::State::kActivating &&
         now_us > pipeline->since_us + context_->options.activation_timeout_us) {
@@ -195,7 +192,7 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
       worker->resident_bytes = message.heartbeat().resident_bytes();
       return;
     case v1::FromWorker::kLoadProgress:
-      return OnLoadProgress(worker, message.load_progress());
+      return OnLoadProgress(worker, message.load_progress(), now_us);
     case v1::FromWorker::kStageState:
       return OnStageState(worker, message.stage_state(), now_us);
     case v1::FromWorker::kReport:
@@ -208,9 +205,10 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
   }
 }
 
-void Cluster::OnLoadProgress(Worker* worker, const v1::LoadProgress& progress) {
+void Cluster::OnLoadProgress(Worker* worker, const v1::LoadProgress& progress, uint64_t now_us) {
   StageSlot* slot = SlotOf(*worker, progress.stage_id());
   if (slot == nullptr) return;  // of a stage that is given up
+  if (progress.bytes_loaded() > slot->bytes_loaded) slot->load_progress_us = now_us;
   slot->bytes_loaded = progress.bytes_loaded();
   slot->bytes_total = progress.bytes_total();
 }
@@ -292,9 +290,7 @@ void Cluster::OnFailed(Worker* worker, const v1::StageState& state, uint64_t now
   worker->pipeline.reset();
   look_again_ = true;
   pipeline->last_error = absl::StrCat("worker ", worker->name, " ", worker->last_error);
-  slot->state = StageSlot::State::kVacant;
-  slot->worker = {};
-  slot->stage_id = 0;
+  Vacate(pipeline, worker->slot_index, now_us);
 }
 
 void Cluster::OnReport(Worker* worker, const v1::StageReport& report, uint64_t now_us) {
@@ -333,7 +329,9 @@ void Cluster::OnReport(Worker* worker, const v1::StageReport& report, uint64_t n
                                                           std::string(status.message()))),
                  now_us);
   }
-  slot->errors = slot->link_errors = 0;
+  // Only a step that went all the way shows that every stage and every link works.
+  if (worker->slot_index + 1 != pipeline->slots.size()) return;
+  for (StageSlot& each : pipeline->slots) each.errors = each.link_errors = 0;
   pipeline->failures = 0;
 }
 

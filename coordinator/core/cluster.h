@@ -7,8 +7,8 @@
 // Borrows: the Context, the Journal.
 // Thread:  loop thread only.
 // Errors:  what a worker does wrong evicts it, with a status that names the discrepancy.
-// Limits:  limits::kMaxWorkers; CoreOptions::heartbeat_timeout_us, activation_timeout_us,
-//          step_timeout_us.
+// Limits:  limits::kMaxWorkers; CoreOptions::heartbeat_timeout_us, load_timeout_us,
+//          activation_timeout_us, step_timeout_us.
 // Why:     a pipeline is assembling (slots are vacant or load), activating (all are loaded) or
 //          active (all answered); every failure, whatever it was, takes it back to assembling with
 //          a new epoch.
@@ -76,8 +76,9 @@ struct StageSlot {
   uint64_t stage_id = 0;  // of this worker's stage; never reused
   uint64_t bytes_loaded = 0;
   uint64_t bytes_total = 0;
+  uint64_t load_progress_us = 0;  // when bytes_loaded last grew
   uint64_t weight_bytes = 0;
-  uint32_t errors = 0;       // since a step was finished
+  uint32_t errors = 0;       // since a step was finished by all stages
   uint32_t link_errors = 0;  // likewise
 };
 
@@ -89,10 +90,12 @@ struct Pipeline {
   PipelineEpoch epoch;
   State state = State::kAssembling;
   std::vector<StageSlot> slots;
-  bool served = false;       // was active once
-  uint64_t since_us = 0;     // in this state
-  uint64_t retry_at_us = 0;  // no activation before
-  uint32_t failures = 0;     // since a step was finished
+  bool served = false;           // was active once
+  uint64_t since_us = 0;         // in this state
+  uint64_t retry_at_us = 0;      // no activation before
+  uint32_t failures = 0;         // since a step was finished by all stages
+  uint32_t planned_columns = 0;  // of latent blocks, what its first workers could hold
+  uint64_t vacant_since_us = 0;  // while a slot is vacant: since when one is, without a break
   std::string last_error;
   Scheduler scheduler;
 
@@ -134,7 +137,7 @@ class Cluster {
   Pipeline* PipelineOf(const Worker& worker);
   StageSlot* SlotOf(const Worker& worker, uint64_t stage_id);
 
-  void OnLoadProgress(Worker* worker, const v1::LoadProgress& progress);
+  void OnLoadProgress(Worker* worker, const v1::LoadProgress& progress, uint64_t now_us);
   void OnStageState(Worker* worker, const v1::StageState& state, uint64_t now_us);
   void OnFailed(Worker* worker, const v1::StageState& state, uint64_t now_us);
   void OnReport(Worker* worker, const v1::StageReport& report, uint64_t now_us);
@@ -145,7 +148,9 @@ class Cluster {
   void FormPipeline(uint64_t now_us);
   void FillVacancies(Pipeline* pipeline, uint64_t now_us);
   void Consolidate(uint64_t now_us);
-  void Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker);
+  void Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker, uint64_t now_us);
+  // Nobody has this place any more; who comes next may hold as much as was planned at first.
+  void Vacate(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us);
   void Activate(Pipeline* pipeline, uint64_t now_us);
   void CompleteActivation(Pipeline* pipeline, uint64_t now_us);
   // Back to assembling with a new epoch; its sequences wait again.
@@ -163,7 +168,6 @@ class Cluster {
   uint64_t last_stage_id_ = 0;
   uint64_t last_pipeline_id_ = 0;
   uint64_t last_epoch_counter_ = 0;
-  uint64_t last_tick_us_ = 0;
   uint64_t weights_fingerprint_ = 0;  // of the workers that are attached, or were last
   absl::Status plan_problem_;         // why no further pipeline was formed
   bool look_again_ =

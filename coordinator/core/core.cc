@@ -66,21 +66,25 @@ Core::State::State(CoreOptions core_options, ModelShape model)
 // ---------------------------------------------------------------- events
 
 void Core::OnWorkerAttached(WorkerId worker, const v1::Hello& hello, uint64_t now_us) {
+  now_us = state_->Awake(now_us);
   state_->cluster.OnAttached(worker, hello, now_us);
   state_->WatchPipelines(now_us);
 }
 
 void Core::OnWorkerMessage(WorkerId worker, const v1::FromWorker& message, uint64_t now_us) {
+  now_us = state_->Awake(now_us);
   state_->cluster.OnMessage(worker, message, now_us);
   state_->WatchPipelines(now_us);
 }
 
 void Core::OnWorkerLost(WorkerId worker, absl::Status why, uint64_t now_us) {
+  now_us = state_->Awake(now_us);
   state_->cluster.OnLost(worker, why, now_us);
   state_->WatchPipelines(now_us);
 }
 
 void Core::OnSubmit(RequestId request, RequestSpec spec, uint64_t now_us) {
+  now_us = state_->Awake(now_us);
   state_->WatchPipelines(now_us);
   const absl::Status status = state_->CheckSubmit(spec, now_us);
   if (!status.ok()) {
@@ -98,6 +102,7 @@ void Core::OnCancel(RequestId request, std::optional<uint32_t> sequence_index, u
 
 void Core::OnTick(uint64_t now_us) {
   State& state = *state_;
+  now_us = state.Awake(now_us);
   state.cluster.OnTick(now_us);
   state.WatchPipelines(now_us);
   while (Request* request = state.journal.Expired(now_us)) {
@@ -113,6 +118,7 @@ void Core::OnTick(uint64_t now_us) {
 
 std::vector<CoreMessage> Core::Take(uint64_t now_us) {
   State& state = *state_;
+  now_us = state.Awake(now_us);
   state.cluster.Advance(now_us);
   // A step that closes sequences makes room, so placing and forming take turns until neither does
   // more.
@@ -130,6 +136,17 @@ std::vector<CoreMessage> Core::Take(uint64_t now_us) {
 }
 
 // ---------------------------------------------------------------- what they do
+
+uint64_t Core::State::AwakeAt(uint64_t now_us) const {
+  const uint64_t gap_us = now_us - std::min(now_us, last_call_us);
+  return awake_us + std::min({gap_us, kCallGapUs, context.options.heartbeat_timeout_us / 2});
+}
+
+uint64_t Core::State::Awake(uint64_t now_us) {
+  awake_us = AwakeAt(now_us);
+  last_call_us = std::max(last_call_us, now_us);
+  return awake_us;
+}
 
 void Core::State::WatchPipelines(uint64_t now_us) {
   if (cluster.num_active() > 0) {
@@ -150,6 +167,11 @@ absl::Status Core::State::NoPipeline() const {
 
 absl::Status Core::State::CheckSubmit(const RequestSpec& spec, uint64_t now_us) const {
   STRAIT_RETURN_IF_ERROR(CheckRequest(spec, context.model));
+  if (spec.sequences.size() > context.options.max_waiting) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "the request has ", spec.sequences.size(),
+        " sequences (prompts times n), this server takes at most ", context.options.max_waiting));
+  }
   if (cluster.num_active() == 0 && (cluster.pipelines().empty() || GraceIsOver(now_us))) {
     return NoPipeline();
   }

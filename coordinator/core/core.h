@@ -27,6 +27,9 @@
 
 namespace strait {
 
+// Longer than this between two calls, the process was stopped (or the machine): nobody else's fault.
+inline constexpr uint64_t kCallGapUs = 100'000;
+
 struct CoreOptions {
   uint64_t term = 1;               // raised by every coordinator that takes over
   uint32_t num_pipelines = 1;      // wanted; formed as soon as enough idle workers are there
@@ -36,6 +39,8 @@ struct CoreOptions {
   uint32_t max_running = 256;      // sequences resident in one pipeline
   uint32_t max_waiting = 1024;     // sequences admitted and not resident, whole cluster
   uint32_t steps_in_flight = 0;    // per pipeline; 0: num_stages + 1
+  // This and all other times are of a clock that all but stands still while the coordinator itself
+  // does: between two calls of Core pass at most kCallGapUs, or half a heartbeat timeout.
   uint64_t heartbeat_timeout_us = 5'000'000;
   uint64_t request_timeout_us = 600'000'000;  // when the request names none
   // How long waiting requests survive without any pipeline before they fail Unavailable.
@@ -43,6 +48,8 @@ struct CoreOptions {
   uint64_t max_cache_bytes_per_stage = 0;  // 0: what memory leaves after weights
   // For tests with made-up workers: a Hello may leave weights_fingerprint and cache_row_bytes 0.
   bool accept_untold = false;
+  // A stage that loads, and has not got any further for longer than this, is evicted.
+  uint64_t load_timeout_us = 300'000'000;
   // A stage that sits on a step, or on an activation, for longer than this is evicted.
   uint64_t step_timeout_us = 300'000'000;
   uint64_t activation_timeout_us = 30'000'000;
@@ -60,7 +67,7 @@ struct ModelShape {
   uint64_t embedding_bytes = 0;              // with the first layer
   uint64_t head_bytes = 0;                   // with the last: norm and head
   uint64_t block_bytes = 0;                  // one latent block of one layer
-  uint64_t stage_workspace_bytes = 0;        // besides weights and pool
+  std::vector<uint64_t> workspace_bytes;     // WorkspaceSizes of proto/workspace.h; empty: none
   uint64_t fingerprint = 0;
 };
 
@@ -138,7 +145,7 @@ class Core {
   void OnWorkerLost(WorkerId worker, absl::Status why, uint64_t now_us);
   void OnSubmit(RequestId request, RequestSpec spec, uint64_t now_us);
   void OnCancel(RequestId request, std::optional<uint32_t> sequence_index, uint64_t now_us);
-  // Deadlines, heartbeat timeouts. Call at least every 100 ms, and it may be called at any time.
+  // Deadlines, heartbeat timeouts. Call at least every kCallGapUs, and it may be called at any time.
   void OnTick(uint64_t now_us);
 
   // Messages since the last call, in order. To be called after each event (or batch of events):

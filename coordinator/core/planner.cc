@@ -9,6 +9,7 @@
 #include "proto/check.h"
 #include "proto/model_config.h"
 #include "proto/reservation.h"
+#include "proto/workspace.h"
 
 namespace strait {
 namespace {
@@ -25,16 +26,16 @@ absl::Status CannotFit(const CoreOptions& options, const ModelShape& model,
   const auto num_layers = static_cast<LayerIndex>(model.layer_weight_bytes.size());
   uint64_t memory = 0;
   for (const uint64_t bytes : memory_bytes) memory += bytes;
-  const uint64_t needed = StageWeightBytes(model, {0, num_layers}) +
-                          memory_bytes.size() * model.stage_workspace_bytes +
-                          num_layers * model.block_bytes;
+  const uint64_t needed =
+      StageWeightBytes(model, {0, num_layers}) + num_layers * model.block_bytes +
+      (model.workspace_bytes.empty() ? 0 : memory_bytes.size() * model.workspace_bytes.front());
   std::string each;
   for (const uint64_t bytes : memory_bytes)
     absl::StrAppend(&each, each.empty() ? "" : " + ", bytes);
   return absl::ResourceExhaustedError(absl::StrCat(
       "the model does not fit on ", memory_bytes.size(),
       " stage(s): weights, workspace and one latent "
-      "block a layer take ",
+      "block a layer take at least ",
       needed, " bytes, the workers offer ", memory, " (", each, ")",
       needed <= memory ? ", and no split into contiguous layers fits each of them" : "",
       options.max_cache_bytes_per_stage > 0
@@ -51,9 +52,15 @@ uint64_t StageWeightBytes(const ModelShape& model, LayerRange layers) {
                           layers);
 }
 
+uint64_t StageWorkspaceBytes(const ModelShape& model, LayerRange layers) {
+  if (model.workspace_bytes.empty()) return 0;
+  return model
+      .workspace_bytes[ChooseWorkspace(model.workspace_bytes, StageWeightBytes(model, layers))];
+}
+
 uint32_t StageColumns(const CoreOptions& options, const ModelShape& model, LayerRange layers,
                       uint64_t memory_bytes) {
-  const uint64_t fixed = StageWeightBytes(model, layers) + model.stage_workspace_bytes;
+  const uint64_t fixed = StageWeightBytes(model, layers) + StageWorkspaceBytes(model, layers);
   if (fixed >= memory_bytes) return 0;
   uint64_t cache_bytes = memory_bytes - fixed;
   if (options.max_cache_bytes_per_stage > 0) {

@@ -35,6 +35,9 @@ struct PipelinePlan {
 // Bytes of weights that a stage with these layers holds.
 uint64_t StageWeightBytes(const ModelShape& model, LayerRange layers);
 
+// Bytes that it takes for activations, besides weights and pool.
+uint64_t StageWorkspaceBytes(const ModelShape& model, LayerRange layers);
+
 // Columns of latent blocks (one block in each of its layers) that such a stage can hold in
 // `memory_bytes`; 0: not even one.
 uint32_t StageColumns(const CoreOptions& options, const ModelShape& model, LayerRange layers,

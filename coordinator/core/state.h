@@ -20,6 +20,10 @@ namespace strait {
 struct Core::State {
   State(CoreOptions core_options, ModelShape model);
 
+  // Now, by the clock of CoreOptions' times. Every event asks it first, and only once.
+  uint64_t Awake(uint64_t now_us);
+  uint64_t AwakeAt(uint64_t now_us) const;
+
   // Since when no pipeline is active.
   void WatchPipelines(uint64_t now_us);
   bool GraceIsOver(uint64_t now_us) const;
@@ -37,6 +41,8 @@ struct Core::State {
   Journal journal;
   Cluster cluster;
   std::optional<uint64_t> no_pipeline_since_us;
+  uint64_t last_call_us = 0;
+  uint64_t awake_us = 0;  // at last_call_us
 };
 
 }  // namespace strait

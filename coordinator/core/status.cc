@@ -184,6 +184,7 @@ json::Object StatsJson(const CoreStats& stats) {
 
 std::string Core::StatusJson(uint64_t now_us) const {
   const State& state = *state_;
+  now_us = state.AwakeAt(now_us);
   const CoreStats stats = Stats();
   json::Object out;
   out["version"] = kVersion;

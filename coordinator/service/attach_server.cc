@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "coordinator/service/attach_server.h"
 
-#include <atomic>
+#include <map>
 #include <mutex>
 #include <unordered_set>
 #include <utility>
@@ -14,6 +14,7 @@
 #include "proto/rpc/address.h"
 #include "proto/rpc/channel.h"
 #include "proto/status_macros.h"
+#include "proto/text.h"
 #include "proto/version.h"
 #include "strait/v1/cluster.grpc.pb.h"
 
@@ -24,9 +25,34 @@ constexpr size_t kQueueBytes = 4 * size_t{limits::kMaxControlMessageBytes};
 constexpr size_t kMaxNameBytes = 128;
 constexpr size_t kMaxNumericsIdBytes = 256;
 constexpr uint64_t kMaxMemoryBytes = uint64_t{1} << 50;
-// Besides kMaxWorkers, streams whose Hello has not come.
+// Streams whose Hello has not come. They share no room with workers, and the one that has been
+// silent for longest makes room for the next: a worker says Hello at once.
 constexpr size_t kMaxStrangers = 64;
+// Core counts workers exactly. These may be there besides, of processes that attach again.
+constexpr size_t kMaxPredecessors = 64;
 constexpr std::chrono::seconds kStopGrace(1);
+
+// What a peer says in words goes to logs and into the status.
+void BoundWords(v1::FromWorker* message) {
+  const auto bound = [](std::string* words) {
+    *words = PrintableText(*words, limits::kMaxErrorMessageBytes);
+  };
+  if (message->has_hello()) {
+    v1::Hello* hello = message->mutable_hello();
+    for (std::string* words : {hello->mutable_name(), hello->mutable_data_address(),
+                               hello->mutable_numerics_id(), hello->mutable_backend()}) {
+      bound(words);
+    }
+  } else if (message->has_stage_state()) {
+    bound(message->mutable_stage_state()->mutable_error_message());
+  } else if (message->has_report()) {
+    v1::StageReport* report = message->mutable_report();
+    bound(report->mutable_error_message());
+    for (v1::SequenceResult& result : *report->mutable_results()) {
+      if (result.error_code() != 0) bound(result.mutable_error_message());
+    }
+  }
+}
 
 }  // namespace
 
@@ -78,7 +104,8 @@ class AttachServer::Impl final : public v1::Coordinator::CallbackService {
     {
       std::lock_guard lock(mu_);
       stopping_ = true;
-      for (const auto& attachment : attachments_) streams.push_back(attachment->stream);
+      for (const auto& [arrival, attachment] : strangers_) streams.push_back(attachment->stream);
+      for (const auto& attachment : workers_) streams.push_back(attachment->stream);
     }
     for (auto& stream : streams) stream->Close(absl::UnavailableError("the coordinator stops"));
     streams.clear();
@@ -97,23 +124,29 @@ class AttachServer::Impl final : public v1::Coordinator::CallbackService {
     options.first_message_timeout = options_.hello_timeout;
     rpc::StreamEvents<v1::FromWorker> events;
     events.on_message = [this, attachment](v1::FromWorker message) {
-      return OnMessage(*attachment, std::move(message));
+      return OnMessage(attachment, std::move(message));
     };
     events.on_end = [this, attachment](absl::Status status) {
       OnEnd(attachment, std::move(status));
     };
     auto stream = std::make_shared<WorkerStream>(context, options, std::move(events));
     attachment->stream = stream;
-    bool room;
+    bool stopping;
+    std::shared_ptr<Attachment> silent;
     {
       std::lock_guard lock(mu_);
-      room = attachments_.size() < limits::kMaxWorkers + kMaxStrangers && !stopping_;
-      attachments_.insert(attachment);
+      stopping = stopping_;
+      attachment->arrival = ++last_arrival_;
+      if (strangers_.size() >= kMaxStrangers) {
+        silent = strangers_.extract(strangers_.begin()).mapped();
+      }
+      strangers_.emplace(attachment->arrival, attachment);
     }
     stream->Start();
-    if (!room) {
-      stream->Close(absl::ResourceExhaustedError(
-          absl::StrCat("this coordinator has its ", limits::kMaxWorkers, " workers already")));
+    if (stopping) stream->Close(absl::UnavailableError("the coordinator stops"));
+    if (silent) {
+      silent->stream->Close(absl::ResourceExhaustedError(absl::StrCat(
+          "more than ", kMaxStrangers, " connections have not said Hello, this one for longest")));
     }
     return stream.get();
   }
@@ -132,42 +165,64 @@ class AttachServer::Impl final : public v1::Coordinator::CallbackService {
  private:
   struct Attachment {
     std::shared_ptr<WorkerStream> stream;
+    uint64_t arrival = 0;
     WorkerId worker;  // 0 until Hello; read reactions and, after them, the end
   };
 
-  bool OnMessage(Attachment& attachment, v1::FromWorker message) {
-    if (attachment.worker.value != 0) {
-      return events_.on_message(attachment.worker, std::move(message));
+  bool OnMessage(const std::shared_ptr<Attachment>& attachment, v1::FromWorker message) {
+    BoundWords(&message);
+    if (attachment->worker.value != 0) {
+      return events_.on_message(attachment->worker, std::move(message));
     }
-    const absl::Status valid =
-        message.has_hello() ? CheckHello(message.hello())
-                            : absl::InvalidArgumentError("the first message of a worker is Hello");
+    absl::Status valid = message.has_hello()
+                             ? CheckHello(message.hello())
+                             : absl::InvalidArgumentError("the first message of a worker is Hello");
+    if (valid.ok()) valid = Admit(attachment);
     if (!valid.ok()) {
       Log(LogLevel::kWarning, "worker refused",
-          {{"peer", attachment.stream->peer()}, {"why", valid}});
-      attachment.stream->Close(valid);
+          {{"peer", attachment->stream->peer()}, {"why", valid}});
+      attachment->stream->Close(valid);
       return true;
     }
-    attachment.worker = WorkerId{++last_worker_};
-    events_.on_attached(attachment.worker, std::move(*message.mutable_hello()), attachment.stream);
+    events_.on_attached(attachment->worker, std::move(*message.mutable_hello()),
+                        attachment->stream);
     return true;
+  }
+
+  // Makes a worker of a stranger.
+  absl::Status Admit(const std::shared_ptr<Attachment>& attachment) {
+    std::lock_guard lock(mu_);
+    if (strangers_.erase(attachment->arrival) == 0) {
+      return absl::ResourceExhaustedError("its Hello came too late");
+    }
+    if (workers_.size() >= limits::kMaxWorkers + kMaxPredecessors) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("this coordinator has its ", limits::kMaxWorkers, " workers already"));
+    }
+    workers_.insert(attachment);
+    attachment->worker = WorkerId{++last_worker_};
+    return absl::OkStatus();
   }
 
   void OnEnd(const std::shared_ptr<Attachment>& attachment, absl::Status status) {
     {
       std::lock_guard lock(mu_);
-      attachments_.erase(attachment);
+      strangers_.erase(attachment->arrival);
+      workers_.erase(attachment);
     }
     if (attachment->worker.value != 0) events_.on_ended(attachment->worker, std::move(status));
   }
 
   const AttachServerOptions options_;
   const AttachEvents events_;
-  std::atomic<uint64_t> last_worker_ = 0;
   std::unique_ptr<grpc::Server> server_;
-  std::mutex mu_;                                                // gRPC threads and Stop meet here
-  bool stopping_ = false;                                        // guarded by mu_
-  std::unordered_set<std::shared_ptr<Attachment>> attachments_;  // guarded by mu_
+  std::mutex mu_;  // gRPC threads and Stop meet here
+  // Guarded by mu_:
+  bool stopping_ = false;
+  uint64_t last_arrival_ = 0;
+  uint64_t last_worker_ = 0;
+  std::map<uint64_t, std::shared_ptr<Attachment>> strangers_;  // by arrival
+  std::unordered_set<std::shared_ptr<Attachment>> workers_;
 };
 
 AttachServer::AttachServer(AttachServerOptions options, AttachEvents events)

@@ -10,7 +10,9 @@
 // Errors:  Start: Unavailable (the address is taken). A worker that is silent, begins otherwise
 //          than with Hello, or says nonsense is ended with a status that names it, and no event
 //          comes of it.
-// Limits:  kMaxWorkers streams; kControlQueueMessages waiting to be written to one worker.
+// Limits:  kMaxWorkers streams of workers and a few that have not said Hello, each for hello_timeout
+//          at most; kControlQueueMessages waiting to be written to one worker; what it says in words
+//          is printable and kMaxErrorMessageBytes at most.
 #pragma once
 
 #include <chrono>

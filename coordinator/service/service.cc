@@ -12,9 +12,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/service/engine_metrics.h"
+#include "coordinator/service/loop_queue.h"
 #include "proto/log.h"
 #include "proto/rpc/clock.h"
-#include "proto/rpc/queue.h"
 #include "proto/status_macros.h"
 
 namespace strait {
@@ -60,7 +60,7 @@ class CoordinatorService::Impl {
  public:
   explicit Impl(CoordinatorOptions options)
       : model(options.model),
-        queue_(kLoopQueue),
+        queue_(kLoopQueue, kLoopQueueBytes),
         core_(options.core, std::move(options.model)),
         server(std::move(options.attach),
                {.on_attached =
@@ -69,7 +69,8 @@ class CoordinatorService::Impl {
                     },
                 .on_message =
                     [this](WorkerId worker, v1::FromWorker message) {
-                      const bool room = queue_.Push(Said{worker, std::move(message)});
+                      const size_t bytes = message.ByteSizeLong();
+                      const bool room = queue_.Push(Said{worker, std::move(message)}, bytes);
                       if (!room) streams_paused_ = true;
                       return room;
                     },
@@ -90,7 +91,10 @@ class CoordinatorService::Impl {
   ~Impl() { Stop(); }
 
   void Stop() {
-    stopped_ = true;
+    {
+      std::lock_guard lock(submit_mu_);
+      stopped_ = true;
+    }
     if (loop_.joinable()) {
       queue_.Push(StopLoop{});
       loop_.join();
@@ -99,11 +103,14 @@ class CoordinatorService::Impl {
   }
 
   void Submit(RequestSpec spec, std::shared_ptr<RequestListener> listener) {
-    if (stopped_) {
-      listener->OnRefused(absl::UnavailableError("the coordinator stops"));
-      return;
+    {
+      std::lock_guard lock(submit_mu_);
+      if (!stopped_) {
+        queue_.Push(Submitted{RequestId{++last_request_}, std::move(spec), std::move(listener)});
+        return;
+      }
     }
-    queue_.Push(Submitted{RequestId{++last_request_}, std::move(spec), std::move(listener)});
+    listener->OnRefused(absl::UnavailableError("the coordinator stops"));
   }
   void Cancel(RequestId request, std::optional<uint32_t> sequence_index) {
     queue_.Push(Cancelled{request, sequence_index});
@@ -134,11 +141,11 @@ class CoordinatorService::Impl {
     while (!stop_) {
       uint64_t now_us = MonotonicMicros();
       const uint64_t wait_us = next_tick_us > now_us ? next_tick_us - now_us : 0;
-      auto events = queue_.PopAll(std::chrono::microseconds(wait_us));
+      queue_.HandleAll(std::chrono::microseconds(wait_us), [this](Event& event) {
+        const uint64_t at_us = MonotonicMicros();
+        std::visit([&](auto& e) { On(e, at_us); }, event);
+      });
       now_us = MonotonicMicros();
-      for (Event& event : events) {
-        std::visit([&](auto& e) { On(e, now_us); }, event);
-      }
       const bool tick = now_us >= next_tick_us;
       if (tick) {
         core_.OnTick(now_us);
@@ -304,10 +311,11 @@ class CoordinatorService::Impl {
     return node ? std::move(node.mapped()) : nullptr;
   }
 
-  BoundedQueue<Event> queue_;
+  LoopQueue<Event> queue_;
   std::atomic<bool> streams_paused_ = false;
-  std::atomic<bool> stopped_ = false;
-  std::atomic<uint64_t> last_request_ = 0;
+  std::mutex submit_mu_;       // what is submitted before Stop is in the queue before StopLoop
+  bool stopped_ = false;       // guarded by submit_mu_
+  uint64_t last_request_ = 0;  // guarded by submit_mu_
   mutable std::atomic<uint64_t> asked_us_ = 0;
 
   mutable std::mutex published_mu_;  // the loop writes, HTTP threads read

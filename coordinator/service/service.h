@@ -8,8 +8,8 @@
 //          enqueue. Create and Stop from one thread; Engine's methods from any.
 // Errors:  Create: InvalidArgument (options), Unavailable (the address is taken). A worker that
 //          does not read what it is sent is ended with ResourceExhausted.
-// Limits:  kLoopQueue events waiting, then workers are read no further. HTTP's connections bound
-//          the rest.
+// Limits:  kLoopQueue events and kLoopQueueBytes of messages waiting, then workers are read no
+//          further. HTTP's connections bound the rest.
 // Why:     all events that wait are given to Core before it forms steps, so that one step serves
 //          them all.
 #pragma once
@@ -28,6 +28,7 @@
 namespace strait {
 
 inline constexpr size_t kLoopQueue = 65'536;
+inline constexpr size_t kLoopQueueBytes = size_t{64} << 20;  // as they come over the wire
 
 struct CoordinatorOptions {
   CoreOptions core;
@@ -41,7 +42,7 @@ class CoordinatorService final : public Engine {
   ~CoordinatorService() override;
 
   // Cancels what runs, ends every worker's stream and the loop. Requests that come later are
-  // refused.
+  // refused; every request gets its one end, however it races with this.
   void Stop();
   int grpc_port() const;
 

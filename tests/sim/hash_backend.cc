@@ -22,6 +22,15 @@ uint64_t WeightBytes(const ModelShape& model, LayerRange layers) {
   return bytes;
 }
 
+// Likewise: the largest within 5 % of the weights, or the least.
+uint64_t WorkspaceBytes(const ModelShape& model, uint64_t weight_bytes) {
+  uint64_t chosen = model.workspace_bytes.empty() ? 0 : model.workspace_bytes.front();
+  for (const uint64_t bytes : model.workspace_bytes) {
+    if (bytes * 20 <= weight_bytes) chosen = bytes;
+  }
+  return chosen;
+}
+
 }  // namespace
 
 class HashStage : public StageModel {
@@ -35,7 +44,7 @@ class HashStage : public StageModel {
   }
   ~HashStage() override {
     backend_->used_bytes_ -=
-        weight_bytes() + cache_bytes() + backend_->model().stage_workspace_bytes;
+        weight_bytes() + cache_bytes() + WorkspaceBytes(backend_->model(), weight_bytes());
   }
 
   absl::Status Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
@@ -127,7 +136,7 @@ absl::StatusOr<std::unique_ptr<StageModel>> HashBackend::Load(
   if (!fail_next_load.ok()) return std::exchange(fail_next_load, absl::OkStatus());
   const uint64_t weights = WeightBytes(*model_, spec.layers);
   const uint64_t bytes =
-      weights + uint64_t{spec.pool_blocks} * model_->block_bytes + model_->stage_workspace_bytes;
+      weights + uint64_t{spec.pool_blocks} * model_->block_bytes + WorkspaceBytes(*model_, weights);
   if (used_bytes_ + bytes > memory_bytes_) {
     return absl::ResourceExhaustedError(absl::StrCat("needs ", bytes, " bytes, ", used_bytes_,
                                                      " of ", memory_bytes_, " are taken"));

@@ -22,7 +22,8 @@ Scenario MakeScenario(World* world) {
   m.embedding_bytes = w.Random(0, 4000);
   m.head_bytes = w.Random(0, 4000);
   m.block_bytes = 1024;
-  m.stage_workspace_bytes = w.Random(0, 500);
+  m.workspace_bytes = {w.Random(0, 200)};
+  for (int i = 0; i < 3; ++i) m.workspace_bytes.push_back(m.workspace_bytes.back() + 150);
   m.fingerprint = 42;
 
   o.num_stages = static_cast<uint32_t>(w.Random(1, std::min(4u, num_layers)));
@@ -45,7 +46,7 @@ Scenario MakeScenario(World* world) {
   uint64_t weights = m.embedding_bytes + m.head_bytes;
   for (const uint64_t bytes : m.layer_weight_bytes) weights += bytes;
   const uint64_t enough =
-      weights + m.stage_workspace_bytes + uint64_t{s.columns_least} * num_layers * m.block_bytes;
+      weights + m.workspace_bytes.back() + uint64_t{s.columns_least} * num_layers * m.block_bytes;
   s.equal_memory = w.Chance(0.7);
   const uint64_t num_workers = uint64_t{o.num_stages} * o.num_pipelines + w.Pick({0, 0, 1, 2});
   for (uint64_t i = 0; i < num_workers; ++i) {

@@ -152,6 +152,8 @@ void SimWorker::OnLoad(const v1::LoadStage& load) {
           Send(std::move(message));
         });
     if (!model.ok()) {
+      // Core and worker share the reckoning: what was planned fits.
+      if (absl::IsResourceExhausted(model.status())) world_->Violation(model.status().ToString());
       stages_.erase(id);
       return SendState(id, v1::StageState::FAILED, {}, model.status());
     }

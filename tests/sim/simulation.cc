@@ -49,6 +49,7 @@ class Simulation : public Control {
     SimWorker* worker = nullptr;
     WorkerId id;
     bool open = true;
+    bool silent = false;        // closed, and a message to the core was lost
     uint64_t to_worker_us = 0;  // of the last delivery
     uint64_t to_core_us = 0;
   };
@@ -134,8 +135,11 @@ void Simulation::FromWorker(SimWorker* worker, v1::FromWorker message, bool lie)
   stream->to_core_us = std::max(stream->to_core_us, world_.now_us() + Delay());
   auto shared = std::make_shared<v1::FromWorker>(std::move(message));
   world_.At(stream->to_core_us, [this, stream, shared, lie] {
-    // A closed stream's last words may still be in the loop's queue.
-    if (!stream->open && !world_.Chance(0.3)) return;
+    // A closed stream's last words may still be in the loop's queue; behind one that is lost none is.
+    if (!stream->open && (stream->silent || !world_.Chance(0.3))) {
+      stream->silent = true;
+      return;
+    }
     if (world_.tracing() && !shared->has_heartbeat()) {
       world_.Trace(
           absl::StrCat("from w", stream->worker->instance(), ": ", shared->ShortDebugString()));

@@ -6,6 +6,7 @@
 // Thread:  the test's.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -31,7 +32,7 @@ inline ModelShape SmallModel(uint32_t num_layers = 4) {
   model.embedding_bytes = 500;
   model.head_bytes = 500;
   model.block_bytes = 128;
-  model.stage_workspace_bytes = 50;
+  model.workspace_bytes = {50};
   model.fingerprint = 7;
   return model;
 }
@@ -96,11 +97,12 @@ class Harness {
     Pump();
     return id;
   }
-  void Tick(uint64_t after_us) {
-    now_us += after_us;
-    for (auto& [id, worker] : workers) {
-      if (!worker.evicted) Beat(id);
-    }
+  // Time passes, in which the coordinator is awake and all workers beat.
+  void Tick(uint64_t after_us) { Pass(after_us, true); }
+  void TickInSilence(uint64_t after_us) { Pass(after_us, false); }
+  // Time passes in which the coordinator is stopped.
+  void Pause(uint64_t us) {
+    now_us += us;
     core.OnTick(now_us);
     Pump();
   }
@@ -184,6 +186,7 @@ class Harness {
   uint64_t last_worker = 0;
   uint32_t next_token = 50;
   bool answer_loads = true;
+  bool answer_activations = true;
   std::map<WorkerId, FakeWorker> workers;
   std::map<RequestId, std::vector<TokenInfo>> tokens;
   std::map<RequestId, std::vector<TokenInfo>> scores;
@@ -192,6 +195,16 @@ class Harness {
   std::vector<std::string> problems;
 
  private:
+  void Pass(uint64_t us, bool beats) {
+    for (const uint64_t end_us = now_us + us; now_us < end_us;) {
+      now_us = std::min(end_us, now_us + kCallGapUs);
+      for (auto& [id, worker] : workers) {
+        if (beats && !worker.evicted) Beat(id);
+      }
+      core.OnTick(now_us);
+      Pump();
+    }
+  }
   void Answer(WorkerId id, const v1::StageState& state) {
     v1::FromWorker message;
     *message.mutable_stage_state() = state;
@@ -217,6 +230,7 @@ class Harness {
       stage.last = activate.next_stage_id() == 0;
       stage.plans.clear();
       stage.lengths.clear();
+      if (!answer_activations) return;
       state.set_stage_id(activate.stage_id());
       state.set_state(v1::StageState::ACTIVE);
       *state.mutable_epoch() = activate.epoch();

@@ -50,6 +50,7 @@ TEST(PlannerTest, IsAsGoodAsTryingEverySplit) {
     for (uint64_t& bytes : model.layer_weight_bytes) bytes = 500 + random() % 3000;
     model.embedding_bytes = random() % 3000;
     model.head_bytes = random() % 3000;
+    if (i % 2 == 0) model.workspace_bytes = {50, 150, 300, 500};  // 5 % of 3, 6 and 10 kB
     CoreOptions options = Options();
     if (random() % 4 == 0) options.max_cache_bytes_per_stage = 1000 + random() % 5000;
     const uint32_t num_stages =
@@ -73,7 +74,7 @@ TEST(PlannerTest, IsAsGoodAsTryingEverySplit) {
       EXPECT_GT(stage.layers.end, stage.layers.begin);
       next = stage.layers.end;
       EXPECT_EQ(stage.pool_blocks, best * stage.layers.size());
-      EXPECT_LE(StageWeightBytes(model, stage.layers) + model.stage_workspace_bytes +
+      EXPECT_LE(StageWeightBytes(model, stage.layers) + StageWorkspaceBytes(model, stage.layers) +
                     uint64_t{stage.pool_blocks} * model.block_bytes,
                 memory[s]);
     }
@@ -100,6 +101,23 @@ TEST(PlannerTest, MoreCacheThanCanBeUsedIsNotTaken) {
   EXPECT_EQ(plan->capacity_columns, 3 * BlocksPerLayer(model.max_positions));
   // With room to spare, the pace decides: 1000 x 2 against 1000 x 2 + 500 of head.
   EXPECT_EQ(plan->stages[0].layers, (LayerRange{0, 2}));
+}
+
+// The bug: the planner reckoned without the workspace, which a worker takes on top: 5 % of the
+// weights.
+TEST(PlannerTest, AStagesWorkspaceFollowsItsWeights) {
+  ModelShape model = SmallModel(4);
+  model.workspace_bytes = {50, 150, 300};
+  EXPECT_EQ(StageWorkspaceBytes(model, {1, 2}), 50u) << "more than 5 %: the least there is";
+  EXPECT_EQ(StageWorkspaceBytes(model, {0, 3}), 150u) << "of 3500";
+  EXPECT_EQ(StageWorkspaceBytes(model, {0, 4}), 150u) << "of 5000";
+  for (uint64_t& bytes : model.layer_weight_bytes) bytes = 1500;
+  EXPECT_EQ(StageWorkspaceBytes(model, {0, 4}), 300u) << "of 7000";
+  const uint64_t fixed = 7000 + 300;
+  EXPECT_EQ(StageColumns(Options(), model, {0, 4}, fixed + 4 * 128 - 1), 0u);
+  EXPECT_EQ(StageColumns(Options(), model, {0, 4}, fixed + 4 * 128), 1u);
+  model.workspace_bytes.clear();
+  EXPECT_EQ(StageColumns(Options(), model, {0, 4}, 7000 + 4 * 128), 1u);
 }
 
 TEST(PlannerTest, RefusalNamesTheNumbers) {

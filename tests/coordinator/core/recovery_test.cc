@@ -111,18 +111,9 @@ TEST(RecoveryTest, TheOtherPipelineTakesOver) {
 TEST(RecoveryTest, SilenceEvicts) {
   Harness h(Options(1), SmallModel());
   const WorkerId worker = h.Attach(kMemory);
-  const auto silent_tick = [&h](uint64_t after_us) {
-    h.now_us += after_us;
-    h.core.OnTick(h.now_us);
-    h.Pump();
-  };
-  // Nobody looked at the clock for a minute: the coordinator itself was stopped.
-  silent_tick(1);
-  silent_tick(60'000'000);
+  h.TickInSilence(4'999'000);
   EXPECT_FALSE(h.workers.at(worker).evicted);
-  for (int i = 0; i < 5; ++i) silent_tick(999'000);
-  EXPECT_FALSE(h.workers.at(worker).evicted);
-  silent_tick(10'000);
+  h.TickInSilence(10'000);
   EXPECT_TRUE(h.workers.at(worker).evicted);
   EXPECT_EQ(h.workers.at(worker).why.code(), absl::StatusCode::kDeadlineExceeded);
   EXPECT_FALSE(h.core.Ready());
@@ -210,7 +201,7 @@ TEST(RecoveryTest, AStageThatSitsOnAStepIsEvicted) {
   const WorkerId last = h.Attach(kMemory);
   h.Submit(OneSequence(10, 5));
   h.Report(first);
-  for (int i = 0; i < 101; ++i) h.Tick(3'000'000);
+  h.Tick(301'000'000);
   EXPECT_FALSE(h.workers.at(first).evicted);
   EXPECT_TRUE(h.workers.at(last).evicted);
   EXPECT_THAT(h.workers.at(last).why.ToString(), HasSubstr("step 1 not reported"));
@@ -242,7 +233,7 @@ TEST(RecoveryTest, WithoutAPipelineRequestsWaitForTheGraceThenFail) {
   h.Lose(first);
   const RequestId waits = h.Submit(OneSequence(10, 5));
   EXPECT_FALSE(h.refused.contains(waits));
-  for (int i = 0; i < 29; ++i) h.Tick(1'000'000);
+  h.Tick(29'000'000);
   EXPECT_TRUE(h.ended.empty());
   h.Tick(1'000'001);
   for (const RequestId id : {running, waits}) {

@@ -184,6 +184,12 @@ TEST(SchedulerTest, RefusalsNameTheNumbers) {
   const RequestId queue = h.Submit(OneSequence(10, 10));
   EXPECT_EQ(h.refused.at(queue).code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(h.refused.at(queue).ToString(), HasSubstr("max_waiting is 2"));
+  // The bug: "come back later", though it can never be admitted.
+  RequestSpec many = OneSequence(10, 10);
+  many.sequences.resize(3, many.sequences[0]);
+  const RequestId never = h.Submit(many);
+  EXPECT_EQ(h.refused.at(never).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(h.refused.at(never).ToString(), HasSubstr("has 3 sequences"));
 }
 
 TEST(SchedulerTest, StopTokensAndMinTokens) {

@@ -4,9 +4,12 @@
 // judged, and the service goes on for everybody else.
 #include "coordinator/service/service.h"
 
+#include <atomic>
+
 #include "gmock/gmock.h"
 #include "grpcpp/grpcpp.h"
 #include "gtest/gtest.h"
+#include "proto/limits.h"
 #include "proto/rpc/channel.h"
 #include "proto/version.h"
 #include "strait/v1/cluster.grpc.pb.h"
@@ -172,6 +175,115 @@ TEST_F(ServiceTest, WelcomeThenLoadAndHeartbeatsAreAnswered) {
   EXPECT_THAT(service_->StatusJson(), HasSubstr("456789"));
   EXPECT_THAT(service_->MetricsText(), HasSubstr("strait_workers_attached 1\n"));
   context.TryCancel();
+}
+
+// The bug: a worker's error message went into log and status as it came, a megabyte of terminal
+// controls if it liked.
+TEST_F(ServiceTest, WordsOfAWorkerAreBoundedAndPrintable) {
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + 30s);
+  auto stream = stub_->Attach(&context);
+  v1::FromWorker hello = GoodHello();
+  hello.mutable_hello()->set_name("fa\x1bke");
+  ASSERT_TRUE(stream->Write(hello));
+  v1::ToWorker answer;
+  while (!answer.has_load_stage()) ASSERT_TRUE(stream->Read(&answer));
+  v1::FromWorker failed;
+  failed.mutable_stage_state()->set_stage_id(answer.load_stage().stage_id());
+  failed.mutable_stage_state()->set_state(v1::StageState::FAILED);
+  failed.mutable_stage_state()->set_error_code(static_cast<int>(absl::StatusCode::kInternal));
+  failed.mutable_stage_state()->set_error_message("\x1b[2J" + std::string(1'000'000, 'x'));
+  ASSERT_TRUE(stream->Write(failed));
+  v1::FromWorker beat;
+  beat.mutable_heartbeat();
+  std::string json;
+  for (int i = 0; i < 3000 && json.find("could not load") == std::string::npos; ++i) {
+    ASSERT_TRUE(stream->Write(beat));
+    json = service_->StatusJson();
+    std::this_thread::sleep_for(10ms);
+  }
+  EXPECT_THAT(json, HasSubstr("could not load"));
+  EXPECT_LT(json.size(), 8 * limits::kMaxErrorMessageBytes);
+  EXPECT_EQ(json.find("\\u001b"), std::string::npos) << json;
+  context.TryCancel();
+}
+
+// The bug: streams that never said Hello took the room of workers, so some thousand of them kept
+// every worker out for as long as their deadline, again and again.
+TEST_F(ServiceTest, SilentStrangersKeepNoWorkerOut) {
+  CoordinatorOptions options;
+  options.model = SmallShape();
+  options.core.accept_untold = true;
+  options.attach.listen_address = "127.0.0.1:0";
+  options.attach.hello_timeout = 60s;
+  auto service = CoordinatorService::Create(std::move(options));
+  ASSERT_TRUE(service.ok()) << service.status();
+  auto stub = v1::Coordinator::NewStub(rpc::MakeChannel(
+      "127.0.0.1:" + std::to_string((*service)->grpc_port()), rpc::Traffic::kControl));
+  struct Call {
+    grpc::ClientContext context;
+    std::unique_ptr<grpc::ClientReaderWriter<v1::FromWorker, v1::ToWorker>> stream;
+  };
+  std::vector<std::unique_ptr<Call>> strangers;
+  for (uint32_t i = 0; i < limits::kMaxWorkers + 100; ++i) {
+    Call& call = *strangers.emplace_back(std::make_unique<Call>());
+    call.stream = stub->Attach(&call.context);
+  }
+  // The one that has been silent for longest has to go.
+  v1::ToWorker answer;
+  EXPECT_FALSE(strangers.front()->stream->Read(&answer));
+  EXPECT_EQ(strangers.front()->stream->Finish().error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + 30s);
+  auto worker = stub->Attach(&context);
+  ASSERT_TRUE(worker->Write(GoodHello()));
+  ASSERT_TRUE(worker->Read(&answer));
+  EXPECT_TRUE(answer.has_welcome());
+  context.TryCancel();
+  (void)worker->Finish();
+  for (size_t i = 1; i < strangers.size(); ++i) {
+    strangers[i]->context.TryCancel();
+    (void)strangers[i]->stream->Finish();
+  }
+}
+
+// The bug: what was submitted while the loop ended lay in its queue unanswered.
+TEST(ServiceStopTest, EveryRequestThatRacesWithStopIsAnswered) {
+  struct Counting : RequestListener {
+    explicit Counting(std::atomic<int>* count) : answered(count) {}
+    void OnRefused(absl::Status) override { ++*answered; }
+    void OnAdmitted(RequestId) override {}
+    void OnPromptScores(uint32_t, std::vector<TokenInfo>) override {}
+    void OnToken(uint32_t, TokenInfo) override {}
+    void OnSequenceEnd(uint32_t, FinishReason, std::optional<TokenId>, absl::Status) override {
+      ++*answered;
+    }
+    std::atomic<int>* const answered;
+  };
+  for (int round = 0; round < 25; ++round) {
+    CoordinatorOptions options;
+    options.model = SmallShape();
+    options.attach.listen_address = "127.0.0.1:0";
+    auto service = CoordinatorService::Create(std::move(options));
+    ASSERT_TRUE(service.ok()) << service.status();
+    std::atomic<int> submitted = 0;
+    std::atomic<int> answered = 0;
+    std::atomic<bool> over = false;
+    std::vector<std::thread> clients;
+    for (int i = 0; i < 4; ++i) {
+      clients.emplace_back([&] {
+        while (!over) {
+          (*service)->Submit(MakeRequest(10, 5, 1), std::make_shared<Counting>(&answered));
+          ++submitted;
+        }
+      });
+    }
+    while (submitted < 20) std::this_thread::yield();
+    (*service)->Stop();
+    over = true;
+    for (std::thread& client : clients) client.join();
+    ASSERT_EQ(answered, submitted) << "round " << round;
+  }
 }
 
 TEST_F(ServiceTest, ManyStreamsThatComeAndGoDisturbNobody) {

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a stage takes besides weights and pool: the activations of one tile, the rows of a step that
+// go through the layers together. One set of pure functions, used by the coordinator to plan and by
+// the worker to allocate.
+//
+// Thread:  pure functions.
+// Limits:  kMinTileRows … kMaxTileRows; a tile is as large as fits in a kWorkspaceDivisor-th part of
+//          the stage's weights.
+// Why:     a worker's memory holds weights, pool and workspace; a planner that forgets one of them
+//          plans stages that do not fit.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "absl/types/span.h"
+#include "proto/model_config.h"
+
+namespace strait {
+
+inline constexpr uint32_t kMaxTileRows = 512;
+inline constexpr uint32_t kMinTileRows = 64;    // tiles are multiples of it
+inline constexpr uint32_t kAttentionRows = 64;  // whose heads' latents exist at a time
+inline constexpr uint32_t kHeadRows = 16;       // whose logits exist at a time
+inline constexpr uint64_t kWorkspaceDivisor = 20;
+
+// Where each buffer begins, in bytes. Buffers of attention, feed-forward and head lie over each
+// other. Elements are 4 bytes. H hidden_size, A num_attention_heads, Q qk_head_dim, D
+// qk_rope_head_dim, R kv_lora_rank, K experts per token, E experts, I intermediate_size, M
+// moe_intermediate_size, S n_shared_experts * M, V vocab_size, T rows of a tile.
+struct WorkspaceLayout {
+  uint64_t hidden = 0;   // [T, H]
+  uint64_t normed = 0;   // [T, H]
+  uint64_t cos_sin = 0;  // [T, D]
+
+  // --- Attention ---
+  uint64_t q_a = 0;       // [T, q_lora_rank]
+  uint64_t q = 0;         // [T, A, Q]
+  uint64_t kv_a = 0;      // [T, R + D]
+  uint64_t q_rope = 0;    // [T, A, D]
+  uint64_t attended = 0;  // [T, A, v_head_dim]
+  uint64_t q_latent = 0;  // [kAttentionRows, A, R]
+  uint64_t o_latent = 0;  // [kAttentionRows, A, R]
+
+  // --- Feed-forward ---
+  uint64_t gate = 0;            // [T, I] or, for shared experts, [T, S]
+  uint64_t up = 0;              // [T, I] or [T, S]
+  uint64_t router_logits = 0;   // [T, E]
+  uint64_t expert_weights = 0;  // [T, K]
+  uint64_t expert_ids = 0;      // [T, K]
+  uint64_t row_of = 0;          // [T, K]
+  uint64_t token_of = 0;        // [T * K]
+  uint64_t group_begin = 0;     // [E + 1]
+  uint64_t expert_gate = 0;     // [T * K, M]
+  uint64_t expert_up = 0;       // [T * K, M]
+  uint64_t expert_rows = 0;     // [T * K, H]
+  uint64_t shared_rows = 0;     // [T, H]
+
+  // --- Head ---
+  uint64_t head_rows = 0;  // [kHeadRows, H]
+  uint64_t logits = 0;     // [kHeadRows, V]
+
+  uint64_t bytes = 0;  // of all
+};
+
+WorkspaceLayout LayOutWorkspace(const ModelConfig& config, uint32_t tile_rows);
+
+// Bytes for tiles of kMinTileRows, twice as many, … kMaxTileRows rows.
+std::vector<uint64_t> WorkspaceSizes(const ModelConfig& config);
+
+// Which of `sizes` a stage takes whose weights have `weight_bytes`: the last that is small enough,
+// else the first. REQUIRES: sizes rise and are not empty.
+size_t ChooseWorkspace(absl::Span<const uint64_t> sizes, uint64_t weight_bytes);
+
+}  // namespace strait

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Defends: who is blamed after how long. Every state that waits for a worker has a deadline, time
+// in which the coordinator itself was stopped counts for none, blame ends with a step that went
+// all the way, and a pipeline gets back what a small stand-in took from it.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "coordinator/core/cluster.h"
+#include "tests/coordinator/core/harness.h"
+
+namespace strait {
+namespace {
+
+using testing::ElementsAre;
+using testing::HasSubstr;
+
+constexpr uint64_t kMemory = 20'000;
+constexpr uint64_t kHour = 3'600'000'000;
+
+CoreOptions Options(uint32_t num_stages) {
+  CoreOptions options;
+  options.num_stages = num_stages;
+  return options;
+}
+
+void BreakLink(Harness* h, WorkerId worker) {
+  v1::StageReport report;
+  report.set_stage_id(h->StageOf(worker).load.stage_id());
+  *report.mutable_epoch() = h->StageOf(worker).epoch;
+  report.set_error_code(static_cast<uint32_t>(absl::StatusCode::kUnavailable));
+  report.set_error_message("connection reset");
+  h->Send(worker, report);
+}
+
+// The bug: the first stage's report of a step that got no further counted as progress, so a link
+// that never worked was tried every 20 ms for ever.
+TEST(PatienceTest, AStepThatEndsHalfWayIsNoProgress) {
+  Harness h(Options(2), SmallModel());
+  const WorkerId first = h.Attach(kMemory);
+  h.Attach(kMemory);
+  for (int round = 0; round < 20 && !h.workers.at(first).evicted; ++round) {
+    h.Submit(OneSequence(10, 5));
+    h.Report(first);
+    BreakLink(&h, first);
+    for (int i = 0; i < 30 && !h.core.Ready() && !h.workers.at(first).evicted; ++i) h.Tick(100'000);
+  }
+  EXPECT_TRUE(h.workers.at(first).evicted);
+}
+
+TEST(PatienceTest, AFinishedStepForgivesEveryStage) {
+  Harness h(Options(2), SmallModel());
+  const WorkerId first = h.Attach(kMemory);
+  const WorkerId last = h.Attach(kMemory);
+  h.Submit(OneSequence(10, 100));
+  for (int round = 0; round < 30; ++round) {
+    BreakLink(&h, first);
+    while (!h.core.Ready()) h.Tick(100'000);
+    h.Report(first);
+    h.Report(last);
+  }
+  EXPECT_FALSE(h.workers.at(first).evicted);
+  EXPECT_FALSE(h.workers.at(last).evicted);
+}
+
+// Columns of a pool that holds `layers` layers.
+uint32_t Columns(const v1::LoadStage& load) {
+  return load.pool_blocks() / (load.layer_end() - load.layer_begin());
+}
+
+// The bug: a stand-in's pool bounded all who came after it.
+TEST(PatienceTest, WhoReplacesASmallStandInHoldsWhatWasPlanned) {
+  Harness h(Options(2), SmallModel());
+  const WorkerId first = h.Attach(kMemory);
+  const WorkerId last = h.Attach(kMemory);
+  const uint32_t planned = Columns(h.StageOf(first).load);
+  h.Lose(last);
+  const WorkerId small = h.Attach(kMemory * 2 / 3);
+  ASSERT_TRUE(h.core.Ready());
+  EXPECT_LT(Columns(h.StageOf(small).load), planned);
+  // Neither does it bound its neighbour's successor.
+  h.Lose(first);
+  EXPECT_EQ(Columns(h.StageOf(h.Attach(kMemory)).load), planned);
+  h.Lose(small);
+  EXPECT_EQ(Columns(h.StageOf(h.Attach(kMemory)).load), planned);
+  EXPECT_TRUE(h.core.Ready());
+  EXPECT_THAT(h.core.StatusJson(h.now_us),
+              HasSubstr("\"tokens_max\":" + std::to_string(planned * limits::kBlockTokens)));
+}
+
+TEST(PatienceTest, ARoomySpareReplacesATinyStandInWhenThePipelineIsPutTogetherAnew) {
+  Harness h(Options(2), SmallModel());
+  const WorkerId first = h.Attach(kMemory);
+  const WorkerId last = h.Attach(kMemory);
+  const uint32_t planned = Columns(h.StageOf(first).load);
+  h.Lose(last);
+  const WorkerId tiny = h.Attach(4'000);
+  ASSERT_TRUE(h.core.Ready());
+  EXPECT_LT(Columns(h.StageOf(tiny).load), planned / 3);
+  // Spares, as long as the pipeline serves.
+  for (int i = 0; i < 2; ++i) h.Attach(kMemory);
+  EXPECT_FALSE(h.workers.at(tiny).stages.empty());
+  h.Lose(first);
+  h.Tick(100'000);
+  ASSERT_TRUE(h.core.Ready());
+  EXPECT_TRUE(h.workers.at(tiny).stages.empty());
+  EXPECT_THAT(h.core.StatusJson(h.now_us),
+              HasSubstr("\"tokens_max\":" + std::to_string(planned * limits::kBlockTokens)));
+  EXPECT_THAT(h.problems, ElementsAre());
+}
+
+// The bug: the time that a pipeline had spent loading counted as time without a worker, so the
+// younger of two was dissolved at once though its worker was about to come back.
+TEST(PatienceTest, AWorkerHasTimeToComeBackBeforeItsPipelineIsDissolved) {
+  CoreOptions options = Options(2);
+  options.num_pipelines = 2;
+  Harness h(options, SmallModel());
+  h.answer_loads = false;
+  std::vector<WorkerId> workers;
+  for (int i = 0; i < 4; ++i) workers.push_back(h.Attach(kMemory));
+  h.Tick(60'000'000);
+  h.Lose(workers[0]);
+  h.Lose(workers[2]);
+  h.Tick(kConsolidateAfterUs - 200'000);
+  EXPECT_EQ(h.StageOf(workers[3]).load.stage_id(), 4u) << "as at first";
+  h.Tick(400'000);
+  EXPECT_GT(h.StageOf(workers[3]).load.stage_id(), 4u) << "it helps the older pipeline";
+}
+
+TEST(PatienceTest, ALoadThatStandsStillEndsTheWorkerOneThatAdvancesDoesNot) {
+  Harness h(Options(1), SmallModel());
+  h.answer_loads = false;
+  const WorkerId worker = h.Attach(kMemory);
+  v1::FromWorker progress;
+  progress.mutable_load_progress()->set_stage_id(h.StageOf(worker).load.stage_id());
+  for (int i = 1; i <= 3; ++i) {
+    h.Tick(200'000'000);
+    progress.mutable_load_progress()->set_bytes_loaded(i * 1000);
+    h.core.OnWorkerMessage(worker, progress, h.now_us);
+  }
+  h.Tick(200'000'000);
+  EXPECT_FALSE(h.workers.at(worker).evicted);
+  h.core.OnWorkerMessage(worker, progress, h.now_us);  // no further than before
+  h.Tick(101'000'000);
+  ASSERT_TRUE(h.workers.at(worker).evicted);
+  EXPECT_THAT(h.workers.at(worker).why.ToString(), HasSubstr("loading stands still at 3000"));
+}
+
+// The bug: after the coordinator had been stopped (SIGSTOP, a paused machine), it blamed workers
+// for the time that it had slept.
+TEST(PatienceTest, APauseOfTheCoordinatorBlamesNobody) {
+  Harness h(Options(2), SmallModel());
+  h.answer_loads = h.answer_activations = false;
+  const WorkerId first = h.Attach(kMemory);
+  const WorkerId last = h.Attach(kMemory);
+  h.Pause(kHour);  // while they load
+  const auto say = [&h](WorkerId worker, v1::StageState::State what) {
+    v1::FromWorker message;
+    v1::StageState* state = message.mutable_stage_state();
+    state->set_stage_id(h.StageOf(worker).load.stage_id());
+    state->set_state(what);
+    state->set_pool_blocks(h.StageOf(worker).load.pool_blocks());
+    *state->mutable_epoch() = h.StageOf(worker).epoch;
+    h.core.OnWorkerMessage(worker, message, h.now_us);
+    h.Pump();
+  };
+  for (const WorkerId worker : {first, last}) say(worker, v1::StageState::LOADED);
+  h.Pause(kHour);  // while they activate
+  for (const WorkerId worker : {first, last}) say(worker, v1::StageState::ACTIVE);
+  ASSERT_TRUE(h.core.Ready());
+  const RequestId id = h.Submit(OneSequence(10, 5));
+  h.Pause(kHour);  // while a step is under way
+  h.Pause(kHour);
+  EXPECT_FALSE(h.workers.at(first).evicted);
+  EXPECT_FALSE(h.workers.at(last).evicted);
+  h.Run();
+  EXPECT_EQ(h.tokens[id].size(), 5u);
+  EXPECT_EQ(h.core.Stats().recoveries, 0u);
+}
+
+TEST(PatienceTest, AnActivationIsNotWaitedForForever) {
+  Harness h(Options(1), SmallModel());
+  h.answer_activations = false;
+  const WorkerId worker = h.Attach(kMemory);
+  h.Tick(29'000'000);
+  EXPECT_FALSE(h.workers.at(worker).evicted);
+  h.Tick(2'000'000);
+  EXPECT_TRUE(h.workers.at(worker).evicted);
+}
+
+}  // namespace
+}  // namespace strait
