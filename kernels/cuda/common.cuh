@@ -31,7 +31,20 @@ __device__ __forceinline__ void StartNext() {
 #endif
 }
 
-// Launches a kernel that may begin while the one before it in the stream drains.
+// Whether the current device can begin a kernel before its predecessor has ended.
+inline bool ChainsLaunches() {
+  static const bool chains = [] {
+    int device = 0;
+    int major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
+               cudaSuccess &&
+           major >= 9;
+  }();
+  return chains;
+}
+
+// Launches a kernel that may, where the device can, begin while the one before it drains.
 template <class... Params, class... Args>
 cudaError_t LaunchChained(void (*kernel)(Params...), dim3 grid, unsigned threads,
                           size_t shared_bytes, cudaStream_t stream, const Args&... args) {
@@ -44,7 +57,7 @@ cudaError_t LaunchChained(void (*kernel)(Params...), dim3 grid, unsigned threads
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = 1;
+  config.numAttrs = ChainsLaunches() ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
 }
 

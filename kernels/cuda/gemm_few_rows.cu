@@ -21,9 +21,12 @@ namespace strait::cuda {
 namespace {
 
 constexpr int kWarps = 8;
-constexpr int kRows = 16;       // of W, a block
-constexpr int kPiece = 128;     // of K, a warp at a time; one fp8 scale
-constexpr int kBlocksEach = 2;  // a multiprocessor, at least, but for 64 rows: latency needs hiding
+constexpr int kRows = 16;    // of W, a block
+constexpr int kPiece = 128;  // of K, a warp at a time; one fp8 scale
+
+// Blocks of a multiprocessor: more rows of x take more registers, and one block of eight warps with
+// two pieces each has 64 KiB on their way.
+constexpr int BlocksEach(int token_tiles) { return token_tiles == 1 ? 2 : 1; }
 
 struct Vec {
   uint32_t v[4];  // 16 bytes
@@ -69,23 +72,23 @@ struct Piece {
   Vec weights[kPiece / kChunk][2];
 };
 
-template <bool kFp8>
-__device__ __forceinline__ void Load(Piece<kFp8>& piece, const char* w0, const char* w1, int k0,
-                                     int k_end) {
+// kTail: the piece goes beyond K, and what lies there counts as zero.
+template <bool kFp8, bool kTail>
+__device__ __forceinline__ void LoadPart(Piece<kFp8>& piece, const char* w0, const char* w1, int k0,
+                                         int k_end) {
   using P = Piece<kFp8>;
   const int j = threadIdx.x % 4;
-  const bool tail = k0 + kPiece > k_end;
 #pragma unroll
   for (int c = 0; c < kPiece / P::kChunk; ++c) {
     const int k = k0 + c * P::kChunk + j * P::kLane;
     const int64_t offset = int64_t{k} * (kFp8 ? 1 : 2);
-    if (!tail || k < k_end) {
+    if (!kTail || k < k_end) {
       piece.weights[c][0] = LoadWeight(w0 + offset);
       piece.weights[c][1] = LoadWeight(w1 + offset);
     } else {
       piece.weights[c][0] = piece.weights[c][1] = kZero;
     }
-    if (tail && k < k_end && k + P::kLane > k_end) {
+    if (kTail && k < k_end && k + P::kLane > k_end) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
         if (kFp8) {
@@ -98,41 +101,75 @@ __device__ __forceinline__ void Load(Piece<kFp8>& piece, const char* w0, const c
   }
 }
 
+// One branch for the whole piece, so that all its loads are issued together.
+template <bool kFp8>
+__device__ __forceinline__ void Load(Piece<kFp8>& piece, const char* w0, const char* w1, int k0,
+                                     int k_end) {
+  if (k0 + kPiece <= k_end) {
+    LoadPart<kFp8, false>(piece, w0, w1, k0, k_end);
+  } else {
+    LoadPart<kFp8, true>(piece, w0, w1, k0, k_end);
+  }
+}
+
+template <bool kFp8, int kTokenTiles, bool kTail>
+__device__ __forceinline__ void MultiplyPart(const Piece<kFp8>& piece,
+                                             const Bf16* const (&x)[kTokenTiles], int k0, int k_end,
+                                             float (&sums)[kTokenTiles][4]) {
+  using P = Piece<kFp8>;
+  const int j = threadIdx.x % 4;
+  constexpr int kHalves = P::kLane / 8;  // 8 k at a time: 16 bytes of x
+  constexpr int kXLoads = kPiece / P::kChunk * kHalves;
+  // Eight rows of x are on their way before the first weight is looked at; more have no registers.
+  constexpr int kAhead = kTokenTiles == 1 ? kXLoads : 1;
+  Vec b[kAhead][kTokenTiles];
+  const auto load_x = [&](int i, Vec(&to)[kTokenTiles]) {
+    const int k = k0 + i / kHalves * P::kChunk + j * P::kLane + i % kHalves * 8;
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+      to[t] = kZero;
+      if (!kTail || k < k_end) to[t] = LoadX(x[t] + k);
+      if (kTail && k < k_end && k + 8 > k_end) KeepBf16(to[t], k_end - k);
+    }
+  };
+  if (kAhead == kXLoads) {
+#pragma unroll
+    for (int i = 0; i < kXLoads; ++i) load_x(i, b[i % kAhead]);
+  }
+#pragma unroll
+  for (int i = 0; i < kXLoads; ++i) {
+    if (kAhead != kXLoads) load_x(i, b[0]);
+    const int c = i / kHalves;
+    const int half = i % kHalves;
+    uint32_t a[2][4];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (kFp8) {
+        WidenE4m3(piece.weights[c][r].v[half * 2], a[r][0], a[r][1]);
+        WidenE4m3(piece.weights[c][r].v[half * 2 + 1], a[r][2], a[r][3]);
+      } else {
+#pragma unroll
+        for (int v = 0; v < 4; ++v) a[r][v] = piece.weights[c][r].v[v];
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTokenTiles; ++t) {
+      const Vec& xs = b[i % kAhead][t];
+      MmaBf16(sums[t], a[0][0], a[1][0], a[0][1], a[1][1], xs.v[0], xs.v[1]);
+      MmaBf16(sums[t], a[0][2], a[1][2], a[0][3], a[1][3], xs.v[2], xs.v[3]);
+    }
+  }
+}
+
 // sums += W[16 rows, piece] * x[rows, piece]^T.
 template <bool kFp8, int kTokenTiles>
 __device__ __forceinline__ void Multiply(const Piece<kFp8>& piece,
                                          const Bf16* const (&x)[kTokenTiles], int k0, int k_end,
                                          float (&sums)[kTokenTiles][4]) {
-  using P = Piece<kFp8>;
-  const int j = threadIdx.x % 4;
-  const bool tail = k0 + kPiece > k_end;
-#pragma unroll
-  for (int c = 0; c < kPiece / P::kChunk; ++c) {
-#pragma unroll
-    for (int half = 0; half < P::kLane / 8; ++half) {  // 8 k at a time: 16 bytes of x
-      const int k = k0 + c * P::kChunk + j * P::kLane + half * 8;
-      uint32_t a[2][4];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (kFp8) {
-          WidenE4m3(piece.weights[c][r].v[half * 2], a[r][0], a[r][1]);
-          WidenE4m3(piece.weights[c][r].v[half * 2 + 1], a[r][2], a[r][3]);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) a[r][i] = piece.weights[c][r].v[i];
-        }
-      }
-#pragma unroll
-      for (int t = 0; t < kTokenTiles; ++t) {
-        Vec b = kZero;
-        if (x[t] != nullptr && (!tail || k < k_end)) {
-          b = LoadX(x[t] + k);
-          if (tail && k + 8 > k_end) KeepBf16(b, k_end - k);
-        }
-        MmaBf16(sums[t], a[0][0], a[1][0], a[0][1], a[1][1], b.v[0], b.v[1]);
-        MmaBf16(sums[t], a[0][2], a[1][2], a[0][3], a[1][3], b.v[2], b.v[3]);
-      }
-    }
+  if (k0 + kPiece <= k_end) {
+    MultiplyPart<kFp8, kTokenTiles, false>(piece, x, k0, k_end, sums);
+  } else {
+    MultiplyPart<kFp8, kTokenTiles, true>(piece, x, k0, k_end, sums);
   }
 }
 
@@ -255,8 +292,10 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
   const Bf16* x[kTokenTiles];
   float sums[kGated ? 2 : 1][kTokenTiles][4] = {};
   int x_item = -1;  // whose rows x are
-  bool more = true;
-  while (more) {
+  // Multiplies one piece while the next is on its way; false: that was the last. Two pieces take
+  // turns: copying one to the other would wait for it.
+  const auto step = [&](const Piece<kFp8>& piece, Piece<kFp8>& next) __attribute__((always_inline))
+                        ->bool {
     const GemmItem item = at.item;
     const int unit = at.unit;
     const int n0 = at.n0;
@@ -267,16 +306,14 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
       x_item = unit / units_each;
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t) {
+        // Beyond the item's rows its first stands in: such columns of the product go nowhere.
         const int m = t * 8 + token;
-        x[t] = nullptr;
-        if (m < item.count) {
-          const int64_t row = p.x_rows ? p.x_rows[item.begin + m] : item.begin + m;
-          x[t] = p.x + item.group * p.x_group_stride + row * p.x_stride;
-        }
+        const int index = item.begin + (m < item.count ? m : 0);
+        const int64_t row = p.x_rows ? p.x_rows[index] : index;
+        x[t] = p.x + item.group * p.x_group_stride + row * p.x_stride;
       }
     }
-    more = at.Next(p, kTileRows, num_units, num_blocks);
-    Piece<kFp8> next;
+    const bool more = at.Next(p, kTileRows, num_units, num_blocks);
     if (more) Load(next, at.rows.w0, at.rows.w1, at.k0, k_end);
     float partial[kTokenTiles][4] = {};
     Multiply(piece, x, k0, k_end, partial);
@@ -292,8 +329,7 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
         }
       }
     }
-    piece = next;
-    if (more && at.unit == unit) continue;
+    if (more && at.unit == unit) return true;
 
     AddWarps<kTokenTiles>(sums[0], shared);
     if (kGated) AddWarps<kTokenTiles>(sums[kGated], shared + kWarps);
@@ -316,11 +352,15 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[0][t][i] = sums[kGated][t][i] = 0;
     }
+    return more;
+  };
+  Piece<kFp8> other;
+  while (step(piece, other) && step(other, piece)) {
   }
 }
 
 template <bool kFp8, bool kGated, int kTokenTiles>
-__global__ void __launch_bounds__(kWarps * 32, kTokenTiles < 4 ? kBlocksEach : 1)
+__global__ void __launch_bounds__(kWarps * 32, BlocksEach(kTokenTiles))
     FewRows(const __grid_constant__ GemmParams p) {
   extern __shared__ float memory[];
   Block<kFp8, kGated, kTokenTiles>(p, blockIdx.x, gridDim.x, memory);
@@ -328,7 +368,7 @@ __global__ void __launch_bounds__(kWarps * 32, kTokenTiles < 4 ? kBlocksEach : 1
 
 // Two products of the same number of rows in one launch: the first a_blocks blocks make a.
 template <bool kFp8, int kTokenTiles>
-__global__ void __launch_bounds__(kWarps * 32, kTokenTiles < 4 ? kBlocksEach : 1)
+__global__ void __launch_bounds__(kWarps * 32, BlocksEach(kTokenTiles))
     FewRowsPair(const __grid_constant__ GemmParams a, const __grid_constant__ GemmParams b,
                 const int a_blocks) {
   extern __shared__ float memory[];
@@ -340,17 +380,22 @@ __global__ void __launch_bounds__(kWarps * 32, kTokenTiles < 4 ? kBlocksEach : 1
   }
 }
 
-// Blocks that run at once.
-int ResidentBlocks() {
-  static const int blocks = [] {
+int Multiprocessors() {
+  static const int multiprocessors = [] {
     int device = 0;
     int count = 132;
     if (cudaGetDevice(&device) == cudaSuccess) {
       (void)cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
     }
-    return count * kBlocksEach;
+    return count;
   }();
-  return blocks;
+  return multiprocessors;
+}
+
+// Blocks that run at once.
+template <int kTokenTiles>
+int64_t ResidentBlocks() {
+  return int64_t{Multiprocessors()} * BlocksEach(kTokenTiles);
 }
 
 template <int kTokenTiles>
@@ -372,8 +417,8 @@ cudaError_t AllowShared(Kernel kernel, int bytes) {
 template <bool kFp8, bool kGated, int kTokenTiles>
 cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
   constexpr int kBytes = SharedBytes<kTokenTiles>(kGated);
-  const dim3 grid(
-      static_cast<unsigned>(std::min<int64_t>(NumUnits<kTokenTiles>(p), ResidentBlocks())));
+  const dim3 grid(static_cast<unsigned>(
+      std::min<int64_t>(NumUnits<kTokenTiles>(p), ResidentBlocks<kTokenTiles>())));
   const auto kernel = FewRows<kFp8, kGated, kTokenTiles>;
   const cudaError_t error = AllowShared(kernel, kBytes);
   if (error != cudaSuccess) return error;
@@ -386,7 +431,7 @@ cudaError_t LaunchPair(const GemmParams& a, const GemmParams& b, cudaStream_t st
   // Both at once where they fit; else in proportion.
   const int64_t a_units = NumUnits<kTokenTiles>(a);
   const int64_t b_units = NumUnits<kTokenTiles>(b);
-  const int64_t most = ResidentBlocks();
+  const int64_t most = ResidentBlocks<kTokenTiles>();
   int64_t a_blocks = a_units;
   int64_t b_blocks = b_units;
   if (a_units + b_units > most) {
