@@ -124,6 +124,7 @@ if wanted bench; then
   models=tests/bench/models
   {
     "$programs/tests/cuda_gemm_bench" &&
+      "$programs/tests/cuda_mla_bench" --json "$out/mla.json" &&
       "$programs/tests/cuda_stage_bench" $models/v2-lite 0 27 1024 1 16 64 256 --prefill 8192 &&
       "$programs/tests/cuda_stage_bench" $models/v3 3 8 4096 1 16 64
   } >"$out/bench.log" 2>&1 || fail bench "$out/bench.log"
