@@ -98,6 +98,7 @@ TEST(Cluster, CoordinatorsRestartFindsTheWorkersAgain) {
   CoordinatorOptions options;
   options.core.num_stages = 2;
   options.core.term = 2;
+  options.core.accept_untold = true;
   options.model = cluster->shape;
   options.attach.listen_address = address;
   auto made = CoordinatorService::Create(std::move(options));
