@@ -17,6 +17,10 @@ namespace {
 // Log-probabilities are of a distribution; rounding may lift a certain token's a little above 0.
 constexpr float kMaxLogprob = 1e-3f;
 
+// Weight of the newest step in a stage's times, and what no step takes longer than.
+constexpr double kRecentStep = 1.0 / 16;
+constexpr uint64_t kLongestUs = 3'600'000'000;
+
 bool IsLogprob(float value) { return value <= kMaxLogprob && !std::isnan(value); }
 
 absl::Status CheckToken(const v1::TokenLogprob& token, uint32_t num_top, const ModelShape& model) {
@@ -57,6 +61,15 @@ TokenInfo ToInfo(const v1::TokenLogprob& token, uint32_t position) {
 }
 
 }  // namespace
+
+void StageTimes::Add(const v1::StageReport& report) {
+  const double weight = ++steps == 1 ? 1 : kRecentStep;
+  const auto add = [weight](uint64_t us, double* average) {
+    *average += weight * (static_cast<double>(std::min(us, kLongestUs)) - *average);
+  };
+  add(report.compute_us(), &compute_us);
+  add(report.wait_us(), &wait_us);
+}
 
 absl::Status Scheduler::CheckResults(const StepRecord& record,
                                      const v1::StageReport& report) const {
@@ -102,17 +115,15 @@ absl::Status Scheduler::OnReport(uint32_t stage_index, const v1::StageReport& re
   STRAIT_CHECK(started());
   STRAIT_ASSIGN_OR_RETURN(const StepRecord* record, ledger_.CheckReport(stage_index, report));
   const bool last = stage_index + 1 == num_stages_;
-  if (!last) {
-    if (report.results_size() > 0) {
-      return absl::InvalidArgumentError("results from a stage that is not the last one");
-    }
-    ledger_.Reported(stage_index, now_us);
-    return absl::OkStatus();
+  if (last) {
+    STRAIT_RETURN_IF_ERROR(CheckResults(*record, report));
+  } else if (report.results_size() > 0) {
+    return absl::InvalidArgumentError("results from a stage that is not the last one");
   }
-  STRAIT_RETURN_IF_ERROR(CheckResults(*record, report));
+  if (record->num_rows > 0) times_[stage_index].Add(report);
   const std::vector<WantedResult> wanted = record->wanted;
   ledger_.Reported(stage_index, now_us);
-  ApplyResults(wanted, report);
+  if (last) ApplyResults(wanted, report);
   return absl::OkStatus();
 }
 

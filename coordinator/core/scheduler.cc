@@ -18,6 +18,7 @@ void Scheduler::Start(std::vector<uint32_t> layers_of_stages, uint32_t capacity_
   const uint32_t wanted = context_->options.steps_in_flight;
   steps_in_flight_max_ = std::min(wanted > 0 ? wanted : num_stages_ + 1, limits::kMaxStepsInFlight);
   capacity_ = capacity_columns;
+  times_.assign(num_stages_, {});
   ledger_.Start(std::move(layers_of_stages));
 }
 

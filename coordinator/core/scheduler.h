@@ -25,6 +25,15 @@
 
 namespace strait {
 
+// How a stage spends its time: exponential averages over its recent steps with rows, of this epoch.
+struct StageTimes {
+  uint64_t steps = 0;
+  double compute_us = 0;
+  double wait_us = 0;  // from a plan's arrival to that of its hidden states: the pipeline's bubble
+
+  void Add(const v1::StageReport& report);
+};
+
 class Scheduler {
  public:
   Scheduler(Context* context, Journal* journal) : context_(context), journal_(journal) {}
@@ -57,6 +66,8 @@ class Scheduler {
   absl::Status OnReport(uint32_t stage_index, const v1::StageReport& report, uint64_t now_us);
 
   const StepLedger& ledger() const { return ledger_; }
+  // REQUIRES: started.
+  const StageTimes& times(uint32_t stage_index) const { return times_[stage_index]; }
   uint32_t num_residents() const { return static_cast<uint32_t>(residents_.size()); }
   uint32_t num_prefilling() const { return static_cast<uint32_t>(prefilling_.size()); }
   // Columns held by the stages after all steps planned so far.
@@ -109,6 +120,7 @@ class Scheduler {
   std::vector<Closing> closing_;
   std::map<SequenceId, uint32_t> opened_;  // on the stages after the last planned step: rows
   StepLedger ledger_;
+  std::vector<StageTimes> times_;  // of each stage
 };
 
 }  // namespace strait

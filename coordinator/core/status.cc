@@ -43,11 +43,10 @@ uint64_t Seconds(uint64_t now_us, uint64_t then_us) {
   return now_us > then_us ? (now_us - then_us) / 1'000'000 : 0;
 }
 
-json::Object StageJson(const Pipeline& pipeline, uint32_t index, const ModelShape& model) {
+// A pipeline's place, whoever has it.
+json::Object PlaceJson(const Pipeline& pipeline, uint32_t index) {
   const StageSlot& slot = pipeline.slots[index];
-  const uint64_t blocks_per_layer = pipeline.scheduler.columns_held();
   json::Object out;
-  out["pipeline_id"] = pipeline.id.value;
   out["stage_index"] = index;
   out["state"] = Name(slot.state);
   if (slot.state != StageSlot::State::kVacant) {
@@ -56,12 +55,26 @@ json::Object StageJson(const Pipeline& pipeline, uint32_t index, const ModelShap
   }
   out["layer_begin"] = slot.layers.begin;
   out["layer_end"] = slot.layers.end;
+  return out;
+}
+
+// The same, with all that its worker has in it.
+json::Object StageJson(const Pipeline& pipeline, uint32_t index, const ModelShape& model) {
+  const StageSlot& slot = pipeline.slots[index];
+  const uint64_t blocks_per_layer = pipeline.scheduler.columns_held();
+  json::Object out = PlaceJson(pipeline, index);
+  out["pipeline_id"] = pipeline.id.value;
   out["weight_bytes"] = slot.weight_bytes;
   out["bytes_loaded"] = slot.bytes_loaded;
   out["bytes_total"] = slot.bytes_total;
   out["blocks_total"] = slot.pool_blocks;
   out["blocks_used"] = blocks_per_layer * slot.layers.size();
   out["cache_bytes_total"] = uint64_t{slot.pool_blocks} * model.block_bytes;
+  if (pipeline.scheduler.started() && pipeline.scheduler.times(index).steps > 0) {
+    const StageTimes& times = pipeline.scheduler.times(index);
+    out["step_compute_us"] = static_cast<uint64_t>(times.compute_us);
+    out["step_wait_us"] = static_cast<uint64_t>(times.wait_us);
+  }
   json::Array by_layer;
   for (LayerIndex l = slot.layers.begin; l < slot.layers.end; ++l) {
     json::Object layer;
@@ -101,8 +114,7 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Mode
   return out;
 }
 
-json::Object PipelineJson(const Pipeline& pipeline, const Cluster& cluster, const Context& context,
-                          uint64_t now_us) {
+json::Object PipelineJson(const Pipeline& pipeline, const Cluster& cluster, uint64_t now_us) {
   const Scheduler& scheduler = pipeline.scheduler;
   json::Object out;
   out["id"] = pipeline.id.value;
@@ -123,7 +135,7 @@ json::Object PipelineJson(const Pipeline& pipeline, const Cluster& cluster, cons
   std::string numerics;
   bool mixed = false;
   for (uint32_t i = 0; i < pipeline.slots.size(); ++i) {
-    stages.push_back(StageJson(pipeline, i, context.model));
+    stages.push_back(PlaceJson(pipeline, i));
     if (pipeline.slots[i].state == StageSlot::State::kVacant) continue;
     const std::string& id = cluster.workers().at(pipeline.slots[i].worker).numerics_id;
     mixed = mixed || (!numerics.empty() && id != numerics);
@@ -206,7 +218,7 @@ std::string Core::StatusJson(uint64_t now_us) const {
   absl::flat_hash_map<const Scheduler*, PipelineId> by_scheduler;
   for (const auto& [id, pipeline] : state.cluster.pipelines()) {
     by_scheduler.emplace(&pipeline->scheduler, id);
-    pipelines.push_back(PipelineJson(*pipeline, state.cluster, state.context, now_us));
+    pipelines.push_back(PipelineJson(*pipeline, state.cluster, now_us));
   }
   out["pipelines"] = std::move(pipelines);
 

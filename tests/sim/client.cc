@@ -249,6 +249,7 @@ void Clients::OnMessage(const SequenceEnded& message, uint64_t no_pipeline_us,
         allowed = no_pipeline_us >= scenario_->options.no_pipeline_grace_us;
       } else if (text.find("times without a token") != std::string::npos) {
         allowed = scenario_->num_faults + scenario_->num_lies > kMaxFruitlessReplays ||
+                  many_failures_ ||
                   scenario_->slow_message_chance > 0;  // late heartbeats evict, too
       } else if (absl::IsResourceExhausted(message.status)) {
         allowed = !scenario_->equal_memory && workers_lost > 0;

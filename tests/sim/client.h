@@ -28,6 +28,8 @@ class Clients {
   void OnCancel(RequestId id, std::optional<uint32_t> index);
   // What was cancelled must have ended by the coordinator's next messages.
   void CheckCancelled(RequestId id);
+  // From now on a pipeline may fail any number of times.
+  void ExpectManyFailures() { many_failures_ = true; }
   // No request outlives its deadline by more than `slack_us`.
   void CheckDeadlines(uint64_t slack_us);
   // `core_ready`: a pipeline is active; `no_pipeline_us`: for how long none was.
@@ -69,6 +71,7 @@ class Clients {
   uint32_t num_live_ = 0;
   uint32_t num_finished_ = 0;
   uint32_t num_nan_ = 0;
+  bool many_failures_ = false;
 };
 
 }  // namespace strait::sim

@@ -98,6 +98,11 @@ absl::Status SimTransport::Send(uint64_t from_stage_id, HiddenStep hidden) {
     return absl::UnavailableError("the edge is not up");
   }
   const LinkPtr link = it->second;
+  if (const auto spoiled = network_->spoiled_.find(address_); spoiled != network_->spoiled_.end()) {
+    network_->spoiled_breaks_max_ = std::max(network_->spoiled_breaks_max_, ++spoiled->second);
+    network_->Break(link, absl::UnavailableError("no route to host"));
+    return absl::OkStatus();
+  }
   link->last_delivery_us =
       std::max(link->last_delivery_us, network_->world_->now_us() + network_->Delay());
   auto shared = std::make_shared<HiddenStep>(std::move(hidden));

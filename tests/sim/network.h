@@ -38,6 +38,11 @@ class Network {
   void Break(const LinkPtr& link, const absl::Status& why);
   // A random link that is up breaks; nothing if there is none.
   void BreakOne();
+  // Links from this address come up but carry nothing: each breaks when it is first used.
+  void Spoil(const std::string& address) { spoiled_[address]; }
+  void Mend(const std::string& address) { spoiled_.erase(address); }
+  // Breaks of one spoiled address, the most there were.
+  uint32_t spoiled_breaks_max() const { return spoiled_breaks_max_; }
 
  private:
   friend class SimTransport;
@@ -50,6 +55,8 @@ class Network {
   const double slow_chance_;
   std::map<std::string, SimTransport*> by_address_;
   std::vector<std::weak_ptr<Link>> links_;
+  std::map<std::string, uint32_t> spoiled_;  // breaks of each
+  uint32_t spoiled_breaks_max_ = 0;
 };
 
 class SimTransport : public Transport {
@@ -65,6 +72,7 @@ class SimTransport : public Transport {
   void Forget(uint64_t to_stage_id) override;
   void Consumed(uint64_t, StepId) override {}
 
+  const std::string& address() const { return address_; }
   // The process is gone: peers learn it after a while.
   void Kill();
 

@@ -58,6 +58,7 @@ class SimWorker {
   bool alive() const { return alive_; }
   bool lied() const { return lied_; }
   uint64_t instance() const { return instance_; }
+  std::string address() const { return transport_.address(); }
   uint64_t memory_bytes() const { return memory_bytes_; }
   // Has weights that the others have not.
   bool is_foreign() const { return backend_.weights() != kHashWeights; }

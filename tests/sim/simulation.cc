@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "proto/json.h"
 #include "tests/sim/client.h"
+#include "tests/sim/gate.h"
 #include "tests/sim/hash_model.h"
 #include "tests/sim/scenario.h"
 #include "tests/sim/sim_worker.h"
@@ -22,6 +23,10 @@ namespace {
 constexpr uint64_t kTickUs = 50'000;
 // After the last fault, everything that lives must have settled within this.
 constexpr uint64_t kSettleUs = 240'000'000;
+
+// A link that carries nothing breaks this often before its worker is gone: both ends may be blamed
+// in turn, and be put together otherwise in between.
+constexpr uint32_t kSpoiledBreaksMax = 100;
 
 template <class... Ts>
 struct Overloaded : Ts... {
@@ -37,7 +42,8 @@ class Simulation : public Control {
         scenario_(MakeScenario(&world_)),
         network_(&world_, scenario_.data_delay_us_max, scenario_.slow_message_chance),
         core_(scenario_.options, scenario_.model),
-        clients_(&world_, &scenario_) {}
+        clients_(&world_, &scenario_),
+        gate_(&world_, [this](uint64_t us) { OnCoreRunsAgain(us); }) {}
 
   Outcome Run();
 
@@ -49,7 +55,7 @@ class Simulation : public Control {
     SimWorker* worker = nullptr;
     WorkerId id;
     bool open = true;
-    bool silent = false;        // closed, and a message to the core was lost
+    bool silent = false;        // no more is read of it
     uint64_t to_worker_us = 0;  // of the last delivery
     uint64_t to_core_us = 0;
   };
@@ -64,12 +70,16 @@ class Simulation : public Control {
   void Pump();      // what the loop does after events
   void PumpSoon();  // now, or together with the events of the next moment
   void Tick();
+  void OnCoreRunsAgain(uint64_t us);
   void Deliver(SendToWorker message);
   void Close(const StreamPtr& stream, const absl::Status& why, bool core_learns);
   void OnEvict(const EvictWorker& evict);
 
   json::Value Status() const;
   void StartWorker(uint64_t memory_bytes, uint64_t weights = kHashWeights);
+  void Attach(const StreamPtr& stream);
+  void Receive(const StreamPtr& stream, const v1::FromWorker& message, bool lie);
+  void Lose(const StreamPtr& stream, const absl::Status& why);
   // A worker with other weights dials: it must be refused, and vanishes.
   void AttachForeign(const StreamPtr& stream);
   void SubmitOne();
@@ -83,15 +93,18 @@ class Simulation : public Control {
   Network network_;
   Core core_;
   Clients clients_;
+  Gate gate_;
   std::vector<std::unique_ptr<SimWorker>> workers_;
   std::map<SimWorker*, StreamPtr> streams_;  // the newest of each
   std::map<WorkerId, StreamPtr> by_id_;
-  std::set<uint64_t> stalled_;  // instances that were ever stalled, or slow
+  std::set<uint64_t> stalled_;             // instances that were ever stalled, or slow
+  std::set<RequestId> submitted_unready_;  // while no pipeline served
   uint64_t last_worker_id_ = 0;
   uint64_t last_ready_us_ = 0;
   bool pump_is_due_ = false;
   uint32_t requests_left_ = 0;
   bool faults_over_ = false;
+  uint32_t worker_faults_ = 0;  // of workers and their links: only these excuse an eviction
   Outcome outcome_;
 };
 
@@ -102,16 +115,18 @@ void Simulation::Dial(SimWorker* worker) {
   stream->worker = worker;
   streams_[worker] = stream;
   stream->to_core_us = world_.now_us() + Delay();
-  world_.At(stream->to_core_us, [this, stream] {
-    if (!stream->open) return;
-    stream->id = WorkerId{++last_worker_id_};
-    by_id_[stream->id] = stream;
-    world_.Trace(
-        absl::StrCat("w", stream->worker->instance(), " attaches as worker ", stream->id.value));
-    if (stream->worker->is_foreign()) return AttachForeign(stream);
-    core_.OnWorkerAttached(stream->id, stream->worker->Hello(), world_.now_us());
-    PumpSoon();
-  });
+  world_.At(stream->to_core_us, [this, stream] { gate_.Pass([this, stream] { Attach(stream); }); });
+}
+
+void Simulation::Attach(const StreamPtr& stream) {
+  if (!stream->open) return;
+  stream->id = WorkerId{++last_worker_id_};
+  by_id_[stream->id] = stream;
+  world_.Trace(
+      absl::StrCat("w", stream->worker->instance(), " attaches as worker ", stream->id.value));
+  if (stream->worker->is_foreign()) return AttachForeign(stream);
+  core_.OnWorkerAttached(stream->id, stream->worker->Hello(), world_.now_us());
+  PumpSoon();
 }
 
 void Simulation::AttachForeign(const StreamPtr& stream) {
@@ -135,21 +150,29 @@ void Simulation::FromWorker(SimWorker* worker, v1::FromWorker message, bool lie)
   stream->to_core_us = std::max(stream->to_core_us, world_.now_us() + Delay());
   auto shared = std::make_shared<v1::FromWorker>(std::move(message));
   world_.At(stream->to_core_us, [this, stream, shared, lie] {
-    // A closed stream's last words may still be in the loop's queue; behind one that is lost none is.
-    if (!stream->open && (stream->silent || !world_.Chance(0.3))) {
-      stream->silent = true;
-      return;
-    }
-    if (world_.tracing() && !shared->has_heartbeat()) {
-      world_.Trace(
-          absl::StrCat("from w", stream->worker->instance(), ": ", shared->ShortDebugString()));
-    }
-    const bool must_be_noticed = lie && stream->open && EpochIsActive(shared->report());
-    core_.OnWorkerMessage(stream->id, *shared, world_.now_us());
-    if (!must_be_noticed) return PumpSoon();
-    Pump();
-    if (stream->open) world_.Violation("a lie was not noticed: " + shared->ShortDebugString());
+    gate_.Pass([this, stream, shared, lie] { Receive(stream, *shared, lie); });
   });
+}
+
+void Simulation::Receive(const StreamPtr& stream, const v1::FromWorker& message, bool lie) {
+  // A closed stream's last words may still be in the loop's queue, up to some point.
+  stream->silent = stream->silent || (!stream->open && !world_.Chance(0.3));
+  if (stream->silent) return;
+  if (world_.tracing() && !message.has_heartbeat()) {
+    world_.Trace(
+        absl::StrCat("from w", stream->worker->instance(), ": ", message.ShortDebugString()));
+  }
+  const bool must_be_noticed = lie && stream->open && EpochIsActive(message.report());
+  core_.OnWorkerMessage(stream->id, message, world_.now_us());
+  if (!must_be_noticed) return PumpSoon();
+  Pump();
+  if (stream->open) world_.Violation("a lie was not noticed: " + message.ShortDebugString());
+}
+
+void Simulation::OnCoreRunsAgain(uint64_t us) {
+  world_.Trace("the coordinator runs again");
+  // Of a pause Core counts this much at most.
+  last_ready_us_ += us - std::min({us, kCallGapUs, scenario_.options.heartbeat_timeout_us / 2});
 }
 
 bool Simulation::EpochIsActive(const v1::StageReport& report) const {
@@ -192,10 +215,13 @@ void Simulation::Close(const StreamPtr& stream, const absl::Status& why, bool co
     stream->worker->RunAfter(0, [stream] { stream->worker->StreamEnded(); });
   });
   if (!core_learns || stream->id.value == 0) return;
-  world_.After(Delay(), [this, stream, why] {
-    core_.OnWorkerLost(stream->id, why, world_.now_us());
-    PumpSoon();
-  });
+  world_.After(Delay(),
+               [this, stream, why] { gate_.Pass([this, stream, why] { Lose(stream, why); }); });
+}
+
+void Simulation::Lose(const StreamPtr& stream, const absl::Status& why) {
+  core_.OnWorkerLost(stream->id, why, world_.now_us());
+  PumpSoon();
 }
 
 void Simulation::OnEvict(const EvictWorker& evict) {
@@ -212,10 +238,11 @@ void Simulation::OnEvict(const EvictWorker& evict) {
     }
   } else if (worker.lied() && !late && !failed) {
     ++outcome_.lies_caught;
-  } else if (failed ? scenario_.num_faults == 0
-                    : !late || (scenario_.num_faults == 0 && scenario_.slow_message_chance == 0)) {
+  } else if (failed ? worker_faults_ == 0
+                    : !late || (worker_faults_ == 0 && scenario_.slow_message_chance == 0)) {
     world_.Violation(absl::StrCat("honest worker ", worker.instance(), " evicted: ", why));
   }
+  network_.Mend(worker.address());
   Close(stream, evict.why, true);
 }
 
@@ -225,7 +252,7 @@ void Simulation::PumpSoon() {
   pump_is_due_ = true;
   world_.After(world_.Random(0, 100), [this] {
     pump_is_due_ = false;
-    Pump();
+    gate_.Pass([this] { Pump(); });
   });
 }
 
@@ -238,7 +265,10 @@ void Simulation::Pump() {
     std::visit(Overloaded{
                    [&](const SendToWorker& m) { Deliver(m); },
                    [&](const EvictWorker& m) { OnEvict(m); },
-                   [&](const RequestRefused& m) { clients_.OnMessage(m, core_.Ready()); },
+                   [&](const RequestRefused& m) {
+                     clients_.OnMessage(m,
+                                        core_.Ready() && !submitted_unready_.contains(m.request));
+                   },
                    [&](const SequenceEnded& m) {
                      clients_.OnMessage(m, no_pipeline_us, core_.Stats().workers_lost);
                    },
@@ -252,13 +282,17 @@ void Simulation::Pump() {
 void Simulation::Tick() {
   core_.OnTick(world_.now_us());
   Pump();
-  clients_.CheckDeadlines(2 * kTickUs);
+  clients_.CheckDeadlines(2 * kTickUs + gate_.shut_us());
   const uint64_t no_pipeline_us = world_.now_us() - last_ready_us_;
-  if (no_pipeline_us > scenario_.options.no_pipeline_grace_us + 4 * kTickUs &&
+  if (network_.spoiled_breaks_max() > kSpoiledBreaksMax) {
+    world_.Violation("a worker whose links carry nothing is kept and tried again and again");
+  }
+  const uint64_t slack_us = (4 + 4 * gate_.num_shut()) * kTickUs;
+  if (no_pipeline_us > scenario_.options.no_pipeline_grace_us + slack_us &&
       core_.Stats().waiting > 0) {
     world_.Violation("requests wait though no pipeline serves and the grace is over");
   }
-  world_.After(kTickUs, [this] { Tick(); });
+  world_.After(kTickUs, [this] { gate_.Pass([this] { Tick(); }); });
 }
 
 // ---------------------------------------------------------------- what happens to it
@@ -274,6 +308,7 @@ void Simulation::SubmitOne() {
   RequestId id;
   RequestSpec spec = clients_.Make(&id);
   const size_t num_sequences = spec.sequences.size();
+  if (!core_.Ready()) submitted_unready_.insert(id);
   core_.OnSubmit(id, std::move(spec), world_.now_us());
   PumpSoon();
   if (!world_.Chance(scenario_.cancel_chance)) return;
@@ -282,24 +317,28 @@ void Simulation::SubmitOne() {
     index = static_cast<uint32_t>(world_.Random(0, num_sequences - 1));
   }
   world_.After(world_.Random(0, world_.Pick({1'000, 50'000, 500'000})), [this, id, index] {
-    world_.Trace(absl::StrCat("cancel ", id.value));
-    clients_.OnCancel(id, index);
-    core_.OnCancel(id, index, world_.now_us());
-    Pump();
-    clients_.CheckCancelled(id);
+    gate_.Pass([this, id, index] {
+      world_.Trace(absl::StrCat("cancel ", id.value));
+      clients_.OnCancel(id, index);
+      core_.OnCancel(id, index, world_.now_us());
+      Pump();
+      clients_.CheckCancelled(id);
+    });
   });
 }
 
 void Simulation::Fault() {
   std::vector<SimWorker*> alive;
   for (const auto& worker : workers_) {
-    if (worker->alive()) alive.push_back(worker.get());
+    if (worker->alive() && !worker->is_foreign()) alive.push_back(worker.get());
   }
   if (alive.empty()) return;
   SimWorker* worker = alive[world_.Random(0, alive.size() - 1)];
   const std::string name = absl::StrCat("fault: w", worker->instance());
   const StreamPtr stream = streams_[worker];
-  switch (world_.Random(0, 10)) {
+  const uint64_t kind = world_.Random(0, 13);
+  worker_faults_ += kind < 11;
+  switch (kind) {
     case 0:
     case 1:
     case 2:
@@ -312,8 +351,7 @@ void Simulation::Fault() {
         world_.After(Delay(), [this, stream] {
           stream->open = false;
           if (stream->id.value == 0) return;
-          core_.OnWorkerLost(stream->id, absl::UnavailableError("stream broke"), world_.now_us());
-          PumpSoon();
+          gate_.Pass([this, stream] { Lose(stream, absl::UnavailableError("stream broke")); });
         });
       }
       if (!world_.Chance(scenario_.replacement_chance)) return;
@@ -338,8 +376,19 @@ void Simulation::Fault() {
       world_.Trace(name + "'s next load fails");
       return worker->FailNextLoad();
     case 10:
+      world_.Trace(name + "'s links carry nothing");
+      clients_.ExpectManyFailures();
+      return network_.Spoil(worker->address());
+    case 11:
       world_.Trace("fault: a worker with other weights joins");
       return StartWorker(worker->memory_bytes(), kHashWeights + 1);
+    case 12:
+    case 13: {
+      const uint64_t us = world_.Random(
+          1'000, world_.Pick({3 * scenario_.options.heartbeat_timeout_us, uint64_t{30'000'000}}));
+      world_.Trace(absl::StrCat("fault: the coordinator stands still for ", us / 1000, " ms"));
+      return gate_.Shut(us);
+    }
   }
 }
 
@@ -349,7 +398,7 @@ void Simulation::Heal() {
   if (!scenario_.heals) return;
   std::multiset<uint64_t> missing(scenario_.worker_memory.begin(), scenario_.worker_memory.end());
   for (const auto& worker : workers_) {
-    if (!worker->alive()) continue;
+    if (!worker->alive() || worker->is_foreign()) continue;
     const auto it = missing.find(worker->memory_bytes());
     if (it != missing.end()) missing.erase(it);
   }
@@ -391,7 +440,7 @@ Outcome Simulation::Run() {
     world_.After(world_.Chance(0.1)
                      ? 0
                      : scenario_.load_us_max + world_.Random(0, 50'000 + scenario_.arrival_us),
-                 [this] { SubmitOne(); });
+                 [this] { gate_.Pass([this] { SubmitOne(); }); });
   }
   const uint64_t faults_from_us = world_.Chance(0.5) ? 0 : scenario_.load_us_max;
   for (uint32_t i = 0; i < scenario_.num_faults; ++i) {
@@ -410,7 +459,7 @@ Outcome Simulation::Run() {
                             scenario_.arrival_us + scenario_.options.no_pipeline_grace_us +
                             kSettleUs;
   while (world_.RunOne()) {
-    if (world_.now_us() > limit_us) {
+    if (world_.now_us() > limit_us + gate_.shut_us()) {
       world_.Violation(absl::StrCat("not settled: ", clients_.num_live(), " requests live:",
                                     clients_.Stuck(), "; ", core_.StatusJson(world_.now_us())));
     }

@@ -11,6 +11,7 @@ namespace {
 
 using testing::ElementsAre;
 using testing::HasSubstr;
+using testing::Not;
 
 constexpr uint64_t kMemory = 100'000;
 
@@ -77,6 +78,44 @@ TEST(ResultsTest, ScoresThatAreNoNumbersEndASequenceWithStepsInFlight) {
   EXPECT_EQ(h.core.Stats().blocks_used, 0u);
   EXPECT_FALSE(h.workers.at(last).evicted);
   EXPECT_THAT(h.problems, ElementsAre());
+}
+
+TEST(ResultsTest, TheStatusShowsWhereTheTimeGoes) {
+  Harness h(Options(2), SmallModel());
+  const WorkerId first = h.Attach(kMemory);
+  const WorkerId last = h.Attach(kMemory);
+  h.Submit(OneSequence(10, 100));
+  EXPECT_THAT(h.core.StatusJson(h.now_us), Not(HasSubstr("step_compute_us")));
+  for (const uint64_t compute_us : {1000, 1000, 2600}) {
+    v1::StageReport report = h.MakeReport(first);
+    report.set_compute_us(compute_us);
+    h.Send(first, report);
+    report = h.MakeReport(last);
+    report.set_compute_us(50);
+    report.set_wait_us(compute_us + 7);
+    h.Send(last, report);
+  }
+  EXPECT_THAT(h.core.StatusJson(h.now_us),
+              HasSubstr("\"step_compute_us\":1100,\"step_wait_us\":0"));
+  EXPECT_THAT(h.core.StatusJson(h.now_us),
+              HasSubstr("\"step_compute_us\":50,\"step_wait_us\":1107"));
+  // Nothing that a worker says makes a number that JSON cannot have.
+  v1::StageReport report = h.MakeReport(first);
+  report.set_compute_us(~uint64_t{0});
+  h.Send(first, report);
+  EXPECT_THAT(h.core.StatusJson(h.now_us), HasSubstr("\"step_compute_us\":22500"));
+}
+
+// The bug: every stage was written twice, with the bytes of each of its layers.
+TEST(ResultsTest, TheStatusTellsBytesOnce) {
+  Harness h(Options(2), SmallModel());
+  for (int i = 0; i < 2; ++i) h.Attach(kMemory);
+  const std::string json = h.core.StatusJson(h.now_us);
+  size_t count = 0;
+  for (size_t at = 0; (at = json.find("cache_bytes_by_layer", at)) != std::string::npos; ++at) {
+    ++count;
+  }
+  EXPECT_EQ(count, 2u);
 }
 
 }  // namespace
