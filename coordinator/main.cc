@@ -29,6 +29,7 @@
 #include "proto/rpc/process.h"
 #include "proto/status_macros.h"
 #include "proto/version.h"
+#include "proto/workspace.h"
 
 namespace strait {
 namespace {
@@ -70,6 +71,7 @@ ModelShape MakeShape(const ModelConfig& config, const Flags& flags) {
   shape.head_bytes = HeadBytes(config);
   shape.block_bytes = BlockBytes(flags.cache_format == "bf16" ? RowFormat::kBf16 : RowFormat::kFp32,
                                  config.kv_lora_rank, config.qk_rope_head_dim);
+  shape.workspace_bytes = WorkspaceSizes(config);
   shape.fingerprint = ModelFingerprint(config);
   return shape;
 }

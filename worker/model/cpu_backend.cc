@@ -242,16 +242,20 @@ absl::StatusOr<std::unique_ptr<StageModel>> CpuBackend::Load(
                                  " with ", spec.pool_blocks, " latent blocks");
   const uint64_t announced_bytes = StageWeightBytes(config, spec.layers);
   const uint64_t pool_bytes = uint64_t{spec.pool_blocks} * block_bytes();
+  const auto bytes_with = [&config, pool_bytes](uint64_t weight_bytes) {
+    const std::vector<uint64_t> workspaces = WorkspaceSizes(config);
+    return weight_bytes + pool_bytes + workspaces[ChooseWorkspace(workspaces, weight_bytes)];
+  };
   // Before anything is read: a stage that cannot fit must not push others out of the page cache.
   STRAIT_ASSIGN_OR_RETURN(MemoryBudget::Share share,
-                          MemoryBudget::Take(shared_->budget, announced_bytes + pool_bytes, what));
+                          MemoryBudget::Take(shared_->budget, bytes_with(announced_bytes), what));
   STRAIT_ASSIGN_OR_RETURN(
       StageWeights weights,
       LoadStageWeights(*shared_->weights, spec.layers, shared_->options.num_threads, progress));
   if (weights.bytes != announced_bytes) {  // tensors of another dtype than config.json announces
     share = MemoryBudget::Share();
     STRAIT_ASSIGN_OR_RETURN(share,
-                            MemoryBudget::Take(shared_->budget, weights.bytes + pool_bytes, what));
+                            MemoryBudget::Take(shared_->budget, bytes_with(weights.bytes), what));
   }
   STRAIT_ASSIGN_OR_RETURN(Mapping pool, Mapping::Create(pool_bytes, "latent cache"));
   STRAIT_ASSIGN_OR_RETURN(Workspace workspace, CreateWorkspace(config, weights.bytes));

@@ -9,8 +9,7 @@
 //          kernels' threads).
 // Errors:  Create: those of the kernels' context. Load: InvalidArgument (layers),
 //          ResourceExhausted (bytes needed and available), those of the weights.
-// Limits:  weights and pools of all stages within memory_bytes. Besides that a stage has a
-//          workspace (worker/model/workspace.h): 5 % of its weights, or what 64 rows need.
+// Limits:  weights, pools and workspaces (proto/workspace.h) of all stages within memory_bytes.
 // Why:     no bit depends on batch, chunks, threads, instruction set or stages (DESIGN:
 //          determinism), so none of these is in numerics_id.
 #pragma once
@@ -34,7 +33,7 @@ struct CpuBackendOptions {
   uint32_t num_threads = 1;            // of kernels, and of loading
   std::optional<cpu::SimdLevel> simd;  // absent: STRAIT_SIMD, else the widest that there is
   RowFormat row_format = RowFormat::kFp32;
-  uint64_t memory_bytes = 0;  // for weights and pools of all stages
+  uint64_t memory_bytes = 0;  // for weights, pools and workspaces of all stages
 };
 
 class CpuBackend final : public Backend {

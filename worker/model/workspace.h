@@ -7,7 +7,7 @@
 // Thread:  loop thread only.
 // Shapes:  at each member; tile_rows is T. Buffers of attention, feed-forward and head lie over
 //          each other.
-// Limits:  kMaxTileRows, kMaxHeadRows, kAttentionRows.
+// Limits:  those of proto/workspace.h, which lays it out.
 // Why:     a step of any size runs tile by tile, all layers for one tile before the next: rows
 //          only look at earlier rows, which are in the cache by then. So workspace is bounded by
 //          the stage, not the step.
@@ -18,21 +18,13 @@
 
 #include "absl/status/statusor.h"
 #include "proto/model_config.h"
+#include "proto/workspace.h"
 #include "worker/model/memory.h"
 
 namespace strait {
 
-inline constexpr uint32_t kMaxTileRows = 512;
-inline constexpr uint32_t kMinTileRows = 64;
-inline constexpr uint32_t kAttentionRows = 64;  // whose heads' latents exist at a time
-inline constexpr uint32_t kHeadRows = 16;       // whose logits exist at a time
-// A tile is as large as fits in this part of the stage's weights, within the limits above.
-inline constexpr uint64_t kWorkspaceDivisor = 20;
-
 struct Workspace {
-  // H hidden_size, A num_attention_heads, Q qk_head_dim, D qk_rope_head_dim, R kv_lora_rank, K
-  // experts per token, E experts, I intermediate_size, M moe_intermediate_size, S n_shared_experts
-  // * M, V vocab_size.
+  // Letters as in proto/workspace.h.
   uint32_t tile_rows = 0;
   float* hidden = nullptr;   // [T, H]
   float* normed = nullptr;   // [T, H]
@@ -67,9 +59,6 @@ struct Workspace {
 
   Mapping memory;
 };
-
-// Bytes for tiles of `tile_rows`.
-uint64_t WorkspaceBytes(const ModelConfig& config, uint32_t tile_rows);
 
 // For a stage whose weights take `weight_bytes`. ResourceExhausted if the system has no memory.
 absl::StatusOr<Workspace> CreateWorkspace(const ModelConfig& config, uint64_t weight_bytes);

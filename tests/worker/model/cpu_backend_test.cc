@@ -60,7 +60,9 @@ TEST(CpuBackendTest, LoadsWhatFitsAndGivesItBack) {
   const ModelConfig config = TinyV3();
   uint64_t layer_bytes = LayerWeightBytes(config, 1);
   const uint64_t block_bytes = BlockBytes(RowFormat::kFp32, 36, 24);
-  const auto backend = MakeBackend(config, 2 * (layer_bytes + 10 * block_bytes));
+  const std::vector<uint64_t> workspaces = WorkspaceSizes(config);
+  const uint64_t fixed_bytes = layer_bytes + workspaces[ChooseWorkspace(workspaces, layer_bytes)];
+  const auto backend = MakeBackend(config, 2 * (fixed_bytes + 10 * block_bytes));
   auto first = backend->Load({{1, 2}, 10}, {});
   ASSERT_TRUE(first.ok()) << first.status();
   EXPECT_EQ((*first)->weight_bytes(), layer_bytes);
@@ -70,7 +72,7 @@ TEST(CpuBackendTest, LoadsWhatFitsAndGivesItBack) {
   auto third = backend->Load({{3, 4}, 1}, {});
   ASSERT_EQ(third.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(third.status().message()),
-              HasSubstr(std::to_string(layer_bytes + block_bytes) + " bytes, available are 0"));
+              HasSubstr(std::to_string(fixed_bytes + block_bytes) + " bytes, available are 0"));
   second->reset();
   EXPECT_EQ(backend->Load({{3, 4}, 11}, {}).status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_TRUE(backend->Load({{3, 4}, 10}, {}).ok());
