@@ -31,13 +31,25 @@ inline std::string Text(const json::Object& object, std::string_view key) {
   return json::GetStringOr(object, key, "", "status").value_or("");
 }
 
+// What its worker tells of the stage that has a place in a pipeline; null when none does.
+inline const json::Object* StageOfWorker(const json::Object& status, double stage_id) {
+  for (const json::Object* worker : Objects(status, "workers")) {
+    for (const json::Object* stage : Objects(*worker, "stages")) {
+      if (Number(*stage, "stage_id") == stage_id) return stage;
+    }
+  }
+  return nullptr;
+}
+
 // Bytes that one token takes in each layer's cache, as the stages of the first active pipeline tell
 // by the blocks and bytes of their pools; empty when they do not tell, or not of every layer.
 inline std::vector<double> CacheBytesPerTokenByLayer(const json::Object& status) {
   for (const json::Object* pipeline : Objects(status, "pipelines")) {
     if (Text(*pipeline, "state") != "active") continue;
     std::vector<double> by_layer;
-    for (const json::Object* stage : Objects(*pipeline, "stages")) {
+    for (const json::Object* place : Objects(*pipeline, "stages")) {
+      const json::Object* stage = StageOfWorker(status, Number(*place, "stage_id"));
+      if (stage == nullptr) return {};
       const double blocks = Number(*stage, "blocks_total");
       const double bytes = Number(*stage, "cache_bytes_total");
       const double begin = Number(*stage, "layer_begin"), end = Number(*stage, "layer_end");

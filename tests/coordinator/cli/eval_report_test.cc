@@ -64,18 +64,23 @@ TEST(PieceEndTest, CutsAfterLinesElseBetweenCharacters) {
 
 TEST(CacheBytesTest, StagesOfAnActivePipelineTell) {
   const json::Value status = Parsed(R"({"pipelines": [{"state": "loading", "stages": []},
-      {"state": "active", "stages": [
-        {"layer_begin": 0, "layer_end": 2, "blocks_total": 10, "cache_bytes_total": 640000},
-        {"layer_begin": 2, "layer_end": 3, "blocks_total": 5, "cache_bytes_total": 32000}]}]})");
+      {"state": "active", "stages": [{"stage_id": 4}, {"stage_id": 3}]}], "workers": [{"stages": [
+        {"stage_id": 3, "layer_begin": 2, "layer_end": 3, "blocks_total": 5, "cache_bytes_total": 32000},
+        {"stage_id": 4, "layer_begin": 0, "layer_end": 2, "blocks_total": 10,
+         "cache_bytes_total": 640000}]}]})");
   EXPECT_THAT(CacheBytesPerTokenByLayer(status.get_object()), ElementsAre(1000, 1000, 100));
 }
 
 TEST(CacheBytesTest, WhatIsNotToldIsEmpty) {
-  for (const char* text :
-       {"{}", R"({"pipelines": []})", R"({"pipelines": [{"state": "active", "stages": []}]})",
-        R"({"pipelines": [{"state": "active", "stages": [{"layer_begin": 0, "layer_end": 2}]}]})",
-        R"({"pipelines": [{"state": "active", "stages": [
-                {"layer_begin": 1, "layer_end": 2, "blocks_total": 1, "cache_bytes_total": 64}]}]})"}) {
+  for (
+      const char* text :
+      {"{}", R"({"pipelines": []})", R"({"pipelines": [{"state": "active", "stages": []}]})",
+       R"({"pipelines": [{"state": "active", "stages": [{"stage_id": 1}]}]})",
+       R"({"pipelines": [{"state": "active", "stages": [{"stage_id": 1}]}], "workers": [
+                {"stages": [{"stage_id": 1, "layer_begin": 0, "layer_end": 2}]}]})",
+       R"({"pipelines": [{"state": "active", "stages": [{"stage_id": 1}]}], "workers": [{"stages": [
+                {"stage_id": 1, "layer_begin": 1, "layer_end": 2, "blocks_total": 1,
+                 "cache_bytes_total": 64}]}]})"}) {
     EXPECT_TRUE(CacheBytesPerTokenByLayer(Parsed(text).get_object()).empty()) << text;
   }
 }
