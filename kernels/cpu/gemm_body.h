@@ -130,6 +130,15 @@ STRAIT_INLINE void GemmWrite(const GemmParams& p, int64_t m, int64_t n, const F3
   *y = p.accumulate ? *y + sum : sum;
 }
 
+// Whether `count` fp8 codes, a multiple of 16 and at most a block, hold no NaN.
+STRAIT_INLINE bool Fp8FiniteRun(const char* p, int64_t count) {
+  static_assert(kFp8BlockSize == 128);
+  if (count == kFp8BlockSize) return Fp8Finite128(p);
+  bool finite = true;
+  for (int64_t i = 0; i < count; i += 16) finite &= Fp8Finite16(p + i);
+  return finite;
+}
+
 // --- Direct --------------------------------------------------------------------------------------
 
 template <WeightType kType, int kRows, int kCols>
@@ -150,26 +159,47 @@ void DirectTile(const GemmParams& p, int64_t weight_row, int64_t m0, int64_t n0)
     for (int n = 0; n < kCols; ++n) acc[m][n] = Zero16();
   }
   int64_t k = 0;
-  while (k + 16 <= depth) {
-    // fp8: up to the end of a block one scale per weight row; other types: one run.
-    const int64_t run_end = kType == WeightType::kFp8E4m3
-                                ? Smaller(k + kFp8BlockSize, depth / 16 * 16)
-                                : depth / 16 * 16;
-    float scale[kCols];
-    if constexpr (kType == WeightType::kFp8E4m3) {
-      for (int n = 0; n < kCols; ++n) scale[n] = Fp8Scale(w, weight_row + n0 + n, k);
-    }
-    for (; k < run_end; k += 16) {
+  // Whole steps of 16 columns up to `end`. fp8: all in one block, and read by `load`.
+  const auto run = [&](int64_t end, const float* scale, auto load) STRAIT_INLINE_LAMBDA {
+    for (; k < end; k += 16) {
       STRAIT_UNROLL
       for (int n = 0; n < kCols; ++n) {
         const char* at = weight[n] + k * kBytes;
-        __builtin_prefetch(at + kPrefetch);
-        F32x16 v = LoadStored16<kType>(at);
+        // A run of fp8 codes was asked for as a whole.
+        if constexpr (kType != WeightType::kFp8E4m3) __builtin_prefetch(at + kPrefetch);
+        F32x16 v;
+        STRAIT_UNROLL
+        for (int part = 0; part < kParts; ++part) v.part[part] = load(at + part * kLanes * kBytes);
         if constexpr (kType == WeightType::kFp8E4m3) v = Scale16(v, scale[n]);
         STRAIT_UNROLL
         for (int m = 0; m < kRows; ++m) acc[m][n] = Fma16(Load16(x[m] + k), v, acc[m][n]);
       }
     }
+  };
+  if constexpr (kType == WeightType::kFp8E4m3) {
+    while (k + 16 <= depth) {
+      const int64_t end = Smaller(k + kFp8BlockSize, depth / 16 * 16);
+      float scale[kCols];
+      // Behind a row's end the next tile's row of the same stream follows.
+      const int64_t ahead = kPrefetch + (k + kPrefetch < depth ? 0 : (kCols - 1) * depth);
+      bool finite = true;  // widening is what takes the time: NaN codes are looked for in bulk
+      STRAIT_UNROLL
+      for (int n = 0; n < kCols; ++n) {
+        const char* at = weight[n] + k;
+        scale[n] = Fp8Scale(w, weight_row + n0 + n, k);
+        STRAIT_UNROLL
+        for (int64_t i = 0; i < kFp8BlockSize; i += 64) __builtin_prefetch(at + ahead + i);
+        finite &= Fp8FiniteRun(at, end - k);
+      }
+      if (finite) {
+        run(end, scale, [](const char* at) STRAIT_INLINE_LAMBDA { return LoadFp8Finite(at); });
+      } else {
+        run(end, scale, [](const char* at) STRAIT_INLINE_LAMBDA { return LoadFp8(at); });
+      }
+    }
+  } else {
+    run(depth / 16 * 16, nullptr,
+        [](const char* at) STRAIT_INLINE_LAMBDA { return LoadStored<kType>(at); });
   }
   if (k < depth) {
     const int64_t left = depth - k;

@@ -19,6 +19,7 @@
 #endif
 
 #define STRAIT_INLINE inline __attribute__((always_inline))
+#define STRAIT_INLINE_LAMBDA __attribute__((always_inline))
 // Loops over tile dimensions must vanish, so that a tile's sums live in registers.
 #define STRAIT_UNROLL _Pragma("GCC unroll 32")
 
@@ -70,6 +71,12 @@ STRAIT_INLINE Vec LoadFp8(const void* p) {
       _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<short>(0xbfff)));
   return _mm512_cvtph_ps(_mm256_or_si256(half, _mm256_and_si256(nan, _mm256_set1_epi16(0x7fff))));
 }
+// The same for codes of which none is NaN.
+STRAIT_INLINE Vec LoadFp8Finite(const void* p) {
+  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(p)));
+  return _mm512_cvtph_ps(
+      _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<short>(0xbfff))));
+}
 // v * 2^n for an integral n in [-252, 252]; rounds once, also where the result is subnormal.
 STRAIT_INLINE Vec ScaleByPowerOfTwo(Vec v, Vec n) {
   const __m512i whole = _mm512_cvtps_epi32(n);
@@ -113,6 +120,11 @@ STRAIT_INLINE Vec LoadFp8(const void* p) {
   const __m128i half =
       _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(static_cast<short>(0xbfff)));
   return _mm256_cvtph_ps(_mm_or_si128(half, _mm_and_si128(nan, _mm_set1_epi16(0x7fff))));
+}
+STRAIT_INLINE Vec LoadFp8Finite(const void* p) {
+  const __m128i wide = _mm_cvtepi8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(p)));
+  return _mm256_cvtph_ps(
+      _mm_and_si128(_mm_slli_epi16(wide, 7), _mm_set1_epi16(static_cast<short>(0xbfff))));
 }
 STRAIT_INLINE Vec ScaleByPowerOfTwo(Vec v, Vec n) {
   const __m256i whole = _mm256_cvtps_epi32(n);
@@ -189,6 +201,7 @@ STRAIT_INLINE Vec LoadFp8(const void* p) {
   memcpy(raw, p, sizeof(raw));
   STRAIT_LANES(Fp8Half(raw[i]));
 }
+STRAIT_INLINE Vec LoadFp8Finite(const void* p) { return LoadFp8(p); }
 STRAIT_INLINE float ScaleOne(float v, float n) {
   if (n != n) return n;
   const int whole = static_cast<int>(n);
@@ -203,6 +216,41 @@ STRAIT_INLINE Vec ScaleByPowerOfTwo(const Vec& v, const Vec& n) {
 #undef STRAIT_LANES
 
 #endif
+
+// Whether 16 fp8 codes hold no NaN (0x7f, 0xff).
+STRAIT_INLINE bool Fp8Finite16(const char* p) {
+#if defined(STRAIT_LEVEL_AVX2) || defined(STRAIT_LEVEL_AVX512)
+  const __m128i magnitude = _mm_set1_epi8(0x7f);
+  const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm_movemask_epi8(_mm_cmpeq_epi8(_mm_and_si128(raw, magnitude), magnitude)) == 0;
+#else
+  bool finite = true;
+  for (int i = 0; i < 16; ++i) finite &= (p[i] & 0x7f) != 0x7f;
+  return finite;
+#endif
+}
+// Whether 128 of them hold none.
+STRAIT_INLINE bool Fp8Finite128(const char* p) {
+#if defined(STRAIT_LEVEL_AVX512)
+  const __m512i magnitude = _mm512_set1_epi8(0x7f);
+  const __m512i low = _mm512_and_si512(_mm512_loadu_si512(p), magnitude);
+  const __m512i high = _mm512_and_si512(_mm512_loadu_si512(p + 64), magnitude);
+  return _mm512_cmpeq_epi8_mask(_mm512_max_epu8(low, high), magnitude) == 0;
+#elif defined(STRAIT_LEVEL_AVX2)
+  const __m256i magnitude = _mm256_set1_epi8(0x7f);
+  __m256i most = _mm256_setzero_si256();
+  STRAIT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 32 * i));
+    most = _mm256_max_epu8(most, _mm256_and_si256(raw, magnitude));
+  }
+  return _mm256_movemask_epi8(_mm256_cmpeq_epi8(most, magnitude)) == 0;
+#else
+  bool finite = true;
+  for (int i = 0; i < 128; i += 16) finite &= Fp8Finite16(p + i);
+  return finite;
+#endif
+}
 
 inline constexpr int kParts = 16 / kLanes;
 

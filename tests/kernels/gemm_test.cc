@@ -4,6 +4,8 @@
 // whatever other rows, threads or instruction set there are.
 #include "kernels/gemm.h"
 
+#include <utility>
+
 #include "kernels/reference/kernels.h"
 #include "tests/kernels/kernel_test_util.h"
 
@@ -203,6 +205,56 @@ TEST_P(GemmTest, SignedZerosAndSubnormals) {
     EXPECT_TRUE(SameBits(alone.data(), &a[m * 5], 5));
   }
   EXPECT_LT(a[0], 0.0f);  // subnormals are not flushed
+}
+
+// A run of fp8 codes without NaN is widened in a shorter way: each finite code must come out exact,
+// and a NaN must reach its own output and change nothing in the rows that are read with it.
+TEST_P(GemmTest, Fp8CodesAreExactBesideNan) {
+  auto context = MakeContext(GetParam());
+  constexpr int64_t kRows = 6;                        // a whole tile at every level, and a rest
+  constexpr int64_t kDepth = 2 * kFp8BlockSize + 48;  // whole blocks, and a shorter one
+  std::vector<uint8_t> codes(kRows * kDepth);
+  for (int64_t i = 0; i < kRows * kDepth; ++i) {
+    codes[i] = static_cast<uint8_t>(i * 37 + i / kDepth);
+    if ((codes[i] & 0x7f) == 0x7f) codes[i] = 0x80;
+  }
+  const float scales[3] = {0.37f, 1.91e-7f, 512.0f};
+  const WeightMatrix w = {codes.data(), scales, WeightType::kFp8E4m3, kRows, kDepth};
+  const auto multiply = [&](const std::vector<float>& x) {
+    std::vector<float> y(kRows);
+    cpu::Gemm(*context, {.x = x.data(),
+                         .x_stride = kDepth,
+                         .num_rows = 1,
+                         .weight = w,
+                         .y = y.data(),
+                         .y_stride = kRows});
+    return y;
+  };
+  for (int64_t k = 0; k < kDepth; ++k) {
+    std::vector<float> x(kDepth, 0.0f);
+    x[k] = 1.0f;
+    const std::vector<float> y = multiply(x);
+    for (int64_t n = 0; n < kRows; ++n) {
+      ASSERT_EQ(y[n], reference::WeightValue(w, n, k)) << "code " << int{codes[n * kDepth + k]};
+    }
+  }
+  kernel_test::Rng rng(1);
+  const std::vector<float> x = RandomFloats(rng, kDepth);
+  const std::vector<float> clean = multiply(x);
+  for (uint8_t nan : {uint8_t{0x7f}, uint8_t{0xff}}) {
+    for (int64_t at = 0; at < kRows * kDepth; ++at) {
+      const uint8_t before = std::exchange(codes[at], nan);
+      const std::vector<float> y = multiply(x);
+      for (int64_t n = 0; n < kRows; ++n) {
+        if (n == at / kDepth) {
+          ASSERT_TRUE(std::isnan(y[n])) << "row " << n << ", column " << at % kDepth;
+        } else {
+          ASSERT_TRUE(SameBits(&y[n], &clean[n], 1)) << "row " << n << ", NaN at " << at;
+        }
+      }
+      codes[at] = before;
+    }
+  }
 }
 
 // Every fp8 code and fp16 number is widened exactly.
