@@ -8,6 +8,7 @@
 #include <variant>
 
 #include "absl/strings/str_cat.h"
+#include "proto/epoch_wire.h"
 #include "proto/limits.h"
 #include "proto/log.h"
 #include "proto/rpc/address.h"
@@ -308,7 +309,7 @@ class WorkerProcess::Impl {
 
   void OnActivate(const v1::ActivateStage& activate) {
     const uint64_t id = activate.stage_id();
-    const PipelineEpoch epoch = FromProto(activate.epoch());
+    const PipelineEpoch epoch = FromWire(activate.epoch());
     Hosted* hosted = Find(id);
     const bool last = activate.stage_index() + 1 == activate.num_stages();
     const absl::Status valid = [&]() -> absl::Status {
@@ -372,7 +373,7 @@ class WorkerProcess::Impl {
   void OnPlan(v1::StepPlan plan) {
     const uint64_t id = plan.stage_id();
     const uint64_t step = plan.step_id();
-    const PipelineEpoch epoch = FromProto(plan.epoch());
+    const PipelineEpoch epoch = FromWire(plan.epoch());
     Hosted* hosted = Find(id);
     const absl::Status accepted =
         hosted && hosted->stage

@@ -5,16 +5,12 @@
 
 #include <random>
 
+#include "proto/epoch_wire.h"
 #include "proto/rpc/status.h"
 #include "proto/version.h"
 
 namespace strait {
 namespace {
-
-void ToProto(PipelineEpoch epoch, v1::PipelineEpoch* out) {
-  out->set_term(epoch.term);
-  out->set_counter(epoch.counter);
-}
 
 v1::FromWorker StateMessage(uint64_t stage_id, v1::StageState::State state) {
   v1::FromWorker message;
@@ -24,8 +20,6 @@ v1::FromWorker StateMessage(uint64_t stage_id, v1::StageState::State state) {
 }
 
 }  // namespace
-
-PipelineEpoch FromProto(const v1::PipelineEpoch& epoch) { return {epoch.term(), epoch.counter()}; }
 
 v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
                     const std::string& data_address) {
@@ -64,7 +58,7 @@ v1::FromWorker LoadedMessage(uint64_t stage_id, const StageModel& model) {
 
 v1::FromWorker ActiveMessage(uint64_t stage_id, PipelineEpoch epoch) {
   v1::FromWorker message = StateMessage(stage_id, v1::StageState::ACTIVE);
-  ToProto(epoch, message.mutable_stage_state()->mutable_epoch());
+  ToWire(epoch, message.mutable_stage_state()->mutable_epoch());
   return message;
 }
 
@@ -77,7 +71,7 @@ v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, Pipelin
   v1::StageState& state = *message.mutable_stage_state();
   state.set_error_code(static_cast<uint32_t>(why.code()));
   state.set_error_message(std::string(rpc::Bounded(why).message()));
-  ToProto(epoch, state.mutable_epoch());
+  ToWire(epoch, state.mutable_epoch());
   return message;
 }
 
@@ -87,7 +81,7 @@ v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t ste
   v1::StageReport& report = *message.mutable_report();
   report.set_stage_id(stage_id);
   report.set_step_id(step_id);
-  ToProto(epoch, report.mutable_epoch());
+  ToWire(epoch, report.mutable_epoch());
   report.set_error_code(static_cast<uint32_t>(why.code()));
   report.set_error_message(std::string(rpc::Bounded(why).message()));
   return message;

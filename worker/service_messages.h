@@ -16,8 +16,6 @@
 
 namespace strait {
 
-PipelineEpoch FromProto(const v1::PipelineEpoch& epoch);
-
 v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
                     const std::string& data_address);
 v1::FromWorker ProgressMessage(uint64_t stage_id, uint64_t bytes_loaded, uint64_t bytes_total);

@@ -104,7 +104,10 @@ class AttachServer::Impl final : public v1::Coordinator::CallbackService {
     {
       std::lock_guard lock(mu_);
       stopping_ = true;
-      for (const auto& [arrival, attachment] : strangers_) streams.push_back(attachment->stream);
+      for (const auto& [arrival, attachment] : strangers_) {
+        // One that is being started sees stopping_ afterwards.
+        if (attachment->started) streams.push_back(attachment->stream);
+      }
       for (const auto& attachment : workers_) streams.push_back(attachment->stream);
     }
     for (auto& stream : streams) stream->Close(absl::UnavailableError("the coordinator stops"));
@@ -131,18 +134,22 @@ class AttachServer::Impl final : public v1::Coordinator::CallbackService {
     };
     auto stream = std::make_shared<WorkerStream>(context, options, std::move(events));
     attachment->stream = stream;
-    bool stopping;
     std::shared_ptr<Attachment> silent;
     {
       std::lock_guard lock(mu_);
-      stopping = stopping_;
       attachment->arrival = ++last_arrival_;
-      if (strangers_.size() >= kMaxStrangers) {
+      if (strangers_.size() >= kMaxStrangers && strangers_.begin()->second->started) {
         silent = strangers_.extract(strangers_.begin()).mapped();
       }
       strangers_.emplace(attachment->arrival, attachment);
     }
     stream->Start();
+    bool stopping;
+    {
+      std::lock_guard lock(mu_);
+      attachment->started = true;
+      stopping = stopping_;
+    }
     if (stopping) stream->Close(absl::UnavailableError("the coordinator stops"));
     if (silent) {
       silent->stream->Close(absl::ResourceExhaustedError(absl::StrCat(
@@ -166,7 +173,8 @@ class AttachServer::Impl final : public v1::Coordinator::CallbackService {
   struct Attachment {
     std::shared_ptr<WorkerStream> stream;
     uint64_t arrival = 0;
-    WorkerId worker;  // 0 until Hello; read reactions and, after them, the end
+    bool started = false;  // guarded by mu_: its stream may be closed by another's thread
+    WorkerId worker;       // 0 until Hello; read reactions and, after them, the end
   };
 
   bool OnMessage(const std::shared_ptr<Attachment>& attachment, v1::FromWorker message) {
