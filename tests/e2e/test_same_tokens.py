@@ -122,15 +122,21 @@ def test_preempted_for_want_of_blocks(shape):
     longest = max(prompts_of(shape), key=len)
     prompts = [longest[i * 30 : i * 30 + 60] for i in range(8)]
     body = {**sampled(prompts), "max_tokens": 80}
-    row = (config["kv_lora_rank"] + config["qk_rope_head_dim"] + 3) // 4 * 16
-    pool = 9 * 64 * row * config["num_hidden_layers"]
-    weights = sum(f.stat().st_size for f in (GOLDEN / shape).glob("*.safetensors"))
+    row, layers = (config["kv_lora_rank"] + config["qk_rope_head_dim"] + 3) // 4 * 16, config["num_hidden_layers"]
+    column = 64 * row * layers  # bytes of one block in every layer
+    # The workspace is part of the memory: a first cluster tells how many columns some memory leaves.
+    memory = sum(f.stat().st_size for f in (GOLDEN / shape).glob("*.safetensors")) + 18 * column
+    with Cluster(GOLDEN / shape, workers=1, random_weights=None, memory=str(memory), args=WHOLE) as cluster:
+        columns = cluster.status()["workers"][0]["stages"][0]["blocks_total"] // layers
+    memory -= (columns - 9) * column
     outcomes = []
-    for memory in ("256MiB", str(weights + pool)):
+    for memory in ("256MiB", str(memory)):
         with Cluster(GOLDEN / shape, workers=1, random_weights=None, memory=memory, args=WHOLE) as cluster:
             choices = sorted(cluster.complete(model=shape, **body)["choices"], key=lambda c: c["index"])
             outcomes.append([outcome(c) for c in choices])
-            preemptions = cluster.status()["stats"]["preemptions"]
+            status = cluster.status()
+    assert status["workers"][0]["stages"][0]["blocks_total"] == 9 * layers
+    preemptions = status["stats"]["preemptions"]
     check(outcomes[0], outcomes[1], f"{shape}, preempted")
     assert preemptions > 0, "the small pool was meant to preempt"
 
