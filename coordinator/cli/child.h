@@ -45,7 +45,8 @@ absl::StatusOr<std::string> ProgramFolder();
 
 // Whether host:port could be listened on now.
 bool PortIsFree(const std::string& host, uint16_t port);
-// A port that nobody listens on now; another process may still take it before its user does.
+// A port that nobody listens on now, of those that no process gets without asking for it by number:
+// the cluster's own workers listen on any port, and may start before its user has taken it.
 absl::StatusOr<uint16_t> FreePort(const std::string& host);
 
 class Signals {

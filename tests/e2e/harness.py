@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import pathlib
+import random
 import re
 import shutil
 import signal
@@ -38,10 +39,25 @@ def program(name):
     return str(path)
 
 
+_reserved = []  # sockets that hold this process's ports against other test processes
+
+
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port for a program that starts soon, below those that the kernel hands out: workers listen on any port, and
+    one that starts first must not get the coordinator's."""
+    end = int(pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(10_000, end if end > 20_000 else 65_536)
+        name = socket.socket(socket.AF_UNIX)
+        try:
+            name.bind(f"\0strait-test-port-{port}")
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", port))
+        except OSError:
+            name.close()
+            continue
+        _reserved.append(name)
+        return port
 
 
 def wait_until(condition, timeout_s=START_TIMEOUT_S, what="condition"):
