@@ -112,7 +112,10 @@ if wanted cuda; then
     strait_say "SKIPPED: nvcc is here, but the tree holds no CUDA code (*.cu) yet, so nothing was compiled."
   else
     CUDACXX="$nvcc" strait_build cuda
-    strait_say "The GPU tests are tests/gpu.sh's: they need an NVIDIA GPU."
+    phase "cuda tests in the emulator"
+    ctest --test-dir build/cuda --output-on-failure --no-tests=error -j "$(nproc)" -L "^emulator$" </dev/null ||
+      failed="$failed cuda"
+    strait_say "The same tests on a GPU, and its benchmarks, are tests/gpu.sh's."
   fi
 fi
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What several kernels share: launches that overlap the end of the kernel before, warp and block
-// sums in a fixed order, the tensor core's bf16 product, e4m3 codes widened to bf16.
+// sums in a fixed order, e4m3 codes widened to bf16.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -10,26 +10,11 @@
 #include <cstdint>
 
 #include "kernels/cuda/matrix.h"
+#include "kernels/cuda/ptx.cuh"
 
 namespace strait::cuda {
 
 inline constexpr unsigned kFullWarp = 0xffffffffu;
-
-// Waits until the kernels before this one in the stream have ended and their writes are seen. Every
-// kernel that LaunchChained starts calls it, in every block, before it touches what another kernel
-// reads or writes; weights may be read before.
-__device__ __forceinline__ void WaitForEarlier() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// Lets the next kernel of the stream begin, up to its WaitForEarlier, when all blocks said so.
-__device__ __forceinline__ void StartNext() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 // Whether the current device can begin a kernel before its predecessor has ended.
 inline bool ChainsLaunches() {
@@ -81,16 +66,6 @@ __device__ __forceinline__ float BlockSum(float value, float* shared) {
   for (int warp = 0; warp < kWarps; ++warp) sum += shared[warp];
   __syncthreads();
   return sum;
-}
-
-// d += a * b: 16 x 8 += (16 x 16) * (16 x 8).
-__device__ __forceinline__ void MmaBf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
-                                        uint32_t a3, uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-      "{%8,%9}, {%0,%1,%2,%3};\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ uint32_t TimesTwoTo120(uint32_t pair) {

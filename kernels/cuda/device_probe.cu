@@ -11,8 +11,10 @@ __global__ void Nothing() {}
 cudaError_t ProbeKernel();
 
 cudaError_t ProbeKernel() {
-  Nothing<<<1, 1>>>();
-  const cudaError_t launched = cudaGetLastError();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(1);
+  config.blockDim = dim3(1);
+  const cudaError_t launched = cudaLaunchKernelEx(&config, Nothing);
   return launched == cudaSuccess ? cudaDeviceSynchronize() : launched;
 }
 

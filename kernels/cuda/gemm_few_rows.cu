@@ -362,7 +362,7 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
 template <bool kFp8, bool kGated, int kTokenTiles>
 __global__ void __launch_bounds__(kWarps * 32, BlocksEach(kTokenTiles))
     FewRows(const __grid_constant__ GemmParams p) {
-  extern __shared__ float memory[];
+  auto* const memory = DynamicShared<float>();
   Block<kFp8, kGated, kTokenTiles>(p, blockIdx.x, gridDim.x, memory);
 }
 
@@ -371,7 +371,7 @@ template <bool kFp8, int kTokenTiles>
 __global__ void __launch_bounds__(kWarps * 32, BlocksEach(kTokenTiles))
     FewRowsPair(const __grid_constant__ GemmParams a, const __grid_constant__ GemmParams b,
                 const int a_blocks) {
-  extern __shared__ float memory[];
+  auto* const memory = DynamicShared<float>();
   const int block = blockIdx.x;
   if (block < a_blocks) {
     Block<kFp8, false, kTokenTiles>(a, block, a_blocks, memory);

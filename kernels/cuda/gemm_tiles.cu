@@ -25,21 +25,6 @@ constexpr int kK = 64;      // elements a step
 constexpr int kStages = 3;  // of shared memory
 constexpr int kRowBytes = kK * 2;
 
-__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-// Copies 16 bytes, of which `valid` are read and the others zero.
-__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, int valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(valid));
-}
-
-__device__ __forceinline__ void LoadMatrices(uint32_t (&r)[4], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(from));
-}
-
 // Byte offset of 16-byte chunk `chunk` (of 8) of a row.
 __device__ __forceinline__ int Swizzled(int row, int chunk) {
   return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
@@ -68,7 +53,7 @@ struct Layout {
 template <bool kFp8, bool kGated, int kTileRows>
 __global__ void __launch_bounds__(kThreads) Tiles(const __grid_constant__ GemmParams p) {
   using L = Layout<kFp8, kTileRows>;
-  extern __shared__ __align__(128) char memory[];
+  auto* const memory = DynamicShared<char>();
   // Weights may be read before the kernel before has ended, if no list says which.
   const bool early = p.tiles == nullptr && p.x_rows == nullptr;
   if (!early) {
@@ -162,17 +147,17 @@ __global__ void __launch_bounds__(kThreads) Tiles(const __grid_constant__ GemmPa
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {
     if (step < num_steps) copy_a(step);
-    asm volatile("cp.async.commit_group;\n");  // the first takes all of b's
+    CommitCopies();  // the first takes all of b's
   }
   char* const wide = memory + kStages * L::kStageBytes;
   for (int step = 0; step < num_steps; ++step) {
-    asm volatile("cp.async.wait_group %0;\n" ::"n"(kStages - 2));
+    WaitCopyGroups<kStages - 2>();
     __syncthreads();
     if (step + kStages - 1 < num_steps) {
       copy_a(step + kStages - 1);
       copy_b(step + kStages - 1);
     }
-    asm volatile("cp.async.commit_group;\n");
+    CommitCopies();
     const char* const a = memory + step % kStages * L::kStageBytes;
     const char* b = a + L::kABytes;
     if (kFp8) {

@@ -61,10 +61,8 @@ __device__ __forceinline__ int FindMerge(const MlaMerge* merges, int num_merges,
 __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const MlaParams p) {
   __shared__ float4 sums[kMergeWarps][32];
   __shared__ float warp_weights[kMergeWarps];
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  StartNext();
+  WaitForEarlier();
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int num_merges = p.plan.counts[0];

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/mla.h"
+#include "kernels/cuda/ptx.cuh"
 
 namespace strait::cuda::mla {
 
@@ -17,12 +18,6 @@ inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float NegInf() { return __int_as_float(0xff800000); }
-
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // The factor that brings sums relative to the maximum `from` to the maximum `to` (powers of two).
 __device__ __forceinline__ float Rescale(float from, float to) {
@@ -60,12 +55,11 @@ __device__ __forceinline__ int32_t SeenRows(int32_t position, int32_t block_posi
 
 // Two e4m3 codes, lower byte first, as floats; never the codes of NaN.
 __device__ __forceinline__ float2 WidenE4m3Pair(uint16_t codes) {
-  uint32_t halves;
 #if __CUDA_ARCH__ >= 890
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+  uint32_t halves = E4m3PairToHalves(codes);
 #else  // exponent and mantissa at their place in a half are 2^8 too small, also where subnormal
   const uint32_t pair = (codes & 0xffu) << 8 | (codes & 0xff00u) << 16;
-  halves = (pair & 0x80008000u) | (pair & 0x7f007f00u) >> 1;
+  uint32_t halves = (pair & 0x80008000u) | (pair & 0x7f007f00u) >> 1;
   __half2 scaled = *reinterpret_cast<const __half2*>(&halves);
   scaled = __hmul2(scaled, __float2half2_rn(256.0f));
   halves = *reinterpret_cast<const uint32_t*>(&scaled);

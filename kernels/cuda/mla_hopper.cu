@@ -43,9 +43,9 @@ template <MlaRowFormat kFormat>
 __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constant__ MlaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool kBf16 = kFormat == MlaRowFormat::kBf16;
-  extern __shared__ unsigned char raw[];
+  auto* const raw = DynamicShared<unsigned char>();
   Shared s;
-  const uint32_t start = static_cast<uint32_t>(__cvta_generic_to_shared(raw));
+  const uint32_t start = SharedAddress(raw);
   s.address = (start + 1023) / 1024 * 1024;
   s.memory = raw + (s.address - start);
   if (threadIdx.x == 0) {
@@ -55,24 +55,24 @@ __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constan
         wgmma::BarrierInit(s.empty(i, half), (kBf16 ? 4 : 128) * (half + 1));
       }
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    wgmma::FenceBarrierInit();
   }
   __syncthreads();
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  StartNext();
+  WaitForEarlier();
   if (threadIdx.x >= kConsumers) {
     if constexpr (kBf16) {
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+      wgmma::FewerRegisters<24>();
       if (threadIdx.x < kConsumers + 32) FeedBf16(p, s);
     } else {
-      asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+      wgmma::FewerRegisters<56>();
       FeedFp8(p, s);
     }
   } else {
     if constexpr (kBf16) {
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+      wgmma::MoreRegisters<240>();
     } else {
-      asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+      wgmma::MoreRegisters<224>();
     }
     if (threadIdx.x < kConsumers / 2) {
       Consumer<kFormat, 0>(p, s).Run();
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constan
     }
   }
 #else
-  asm volatile("trap;");
+  Trap();
 #endif
 }
 

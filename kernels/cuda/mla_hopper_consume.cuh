@@ -92,7 +92,7 @@ class Consumer {
           // Score first if the block is there: then that runs beside the other group's softmax.
           // If not, do not hold the other block up. All four warps must go the same way.
           if (threadIdx.x == kConsumers / 2) {
-            *s_.flag() = pair && BarrierTest(s_.full(tile + 1, 1), FullParity(tile + 1));
+            *s_.flag() = pair && wgmma::BarrierTest(s_.full(tile + 1, 1), FullParity(tile + 1));
           }
           wgmma::NamedSync<kGroup + kGroupIndex, 128>();
           const bool early = *s_.flag() != 0;

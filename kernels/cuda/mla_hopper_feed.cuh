@@ -9,10 +9,6 @@ namespace strait::cuda::mla::hopper {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-__device__ __forceinline__ void PrefetchBlock(const std::byte* block, uint32_t bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(block), "r"(bytes) : "memory");
-}
-
 // One warp; lane 0 starts the copies, all lanes read the page table ahead.
 __device__ __forceinline__ void FeedBf16(const MlaParams& p, const Shared& s) {
   const int lane = threadIdx.x % 32;
@@ -102,7 +98,7 @@ __device__ __forceinline__ void FeedFp8(const MlaParams& p, const Shared& s) {
       const int next_present = next != nullptr ? present - kMlaBlockRows : 0;
       const std::byte* after = rows_of(block + 2, present - 2 * kMlaBlockRows);
       if (lane == 0 && after != nullptr) {
-        PrefetchBlock(after, min(present - 2 * kMlaBlockRows, 16) * kFp8RowBytes);
+        PrefetchToL2(after, min(present - 2 * kMlaBlockRows, 16) * kFp8RowBytes);
       }
       float scales[2] = {0, 0};
 #pragma unroll

@@ -59,17 +59,6 @@ struct Shared {
 
 __device__ __forceinline__ uint32_t FullParity(uint32_t index) { return index / kNumTiles % 2; }
 
-__device__ __forceinline__ bool BarrierTest(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-      "selp.u32 %0, 1, 0, p;\n}\n"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-
 #endif  // sm_90a
 
 }  // namespace strait::cuda::mla::hopper

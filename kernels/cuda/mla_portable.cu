@@ -20,34 +20,6 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kPad = 8;  // bf16 behind each row in shared memory: no bank conflicts
 constexpr int kScoreStride = kMlaBlockRows + kPad;
 
-__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
-__device__ __forceinline__ void LoadMatrices(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(SharedAddress(row))
-               : "memory");
-}
-
-__device__ __forceinline__ void LoadMatricesTransposed(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(SharedAddress(row))
-               : "memory");
-}
-
-// d += a * b: 16 x 8 += (16 x 16) * (16 x 8).
-__device__ __forceinline__ void Multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                         uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
-      "{%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 struct Shared {
   __nv_bfloat16* q;   // [64, width + kPad]
   __nv_bfloat16* kv;  // [64, width + kPad]
@@ -129,13 +101,13 @@ __device__ __forceinline__ void Scores(const Shared& s, int row0, int kv0, float
   const __nv_bfloat16* k = s.kv + (kv0 + lane % 8 + lane / 16 * 8) * s.stride() + lane / 8 % 2 * 8;
   for (int column = 0; column < s.width; column += 16) {
     uint32_t a[4];
-    LoadMatrices(a, q + column);
+    LoadMatrices(a, SharedAddress(q + column));
 #pragma unroll
     for (int n = 0; n < 4; n += 2) {
       uint32_t b[4];
-      LoadMatrices(b, k + n * 8 * s.stride() + column);
-      Multiply(score[n], a, b[0], b[1]);
-      Multiply(score[n + 1], a, b[2], b[3]);
+      LoadMatrices(b, SharedAddress(k + n * 8 * s.stride() + column));
+      MmaBf16(score[n], a[0], a[1], a[2], a[3], b[0], b[1]);
+      MmaBf16(score[n + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
     }
   }
 }
@@ -143,7 +115,7 @@ __device__ __forceinline__ void Scores(const Shared& s, int row0, int kv0, float
 // kGroups: how many groups of 16 output columns a warp holds at most.
 template <MlaRowFormat kFormat, int kGroups>
 __global__ void __launch_bounds__(kThreads) PortableKernel(const MlaParams p) {
-  extern __shared__ __align__(16) unsigned char shared[];
+  auto* const shared = DynamicShared<unsigned char>();
   Shared s;
   s.width = PaddedWidth(p.rank, p.rope);
   s.q = reinterpret_cast<__nv_bfloat16*>(shared);
@@ -258,15 +230,15 @@ __global__ void __launch_bounds__(kThreads) PortableKernel(const MlaParams p) {
 #pragma unroll
       for (int k = 0; k < kMlaBlockRows; k += 16) {
         uint32_t a[4];
-        LoadMatrices(a, s.p + (row0 + lane % 16) * kScoreStride + k + lane / 16 * 8);
+        LoadMatrices(a, SharedAddress(s.p + (row0 + lane % 16) * kScoreStride + k + lane / 16 * 8));
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
           if (g < num_groups) {
             uint32_t b[4];
-            LoadMatricesTransposed(
-                b, s.kv + (k + lane % 16) * s.stride() + (first_group + g) * 16 + lane / 16 * 8);
-            Multiply(out[2 * g], a, b[0], b[1]);
-            Multiply(out[2 * g + 1], a, b[2], b[3]);
+            LoadMatricesTransposed(b, SharedAddress(s.kv + (k + lane % 16) * s.stride() +
+                                                    (first_group + g) * 16 + lane / 16 * 8));
+            MmaBf16(out[2 * g], a[0], a[1], a[2], a[3], b[0], b[1]);
+            MmaBf16(out[2 * g + 1], a[0], a[1], a[2], a[3], b[2], b[3]);
           }
         }
       }
@@ -342,9 +314,12 @@ cudaError_t LaunchPortable(const MlaParams& params, cudaStream_t stream) {
                             ? KernelOf<MlaRowFormat::kBf16>(params.rank)
                             : KernelOf<MlaRowFormat::kFp8>(params.rank);
   const int bytes = SharedBytes(PaddedWidth(params.rank, params.rope));
-  kernel<<<static_cast<unsigned>(params.plan.limits.num_thread_blocks), kThreads, bytes, stream>>>(
-      params);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(params.plan.limits.num_thread_blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 }  // namespace strait::cuda::mla

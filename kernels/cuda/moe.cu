@@ -98,7 +98,7 @@ __device__ void LimitGroups(const RouterParams& p, float* choice, float* groups)
 }
 
 __global__ void __launch_bounds__(32) RouteToken(const RouterParams p) {
-  extern __shared__ float memory[];
+  auto* const memory = DynamicShared<float>();
   WaitForEarlier();
   StartNext();
   float* const scores = memory;
@@ -164,7 +164,7 @@ __device__ __forceinline__ int32_t TilesOf(int32_t rows, int32_t tile_rows) {
 }
 
 __global__ void __launch_bounds__(kListThreads) ListExperts(const ExpertListsParams p) {
-  extern __shared__ int32_t counts[];  // [n_routed_experts]
+  auto* const counts = DynamicShared<int32_t>();  // [n_routed_experts]
   using Scan = cub::BlockScan<int32_t, kListThreads>;
   __shared__ typename Scan::TempStorage scan;
   __shared__ int32_t sums[kListThreads / 32][2];
