@@ -2,6 +2,8 @@
 #include "kernels/cuda/gemm.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <string_view>
 
 #include "kernels/cuda/gemm_internal.h"
 #include "proto/check.h"
@@ -11,11 +13,15 @@ namespace {
 
 constexpr int32_t kFewRows = 16;     // up to here the few-rows kernel, beyond it tiles
 constexpr int32_t kFixedRows = 32;   // rows a tile when the order of sums is fixed
-constexpr int32_t kLargeTile = 128;  // rows of the tiled kernel
+constexpr int32_t kLargeTile = 128;  // rows of the tiled kernels
 constexpr int32_t kSmallTile = 64;
 constexpr int32_t kTileColumns = 128;
 constexpr int64_t kWantedBlocks = 128;  // of the tiled kernel, to be worth the device
 constexpr int32_t kMaxSplits = 16;
+constexpr int32_t kHopperDepth = 256;  // least K: below it the ring of stages does not fill
+// What a column costs in tiles of 128 columns, in hundredths of one in tiles of 256: rows of x are
+// copied twice as often.
+constexpr int64_t kNarrowCost = 115;
 
 int32_t FewRowsTile(int32_t num_rows) {
   int32_t tile = 8;
@@ -43,32 +49,103 @@ int32_t FewRowsTileOf(const GemmParams& p) {
   return p.fixed_order ? std::min(tile, kFixedRows) : tile;
 }
 
+bool CanSplit(const GemmParams& p) {
+  return p.split_sums != nullptr && p.tiles == nullptr && p.num_groups == 1 && p.up.empty();
+}
+
 // Into how many shares K is cut, so that a product of few outputs fills the device.
-int32_t NumSplits(const GemmParams& p, int32_t tile_rows) {
-  if (p.split_sums == nullptr || p.num_groups != 1 || !p.up.empty()) return 1;
-  const int64_t blocks =
-      NumItems(p, tile_rows) * ((p.weight.rows + kTileColumns - 1) / kTileColumns);
-  int64_t splits = std::min<int64_t>(kWantedBlocks / blocks, p.weight.cols / (2 * kScaleBlock));
+int32_t NumSplits(const GemmParams& p, int64_t blocks, int64_t wanted) {
+  if (!CanSplit(p)) return 1;
+  int64_t splits = std::min<int64_t>(wanted / blocks, p.weight.cols / (2 * kScaleBlock));
   splits = std::min(splits, p.split_capacity / (int64_t{p.num_rows} * p.weight.rows));
   return static_cast<int32_t>(std::clamp<int64_t>(splits, 1, kMaxSplits));
 }
 
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Tiles of 256 columns use L2 better, those of 128 fill the last round better.
+GemmPlan PlanHopper(const GemmParams& p, int32_t tile_rows, int32_t multiprocessors) {
+  GemmPlan best = {GemmKind::kHopper, tile_rows, 0, 1};
+  int64_t best_cost = 0;
+  const bool fp8 = p.weight.scales != nullptr;
+  for (const int32_t columns : {256, 128}) {
+    if (columns == 256 && fp8) continue;
+    const int32_t each = p.up.empty() ? columns : columns / 2;
+    const int64_t units = NumItems(p, tile_rows) * CeilDiv(p.weight.rows, each);
+    // Partial sums go through L2 twice: no more of them than the weight has bytes.
+    const int64_t worth =
+        int64_t{p.weight.cols} * (fp8 ? 1 : 2) / (4 * int64_t{std::max(p.num_rows, 1)});
+    const int32_t splits =
+        std::min(NumSplits(p, units, multiprocessors),
+                 static_cast<int32_t>(std::clamp<int64_t>(worth, 1, kMaxSplits)));
+    const int64_t cost = CeilDiv(units * splits, multiprocessors) * columns *
+                         (columns == 128 ? kNarrowCost : 100) / splits;
+    if (best.columns == 0 || cost < best_cost) {
+      best.columns = columns;
+      best.num_splits = splits;
+      best_cost = cost;
+    }
+  }
+  return best;
+}
+
+bool UsesHopper(const GemmParams& p) {
+  static const bool available = [] {
+    int device = 0;
+    int major = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
+      return false;
+    }
+    const char* const wanted = std::getenv("STRAIT_CUDA_GEMM");
+    return major == 9 && (wanted == nullptr || std::string_view(wanted) != "portable");
+  }();
+  return available && !p.portable;
+}
+
 }  // namespace
+
+int Multiprocessors() {
+  static const int multiprocessors = [] {
+    int device = 0;
+    int count = 132;
+    if (cudaGetDevice(&device) == cudaSuccess) {
+      (void)cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+    }
+    return count;
+  }();
+  return multiprocessors;
+}
+
+GemmPlan PlanGemm(const GemmParams& p, bool hopper, int32_t multiprocessors) {
+  int32_t tile = p.tile_rows;
+  if (p.tiles != nullptr) {
+    if (tile < kSmallTile || p.fixed_order) return {GemmKind::kFewRows, tile, 0, 1};
+  } else {
+    tile = FewRowsTileOf(p);
+    if (tile > 0) return {GemmKind::kFewRows, tile, 0, 1};
+    tile = p.num_rows <= kSmallTile ? kSmallTile : kLargeTile;
+  }
+  if (hopper && p.weight.cols >= kHopperDepth) return PlanHopper(p, tile, multiprocessors);
+  const int64_t blocks = NumItems(p, tile) * CeilDiv(p.weight.rows, kTileColumns);
+  return {GemmKind::kTiles, tile, kTileColumns, NumSplits(p, blocks, kWantedBlocks)};
+}
 
 cudaError_t Gemm(const GemmParams& p, cudaStream_t stream) {
   Check(p);
-  if (p.tiles != nullptr) {
-    if (p.max_tiles == 0) return cudaSuccess;
-    const bool few = p.tile_rows < kSmallTile || p.fixed_order;
-    return few ? GemmFewRows(p, p.tile_rows, stream) : GemmTiles(p, p.tile_rows, stream);
+  if (p.tiles != nullptr ? p.max_tiles == 0 : p.num_rows == 0) return cudaSuccess;
+  const GemmPlan plan = PlanGemm(p, UsesHopper(p), Multiprocessors());
+  GemmParams planned = p;
+  planned.num_splits = plan.num_splits;
+  switch (plan.kind) {
+    case GemmKind::kFewRows:
+      return GemmFewRows(planned, plan.tile_rows, stream);
+    case GemmKind::kTiles:
+      return GemmTiles(planned, plan.tile_rows, stream);
+    case GemmKind::kHopper:
+      return GemmHopper(planned, plan.tile_rows, plan.columns, stream);
   }
-  if (p.num_rows == 0) return cudaSuccess;
-  const int32_t few = FewRowsTileOf(p);
-  if (few > 0) return GemmFewRows(p, few, stream);
-  const int32_t tile = p.num_rows <= kSmallTile ? kSmallTile : kLargeTile;
-  GemmParams split = p;
-  split.num_splits = NumSplits(p, tile);
-  return GemmTiles(split, tile, stream);
+  return cudaErrorInvalidValue;
 }
 
 cudaError_t GemmPair(const GemmParams& a, const GemmParams& b, cudaStream_t stream) {

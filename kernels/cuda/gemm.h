@@ -9,12 +9,19 @@
 // Stream:  the parameter.
 // Shapes:  below; products of bf16 are summed in fp32. Any of M, N, K may be odd.
 // Errors:  none but CUDA's own launch errors, returned.
-// Why:     two kernels. "Few rows" reads each weight once for up to 16 rows with 16-byte loads
+// Why:     three kernels. "Few rows" reads each weight once for up to 16 rows with 16-byte loads
 //          straight into tensor-core fragments, warps splitting K: bound by memory. "Tiles" is the
-//          classical tiled product through shared memory. In the first, the order of a sum is a
-//          property of K alone; fixed_order uses it for any number of rows, so that a row's bits
-//          do not depend on the others. fp8 weights keep their codes up to the tensor core (e4m3
-//          fits in bf16) and sums are scaled every 128 k, so nothing is rounded twice.
+//          classical tiled product through shared memory, for any device; "Hopper" the same with
+//          warpgroup products, fed by warps of their own, on sm_90.
+//          Order of sums: in the few-rows kernel it is a property of K alone; fixed_order uses it for
+//          any number of rows, so that a row's bits do not depend on the others. The other two go
+//          through K in order, and so a row's bits depend on which of the kernels, and how many
+//          shares of K, the number of rows asks for.
+//          fp8 weights keep their codes up to the tensor core (e4m3 fits in bf16) and sums are
+//          scaled every 128 k, so nothing is rounded twice.
+//          Dense bf16 products do not go to cuBLASLt: an epilogue that adds to fp32, or makes gated
+//          pairs, is a pass of its own there, its choice of kernels depends on the number of rows,
+//          and it brings hundreds of MB of library for what the experts' product must do anyway.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -62,6 +69,9 @@ struct GemmParams {
   int64_t y_group_stride = 0;
   bool accumulate = false;   // y_fp32 += instead of =
   bool fixed_order = false;  // above: Why
+  // Only the kernels that run on any device. STRAIT_CUDA_GEMM=portable in the environment means it
+  // for all products of the process: to compare, and to do without a kernel that is suspected.
+  bool portable = false;
 };
 
 cudaError_t Gemm(const GemmParams& params, cudaStream_t stream);

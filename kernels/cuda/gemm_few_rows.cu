@@ -2,16 +2,18 @@
 //
 // Products of a weight with few rows: y[m, n] = sum over k of x[m, k] * w[n, k], m up to 64.
 //
-// A unit of work is 16 outputs of up to 8 * kTokenTiles rows. The eight warps of a block take the
-// 128-wide pieces of K in turn, and their sums are added in order at the end; as many blocks as run
-// at once take all units, each warp loading its next piece, of the next unit too, while it
-// multiplies one. Weights are the tensor core's A
+// A unit of work is 16 outputs of up to 8 * kTokenTiles rows. A team of warps takes the 128-wide
+// pieces of K in turn, and their sums are added in order at the end; all eight warps of a block are
+// a team, or two, four or eight teams work on as many units, so that with 11 pieces (K = 1,408) not
+// five warps of eight sit out every second turn. As many blocks as run at once take all units, each
+// warp loading its next piece, of the next unit too, while it multiplies one. Weights are the tensor core's A
 // operand and go from memory to registers: a lane loads 16 contiguous bytes of two rows of W and of
 // one row of x; that they are other k than the fragment's layout names does not matter, as both
 // operands are permuted alike.
 //
 // Intensity: 2 M flops a weight; 1 byte (fp8) or 2 (bf16) a weight. Limit: reading memory; at M = 64
-// x comes from L2 four times as much as W from memory. Measured shares: tests/bench/cuda.
+// x comes from L2 four times as much as W from memory.
+// Measured shares: tests/reports/gpu.md, written by tests/gpu.sh.
 #include <algorithm>
 
 #include "kernels/cuda/common.cuh"
@@ -20,9 +22,9 @@
 namespace strait::cuda {
 namespace {
 
-constexpr int kWarps = 8;
-constexpr int kRows = 16;    // of W, a block
-constexpr int kPiece = 128;  // of K, a warp at a time; one fp8 scale
+constexpr int kWarps = kGemmWarps;
+constexpr int kRows = 16;           // of W, a team
+constexpr int kPiece = kGemmPiece;  // of K, a warp at a time; one fp8 scale
 
 // Blocks of a multiprocessor: more rows of x take more registers, and one block of eight warps with
 // two pieces each has 64 KiB on their way.
@@ -120,8 +122,8 @@ __device__ __forceinline__ void MultiplyPart(const Piece<kFp8>& piece,
   const int j = threadIdx.x % 4;
   constexpr int kHalves = P::kLane / 8;  // 8 k at a time: 16 bytes of x
   constexpr int kXLoads = kPiece / P::kChunk * kHalves;
-  // Eight rows of x are on their way before the first weight is looked at; more have no registers.
-  constexpr int kAhead = kTokenTiles == 1 ? kXLoads : 1;
+  // Up to 16 rows of x are on their way before the first weight is looked at; more have no registers.
+  constexpr int kAhead = kTokenTiles <= 2 ? kXLoads : 1;
   Vec b[kAhead][kTokenTiles];
   const auto load_x = [&](int i, Vec(&to)[kTokenTiles]) {
     const int k = k0 + i / kHalves * P::kChunk + j * P::kLane + i % kHalves * 8;
@@ -196,34 +198,47 @@ struct Rows {
   }
 };
 
+// The warps that work on one unit; a power of two.
+struct Team {
+  int warps;
+
+  __device__ __forceinline__ explicit Team(int k_end) : warps(WarpsEach(k_end)) {}
+  __device__ __forceinline__ int index() const { return threadIdx.x / 32 / warps; }  // in the block
+  __device__ __forceinline__ int warp() const { return threadIdx.x / 32 & (warps - 1); }
+  __device__ __forceinline__ int thread() const { return threadIdx.x & (32 * warps - 1); }
+  __device__ __forceinline__ int Threads() const { return warps * 32; }
+  __device__ __forceinline__ void Sync() const { SyncSome(index() + 1, Threads()); }
+};
+
 // Adds the warps' sums in order; leaves them in shared[0].
 template <int kTokenTiles>
-__device__ __forceinline__ void AddWarps(const float (&sums)[kTokenTiles][4],
+__device__ __forceinline__ void AddWarps(const Team& team, const float (&sums)[kTokenTiles][4],
                                          float (*shared)[8 * kTokenTiles][kRows + 1]) {
-  const int warp = threadIdx.x / 32;
   const int row = threadIdx.x % 32 / 4;
   const int token = threadIdx.x % 4 * 2;
-  __syncthreads();  // what was there has been read
+  team.Sync();  // what was there has been read
 #pragma unroll
   for (int t = 0; t < kTokenTiles; ++t) {
-    shared[warp][t * 8 + token][row] = sums[t][0];
-    shared[warp][t * 8 + token + 1][row] = sums[t][1];
-    shared[warp][t * 8 + token][row + 8] = sums[t][2];
-    shared[warp][t * 8 + token + 1][row + 8] = sums[t][3];
+    shared[team.warp()][t * 8 + token][row] = sums[t][0];
+    shared[team.warp()][t * 8 + token + 1][row] = sums[t][1];
+    shared[team.warp()][t * 8 + token][row + 8] = sums[t][2];
+    shared[team.warp()][t * 8 + token + 1][row + 8] = sums[t][3];
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < 8 * kTokenTiles * kRows; i += kWarps * 32) {
+  team.Sync();
+  for (int i = team.thread(); i < 8 * kTokenTiles * kRows; i += team.Threads()) {
     const int t = i / kRows;
     const int n = i % kRows;
     float sum = shared[0][t][n];
 #pragma unroll
-    for (int w = 1; w < kWarps; ++w) sum += shared[w][t][n];
+    for (int w = 1; w < kWarps; ++w) {
+      if (w < team.warps) sum += shared[w][t][n];
+    }
     shared[0][t][n] = sum;  // the same thread reads it again
   }
 }
 
-// Where a warp is in a block's work: units of 16 rows of W (of both matrices, if gated) for the rows
-// of one item; a block takes every num_blocks-th.
+// Where a warp is in its team's work: units of 16 rows of W (of both matrices, if gated) for the rows
+// of one item; a team takes every num_teams-th.
 template <bool kFp8, bool kGated>
 struct Cursor {
   int unit;
@@ -233,59 +248,64 @@ struct Cursor {
   GemmItem item;
   Rows<kFp8> rows;
 
-  __device__ __forceinline__ void Enter(const GemmParams& p, int tile_rows, int at) {
+  __device__ __forceinline__ void Enter(const GemmParams& p, const Team& team, int tile_rows,
+                                        int at) {
     const int units_each = (p.weight.rows + kRows - 1) / kRows;
     unit = at;
     n0 = at % units_each * kRows;
-    k0 = threadIdx.x / 32 * kPiece;
+    k0 = team.warp() * kPiece;
     up = false;
     item = ItemOf(p, tile_rows, at / units_each);
     rows = Rows<kFp8>(p, p.weight, item.group, n0);
   }
-  // To the next piece; false: the block's work is done.
-  __device__ __forceinline__ bool Next(const GemmParams& p, int tile_rows, int num_units,
-                                       int num_blocks) {
-    k0 += kWarps * kPiece;
+  // To the next piece; false: the team's work is done.
+  __device__ __forceinline__ bool Next(const GemmParams& p, const Team& team, int tile_rows,
+                                       int num_units, int num_teams) {
+    k0 += team.warps * kPiece;
     if (k0 < p.weight.cols) return true;
     if (kGated && !up) {
       up = true;
-      k0 = threadIdx.x / 32 * kPiece;
+      k0 = team.warp() * kPiece;
       rows = Rows<kFp8>(p, p.up, item.group, n0);
       return true;
     }
-    if (unit + num_blocks >= num_units) return false;
-    Enter(p, tile_rows, unit + num_blocks);
+    if (unit + num_teams >= num_units) return false;
+    Enter(p, team, tile_rows, unit + num_teams);
     return true;
   }
 };
 
-// The part of the product p that block `block` of `num_blocks` makes. Every warp goes through the
+// The part of the product p that block `block` of `num_blocks` makes. Every warp of a team goes through the
 // same units; its pieces of them follow each other without a gap: the next one, of the next unit
 // too, is on its way while one is multiplied.
 template <bool kFp8, bool kGated, int kTokenTiles>
 __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_blocks,
                                       float* memory) {
   constexpr int kTileRows = 8 * kTokenTiles;
-  auto* shared = reinterpret_cast<float(*)[kTileRows][kRows + 1]>(memory);
   const int k_end = p.weight.cols;
+  const Team team(k_end);
+  // Neighbouring units go to different blocks: where there are few, all multiprocessors read.
+  const int first = block + num_blocks * team.index();
+  const int num_teams = num_blocks * (kWarps / team.warps);
+  auto* const shared =
+      reinterpret_cast<float(*)[kTileRows][kRows + 1]>(memory) + team.index() * team.warps;
   const int units_each = (p.weight.rows + kRows - 1) / kRows;
   Cursor<kFp8, kGated> at;
   Piece<kFp8> piece;
-  // Which weights a block reads first is known early unless a list says it: reading begins before
+  // Which weights a team reads first is known early unless a list says it: reading begins before
   // the kernel before has ended.
   const bool early = p.tiles == nullptr;
-  if (early) {
-    at.Enter(p, kTileRows, block);
+  int num_units = p.num_groups * ((p.num_rows + kTileRows - 1) / kTileRows) * units_each;
+  if (early && first < num_units) {
+    at.Enter(p, team, kTileRows, first);
     Load(piece, at.rows.w0, at.rows.w1, at.k0, k_end);
   }
   WaitForEarlier();
   StartNext();
-  const int num_items =
-      early ? p.num_groups * ((p.num_rows + kTileRows - 1) / kTileRows) : *p.num_tiles;
-  const int num_units = num_items * units_each;
-  if (block >= num_units) return;
+  if (!early) num_units = *p.num_tiles * units_each;
+  if (first >= num_units) return;
   if (!early) {
-    at.Enter(p, kTileRows, block);
+    at.Enter(p, team, kTileRows, first);
     Load(piece, at.rows.w0, at.rows.w1, at.k0, k_end);
   }
   const int token = threadIdx.x % 32 / 4;
@@ -313,7 +333,7 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
         x[t] = p.x + item.group * p.x_group_stride + row * p.x_stride;
       }
     }
-    const bool more = at.Next(p, kTileRows, num_units, num_blocks);
+    const bool more = at.Next(p, team, kTileRows, num_units, num_teams);
     if (more) Load(next, at.rows.w0, at.rows.w1, at.k0, k_end);
     float partial[kTokenTiles][4] = {};
     Multiply(piece, x, k0, k_end, partial);
@@ -331,9 +351,9 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
     }
     if (more && at.unit == unit) return true;
 
-    AddWarps<kTokenTiles>(sums[0], shared);
-    if (kGated) AddWarps<kTokenTiles>(sums[kGated], shared + kWarps);
-    for (int i = threadIdx.x; i < kTileRows * kRows; i += kWarps * 32) {
+    AddWarps<kTokenTiles>(team, sums[0], shared);
+    if (kGated) AddWarps<kTokenTiles>(team, sums[kGated], shared + kWarps);
+    for (int i = team.thread(); i < kTileRows * kRows; i += team.Threads()) {
       const int m = i / kRows;
       const int n = i % kRows;
       if (m >= item.count || n0 + n >= p.weight.rows) continue;
@@ -378,18 +398,6 @@ __global__ void __launch_bounds__(kWarps * 32, BlocksEach(kTokenTiles))
   } else {
     Block<kFp8, false, kTokenTiles>(b, block - a_blocks, gridDim.x - a_blocks, memory);
   }
-}
-
-int Multiprocessors() {
-  static const int multiprocessors = [] {
-    int device = 0;
-    int count = 132;
-    if (cudaGetDevice(&device) == cudaSuccess) {
-      (void)cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-    }
-    return count;
-  }();
-  return multiprocessors;
 }
 
 // Blocks that run at once.

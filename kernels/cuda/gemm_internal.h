@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The two kernels behind Gemm(), chosen in gemm.cc.
+// The kernels behind Gemm(), chosen in gemm.cc, and what they share.
 #pragma once
 
 #include "kernels/cuda/gemm.h"
@@ -15,6 +15,11 @@ struct GemmItem {
 };
 
 #ifdef __CUDACC__
+#define STRAIT_BOTH __host__ __device__
+__device__ __forceinline__ int Clamp(int64_t value, int most) {
+  return value < 0 ? 0 : value > most ? most : static_cast<int>(value);
+}
+
 __device__ __forceinline__ GemmItem ItemOf(const GemmParams& p, int32_t tile_rows, int index) {
   if (p.tiles != nullptr) {
     if (index >= *p.num_tiles) return {0, 0, 0};
@@ -25,20 +30,71 @@ __device__ __forceinline__ GemmItem ItemOf(const GemmParams& p, int32_t tile_row
   const int32_t begin = index % tiles_each * tile_rows;
   return {index / tiles_each, begin, min(tile_rows, p.num_rows - begin)};
 }
+#else
+#define STRAIT_BOTH
 #endif
+
+inline constexpr int kGemmPiece = 128;  // elements of K that a warp of few rows takes at a time
+inline constexpr int kGemmWarps = 8;    // of a block of few rows
+
+// How many warps share the pieces of an output's K: the most of 8, 4, 2, 1 that leave at most an
+// eighth of their turns without a piece. A function of K alone, as the order of sums is.
+STRAIT_BOTH constexpr int WarpsEach(int k) {
+  const int pieces = (k + kGemmPiece - 1) / kGemmPiece;
+  int warps = kGemmWarps;
+  while (warps > 1 && 8 * pieces < 7 * ((pieces + warps - 1) / warps * warps)) warps /= 2;
+  return warps;
+}
+
+inline constexpr int kGemmStep = 64;  // elements of K that the tiled kernels take at a time
+
+// Steps of K that one block makes: all, unless the product is split; whole fp8 scales.
+STRAIT_BOTH inline int StepsEach(const GemmParams& p) {
+  const int steps = (p.weight.cols + kGemmStep - 1) / kGemmStep;
+  const int each = (steps + p.num_splits - 1) / p.num_splits;
+  return (each + 1) / 2 * 2;
+}
+
+// Shares of K that this makes, each of at least one step.
+inline int NumShares(const GemmParams& p) {
+  const int each = StepsEach(p);
+  return ((p.weight.cols + kGemmStep - 1) / kGemmStep + each - 1) / each;
+}
+#undef STRAIT_BOTH
+
+// Items of all groups.
+inline int64_t NumItems(const GemmParams& p, int32_t tile_rows) {
+  if (p.tiles != nullptr) return p.max_tiles;
+  return int64_t{p.num_groups} * ((p.num_rows + tile_rows - 1) / tile_rows);
+}
+
+enum class GemmKind { kFewRows, kTiles, kHopper };
+
+// How a product is made; a function of its parameters and the device alone.
+struct GemmPlan {
+  GemmKind kind;
+  int32_t tile_rows;
+  int32_t columns;  // rows of weights in a tile; 0: few rows
+  int32_t num_splits;
+};
+
+// hopper: the device and the caller allow that kernel.
+GemmPlan PlanGemm(const GemmParams& params, bool hopper, int32_t multiprocessors);
+
+// Multiprocessors of the device that was current at the first call.
+int Multiprocessors();
 
 // tile_rows: 8, 16, 32 or 64.
 cudaError_t GemmFewRows(const GemmParams& params, int32_t tile_rows, cudaStream_t stream);
 // Neither gated nor by a list, of the same weight format and number of rows and groups.
 cudaError_t GemmFewRowsPair(const GemmParams& a, const GemmParams& b, int32_t tile_rows,
                             cudaStream_t stream);
-// tile_rows: 64 or 128.
+// tile_rows: 64 or 128. num_splits is the caller's.
 cudaError_t GemmTiles(const GemmParams& params, int32_t tile_rows, cudaStream_t stream);
-
-// Blocks in the second dimension.
-inline int64_t NumItems(const GemmParams& p, int32_t tile_rows) {
-  if (p.tiles != nullptr) return p.max_tiles;
-  return int64_t{p.num_groups} * ((p.num_rows + tile_rows - 1) / tile_rows);
-}
+// The same on Hopper. columns: rows of weights in a tile, 128 or 256 (fp8: 128).
+cudaError_t GemmHopper(const GemmParams& params, int32_t tile_rows, int32_t columns,
+                       cudaStream_t stream);
+// y (+)= the shares of split_sums, in order.
+cudaError_t AddGemmShares(const GemmParams& params, int num_shares, cudaStream_t stream);
 
 }  // namespace strait::cuda

@@ -10,7 +10,8 @@
 // shared to shared memory; their sums are scaled every 128 k.
 //
 // Intensity: 64 flops a byte at 128 x 128: bound by the tensor cores' mma.sync rate, about 60 % of
-// what wgmma reaches on sm_90. Measured shares: tests/bench/cuda.
+// what wgmma reaches on sm_90, where gemm_hopper.cu takes its place.
+// Measured shares: tests/reports/gpu.md, written by tests/gpu.sh.
 #include <type_traits>
 
 #include "kernels/cuda/common.cuh"
@@ -20,25 +21,14 @@ namespace strait::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kN = 128;     // columns of the tile; gated: 64 of each weight
-constexpr int kK = 64;      // elements a step
+constexpr int kN = 128;  // columns of the tile; gated: 64 of each weight
+constexpr int kK = kGemmStep;
 constexpr int kStages = 3;  // of shared memory
 constexpr int kRowBytes = kK * 2;
 
 // Byte offset of 16-byte chunk `chunk` (of 8) of a row.
 __device__ __forceinline__ int Swizzled(int row, int chunk) {
   return row * kRowBytes + ((chunk ^ (row & 7)) << 4);
-}
-
-__device__ __forceinline__ int Clamp(int64_t value, int most) {
-  return value < 0 ? 0 : value > most ? most : static_cast<int>(value);
-}
-
-// Steps of K that one block makes: all, unless the product is split.
-__host__ __device__ __forceinline__ int StepsEach(const GemmParams& p) {
-  const int steps = (p.weight.cols + kK - 1) / kK;
-  const int each = (steps + p.num_splits - 1) / p.num_splits;
-  return (each + 1) / 2 * 2;
 }
 
 template <bool kFp8, int kTileRows>
@@ -278,16 +268,11 @@ cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  const int steps_each = StepsEach(p);
-  const int shares = ((p.weight.cols + kK - 1) / kK + steps_each - 1) / steps_each;
+  const int shares = NumShares(p);
   const dim3 grid((p.weight.rows + kColumns - 1) / kColumns,
                   static_cast<unsigned>(NumItems(p, kTileRows)), static_cast<unsigned>(shares));
   error = LaunchChained(kernel, grid, kThreads, kBytes, stream, p);
-  if (error != cudaSuccess || shares == 1) return error;
-  const int64_t count = int64_t{p.num_rows} * p.weight.rows;
-  return LaunchChained(AddShares,
-                       dim3(static_cast<unsigned>((count + kAddThreads - 1) / kAddThreads)),
-                       kAddThreads, 0, stream, p, shares);
+  return error != cudaSuccess || shares == 1 ? error : AddGemmShares(p, shares, stream);
 }
 
 template <bool kFp8, bool kGated>
@@ -297,6 +282,13 @@ cudaError_t Choose(const GemmParams& p, int32_t tile_rows, cudaStream_t stream) 
 }
 
 }  // namespace
+
+cudaError_t AddGemmShares(const GemmParams& p, int num_shares, cudaStream_t stream) {
+  const int64_t count = int64_t{p.num_rows} * p.weight.rows;
+  return LaunchChained(AddShares,
+                       dim3(static_cast<unsigned>((count + kAddThreads - 1) / kAddThreads)),
+                       kAddThreads, 0, stream, p, num_shares);
+}
 
 cudaError_t GemmTiles(const GemmParams& p, int32_t tile_rows, cudaStream_t stream) {
   const bool gated = !p.up.empty();

@@ -188,6 +188,8 @@ void WaitCopyGroups() {
   }
 }
 
+inline void SyncSome(int id, int threads) { emulator::NamedBarrier(id, threads, true); }
+
 inline void PrefetchToL2(const void*, uint32_t bytes) {
   if (bytes % 16 != 0) emulator::Fail("a prefetch of bytes that are not a multiple of 16");
 }
@@ -222,6 +224,12 @@ inline void Multiply(float* d, int columns, uint64_t a, uint64_t b, bool b_colum
 }
 inline void MultiplyRows(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
   Multiply(d, 64, a, b, false, accumulate);
+}
+inline void MultiplyRows(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+  Multiply(d, 128, a, b, false, accumulate);
+}
+inline void MultiplyRows(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
+  Multiply(d, 256, a, b, false, accumulate);
 }
 inline void MultiplyColumns(float (&d)[128], uint64_t a, uint64_t b, int accumulate) {
   Multiply(d, 256, a, b, true, accumulate);
@@ -266,6 +274,11 @@ inline void CopyPiece(uint32_t to, const void* from) { CopyAsync(to, from, 16); 
 inline void WaitCopies() { emulator::FinishCopies(0); }
 
 inline void StorePiece(uint32_t to, uint4 v) { std::memcpy(emulator::At(to), &v, sizeof(v)); }
+inline uint4 LoadPiece(uint32_t from) {
+  uint4 v;
+  std::memcpy(&v, emulator::At(from), sizeof(v));
+  return v;
+}
 inline void StoreWord(uint32_t to, uint32_t v) { std::memcpy(emulator::At(to), &v, sizeof(v)); }
 
 template <int kRegisters>

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Defends: what a CUDA product is made of before a GPU sees it. Every tile, row of a tile and step
+// of K is made exactly once; partial sums fit in their room; a fixed order never changes kernel with
+// the number of rows; warps of a team have pieces.
+#include <gtest/gtest.h>
+
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "kernels/cuda/gemm_hopper_layout.h"
+#include "kernels/cuda/gemm_internal.h"
+
+namespace strait::cuda {
+namespace {
+
+constexpr int32_t kMultiprocessors = 132;
+
+using hopper_gemm::HopperLayout;
+using hopper_gemm::TileRow;
+using hopper_gemm::TileRowOf;
+using hopper_gemm::TileUnit;
+using hopper_gemm::TileUnitAt;
+
+TEST(CudaGemmPlanTest, EveryTileIsMadeOnce) {
+  for (const int items : {1, 2, 15, 16, 17, 33, 64}) {
+    for (const int columns : {1, 3, 8, 56}) {
+      for (const int shares : {1, 2, 5}) {
+        std::set<std::tuple<int, int, int>> seen;
+        for (int i = 0; i < items * columns * shares; ++i) {
+          const TileUnit unit = TileUnitAt(i, items, columns);
+          ASSERT_TRUE(unit.item >= 0 && unit.item < items) << unit.item;
+          ASSERT_TRUE(unit.column >= 0 && unit.column < columns) << unit.column;
+          ASSERT_TRUE(unit.share >= 0 && unit.share < shares) << unit.share;
+          EXPECT_TRUE(seen.insert({unit.item, unit.column, unit.share}).second);
+        }
+      }
+    }
+  }
+}
+
+// What a round of blocks reads: few different row tiles and few different column tiles.
+TEST(CudaGemmPlanTest, NeighboursShareWhatTheyRead) {
+  std::set<int> items;
+  std::set<int> columns;
+  for (int i = 0; i < kMultiprocessors; ++i) {
+    const TileUnit unit = TileUnitAt(i, 64, 64);
+    items.insert(unit.item);
+    columns.insert(unit.column);
+  }
+  EXPECT_LE(items.size(), 16u);
+  EXPECT_LE(columns.size(), 9u);
+}
+
+template <bool kGated, int kColumns, int kOwn>
+void CheckTileRows() {
+  constexpr int kEach = kGated ? kColumns / 2 : kColumns;
+  std::set<std::pair<bool, int>> seen;
+  for (int row = 0; row < kColumns; ++row) {
+    const TileRow at = TileRowOf<kGated, kOwn>(row);
+    ASSERT_TRUE(at.column >= 0 && at.column < kEach) << row;
+    EXPECT_TRUE(kGated || !at.up);
+    EXPECT_TRUE(seen.insert({at.up, at.column}).second) << row;
+    // A thread's copies step over rows by 16 or 32 and take the first one's place for granted.
+    for (const int stride : {16, 32}) {
+      const TileRow first = TileRowOf<kGated, kOwn>(row / stride * stride);
+      EXPECT_EQ(first.up, at.up) << row;
+      EXPECT_EQ(first.column + row % stride, at.column) << row;
+    }
+    // Both sums of an output belong to one thread: half of a warpgroup's columns apart.
+    if (kGated && row % kOwn < kOwn / 2) {
+      const TileRow other = TileRowOf<kGated, kOwn>(row + kOwn / 2);
+      EXPECT_TRUE(other.up && other.column == at.column) << row;
+      EXPECT_EQ(at.column, row / kOwn * (kOwn / 2) + row % kOwn) << row;
+    }
+  }
+}
+
+TEST(CudaGemmPlanTest, EveryRowOfATileIsOneOfAWeight) {
+  CheckTileRows<false, 256, 256>();
+  CheckTileRows<false, 256, 128>();
+  CheckTileRows<false, 128, 64>();
+  CheckTileRows<true, 256, 256>();
+  CheckTileRows<true, 256, 128>();
+  CheckTileRows<true, 128, 128>();
+  CheckTileRows<true, 128, 64>();
+}
+
+TEST(CudaGemmPlanTest, StagesCoverLatency) {
+  // 32 KiB of weights (fp8: of codes) a block on their way keep HBM busy.
+  EXPECT_GE((HopperLayout<false, 64, 256>::kLag * HopperLayout<false, 64, 256>::kWeightBytes),
+            65536);
+  EXPECT_GE((HopperLayout<false, 64, 128>::kLag * HopperLayout<false, 64, 128>::kWeightBytes),
+            65536);
+  EXPECT_GE((HopperLayout<true, 64, 128>::kLag * HopperLayout<true, 64, 128>::kCodeBytes), 32768);
+  EXPECT_GE((HopperLayout<false, 128, 256>::kLag), 2);
+  EXPECT_GE((HopperLayout<true, 128, 128>::kLag), 3);
+}
+
+TEST(CudaGemmPlanTest, WarpsOfATeamHavePieces) {
+  for (int k = 1; k <= 20000; ++k) {
+    const int warps = WarpsEach(k);
+    const int pieces = (k + kGemmPiece - 1) / kGemmPiece;
+    ASSERT_TRUE(warps == 1 || warps == 2 || warps == 4 || warps == 8) << k;
+    const int turns = (pieces + warps - 1) / warps * warps;
+    EXPECT_LE(8 * (turns - pieces), turns) << k << ": too many turns without a piece";
+  }
+  EXPECT_EQ(WarpsEach(2048), 8);
+  EXPECT_EQ(WarpsEach(1408), 4);
+  EXPECT_EQ(WarpsEach(1536), 4);
+  EXPECT_EQ(WarpsEach(128), 1);
+}
+
+GemmParams Product(int32_t rows, int32_t n, int32_t k, bool fp8, bool gated, bool fixed) {
+  static const float scale = 1;
+  GemmParams p;
+  p.num_rows = rows;
+  p.weight = {&scale, fp8 ? &scale : nullptr, n, k, static_cast<int32_t>(AlignedStride(k))};
+  if (gated) p.up = p.weight;
+  p.fixed_order = fixed;
+  return p;
+}
+
+TEST(CudaGemmPlanTest, SharesOfKAreWholeAndFitTheirRoom) {
+  float room = 0;
+  for (const bool hopper : {false, true}) {
+    for (const bool fp8 : {false, true}) {
+      for (const int32_t rows : {17, 64, 65, 128, 300, 2048}) {
+        for (const int32_t n : {1, 130, 576, 2048, 7168}) {
+          for (const int32_t k : {40, 256, 300, 1408, 2048, 7168, 18432}) {
+            GemmParams p = Product(rows, n, k, fp8, false, false);
+            p.split_sums = &room;
+            p.split_capacity = 1 << 20;
+            const GemmPlan plan = PlanGemm(p, hopper, kMultiprocessors);
+            SCOPED_TRACE(testing::Message() << rows << " x " << n << " x " << k << " hopper "
+                                            << hopper << " splits " << plan.num_splits);
+            ASSERT_GE(plan.num_splits, 1);
+            p.num_splits = plan.num_splits;
+            const int shares = NumShares(p);
+            EXPECT_LE(shares, plan.num_splits);
+            if (shares > 1) {
+              EXPECT_LE(int64_t{shares} * rows * n, p.split_capacity);
+            }
+            const int steps = (k + kGemmStep - 1) / kGemmStep;
+            const int each = StepsEach(p);
+            EXPECT_EQ(each % 2, 0) << "half an fp8 scale";
+            EXPECT_GT(steps - (shares - 1) * each, 0) << "a share without a step";
+            EXPECT_GE(shares * each, steps);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(CudaGemmPlanTest, AFixedOrderHasOneKernel) {
+  for (const bool gated : {false, true}) {
+    for (int32_t rows = 1; rows < 3000; rows += 7) {
+      const GemmPlan plan =
+          PlanGemm(Product(rows, 512, 2048, false, gated, true), true, kMultiprocessors);
+      EXPECT_EQ(plan.kind, GemmKind::kFewRows) << rows;
+      EXPECT_EQ(plan.num_splits, 1) << rows;
+    }
+  }
+}
+
+TEST(CudaGemmPlanTest, ManyRowsTakeTheHopperKernelWhereItMay) {
+  const GemmParams p = Product(2048, 3072, 2048, false, false, false);
+  EXPECT_EQ(PlanGemm(p, true, kMultiprocessors).kind, GemmKind::kHopper);
+  EXPECT_EQ(PlanGemm(p, false, kMultiprocessors).kind, GemmKind::kTiles);
+  // 192 tiles of 256 columns make two rounds of 132 blocks, the second half empty; 384 of 128 three.
+  EXPECT_EQ(PlanGemm(p, true, kMultiprocessors).columns, 128);
+  EXPECT_EQ(
+      PlanGemm(Product(8192, 3072, 2048, false, false, false), true, kMultiprocessors).columns,
+      256);
+  EXPECT_EQ(PlanGemm(Product(8192, 3072, 2048, true, false, false), true, kMultiprocessors).columns,
+            128);
+  EXPECT_EQ(PlanGemm(Product(2048, 512, 128, false, false, false), true, kMultiprocessors).kind,
+            GemmKind::kTiles);
+}
+
+}  // namespace
+}  // namespace strait::cuda
