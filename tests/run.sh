@@ -112,7 +112,8 @@ if wanted cuda; then
     strait_say "SKIPPED: nvcc is here, but the tree holds no CUDA code (*.cu) yet, so nothing was compiled."
   else
     CUDACXX="$nvcc" strait_build cuda
-    strait_say "The GPU tests are tests/gpu.sh's: they need an NVIDIA GPU."
+    strait_say "The GPU tests are tests/gpu.sh's: they need an NVIDIA GPU. What of CUDA is computed on the host:"
+    run_ctest build/cuda '^unit$' -R '^cuda_' || failed="$failed cuda"
   fi
 fi
 
