@@ -85,6 +85,7 @@ DriverFacts LookAtDevice(int index) {
   f.device.compute_capability = properties.major * 10 + properties.minor;
   f.device.num_multiprocessors = properties.multiProcessorCount;
   f.device.l2_bytes = properties.l2CacheSize;
+  f.device.shared_bytes = static_cast<int64_t>(properties.sharedMemPerBlockOptin);
   f.device.memory_bytes = static_cast<int64_t>(total);
   f.device.free_bytes = static_cast<int64_t>(free);
   error = ProbeKernel();

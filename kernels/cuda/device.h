@@ -19,6 +19,7 @@ struct Device {
   int compute_capability = 0;  // 90: 9.0
   int num_multiprocessors = 0;
   int64_t l2_bytes = 0;
+  int64_t shared_bytes = 0;  // that a thread block may have
   int64_t memory_bytes = 0;  // of the GPU
   int64_t free_bytes = 0;    // now
 };

@@ -21,6 +21,8 @@ from harness import BACKEND, Cluster, wait_until
 SECONDS = float(os.environ.get("STRAIT_DISCONNECT_SECONDS", "10"))
 SEED = int(os.environ.get("STRAIT_DISCONNECT_SEED") or random.SystemRandom().randrange(1 << 32))
 CLIENTS = 64
+STATUS_AGE_S = 1.5  # more than the coordinator leaves its status as it is
+GRAPHS_MIB = 2 * (1 + 3 * 3)  # of two stages of three layers (worker/model/cuda/stage_layout.h)
 PREFIX = list(range(10, 90))  # common to many prompts
 
 
@@ -91,10 +93,16 @@ def gpu_used_mib():
 
 
 def settled(cluster):
-    """The stats, once nothing runs."""
+    """The stats, once nothing runs. The status is made anew only so often: two a while apart must agree."""
+    last = None
+
     def idle():
+        nonlocal last
         stats = cluster.status()["stats"]
-        return stats if stats["running"] == 0 and stats["waiting"] == 0 and stats["blocks_used"] == 0 else None
+        same, last = stats == last, stats
+        if stats["running"] == 0 and stats["waiting"] == 0 and stats["blocks_used"] == 0 and same:
+            return stats
+        time.sleep(STATUS_AGE_S)
 
     try:
         return wait_until(idle, timeout_s=60, what="no sequence, and every latent block free")
@@ -109,8 +117,15 @@ def check_complete(cluster):
 
 def test_64_clients_that_come_and_go():
     print(f"seed {SEED}, {SECONDS} s", flush=True)
-    # Little memory, so that sequences also wait and are preempted.
-    with Cluster(workers=2, memory="1GiB", args=["--max-running", "24", "--prefill-chunk", "64"]) as cluster:
+    # Little room, so that sequences also wait and give way: a first cluster tells what memory leaves 30 columns.
+    memory_bytes = 96 << 20
+    args = ["--max-running", "24", "--prefill-chunk", "64"]
+    with Cluster(workers=2, memory=str(memory_bytes), args=args) as cluster:
+        stages = [w["stages"][0] for w in cluster.status()["workers"]]
+    columns = [s["blocks_total"] // (s["layer_end"] - s["layer_begin"]) for s in stages]
+    memory_bytes -= max((c - 30) * (s["cache_bytes_total"] // c) for c, s in zip(columns, stages))
+    with Cluster(workers=2, memory=str(memory_bytes), args=args) as cluster:
+        blocks = [w["stages"][0]["blocks_total"] for w in cluster.status()["workers"]]
         greedy = check_complete(cluster)
         settled(cluster)
         outcomes, lock, memory = [], threading.Lock(), []
@@ -140,7 +155,8 @@ def test_64_clients_that_come_and_go():
             memory.append(gpu_used_mib())
 
             count = {kind: sum(o.kind == kind for o in outcomes) for kind in ("completed", "left", "unsent", "broken")}
-            print(f"round {number}: {len(outcomes)} requests, {count}, GPU {memory[-1]} MiB", flush=True)
+            print(f"round {number}: {len(outcomes)} requests, {count}, blocks {blocks}, "
+                  f"{after['preemptions']} times a sequence gave way, GPU {memory[-1]} MiB", flush=True)
             broken = [o.detail for o in outcomes if o.kind == "broken"]
             assert not broken, f"seed {SEED}: {len(broken)} requests neither completed nor cancelled by their clients, " \
                 f"such as: {broken[0]}\n{cluster.logs()}"
@@ -156,6 +172,8 @@ def test_64_clients_that_come_and_go():
             assert ended["cancelled"] > 0, f"seed {SEED}: {ended}"
             assert after["recoveries"] == before["recoveries"] and after["workers_lost"] == before["workers_lost"]
             assert check_complete(cluster) == greedy, f"seed {SEED}: a greedy completion has changed"
-        settled(cluster)
-        assert memory[0] == memory[1], f"seed {SEED}: GPU memory in use, MiB, after each round: {memory}"
+        assert settled(cluster)["preemptions"] > 0, f"seed {SEED}: the room was meant to be too little"
+        # Graphs of sizes that the first round did not see may come, within their share of the stages' memory.
+        if memory[0] is not None:
+            assert memory[1] - memory[0] <= GRAPHS_MIB, f"seed {SEED}: GPU memory, MiB, after each round: {memory}"
         assert cluster.process.poll() is None

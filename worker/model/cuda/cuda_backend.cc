@@ -70,6 +70,7 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
   auto shared = std::make_shared<Shared>();
   STRAIT_ASSIGN_OR_RETURN(shared->device, OpenCudaDevice(options.device));
   STRAIT_RETURN_IF_ERROR(CheckCudaModel(weights->config()));
+  STRAIT_RETURN_IF_ERROR(CheckCudaAttention(weights->config(), shared->device));
   shared->weights = std::move(weights);
   shared->traits = {shared->device.num_multiprocessors, options.deterministic};
   shared->budget = std::make_shared<MemoryBudget>(options.memory_bytes);

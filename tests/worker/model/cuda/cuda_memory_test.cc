@@ -134,6 +134,25 @@ TEST(CudaMemoryTest, AStageOfAGoodSizeIsCountedWithinFivePercent) {
   EXPECT_LT(static_cast<double>(Counted(costs, spec.layers, spec.pool_blocks)), 1.05 * exact);
 }
 
+TEST(CudaModelTest, AGpuWithTooLittleSharedMemoryIsRefusedInWords) {
+  ModelConfig config = Fit(TinyV3());
+  config.kv_lora_rank = 512;
+  config.qk_rope_head_dim = 64;
+  cuda::Device device;
+  device.name = "NVIDIA L40S";
+  device.compute_capability = 89;
+  device.shared_bytes = 101'376;
+  const absl::Status refused = CheckCudaAttention(config, device);
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
+  for (const char* part : {"NVIDIA L40S", "101376", "shared memory", "512 and 64"}) {
+    EXPECT_NE(refused.message().find(part), std::string::npos) << part << " in: " << refused;
+  }
+  EXPECT_TRUE(CheckCudaAttention(Fit(TinyV3()), device).ok()) << "small rows fit";
+  device.compute_capability = 80;  // A100
+  device.shared_bytes = 166'912;
+  EXPECT_TRUE(CheckCudaAttention(config, device).ok());
+}
+
 TEST(GraphLedgerTest, TheOneUnusedForLongestGoesFirst) {
   GraphLedger ledger(100);
   EXPECT_TRUE(ledger.Add(1, 40).empty());
