@@ -297,3 +297,13 @@ def test_help_and_version():
         assert verb in out.stdout
         assert strait(verb, "--help").returncode == 0
     assert strait("bogus").returncode != 0
+
+
+def test_a_gpu_that_is_not_there_is_told_in_a_sentence():
+    """Whatever this build and this machine lack first: CUDA in the build, a driver, a GPU, a hundredth one."""
+    reply = strait("up", "--model", TINY, "--random-weights", 1, "--workers", 1, "--backend", "cuda", "--gpu", 99,
+                   "--http", f"127.0.0.1:{free_port()}", "--grpc", f"127.0.0.1:{free_port()}")
+    assert reply.returncode not in (0, None)
+    text = reply.stdout + reply.stderr
+    assert "--backend cuda: " in text, text
+    assert any(why in text for why in ("has no CUDA backend", "no NVIDIA driver", "no NVIDIA GPU", "no GPU 99")), text

@@ -19,30 +19,6 @@ namespace {
 // Raise it with every change that may change a bit of the results.
 constexpr int kKernelRevision = 1;
 
-bool Fits(const StageCosts& costs, LayerRange layers, uint64_t pool_blocks, uint64_t bytes) {
-  const uint64_t fixed = StageFixedBytes(costs, layers);
-  return fixed <= bytes && pool_blocks <= (bytes - fixed) / costs.block_bytes;
-}
-
-// Of the same layers with less cache, or of fewer layers with the same tokens.
-std::string WhatWouldFit(const StageCosts& costs, const StageSpec& spec, uint64_t bytes) {
-  const uint64_t columns = spec.pool_blocks / spec.layers.size();
-  uint64_t fewer = columns;
-  while (fewer > 0 && !Fits(costs, spec.layers, fewer * spec.layers.size(), bytes)) fewer /= 2;
-  if (fewer > 0) {
-    return absl::StrCat("with a cache of ", fewer * spec.layers.size(), " latent blocks (",
-                        fewer * limits::kBlockTokens, " tokens) it would fit");
-  }
-  LayerRange layers = spec.layers;
-  while (layers.size() > 0 && !Fits(costs, layers, columns * layers.size(), bytes)) --layers.end;
-  return layers.size() > 0
-             ? absl::StrCat("its layers ", layers.begin, " to ", layers.end,
-                            " would fit with that cache: use more stages")
-             : std::string(
-                   "not one of its layers would fit with that cache: use a larger GPU, or "
-                   "more stages with less cache");
-}
-
 }  // namespace
 
 struct CudaBackend::Shared {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/model/cuda/stage_layout.h"
 
+#include "absl/strings/str_cat.h"
+#include "proto/limits.h"
 #include "proto/reservation.h"
 
 namespace strait {
@@ -14,6 +16,11 @@ uint64_t WeightBytes(const ModelConfig& c, LayerRange layers) {
   Region region(nullptr);
   LayOutWeights(c, layers, region);
   return region.end();
+}
+
+bool Fits(const StageCosts& costs, LayerRange layers, uint64_t pool_blocks, uint64_t bytes) {
+  const uint64_t fixed = StageFixedBytes(costs, layers);
+  return fixed <= bytes && pool_blocks <= (bytes - fixed) / costs.block_bytes;
 }
 
 }  // namespace
@@ -68,6 +75,24 @@ StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
                                     n * kCudaGraphBytesEachLayer);
   }
   return costs;
+}
+
+std::string WhatWouldFit(const StageCosts& costs, const StageSpec& spec, uint64_t bytes) {
+  const uint64_t columns = spec.pool_blocks / spec.layers.size();
+  uint64_t fewer = columns;
+  while (fewer > 0 && !Fits(costs, spec.layers, fewer * spec.layers.size(), bytes)) fewer /= 2;
+  if (fewer > 0) {
+    return absl::StrCat("with a cache of ", fewer * spec.layers.size(), " latent blocks (",
+                        fewer * limits::kBlockTokens, " tokens) it would fit");
+  }
+  LayerRange layers = spec.layers;
+  while (layers.size() > 0 && !Fits(costs, layers, columns * layers.size(), bytes)) --layers.end;
+  return layers.size() > 0
+             ? absl::StrCat("its layers ", layers.begin, " to ", layers.end,
+                            " would fit with that cache: use more stages")
+             : std::string(
+                   "not one of its layers would fit with that cache: use a larger GPU, or "
+                   "more stages with less cache");
 }
 
 }  // namespace strait

@@ -134,6 +134,25 @@ TEST(CudaMemoryTest, AStageOfAGoodSizeIsCountedWithinFivePercent) {
   EXPECT_LT(static_cast<double>(Counted(costs, spec.layers, spec.pool_blocks)), 1.05 * exact);
 }
 
+TEST(CudaMemoryTest, WhatWouldFitIsToldAndFits) {
+  const ModelConfig config = Wide();
+  const StageCosts costs = CudaStageCosts(config, kTraits[0]);
+  StageSpec spec;
+  spec.layers = {0, config.num_hidden_layers};
+  spec.pool_blocks = 1000 * spec.layers.size();
+  const uint64_t fixed = StageFixedBytes(costs, spec.layers);
+  const uint64_t column = costs.block_bytes * spec.layers.size();
+  EXPECT_EQ(WhatWouldFit(costs, spec, fixed + 999 * column),
+            "with a cache of 6000 latent blocks (32000 tokens) it would fit");
+  EXPECT_EQ(WhatWouldFit(costs, spec, fixed + column),
+            "with a cache of 12 latent blocks (64 tokens) it would fit");
+  const std::string fewer = WhatWouldFit(costs, spec, fixed - 1);
+  EXPECT_NE(fewer.find("its layers 0 to 1"), std::string::npos) << fewer;
+  EXPECT_NE(fewer.find("use more stages"), std::string::npos) << fewer;
+  const std::string none = WhatWouldFit(costs, spec, costs.layer_bytes[0]);
+  EXPECT_NE(none.find("not one of its layers would fit"), std::string::npos) << none;
+}
+
 TEST(CudaModelTest, AGpuWithTooLittleSharedMemoryIsRefusedInWords) {
   ModelConfig config = Fit(TinyV3());
   config.kv_lora_rank = 512;
