@@ -131,6 +131,7 @@ if wanted same-tokens; then  # threads and SIMD levels are skipped, and say so
 fi
 if wanted disconnects; then  # alone: it looks at the GPU's memory
   STRAIT_DISCONNECT_SECONDS="${STRAIT_DISCONNECT_SECONDS:-60}" run_e2e disconnects test_disconnects.py "^seed|^round"
+  run_e2e lost-context test_lost_context.py "lost their context"
 fi
 
 # ---- Benchmarks ----

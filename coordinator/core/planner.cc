@@ -23,7 +23,7 @@ uint64_t PaceBytes(const ModelShape& model, LayerRange layers) {
 
 uint64_t FixedBytes(const ModelShape& model, LayerRange layers, const WorkerMemory& memory) {
   if (memory.costs != nullptr) return StageFixedBytes(*memory.costs, layers);
-  return StageWeightBytes(model, layers) + StageWorkspaceBytes(model, layers);
+  return StageWeightBytes(model, layers) + StageWorkspaceBytes(model, layers, memory);
 }
 
 uint64_t BlockBytesOf(const ModelShape& model, const WorkerMemory& memory) {
@@ -70,7 +70,13 @@ uint64_t StageWeightBytes(const ModelShape& model, LayerRange layers) {
                           layers);
 }
 
-uint64_t StageWorkspaceBytes(const ModelShape& model, LayerRange layers) {
+uint64_t StageWorkspaceBytes(const ModelShape& model, LayerRange layers,
+                             const WorkerMemory& memory) {
+  if (memory.costs != nullptr) {
+    const StageCosts& costs = *memory.costs;
+    return StageFixedBytes(costs, layers) -
+           StageWeightBytes(costs.layer_bytes, costs.embedding_bytes, costs.head_bytes, layers);
+  }
   if (model.workspace_bytes.empty()) return 0;
   return model
       .workspace_bytes[ChooseWorkspace(model.workspace_bytes, StageWeightBytes(model, layers))];

@@ -46,7 +46,8 @@ struct WorkerMemory {
 uint64_t StageWeightBytes(const ModelShape& model, LayerRange layers);
 
 // Bytes that it takes for activations, besides weights and pool.
-uint64_t StageWorkspaceBytes(const ModelShape& model, LayerRange layers);
+uint64_t StageWorkspaceBytes(const ModelShape& model, LayerRange layers,
+                             const WorkerMemory& memory = 0);
 
 // Columns of latent blocks (one block in each of its layers) that a stage with these layers can
 // hold; 0: not even one.

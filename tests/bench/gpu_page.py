@@ -72,11 +72,26 @@ def memory(measured):
                   f"{100 * r['taken'] / r['stated']:.1f} %"] for r in measured])
 
 
+def serving(path):
+    """What strait bench measured of a whole cluster."""
+    if not path.exists():
+        return []
+    data = json.loads(path.read_text())
+    rows = [[r["concurrency"], f"{r['prompt_tokens_per_s']:.0f}", f"{r['output_tokens_per_s']:.0f}", f"{r['ttft_ms']['p50']:.0f}",
+             f"{r['tpot_ms']['p50']:.2f}", f"{r['tpot_ms']['p99']:.2f}", r["failed"]] for r in data["runs"]]
+    return ["", "## Serving", "",
+            f"`strait bench`, a worker on one GPU, {data['model']} shape with random weights, prompts of {data['prompt_tokens']:,} "
+            f"tokens, {data['output_tokens']} generated.", ""] + table(
+                ["clients", "prompt tokens/s", "output tokens/s", "first token p50, ms", "a token p50, ms", "p99", "failed"], rows)
+
+
 def main():
     folder = pathlib.Path(sys.argv[1])
     if folder.resolve() != REPORTS:
         shutil.copy(folder / "gpu.json", REPORTS / "gpu.json")
         shutil.copy(folder / "mla.json", REPORTS / "gpu_mla.jsonl")
+        if (folder / "serve.json").exists():
+            shutil.copy(folder / "serve.json", REPORTS / "gpu_serve.json")
     data = json.loads((REPORTS / "gpu.json").read_text())
     attention = [json.loads(line) for line in (REPORTS / "gpu_mla.jsonl").read_text().splitlines()]
     by = lambda name: [r for r in data["results"] if r["bench"] == name]
@@ -99,6 +114,7 @@ def main():
             continue
         out += ["", f"Prefill of {r['tokens']} tokens, {name(r)}: {r['us'] / 1000:.0f} ms, {1e6 * r['tokens'] / r['us']:.0f} "
                 "tokens/s."]
+    out += serving(REPORTS / "gpu_serve.json")
     out += projection([r for r in plain if name(r) == "v3"])
     out += price(by("decode"), by("prefill"))
     out += memory(by("memory"))

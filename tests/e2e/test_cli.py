@@ -230,6 +230,9 @@ def test_status_table_and_json(cluster):
     assert {w["name"] for w in status["workers"]} == {"worker-1", "worker-2"}
     ranges = sorted((s["layer_begin"], s["layer_end"]) for w in status["workers"] for s in w["stages"])
     assert ranges[0][0] == 0 and ranges[-1][1] == layers and ranges[0][1] == ranges[1][0]
+    for worker in status["workers"]:  # all that a stage takes, within what the worker has
+        parts = [worker["stages"][0][part] for part in ("weight_bytes", "cache_bytes_total", "workspace_bytes")]
+        assert min(parts) > 0 and sum(parts) <= worker["memory_bytes"], worker
 
 
 def test_status_watch_ends_on_interrupt(cluster):

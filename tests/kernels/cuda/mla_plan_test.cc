@@ -7,6 +7,8 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <map>
 #include <random>
 #include <set>
@@ -286,6 +288,54 @@ TEST(MlaPlanTest, ARowsCutsAreItsSequencesAlone) {
     }
   }
   EXPECT_GT(most_parts, 3) << "batches that need several parts were meant to be among them";
+}
+
+// The merge kernel's sums (kernels/cuda/mla.cu) over the first `seen` of `count` partial results;
+// the others saw nothing: a weight of 0 and a result of 0.
+float Merged(const std::vector<float>& out, const std::vector<float>& lse, int32_t seen,
+             int32_t count) {
+  if (count == 1) return out[0];
+  float max = -INFINITY;
+  for (int32_t s = 0; s < seen; ++s) max = std::max(max, lse[s]);
+  const int32_t warps = MlaMergeWarps(count, true);
+  float sums[4] = {};
+  float weights[4] = {};
+  for (int32_t w = 0; w < warps; ++w) {
+    for (int32_t s = w; s < count; s += warps) {
+      const float weight = s < seen ? std::exp2((lse[s] - max) * 1.4426950408889634f) : 0.0f;
+      weights[w] += weight;
+      sums[w] += weight * (s < seen ? out[s] : 0.0f);
+    }
+  }
+  for (int32_t w = 1; w < warps; ++w) {
+    sums[0] += 1.0f * sums[w];
+    weights[0] += weights[w];
+  }
+  return sums[0] * (1.0f / weights[0]);
+}
+
+// A row's tile may reach further than the row sees, by as much as the chunk that it came in.
+TEST(MlaPlanTest, PartialsThatSawNothingMoveNoBitOfAMerge) {
+  const uint64_t seed = std::random_device{}();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  std::mt19937_64 rng(seed);
+  std::normal_distribution<float> normal(0, 3);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<float> out;
+    std::vector<float> lse;
+    for (int i = 0; i < 40; ++i) {
+      out.push_back(normal(rng));
+      lse.push_back(normal(rng));
+    }
+    for (int32_t seen = 1; seen <= 40; ++seen) {
+      const float alone = Merged(out, lse, seen, seen);
+      for (const int32_t more : {1, 2, 3, 4, 11, 17, 100}) {
+        const float got = Merged(out, lse, seen, seen + more);
+        ASSERT_EQ(std::bit_cast<uint32_t>(got), std::bit_cast<uint32_t>(alone))
+            << seen << " of " << seen + more;
+      }
+    }
+  }
 }
 
 TEST(MlaPlanTest, TheLargestStepsArePlannedInParts) {
