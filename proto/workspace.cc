@@ -91,4 +91,10 @@ size_t ChooseWorkspace(absl::Span<const uint64_t> sizes, uint64_t weight_bytes) 
   return chosen;
 }
 
+uint64_t StageFixedBytes(const StageCosts& costs, LayerRange layers) {
+  const uint64_t weights =
+      StageWeightBytes(costs.layer_bytes, costs.embedding_bytes, costs.head_bytes, layers);
+  return weights + costs.workspace_bytes[ChooseWorkspace(costs.workspace_bytes, weights)];
+}
+
 }  // namespace strait

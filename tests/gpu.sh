@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
-# Everything that needs an NVIDIA GPU: builds the cuda preset if it can, runs the GPU unit tests, the exactness suite
-# with CUDA workers, and the benchmarks, whose data it writes as JSON.
+# Everything that needs an NVIDIA GPU: builds the cuda preset if it can, runs the GPU unit tests, the end-to-end suites
+# with CUDA workers (exactness, same tokens with --deterministic, clients that disconnect), and the benchmarks, whose
+# data it writes as JSON.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 STRAIT_ROOT="$PWD"
@@ -15,12 +16,14 @@ usage: tests/gpu.sh [options]
   --pack FOLDER      only builds, and puts the programs with the libraries they need there: for a GPU machine that
                      cannot build. There: tests/gpu.sh --programs FOLDER
   --programs FOLDER  builds nothing, uses the programs of --pack
-  --only PART        one of unit, exactness, bench, sanitizer; may be repeated (default: all but sanitizer)
-  --jobs N           exactness tests at once, where pytest-xdist is there (default: 4)
+  --only PART        one of unit, exactness, same-tokens, disconnects, bench, sanitizer; may be repeated (default: all
+                     but sanitizer)
+  --cases LIST       of the benchmarks, e.g. "gemm v3" (default: gemm mla v2-lite v3 price serve)
+  --jobs N           end-to-end tests at once, where pytest-xdist is there (default: 4)
 USAGE
 }
 
-out=build/gpu pack= programs= parts= jobs=4
+out=build/gpu pack= programs= parts= jobs=4 cases="gemm mla v2-lite v3 price serve"
 need_value() { [ $# -ge 2 ] || { echo "tests/gpu.sh: $1 needs a value" >&2; exit 2; }; }
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -28,13 +31,14 @@ while [ $# -gt 0 ]; do
     --pack) need_value "$@"; pack="$2"; shift ;;
     --programs) need_value "$@"; programs="$2"; shift ;;
     --only) need_value "$@"; parts="$parts $2"; shift ;;
+    --cases) need_value "$@"; cases="$2"; shift ;;
     --jobs) need_value "$@"; jobs="$2"; shift ;;
     -h|--help) usage; exit 0 ;;
     *) echo "tests/gpu.sh: unknown option $1" >&2; usage >&2; exit 2 ;;
   esac
   shift
 done
-parts="${parts:-unit exactness bench}"
+parts="${parts:-unit exactness same-tokens disconnects bench}"
 wanted() { case " $parts " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 failed=
 fail() { failed="$failed $1"; strait_say "FAILED: $1${2:+ ($2)}"; }
@@ -103,31 +107,63 @@ if wanted sanitizer; then
   done
 fi
 
-# ---- The exactness suite: real clusters whose workers compute on the GPU ----
-if wanted exactness; then
-  strait_say "=== exactness suite, CUDA workers"
-  python=tests/.venv/bin/python
-  "$python" -c 'import pytest, httpx' 2>/dev/null || python=python3
+# ---- End to end: real clusters whose workers compute on the GPU ----
+python=tests/.venv/bin/python
+"$python" -c 'import pytest, httpx' 2>/dev/null || python=python3
+run_e2e() {  # part, file, what of its output to show, "" or more arguments of pytest…
+  local part="$1" file="$2" show="$3"
+  shift 3
+  strait_say "=== $part, CUDA workers"
   if "$python" -c 'import pytest, httpx' 2>"$out/python.log"; then
-    parallel=; "$python" -c 'import xdist' 2>/dev/null && parallel="-n $jobs"
-    STRAIT_TEST_BACKEND=cuda STRAIT_BIN="$programs/bin" "$python" -B -m pytest -p no:cacheprovider $parallel -q -rP \
-      --tb=short tests/e2e/test_exactness.py </dev/null >"$out/exactness.log" 2>&1 || fail exactness "$out/exactness.log"
-    grep -hE "mean|differ$|^[0-9]+ (passed|failed)|passed|failed" "$out/exactness.log" | tail -n 60
+    STRAIT_TEST_BACKEND=cuda STRAIT_BIN="$programs/bin" "$python" -B -m pytest -p no:cacheprovider "$@" -q -rPs \
+      --tb=short "tests/e2e/$file" </dev/null >"$out/$part.log" 2>&1 || fail "$part" "$out/$part.log"
+    grep -hE "$show|^SKIPPED|^[0-9]+ (passed|failed)|passed|failed" "$out/$part.log" | tail -n 60
   else
-    fail exactness "NOT RUN: $python has no pytest or no httpx; run ./tests/run.sh once, or: pip install pytest httpx"
+    fail "$part" "NOT RUN: $python has no pytest or no httpx; run ./tests/run.sh once, or: pip install pytest httpx"
   fi
+}
+parallel=(); "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$jobs")
+if wanted exactness; then
+  run_e2e exactness test_exactness.py "mean|differ$" ${parallel[@]+"${parallel[@]}"}
+fi
+if wanted same-tokens; then  # threads and SIMD levels are skipped, and say so
+  run_e2e same-tokens test_same_tokens.py "differ" ${parallel[@]+"${parallel[@]}"}
+fi
+if wanted disconnects; then  # alone: it looks at the GPU's memory
+  STRAIT_DISCONNECT_SECONDS="${STRAIT_DISCONNECT_SECONDS:-60}" run_e2e disconnects test_disconnects.py "^seed|^round"
+  run_e2e lost-context test_lost_context.py "lost their context"
 fi
 
 # ---- Benchmarks ----
 if wanted bench; then
   strait_say "=== benchmarks"
   models=tests/bench/models
-  {
-    "$programs/tests/cuda_gemm_bench" &&
-      "$programs/tests/cuda_mla_bench" --json "$out/mla.json" &&
-      "$programs/tests/cuda_stage_bench" $models/v2-lite 0 27 1024 1 16 64 256 --prefill 8192 &&
-      "$programs/tests/cuda_stage_bench" $models/v3 3 8 4096 1 16 64
-  } >"$out/bench.log" 2>&1 || fail bench "$out/bench.log"
+  stage="$programs/tests/cuda_stage_bench"
+  run_cases() {
+    local case
+    for case in $cases; do
+      case "$case" in
+        gemm) "$programs/tests/cuda_gemm_bench" || return ;;
+        mla) "$programs/tests/cuda_mla_bench" --json "$out/mla.json" || return ;;
+        v2-lite) "$stage" $models/v2-lite 0 27 1@1024 16@1024 64@1024 256@1024 1@32768 16@32768 max@32768 \
+          --prefill 8192 || return ;;
+        # As many layers as fit with the largest cache of the line.
+        v3) "$stage" $models/v3 3 fit 1@4096 16@4096 64@4096 256@4096 1@32768 16@32768 1@131072 --prefill 4096 &&
+          "$stage" $models/v3 3 fit 64@32768 256@32768 16@131072 64@131072 &&
+          "$stage" $models/v3 3 fit 256@131072 || return ;;
+        # What --deterministic costs: the same stage, both ways.
+        price) for mode in "" --deterministic; do
+            "$stage" $models/v2-lite 1 9 1@1024 16@1024 64@1024 256@1024 16@32768 --prefill 8192 $mode &&
+              "$stage" $models/v3 3 5 1@4096 16@4096 64@4096 16@32768 --prefill 4096 $mode || return
+          done ;;
+        serve) "$programs/bin/strait" bench --model $models/v2-lite --random-weights 1 --backend cuda --workers 1 \
+          --concurrency 1,16,64 --prompt-tokens 1024 --output-tokens 128 --requests 64 --warmup 4 \
+          --json "$out/serve.json" </dev/null || return ;;
+        *) echo "tests/gpu.sh: there is no case $case" >&2; return 2 ;;
+      esac
+    done
+  }
+  run_cases >"$out/bench.log" 2>&1 || fail bench "$out/bench.log"
   grep -v '^JSON' "$out/bench.log"
   {
     printf '{"gpu": "%s", "results": [\n' "$gpu"

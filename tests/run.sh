@@ -112,9 +112,9 @@ if wanted cuda; then
     strait_say "SKIPPED: nvcc is here, but the tree holds no CUDA code (*.cu) yet, so nothing was compiled."
   else
     CUDACXX="$nvcc" strait_build cuda
-    phase "cuda tests in the emulator"
-    ctest --test-dir build/cuda --output-on-failure --no-tests=error -j "$(nproc)" -L "^emulator$" </dev/null ||
-      failed="$failed cuda"
+    phase "cuda tests: on the host, and in the emulator"
+    run_ctest build/cuda '^unit$' -R '^cuda_' || failed="$failed cuda"
+    run_ctest build/cuda '^emulator$' -j "$(nproc)" || failed="$failed emulator"
     strait_say "The same tests on a GPU, and its benchmarks, are tests/gpu.sh's."
   fi
 fi

@@ -20,6 +20,7 @@ absl::StatusOr<GpuBackend> MakeGpuBackend(
        {"free_bytes", device.free_bytes}});
   CudaBackendOptions cuda;
   cuda.device = options.device;
+  cuda.deterministic = options.deterministic;
   cuda.memory_bytes =
       options.memory_bytes > 0
           ? options.memory_bytes
@@ -27,7 +28,10 @@ absl::StatusOr<GpuBackend> MakeGpuBackend(
   STRAIT_ASSIGN_OR_RETURN(auto weights, open());
   GpuBackend made;
   made.memory_bytes = cuda.memory_bytes;
-  STRAIT_ASSIGN_OR_RETURN(made.backend, CudaBackend::Create(cuda, std::move(weights)));
+  STRAIT_ASSIGN_OR_RETURN(std::unique_ptr<CudaBackend> backend,
+                          CudaBackend::Create(cuda, std::move(weights)));
+  made.stage_costs = backend->stage_costs();
+  made.backend = std::move(backend);
   return made;
 }
 

@@ -12,6 +12,7 @@
 #include <memory>
 
 #include "absl/status/statusor.h"
+#include "proto/workspace.h"
 #include "worker/backend.h"
 #include "worker/checkpoint/weights.h"
 
@@ -19,13 +20,15 @@ namespace strait {
 
 struct GpuBackendOptions {
   int device = 0;
-  uint64_t memory_bytes = 0;  // for weights and cache; 0: by share
+  uint64_t memory_bytes = 0;  // for weights, cache and workspace; 0: by share
   double memory_share = 0;    // of the GPU's memory
+  bool deterministic = false;
 };
 
 struct GpuBackend {
   std::unique_ptr<Backend> backend;
   uint64_t memory_bytes = 0;
+  StageCosts stage_costs;
 };
 
 // `open` is called once the GPU is known to be usable.

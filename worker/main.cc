@@ -40,11 +40,12 @@ struct Flags {
   std::string cache_format;  // empty: fp32 on the CPU, bf16 on a GPU
   std::optional<uint64_t> random_weights;
   uint64_t memory_bytes = 0;
-  double gpu_memory_share = 0.85;
+  double gpu_memory_share = 0.9;
   uint32_t gpu = 0;
   uint32_t threads = 0;
   LogFlags log;
   bool insecure = false;
+  bool deterministic = false;
 };
 
 // Of what the machine can give, this much: the rest is for workspaces, buffers and the page cache.
@@ -87,9 +88,10 @@ absl::StatusOr<std::unique_ptr<WeightSource>> OpenWeights(const Flags& flags, ui
   return MakeRandomWeights(config, *flags.random_weights, threads);
 }
 
-// `memory_bytes` becomes what weights and cache may take.
+// `memory_bytes` becomes what stages may take, `costs` how they are counted where not as on the CPU.
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_t threads,
-                                                     uint64_t* memory_bytes) {
+                                                     uint64_t* memory_bytes,
+                                                     std::optional<StageCosts>* costs) {
   if (flags.backend == "cuda") {
     if (flags.cache_format == "fp32") {
       return absl::InvalidArgumentError("--backend cuda has a bf16 cache: use --cache-format bf16");
@@ -98,9 +100,11 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_
     options.device = static_cast<int>(flags.gpu);
     options.memory_bytes = flags.memory_bytes;
     options.memory_share = flags.gpu_memory_share;
+    options.deterministic = flags.deterministic;
     STRAIT_ASSIGN_OR_RETURN(GpuBackend made,
                             MakeGpuBackend(options, [&] { return OpenWeights(flags, threads); }));
     *memory_bytes = made.memory_bytes;
+    *costs = std::move(made.stage_costs);
     return std::move(made.backend);
   }
   CpuBackendOptions options;
@@ -133,10 +137,11 @@ absl::Status Run(const Flags& flags) {
   const uint32_t threads = flags.threads > 0 ? flags.threads : AvailableCores();
   // What cannot run here says so before anything is read.
   uint64_t memory_bytes = 0;
-  STRAIT_ASSIGN_OR_RETURN(auto backend, MakeBackend(flags, threads, &memory_bytes));
+  WorkerOptions options;
+  STRAIT_ASSIGN_OR_RETURN(auto backend,
+                          MakeBackend(flags, threads, &memory_bytes, &options.stage_costs));
   STRAIT_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(flags.model));
 
-  WorkerOptions options;
   options.coordinator_address = flags.coordinator;
   options.listen_address = flags.listen;
   options.advertise_address = flags.advertise;
@@ -196,10 +201,11 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"cpu", "cuda"}));
   AddFlag(app, "--gpu", flags.gpu, "Which GPU, of those that CUDA_VISIBLE_DEVICES leaves");
   AddFlag(app, "--gpu-memory-share", flags.gpu_memory_share,
-          "Without --memory: part of the GPU's memory for weights and cache")
+          "Without --memory: part of the GPU's memory for weights, cache and workspace")
       ->check(CLI::Range(0.0, 1.0));
   AddFlag(app, "--memory", flags.memory_bytes,
-          "Bytes for weights and cache, e.g. 8GiB; default: 80 % of the available memory, on a GPU "
+          "Bytes for weights, cache and workspace, e.g. 8GiB; default: 80 % of the available "
+          "memory, on a GPU "
           "see --gpu-memory-share")
       ->transform(CLI::AsSizeValue(false));
   AddFlag(app, "--threads", flags.threads, "Threads that compute; 0: one for each available core");
@@ -211,6 +217,9 @@ int main(int argc, char** argv) {
           "Row format of the latent cache; default: fp32, on a GPU bf16")
       ->check(CLI::IsMember({"fp32", "bf16"}));
   AddFlag(app, "--name", flags.name, "Name for people, in status and logs");
+  AddSwitch(app, "--deterministic", flags.deterministic,
+            "A sequence's tokens depend on the sequence alone, not on what is computed beside it. "
+            "On a GPU it costs speed; on the CPU it is always so");
   AddSwitch(app, "--insecure", flags.insecure,
             "Let --listen be reached from other machines, neither encrypted nor authenticated");
   AddLogFlags(app, &flags.log);

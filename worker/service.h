@@ -17,10 +17,12 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "proto/workspace.h"
 #include "worker/backend.h"
 
 namespace strait {
@@ -39,6 +41,7 @@ struct WorkerOptions {
   uint64_t model_fingerprint = 0;
   uint64_t weights_fingerprint = 0;  // worker/checkpoint/fingerprint.h
   uint32_t cache_row_bytes = 0;      // of one token in one layer
+  std::optional<StageCosts> stage_costs;  // absent: as on the CPU
 };
 
 class WorkerProcess {

@@ -31,6 +31,15 @@ v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
   hello.set_model_fingerprint(options.model_fingerprint);
   hello.set_weights_fingerprint(options.weights_fingerprint);
   hello.set_cache_row_bytes(options.cache_row_bytes);
+  if (options.stage_costs) {
+    const StageCosts& costs = *options.stage_costs;
+    v1::StageCosts& told = *hello.mutable_stage_costs();
+    told.mutable_layer_bytes()->Add(costs.layer_bytes.begin(), costs.layer_bytes.end());
+    told.set_embedding_bytes(costs.embedding_bytes);
+    told.set_head_bytes(costs.head_bytes);
+    told.set_block_bytes(costs.block_bytes);
+    told.mutable_workspace_bytes()->Add(costs.workspace_bytes.begin(), costs.workspace_bytes.end());
+  }
   hello.set_numerics_id(backend.numerics_id());
   hello.set_backend(options.backend_name);
   hello.set_num_threads(options.num_threads);

@@ -29,8 +29,8 @@ constexpr int kStatusTimeoutMs = 2'000;
 constexpr int kStopGraceMs = 5'000;
 constexpr int kFirstBackoffMs = 250;  // doubles with every rapid death
 constexpr size_t kTailLines = 15;
-constexpr double kMemoryShare = 0.8;      // of what is available, for all workers together
-constexpr double kGpuMemoryShare = 0.85;  // the rest is for workspaces and CUDA itself
+constexpr double kMemoryShare = 0.8;     // of what is available, for all workers together
+constexpr double kGpuMemoryShare = 0.9;  // the rest is for CUDA itself
 
 // `given`, or the default port of loopback, or a free one when that is taken.
 absl::StatusOr<std::string> ChooseAddress(const std::string& given, uint16_t default_port,

@@ -33,7 +33,8 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
       ->check(CLI::Range(1u, 1024u))
       ->capture_default_str()
       ->group(group);
-  verb.add_option("--backend", options->backend, "Where workers compute: cpu, or cuda (one GPU for all)")
+  verb.add_option("--backend", options->backend,
+                  "Where workers compute: cpu, or cuda (one GPU for all)")
       ->envname("STRAIT_BACKEND")
       ->capture_default_str()
       ->group(group);
@@ -79,6 +80,7 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
       {"--cache-format", true, true, "Row format of the latent cache: fp32, bf16"},
       {"--simd", false, true,
        "portable, avx2 or avx512 (default: the widest); all give the same bits"},
+      {"--gpu", false, true, "Which GPU, with --backend cuda"},
       {"--log-level", true, true, "Of the daemons' logs: debug, info, warning, error"},
   };
   for (const Passed& flag : kPassed) {
@@ -91,6 +93,12 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
     verb.add_option_function<std::string>(flag.name, pass, flag.what)
         ->group("Passed on to the daemons");
   }
+  verb.add_flag_function(
+          "--deterministic",
+          [options](int64_t) { options->worker_args.push_back("--deterministic"); },
+          "A sequence's tokens depend on it alone, whatever is computed beside it (on the CPU "
+          "always so)")
+      ->group("Passed on to the daemons");
   verb.add_flag_function(
           "--insecure",
           [options](int64_t) {

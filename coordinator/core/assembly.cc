@@ -87,8 +87,8 @@ void Cluster::FormPipeline(uint64_t now_us) {
   chosen.resize(context_->options.num_stages);
   std::sort(chosen.begin(), chosen.end(),
             [](const Worker* a, const Worker* b) { return a->id < b->id; });
-  std::vector<uint64_t> memory;
-  for (const Worker* worker : chosen) memory.push_back(worker->memory_bytes);
+  std::vector<WorkerMemory> memory;
+  for (const Worker* worker : chosen) memory.push_back(worker->memory());
   absl::StatusOr<PipelinePlan> plan = PlanPipeline(context_->options, context_->model, memory);
   if (!plan.ok()) {
     plan_problem_ = plan.status();
@@ -124,7 +124,7 @@ void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
     if (slot.state != StageSlot::State::kVacant) continue;
     // Most memory first, so the first is the roomiest.
     const uint32_t fits =
-        StageColumns(options, context_->model, slot.layers, left.front()->memory_bytes);
+        StageColumns(options, context_->model, slot.layers, left.front()->memory());
     columns = std::min(columns, fits);
     fills.emplace_back(i, left.front());
     // Not cut to what a small one elsewhere can hold: that one may be replaced, too.
@@ -144,8 +144,8 @@ void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
     all.resize(pipeline->slots.size());
     std::sort(all.begin(), all.end(),
               [](const Worker* a, const Worker* b) { return a->id < b->id; });
-    std::vector<uint64_t> memory;
-    for (const Worker* worker : all) memory.push_back(worker->memory_bytes);
+    std::vector<WorkerMemory> memory;
+    for (const Worker* worker : all) memory.push_back(worker->memory());
     const absl::StatusOr<PipelinePlan> plan = PlanPipeline(options, context_->model, memory);
     const uint64_t anew = plan.ok() ? plan->capacity_columns : 0;
     if (anew > 2 * uint64_t{columns}) return Dissolve(pipeline->id);

@@ -8,10 +8,24 @@
 #include "proto/check.h"
 #include "proto/epoch_wire.h"
 #include "proto/limits.h"
+#include "proto/status_macros.h"
 #include "proto/version.h"
 
 namespace strait {
 namespace {
+
+constexpr uint64_t kMaxCostBytes = uint64_t{1} << 50;  // of one thing; sums of all stay below 2^62
+constexpr int kMaxWorkspaceSizes = 1024;
+
+StageCosts StageCostsOf(const v1::StageCosts& told) {
+  StageCosts costs;
+  costs.layer_bytes.assign(told.layer_bytes().begin(), told.layer_bytes().end());
+  costs.embedding_bytes = told.embedding_bytes();
+  costs.head_bytes = told.head_bytes();
+  costs.block_bytes = told.block_bytes();
+  costs.workspace_bytes.assign(told.workspace_bytes().begin(), told.workspace_bytes().end());
+  return costs;
+}
 
 uint64_t Doubling(uint64_t first, uint32_t times, uint64_t most) {
   return times >= 32 ? most : std::min(first << times, most);
@@ -73,6 +87,7 @@ void Cluster::OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us) {
   worker.numerics_id = hello.numerics_id();
   worker.backend = hello.backend();
   worker.memory_bytes = hello.memory_bytes();
+  if (hello.has_stage_costs()) worker.costs = StageCostsOf(hello.stage_costs());
   worker.instance = hello.instance();
   worker.num_threads = hello.num_threads();
   worker.process_id = hello.process_id();
@@ -89,7 +104,27 @@ void Cluster::OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us) {
   context_->Send(std::move(out));
 }
 
+absl::Status Cluster::CheckCosts(const v1::Hello& hello) const {
+  if (!hello.has_stage_costs()) return absl::OkStatus();
+  const v1::StageCosts& costs = hello.stage_costs();
+  const auto& workspaces = costs.workspace_bytes();
+  const auto too_large = [](uint64_t bytes) { return bytes > kMaxCostBytes; };
+  if (static_cast<size_t>(costs.layer_bytes_size()) != context_->model.layer_weight_bytes.size() ||
+      costs.block_bytes() < context_->model.block_bytes || too_large(costs.block_bytes()) ||
+      too_large(costs.embedding_bytes()) || too_large(costs.head_bytes()) || workspaces.empty() ||
+      workspaces.size() > kMaxWorkspaceSizes || too_large(*workspaces.rbegin()) ||
+      !std::is_sorted(workspaces.begin(), workspaces.end()) ||
+      std::any_of(costs.layer_bytes().begin(), costs.layer_bytes().end(), too_large)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "worker ", hello.name(), " tells costs of its stages that are none of this model: ",
+        costs.layer_bytes_size(), " layers, ", costs.block_bytes(), " bytes a latent block, ",
+        workspaces.size(), " sizes of a workspace; install the same release on all machines"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Cluster::CheckAgrees(const v1::Hello& hello) const {
+  STRAIT_RETURN_IF_ERROR(CheckCosts(hello));
   const uint64_t weights = hello.weights_fingerprint();
   const uint64_t block_bytes = uint64_t{hello.cache_row_bytes()} * limits::kBlockTokens;
   if (!context_->options.accept_untold && (weights == 0 || block_bytes == 0)) {

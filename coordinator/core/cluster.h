@@ -51,9 +51,12 @@ struct Worker {
   std::string numerics_id;
   std::string backend;
   uint64_t memory_bytes = 0;
+  std::optional<StageCosts> costs;  // of its stages' memory; absent: as on the CPU
   uint64_t instance = 0;
   uint32_t num_threads = 0;
   uint32_t process_id = 0;
+
+  WorkerMemory memory() const { return {memory_bytes, costs ? &*costs : nullptr}; }
 
   uint64_t attached_us = 0;
   uint64_t last_heard_us = 0;
@@ -131,6 +134,7 @@ class Cluster {
  private:
   // Whether a pipeline may consist of this worker and those that are attached.
   absl::Status CheckAgrees(const v1::Hello& hello) const;
+  absl::Status CheckCosts(const v1::Hello& hello) const;
   bool IsIdle(const Worker& worker, uint64_t now_us) const;
   std::vector<Worker*> IdleWorkers(uint64_t now_us);  // most memory first, then oldest
   Worker* FindWorker(WorkerId id);

@@ -18,26 +18,44 @@ constexpr uint64_t kImpossible = std::numeric_limits<uint64_t>::max();
 
 // Layers and head are read in every step; the embedding is looked up.
 uint64_t PaceBytes(const ModelShape& model, LayerRange layers) {
-  return StageWeightBytes(model, layers) - (layers.begin == 0 ? model.embedding_bytes : 0);
+  return StageWeightBytes(model.layer_weight_bytes, 0, model.head_bytes, layers);
+}
+
+uint64_t FixedBytes(const ModelShape& model, LayerRange layers, const WorkerMemory& memory) {
+  if (memory.costs != nullptr) return StageFixedBytes(*memory.costs, layers);
+  return StageWeightBytes(model, layers) + StageWorkspaceBytes(model, layers, memory);
+}
+
+uint64_t BlockBytesOf(const ModelShape& model, const WorkerMemory& memory) {
+  return memory.costs != nullptr ? memory.costs->block_bytes : model.block_bytes;
 }
 
 absl::Status CannotFit(const CoreOptions& options, const ModelShape& model,
-                       absl::Span<const uint64_t> memory_bytes) {
+                       absl::Span<const WorkerMemory> memory) {
   const auto num_layers = static_cast<LayerIndex>(model.layer_weight_bytes.size());
-  uint64_t memory = 0;
-  for (const uint64_t bytes : memory_bytes) memory += bytes;
-  const uint64_t needed =
-      StageWeightBytes(model, {0, num_layers}) + num_layers * model.block_bytes +
-      (model.workspace_bytes.empty() ? 0 : memory_bytes.size() * model.workspace_bytes.front());
+  // As the first worker counts: weights once, the least workspace for each.
+  const WorkerMemory& first = memory.front();
+  uint64_t needed = StageWeightBytes(model, {0, num_layers});
+  const std::vector<uint64_t>* workspaces = &model.workspace_bytes;
+  if (first.costs != nullptr) {
+    needed = StageWeightBytes(first.costs->layer_bytes, first.costs->embedding_bytes,
+                              first.costs->head_bytes, {0, num_layers});
+    workspaces = &first.costs->workspace_bytes;
+  }
+  needed += num_layers * BlockBytesOf(model, first) +
+            (workspaces->empty() ? 0 : memory.size() * workspaces->front());
+  uint64_t offered = 0;
   std::string each;
-  for (const uint64_t bytes : memory_bytes)
-    absl::StrAppend(&each, each.empty() ? "" : " + ", bytes);
+  for (const WorkerMemory& one : memory) {
+    offered += one.bytes;
+    absl::StrAppend(&each, each.empty() ? "" : " + ", one.bytes);
+  }
   return absl::ResourceExhaustedError(absl::StrCat(
-      "the model does not fit on ", memory_bytes.size(),
+      "the model does not fit on ", memory.size(),
       " stage(s): weights, workspace and one latent "
       "block a layer take at least ",
-      needed, " bytes, the workers offer ", memory, " (", each, ")",
-      needed <= memory ? ", and no split into contiguous layers fits each of them" : "",
+      needed, " bytes, the workers offer ", offered, " (", each, ")",
+      needed <= offered ? ", and no split into contiguous layers fits each of them" : "",
       options.max_cache_bytes_per_stage > 0
           ? absl::StrCat("; the cache is limited to ", options.max_cache_bytes_per_stage,
                          " bytes a stage")
@@ -52,30 +70,36 @@ uint64_t StageWeightBytes(const ModelShape& model, LayerRange layers) {
                           layers);
 }
 
-uint64_t StageWorkspaceBytes(const ModelShape& model, LayerRange layers) {
+uint64_t StageWorkspaceBytes(const ModelShape& model, LayerRange layers,
+                             const WorkerMemory& memory) {
+  if (memory.costs != nullptr) {
+    const StageCosts& costs = *memory.costs;
+    return StageFixedBytes(costs, layers) -
+           StageWeightBytes(costs.layer_bytes, costs.embedding_bytes, costs.head_bytes, layers);
+  }
   if (model.workspace_bytes.empty()) return 0;
   return model
       .workspace_bytes[ChooseWorkspace(model.workspace_bytes, StageWeightBytes(model, layers))];
 }
 
 uint32_t StageColumns(const CoreOptions& options, const ModelShape& model, LayerRange layers,
-                      uint64_t memory_bytes) {
-  const uint64_t fixed = StageWeightBytes(model, layers) + StageWorkspaceBytes(model, layers);
-  if (fixed >= memory_bytes) return 0;
-  uint64_t cache_bytes = memory_bytes - fixed;
+                      const WorkerMemory& memory) {
+  const uint64_t fixed = FixedBytes(model, layers, memory);
+  if (fixed >= memory.bytes) return 0;
+  uint64_t cache_bytes = memory.bytes - fixed;
   if (options.max_cache_bytes_per_stage > 0) {
     cache_bytes = std::min(cache_bytes, options.max_cache_bytes_per_stage);
   }
   const uint64_t useful = uint64_t{options.max_running} * BlocksPerLayer(model.max_positions);
   const uint64_t addressable = std::numeric_limits<uint32_t>::max() / layers.size();
   return static_cast<uint32_t>(
-      std::min({cache_bytes / model.block_bytes / layers.size(), useful, addressable}));
+      std::min({cache_bytes / BlockBytesOf(model, memory) / layers.size(), useful, addressable}));
 }
 
 absl::StatusOr<PipelinePlan> PlanPipeline(const CoreOptions& options, const ModelShape& model,
-                                          absl::Span<const uint64_t> memory_bytes) {
+                                          absl::Span<const WorkerMemory> memory) {
   const auto num_layers = static_cast<uint32_t>(model.layer_weight_bytes.size());
-  const auto num_stages = static_cast<uint32_t>(memory_bytes.size());
+  const auto num_stages = static_cast<uint32_t>(memory.size());
   STRAIT_CHECK(num_stages > 0);
   if (num_stages > num_layers) {
     return absl::InvalidArgumentError(absl::StrCat(num_stages, " stages of ", num_layers,
@@ -91,8 +115,7 @@ absl::StatusOr<PipelinePlan> PlanPipeline(const CoreOptions& options, const Mode
     for (uint32_t end = begin + 1; end <= num_layers; ++end) {
       pace[range_index(0, begin, end)] = PaceBytes(model, {begin, end});
       for (uint32_t s = 0; s < num_stages; ++s) {
-        columns[range_index(s, begin, end)] =
-            StageColumns(options, model, {begin, end}, memory_bytes[s]);
+        columns[range_index(s, begin, end)] = StageColumns(options, model, {begin, end}, memory[s]);
       }
     }
   }
@@ -112,7 +135,7 @@ absl::StatusOr<PipelinePlan> PlanPipeline(const CoreOptions& options, const Mode
     }
   }
   const uint32_t capacity = best[index(num_stages - 1, num_layers)];
-  if (capacity == 0) return CannotFit(options, model, memory_bytes);
+  if (capacity == 0) return CannotFit(options, model, memory);
 
   // Among splits with that capacity, the least heaviest stage.
   std::vector<uint64_t> heaviest(best.size(), kImpossible);

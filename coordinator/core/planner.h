@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Planner splits the model's layers over the workers of a pipeline by their memory.
+// Planner splits the model's layers over the workers of a pipeline by their memory, as each of them
+// counts it.
 //
 // Thread:  pure functions.
 // Errors:  ResourceExhausted says what is needed and what there is.
@@ -18,6 +19,7 @@
 #include "absl/types/span.h"
 #include "coordinator/core/core.h"
 #include "proto/ids.h"
+#include "proto/workspace.h"
 
 namespace strait {
 
@@ -32,19 +34,28 @@ struct PipelinePlan {
   uint32_t capacity_columns = 0;  // of latent blocks: the least of pool_blocks / layers
 };
 
-// Bytes of weights that a stage with these layers holds.
+// What a worker offers, and how its stages' memory is counted. Borrows `costs`.
+struct WorkerMemory {
+  WorkerMemory(uint64_t bytes, const StageCosts* costs = nullptr)  // NOLINT: bytes alone are most
+      : bytes(bytes), costs(costs) {}
+  uint64_t bytes;
+  const StageCosts* costs;  // null: as ModelShape says
+};
+
+// Bytes of weights that a stage with these layers holds, as ModelShape says.
 uint64_t StageWeightBytes(const ModelShape& model, LayerRange layers);
 
 // Bytes that it takes for activations, besides weights and pool.
-uint64_t StageWorkspaceBytes(const ModelShape& model, LayerRange layers);
+uint64_t StageWorkspaceBytes(const ModelShape& model, LayerRange layers,
+                             const WorkerMemory& memory = 0);
 
-// Columns of latent blocks (one block in each of its layers) that such a stage can hold in
-// `memory_bytes`; 0: not even one.
+// Columns of latent blocks (one block in each of its layers) that a stage with these layers can
+// hold; 0: not even one.
 uint32_t StageColumns(const CoreOptions& options, const ModelShape& model, LayerRange layers,
-                      uint64_t memory_bytes);
+                      const WorkerMemory& memory);
 
-// One stage per entry of `memory_bytes`, in that order.
+// One stage per entry of `memory`, in that order.
 absl::StatusOr<PipelinePlan> PlanPipeline(const CoreOptions& options, const ModelShape& model,
-                                          absl::Span<const uint64_t> memory_bytes);
+                                          absl::Span<const WorkerMemory> memory);
 
 }  // namespace strait

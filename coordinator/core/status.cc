@@ -106,7 +106,11 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Mode
     const Pipeline& pipeline = *cluster.pipelines().at(*worker.pipeline);
     const bool loading = pipeline.slots[worker.slot_index].state == StageSlot::State::kLoading;
     state = loading ? "loading" : pipeline.scheduler.started() ? "serving" : "loaded";
-    stages.push_back(StageJson(pipeline, worker.slot_index, model));
+    json::Object stage = StageJson(pipeline, worker.slot_index, model);
+    // As planned; with weights and cache, all that it takes.
+    stage["workspace_bytes"] =
+        StageWorkspaceBytes(model, pipeline.slots[worker.slot_index].layers, worker.memory());
+    stages.push_back(std::move(stage));
   }
   out["state"] = state;
   out["stages"] = std::move(stages);

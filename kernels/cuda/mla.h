@@ -98,6 +98,10 @@ cudaError_t PrepareMla();
 // The path that kAuto takes on the current device.
 MlaPath MlaAutoPath(MlaRowFormat format, int32_t rank, int32_t rope);
 
+// Shared memory that the portable path takes of a thread block; the Hopper path's fits wherever it
+// runs.
+int64_t MlaPortableSharedBytes(int32_t rank, int32_t rope);
+
 // Attention of every tile of the plan, then the merge of those that were split.
 cudaError_t LaunchMla(const MlaParams& params, cudaStream_t stream);
 

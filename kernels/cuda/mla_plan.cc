@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "proto/check.h"
+
 namespace strait::cuda {
 namespace {
 
@@ -209,6 +211,127 @@ MlaPlanLimits MaxMlaPlan(int32_t num_thread_blocks, int32_t max_sequences, int32
   return limits;
 }
 
+namespace {
+
+// Partial results that one more token of a sequence can add: its own tiles, the one that it shares
+// with the token before, each as long as can be.
+int64_t TokenPartials(int32_t num_heads, int64_t spans) {
+  return (CeilDiv(num_heads, kMlaTileRows) + int64_t{1}) * spans;
+}
+
+// What tokens of one sequence add to a deterministic plan.
+struct PieceCost {
+  int64_t work = 0;
+  int64_t partials = 0;
+  int64_t merges = 0;
+
+  void AddTile(int64_t spans) {
+    work += spans;
+    if (spans > 1) {
+      partials += spans;
+      ++merges;
+    }
+  }
+  bool Fits(const PieceCost& used, const MlaPlanLimits& limits) const {
+    return used.work + work <= limits.max_work && used.partials + partials <= limits.max_partials &&
+           used.merges + merges <= limits.max_merges;
+  }
+  void Add(const PieceCost& other) {
+    work += other.work;
+    partials += other.partials;
+    merges += other.merges;
+  }
+};
+
+int64_t SpansOf(int64_t rows) {
+  return std::max(1, CeilDiv(rows, kMlaBlockRows * kMlaDeterministicSpan));
+}
+
+// The most leading tokens of `sequence` that still fit beside `used`, and their cost.
+int32_t TokensThatFit(const MlaSequence& sequence, int32_t num_heads, const MlaPlanLimits& limits,
+                      const PieceCost& used, PieceCost* cost) {
+  PieceCost whole;  // of the tiles that are full
+  int64_t tile_begin = 0;
+  int32_t fits = 0;
+  for (int32_t tokens = 1; tokens <= sequence.num_tokens; ++tokens) {
+    const int64_t rows = int64_t{tokens} * num_heads;
+    // A tile that this token fills ends with it, or within it.
+    for (; tile_begin + kMlaTileRows <= rows; tile_begin += kMlaTileRows) {
+      whole.AddTile(SpansOf(sequence.first_position + int64_t{tokens}));
+    }
+    PieceCost all = whole;
+    if (tile_begin < rows) all.AddTile(SpansOf(sequence.first_position + int64_t{tokens}));
+    if (!all.Fits(used, limits)) return fits;
+    fits = tokens;
+    *cost = all;
+  }
+  return fits;
+}
+
+}  // namespace
+
+MlaPartLimits MaxMlaParts(int32_t num_thread_blocks, int32_t max_sequences, int32_t max_tokens,
+                          int32_t num_heads, int64_t max_rows, int32_t wanted_partials) {
+  MlaPartLimits limits;
+  limits.plan = MaxMlaPlan(num_thread_blocks, max_sequences, max_tokens, num_heads, max_rows, true);
+  const int64_t spans = SpansOf(max_rows);
+  const int64_t tiles = limits.plan.max_work / spans;
+  const int64_t token = TokenPartials(num_heads, spans);
+  const int64_t capped = std::max(3 * token, int64_t{wanted_partials});
+  limits.max_parts = 1;
+  if (spans > 1 && capped < limits.plan.max_partials) {
+    limits.plan.max_partials = static_cast<int32_t>(capped);
+    limits.plan.max_work = static_cast<int32_t>(std::max(capped, tiles));
+    limits.plan.max_merges = static_cast<int32_t>(capped / 2);
+    // A part ends when the next token might not fit, so it is fuller than capped - token; a cut
+    // inside a tile adds a tile, at most half a token's. Solved for the number of parts; each has a
+    // token.
+    limits.max_parts = static_cast<int32_t>(
+        std::min<int64_t>(tiles * spans / (capped - 2 * token) + 2, max_tokens));
+  }
+  // Work of all parts, and what precedes it in each.
+  MlaPlanLimits no_work = limits.plan;
+  no_work.max_work = 0;
+  limits.plan_bytes = limits.max_parts * MlaPlanBytes(no_work) +
+                      (tiles + limits.max_parts) * spans * static_cast<int64_t>(sizeof(MlaWork));
+  return limits;
+}
+
+void CutMlaBatch(const MlaSequence* sequences, int32_t num_sequences, const MlaPlanOptions& options,
+                 const MlaPlanLimits& limits, MlaParts* parts) {
+  parts->sequences.clear();
+  parts->begin.assign(1, 0);
+  const auto end_part = [parts] {
+    const auto end = static_cast<int32_t>(parts->sequences.size());
+    if (end > parts->begin.back()) parts->begin.push_back(end);
+  };
+  PieceCost used;
+  for (int32_t s = 0; s < num_sequences; ++s) {
+    MlaSequence rest = sequences[s];
+    while (rest.num_tokens > 0) {
+      PieceCost cost;
+      const int32_t tokens = options.deterministic
+                                 ? TokensThatFit(rest, options.num_heads, limits, used, &cost)
+                                 : rest.num_tokens;
+      if (tokens > 0) {
+        MlaSequence piece = rest;
+        piece.num_tokens = tokens;
+        parts->sequences.push_back(piece);
+        used.Add(cost);
+        rest.first_token += tokens;
+        rest.first_position += tokens;
+        rest.num_tokens -= tokens;
+      }
+      if (rest.num_tokens > 0) {
+        STRAIT_CHECK(tokens > 0 || used.work > 0, "the limits hold for one token of any sequence");
+        end_part();
+        used = {};
+      }
+    }
+  }
+  end_part();
+}
+
 // Layout: {merges, merge units, 0, 0}, work_begin, merges, work; each part 16-byte aligned. Work
 // lies last, so that the bytes in use are a prefix.
 int64_t MlaPlanBytes(const MlaPlanLimits& limits) {
@@ -231,6 +354,12 @@ MlaPlanView ViewMlaPlan(const MlaPlanLimits& limits, const void* buffer) {
   return view;
 }
 
+int64_t MlaPlanUsedBytes(const MlaPlan& plan) {
+  MlaPlanLimits used = plan.limits;
+  used.max_work = static_cast<int32_t>(plan.work.size());
+  return MlaPlanBytes(used);
+}
+
 int64_t WriteMlaPlan(const MlaPlan& plan, void* to) {
   const MlaPlanView view = ViewMlaPlan(plan.limits, to);
   const auto write = [](const void* at, const void* from, size_t bytes) {
@@ -241,7 +370,7 @@ int64_t WriteMlaPlan(const MlaPlan& plan, void* to) {
   write(view.work_begin, plan.work_begin.data(), plan.work_begin.size() * sizeof(int32_t));
   write(view.merges, plan.merges.data(), plan.merges.size() * sizeof(MlaMerge));
   write(view.work, plan.work.data(), plan.work.size() * sizeof(MlaWork));
-  return reinterpret_cast<const char*>(view.work + plan.work.size()) - static_cast<char*>(to);
+  return MlaPlanUsedBytes(plan);
 }
 
 }  // namespace strait::cuda

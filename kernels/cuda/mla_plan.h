@@ -12,8 +12,9 @@
 //          cost, so ragged batches and one long sequence alike fill the device, and at most two
 //          partial results a thread block are merged. Deterministic: cuts at multiples of
 //          kMlaDeterministicSpan cache blocks and nowhere else, so each span leaves a partial
-//          result; where they outgrow the workspace, plan and launch the batch in parts: a token's
-//          result is the same in any.
+//          result. Their number grows with batch times length, so such a batch is cut into parts
+//          (CutMlaBatch), planned and launched one after the other over the same workspace: a
+//          token's result is the same in any part.
 #pragma once
 
 #include <cstdint>
@@ -111,10 +112,36 @@ bool PlanMla(const MlaSequence* sequences, int32_t num_sequences, const MlaPlanO
 MlaPlanLimits MaxMlaPlan(int32_t num_thread_blocks, int32_t max_sequences, int32_t max_tokens,
                          int32_t num_heads, int64_t max_rows, bool deterministic);
 
+// What deterministic plans in parts need for every such step.
+struct MlaPartLimits {
+  MlaPlanLimits plan;  // of one part
+  int32_t max_parts = 0;
+  int64_t plan_bytes = 0;  // of all parts' plans, each written where the one before ended
+};
+
+// `wanted_partials` a part, or what a few tokens of the longest sequence need, if that is more;
+// never more than the whole step needs.
+MlaPartLimits MaxMlaParts(int32_t num_thread_blocks, int32_t max_sequences, int32_t max_tokens,
+                          int32_t num_heads, int64_t max_rows, int32_t wanted_partials);
+
+// A batch in parts, in order of its tokens; a sequence may go on in the next part.
+struct MlaParts {
+  std::vector<MlaSequence> sequences;
+  std::vector<int32_t> begin;  // [parts + 1] into sequences; no sequence: no part
+};
+
+// Cuts the batch so that PlanMla succeeds for every part. Not deterministic: one part.
+// REQUIRES: the limits are MaxMlaPlan's or MaxMlaParts' of no smaller a batch; no num_rows given
+// where deterministic.
+void CutMlaBatch(const MlaSequence* sequences, int32_t num_sequences, const MlaPlanOptions& options,
+                 const MlaPlanLimits& limits, MlaParts* parts);
+
 // Bytes of the plan's buffer; the same on host and device.
 int64_t MlaPlanBytes(const MlaPlanLimits& limits);
-// Writes the plan to `to`, of MlaPlanBytes(plan.limits) bytes, 16-byte aligned; copy it to the
-// device as it is. Returns how many leading bytes matter.
+// Of these, the leading ones that matter; a multiple of 16.
+int64_t MlaPlanUsedBytes(const MlaPlan& plan);
+// Writes the plan to `to`, of MlaPlanUsedBytes(plan) bytes, 16-byte aligned; copy it to the device
+// as it is. Returns that number.
 int64_t WriteMlaPlan(const MlaPlan& plan, void* to);
 // The view of such a buffer, which may be on the device: nothing is read.
 MlaPlanView ViewMlaPlan(const MlaPlanLimits& limits, const void* buffer);

@@ -323,3 +323,11 @@ cudaError_t LaunchPortable(const MlaParams& params, cudaStream_t stream) {
 }
 
 }  // namespace strait::cuda::mla
+
+namespace strait::cuda {
+
+int64_t MlaPortableSharedBytes(int32_t rank, int32_t rope) {
+  return mla::SharedBytes(mla::PaddedWidth(rank, rope));
+}
+
+}  // namespace strait::cuda

@@ -230,6 +230,9 @@ def test_status_table_and_json(cluster):
     assert {w["name"] for w in status["workers"]} == {"worker-1", "worker-2"}
     ranges = sorted((s["layer_begin"], s["layer_end"]) for w in status["workers"] for s in w["stages"])
     assert ranges[0][0] == 0 and ranges[-1][1] == layers and ranges[0][1] == ranges[1][0]
+    for worker in status["workers"]:  # all that a stage takes, within what the worker has
+        parts = [worker["stages"][0][part] for part in ("weight_bytes", "cache_bytes_total", "workspace_bytes")]
+        assert min(parts) > 0 and sum(parts) <= worker["memory_bytes"], worker
 
 
 def test_status_watch_ends_on_interrupt(cluster):
@@ -297,3 +300,13 @@ def test_help_and_version():
         assert verb in out.stdout
         assert strait(verb, "--help").returncode == 0
     assert strait("bogus").returncode != 0
+
+
+def test_a_gpu_that_is_not_there_is_told_in_a_sentence():
+    """Whatever this build and this machine lack first: CUDA in the build, a driver, a GPU, a hundredth one."""
+    reply = strait("up", "--model", TINY, "--random-weights", 1, "--workers", 1, "--backend", "cuda", "--gpu", 99,
+                   "--http", f"127.0.0.1:{free_port()}", "--grpc", f"127.0.0.1:{free_port()}")
+    assert reply.returncode not in (0, None)
+    text = reply.stdout + reply.stderr
+    assert "--backend cuda: " in text, text
+    assert any(why in text for why in ("has no CUDA backend", "no NVIDIA driver", "no NVIDIA GPU", "no GPU 99")), text

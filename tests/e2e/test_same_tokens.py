@@ -3,7 +3,9 @@
 
 A sequence's log-probabilities (printed so that they read back to the same float32) and its sampled tokens are equal
 alone, in a batch of 16 mixed ones, prefilled whole and in chunks of 1, 7 and 64, with 1 and 2 threads, with each
-SIMD level, on 1, 2 and 3 stages, and after a worker died and its sequences were replayed.
+SIMD level, on 1, 2 and 3 stages, and after a worker died and its sequences were replayed. With
+STRAIT_TEST_BACKEND=cuda the same holds of GPU workers with --deterministic, but for threads and SIMD levels, which are
+the CPU's.
 """
 import json
 import os
@@ -11,12 +13,14 @@ import signal
 import threading
 
 import pytest
-from harness import ROOT, Cluster, wait_until
+from harness import BACKEND, ROOT, Cluster, wait_until
 
 GOLDEN = ROOT / "tests/golden"
 SHAPES = ["v3-yarn", "v2-lite", "v3-fp8"]
 LENGTHS = (1, 63, 64, 65, 130, 300)
 WHOLE = ["--prefill-chunk", "1024", "--max-step-tokens", "1024"]
+FIXED = [] if BACKEND == "cpu" else ["--deterministic"]
+of_the_cpu = pytest.mark.skipif(BACKEND != "cpu", reason="threads and SIMD levels are the CPU backend's")
 
 
 def prompts_of(shape):
@@ -25,8 +29,8 @@ def prompts_of(shape):
 
 
 def cluster_of(shape, stages=1, threads=1, args=WHOLE, env=None):
-    return Cluster(GOLDEN / shape, workers=stages, threads=threads, random_weights=None, memory="256MiB", args=args,
-                   env=env)
+    return Cluster(GOLDEN / shape, workers=stages, threads=threads, random_weights=None, memory="256MiB",
+                   args=args + FIXED, env=env)
 
 
 def sampled(prompt, seed=11, **more):
@@ -48,8 +52,10 @@ def alone():
     """Each sequence alone: one stage, one thread, prompt whole, portable code."""
     expected = {}
     for shape in SHAPES:
-        with cluster_of(shape, args=WHOLE + ["--simd", "portable"]) as cluster:
+        with cluster_of(shape, args=WHOLE + (["--simd", "portable"] if BACKEND == "cpu" else [])) as cluster:
             expected[shape] = run_alone(cluster, shape)
+            ids = [w["numerics_id"] for w in cluster.status()["workers"]]
+            assert all(i.startswith(BACKEND + "/") and i.endswith("/deterministic") == bool(FIXED) for i in ids), ids
     return expected
 
 
@@ -65,6 +71,7 @@ def levels():
     return {"portable": True, "avx2": "avx2" in flags and "fma" in flags, "avx512": "avx512bw" in flags}
 
 
+@of_the_cpu
 @pytest.mark.parametrize("level", ["avx2", "avx512"])
 def test_simd_levels(alone, level):
     if not levels()[level]:
@@ -74,6 +81,7 @@ def test_simd_levels(alone, level):
             check(alone[shape], run_alone(cluster, shape), f"{shape}, {level}")
 
 
+@of_the_cpu
 @pytest.mark.parametrize("shape", SHAPES)
 def test_two_threads(alone, shape):
     with cluster_of(shape, threads=2) as cluster:
@@ -118,20 +126,21 @@ def test_in_a_batch_of_16_mixed(alone, shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_preempted_for_want_of_blocks(shape):
     """Eight sequences that start with one block a layer and grow to three, in a pool of nine: some must give way."""
-    config = json.loads((GOLDEN / shape / "config.json").read_text())
     longest = max(prompts_of(shape), key=len)
     prompts = [longest[i * 30 : i * 30 + 60] for i in range(8)]
     body = {**sampled(prompts), "max_tokens": 80}
-    row, layers = (config["kv_lora_rank"] + config["qk_rope_head_dim"] + 3) // 4 * 16, config["num_hidden_layers"]
-    column = 64 * row * layers  # bytes of one block in every layer
-    # The workspace is part of the memory: a first cluster tells how many columns some memory leaves.
-    memory = sum(f.stat().st_size for f in (GOLDEN / shape).glob("*.safetensors")) + 18 * column
-    with Cluster(GOLDEN / shape, workers=1, random_weights=None, memory=str(memory), args=WHOLE) as cluster:
-        columns = cluster.status()["workers"][0]["stages"][0]["blocks_total"] // layers
+    # The workspace is part of the memory: a first cluster tells how many columns, one block in every layer, some
+    # memory leaves. A GPU worker counts a block's entry in the page table, too.
+    memory = 96 << 20
+    layers = json.loads((GOLDEN / shape / "config.json").read_text())["num_hidden_layers"]
+    with Cluster(GOLDEN / shape, workers=1, random_weights=None, memory=str(memory), args=WHOLE + FIXED) as cluster:
+        stage = cluster.status()["workers"][0]["stages"][0]
+    columns = stage["blocks_total"] // layers
+    column = stage["cache_bytes_total"] // columns + (0 if BACKEND == "cpu" else 4 * layers)
     memory -= (columns - 9) * column
     outcomes = []
     for memory in ("256MiB", str(memory)):
-        with Cluster(GOLDEN / shape, workers=1, random_weights=None, memory=memory, args=WHOLE) as cluster:
+        with Cluster(GOLDEN / shape, workers=1, random_weights=None, memory=memory, args=WHOLE + FIXED) as cluster:
             choices = sorted(cluster.complete(model=shape, **body)["choices"], key=lambda c: c["index"])
             outcomes.append([outcome(c) for c in choices])
             status = cluster.status()

@@ -3,11 +3,14 @@
 // cuda_stage_bench: steps of a stage on the GPU with random weights, through the Backend seam as a
 // worker runs them, host work and copies included.
 //
-//   cuda_stage_bench CONFIG_DIR BEGIN END CONTEXT BATCH… [--prefill TOKENS] [--memory BYTES]
+//   cuda_stage_bench CONFIG_DIR BEGIN END CASE… [--prefill TOKENS] [--memory BYTES] [--deterministic]
 //
-// Decode: BATCH sequences at CONTEXT. The floor of a step is reading, once, the weights that it
-// touches (experts: as many as BATCH tokens choose on average) and the cache, at the read rate
-// measured in this run. The cache holds zeros, which costs what any rows cost.
+// CASE: BATCH@CONTEXT, a decode step of BATCH sequences behind CONTEXT rows each; max@CONTEXT is the
+// largest batch that fits. END: a layer, or "fit": as many layers as fit with the largest case. All
+// run on one load. The floor of a step is reading, once, the weights that it touches (experts: as
+// many as BATCH tokens choose on average) and the cache, at the read rate measured in this run. The
+// cache holds zeros, which costs what any rows cost.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
@@ -21,17 +24,29 @@
 #include "proto/reservation.h"
 #include "tests/bench/cuda/limits.h"
 #include "worker/model/cuda/cuda_backend.h"
+#include "worker/model/cuda/stage_layout.h"
 
 namespace strait::bench {
 namespace {
 
+constexpr double kMemoryShare = 0.9;      // of the GPU's, as strait-worker takes it
+constexpr uint32_t kMostSequences = 512;  // for max@…
+
+struct Case {
+  uint32_t batch = 0;  // 0: the largest that fits
+  uint32_t context = 0;
+  uint64_t columns(uint32_t sequences) const {
+    return uint64_t{sequences} * BlocksPerLayer(context + 1);
+  }
+};
+
 struct Options {
   std::string config;
-  LayerRange layers;
-  uint32_t context = 1024;
-  std::vector<uint32_t> batches;
+  LayerRange layers;  // end 0: as many as fit
+  std::vector<Case> cases;
   uint32_t prefill = 0;
-  uint64_t memory_bytes = uint64_t{70} << 30;
+  uint64_t memory_bytes = 0;
+  bool deterministic = false;
 };
 
 template <class T>
@@ -135,49 +150,100 @@ double StepUs(StageModel& model, const StageBatch& batch, const ModelConfig& c, 
   return times[times.size() / 2];
 }
 
-int Main(const Options& o) {
+uint64_t FreeBytes() {
+  size_t free = 0;
+  size_t total = 0;
+  Check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+  return free;
+}
+
+// Columns of latent blocks that fit beside the layers' weights.
+uint64_t ColumnsThatFit(const StageCosts& costs, LayerRange layers, uint64_t memory_bytes) {
+  const uint64_t fixed = StageFixedBytes(costs, layers);
+  return fixed < memory_bytes ? (memory_bytes - fixed) / costs.block_bytes / layers.size() : 0;
+}
+
+int Main(Options o) {
   const ModelConfig config = Must(LoadModelConfig(o.config));
-  (void)Must(OpenCudaDevice(0));
+  const cuda::Device device = Must(OpenCudaDevice(0));
   const double read_rate = ReadRate();
   const uint32_t threads = std::max(1u, std::thread::hardware_concurrency());
   CudaBackendOptions options;
-  options.memory_bytes = o.memory_bytes;
+  options.memory_bytes =
+      o.memory_bytes > 0
+          ? o.memory_bytes
+          : static_cast<uint64_t>(static_cast<double>(device.memory_bytes) * kMemoryShare);
+  options.deterministic = o.deterministic;
   auto backend = Must(CudaBackend::Create(options, MakeRandomWeights(config, 1, threads)));
-  uint32_t most = o.prefill > 0 ? BlocksPerLayer(o.prefill) : 1;
-  for (const uint32_t batch : o.batches) {
-    most = std::max(most, batch * BlocksPerLayer(o.context + 1));
+  const StageCosts costs = backend->stage_costs();
+  uint64_t most = o.prefill > 0 ? BlocksPerLayer(o.prefill) : 1;
+  for (const Case& one : o.cases) most = std::max(most, one.columns(std::max(one.batch, 1u)));
+  if (o.layers.end == 0) {
+    o.layers.end = config.num_hidden_layers;
+    while (o.layers.size() > 1 && ColumnsThatFit(costs, o.layers, options.memory_bytes) < most) {
+      --o.layers.end;
+    }
+  }
+  const uint64_t columns = ColumnsThatFit(costs, o.layers, options.memory_bytes);
+  for (Case& one : o.cases) {
+    if (one.batch > 0) continue;
+    one.batch = static_cast<uint32_t>(
+        std::min<uint64_t>(columns / one.columns(1), uint64_t{kMostSequences}));
+    most = std::max(most, one.columns(one.batch));
   }
   StageSpec spec;
   spec.layers = o.layers;
-  spec.pool_blocks = most * o.layers.size();
+  spec.pool_blocks = static_cast<uint32_t>(most * o.layers.size());
+  const CudaStageBytes stated =
+      LayOutStage(config, spec, {device.num_multiprocessors, o.deterministic}, nullptr).bytes;
+  const uint64_t free_before = FreeBytes();
   const auto begin = std::chrono::steady_clock::now();
   auto model = Must(backend->Load(spec, {}));
   const std::chrono::duration<double> load = std::chrono::steady_clock::now() - begin;
   const bool last = o.layers.end == config.num_hidden_layers;
-  std::printf("%s layers %u to %u, loaded in %.1f s, reading %.0f GB/s\n", o.config.c_str(),
-              o.layers.begin, o.layers.end, load.count(), read_rate / 1e9);
+  constexpr double kGiB = 1 << 30;
+  std::printf(
+      "%s layers %u to %u%s, loaded in %.1f s, reading %.0f GB/s; GiB: weights %.2f, cache %.2f, "
+      "workspace %.2f\n",
+      o.config.c_str(), o.layers.begin, o.layers.end, o.deterministic ? ", deterministic" : "",
+      load.count(), read_rate / 1e9, static_cast<double>(stated.weights) / kGiB,
+      static_cast<double>(stated.pool) / kGiB, static_cast<double>(stated.workspace) / kGiB);
   const double row_bytes = RowBytes(RowFormat::kBf16, config.kv_lora_rank, config.qk_rope_head_dim);
-  for (const uint32_t count : o.batches) {
-    const Batch batch(count, o.context, 1, o.layers, last);
+  const char* const mode = o.deterministic ? "true" : "false";
+  for (const Case& one : o.cases) {
+    const uint32_t count = one.batch;
+    const Batch batch(count, one.context, 1, o.layers, last);
     const double us = StepUs(*model, batch.get(), config, 20);
     const double bytes = TouchedBytes(config, o.layers, count) +
-                         row_bytes * count * (o.context + 1) * o.layers.size();
+                         row_bytes * count * (one.context + 1) * o.layers.size();
     const double floor_us = bytes / read_rate * 1e6;
     std::printf("decode batch %4u at %6u: %9.1f us, floor %8.1f us, %5.1f %%, %8.0f tokens/s\n",
-                count, o.context, us, floor_us, 100 * floor_us / us, count / us * 1e6);
+                count, one.context, us, floor_us, 100 * floor_us / us, count / us * 1e6);
     std::printf(
         "JSON {\"bench\":\"decode\",\"config\":\"%s\",\"layers\":%u,\"batch\":%u,\"context\":%u,"
-        "\"us\":%.1f,\"floor_us\":%.1f,\"share\":%.4f}\n",
-        o.config.c_str(), o.layers.size(), count, o.context, us, floor_us, floor_us / us);
+        "\"deterministic\":%s,\"us\":%.1f,\"floor_us\":%.1f,\"share\":%.4f,"
+        "\"cache_bytes\":%.0f}\n",
+        o.config.c_str(), o.layers.size(), count, one.context, mode, us, floor_us, floor_us / us,
+        static_cast<double>(one.columns(count) * o.layers.size() * backend->block_bytes()));
   }
   if (o.prefill > 0) {
     const Batch batch(1, 0, o.prefill, o.layers, last);
     const double us = StepUs(*model, batch.get(), config, 3);
     std::printf("prefill %u tokens: %.1f us, %.0f tokens/s\n", o.prefill, us, o.prefill / us * 1e6);
     std::printf(
-        "JSON {\"bench\":\"prefill\",\"config\":\"%s\",\"layers\":%u,\"tokens\":%u,\"us\":%.1f}\n",
-        o.config.c_str(), o.layers.size(), o.prefill, us);
+        "JSON {\"bench\":\"prefill\",\"config\":\"%s\",\"layers\":%u,\"tokens\":%u,"
+        "\"deterministic\":%s,\"us\":%.1f}\n",
+        o.config.c_str(), o.layers.size(), o.prefill, mode, us);
   }
+  const uint64_t taken = free_before - std::min(free_before, FreeBytes());
+  std::printf("GPU memory taken %.2f GiB of %.2f stated\n", static_cast<double>(taken) / kGiB,
+              static_cast<double>(stated.total()) / kGiB);
+  std::printf(
+      "JSON {\"bench\":\"memory\",\"config\":\"%s\",\"layers\":%u,\"deterministic\":%s,"
+      "\"weights\":%.0f,\"cache\":%.0f,\"workspace\":%.0f,\"stated\":%.0f,\"taken\":%.0f}\n",
+      o.config.c_str(), o.layers.size(), mode, static_cast<double>(stated.weights),
+      static_cast<double>(stated.pool), static_cast<double>(stated.workspace),
+      static_cast<double>(stated.total()), static_cast<double>(taken));
   return 0;
 }
 
@@ -185,27 +251,36 @@ int Main(const Options& o) {
 }  // namespace strait::bench
 
 int main(int argc, char** argv) {
+  using strait::bench::Case;
   using strait::bench::Options;
   Options options;
-  if (argc < 6) {
+  const auto usage = [] {
     std::fprintf(stderr,
-                 "usage: cuda_stage_bench CONFIG_DIR BEGIN END CONTEXT BATCH… [--prefill TOKENS] "
-                 "[--memory BYTES]\n");
+                 "usage: cuda_stage_bench CONFIG_DIR BEGIN END|fit BATCH@CONTEXT… "
+                 "[--prefill TOKENS] [--memory BYTES] [--deterministic]\n");
     return 2;
-  }
-  const auto number = [&](int i) {
-    return static_cast<uint32_t>(std::strtoul(argv[i], nullptr, 10));
+  };
+  if (argc < 5) return usage();
+  const auto number = [](const char* text) {
+    return static_cast<uint32_t>(std::strtoul(text, nullptr, 10));
   };
   options.config = argv[1];
-  options.layers = {number(2), number(3)};
-  options.context = number(4);
-  for (int i = 5; i < argc; ++i) {
+  options.layers = {number(argv[2]), std::strcmp(argv[3], "fit") == 0 ? 0 : number(argv[3])};
+  for (int i = 4; i < argc; ++i) {
+    const char* const at = std::strchr(argv[i], '@');
     if (std::strcmp(argv[i], "--prefill") == 0 && i + 1 < argc) {
-      options.prefill = number(++i);
+      options.prefill = number(argv[++i]);
     } else if (std::strcmp(argv[i], "--memory") == 0 && i + 1 < argc) {
       options.memory_bytes = std::strtoull(argv[++i], nullptr, 10);
+    } else if (std::strcmp(argv[i], "--deterministic") == 0) {
+      options.deterministic = true;
+    } else if (at != nullptr && number(at + 1) > 0) {
+      const bool most = std::strncmp(argv[i], "max@", 4) == 0;
+      const Case one = {most ? 0 : number(argv[i]), number(at + 1)};
+      if (!most && one.batch == 0) return usage();
+      options.cases.push_back(one);
     } else {
-      options.batches.push_back(number(i));
+      return usage();
     }
   }
   return strait::bench::Main(options);

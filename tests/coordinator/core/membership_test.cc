@@ -67,6 +67,53 @@ TEST(MembershipTest, AnotherCacheFormatIsRefused) {
                     HasSubstr("--cache-format")));
 }
 
+v1::StageCosts Costs(const ModelShape& model) {
+  v1::StageCosts costs;
+  for (const uint64_t bytes : model.layer_weight_bytes) costs.add_layer_bytes(bytes + 7);
+  costs.set_embedding_bytes(model.embedding_bytes);
+  costs.set_head_bytes(model.head_bytes);
+  costs.set_block_bytes(model.block_bytes + 4);
+  costs.add_workspace_bytes(60);
+  return costs;
+}
+
+// The bug: a GPU worker counts its memory otherwise than a CPU worker, and was planned for as one.
+TEST(MembershipTest, AWorkersStagesArePlannedAsItCountsThem) {
+  const ModelShape model = SmallModel();
+  const v1::StageCosts costs = Costs(model);
+  uint64_t fixed = costs.embedding_bytes() + costs.head_bytes() + 60;
+  for (const uint64_t bytes : costs.layer_bytes()) fixed += bytes;
+  const uint64_t column = costs.block_bytes() * model.layer_weight_bytes.size();
+  for (const uint64_t short_of : {0u, 1u}) {
+    Harness h(Options(1), model);
+    v1::Hello hello = h.MakeHello(fixed + 3 * column - short_of);
+    *hello.mutable_stage_costs() = costs;
+    h.Attach(hello);
+    ASSERT_TRUE(h.core.Ready());
+    EXPECT_EQ(h.core.Stats().blocks_total,
+              (short_of > 0 ? 2 : 3) * model.layer_weight_bytes.size());
+  }
+}
+
+TEST(MembershipTest, CostsThatAreNoneOfTheModelAreRefused) {
+  Harness h(Options(1), SmallModel());
+  std::vector<v1::StageCosts> wrong(6, Costs(SmallModel()));
+  wrong[0].add_layer_bytes(1);
+  wrong[1].set_block_bytes(SmallModel().block_bytes - 1);
+  wrong[2].clear_workspace_bytes();
+  wrong[3].add_workspace_bytes(59);
+  wrong[4].set_layer_bytes(0, ~uint64_t{0});
+  wrong[5].set_head_bytes(~uint64_t{0});
+  for (const v1::StageCosts& costs : wrong) {
+    v1::Hello hello = h.MakeHello(kMemory);
+    *hello.mutable_stage_costs() = costs;
+    const WorkerId id = h.Attach(hello);
+    EXPECT_EQ(h.workers.at(id).why.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(h.workers.at(id).why.ToString(), HasSubstr("costs of its stages"));
+  }
+  EXPECT_FALSE(h.core.Ready());
+}
+
 TEST(MembershipTest, AnEmptyClusterTakesOtherWeightsAndContinuesNothing) {
   Harness h(Options(1), SmallModel());
   const WorkerId old = h.Attach(kMemory);

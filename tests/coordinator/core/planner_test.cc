@@ -24,7 +24,7 @@ CoreOptions Options() {
 
 // The best smallest capacity, by trying every split.
 uint32_t BestByTrying(const CoreOptions& options, const ModelShape& model,
-                      const std::vector<uint64_t>& memory) {
+                      const std::vector<WorkerMemory>& memory) {
   const auto num_layers = static_cast<uint32_t>(model.layer_weight_bytes.size());
   std::function<uint32_t(size_t, uint32_t)> best = [&](size_t stage, uint32_t begin) -> uint32_t {
     if (stage + 1 == memory.size()) {
@@ -55,7 +55,7 @@ TEST(PlannerTest, IsAsGoodAsTryingEverySplit) {
     if (random() % 4 == 0) options.max_cache_bytes_per_stage = 1000 + random() % 5000;
     const uint32_t num_stages =
         1 + random() % std::min<uint32_t>(4, model.layer_weight_bytes.size());
-    std::vector<uint64_t> memory;
+    std::vector<WorkerMemory> memory;
     for (uint32_t s = 0; s < num_stages; ++s) memory.push_back(2000 + random() % 12000);
 
     const uint32_t best = BestByTrying(options, model, memory);
@@ -76,7 +76,7 @@ TEST(PlannerTest, IsAsGoodAsTryingEverySplit) {
       EXPECT_EQ(stage.pool_blocks, best * stage.layers.size());
       EXPECT_LE(StageWeightBytes(model, stage.layers) + StageWorkspaceBytes(model, stage.layers) +
                     uint64_t{stage.pool_blocks} * model.block_bytes,
-                memory[s]);
+                memory[s].bytes);
     }
     EXPECT_EQ(next, model.layer_weight_bytes.size());
   }
@@ -86,7 +86,7 @@ TEST(PlannerTest, IsAsGoodAsTryingEverySplit) {
 TEST(PlannerTest, EqualWorkersShareEqualLayers) {
   ModelShape model = SmallModel(8);
   model.embedding_bytes = model.head_bytes = 0;
-  const auto plan = PlanPipeline(Options(), model, std::vector<uint64_t>{10000, 10000});
+  const auto plan = PlanPipeline(Options(), model, std::vector<WorkerMemory>{10000, 10000});
   ASSERT_TRUE(plan.ok()) << plan.status();
   EXPECT_EQ(plan->stages[0].layers, (LayerRange{0, 4}));
   EXPECT_EQ(plan->stages[1].layers, (LayerRange{4, 8}));
@@ -96,7 +96,7 @@ TEST(PlannerTest, MoreCacheThanCanBeUsedIsNotTaken) {
   CoreOptions options = Options();
   options.max_running = 3;
   ModelShape model = SmallModel(4);
-  const auto plan = PlanPipeline(options, model, std::vector<uint64_t>{1 << 30, 1 << 30});
+  const auto plan = PlanPipeline(options, model, std::vector<WorkerMemory>{1 << 30, 1 << 30});
   ASSERT_TRUE(plan.ok()) << plan.status();
   EXPECT_EQ(plan->capacity_columns, 3 * BlocksPerLayer(model.max_positions));
   // With room to spare, the pace decides: 1000 x 2 against 1000 x 2 + 500 of head.
@@ -121,7 +121,7 @@ TEST(PlannerTest, AStagesWorkspaceFollowsItsWeights) {
 }
 
 TEST(PlannerTest, RefusalNamesTheNumbers) {
-  const auto plan = PlanPipeline(Options(), SmallModel(4), std::vector<uint64_t>{2500, 2400});
+  const auto plan = PlanPipeline(Options(), SmallModel(4), std::vector<WorkerMemory>{2500, 2400});
   ASSERT_EQ(plan.status().code(), absl::StatusCode::kResourceExhausted);
   // 4 x 1000 + 500 + 500 of weights, 2 x 50 of workspace, 4 blocks of 128.
   EXPECT_NE(plan.status().message().find("5612"), absl::string_view::npos) << plan.status();

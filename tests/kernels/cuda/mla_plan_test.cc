@@ -7,6 +7,8 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
 #include <map>
 #include <random>
 #include <set>
@@ -166,6 +168,198 @@ TEST(MlaPlanTest, ADeterministicPlanCutsASequenceAsIfAlone) {
   for (const auto& [begin, end] : cuts(Plan(alone, 16, true), 0)) {
     EXPECT_EQ(begin % kMlaDeterministicSpan, 0);
   }
+}
+
+// What decides the bits of a row: the stretches that it sees, in order. A fold over at most four is
+// the same in one warp and in four; of more it must be four.
+struct RowCuts {
+  std::vector<std::pair<int32_t, int32_t>> seen;  // blocks
+  int32_t warps = 0;                              // of the merge; 0: none
+  friend bool operator==(const RowCuts&, const RowCuts&) = default;
+};
+using Rows = std::map<std::pair<int32_t, int32_t>, RowCuts>;  // by position and head
+
+// Rows of sequence `sequence` in a plan; each must be there once over all plans of a batch.
+void AddRows(const MlaPlan& plan, int32_t sequence, int32_t heads, Rows* rows) {
+  std::map<int32_t, int32_t> warps;
+  for (const MlaMerge& merge : plan.merges) warps[merge.first_row] = merge.warps;
+  std::map<int32_t, std::vector<MlaWork>> tiles;
+  for (const MlaWork& work : plan.work) {
+    if (work.sequence == sequence) tiles[work.first_row].push_back(work);
+  }
+  for (auto& [first_row, stretches] : tiles) {
+    std::sort(stretches.begin(), stretches.end(),
+              [](const MlaWork& a, const MlaWork& b) { return a.block_begin < b.block_begin; });
+    for (int32_t r = 0; r < stretches[0].num_rows; ++r) {
+      const int32_t row = stretches[0].row_in_sequence + r;
+      const int32_t position = stretches[0].first_position + row / heads;
+      RowCuts cuts;
+      for (const MlaWork& work : stretches) {
+        const int32_t end = std::min(work.block_end, position / kMlaBlockRows + 1);
+        if (work.block_begin < end) cuts.seen.emplace_back(work.block_begin, end);
+      }
+      if (cuts.seen.size() > 4) {
+        ASSERT_TRUE(warps.contains(first_row));
+        cuts.warps = warps.at(first_row);
+      }
+      ASSERT_TRUE(rows->emplace(std::pair(position, row % heads), cuts).second)
+          << "twice: position " << position << " head " << row % heads;
+    }
+  }
+}
+
+// Cuts, plans every part and checks it; the number of parts.
+int32_t PlanInParts(const Batch& batch, int32_t heads, const MlaPartLimits& limits,
+                    std::map<int32_t, Rows>* rows) {
+  const MlaPlanOptions options = {.num_heads = heads, .deterministic = true};
+  MlaParts parts;
+  CutMlaBatch(batch.sequences.data(), static_cast<int32_t>(batch.sequences.size()), options,
+              limits.plan, &parts);
+  const auto num_parts = static_cast<int32_t>(parts.begin.size()) - 1;
+  EXPECT_LE(num_parts, limits.max_parts);
+  int64_t bytes = 0;
+  for (int32_t part = 0; part < num_parts; ++part) {
+    Batch one;
+    one.sequences.assign(parts.sequences.begin() + parts.begin[part],
+                         parts.sequences.begin() + parts.begin[part + 1]);
+    MlaPlan plan;
+    EXPECT_TRUE(PlanMla(one.sequences.data(), static_cast<int32_t>(one.sequences.size()), options,
+                        limits.plan, &plan))
+        << "part " << part << " of " << num_parts;
+    ExpectWhole(one, heads, plan);
+    bytes += MlaPlanUsedBytes(plan);
+    for (const MlaSequence& s : batch.sequences) {
+      AddRows(plan, s.sequence, heads, &(*rows)[s.sequence]);
+    }
+  }
+  EXPECT_LE(bytes, limits.plan_bytes);
+  return num_parts;
+}
+
+TEST(MlaPlanTest, ARowsCutsAreItsSequencesAlone) {
+  const uint64_t seed = std::random_device{}();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  std::mt19937_64 rng(seed);
+  const auto pick = [&](int32_t low, int32_t high) {
+    return std::uniform_int_distribution<int32_t>(low, high)(rng);
+  };
+  int32_t most_parts = 0;
+  for (int round = 0; round < 60; ++round) {
+    const int32_t heads = std::vector<int32_t>{1, 5, 16, 20, 64, 128, 256}[pick(0, 6)];
+    const int32_t first = round % 3 == 0 ? pick(0, 900) : pick(900, 12000);
+    const int32_t tokens = pick(1, 150);
+    // Token by token, alone, on another device: the longest way of all.
+    Rows expected;
+    for (int32_t i = 0; i < tokens; ++i) {
+      Batch one;
+      one.Add(1, first + i);
+      std::map<int32_t, Rows> rows;
+      PlanInParts(one, heads, MaxMlaParts(7, 1, 1, heads, 20000, 1 << 20), &rows);
+      expected.merge(rows[0]);
+    }
+    ASSERT_EQ(expected.size(), static_cast<size_t>(tokens * heads));
+    for (const auto& [row, cuts] : expected) {
+      for (const auto& [begin, end] : cuts.seen) EXPECT_EQ(begin % kMlaDeterministicSpan, 0);
+      EXPECT_EQ(cuts.warps, cuts.seen.size() > 4 ? 4 : 0);
+    }
+    // In chunks, each in a batch of others.
+    for (const int32_t chunk : {1, 7, 64, tokens}) {
+      Rows rows;
+      for (int32_t at = 0; at < tokens; at += chunk) {
+        const int32_t count = std::min(chunk, tokens - at);
+        Batch batch;
+        for (int32_t other = pick(0, 8); other > 0; --other) batch.Add(pick(1, 9), pick(0, 19000));
+        const auto index = static_cast<int32_t>(batch.sequences.size());
+        batch.Add(count, first + at);
+        for (int32_t other = pick(0, 8); other > 0; --other) batch.Add(pick(1, 9), pick(0, 19000));
+        std::map<int32_t, Rows> all;
+        const int32_t wanted = pick(0, 2) == 0 ? 1 << 20 : pick(1, 300);
+        most_parts =
+            std::max(most_parts,
+                     PlanInParts(batch, heads,
+                                 MaxMlaParts(pick(1, 140), 1024, 512, heads, 20000, wanted), &all));
+        for (size_t s = 0; s < batch.sequences.size(); ++s) {
+          EXPECT_EQ(all[static_cast<int32_t>(s)].size(),
+                    static_cast<size_t>(batch.sequences[s].num_tokens * heads));
+        }
+        rows.merge(all[index]);
+      }
+      EXPECT_TRUE(rows == expected) << "chunks of " << chunk;
+    }
+  }
+  EXPECT_GT(most_parts, 3) << "batches that need several parts were meant to be among them";
+}
+
+// The merge kernel's sums (kernels/cuda/mla.cu) over the first `seen` of `count` partial results;
+// the others saw nothing: a weight of 0 and a result of 0.
+float Merged(const std::vector<float>& out, const std::vector<float>& lse, int32_t seen,
+             int32_t count) {
+  if (count == 1) return out[0];
+  float max = -INFINITY;
+  for (int32_t s = 0; s < seen; ++s) max = std::max(max, lse[s]);
+  const int32_t warps = MlaMergeWarps(count, true);
+  float sums[4] = {};
+  float weights[4] = {};
+  for (int32_t w = 0; w < warps; ++w) {
+    for (int32_t s = w; s < count; s += warps) {
+      const float weight = s < seen ? std::exp2((lse[s] - max) * 1.4426950408889634f) : 0.0f;
+      weights[w] += weight;
+      sums[w] += weight * (s < seen ? out[s] : 0.0f);
+    }
+  }
+  for (int32_t w = 1; w < warps; ++w) {
+    sums[0] += 1.0f * sums[w];
+    weights[0] += weights[w];
+  }
+  return sums[0] * (1.0f / weights[0]);
+}
+
+// A row's tile may reach further than the row sees, by as much as the chunk that it came in.
+TEST(MlaPlanTest, PartialsThatSawNothingMoveNoBitOfAMerge) {
+  const uint64_t seed = std::random_device{}();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  std::mt19937_64 rng(seed);
+  std::normal_distribution<float> normal(0, 3);
+  for (int round = 0; round < 200; ++round) {
+    std::vector<float> out;
+    std::vector<float> lse;
+    for (int i = 0; i < 40; ++i) {
+      out.push_back(normal(rng));
+      lse.push_back(normal(rng));
+    }
+    for (int32_t seen = 1; seen <= 40; ++seen) {
+      const float alone = Merged(out, lse, seen, seen);
+      for (const int32_t more : {1, 2, 3, 4, 11, 17, 100}) {
+        const float got = Merged(out, lse, seen, seen + more);
+        ASSERT_EQ(std::bit_cast<uint32_t>(got), std::bit_cast<uint32_t>(alone))
+            << seen << " of " << seen + more;
+      }
+    }
+  }
+}
+
+TEST(MlaPlanTest, TheLargestStepsArePlannedInParts) {
+  // As stages pose them: 512 rows of 128 heads behind 163,840 cached ones.
+  const MlaPartLimits limits = MaxMlaParts(132, 1024, 512, 128, 163840, 1024);
+  for (const int32_t sequences : {1, 512}) {
+    Batch batch;
+    for (int32_t s = 0; s < sequences; ++s) batch.Add(512 / sequences, 163840 - 512 / sequences);
+    std::map<int32_t, Rows> rows;
+    EXPECT_GT(PlanInParts(batch, 128, limits, &rows), 100);
+    EXPECT_EQ(rows.size(), static_cast<size_t>(sequences));
+  }
+  EXPECT_LT(int64_t{limits.plan.max_partials} * 64 * 512 * 4, int64_t{256} << 20);
+  EXPECT_LT(limits.plan_bytes, int64_t{64} << 20);
+}
+
+TEST(MlaPlanTest, WithoutFixedCutsABatchIsOnePart) {
+  Batch batch;
+  for (int i = 0; i < 5; ++i) batch.Add(3, 100000 * i);
+  MlaParts parts;
+  CutMlaBatch(batch.sequences.data(), 5, {.num_heads = 16}, LimitsOf(batch, 16, false), &parts);
+  EXPECT_EQ(parts.begin, (std::vector<int32_t>{0, 5}));
+  CutMlaBatch(nullptr, 0, {.num_heads = 16}, LimitsOf(batch, 16, false), &parts);
+  EXPECT_EQ(parts.begin, std::vector<int32_t>{0});
 }
 
 TEST(MlaPlanTest, TooSmallALimitIsRefusedAndLeavesAnEmptyPlan) {

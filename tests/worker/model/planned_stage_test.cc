@@ -37,7 +37,7 @@ uint32_t LoadAsPlanned(const ModelConfig& config, RowFormat format, uint32_t num
   CoreOptions options;
   options.max_running = 1'000'000;  // the memory alone bounds the cache
   const auto plan =
-      PlanPipeline(options, Shape(config, format), std::vector<uint64_t>(num_stages, memory));
+      PlanPipeline(options, Shape(config, format), std::vector<WorkerMemory>(num_stages, memory));
   if (!plan.ok()) return 0;
   uint32_t largest = 0;
   for (const StagePlan& stage : plan->stages) {

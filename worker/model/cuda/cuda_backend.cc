@@ -5,8 +5,10 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "proto/limits.h"
 #include "proto/reservation.h"
 #include "proto/status_macros.h"
+#include "worker/model/cuda/stage_layout.h"
 #include "worker/model/cuda/stage_model.h"
 #include "worker/model/cuda/weights.h"
 #include "worker/model/memory.h"
@@ -23,6 +25,7 @@ struct CudaBackend::Shared {
   cuda::Device device;
   std::unique_ptr<WeightSource> weights;
   std::shared_ptr<MemoryBudget> budget;
+  CudaTraits traits;
 };
 
 absl::StatusOr<cuda::Device> OpenCudaDevice(int index) {
@@ -43,7 +46,9 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
   auto shared = std::make_shared<Shared>();
   STRAIT_ASSIGN_OR_RETURN(shared->device, OpenCudaDevice(options.device));
   STRAIT_RETURN_IF_ERROR(CheckCudaModel(weights->config()));
+  STRAIT_RETURN_IF_ERROR(CheckCudaAttention(weights->config(), shared->device));
   shared->weights = std::move(weights);
+  shared->traits = {shared->device.num_multiprocessors, options.deterministic};
   shared->budget = std::make_shared<MemoryBudget>(options.memory_bytes);
   return std::unique_ptr<CudaBackend>(new CudaBackend(std::move(shared)));
 }
@@ -61,31 +66,22 @@ absl::StatusOr<std::unique_ptr<StageModel>> CudaBackend::Load(
   }
   const auto what = absl::StrCat("a stage of layers ", spec.layers.begin, " to ", spec.layers.end,
                                  " with ", spec.pool_blocks, " latent blocks");
-  const uint64_t block_bytes = this->block_bytes();
-  STRAIT_ASSIGN_OR_RETURN(
-      MemoryBudget::Share share,
-      MemoryBudget::Take(
-          shared_->budget,
-          StageWeightBytes(config, spec.layers) + uint64_t{spec.pool_blocks} * block_bytes, what));
+  const CudaTraits& traits = shared_->traits;
+  const CudaStageBytes needed = LayOutStage(config, spec, traits, nullptr).bytes;
+  STRAIT_ASSIGN_OR_RETURN(MemoryBudget::Share share,
+                          MemoryBudget::Take(shared_->budget, needed.total(), what));
   // What the GPU really has: others may use it too.
   STRAIT_ASSIGN_OR_RETURN(const cuda::Device now, OpenCudaDevice(shared_->device.index));
-  const CudaStageBytes needed =
-      CudaStageModel::Measure(config, spec, shared_->device.num_multiprocessors);
   const auto available = static_cast<uint64_t>(now.free_bytes);
   if (needed.total() > available) {
-    const uint64_t fixed = needed.weights + needed.workspace;
-    const uint64_t blocks =
-        available > fixed ? std::min<uint64_t>((available - fixed) / block_bytes, spec.pool_blocks)
-                          : 0;
-    return absl::ResourceExhaustedError(absl::StrCat(
-        what, " needs ", needed.total(), " bytes of GPU memory (weights ", needed.weights,
-        ", cache ", needed.pool, ", workspace ", needed.workspace, "), available are ", available,
-        " of ", now.memory_bytes, " on ", now.name, "; ",
-        blocks > 0 ? absl::StrCat("with ", blocks, " latent blocks it would fit")
-                   : std::string("its weights alone do not fit: use more stages")));
+    return absl::ResourceExhaustedError(
+        absl::StrCat(what, " needs ", needed.total(), " bytes of GPU memory (weights ",
+                     needed.weights, ", cache ", needed.pool, ", workspace ", needed.workspace,
+                     "), available are ", available, " of ", now.memory_bytes, " on ", now.name,
+                     "; ", WhatWouldFit(CudaStageCosts(config, traits), spec, available)));
   }
-  return CudaStageModel::Create(shared_, *shared_->weights, spec, shared_->device.index,
-                                shared_->device.num_multiprocessors, std::move(share), progress);
+  return CudaStageModel::Create(shared_, *shared_->weights, spec, shared_->device.index, traits,
+                                std::move(share), progress);
 }
 
 uint32_t CudaBackend::hidden_row_bytes() const {
@@ -100,8 +96,11 @@ uint32_t CudaBackend::max_positions() const { return config().max_position_embed
 const ModelConfig& CudaBackend::config() const { return shared_->weights->config(); }
 
 std::string CudaBackend::numerics_id() const {
-  return absl::StrCat("cuda/", kKernelRevision, "/sm_", shared_->device.compute_capability,
-                      "/bf16");
+  return absl::StrCat("cuda/", kKernelRevision, "/sm_", shared_->device.compute_capability, "/bf16",
+                      shared_->traits.deterministic ? "/deterministic" : "");
 }
+
+int CudaBackend::num_multiprocessors() const { return shared_->device.num_multiprocessors; }
+StageCosts CudaBackend::stage_costs() const { return CudaStageCosts(config(), shared_->traits); }
 
 }  // namespace strait

@@ -11,9 +11,8 @@
 //          InvalidArgument: a model that the kernels do not take. Load: as CpuBackend's, and
 //          ResourceExhausted if the GPU has not the bytes. Forward: Internal; if the GPU context is
 //          lost, the process ends (worker/model/cuda/status.h).
-// Limits:  weights and pools of all stages within memory_bytes, counted as the coordinator counts
-//          them. Besides, a stage takes its workspace (worker/model/cuda/workspace.h): 5 % of its
-//          weights, or what 64 rows need; and where weights are fp8, kv_b_proj once more.
+// Limits:  all stages together within memory_bytes: weights as the device stores them, cache and
+//          workspace (stage_layout.h). What CUDA itself takes for the process comes on top.
 // Why:     a stage's device memory is one allocation, made at load: nothing is taken in a step.
 #pragma once
 
@@ -25,6 +24,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/cuda/device.h"
 #include "proto/model_config.h"
+#include "proto/workspace.h"
 #include "worker/backend.h"
 #include "worker/checkpoint/weights.h"
 
@@ -32,7 +32,9 @@ namespace strait {
 
 struct CudaBackendOptions {
   int device = 0;
-  uint64_t memory_bytes = 0;  // for weights and pools of all stages
+  uint64_t memory_bytes = 0;  // for weights, caches and workspaces of all stages
+  // A sequence's bits are a function of the sequence alone (ARCHITECTURE.md, The same tokens).
+  bool deterministic = false;
 };
 
 // Opens GPU `index`, for a worker to know its memory before it makes a backend.
@@ -55,6 +57,9 @@ class CudaBackend final : public Backend {
   std::string numerics_id() const override;
 
   const ModelConfig& config() const;
+  // How the memory of its stages is counted; for the coordinator.
+  StageCosts stage_costs() const;
+  int num_multiprocessors() const;
 
   struct Shared;  // what stages keep alive
 

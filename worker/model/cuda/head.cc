@@ -139,6 +139,7 @@ absl::Status CudaHead::ReadSome(const StageBatch& batch, absl::Span<const Logits
   product.weight = weights_->lm_head;
   product.split_sums = ws_->split_sums;
   product.split_capacity = static_cast<int64_t>(kCudaSplitFloats);
+  product.fixed_order = ws_->fixed_order;
   product.y_fp32 = ws_->logits;
   product.y_stride = config_->vocab_size;
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(product, stream_));

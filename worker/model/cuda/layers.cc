@@ -17,6 +17,7 @@ cuda::GemmParams Product(const CudaWorkspace& workspace, const cuda::Bf16* x, in
   cuda::GemmParams p;
   p.split_sums = workspace.split_sums;
   p.split_capacity = static_cast<int64_t>(kCudaSplitFloats);
+  p.fixed_order = workspace.fixed_order;
   p.x = x;
   p.x_stride = x_stride;
   p.weight = weight;
@@ -173,7 +174,6 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   mla.blocks = pool_.blocks;
   mla.block_bytes = pool_.block_bytes;
   mla.pool_map = pool_.map;
-  mla.plan = tile.plan;
   mla.partial_out = ws_.partial_out;
   mla.partial_lse = ws_.partial_lse;
   mla.out = ws_.o_latent;
@@ -181,7 +181,10 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   mla.num_heads = heads;
   mla.rank = rank;
   mla.rope = rope;
-  STRAIT_CUDA_RETURN_IF_ERROR(cuda::LaunchMla(mla, stream_));
+  for (const cuda::MlaPlanView& plan : tile.plans) {
+    mla.plan = plan;
+    STRAIT_CUDA_RETURN_IF_ERROR(cuda::LaunchMla(mla, stream_));
+  }
 
   const int64_t attended_stride = cuda::AlignedStride(heads * value);
   cuda::GemmParams up =
@@ -249,7 +252,7 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, int32_t num_rows) {
   lists.num_experts_per_tok = picks;
   lists.n_routed_experts = experts;
   lists.num_shared = static_cast<int32_t>(weights.num_shared);
-  lists.tile_rows = cuda::ExpertTileRows(choices, experts, false);
+  lists.tile_rows = cuda::ExpertTileRows(choices, experts, ws_.fixed_order);
   lists.token_of = ws_.token_of;
   lists.row_of = ws_.row_of;
   lists.tiles = ws_.tiles;

@@ -16,6 +16,7 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
+#include "absl/types/span.h"
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/latent.h"
 #include "kernels/cuda/mla.h"
@@ -28,9 +29,9 @@ namespace strait {
 // Rows that go through the layers together; device pointers.
 struct CudaTile {
   int32_t num_rows = 0;
-  const int32_t* positions = nullptr;       // [num_rows]
-  const int32_t* sequence_index = nullptr;  // [num_rows] into a layer's segments
-  cuda::MlaPlanView plan;
+  const int32_t* positions = nullptr;         // [num_rows]
+  const int32_t* sequence_index = nullptr;    // [num_rows] into a layer's segments
+  absl::Span<const cuda::MlaPlanView> plans;  // launched one after the other; together all rows
 };
 
 // The latent cache on the device.

@@ -16,50 +16,16 @@
 namespace strait {
 namespace {
 
-constexpr RowFormat kRowFormat = RowFormat::kBf16;
-constexpr int32_t kMaxGraphRows = 256;
-
-// All that a stage has in device memory, in one region.
-struct StageLayout {
-  CudaStageBytes bytes;
-  StepLimits limits;
-  DeviceStage weights;
-  float* inv_freq = nullptr;
-  std::byte* pool = nullptr;
-  CudaWorkspace workspace;
-};
-
-StageLayout LayOut(const ModelConfig& config, const StageSpec& spec, int num_multiprocessors,
-                   std::byte* base) {
-  StageLayout l;
-  Region region(base);
-  l.weights = LayOutWeights(config, spec.layers, region);
-  l.inv_freq = region.Take<float>(config.qk_rope_head_dim / 2);
-  l.bytes.weights = region.end();
-  l.pool =
-      region.Take<std::byte>(uint64_t{spec.pool_blocks} *
-                             BlockBytes(kRowFormat, config.kv_lora_rank, config.qk_rope_head_dim));
-  l.bytes.pool = region.end() - l.bytes.weights;
-  l.limits =
-      MakeStepLimits(config, spec.layers, spec.pool_blocks, l.bytes.weights, num_multiprocessors);
-  l.workspace = LayOutWorkspace(config, spec.layers, l.limits, region);
-  l.bytes.workspace = region.end() - l.bytes.weights - l.bytes.pool;
-  return l;
-}
+constexpr int32_t kMaxGraphRows = 256;  // beyond it launching is no longer what a step waits for
 
 }  // namespace
 
-CudaStageBytes CudaStageModel::Measure(const ModelConfig& config, const StageSpec& spec,
-                                       int num_multiprocessors) {
-  return LayOut(config, spec, num_multiprocessors, nullptr).bytes;
-}
-
 absl::StatusOr<std::unique_ptr<CudaStageModel>> CudaStageModel::Create(
     std::shared_ptr<const void> alive, WeightSource& source, const StageSpec& spec, int device,
-    int num_multiprocessors, MemoryBudget::Share share, const LoadProgress& progress) {
+    const CudaTraits& traits, MemoryBudget::Share share, const LoadProgress& progress) {
   std::unique_ptr<CudaStageModel> model(
       new CudaStageModel(std::move(alive), source.config(), spec, device, std::move(share)));
-  STRAIT_RETURN_IF_ERROR(model->Init(source, num_multiprocessors, progress));
+  STRAIT_RETURN_IF_ERROR(model->Init(source, traits, progress));
   return model;
 }
 
@@ -67,25 +33,23 @@ CudaStageModel::~CudaStageModel() {
   (void)cudaSetDevice(device_);
   if (stream_ != nullptr) (void)cudaStreamSynchronize(stream_);
   for (const auto& [rows, graph] : graphs_) (void)cudaGraphExecDestroy(graph);
-  if (stream_ != nullptr) {
-    (void)cudaStreamDestroy(stream_);
-  }
+  if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
 }
 
-absl::Status CudaStageModel::Init(WeightSource& source, int num_multiprocessors,
+absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits,
                                   const LoadProgress& progress) {
   STRAIT_CUDA_RETURN_IF_ERROR(cudaSetDevice(device_));
   STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::PrepareMla());
-  bytes_ = Measure(config_, spec_, num_multiprocessors);
-  STRAIT_ASSIGN_OR_RETURN(memory_, DeviceMemory::Create(bytes_.total()));
-  StageLayout layout = LayOut(config_, spec_, num_multiprocessors, memory_.data());
+  bytes_ = LayOutStage(config_, spec_, traits, nullptr).bytes;
+  STRAIT_ASSIGN_OR_RETURN(memory_, DeviceMemory::Create(bytes_.allocated()));
+  CudaStageLayout layout = LayOutStage(config_, spec_, traits, memory_.data());
   weights_ = std::move(layout.weights);
   limits_ = layout.limits;
   ws_ = layout.workspace;
   pool_.blocks = layout.pool;
-  pool_.block_bytes =
-      static_cast<int64_t>(BlockBytes(kRowFormat, config_.kv_lora_rank, config_.qk_rope_head_dim));
+  pool_.block_bytes = static_cast<int64_t>(
+      BlockBytes(RowFormat::kBf16, config_.kv_lora_rank, config_.qk_rope_head_dim));
   static_assert(cuda::kMlaBlockRows == static_cast<int32_t>(limits::kBlockTokens));
   const auto rank = static_cast<int32_t>(config_.kv_lora_rank);
   const auto rope = static_cast<int32_t>(config_.qk_rope_head_dim);
@@ -116,12 +80,13 @@ absl::Status CudaStageModel::Init(WeightSource& source, int num_multiprocessors,
   }
   STRAIT_ASSIGN_OR_RETURN(staging_, PinnedMemory::Create(uint64_t{limits_.tile_rows} *
                                                          config_.hidden_size * sizeof(float)));
-  STRAIT_ASSIGN_OR_RETURN(
-      plan_host_, PinnedMemory::Create(static_cast<uint64_t>(cuda::MlaPlanBytes(limits_.mla))));
+  STRAIT_ASSIGN_OR_RETURN(plan_host_, PinnedMemory::Create(limits_.plan_bytes));
   Log(LogLevel::kInfo, "GPU memory of a stage",
       {{"weights", bytes_.weights},
        {"cache", bytes_.pool},
        {"workspace", bytes_.workspace},
+       {"of_it_for_graphs", bytes_.graphs},
+       {"all", bytes_.total()},
        {"rows_at_once", limits_.tile_rows}});
   return absl::OkStatus();
 }
@@ -156,7 +121,7 @@ absl::Status CudaStageModel::Run(const StageBatch& batch, absl::Span<const std::
     if (!is_first) std::memcpy(staging_.data(), hidden_in.data() + begin * row_bytes, tile_bytes);
     const bool decodes = batch.num_tokens == batch.sequences.size() &&
                          batch.num_tokens == static_cast<uint32_t>(tile.num_rows) &&
-                         tile.num_rows <= kMaxGraphRows;
+                         tile.num_rows <= kMaxGraphRows && tile.plans.size() == 1;
     const int32_t* const token_ids = tables_->token_ids() + begin;
     STRAIT_RETURN_IF_ERROR(decodes ? ReplayTile(tile, token_ids) : RunTile(tile, token_ids));
     if (!head_) {
@@ -210,14 +175,32 @@ absl::Status CudaStageModel::ReplayTile(const CudaTile& tile, const int32_t* tok
     const cudaError_t ended = cudaStreamEndCapture(stream_, &graph);
     STRAIT_RETURN_IF_ERROR(captured);
     STRAIT_CUDA_RETURN_IF_ERROR(ended);
-    cudaGraphExec_t ready = nullptr;
-    const cudaError_t made = cudaGraphInstantiate(&ready, graph, 0);
-    STRAIT_CUDA_RETURN_IF_ERROR(cudaGraphDestroy(graph));
-    STRAIT_CUDA_RETURN_IF_ERROR(made);
-    it = graphs_.emplace(tile.num_rows, ready).first;
+    STRAIT_ASSIGN_OR_RETURN(it, AddGraph(tile.num_rows, graph));
   }
+  graph_ledger_.Used(tile.num_rows);
   STRAIT_CUDA_RETURN_IF_ERROR(cudaGraphLaunch(it->second, stream_));
   return absl::OkStatus();
+}
+
+absl::StatusOr<std::map<int32_t, cudaGraphExec_t>::iterator> CudaStageModel::AddGraph(
+    int32_t num_rows, cudaGraph_t graph) {
+  size_t before = 0;
+  size_t after = 0;
+  size_t total = 0;
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemGetInfo(&before, &total));
+  cudaGraphExec_t ready = nullptr;
+  cudaError_t made = cudaGraphInstantiate(&ready, graph, 0);
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaGraphDestroy(graph));
+  STRAIT_CUDA_RETURN_IF_ERROR(made);
+  const auto it = graphs_.emplace(num_rows, ready).first;
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaGraphUpload(ready, stream_));
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));  // nothing runs that may go
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemGetInfo(&after, &total));
+  for (const int32_t rows : graph_ledger_.Add(num_rows, before > after ? before - after : 0)) {
+    STRAIT_CUDA_RETURN_IF_ERROR(cudaGraphExecDestroy(graphs_.at(rows)));
+    graphs_.erase(rows);
+  }
+  return it;
 }
 
 absl::Status CudaStageModel::Plan(const StageBatch& batch, uint32_t begin, CudaTile* tile) {
@@ -240,13 +223,23 @@ absl::Status CudaStageModel::Plan(const StageBatch& batch, uint32_t begin, CudaT
   }
   cuda::MlaPlanOptions options;
   options.num_heads = static_cast<int32_t>(config_.num_attention_heads);
-  STRAIT_CHECK(cuda::PlanMla(plan_sequences_.data(), static_cast<int32_t>(plan_sequences_.size()),
-                             options, limits_.mla, &plan_),
-               "the plan's limits hold for every tile");
-  const int64_t used = cuda::WriteMlaPlan(plan_, plan_host_.data());
-  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(
-      ws_.plan, plan_host_.data(), static_cast<size_t>(used), cudaMemcpyHostToDevice, stream_));
-  tile->plan = cuda::ViewMlaPlan(limits_.mla, ws_.plan);
+  options.deterministic = limits_.deterministic;
+  cuda::CutMlaBatch(plan_sequences_.data(), static_cast<int32_t>(plan_sequences_.size()), options,
+                    limits_.mla, &plan_parts_);
+  plan_views_.clear();
+  uint64_t used = 0;
+  for (size_t part = 0; part + 1 < plan_parts_.begin.size(); ++part) {
+    const int32_t first = plan_parts_.begin[part];
+    STRAIT_CHECK(cuda::PlanMla(&plan_parts_.sequences[static_cast<size_t>(first)],
+                               plan_parts_.begin[part + 1] - first, options, limits_.mla, &plan_),
+                 "the plan's limits hold for every part");
+    STRAIT_CHECK(used + cuda::MlaPlanUsedBytes(plan_) <= limits_.plan_bytes);
+    plan_views_.push_back(cuda::ViewMlaPlan(limits_.mla, ws_.plan + used));
+    used += static_cast<uint64_t>(cuda::WriteMlaPlan(plan_, plan_host_.data() + used));
+  }
+  STRAIT_CUDA_RETURN_IF_ERROR(
+      cudaMemcpyAsync(ws_.plan, plan_host_.data(), used, cudaMemcpyHostToDevice, stream_));
+  tile->plans = plan_views_;
   return absl::OkStatus();
 }
 

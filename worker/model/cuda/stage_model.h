@@ -16,31 +16,22 @@
 
 #include "kernels/cuda/mla_plan.h"
 #include "worker/backend.h"
+#include "worker/model/cuda/graph_ledger.h"
 #include "worker/model/cuda/head.h"
 #include "worker/model/cuda/layers.h"
+#include "worker/model/cuda/stage_layout.h"
 #include "worker/model/cuda/step_tables.h"
 #include "worker/model/memory.h"
 
 namespace strait {
 
-// What a stage takes on the device, part by part.
-struct CudaStageBytes {
-  uint64_t weights = 0;
-  uint64_t pool = 0;
-  uint64_t workspace = 0;
-  uint64_t total() const { return weights + pool + workspace; }
-};
-
 class CudaStageModel final : public StageModel {
  public:
-  static CudaStageBytes Measure(const ModelConfig& config, const StageSpec& spec,
-                                int num_multiprocessors);
-
   // Takes the memory and reads the weights. `alive`: kept as long as the stage lives; `config`
   // belongs to it.
   static absl::StatusOr<std::unique_ptr<CudaStageModel>> Create(
       std::shared_ptr<const void> alive, WeightSource& source, const StageSpec& spec, int device,
-      int num_multiprocessors, MemoryBudget::Share share, const LoadProgress& progress);
+      const CudaTraits& traits, MemoryBudget::Share share, const LoadProgress& progress);
   ~CudaStageModel() override;
 
   absl::Status Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
@@ -58,9 +49,10 @@ class CudaStageModel final : public StageModel {
         config_(config),
         spec_(spec),
         device_(device),
-        share_(std::move(share)) {}
+        share_(std::move(share)),
+        graph_ledger_(kCudaGraphBytes + spec.layers.size() * kCudaGraphBytesEachLayer) {}
 
-  absl::Status Init(WeightSource& source, int num_multiprocessors, const LoadProgress& progress);
+  absl::Status Init(WeightSource& source, const CudaTraits& traits, const LoadProgress& progress);
   absl::Status Run(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
                    absl::Span<std::byte> hidden_out, std::vector<LogitsResult>* results);
   // Everything of a tile but tables, plan and head: hidden states in (if not embedded), layers,
@@ -68,7 +60,10 @@ class CudaStageModel final : public StageModel {
   absl::Status RunTile(const CudaTile& tile, const int32_t* token_ids);
   // The same for the only tile of a step that decodes `num_rows` sequences, as a graph.
   absl::Status ReplayTile(const CudaTile& tile, const int32_t* token_ids);
-  // The attention plan of rows [begin, begin + tile.num_rows), on its way to the device.
+  // Instantiates what was captured for `num_rows` rows, and takes it; others may have to go.
+  absl::StatusOr<std::map<int32_t, cudaGraphExec_t>::iterator> AddGraph(int32_t num_rows,
+                                                                        cudaGraph_t graph);
+  // The attention plans of rows [begin, begin + tile.num_rows), on their way to the device.
   absl::Status Plan(const StageBatch& batch, uint32_t begin, CudaTile* tile);
 
   const std::shared_ptr<const void> alive_;
@@ -92,11 +87,16 @@ class CudaStageModel final : public StageModel {
   PinnedMemory plan_host_;
 
   // By rows of the step: all that a graph's launches depend on, with the addresses of the tables,
-  // which follow from it. A size is captured when it is first seen.
+  // which follow from it. A size is captured when it is first seen: capturing all at load would
+  // take longer than the load of a small model, for sizes that mostly never come.
   std::map<int32_t, cudaGraphExec_t> graphs_;
+  GraphLedger graph_ledger_;
 
-  cuda::MlaPlan plan_;  // kept for its memory
+  // Kept for their memory.
+  cuda::MlaPlan plan_;
+  cuda::MlaParts plan_parts_;
   std::vector<cuda::MlaSequence> plan_sequences_;
+  std::vector<cuda::MlaPlanView> plan_views_;  // of the tile under way
 };
 
 }  // namespace strait

@@ -8,11 +8,6 @@
 #include "proto/log.h"
 
 namespace strait {
-namespace {
-
-constexpr int kLostContextExit = 70;  // EX_SOFTWARE of sysexits.h
-
-}  // namespace
 
 absl::Status CudaStatus(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return absl::OkStatus();
@@ -27,7 +22,10 @@ absl::Status CudaStatus(cudaError_t error, const char* what) {
 
 void ExitIfContextLost(const absl::Status& status) {
   (void)cudaGetLastError();
-  const cudaError_t now = cudaDeviceSynchronize();
+  ExitIfContextLost(status, cudaDeviceSynchronize());
+}
+
+void ExitIfContextLost(const absl::Status& status, cudaError_t now) {
   if (now == cudaSuccess) return;
   Log(LogLevel::kError, "the GPU context is lost, this process ends and must be started again",
       {{"why", status}, {"now", cudaGetErrorString(now)}});

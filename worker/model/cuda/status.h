@@ -17,8 +17,12 @@ namespace strait {
 
 absl::Status CudaStatus(cudaError_t error, const char* what);
 
+inline constexpr int kLostContextExit = 70;  // EX_SOFTWARE of sysexits.h
+
 // Ends the process with a line that says why, if the context is lost. Otherwise returns.
 void ExitIfContextLost(const absl::Status& status);
+// The same, told what the device answers now.
+void ExitIfContextLost(const absl::Status& status, cudaError_t now);
 
 }  // namespace strait
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/cuda/mla.h"
 #include "proto/limits.h"
 #include "proto/status_macros.h"
 #include "worker/model/cuda/uploader.h"
@@ -124,6 +125,18 @@ absl::Status CheckCudaModel(const ModelConfig& c) {
                   " shared experts, moe_intermediate_size must be a multiple of ", kFp8Block);
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckCudaAttention(const ModelConfig& c, const cuda::Device& device) {
+  const auto rank = static_cast<int32_t>(c.kv_lora_rank);
+  const auto rope = static_cast<int32_t>(c.qk_rope_head_dim);
+  const int64_t needed = cuda::MlaPortableSharedBytes(rank, rope);
+  const bool hopper = device.compute_capability / 10 == 9 && rank == 512 && rope == 64;
+  if (hopper || needed <= device.shared_bytes) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat(
+      "attention over rows of ", rank, " and ", rope, " columns needs ", needed,
+      " bytes of shared memory a thread block, ", device.name, " has ", device.shared_bytes,
+      ": use a GPU of compute capability 8.0, 9.0 or 10.0, or --backend cpu"));
 }
 
 DeviceStage LayOutWeights(const ModelConfig& c, LayerRange layers, Region& region) {

@@ -20,6 +20,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/matrix.h"
 #include "proto/model_config.h"
 #include "worker/checkpoint/weights.h"
@@ -72,6 +73,10 @@ inline uint64_t PaddedQHead(const ModelConfig& config) {
 
 // Whether this backend runs the model; InvalidArgument says what it cannot.
 absl::Status CheckCudaModel(const ModelConfig& config);
+
+// Whether attention over its rows has the room that it needs on this GPU; FailedPrecondition says
+// how much that is.
+absl::Status CheckCudaAttention(const ModelConfig& config, const cuda::Device& device);
 
 // Lays the weights of `layers` out in `region`; a region without base only measures.
 DeviceStage LayOutWeights(const ModelConfig& config, LayerRange layers, Region& region);

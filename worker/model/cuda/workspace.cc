@@ -16,6 +16,23 @@ uint64_t Padded(uint64_t elements) {
   return static_cast<uint64_t>(cuda::AlignedStride(static_cast<int64_t>(elements)));
 }
 
+// For tiles of limits->tile_rows rows.
+void LimitPlans(const ModelConfig& c, const CudaTraits& traits, StepLimits* limits) {
+  const auto rows = static_cast<int32_t>(limits->tile_rows);
+  const auto heads = static_cast<int32_t>(c.num_attention_heads);
+  if (!traits.deterministic) {
+    limits->mla = cuda::MaxMlaPlan(traits.num_multiprocessors, limits::kMaxStepSequences, rows,
+                                   heads, c.max_position_embeddings, false);
+    limits->plan_bytes = static_cast<uint64_t>(cuda::MlaPlanBytes(limits->mla));
+    return;
+  }
+  const cuda::MlaPartLimits parts =
+      cuda::MaxMlaParts(traits.num_multiprocessors, limits::kMaxStepSequences, rows, heads,
+                        c.max_position_embeddings, kCudaFixedPartials);
+  limits->mla = parts.plan;
+  limits->plan_bytes = static_cast<uint64_t>(parts.plan_bytes);
+}
+
 }  // namespace
 
 uint64_t HeadTableBytes(const StepLimits& limits) {
@@ -36,10 +53,11 @@ CudaWorkspace LayOutWorkspace(const ModelConfig& c, LayerRange layers, const Ste
   CudaWorkspace w;
   w.hidden = region.Take<float>(t * c.hidden_size);
   w.normed = region.Take<cuda::Bf16>(t * Padded(c.hidden_size));
-  w.split_sums = region.Take<float>(kCudaSplitFloats);
+  w.fixed_order = limits.deterministic;
+  w.split_sums = region.Take<float>(limits.deterministic ? 0 : kCudaSplitFloats);
   w.cos_sin = region.Take<float>(t * rope);
   w.tables = region.Take<std::byte>(limits.table_bytes);
-  w.plan = region.Take<std::byte>(static_cast<uint64_t>(cuda::MlaPlanBytes(limits.mla)));
+  w.plan = region.Take<std::byte>(limits.plan_bytes);
   const auto partial_rows = static_cast<uint64_t>(limits.mla.max_partials) * cuda::kMlaTileRows;
   w.partial_out = region.Take<float>(partial_rows * rank);
   w.partial_lse = region.Take<float>(partial_rows);
@@ -87,8 +105,10 @@ CudaWorkspace LayOutWorkspace(const ModelConfig& c, LayerRange layers, const Ste
 }
 
 StepLimits MakeStepLimits(const ModelConfig& c, LayerRange layers, uint32_t pool_blocks,
-                          uint64_t weight_bytes, int num_multiprocessors) {
+                          uint32_t tile_rows, const CudaTraits& traits) {
   StepLimits limits;
+  limits.tile_rows = tile_rows;
+  limits.deterministic = traits.deterministic;
   const uint64_t row_bytes = uint64_t{c.vocab_size} * sizeof(float);
   limits.head_rows = static_cast<uint32_t>(
       std::clamp<uint64_t>(kCudaMaxLogitBytes / row_bytes, kCudaMinHeadRows, kCudaMaxHeadRows));
@@ -102,18 +122,8 @@ StepLimits MakeStepLimits(const ModelConfig& c, LayerRange layers, uint32_t pool
   tables.Take<cuda::MlaSegment>(uint64_t{layers.size()} * limits::kMaxStepSequences);
   tables.Take<uint32_t>(pool_blocks);
   limits.table_bytes = tables.end();
-  uint32_t rows = kCudaMaxTileRows;
-  for (;; rows -= kCudaMinTileRows) {
-    limits.tile_rows = rows;
-    limits.mla = cuda::MaxMlaPlan(
-        num_multiprocessors, limits::kMaxStepSequences, static_cast<int32_t>(rows),
-        static_cast<int32_t>(c.num_attention_heads), c.max_position_embeddings, false);
-    Region measured(nullptr);
-    LayOutWorkspace(c, layers, limits, measured);
-    if (rows == kCudaMinTileRows || measured.end() <= weight_bytes / kCudaWorkspaceDivisor) {
-      return limits;
-    }
-  }
+  LimitPlans(c, traits, &limits);
+  return limits;
 }
 
 }  // namespace strait

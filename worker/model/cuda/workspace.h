@@ -7,9 +7,8 @@
 // Thread:  a plain value.
 // Shapes:  at each member; T is tile_rows. Buffers of attention, feed-forward and head lie over
 //          each other.
-// Limits:  kMaxTileRows; StepLimits.
-// Why:     all sizes follow from the configuration and the pool before anything is allocated
-//          (WorkspaceBytes), so that a stage that does not fit says so before it reads weights.
+// Limits:  kCudaMinTileRows to kCudaMaxTileRows, in steps of the least; StepLimits.
+// Why:     all sizes follow from the configuration and the pool: stage_layout.h.
 #pragma once
 
 #include <cstdint>
@@ -24,12 +23,19 @@ namespace strait {
 
 inline constexpr uint32_t kCudaMaxTileRows = 2048;
 inline constexpr uint32_t kCudaMinTileRows = 64;
+inline constexpr uint32_t kCudaMaxFixedTileRows = 512;  // deterministic: bounds the plans' memory
+// Partial results of a deterministic plan in one launch; 128 KiB each at rank 512.
+inline constexpr int32_t kCudaFixedPartials = 1024;
 inline constexpr uint64_t kCudaMaxLogitBytes = 128 << 20;  // of one product of the head
 inline constexpr uint32_t kCudaMaxHeadRows = 256;
 inline constexpr uint32_t kCudaMinHeadRows = 16;
 inline constexpr uint64_t kCudaSplitFloats = 8 << 20;  // partial sums of products that split K
-// A tile is as large as fits in this part of the stage's weights, within the limits above.
-inline constexpr uint64_t kCudaWorkspaceDivisor = 20;
+
+// What sizes depend on besides the model and the stage's spec.
+struct CudaTraits {
+  int num_multiprocessors = 0;
+  bool deterministic = false;
+};
 
 // What a step can need at most.
 struct StepLimits {
@@ -37,7 +43,9 @@ struct StepLimits {
   uint32_t head_rows = 0;     // whose logits exist at a time
   uint64_t head_entries = 0;  // penalties, biases, bans of these rows
   uint64_t table_bytes = 0;   // step tables: rows, segments, page tables
-  cuda::MlaPlanLimits mla;
+  cuda::MlaPlanLimits mla;    // of one launch of attention
+  uint64_t plan_bytes = 0;    // of all launches' plans
+  bool deterministic = false;
 };
 
 struct CudaWorkspace {
@@ -45,10 +53,11 @@ struct CudaWorkspace {
   // to 8, K experts per token, S shared ones, E experts, I and M intermediate sizes, V vocab_size.
   float* hidden = nullptr;       // [T, H]
   cuda::Bf16* normed = nullptr;  // [T, H padded]
-  float* split_sums = nullptr;   // [kCudaSplitFloats]
+  float* split_sums = nullptr;   // [kCudaSplitFloats]; deterministic: null
+  bool fixed_order = false;      // products sum in an order that is a property of K alone
   float* cos_sin = nullptr;      // [T, D]
   std::byte* tables = nullptr;   // [StepLimits::table_bytes]
-  std::byte* plan = nullptr;     // [MlaPlanBytes]
+  std::byte* plan = nullptr;     // [StepLimits::plan_bytes]
   float* partial_out = nullptr;  // [max_partials, 64, R]
   float* partial_lse = nullptr;  // [max_partials, 64]
 
@@ -84,9 +93,8 @@ struct CudaWorkspace {
 // Row indices, sampling rows, entries of one product of the head.
 uint64_t HeadTableBytes(const StepLimits& limits);
 
-// `weight_bytes` decides the size of a tile.
 StepLimits MakeStepLimits(const ModelConfig& config, LayerRange layers, uint32_t pool_blocks,
-                          uint64_t weight_bytes, int num_multiprocessors);
+                          uint32_t tile_rows, const CudaTraits& traits);
 
 CudaWorkspace LayOutWorkspace(const ModelConfig& config, LayerRange layers,
                               const StepLimits& limits, Region& region);

@@ -7,8 +7,13 @@
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "proto/model_config.h"
+#include "proto/reservation.h"
 #include "tests/worker/model/tiny_models.h"
+#include "worker/model/cuda/stage_layout.h"
 
 namespace strait {
 namespace {
@@ -33,6 +38,40 @@ class CudaBackendTest : public testing::Test {
     auto backend = CudaBackend::Create(options, MakeRandomWeights(config, 1, 1));
     EXPECT_TRUE(backend.ok()) << backend.status();
     return *std::move(backend);
+  }
+
+  // `count` sequences of `rows` new rows each, from their beginning; tokens are not looked at.
+  static void Step(StageModel* model, const ModelConfig& config, uint32_t count, uint32_t rows) {
+    const std::vector<TokenId> tokens(rows, 5);
+    const SamplingParams sampling;
+    std::vector<std::vector<std::vector<BlockId>>> tables(count);
+    std::vector<std::vector<absl::Span<const BlockId>>> views(count);
+    std::vector<BatchSequence> sequences(count);
+    std::vector<LogitsRequest> requests(count);
+    BlockId next = 0;
+    for (uint32_t s = 0; s < count; ++s) {
+      for (uint32_t layer = 0; layer < config.num_hidden_layers; ++layer) {
+        tables[s].emplace_back();
+        for (uint32_t i = 0; i < BlocksPerLayer(rows); ++i) tables[s].back().push_back(next++);
+      }
+      for (const auto& table : tables[s]) views[s].push_back(table);
+      sequences[s].id = SequenceId{s + 1};
+      sequences[s].num_tokens = rows;
+      sequences[s].tokens = tokens;
+      sequences[s].page_tables = views[s];
+      sequences[s].sampling = &sampling;
+      requests[s].sequence_index = s;
+      requests[s].row = (s + 1) * rows - 1;
+      requests[s].sample = true;
+    }
+    StageBatch batch;
+    batch.sequences = sequences;
+    batch.num_tokens = count * rows;
+    batch.logits = requests;
+    std::vector<LogitsResult> results;
+    const absl::Status status = model->Forward(batch, {}, {}, &results);
+    ASSERT_TRUE(status.ok()) << status;
+    ASSERT_EQ(results.size(), count);
   }
 
   static size_t FreeBytes() {
@@ -88,6 +127,54 @@ TEST_F(CudaBackendTest, AStageGivesAllMemoryBack) {
     EXPECT_LT(FreeBytes(), before);
   }
   EXPECT_EQ(FreeBytes(), before);
+}
+
+// The stated bytes are what the GPU misses, and no step takes more; one step of each kind may make
+// CUDA take what it takes once in a process.
+TEST_F(CudaBackendTest, AStageTakesWhatItSaysAndAStepNothing) {
+  ModelConfig config = Model();
+  config.hidden_size = 1024;  // so that the stage is large beside what CUDA rounds to
+  config.moe_intermediate_size = 1024;
+  for (const bool deterministic : {false, true}) {
+    CudaBackendOptions options;
+    options.memory_bytes = uint64_t{8} << 30;
+    options.deterministic = deterministic;
+    auto backend = CudaBackend::Create(options, MakeRandomWeights(config, 1, 1));
+    ASSERT_TRUE(backend.ok()) << backend.status();
+    StageSpec spec;
+    spec.layers = {0, config.num_hidden_layers};
+    spec.pool_blocks = 100'000;
+    const CudaStageBytes stated =
+        LayOutStage(config, spec, {(*backend)->num_multiprocessors(), deterministic}, nullptr)
+            .bytes;
+    ASSERT_GT(stated.total(), uint64_t{256} << 20);
+    {  // what CUDA itself takes at first
+      const auto model = (*backend)->Load(spec, {});
+      ASSERT_TRUE(model.ok()) << model.status();
+      for (uint32_t rows = 1; rows <= 3; ++rows) Step(model->get(), config, rows, 1);
+      Step(model->get(), config, 1, 200);
+    }
+    const size_t before = FreeBytes();
+    const auto model = (*backend)->Load(spec, {});
+    ASSERT_TRUE(model.ok()) << model.status();
+    const auto taken = static_cast<double>(before - FreeBytes());
+    EXPECT_GT(taken, 0.95 * static_cast<double>(stated.allocated()));
+    EXPECT_LT(taken, 1.05 * static_cast<double>(stated.total()));
+    // All sizes of decode steps that there are: graphs come and go.
+    size_t least = FreeBytes();
+    for (int round = 0; round < 2; ++round) {
+      for (uint32_t rows = 1; rows <= 100; ++rows) {
+        Step(model->get(), config, rows, 1);
+        least = std::min(least, FreeBytes());
+      }
+      Step(model->get(), config, 3, 700);
+      EXPECT_LT(static_cast<double>(before - least), 1.05 * static_cast<double>(stated.total()))
+          << "round " << round;
+    }
+    const size_t settled = FreeBytes();
+    for (uint32_t i = 0; i < 200; ++i) Step(model->get(), config, 100, 1);
+    EXPECT_EQ(FreeBytes(), settled);
+  }
 }
 
 TEST(CudaModelTest, ARankThatTheKernelsDoNotTake) {

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Defends: what the coordinator plans for a CUDA worker, from the costs that it tells, loads within
+// the worker's memory: the stage lies within what was counted, in the tile that was counted. And
+// decode graphs stay within their part. Needs no GPU.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <map>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "coordinator/core/planner.h"
+#include "proto/reservation.h"
+#include "tests/worker/model/tiny_models.h"
+#include "worker/model/cuda/graph_ledger.h"
+#include "worker/model/cuda/stage_layout.h"
+
+namespace strait {
+namespace {
+
+ModelConfig Fit(ModelConfig config) {  // for the CUDA backend
+  config.kv_lora_rank = 48;
+  return config;
+}
+
+// Half of V2-Lite's width: enough weights for tiles of all sizes.
+ModelConfig Wide() {
+  ModelConfig config = Fit(TinyV2Lite());
+  config.hidden_size = 1024;
+  config.intermediate_size = 4096;
+  config.moe_intermediate_size = 704;
+  config.n_routed_experts = 64;
+  config.num_experts_per_tok = 6;
+  config.num_hidden_layers = 12;
+  config.max_position_embeddings = 163840;
+  return config;
+}
+
+std::vector<ModelConfig> Models() {
+  ModelConfig one_layer = Fit(TinyV3());
+  one_layer.num_hidden_layers = 1;
+  return {Fit(TinyV3()), Fit(TinyV3Fp8()), Fit(TinyV2Lite()), Fit(TinyV2()), one_layer, Wide()};
+}
+
+constexpr CudaTraits kTraits[] = {{132, false}, {132, true}, {1, true}, {148, false}};
+
+uint64_t Counted(const StageCosts& costs, LayerRange layers, uint64_t pool_blocks) {
+  return StageFixedBytes(costs, layers) + pool_blocks * costs.block_bytes;
+}
+
+TEST(CudaMemoryTest, EveryRangeOfEveryModelLiesWithinWhatIsCounted) {
+  for (const ModelConfig& config : Models()) {
+    for (const CudaTraits& traits : kTraits) {
+      const StageCosts costs = CudaStageCosts(config, traits);
+      ASSERT_EQ(costs.layer_bytes.size(), config.num_hidden_layers);
+      EXPECT_TRUE(std::is_sorted(costs.workspace_bytes.begin(), costs.workspace_bytes.end()));
+      for (LayerIndex begin = 0; begin < config.num_hidden_layers; ++begin) {
+        for (LayerIndex end = begin + 1; end <= config.num_hidden_layers; ++end) {
+          for (const uint32_t blocks : {1u, 63u, 1000u, 1'000'001u}) {
+            StageSpec spec;
+            spec.layers = {begin, end};
+            spec.pool_blocks = blocks;
+            const CudaStageLayout layout = LayOutStage(config, spec, traits, nullptr);
+            const uint64_t weights = StageWeightBytes(costs.layer_bytes, costs.embedding_bytes,
+                                                      costs.head_bytes, spec.layers);
+            EXPECT_EQ(layout.bytes.weights, weights) << begin << " to " << end;
+            EXPECT_LE(layout.bytes.total(), Counted(costs, spec.layers, blocks))
+                << begin << " to " << end << ", " << blocks << " blocks";
+            EXPECT_EQ(layout.limits.tile_rows, TileRowsOf(costs, weights));
+          }
+        }
+      }
+    }
+  }
+}
+
+// The bug: the coordinator counted the CPU's workspace and bf16 weights as stored for GPU stages,
+// so a GPU worker refused plans, or took more than its memory.
+TEST(CudaMemoryTest, WhatIsPlannedFits) {
+  int planned = 0;
+  uint32_t largest = 0;
+  for (const ModelConfig& config : Models()) {
+    ModelShape shape;  // as the server makes it, for a CPU
+    shape.max_positions = config.max_position_embeddings;
+    for (LayerIndex layer = 0; layer < config.num_hidden_layers; ++layer) {
+      shape.layer_weight_bytes.push_back(LayerWeightBytes(config, layer));
+    }
+    shape.embedding_bytes = EmbeddingBytes(config);
+    shape.head_bytes = HeadBytes(config);
+    shape.block_bytes = BlockBytes(RowFormat::kBf16, config.kv_lora_rank, config.qk_rope_head_dim);
+    shape.workspace_bytes = WorkspaceSizes(config);
+    CoreOptions options;
+    options.max_running = 1'000'000;  // the memory alone bounds the cache
+    for (const CudaTraits& traits : kTraits) {
+      const StageCosts costs = CudaStageCosts(config, traits);
+      const uint64_t least = Counted(costs, {0, config.num_hidden_layers}, 0);
+      for (const uint32_t stages : {1u, 2u, 3u}) {
+        if (stages > config.num_hidden_layers) continue;
+        for (uint64_t percent = 50; percent <= 300; percent += 25) {
+          const uint64_t memory = least * percent / 100;
+          const auto plan =
+              PlanPipeline(options, shape, std::vector<WorkerMemory>(stages, {memory, &costs}));
+          if (!plan.ok()) {
+            EXPECT_LT(percent, 200u) << plan.status();
+            continue;
+          }
+          ++planned;
+          for (const StagePlan& stage : plan->stages) {
+            StageSpec spec;
+            spec.layers = stage.layers;
+            spec.pool_blocks = stage.pool_blocks;
+            const CudaStageLayout layout = LayOutStage(config, spec, traits, nullptr);
+            EXPECT_LE(layout.bytes.total(), memory);
+            largest = std::max(largest, layout.limits.tile_rows);
+          }
+        }
+      }
+    }
+  }
+  EXPECT_GT(planned, 200);
+  EXPECT_GT(largest, kCudaMinTileRows) << "a model with larger tiles was meant to be among them";
+}
+
+TEST(CudaMemoryTest, AStageOfAGoodSizeIsCountedWithinFivePercent) {
+  const ModelConfig config = Wide();
+  const StageCosts costs = CudaStageCosts(config, kTraits[0]);
+  StageSpec spec;
+  spec.layers = {0, config.num_hidden_layers};
+  spec.pool_blocks = 20'000;
+  const auto exact =
+      static_cast<double>(LayOutStage(config, spec, kTraits[0], nullptr).bytes.total());
+  EXPECT_LT(static_cast<double>(Counted(costs, spec.layers, spec.pool_blocks)), 1.05 * exact);
+}
+
+TEST(CudaMemoryTest, WhatWouldFitIsToldAndFits) {
+  const ModelConfig config = Wide();
+  const StageCosts costs = CudaStageCosts(config, kTraits[0]);
+  StageSpec spec;
+  spec.layers = {0, config.num_hidden_layers};
+  spec.pool_blocks = 1000 * spec.layers.size();
+  const uint64_t fixed = StageFixedBytes(costs, spec.layers);
+  const uint64_t column = costs.block_bytes * spec.layers.size();
+  EXPECT_EQ(WhatWouldFit(costs, spec, fixed + 999 * column),
+            "with a cache of 6000 latent blocks (32000 tokens) it would fit");
+  EXPECT_EQ(WhatWouldFit(costs, spec, fixed + column),
+            "with a cache of 12 latent blocks (64 tokens) it would fit");
+  const std::string fewer = WhatWouldFit(costs, spec, fixed - 1);
+  EXPECT_NE(fewer.find("its layers 0 to 1"), std::string::npos) << fewer;
+  EXPECT_NE(fewer.find("use more stages"), std::string::npos) << fewer;
+  const std::string none = WhatWouldFit(costs, spec, costs.layer_bytes[0]);
+  EXPECT_NE(none.find("not one of its layers would fit"), std::string::npos) << none;
+}
+
+TEST(CudaModelTest, AGpuWithTooLittleSharedMemoryIsRefusedInWords) {
+  ModelConfig config = Fit(TinyV3());
+  config.kv_lora_rank = 512;
+  config.qk_rope_head_dim = 64;
+  cuda::Device device;
+  device.name = "NVIDIA L40S";
+  device.compute_capability = 89;
+  device.shared_bytes = 101'376;
+  const absl::Status refused = CheckCudaAttention(config, device);
+  EXPECT_EQ(refused.code(), absl::StatusCode::kFailedPrecondition);
+  for (const char* part : {"NVIDIA L40S", "101376", "shared memory", "512 and 64"}) {
+    EXPECT_NE(refused.message().find(part), std::string::npos) << part << " in: " << refused;
+  }
+  EXPECT_TRUE(CheckCudaAttention(Fit(TinyV3()), device).ok()) << "small rows fit";
+  device.compute_capability = 80;  // A100
+  device.shared_bytes = 166'912;
+  EXPECT_TRUE(CheckCudaAttention(config, device).ok());
+}
+
+TEST(GraphLedgerTest, TheOneUnusedForLongestGoesFirst) {
+  GraphLedger ledger(100);
+  EXPECT_TRUE(ledger.Add(1, 40).empty());
+  EXPECT_TRUE(ledger.Add(2, 40).empty());
+  ledger.Used(1);
+  EXPECT_EQ(ledger.Add(3, 40), std::vector<int32_t>{2});
+  EXPECT_EQ(ledger.bytes(), 80u);
+  EXPECT_EQ(ledger.Add(4, 90), (std::vector<int32_t>{1, 3}));
+  EXPECT_EQ(ledger.Add(5, 1000), std::vector<int32_t>{4}) << "one is kept, however large";
+  EXPECT_EQ(ledger.size(), 1u);
+}
+
+TEST(GraphLedgerTest, RandomUseStaysWithinBothLimits) {
+  const uint32_t seed = std::random_device{}();
+  SCOPED_TRACE("seed " + std::to_string(seed));
+  std::mt19937 random(seed);
+  GraphLedger ledger(1000);
+  std::map<int32_t, uint64_t> held;
+  for (int i = 0; i < 5000; ++i) {
+    const auto rows = static_cast<int32_t>(1 + random() % 256);
+    if (!held.contains(rows)) {
+      held[rows] = i % 2 == 0 ? random() % 30 : 0;
+      for (const int32_t gone : ledger.Add(rows, held[rows])) {
+        EXPECT_NE(gone, rows);
+        EXPECT_EQ(held.erase(gone), 1u);
+      }
+    }
+    ledger.Used(rows);
+    uint64_t bytes = 0;
+    for (const auto& [row, size] : held) bytes += size;
+    ASSERT_EQ(ledger.bytes(), bytes);
+    ASSERT_EQ(ledger.size(), held.size());
+    ASSERT_LE(bytes, 1000u);
+    ASSERT_LE(held.size(), kMaxGraphs);
+  }
+  EXPECT_EQ(held.size(), kMaxGraphs) << "the count was meant to bind, too";
+}
+
+}  // namespace
+}  // namespace strait

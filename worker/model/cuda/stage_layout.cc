@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/model/cuda/stage_layout.h"
+
+#include "absl/strings/str_cat.h"
+#include "proto/limits.h"
+#include "proto/reservation.h"
+
+namespace strait {
+namespace {
+
+uint64_t PoolBlockBytes(const ModelConfig& c) {
+  return BlockBytes(RowFormat::kBf16, c.kv_lora_rank, c.qk_rope_head_dim);
+}
+
+uint64_t WeightBytes(const ModelConfig& c, LayerRange layers) {
+  Region region(nullptr);
+  LayOutWeights(c, layers, region);
+  return region.end();
+}
+
+bool Fits(const StageCosts& costs, LayerRange layers, uint64_t pool_blocks, uint64_t bytes) {
+  const uint64_t fixed = StageFixedBytes(costs, layers);
+  return fixed <= bytes && pool_blocks <= (bytes - fixed) / costs.block_bytes;
+}
+
+}  // namespace
+
+CudaStageLayout LayOutStage(const ModelConfig& c, const StageSpec& spec, const CudaTraits& traits,
+                            std::byte* base) {
+  CudaStageLayout l;
+  Region region(base);
+  l.weights = LayOutWeights(c, spec.layers, region);
+  l.bytes.weights = region.end();
+  l.pool = region.Take<std::byte>(uint64_t{spec.pool_blocks} * PoolBlockBytes(c));
+  l.bytes.pool = region.end() - l.bytes.weights;
+  l.inv_freq = region.Take<float>(c.qk_rope_head_dim / 2);
+  l.limits = MakeStepLimits(c, spec.layers, spec.pool_blocks,
+                            TileRowsOf(CudaStageCosts(c, traits), l.bytes.weights), traits);
+  l.workspace = LayOutWorkspace(c, spec.layers, l.limits, region);
+  l.bytes.graphs = kCudaGraphBytes + spec.layers.size() * kCudaGraphBytesEachLayer;
+  l.bytes.workspace = region.end() - l.bytes.weights - l.bytes.pool + l.bytes.graphs;
+  return l;
+}
+
+uint32_t TileRowsOf(const StageCosts& costs, uint64_t weight_bytes) {
+  return kCudaMinTileRows *
+         static_cast<uint32_t>(ChooseWorkspace(costs.workspace_bytes, weight_bytes) + 1);
+}
+
+StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
+  const uint32_t n = c.num_hidden_layers;
+  StageCosts costs;
+  // A first layer comes with the embedding, a last one with the head: measured in the middle of a
+  // model that goes on.
+  ModelConfig longer = c;
+  longer.num_hidden_layers = n + 1;
+  for (LayerIndex layer = 0; layer < n; ++layer) {
+    costs.layer_bytes.push_back(WeightBytes(longer, {layer, layer + 1}));
+  }
+  Region embedding(nullptr);
+  embedding.TakeMatrix(c.vocab_size, c.hidden_size, false);
+  costs.embedding_bytes = embedding.end();
+  costs.layer_bytes.front() -= costs.embedding_bytes;
+  costs.head_bytes =
+      WeightBytes(c, {n - 1, n}) - costs.layer_bytes.back() - (n == 1 ? costs.embedding_bytes : 0);
+  costs.block_bytes = PoolBlockBytes(c) + sizeof(uint32_t);  // and its entry in a page table
+  const LayerRange all = {0, n};
+  const uint32_t most = traits.deterministic ? kCudaMaxFixedTileRows : kCudaMaxTileRows;
+  for (uint32_t rows = kCudaMinTileRows; rows <= most; rows += kCudaMinTileRows) {
+    Region region(nullptr);
+    region.Take<float>(c.qk_rope_head_dim / 2);
+    LayOutWorkspace(c, all, MakeStepLimits(c, all, 0, rows, traits), region);
+    // Beside what graphs take: rounding where the page tables end.
+    costs.workspace_bytes.push_back(region.end() + Region::kAlign + kCudaGraphBytes +
+                                    n * kCudaGraphBytesEachLayer);
+  }
+  return costs;
+}
+
+std::string WhatWouldFit(const StageCosts& costs, const StageSpec& spec, uint64_t bytes) {
+  const uint64_t columns = spec.pool_blocks / spec.layers.size();
+  uint64_t fewer = columns;
+  while (fewer > 0 && !Fits(costs, spec.layers, fewer * spec.layers.size(), bytes)) fewer /= 2;
+  if (fewer > 0) {
+    return absl::StrCat("with a cache of ", fewer * spec.layers.size(), " latent blocks (",
+                        fewer * limits::kBlockTokens, " tokens) it would fit");
+  }
+  LayerRange layers = spec.layers;
+  while (layers.size() > 0 && !Fits(costs, layers, columns * layers.size(), bytes)) --layers.end;
+  return layers.size() > 0
+             ? absl::StrCat("its layers ", layers.begin, " to ", layers.end,
+                            " would fit with that cache: use more stages")
+             : std::string(
+                   "not one of its layers would fit with that cache: use a larger GPU, or "
+                   "more stages with less cache");
+}
+
+}  // namespace strait

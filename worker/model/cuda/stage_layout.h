@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a stage takes on the device, and how it lies in one region: weights, cache, workspace. The
+// worker allocates by it, and the coordinator plans by what the worker tells of it (StageCosts).
+//
+// Thread:  pure functions; no GPU is needed.
+// Limits:  every stage of `layers` with `pool_blocks` takes no more than CudaStageCosts says, and
+//          chooses the same tile by its weights.
+// Why:     sizes follow from configuration, range and pool before anything is allocated, so a plan
+//          that does not fit is never made, and a load that does not fit says so at once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "proto/model_config.h"
+#include "proto/workspace.h"
+#include "worker/backend.h"
+#include "worker/model/cuda/weights.h"
+#include "worker/model/cuda/workspace.h"
+
+namespace strait {
+
+// CUDA keeps the decode graphs of a stage in memory of its own: so much is theirs (graph_ledger.h).
+inline constexpr uint64_t kCudaGraphBytes = 1 << 20;
+inline constexpr uint64_t kCudaGraphBytesEachLayer = 3 << 20;
+
+struct CudaStageBytes {
+  uint64_t weights = 0;
+  uint64_t pool = 0;
+  uint64_t workspace = 0;  // activations, tables, plans, graphs
+  uint64_t graphs = 0;     // of the workspace: taken by CUDA as graphs are made
+  uint64_t total() const { return weights + pool + workspace; }
+  uint64_t allocated() const { return total() - graphs; }  // the region
+};
+
+struct CudaStageLayout {
+  CudaStageBytes bytes;
+  StepLimits limits;
+  DeviceStage weights;
+  std::byte* pool = nullptr;
+  float* inv_freq = nullptr;  // [qk_rope_head_dim / 2]
+  CudaWorkspace workspace;
+};
+
+// `base` null: only measures.
+CudaStageLayout LayOutStage(const ModelConfig& config, const StageSpec& spec,
+                            const CudaTraits& traits, std::byte* base);
+
+// Of the most that a stage may have of everything but weights and blocks.
+StageCosts CudaStageCosts(const ModelConfig& config, const CudaTraits& traits);
+
+// What of a stage that does not fit in `bytes` would: the same layers with less cache, or fewer
+// layers with as much for each.
+std::string WhatWouldFit(const StageCosts& costs, const StageSpec& spec, uint64_t bytes);
+
+// The rows of a tile of a stage whose weights take so much.
+uint32_t TileRowsOf(const StageCosts& costs, uint64_t weight_bytes);
+
+}  // namespace strait
