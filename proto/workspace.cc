@@ -91,10 +91,17 @@ size_t ChooseWorkspace(absl::Span<const uint64_t> sizes, uint64_t weight_bytes) 
   return chosen;
 }
 
+const std::vector<uint64_t>& WorkspaceSizesOf(const StageCosts& costs, LayerRange layers) {
+  return layers.end == costs.layer_bytes.size() ? costs.last_workspace_bytes
+                                                : costs.workspace_bytes;
+}
+
 uint64_t StageFixedBytes(const StageCosts& costs, LayerRange layers) {
   const uint64_t weights =
       StageWeightBytes(costs.layer_bytes, costs.embedding_bytes, costs.head_bytes, layers);
-  return weights + costs.workspace_bytes[ChooseWorkspace(costs.workspace_bytes, weights)];
+  const std::vector<uint64_t>& sizes = WorkspaceSizesOf(costs, layers);
+  return weights + layers.size() * costs.layer_workspace_bytes +
+         sizes[ChooseWorkspace(sizes, weights)];
 }
 
 }  // namespace strait

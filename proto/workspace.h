@@ -76,14 +76,20 @@ size_t ChooseWorkspace(absl::Span<const uint64_t> sizes, uint64_t weight_bytes);
 
 // How a kind of worker counts the memory of its stages, told by the worker where it is another than
 // the CPU's (ModelConfig's weights, WorkspaceSizes). A stage takes at most its layers' weights, what
-// comes with its first and last layer, blocks, and the workspace that its weights choose.
+// comes with its first and last layer, blocks, and the workspace that its weights choose, with a
+// share for each layer.
 struct StageCosts {
-  std::vector<uint64_t> layer_bytes;      // [num_hidden_layers] weights
-  uint64_t embedding_bytes = 0;           // with the first layer
-  uint64_t head_bytes = 0;                // with the last
-  uint64_t block_bytes = 0;               // a latent block of one layer, and what it takes besides
-  std::vector<uint64_t> workspace_bytes;  // rising; for ChooseWorkspace
+  std::vector<uint64_t> layer_bytes;  // [num_hidden_layers] weights
+  uint64_t embedding_bytes = 0;       // with the first layer
+  uint64_t head_bytes = 0;            // with the last
+  uint64_t block_bytes = 0;           // a latent block of one layer, and what it takes besides
+  uint64_t layer_workspace_bytes = 0;
+  std::vector<uint64_t> workspace_bytes;       // rising; for ChooseWorkspace
+  std::vector<uint64_t> last_workspace_bytes;  // the same, of a stage with the last layer
 };
+
+// The sizes that a stage with these layers chooses from.
+const std::vector<uint64_t>& WorkspaceSizesOf(const StageCosts& costs, LayerRange layers);
 
 // Weights and workspace.
 uint64_t StageFixedBytes(const StageCosts& costs, LayerRange layers);

@@ -39,8 +39,8 @@ struct WorkerOptions {
   uint64_t memory_bytes = 0;
   uint32_t num_threads = 1;
   uint64_t model_fingerprint = 0;
-  uint64_t weights_fingerprint = 0;  // worker/checkpoint/fingerprint.h
-  uint32_t cache_row_bytes = 0;      // of one token in one layer
+  uint64_t weights_fingerprint = 0;       // worker/checkpoint/fingerprint.h
+  uint32_t cache_row_bytes = 0;           // of one token in one layer
   std::optional<StageCosts> stage_costs;  // absent: as on the CPU
 };
 

@@ -39,6 +39,9 @@ v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
     told.set_head_bytes(costs.head_bytes);
     told.set_block_bytes(costs.block_bytes);
     told.mutable_workspace_bytes()->Add(costs.workspace_bytes.begin(), costs.workspace_bytes.end());
+    told.mutable_last_workspace_bytes()->Add(costs.last_workspace_bytes.begin(),
+                                             costs.last_workspace_bytes.end());
+    told.set_layer_workspace_bytes(costs.layer_workspace_bytes);
   }
   hello.set_numerics_id(backend.numerics_id());
   hello.set_backend(options.backend_name);

@@ -23,7 +23,10 @@ StageCosts StageCostsOf(const v1::StageCosts& told) {
   costs.embedding_bytes = told.embedding_bytes();
   costs.head_bytes = told.head_bytes();
   costs.block_bytes = told.block_bytes();
+  costs.layer_workspace_bytes = told.layer_workspace_bytes();
   costs.workspace_bytes.assign(told.workspace_bytes().begin(), told.workspace_bytes().end());
+  costs.last_workspace_bytes.assign(told.last_workspace_bytes().begin(),
+                                    told.last_workspace_bytes().end());
   return costs;
 }
 
@@ -107,18 +110,22 @@ void Cluster::OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us) {
 absl::Status Cluster::CheckCosts(const v1::Hello& hello) const {
   if (!hello.has_stage_costs()) return absl::OkStatus();
   const v1::StageCosts& costs = hello.stage_costs();
-  const auto& workspaces = costs.workspace_bytes();
   const auto too_large = [](uint64_t bytes) { return bytes > kMaxCostBytes; };
+  const auto sizes = [&](const auto& list) {
+    return !list.empty() && list.size() <= kMaxWorkspaceSizes && !too_large(*list.rbegin()) &&
+           std::is_sorted(list.begin(), list.end());
+  };
   if (static_cast<size_t>(costs.layer_bytes_size()) != context_->model.layer_weight_bytes.size() ||
       costs.block_bytes() < context_->model.block_bytes || too_large(costs.block_bytes()) ||
-      too_large(costs.embedding_bytes()) || too_large(costs.head_bytes()) || workspaces.empty() ||
-      workspaces.size() > kMaxWorkspaceSizes || too_large(*workspaces.rbegin()) ||
-      !std::is_sorted(workspaces.begin(), workspaces.end()) ||
+      too_large(costs.embedding_bytes()) || too_large(costs.head_bytes()) ||
+      too_large(costs.layer_workspace_bytes()) || !sizes(costs.workspace_bytes()) ||
+      !sizes(costs.last_workspace_bytes()) ||
       std::any_of(costs.layer_bytes().begin(), costs.layer_bytes().end(), too_large)) {
     return absl::InvalidArgumentError(absl::StrCat(
         "worker ", hello.name(), " tells costs of its stages that are none of this model: ",
         costs.layer_bytes_size(), " layers, ", costs.block_bytes(), " bytes a latent block, ",
-        workspaces.size(), " sizes of a workspace; install the same release on all machines"));
+        costs.workspace_bytes_size(), " and ", costs.last_workspace_bytes_size(),
+        " sizes of a workspace; install the same release on all machines"));
   }
   return absl::OkStatus();
 }

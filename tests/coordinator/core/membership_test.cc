@@ -73,7 +73,9 @@ v1::StageCosts Costs(const ModelShape& model) {
   costs.set_embedding_bytes(model.embedding_bytes);
   costs.set_head_bytes(model.head_bytes);
   costs.set_block_bytes(model.block_bytes + 4);
-  costs.add_workspace_bytes(60);
+  costs.add_workspace_bytes(50);
+  costs.add_last_workspace_bytes(60);
+  costs.set_layer_workspace_bytes(3);
   return costs;
 }
 
@@ -82,7 +84,7 @@ TEST(MembershipTest, AWorkersStagesArePlannedAsItCountsThem) {
   const ModelShape model = SmallModel();
   const v1::StageCosts costs = Costs(model);
   uint64_t fixed = costs.embedding_bytes() + costs.head_bytes() + 60;
-  for (const uint64_t bytes : costs.layer_bytes()) fixed += bytes;
+  for (const uint64_t bytes : costs.layer_bytes()) fixed += bytes + 3;
   const uint64_t column = costs.block_bytes() * model.layer_weight_bytes.size();
   for (const uint64_t short_of : {0u, 1u}) {
     Harness h(Options(1), model);
@@ -97,11 +99,13 @@ TEST(MembershipTest, AWorkersStagesArePlannedAsItCountsThem) {
 
 TEST(MembershipTest, CostsThatAreNoneOfTheModelAreRefused) {
   Harness h(Options(1), SmallModel());
-  std::vector<v1::StageCosts> wrong(6, Costs(SmallModel()));
+  std::vector<v1::StageCosts> wrong(8, Costs(SmallModel()));
   wrong[0].add_layer_bytes(1);
   wrong[1].set_block_bytes(SmallModel().block_bytes - 1);
   wrong[2].clear_workspace_bytes();
-  wrong[3].add_workspace_bytes(59);
+  wrong[3].add_workspace_bytes(49);
+  wrong[6].clear_last_workspace_bytes();
+  wrong[7].set_layer_workspace_bytes(~uint64_t{0});
   wrong[4].set_layer_bytes(0, ~uint64_t{0});
   wrong[5].set_head_bytes(~uint64_t{0});
   for (const v1::StageCosts& costs : wrong) {

@@ -113,7 +113,8 @@ class Case {
     int64_t block_lse_stride = 0;
   };
 
-  Result Run(int32_t grid = 0) const {
+  // wanted_partials, of a deterministic case: not 0: in parts that have so many, or the least.
+  Result Run(int32_t grid = 0, int32_t wanted_partials = 0) const {
     if (grid == 0) {
       EXPECT_EQ(cudaDeviceGetAttribute(&grid, cudaDevAttrMultiProcessorCount, 0), cudaSuccess);
     }
@@ -128,14 +129,28 @@ class Case {
       max_rows = std::max(max_rows, rows_[s]);
     }
     const int32_t num_sequences = static_cast<int32_t>(sequences.size());
-    const MlaPlanLimits limits =
+    const MlaPlanOptions options = {.num_heads = shape_.heads,
+                                    .deterministic = shape_.deterministic};
+    MlaPlanLimits limits =
         MaxMlaPlan(grid, num_sequences, num_tokens_, shape_.heads, max_rows, shape_.deterministic);
-    MlaPlan plan;
-    EXPECT_TRUE(PlanMla(sequences.data(), num_sequences,
-                        {.num_heads = shape_.heads, .deterministic = shape_.deterministic}, limits,
-                        &plan));
-    std::vector<std::byte> plan_bytes(static_cast<size_t>(MlaPlanBytes(limits)));
-    WriteMlaPlan(plan, plan_bytes.data());
+    MlaParts parts = {sequences, {0, num_sequences}};
+    if (wanted_partials > 0) {
+      limits =
+          MaxMlaParts(grid, num_sequences, num_tokens_, shape_.heads, max_rows, wanted_partials)
+              .plan;
+      CutMlaBatch(sequences.data(), num_sequences, options, limits, &parts);
+      EXPECT_GT(parts.begin.size(), 2u) << "the case was meant to need several parts";
+    }
+    std::vector<std::byte> plan_bytes;
+    std::vector<int64_t> plan_begins;
+    for (size_t part = 0; part + 1 < parts.begin.size(); ++part) {
+      MlaPlan plan;
+      EXPECT_TRUE(PlanMla(&parts.sequences[static_cast<size_t>(parts.begin[part])],
+                          parts.begin[part + 1] - parts.begin[part], options, limits, &plan));
+      plan_begins.push_back(static_cast<int64_t>(plan_bytes.size()));
+      plan_bytes.resize(plan_bytes.size() + static_cast<size_t>(MlaPlanUsedBytes(plan)));
+      WriteMlaPlan(plan, plan_bytes.data() + plan_begins.back());
+    }
     const Buffer<std::byte> device_plan(plan_bytes);
 
     std::vector<std::unique_ptr<Buffer<uint32_t>>> tables;
@@ -189,7 +204,6 @@ class Case {
     if (shape_.path == MlaPath::kHopper && shape_.format == MlaRowFormat::kBf16) {
       EXPECT_EQ(MakeMlaPoolMap(pool.data(), num_blocks_, block_bytes_, &p.pool_map), cudaSuccess);
     }
-    p.plan = ViewMlaPlan(limits, device_plan.data());
     p.partial_out = partial_out.data();
     p.partial_lse = partial_lse.data();
     p.out = shape_.out_fp32 ? static_cast<void*>(out_fp32.data()) : out_bf16.data();
@@ -204,7 +218,10 @@ class Case {
     p.out_fp32 = shape_.out_fp32;
     p.path = shape_.path;
     EXPECT_EQ(PrepareMla(), cudaSuccess);
-    EXPECT_EQ(LaunchMla(p, nullptr), cudaSuccess);
+    for (const int64_t begin : plan_begins) {
+      p.plan = ViewMlaPlan(limits, device_plan.data() + begin);
+      EXPECT_EQ(LaunchMla(p, nullptr), cudaSuccess);
+    }
     result.out = shape_.out_fp32 ? out_fp32.Get() : gpu_test::ToFloat(out_bf16.Get());
     result.lse = lse.Get();
     if (shape_.block_lse) result.block_lse = block_lse.Get();

@@ -151,6 +151,27 @@ TEST_F(MlaTest, DeterministicResultsAreThoseOfTheSequenceAlone) {
   }
 }
 
+TEST_F(MlaTest, PartsOfADeterministicBatchGiveTheSameBits) {
+  for (const MlaPath path : Paths()) {
+    for (const MlaRowFormat format : kFormats) {
+      for (const int32_t heads : {16, 20, 128}) {
+        Shape shape{.heads = heads, .format = format, .path = path, .deterministic = true};
+        SCOPED_TRACE(PathName(shape));
+        const Case batch(
+            rng_, shape,
+            {{40, 1000}, {1, 5 * 1024 + 7}, {9, 2040}, {70, 4090}, {1, 3}, {8, 4 * 1024}});
+        const Case::Result together = batch.Run();
+        batch.Expect(together);
+        for (const int32_t grid : {0, 7}) {
+          const Case::Result parts = batch.Run(grid, 1);
+          EXPECT_TRUE(kernel_test::SameBits(parts.out, together.out)) << grid << " thread blocks";
+          EXPECT_TRUE(kernel_test::SameBits(parts.lse, together.lse)) << grid << " thread blocks";
+        }
+      }
+    }
+  }
+}
+
 TEST_F(MlaTest, WrongShapesAreRefused) {
   MlaParams p;
   p.rank = 520;

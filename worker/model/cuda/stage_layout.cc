@@ -34,17 +34,18 @@ CudaStageLayout LayOutStage(const ModelConfig& c, const StageSpec& spec, const C
   l.pool = region.Take<std::byte>(uint64_t{spec.pool_blocks} * PoolBlockBytes(c));
   l.bytes.pool = region.end() - l.bytes.weights;
   l.inv_freq = region.Take<float>(c.qk_rope_head_dim / 2);
-  l.limits = MakeStepLimits(c, spec.layers, spec.pool_blocks,
-                            TileRowsOf(CudaStageCosts(c, traits), l.bytes.weights), traits);
+  l.limits =
+      MakeStepLimits(c, spec.layers, spec.pool_blocks,
+                     TileRowsOf(CudaStageCosts(c, traits), spec.layers, l.bytes.weights), traits);
   l.workspace = LayOutWorkspace(c, spec.layers, l.limits, region);
   l.bytes.graphs = kCudaGraphBytes + spec.layers.size() * kCudaGraphBytesEachLayer;
   l.bytes.workspace = region.end() - l.bytes.weights - l.bytes.pool + l.bytes.graphs;
   return l;
 }
 
-uint32_t TileRowsOf(const StageCosts& costs, uint64_t weight_bytes) {
-  return kCudaMinTileRows *
-         static_cast<uint32_t>(ChooseWorkspace(costs.workspace_bytes, weight_bytes) + 1);
+uint32_t TileRowsOf(const StageCosts& costs, LayerRange layers, uint64_t weight_bytes) {
+  const size_t chosen = ChooseWorkspace(WorkspaceSizesOf(costs, layers), weight_bytes);
+  return kCudaMinTileRows * static_cast<uint32_t>(chosen + 1);
 }
 
 StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
@@ -64,15 +65,20 @@ StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
   costs.head_bytes =
       WeightBytes(c, {n - 1, n}) - costs.layer_bytes.back() - (n == 1 ? costs.embedding_bytes : 0);
   costs.block_bytes = PoolBlockBytes(c) + sizeof(uint32_t);  // and its entry in a page table
-  const LayerRange all = {0, n};
+  costs.layer_workspace_bytes =
+      kCudaGraphBytesEachLayer + limits::kMaxStepSequences * sizeof(cuda::MlaSegment);
+  static_assert(limits::kMaxStepSequences * sizeof(cuda::MlaSegment) % Region::kAlign == 0);
   const uint32_t most = traits.deterministic ? kCudaMaxFixedTileRows : kCudaMaxTileRows;
   for (uint32_t rows = kCudaMinTileRows; rows <= most; rows += kCudaMinTileRows) {
-    Region region(nullptr);
-    region.Take<float>(c.qk_rope_head_dim / 2);
-    LayOutWorkspace(c, all, MakeStepLimits(c, all, 0, rows, traits), region);
-    // Beside what graphs take: rounding where the page tables end.
-    costs.workspace_bytes.push_back(region.end() + Region::kAlign + kCudaGraphBytes +
-                                    n * kCudaGraphBytesEachLayer);
+    // Of stages without a layer, in the middle and at the end.
+    for (const LayerRange none : {LayerRange{0, 0}, LayerRange{n, n}}) {
+      Region region(nullptr);
+      region.Take<float>(c.qk_rope_head_dim / 2);
+      LayOutWorkspace(c, none, MakeStepLimits(c, none, 0, rows, traits), region);
+      // And rounding where the page tables end.
+      (none.end == n ? costs.last_workspace_bytes : costs.workspace_bytes)
+          .push_back(region.end() + Region::kAlign + kCudaGraphBytes);
+    }
   }
   return costs;
 }

@@ -48,14 +48,13 @@ struct CudaStageLayout {
 CudaStageLayout LayOutStage(const ModelConfig& config, const StageSpec& spec,
                             const CudaTraits& traits, std::byte* base);
 
-// Of the most that a stage may have of everything but weights and blocks.
 StageCosts CudaStageCosts(const ModelConfig& config, const CudaTraits& traits);
 
 // What of a stage that does not fit in `bytes` would: the same layers with less cache, or fewer
 // layers with as much for each.
 std::string WhatWouldFit(const StageCosts& costs, const StageSpec& spec, uint64_t bytes);
 
-// The rows of a tile of a stage whose weights take so much.
-uint32_t TileRowsOf(const StageCosts& costs, uint64_t weight_bytes);
+// The rows of a tile of a stage with these layers, whose weights take so much.
+uint32_t TileRowsOf(const StageCosts& costs, LayerRange layers, uint64_t weight_bytes);
 
 }  // namespace strait

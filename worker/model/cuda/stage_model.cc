@@ -187,18 +187,23 @@ absl::StatusOr<std::map<int32_t, cudaGraphExec_t>::iterator> CudaStageModel::Add
   size_t before = 0;
   size_t after = 0;
   size_t total = 0;
-  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemGetInfo(&before, &total));
   cudaGraphExec_t ready = nullptr;
-  cudaError_t made = cudaGraphInstantiate(&ready, graph, 0);
-  STRAIT_CUDA_RETURN_IF_ERROR(cudaGraphDestroy(graph));
-  STRAIT_CUDA_RETURN_IF_ERROR(made);
+  cudaError_t error = cudaMemGetInfo(&before, &total);
+  if (error == cudaSuccess) error = cudaGraphInstantiate(&ready, graph, 0);
+  const cudaError_t destroyed = cudaGraphDestroy(graph);
+  if (error == cudaSuccess) error = destroyed;
+  if (error == cudaSuccess) error = cudaGraphUpload(ready, stream_);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream_);  // nothing runs that may go
+  if (error == cudaSuccess) error = cudaMemGetInfo(&after, &total);
+  if (error != cudaSuccess) {
+    if (ready != nullptr) (void)cudaGraphExecDestroy(ready);
+    return CudaStatus(error, "making a decode graph");
+  }
   const auto it = graphs_.emplace(num_rows, ready).first;
-  STRAIT_CUDA_RETURN_IF_ERROR(cudaGraphUpload(ready, stream_));
-  STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));  // nothing runs that may go
-  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemGetInfo(&after, &total));
   for (const int32_t rows : graph_ledger_.Add(num_rows, before > after ? before - after : 0)) {
-    STRAIT_CUDA_RETURN_IF_ERROR(cudaGraphExecDestroy(graphs_.at(rows)));
+    const cudaGraphExec_t gone = graphs_.at(rows);
     graphs_.erase(rows);
+    STRAIT_CUDA_RETURN_IF_ERROR(cudaGraphExecDestroy(gone));
   }
   return it;
 }
