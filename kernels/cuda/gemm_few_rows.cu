@@ -17,186 +17,24 @@
 #include <algorithm>
 
 #include "kernels/cuda/common.cuh"
-#include "kernels/cuda/gemm_internal.h"
+#include "kernels/cuda/gemm_few_rows_piece.cuh"
+#include "kernels/cuda/gemm_launch.cuh"
 
 namespace strait::cuda {
 namespace {
 
+using few_rows::kPiece;
+using few_rows::kRows;
+using few_rows::Load;
+using few_rows::Multiply;
+using few_rows::Piece;
+using few_rows::Rows;
+
 constexpr int kWarps = kGemmWarps;
-constexpr int kRows = 16;           // of W, a team
-constexpr int kPiece = kGemmPiece;  // of K, a warp at a time; one fp8 scale
 
 // Blocks of a multiprocessor: more rows of x take more registers, and one block of eight warps with
 // two pieces each has 64 KiB on their way.
 constexpr int BlocksEach(int token_tiles) { return token_tiles == 1 ? 2 : 1; }
-
-struct Vec {
-  uint32_t v[4];  // 16 bytes
-};
-
-__device__ __forceinline__ Vec LoadWeight(const void* from) {
-  const uint4 value = __ldcs(static_cast<const uint4*>(from));  // read once
-  return {{value.x, value.y, value.z, value.w}};
-}
-
-// An ordinary load: the read-only path may not see what a kernel wrote that ran beside this one.
-__device__ __forceinline__ Vec LoadX(const Bf16* from) {
-  const uint4 value = *reinterpret_cast<const uint4*>(from);
-  return {{value.x, value.y, value.z, value.w}};
-}
-
-// Keeps the first `count` of 8 bf16.
-__device__ __forceinline__ void KeepBf16(Vec& vec, int count) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (count <= 2 * i) vec.v[i] = 0;
-    if (count == 2 * i + 1) vec.v[i] &= 0xffffu;
-  }
-}
-
-// Keeps the first `count` of 16 codes.
-__device__ __forceinline__ void KeepCodes(Vec& vec, int count) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int bytes = count - 4 * i;
-    if (bytes <= 0) vec.v[i] = 0;
-    if (bytes > 0 && bytes < 4) vec.v[i] &= (1u << (8 * bytes)) - 1;
-  }
-}
-
-constexpr Vec kZero = {{0, 0, 0, 0}};
-
-// A 128-wide piece of 16 rows of W, as a lane holds it: rows r and r + 8.
-template <bool kFp8>
-struct Piece {
-  static constexpr int kLane = kFp8 ? 16 : 8;  // elements that a lane loads at once
-  static constexpr int kChunk = 4 * kLane;
-  Vec weights[kPiece / kChunk][2];
-};
-
-// kTail: the piece goes beyond K, and what lies there counts as zero.
-template <bool kFp8, bool kTail>
-__device__ __forceinline__ void LoadPart(Piece<kFp8>& piece, const char* w0, const char* w1, int k0,
-                                         int k_end) {
-  using P = Piece<kFp8>;
-  const int j = threadIdx.x % 4;
-#pragma unroll
-  for (int c = 0; c < kPiece / P::kChunk; ++c) {
-    const int k = k0 + c * P::kChunk + j * P::kLane;
-    const int64_t offset = int64_t{k} * (kFp8 ? 1 : 2);
-    if (!kTail || k < k_end) {
-      piece.weights[c][0] = LoadWeight(w0 + offset);
-      piece.weights[c][1] = LoadWeight(w1 + offset);
-    } else {
-      piece.weights[c][0] = piece.weights[c][1] = kZero;
-    }
-    if (kTail && k < k_end && k + P::kLane > k_end) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (kFp8) {
-          KeepCodes(piece.weights[c][r], k_end - k);
-        } else {
-          KeepBf16(piece.weights[c][r], k_end - k);
-        }
-      }
-    }
-  }
-}
-
-// One branch for the whole piece, so that all its loads are issued together.
-template <bool kFp8>
-__device__ __forceinline__ void Load(Piece<kFp8>& piece, const char* w0, const char* w1, int k0,
-                                     int k_end) {
-  if (k0 + kPiece <= k_end) {
-    LoadPart<kFp8, false>(piece, w0, w1, k0, k_end);
-  } else {
-    LoadPart<kFp8, true>(piece, w0, w1, k0, k_end);
-  }
-}
-
-template <bool kFp8, int kTokenTiles, bool kTail>
-__device__ __forceinline__ void MultiplyPart(const Piece<kFp8>& piece,
-                                             const Bf16* const (&x)[kTokenTiles], int k0, int k_end,
-                                             float (&sums)[kTokenTiles][4]) {
-  using P = Piece<kFp8>;
-  const int j = threadIdx.x % 4;
-  constexpr int kHalves = P::kLane / 8;  // 8 k at a time: 16 bytes of x
-  constexpr int kXLoads = kPiece / P::kChunk * kHalves;
-  // Up to 16 rows of x are on their way before the first weight is looked at; more have no registers.
-  constexpr int kAhead = kTokenTiles <= 2 ? kXLoads : 1;
-  Vec b[kAhead][kTokenTiles];
-  const auto load_x = [&](int i, Vec(&to)[kTokenTiles]) {
-    const int k = k0 + i / kHalves * P::kChunk + j * P::kLane + i % kHalves * 8;
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
-      to[t] = kZero;
-      if (!kTail || k < k_end) to[t] = LoadX(x[t] + k);
-      if (kTail && k < k_end && k + 8 > k_end) KeepBf16(to[t], k_end - k);
-    }
-  };
-  if (kAhead == kXLoads) {
-#pragma unroll
-    for (int i = 0; i < kXLoads; ++i) load_x(i, b[i % kAhead]);
-  }
-#pragma unroll
-  for (int i = 0; i < kXLoads; ++i) {
-    if (kAhead != kXLoads) load_x(i, b[0]);
-    const int c = i / kHalves;
-    const int half = i % kHalves;
-    uint32_t a[2][4];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (kFp8) {
-        WidenE4m3(piece.weights[c][r].v[half * 2], a[r][0], a[r][1]);
-        WidenE4m3(piece.weights[c][r].v[half * 2 + 1], a[r][2], a[r][3]);
-      } else {
-#pragma unroll
-        for (int v = 0; v < 4; ++v) a[r][v] = piece.weights[c][r].v[v];
-      }
-    }
-#pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) {
-      const Vec& xs = b[i % kAhead][t];
-      MmaBf16(sums[t], a[0][0], a[1][0], a[0][1], a[1][1], xs.v[0], xs.v[1]);
-      MmaBf16(sums[t], a[0][2], a[1][2], a[0][3], a[1][3], xs.v[2], xs.v[3]);
-    }
-  }
-}
-
-// sums += W[16 rows, piece] * x[rows, piece]^T.
-template <bool kFp8, int kTokenTiles>
-__device__ __forceinline__ void Multiply(const Piece<kFp8>& piece,
-                                         const Bf16* const (&x)[kTokenTiles], int k0, int k_end,
-                                         float (&sums)[kTokenTiles][4]) {
-  if (k0 + kPiece <= k_end) {
-    MultiplyPart<kFp8, kTokenTiles, false>(piece, x, k0, k_end, sums);
-  } else {
-    MultiplyPart<kFp8, kTokenTiles, true>(piece, x, k0, k_end, sums);
-  }
-}
-
-// One matrix's part of a block's work: the rows that this lane reads.
-template <bool kFp8>
-struct Rows {
-  const char* w0;
-  const char* w1;
-  const float* scales;
-
-  Rows() = default;
-  __device__ __forceinline__ Rows(const GemmParams& p, const Matrix& w, int group, int n0) {
-    const int row = threadIdx.x % 32 / 4;
-    const int64_t element = kFp8 ? 1 : 2;
-    const char* base = static_cast<const char*>(w.data) + group * p.weight_group_stride * element;
-    // Rows beyond the last one are read as the last one, and never written.
-    w0 = base + int64_t{min(n0 + row, w.rows - 1)} * w.stride * element;
-    w1 = base + int64_t{min(n0 + row + 8, w.rows - 1)} * w.stride * element;
-    scales = nullptr;
-    if (kFp8) {
-      const int scale_cols = (w.cols + kScaleBlock - 1) / kScaleBlock;
-      scales = w.scales + group * p.scale_group_stride + int64_t{n0 / kScaleBlock} * scale_cols;
-    }
-  }
-};
 
 // The warps that work on one unit; a power of two.
 struct Team {
@@ -275,9 +113,34 @@ struct Cursor {
   }
 };
 
-// The part of the product p that block `block` of `num_blocks` makes. Every warp of a team goes through the
-// same units; its pieces of them follow each other without a gap: the next one, of the next unit
-// too, is on its way while one is multiplied.
+// Pieces after a team's first that are asked for before the kernel before has ended.
+constexpr int kPiecesAhead = 3;
+
+// Brings the next pieces of W that this warp will read into L2.
+template <bool kFp8>
+__device__ __forceinline__ void PrefetchPieces(const GemmParams& p, const Team& team, int group,
+                                               int n0, int k0) {
+  constexpr int kElement = kFp8 ? 1 : 2;
+  constexpr int kLine = 128;
+  constexpr int kLines = kPiece * kElement / kLine;  // of a row of a piece
+  const int lane = threadIdx.x % 32;
+  if (lane >= kRows * kLines) return;
+  const int row = min(n0 + lane / kLines, p.weight.rows - 1);
+  const char* const from =
+      static_cast<const char*>(p.weight.data) +
+      (group * p.weight_group_stride + int64_t{row} * p.weight.stride) * kElement;
+#pragma unroll
+  for (int i = 1; i <= kPiecesAhead; ++i) {
+    const int k = k0 + i * team.warps * kPiece + lane % kLines * (kLine / kElement);
+    if (k < p.weight.cols) {
+      PrefetchLine(from + int64_t{k} * kElement);
+    }
+  }
+}
+
+// The part of the product p that block `block` of `num_blocks` makes. Every warp of a team goes
+// through the same units; its pieces of them follow each other without a gap: the next one, of the
+// next unit too, is on its way while one is multiplied.
 template <bool kFp8, bool kGated, int kTokenTiles>
 __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_blocks,
                                       float* memory) {
@@ -299,6 +162,7 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
   if (early && first < num_units) {
     at.Enter(p, team, kTileRows, first);
     Load(piece, at.rows.w0, at.rows.w1, at.k0, k_end);
+    PrefetchPieces<kFp8>(p, team, at.item.group, at.n0, at.k0);
   }
   WaitForEarlier();
   StartNext();
@@ -416,21 +280,13 @@ constexpr int SharedBytes(bool gated) {
   return (gated ? 2 : 1) * kWarps * 8 * kTokenTiles * (kRows + 1) * 4;
 }
 
-template <class Kernel>
-cudaError_t AllowShared(Kernel kernel, int bytes) {
-  if (bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 template <bool kFp8, bool kGated, int kTokenTiles>
 cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
   constexpr int kBytes = SharedBytes<kTokenTiles>(kGated);
   const dim3 grid(static_cast<unsigned>(
       std::min<int64_t>(NumUnits<kTokenTiles>(p), ResidentBlocks<kTokenTiles>())));
   const auto kernel = FewRows<kFp8, kGated, kTokenTiles>;
-  const cudaError_t error = AllowShared(kernel, kBytes);
-  if (error != cudaSuccess) return error;
-  return LaunchChained(kernel, grid, kWarps * 32, kBytes, stream, p);
+  return LaunchWithShared(kernel, grid, kWarps * 32, kBytes, stream, p);
 }
 
 template <bool kFp8, int kTokenTiles>
@@ -448,39 +304,22 @@ cudaError_t LaunchPair(const GemmParams& a, const GemmParams& b, cudaStream_t st
   }
   const dim3 grid(static_cast<unsigned>(a_blocks + b_blocks));
   const auto kernel = FewRowsPair<kFp8, kTokenTiles>;
-  const cudaError_t error = AllowShared(kernel, kBytes);
-  if (error != cudaSuccess) return error;
-  return LaunchChained(kernel, grid, kWarps * 32, kBytes, stream, a, b, static_cast<int>(a_blocks));
+  return LaunchWithShared(kernel, grid, kWarps * 32, kBytes, stream, a, b,
+                          static_cast<int>(a_blocks));
 }
 
-template <bool kFp8>
-cudaError_t ChoosePair(const GemmParams& a, const GemmParams& b, int32_t tile_rows,
-                       cudaStream_t stream) {
+// Calls `launch` with the number of token tiles as a constant.
+template <class Launcher>
+cudaError_t WithTokenTiles(int32_t tile_rows, const Launcher& launch) {
   switch (tile_rows) {
     case 8:
-      return LaunchPair<kFp8, 1>(a, b, stream);
+      return launch(std::integral_constant<int, 1>());
     case 16:
-      return LaunchPair<kFp8, 2>(a, b, stream);
+      return launch(std::integral_constant<int, 2>());
     case 32:
-      return LaunchPair<kFp8, 4>(a, b, stream);
+      return launch(std::integral_constant<int, 4>());
     case 64:
-      return LaunchPair<kFp8, 8>(a, b, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
-template <bool kFp8, bool kGated>
-cudaError_t Choose(const GemmParams& p, int32_t tile_rows, cudaStream_t stream) {
-  switch (tile_rows) {
-    case 8:
-      return Launch<kFp8, kGated, 1>(p, stream);
-    case 16:
-      return Launch<kFp8, kGated, 2>(p, stream);
-    case 32:
-      return Launch<kFp8, kGated, 4>(p, stream);
-    case 64:
-      return Launch<kFp8, kGated, 8>(p, stream);
+      return launch(std::integral_constant<int, 8>());
     default:
       return cudaErrorInvalidValue;
   }
@@ -490,18 +329,20 @@ cudaError_t Choose(const GemmParams& p, int32_t tile_rows, cudaStream_t stream) 
 
 cudaError_t GemmFewRowsPair(const GemmParams& a, const GemmParams& b, int32_t tile_rows,
                             cudaStream_t stream) {
-  return a.weight.scales != nullptr ? ChoosePair<true>(a, b, tile_rows, stream)
-                                    : ChoosePair<false>(a, b, tile_rows, stream);
+  return WithTokenTiles(tile_rows, [&](auto tiles) {
+    constexpr int kTokenTiles = decltype(tiles)::value;
+    return a.weight.scales != nullptr ? LaunchPair<true, kTokenTiles>(a, b, stream)
+                                      : LaunchPair<false, kTokenTiles>(a, b, stream);
+  });
 }
 
 cudaError_t GemmFewRows(const GemmParams& p, int32_t tile_rows, cudaStream_t stream) {
-  const bool gated = !p.up.empty();
-  if (p.weight.scales != nullptr) {
-    return gated ? Choose<true, true>(p, tile_rows, stream)
-                 : Choose<true, false>(p, tile_rows, stream);
-  }
-  return gated ? Choose<false, true>(p, tile_rows, stream)
-               : Choose<false, false>(p, tile_rows, stream);
+  return WithForm(p, [&](auto fp8, auto gated) {
+    return WithTokenTiles(tile_rows, [&](auto tiles) {
+      return Launch<decltype(fp8)::value, decltype(gated)::value, decltype(tiles)::value>(p,
+                                                                                          stream);
+    });
+  });
 }
 
 }  // namespace strait::cuda

@@ -23,7 +23,7 @@
 // bits depend on K and num_splits, never on other rows.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm_hopper_layout.h"
-#include "kernels/cuda/gemm_internal.h"
+#include "kernels/cuda/gemm_launch.cuh"
 #include "kernels/cuda/mla_wgmma.cuh"
 
 namespace strait::cuda {
@@ -436,14 +436,11 @@ template <bool kFp8, bool kGated, int kTileRows, int kColumns>
 cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
   using L = HopperLayout<kFp8, kTileRows, kColumns>;
   const auto kernel = HopperTiles<kFp8, kGated, kTileRows, kColumns>;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, L::kBytes);
-  if (error != cudaSuccess) return error;
   constexpr int kEach = kGated ? kColumns / 2 : kColumns;
   const int shares = NumShares(p);
   const int64_t units = NumItems(p, kTileRows) * ((p.weight.rows + kEach - 1) / kEach) * shares;
   const dim3 grid(static_cast<unsigned>(units < Multiprocessors() ? units : Multiprocessors()));
-  error = LaunchChained(kernel, grid, kThreads, L::kBytes, stream, p, shares);
+  const cudaError_t error = LaunchWithShared(kernel, grid, kThreads, L::kBytes, stream, p, shares);
   return error != cudaSuccess || shares == 1 ? error : AddGemmShares(p, shares, stream);
 }
 
@@ -463,13 +460,9 @@ cudaError_t Choose(const GemmParams& p, int32_t tile_rows, int32_t columns, cuda
 
 cudaError_t GemmHopper(const GemmParams& p, int32_t tile_rows, int32_t columns,
                        cudaStream_t stream) {
-  const bool gated = !p.up.empty();
-  if (p.weight.scales != nullptr) {
-    return gated ? Choose<true, true>(p, tile_rows, columns, stream)
-                 : Choose<true, false>(p, tile_rows, columns, stream);
-  }
-  return gated ? Choose<false, true>(p, tile_rows, columns, stream)
-               : Choose<false, false>(p, tile_rows, columns, stream);
+  return WithForm(p, [&](auto fp8, auto gated) {
+    return Choose<decltype(fp8)::value, decltype(gated)::value>(p, tile_rows, columns, stream);
+  });
 }
 
 }  // namespace strait::cuda

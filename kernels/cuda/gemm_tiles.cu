@@ -12,10 +12,8 @@
 // Intensity: 64 flops a byte at 128 x 128: bound by the tensor cores' mma.sync rate, about 60 % of
 // what wgmma reaches on sm_90, where gemm_hopper.cu takes its place.
 // Measured shares: tests/reports/gpu.md, written by tests/gpu.sh.
-#include <type_traits>
-
 #include "kernels/cuda/common.cuh"
-#include "kernels/cuda/gemm_internal.h"
+#include "kernels/cuda/gemm_launch.cuh"
 
 namespace strait::cuda {
 namespace {
@@ -265,20 +263,11 @@ cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
   constexpr int kBytes = Layout<kFp8, kTileRows>::kBytes;
   constexpr int kColumns = kGated ? kN / 2 : kN;
   const auto kernel = Tiles<kFp8, kGated, kTileRows>;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
   const int shares = NumShares(p);
   const dim3 grid((p.weight.rows + kColumns - 1) / kColumns,
                   static_cast<unsigned>(NumItems(p, kTileRows)), static_cast<unsigned>(shares));
-  error = LaunchChained(kernel, grid, kThreads, kBytes, stream, p);
+  const cudaError_t error = LaunchWithShared(kernel, grid, kThreads, kBytes, stream, p);
   return error != cudaSuccess || shares == 1 ? error : AddGemmShares(p, shares, stream);
-}
-
-template <bool kFp8, bool kGated>
-cudaError_t Choose(const GemmParams& p, int32_t tile_rows, cudaStream_t stream) {
-  return tile_rows == 64 ? Launch<kFp8, kGated, 64>(p, stream)
-                         : Launch<kFp8, kGated, 128>(p, stream);
 }
 
 }  // namespace
@@ -291,13 +280,12 @@ cudaError_t AddGemmShares(const GemmParams& p, int num_shares, cudaStream_t stre
 }
 
 cudaError_t GemmTiles(const GemmParams& p, int32_t tile_rows, cudaStream_t stream) {
-  const bool gated = !p.up.empty();
-  if (p.weight.scales != nullptr) {
-    return gated ? Choose<true, true>(p, tile_rows, stream)
-                 : Choose<true, false>(p, tile_rows, stream);
-  }
-  return gated ? Choose<false, true>(p, tile_rows, stream)
-               : Choose<false, false>(p, tile_rows, stream);
+  return WithForm(p, [&](auto fp8, auto gated) {
+    constexpr bool kFp8 = decltype(fp8)::value;
+    constexpr bool kGated = decltype(gated)::value;
+    return tile_rows == 64 ? Launch<kFp8, kGated, 64>(p, stream)
+                           : Launch<kFp8, kGated, 128>(p, stream);
+  });
 }
 
 }  // namespace strait::cuda

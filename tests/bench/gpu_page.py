@@ -125,9 +125,10 @@ def main():
                    f"{r['tflops']:.0f}", f"{r['gb_per_s']:.0f}", f"{100 * r['gb_per_s'] / r['read_gb_per_s']:.0f} %"]
                   for r in attention])
     out += ["", "## Products", ""]
-    out += table(["product", "rows × n × k", "weights", "µs", "GB/s", "share of read rate", "TFLOP/s"],
+    out += table(["product", "rows × n × k", "weights", "µs", "GB/s", "share of read rate", "TFLOP/s", "share of matrix rate"],
                  [[r["name"], f"{r['rows']} × {r['n']} × {r['k']}", "fp8" if r["fp8"] else "bf16", f"{r['us']:.1f}",
-                   f"{r['gb_s']:.0f}", f"{100 * r['read_share']:.0f} %", f"{r['tflops']:.0f}"] for r in by("gemm")])
+                   f"{r['gb_s']:.0f}", f"{100 * r['read_share']:.0f} %", f"{r['tflops']:.0f}",
+                   f"{100 * r['matrix_share']:.0f} %"] for r in by("gemm")])
     (REPORTS / "gpu.md").write_text("\n".join(out) + "\n")
 
 

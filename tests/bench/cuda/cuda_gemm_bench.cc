@@ -4,8 +4,9 @@
 //
 //   cuda_gemm_bench [--smoke]
 //
-// Prints shape, time, GB/s of weights and its share of the read rate measured in this run, TFLOP/s;
-// then the same as a JSON line each.
+// Prints shape, time, GB/s of weights and its share of the read rate, TFLOP/s and its share of the
+// matrix rate, both rates measured in this run; then the same as a JSON line each. What goes
+// through the Hopper kernel is measured through the portable one too.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -13,7 +14,7 @@
 #include <vector>
 
 #include "kernels/cuda/device.h"
-#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/gemm_internal.h"
 #include "tests/bench/cuda/limits.h"
 
 namespace strait::bench {
@@ -39,8 +40,17 @@ constexpr Shape kShapes[] = {
     {"v2-lite o_proj", 16, 2048, 2048, false, false, 0},
     {"v2-lite o_proj", 64, 2048, 2048, false, false, 0},
     {"v2-lite head", 64, 102400, 2048, false, false, 0},
+    {"v2-lite o_proj", 256, 2048, 2048, false, false, 0},
     {"v2-lite q_proj", 2048, 3072, 2048, false, false, 0},
+    {"v2-lite q_proj", 8192, 3072, 2048, false, false, 0},
+    {"v2-lite o_proj", 8192, 2048, 2048, false, false, 0},
+    {"v2-lite kv_a_proj", 8192, 576, 2048, false, false, 0},
+    {"v2-lite dense up", 8192, 10944, 2048, false, true, 0},
+    {"v2-lite experts up, 256 tokens", 1536, 1408, 2048, false, true, 64},
+    {"v2-lite experts down, 256 tokens", 1536, 2048, 1408, false, false, 64},
     {"v2-lite experts up, 2048 tokens", 12288, 1408, 2048, false, true, 64},
+    {"v2-lite experts up, 8192 tokens", 49152, 1408, 2048, false, true, 64},
+    {"v2-lite experts down, 8192 tokens", 49152, 2048, 1408, false, false, 64},
     {"v3 q_b_proj", 1, 24576, 1536, true, false, 0},
     {"v3 o_proj", 1, 7168, 16384, true, false, 0},
     {"v3 q_a_proj", 1, 1536, 7168, true, false, 0},
@@ -49,6 +59,8 @@ constexpr Shape kShapes[] = {
     {"v3 experts down", 8, 7168, 2048, true, false, 8},
     {"v3 o_proj", 64, 7168, 16384, true, false, 0},
     {"v3 o_proj", 2048, 7168, 16384, true, false, 0},
+    {"v3 q_b_proj", 2048, 24576, 1536, true, false, 0},
+    {"v3 experts up, 2048 tokens", 16384, 2048, 7168, true, true, 64},
 };
 
 void* Take(size_t bytes, int fill) {
@@ -73,7 +85,29 @@ void FillRandom(void* device, size_t bytes) {
   }
 }
 
-void Run(const Shape& s, double read_rate, size_t l2_bytes) {
+struct Limits {
+  double read_rate;
+  double matrix_rate;
+};
+
+void Report(const Shape& s, const Limits& limits, bool portable, double us, size_t read_bytes) {
+  const double rate = static_cast<double>(read_bytes) / us * 1e6;
+  const double flops = 2.0 * s.rows * s.n * s.k * (s.gated ? 2 : 1) / us * 1e6;
+  const double matrix_share = limits.matrix_rate > 0 ? flops / limits.matrix_rate : 0;
+  const std::string name = std::string(s.name) + (portable ? ", portable" : "");
+  std::printf(
+      "%-44s %5d x %6d x %5d %s %8.1f us %7.0f GB/s %5.1f %% of reading %7.1f TFLOP/s %5.1f %% of "
+      "products\n",
+      name.c_str(), s.rows, s.n, s.k, s.fp8 ? "fp8 " : "bf16", us, rate / 1e9,
+      100 * rate / limits.read_rate, flops / 1e12, 100 * matrix_share);
+  std::printf(
+      "JSON {\"bench\":\"gemm\",\"name\":\"%s\",\"rows\":%d,\"n\":%d,\"k\":%d,\"fp8\":%s,"
+      "\"us\":%.2f,\"gb_s\":%.1f,\"read_share\":%.4f,\"tflops\":%.2f,\"matrix_share\":%.4f}\n",
+      name.c_str(), s.rows, s.n, s.k, s.fp8 ? "true" : "false", us, rate / 1e9,
+      rate / limits.read_rate, flops / 1e12, matrix_share);
+}
+
+void Run(const Shape& s, const Limits& limits, size_t l2_bytes) {
   const int64_t stride = cuda::AlignedStride(s.k);
   const int64_t groups = s.experts > 0 ? s.experts : 1;
   const size_t weight_bytes = static_cast<size_t>(groups * s.n * stride * (s.fp8 ? 1 : 2));
@@ -110,7 +144,7 @@ void Run(const Shape& s, double read_rate, size_t l2_bytes) {
           "tiles");
     Check(cudaMemcpy(d_count, &count, 4, cudaMemcpyHostToDevice), "count");
   }
-  const double us = GraphUs([&](int i, cudaStream_t stream) {
+  const auto params = [&](int i) {
     cuda::GemmParams p;
     p.x = x;
     p.x_stride = stride;
@@ -134,18 +168,22 @@ void Run(const Shape& s, double read_rate, size_t l2_bytes) {
     }
     p.y_bf16 = static_cast<cuda::Bf16*>(y);
     p.y_stride = s.n;
-    Check(cuda::Gemm(p, stream), "Gemm");
-  });
-  const double rate = static_cast<double>(read_bytes) / us * 1e6;
-  const double flops = 2.0 * s.rows * s.n * s.k * (s.gated ? 2 : 1) / us * 1e6;
-  std::printf("%-34s %5d x %6d x %5d %s %8.1f us %7.0f GB/s %5.1f %% of reading %7.1f TFLOP/s\n",
-              s.name, s.rows, s.n, s.k, s.fp8 ? "fp8 " : "bf16", us, rate / 1e9,
-              100 * rate / read_rate, flops / 1e12);
-  std::printf(
-      "JSON {\"bench\":\"gemm\",\"name\":\"%s\",\"rows\":%d,\"n\":%d,\"k\":%d,\"fp8\":%s,"
-      "\"us\":%.2f,\"gb_s\":%.1f,\"read_share\":%.4f,\"tflops\":%.2f}\n",
-      s.name, s.rows, s.n, s.k, s.fp8 ? "true" : "false", us, rate / 1e9, rate / read_rate,
-      flops / 1e12);
+    return p;
+  };
+  // With and without, where the plan tells them apart.
+  const bool hopper = limits.matrix_rate > 0;
+  const auto kind = [&](bool allowed) {
+    return cuda::PlanGemm(params(0), allowed, cuda::Multiprocessors()).kind;
+  };
+  for (const bool portable : {false, true}) {
+    if (portable && (!hopper || kind(true) == kind(false))) continue;
+    const double us = GraphUs([&](int i, cudaStream_t stream) {
+      cuda::GemmParams p = params(i);
+      p.portable = portable;
+      Check(cuda::Gemm(p, stream), "Gemm");
+    });
+    Report(s, limits, portable, us, read_bytes);
+  }
   for (void* data : weights) Check(cudaFree(data), "cudaFree");
   for (void* data : {static_cast<void*>(scales), static_cast<void*>(x), static_cast<void*>(split),
                      y, d_tiles, d_count}) {
@@ -159,15 +197,18 @@ int Main(bool smoke) {
     std::fprintf(stderr, "cuda_gemm_bench: %s\n", problem.c_str());
     return 1;
   }
-  const double read_rate = ReadRate();
-  std::printf("%s, reading %.0f GB/s\n", device.name.c_str(), read_rate / 1e9);
-  std::printf("JSON {\"bench\":\"limits\",\"device\":\"%s\",\"read_gb_s\":%.1f}\n",
-              device.name.c_str(), read_rate / 1e9);
+  const Limits limits = {ReadRate(), MatrixRate()};
+  std::printf("%s, reading %.0f GB/s, bf16 products %.0f TFLOP/s\n", device.name.c_str(),
+              limits.read_rate / 1e9, limits.matrix_rate / 1e12);
+  std::printf(
+      "JSON {\"bench\":\"limits\",\"device\":\"%s\",\"read_gb_s\":%.1f,\"matrix_tflops\":%.1f}\n",
+      device.name.c_str(), limits.read_rate / 1e9, limits.matrix_rate / 1e12);
   if (smoke) {
-    Run({"smoke", 3, 40, 72, false, true, 0}, read_rate, 1024);
+    Run({"smoke", 3, 40, 72, false, true, 0}, limits, 1024);
+    Run({"smoke", 130, 40, 264, false, true, 0}, limits, 1024);
     return 0;
   }
-  for (const Shape& shape : kShapes) Run(shape, read_rate, static_cast<size_t>(device.l2_bytes));
+  for (const Shape& shape : kShapes) Run(shape, limits, static_cast<size_t>(device.l2_bytes));
   return 0;
 }
 

@@ -65,6 +65,10 @@ inline double GraphUs(const std::function<void(int, cudaStream_t)>& run, int lau
   return us / launches;
 }
 
+// Flops a second of bf16 products whose operands stay in shared memory (matrix_rate.cu); 0: no
+// Hopper.
+double MatrixRate();
+
 // Bytes a second of reading 1 GiB once.
 inline double ReadRate() {
   constexpr size_t kBytes = size_t{1} << 30;

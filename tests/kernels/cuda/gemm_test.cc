@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Defends: products of the CUDA backend are the reference's for every form (dense, gated, a matrix
-// a head, experts by a list), both weight formats, both kernels, and sizes that nothing divides;
+// a head, experts by a list), both weight formats, every kernel, and sizes that nothing divides;
 // padding is never used, every output is written, and with a fixed order a row's bits do not depend
 // on the other rows.
 #include "kernels/cuda/gemm.h"
@@ -79,7 +79,8 @@ TEST_F(CudaGemmTest, Dense) {
                                      {64, 640, 96},
                                      {65, 129, 208},
                                      {130, 300, 72},
-                                     {257, 520, 1416}}) {
+                                     {257, 520, 1416},
+                                     {258, 520, 1416}}) {
       for (const bool fixed : {false, true}) {
         SCOPED_TRACE(testing::Message() << rows << " x " << n << " x " << k << " type "
                                         << static_cast<int>(type) << " fixed " << fixed);
@@ -96,6 +97,7 @@ TEST_F(CudaGemmTest, Dense) {
         p.y_fp32 = y.data();
         p.y_stride = n;
         p.fixed_order = fixed;
+        p.portable = rows % 4 >= 2;
         const Buffer<float> split(1 << 20);
         p.split_sums = rows % 2 == 0 ? nullptr : split.data();
         p.split_capacity = split.count();
@@ -128,7 +130,9 @@ TEST_F(CudaGemmTest, GatedInPlaceOfThreeKernels) {
                                      {16, 100, 160},
                                      {64, 48, 160},
                                      {100, 140, 200},
-                                     {300, 208, 96}}) {
+                                     {300, 208, 96},
+                                     {101, 140, 520},
+                                     {102, 140, 520}}) {
       SCOPED_TRACE(testing::Message()
                    << rows << " x " << n << " x " << k << " type " << static_cast<int>(type));
       const DeviceMatrices gate(rng_, type, n, k);
@@ -141,6 +145,7 @@ TEST_F(CudaGemmTest, GatedInPlaceOfThreeKernels) {
       p.x = dx.data();
       p.x_stride = cuda::AlignedStride(k);
       p.num_rows = static_cast<int32_t>(rows);
+      p.portable = rows % 4 >= 2;
       p.weight = gate.matrix();
       p.up = up.matrix();
       p.y_bf16 = y.data();

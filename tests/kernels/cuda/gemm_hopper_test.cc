@@ -1,0 +1,320 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Defends: every form of the Hopper product is the reference's, whatever the number of rows,
+// columns and k, with rows gathered, experts without rows, K split, outputs of any alignment; what
+// lies beside a matrix, a row or an item is neither read nor written; a row's bits do not depend on
+// the rows beside it; a block that makes many tiles makes each as it would alone.
+#include "kernels/cuda/gemm_internal.h"
+#include "kernels/reference/kernels.h"
+#include "tests/kernels/cuda/device_matrix.h"
+
+namespace strait {
+namespace {
+
+using gpu_test::Bf16;
+using gpu_test::Buffer;
+using gpu_test::DeviceMatrices;
+using gpu_test::RelativeError;
+using gpu_test::RoundedToBf16;
+using kernel_test::RandomFloats;
+
+// As in gemm_test.cc: sums in fp32; one rounding to bf16.
+constexpr double kFp32Bound = 3e-5;
+constexpr double kBf16Bound = 0x1p-8 + kFp32Bound;
+
+struct Form {
+  WeightType type;
+  int32_t tile_rows, columns;
+};
+
+constexpr Form kForms[] = {
+    {WeightType::kBf16, 64, 128},    {WeightType::kBf16, 64, 256},
+    {WeightType::kBf16, 128, 128},   {WeightType::kBf16, 128, 256},
+    {WeightType::kFp8E4m3, 64, 128}, {WeightType::kFp8E4m3, 128, 128},
+};
+
+class CudaGemmHopperTest : public gpu_test::GpuTest {
+ protected:
+  CudaGemmHopperTest() : rng_(kernel_test::Seed()) {}
+
+  void SetUp() override {
+    gpu_test::GpuTest::SetUp();
+    if (IsSkipped()) return;
+    int major = 0;
+    ASSERT_EQ(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), cudaSuccess);
+    if (major != 9) GTEST_SKIP() << "SKIPPED: Hopper's instructions, on another GPU";
+  }
+
+  static std::vector<float> Expected(const std::vector<float>& x, int64_t rows,
+                                     const WeightMatrix& weight) {
+    std::vector<float> y(static_cast<size_t>(rows * weight.rows));
+    GemmParams p;
+    p.x = x.data();
+    p.x_stride = weight.cols;
+    p.num_rows = rows;
+    p.weight = weight;
+    p.y = y.data();
+    p.y_stride = weight.rows;
+    reference::Gemm(p);
+    return y;
+  }
+
+  static std::vector<float> Gated(const std::vector<float>& gate, const std::vector<float>& up) {
+    std::vector<float> y(gate.size());
+    SiluMulParams p;
+    p.gate = gate.data();
+    p.up = up.data();
+    p.y = y.data();
+    p.num_rows = 1;
+    p.gate_stride = p.up_stride = p.y_stride = p.dim = static_cast<int64_t>(gate.size());
+    reference::SiluMul(p);
+    return y;
+  }
+
+  // Rows of x, NaN between them and in 128 rows after them.
+  static std::vector<Bf16> WithNanAfter(const std::vector<float>& x, int64_t k, int64_t stride) {
+    std::vector<Bf16> padded = gpu_test::PaddedRows(x, k, stride);
+    padded.insert(padded.end(), static_cast<size_t>(128 * stride), __float2bfloat16(NAN));
+    return padded;
+  }
+
+  // y without what lies between its rows, which must be as it was.
+  template <class T>
+  static std::vector<float> Dense(const std::vector<T>& y, int64_t rows, int64_t n,
+                                  int64_t stride) {
+    std::vector<float> dense;
+    for (int64_t i = 0; i < static_cast<int64_t>(y.size()); ++i) {
+      const auto value = static_cast<float>(y[static_cast<size_t>(i)]);
+      if (i / stride < rows && i % stride < n) {
+        dense.push_back(value);
+      } else {
+        EXPECT_TRUE(std::isnan(value)) << "written beside a row: " << i;
+      }
+    }
+    return dense;
+  }
+
+  kernel_test::Rng rng_;
+};
+
+struct Shape {
+  int64_t rows, n, k;
+};
+
+TEST_F(CudaGemmHopperTest, DenseOfAnyShape) {
+  STRAIT_TRACE_SEED();
+  for (const Form& form : kForms) {
+    for (const auto& [rows, n, k] : {Shape{1, 1, 8},
+                                     {1, 256, 64},
+                                     {63, 37, 72},
+                                     {64, 128, 128},
+                                     {65, 129, 200},
+                                     {127, 255, 1000},
+                                     {128, 256, 256},
+                                     {129, 384, 136},
+                                     {300, 514, 1416},
+                                     {300, 300, 40}}) {
+      for (const int32_t splits : {1, 3}) {
+        SCOPED_TRACE(testing::Message() << rows << " x " << n << " x " << k << " type "
+                                        << static_cast<int>(form.type) << " tile " << form.tile_rows
+                                        << " x " << form.columns << " splits " << splits);
+        const DeviceMatrices w(rng_, form.type, n, k);
+        const std::vector<float> x = RoundedToBf16(RandomFloats(rng_, rows * k));
+        const std::vector<float> expected = Expected(x, rows, w.stored());
+        const int64_t x_stride = cuda::AlignedStride(k) + 8;
+        const Buffer<Bf16> dx(WithNanAfter(x, k, x_stride));
+        const Buffer<float> split(splits * rows * n);
+        cuda::GemmParams p;
+        p.x = dx.data();
+        p.x_stride = x_stride;
+        p.num_rows = static_cast<int32_t>(rows);
+        p.weight = w.matrix();
+        p.num_splits = splits;
+        p.split_sums = split.data();
+        p.split_capacity = split.count();
+        // Even and odd strides: pairs of outputs aligned and not.
+        for (const int64_t y_stride : {n, n + 3, (n + 1) / 2 * 2 + 2}) {
+          const Buffer<float> y((rows + 2) * y_stride);
+          p.y_fp32 = y.data();
+          p.y_bf16 = nullptr;
+          p.y_stride = y_stride;
+          ASSERT_EQ(cuda::GemmHopper(p, form.tile_rows, form.columns, nullptr), cudaSuccess);
+          EXPECT_LT(RelativeError(Dense(y.Get(), rows, n, y_stride), expected), kFp32Bound);
+          p.accumulate = true;
+          ASSERT_EQ(cuda::GemmHopper(p, form.tile_rows, form.columns, nullptr), cudaSuccess);
+          std::vector<float> twice = expected;
+          for (float& value : twice) value *= 2;
+          EXPECT_LT(RelativeError(Dense(y.Get(), rows, n, y_stride), twice), kFp32Bound);
+
+          const Buffer<Bf16> y_bf16((rows + 2) * y_stride);
+          p.accumulate = false;
+          p.y_fp32 = nullptr;
+          p.y_bf16 = y_bf16.data();
+          ASSERT_EQ(cuda::GemmHopper(p, form.tile_rows, form.columns, nullptr), cudaSuccess);
+          EXPECT_LT(RelativeError(Dense(y_bf16.Get(), rows, n, y_stride), expected), kBf16Bound);
+        }
+      }
+    }
+  }
+}
+
+TEST_F(CudaGemmHopperTest, GatedOfAnyShape) {
+  STRAIT_TRACE_SEED();
+  for (const Form& form : kForms) {
+    for (const auto& [rows, n, k] :
+         {Shape{1, 1, 8}, {64, 64, 64}, {100, 140, 200}, {129, 129, 1000}, {300, 208, 96}}) {
+      SCOPED_TRACE(testing::Message()
+                   << rows << " x " << n << " x " << k << " type " << static_cast<int>(form.type)
+                   << " tile " << form.tile_rows << " x " << form.columns);
+      const DeviceMatrices gate(rng_, form.type, n, k);
+      const DeviceMatrices up(rng_, form.type, n, k);
+      const std::vector<float> x = RoundedToBf16(RandomFloats(rng_, rows * k));
+      const Buffer<Bf16> dx(WithNanAfter(x, k, cuda::AlignedStride(k)));
+      const int64_t y_stride = cuda::AlignedStride(n);
+      const Buffer<Bf16> y((rows + 1) * y_stride);
+      cuda::GemmParams p;
+      p.x = dx.data();
+      p.x_stride = cuda::AlignedStride(k);
+      p.num_rows = static_cast<int32_t>(rows);
+      p.weight = gate.matrix();
+      p.up = up.matrix();
+      p.y_bf16 = y.data();
+      p.y_stride = y_stride;
+      ASSERT_EQ(cuda::GemmHopper(p, form.tile_rows, form.columns, nullptr), cudaSuccess);
+      const std::vector<float> expected =
+          Gated(Expected(x, rows, gate.stored()), Expected(x, rows, up.stored()));
+      EXPECT_LT(RelativeError(Dense(y.Get(), rows, n, y_stride), expected), kBf16Bound);
+    }
+  }
+}
+
+// Gathered rows, a gated product, then one without: the two that an expert is made of.
+TEST_F(CudaGemmHopperTest, ExpertsByAList) {
+  STRAIT_TRACE_SEED();
+  const int experts = 9;
+  const int64_t k = 136;
+  const int64_t n = 140;
+  const int64_t tokens = 200;
+  for (const Form& form : kForms) {
+    SCOPED_TRACE(testing::Message() << "type " << static_cast<int>(form.type) << " tile "
+                                    << form.tile_rows << " x " << form.columns);
+    const DeviceMatrices gate(rng_, form.type, n, k, experts);
+    const DeviceMatrices up(rng_, form.type, n, k, experts);
+    const std::vector<float> x = RoundedToBf16(RandomFloats(rng_, tokens * k));
+    const Buffer<Bf16> dx(WithNanAfter(x, k, 144));
+    std::vector<int32_t> token_of;
+    std::vector<int32_t> expert_of;
+    std::vector<cuda::RowTile> tiles;
+    for (int e = 0; e < experts; ++e) {
+      const int count = e % 3 == 0 ? 0 : e % 3 == 1 ? 3 : 150;
+      const int begin = static_cast<int>(token_of.size());
+      for (int i = 0; i < count; ++i) {
+        token_of.push_back(static_cast<int32_t>(rng_() % tokens));
+        expert_of.push_back(e);
+      }
+      for (int i = 0; i < count; i += form.tile_rows) {
+        tiles.push_back({e, begin + i, std::min(form.tile_rows, count - i)});
+      }
+    }
+    const auto rows = static_cast<int64_t>(token_of.size());
+    const int num_tiles = static_cast<int>(tiles.size());
+    for (int wild = 0; wild < 40; ++wild) tiles.push_back({1 << 30, -1 << 30, 1 << 30});
+    const Buffer<cuda::RowTile> d_tiles(tiles);
+    const Buffer<int32_t> d_count(std::vector<int32_t>{num_tiles});
+    const Buffer<int32_t> d_tokens(token_of);
+    cuda::GemmParams p;
+    p.x = dx.data();
+    p.x_stride = 144;
+    p.x_rows = d_tokens.data();
+    p.weight = gate.matrix();
+    p.num_groups = experts;
+    p.weight_group_stride = gate.group_stride();
+    p.scale_group_stride = gate.scale_group_stride();
+    p.tiles = d_tiles.data();
+    p.num_tiles = d_count.data();
+    p.max_tiles = static_cast<int32_t>(tiles.size());
+    p.tile_rows = form.tile_rows;
+    p.y_stride = n;
+    for (const bool gated : {true, false}) {
+      const Buffer<Bf16> y(rows * n);
+      p.y_bf16 = y.data();
+      p.up = gated ? up.matrix() : cuda::Matrix{};
+      ASSERT_EQ(cuda::GemmHopper(p, form.tile_rows, form.columns, nullptr), cudaSuccess);
+      const std::vector<float> got = gpu_test::ToFloat(y.Get());
+      for (int e = 0; e < experts; ++e) {
+        std::vector<float> own_x;
+        std::vector<float> own_y;
+        for (int64_t r = 0; r < rows; ++r) {
+          if (expert_of[static_cast<size_t>(r)] != e) continue;
+          const auto at = x.begin() + token_of[static_cast<size_t>(r)] * k;
+          own_x.insert(own_x.end(), at, at + k);
+          own_y.insert(own_y.end(), got.begin() + r * n, got.begin() + (r + 1) * n);
+        }
+        const auto count = static_cast<int64_t>(own_x.size()) / k;
+        if (count == 0) continue;
+        std::vector<float> expected = Expected(own_x, count, gate.stored(e));
+        if (gated) expected = Gated(expected, Expected(own_x, count, up.stored(e)));
+        EXPECT_LT(RelativeError(own_y, expected), kBf16Bound) << "expert " << e;
+      }
+    }
+  }
+}
+
+// No tile at all: nothing is written, and the kernel ends.
+TEST_F(CudaGemmHopperTest, AnEmptyListWritesNothing) {
+  STRAIT_TRACE_SEED();
+  const DeviceMatrices w(rng_, WeightType::kBf16, 64, 64, 2);
+  const Buffer<Bf16> x(64 * 64);
+  const Buffer<Bf16> y(64 * 64);
+  const Buffer<cuda::RowTile> tiles(4);
+  const Buffer<int32_t> count(std::vector<int32_t>{0});
+  cuda::GemmParams p;
+  p.x = x.data();
+  p.x_stride = 64;
+  p.weight = w.matrix();
+  p.num_groups = 2;
+  p.weight_group_stride = w.group_stride();
+  p.tiles = tiles.data();
+  p.num_tiles = count.data();
+  p.max_tiles = 4;
+  p.tile_rows = 128;
+  p.y_bf16 = y.data();
+  p.y_stride = 64;
+  ASSERT_EQ(cuda::GemmHopper(p, 128, 256, nullptr), cudaSuccess);
+  EXPECT_TRUE(Dense(y.Get(), 0, 64, 64).empty());
+}
+
+TEST_F(CudaGemmHopperTest, ARowsBitsDoNotDependOnOthers) {
+  STRAIT_TRACE_SEED();
+  for (const Form& form : kForms) {
+    // More tiles than multiprocessors with all rows: blocks make several, one after the other.
+    const int64_t n = 4000;
+    const int64_t k = 328;
+    const int64_t most = 900;
+    const DeviceMatrices w(rng_, form.type, n, k);
+    const std::vector<float> x = RoundedToBf16(RandomFloats(rng_, most * k));
+    const Buffer<Bf16> dx(WithNanAfter(x, k, 336));
+    std::vector<float> all;
+    for (const int64_t rows : {most, int64_t{1}, int64_t{31}, int64_t{100}}) {
+      const Buffer<float> y(rows * n);
+      cuda::GemmParams p;
+      p.x = dx.data() + (most - rows) * 336;
+      p.x_stride = 336;
+      p.num_rows = static_cast<int32_t>(rows);
+      p.weight = w.matrix();
+      p.y_fp32 = y.data();
+      p.y_stride = n;
+      ASSERT_EQ(cuda::GemmHopper(p, form.tile_rows, form.columns, nullptr), cudaSuccess);
+      if (all.empty()) all = y.Get();
+      EXPECT_TRUE(kernel_test::SameBits(y.Get(), {all.end() - rows * n, all.end()}))
+          << rows << " rows, type " << static_cast<int>(form.type) << " tile " << form.tile_rows
+          << " x " << form.columns;
+    }
+    const std::vector<float> first(x.begin(), x.begin() + 3 * k);
+    EXPECT_LT(RelativeError({all.begin(), all.begin() + 3 * n}, Expected(first, 3, w.stored())),
+              kFp32Bound);
+  }
+}
+
+}  // namespace
+}  // namespace strait
