@@ -210,6 +210,9 @@ int main(int argc, char** argv) {
   AddFlag(app, "--max-step-tokens", flags.core.max_step_tokens,
           "Rows of one step, all sequences together");
   AddFlag(app, "--prefill-chunk", flags.core.prefill_chunk, "Rows of one sequence in one step");
+  AddFlag(app, "--grant-depth", flags.core.grant_depth,
+          "Steps in flight that may sample for one sequence; 1: the next is planned when its token "
+          "is back");
   AddFlag(app, "--max-running", flags.core.max_running, "Sequences resident in one pipeline");
   AddFlag(app, "--max-waiting", flags.core.max_waiting,
           "Sequences that may wait; beyond, requests are answered 429");

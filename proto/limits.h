@@ -17,6 +17,7 @@ inline constexpr uint32_t kRowAlign = 16;     // bytes; a cache row is rounded u
 inline constexpr uint32_t kMaxStepTokens = 8192;     // tokens of all sequences in one StepPlan
 inline constexpr uint32_t kMaxStepSequences = 1024;  // sequences in one StepPlan
 inline constexpr uint32_t kMaxStepsInFlight = 64;    // accepted, not yet reported, per pipeline
+inline constexpr uint32_t kMaxGrantDepth = 16;       // sampling steps of one sequence in flight
 inline constexpr uint32_t kMaxCacheOps = 4096;       // in one StepPlan
 inline constexpr uint32_t kMaxTopLogprobs = 20;      // alternatives reported per position
 

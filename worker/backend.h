@@ -44,13 +44,18 @@ struct SamplingParams {
   std::vector<TokenId> banned_ids;  // not sampled while fewer than min_tokens are generated
 };
 
+// Stands in BatchSequence::tokens for an id that a stage has no use for, and so is not told.
+inline constexpr TokenId kUnknownToken = ~TokenId{0};
+
 // Rows of one sequence in a batch: positions first_position … first_position + num_tokens - 1.
 struct BatchSequence {
   SequenceId id;
   uint32_t first_position = 0;
   uint32_t num_tokens = 0;
   // All token ids of the sequence from position 0 to this batch's last row (the tail of it is this
-  // batch's).
+  // batch's). Only the first and the last stage know them all: on others those of granted rows are
+  // kUnknownToken. The first stage embeds the tail, the last samples after all of them, others read
+  // none.
   absl::Span<const TokenId> tokens;
   // [layers of the stage]: physical blocks of that layer by position / 64, covering this batch's
   // last row. Entries beyond are absent.

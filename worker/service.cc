@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <map>
+#include <optional>
 #include <utility>
 #include <variant>
 
@@ -48,12 +49,16 @@ struct Hidden {
   uint64_t to_stage_id;
   HiddenStep step;
 };
+struct Sampled {
+  uint64_t to_stage_id;
+  SampledStep step;
+};
 struct Loaded {
   LoadJob job;
   absl::StatusOr<std::unique_ptr<StageModel>> model;
 };
 struct StopLoop {};
-using Event = std::variant<Control, Detached, EdgeUp, EdgeDown, Hidden, Loaded, StopLoop>;
+using Event = std::variant<Control, Detached, EdgeUp, EdgeDown, Hidden, Sampled, Loaded, StopLoop>;
 
 struct Hosted {
   std::unique_ptr<Stage> stage;  // null while it loads
@@ -85,6 +90,10 @@ class WorkerProcess::Impl {
                         .on_hidden =
                             [this](uint64_t to, HiddenStep step) {
                               queue_.Push(Hidden{to, std::move(step)});
+                            },
+                        .on_sampled =
+                            [this](uint64_t to, SampledStep step) {
+                              queue_.Push(Sampled{to, std::move(step)});
                             }}));
     data_address = options_.advertise_address;
     if (data_address.empty()) {
@@ -223,6 +232,16 @@ class WorkerProcess::Impl {
     TellStuck(hidden.to_stage_id, hosted->stage->epoch(), step.value, accepted);
   }
 
+  void On(Sampled& sampled) {
+    Hosted* hosted = Find(sampled.to_stage_id);
+    if (!hosted || !hosted->stage) return;
+    const StepId step = sampled.step.step;
+    const absl::Status accepted = hosted->stage->AcceptSampled(std::move(sampled.step));
+    transport_->Consumed(sampled.to_stage_id, step);
+    if (accepted.ok() || absl::IsAborted(accepted)) return;
+    TellStuck(sampled.to_stage_id, hosted->stage->epoch(), step.value, accepted);
+  }
+
   void On(Loaded& loaded) {
     const uint64_t id = loaded.job.stage_id;
     if (loaded.job.session != session_) return;
@@ -311,38 +330,19 @@ class WorkerProcess::Impl {
     const uint64_t id = activate.stage_id();
     const PipelineEpoch epoch = FromWire(activate.epoch());
     Hosted* hosted = Find(id);
-    const bool last = activate.stage_index() + 1 == activate.num_stages();
     const absl::Status valid = [&]() -> absl::Status {
       if (!hosted || !hosted->stage) {
         return absl::FailedPreconditionError(absl::StrCat("stage ", id, " is not loaded"));
       }
-      if (activate.num_stages() > limits::kMaxStagesPerPipeline ||
-          activate.stage_index() >= activate.num_stages()) {
-        return absl::InvalidArgumentError(absl::StrCat("stage index ", activate.stage_index(),
-                                                       " of ", activate.num_stages(), " stages"));
-      }
-      if (last != (activate.next_stage_id() == 0) || last != activate.next_data_address().empty()) {
-        return absl::InvalidArgumentError("every stage but the last has a next one");
-      }
-      const bool first = activate.stage_index() == 0;
-      if (first != (activate.previous_stage_id() == 0) || first != (activate.edge_nonce() == 0) ||
-          last != (activate.next_edge_nonce() == 0)) {
-        return absl::InvalidArgumentError(
-            "an edge has a stage at either end and a nonce that is not 0; where there is no edge, "
-            "there is neither");
-      }
-      if (!last) {
-        STRAIT_RETURN_IF_ERROR(rpc::ParseHostPort(activate.next_data_address()).status());
-      }
-      return absl::OkStatus();
+      return CheckActivate(activate);
     }();
     if (!valid.ok()) {
       TellFailed(id, valid, epoch);
       return;
     }
     const PipelineEpoch before = hosted->stage->epoch();
-    const absl::Status entered =
-        hosted->stage->Activate(epoch, activate.stage_index(), activate.num_stages());
+    const absl::Status entered = hosted->stage->Activate(epoch, activate.stage_index(),
+                                                         activate.num_stages(), activate.grants());
     if (!entered.ok()) {
       TellFailed(id, entered, epoch);
       return;
@@ -355,19 +355,23 @@ class WorkerProcess::Impl {
     transport_->Disconnect(id);
     if (activate.stage_index() == 0) {
       transport_->Forget(id);
+      if (activate.last_stage_id() != 0) {
+        transport_->ExpectSampled({.from_stage_id = activate.last_stage_id(),
+                                   .to_stage_id = id,
+                                   .epoch = epoch,
+                                   .nonce = activate.sampled_edge_nonce(),
+                                   .sampled = true});
+      }
     } else {
       transport_->Expect(id, epoch, activate.previous_stage_id(), activate.edge_nonce());
     }
-    if (last) {
+    const std::optional<Edge> out = OutgoingEdge(activate);
+    if (!out) {
       TellActive(*hosted->stage);
       return;
     }
     hosted->activating = true;
-    transport_->Connect({.from_stage_id = id,
-                         .to_stage_id = activate.next_stage_id(),
-                         .epoch = epoch,
-                         .peer_address = activate.next_data_address(),
-                         .nonce = activate.next_edge_nonce()});
+    transport_->Connect(*out);
   }
 
   void OnPlan(v1::StepPlan plan) {
@@ -403,6 +407,8 @@ class WorkerProcess::Impl {
     absl::Status sent;
     // First what the next stage waits for.
     if (output.hidden) sent = transport_->Send(stage.stage_id(), std::move(*output.hidden));
+    if (output.sampled)
+      sent = transport_->SendSampled(stage.stage_id(), *std::move(output.sampled));
     const auto step = StepId{output.report.step_id()};
     if (output.report.error_code() != 0) {
       Log(LogLevel::kError, "step failed",

@@ -5,8 +5,12 @@
 
 #include <random>
 
+#include "absl/strings/str_cat.h"
 #include "proto/epoch_wire.h"
+#include "proto/limits.h"
+#include "proto/rpc/address.h"
 #include "proto/rpc/status.h"
+#include "proto/status_macros.h"
 #include "proto/version.h"
 
 namespace strait {
@@ -97,6 +101,64 @@ v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t ste
   report.set_error_code(static_cast<uint32_t>(why.code()));
   report.set_error_message(std::string(rpc::Bounded(why).message()));
   return message;
+}
+
+namespace {
+
+// The edge from the last stage to the first, told to these two where there are several and grants.
+absl::Status CheckSampledEdge(const v1::ActivateStage& activate) {
+  const bool edge = activate.grants() && activate.num_stages() > 1;
+  const bool from = edge && activate.stage_index() + 1 == activate.num_stages();
+  const bool to = edge && activate.stage_index() == 0;
+  if (from != (activate.first_stage_id() != 0) || from == activate.first_data_address().empty() ||
+      to != (activate.last_stage_id() != 0) ||
+      (from || to) != (activate.sampled_edge_nonce() != 0)) {
+    return absl::InvalidArgumentError(
+        "with grants the last of several stages has an edge to the first, with a nonce that is "
+        "not 0; without, there is none");
+  }
+  return from ? rpc::ParseHostPort(activate.first_data_address()).status() : absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status CheckActivate(const v1::ActivateStage& activate) {
+  const bool last = activate.stage_index() + 1 == activate.num_stages();
+  if (activate.num_stages() > limits::kMaxStagesPerPipeline ||
+      activate.stage_index() >= activate.num_stages()) {
+    return absl::InvalidArgumentError(absl::StrCat("stage index ", activate.stage_index(), " of ",
+                                                   activate.num_stages(), " stages"));
+  }
+  if (last != (activate.next_stage_id() == 0) || last != activate.next_data_address().empty()) {
+    return absl::InvalidArgumentError("every stage but the last has a next one");
+  }
+  const bool first = activate.stage_index() == 0;
+  if (first != (activate.previous_stage_id() == 0) || first != (activate.edge_nonce() == 0) ||
+      last != (activate.next_edge_nonce() == 0)) {
+    return absl::InvalidArgumentError(
+        "an edge has a stage at either end and a nonce that is not 0; where there is no edge, "
+        "there is neither");
+  }
+  if (!last) {
+    STRAIT_RETURN_IF_ERROR(rpc::ParseHostPort(activate.next_data_address()).status());
+  }
+  return CheckSampledEdge(activate);
+}
+
+std::optional<Edge> OutgoingEdge(const v1::ActivateStage& activate) {
+  Edge edge{.from_stage_id = activate.stage_id(), .epoch = FromWire(activate.epoch())};
+  if (activate.next_stage_id() != 0) {
+    edge.to_stage_id = activate.next_stage_id();
+    edge.peer_address = activate.next_data_address();
+    edge.nonce = activate.next_edge_nonce();
+    return edge;
+  }
+  if (activate.first_stage_id() == 0) return std::nullopt;
+  edge.to_stage_id = activate.first_stage_id();
+  edge.peer_address = activate.first_data_address();
+  edge.nonce = activate.sampled_edge_nonce();
+  edge.sampled = true;
+  return edge;
 }
 
 }  // namespace strait

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The messages that a worker sends to its coordinator, made from typed values.
+// The messages that a worker sends to its coordinator, made from typed values; and what an
+// ActivateStage must be in itself.
 //
 // Thread:  pure functions, but MakeHello, which draws the instance.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "absl/status/status.h"
@@ -13,6 +15,7 @@
 #include "strait/v1/cluster.pb.h"
 #include "worker/backend.h"
 #include "worker/service.h"
+#include "worker/transport/transport.h"
 
 namespace strait {
 
@@ -27,5 +30,11 @@ v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, Pipelin
 // The stage cannot go on in this epoch. `step_id` 0: no step's fault, an edge broke.
 v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
                             const absl::Status& why);
+
+// InvalidArgument: indices, neighbours, nonces and addresses contradict each other.
+absl::Status CheckActivate(const v1::ActivateStage& activate);
+// What the stage connects: to the next one, or the last to the first if it hands ids back.
+// REQUIRES: CheckActivate passed.
+std::optional<Edge> OutgoingEdge(const v1::ActivateStage& activate);
 
 }  // namespace strait

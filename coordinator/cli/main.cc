@@ -72,6 +72,7 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
       {"--max-model-len", true, false, "Longest context served"},
       {"--max-step-tokens", true, false, "Rows of one step, all sequences together"},
       {"--prefill-chunk", true, false, "Rows of one sequence in one step"},
+      {"--grant-depth", true, false, "Steps in flight that may sample for one sequence"},
       {"--max-running", true, false, "Sequences resident in one pipeline"},
       {"--max-waiting", true, false, "Sequences that may wait; beyond, requests are answered 429"},
       {"--request-timeout", true, false, "Seconds a request may take"},

@@ -224,8 +224,23 @@ void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
       activate->set_edge_nonce(
           EdgeNonce(context_->options.edge_secret, pipeline->epoch, slot.stage_id));
     }
+    if (context_->options.grants()) SetGrants(*pipeline, i, activate);
     context_->Send(std::move(out));
   }
+}
+
+void Cluster::SetGrants(const Pipeline& pipeline, uint32_t stage_index,
+                        v1::ActivateStage* activate) {
+  activate->set_grants(true);
+  const StageSlot& first = pipeline.slots.front();
+  const StageSlot& last = pipeline.slots.back();
+  const bool to_first = stage_index + 1 == pipeline.slots.size();
+  if (pipeline.slots.size() == 1 || (stage_index > 0 && !to_first)) return;
+  activate->set_sampled_edge_nonce(
+      EdgeNonce(context_->options.edge_secret, pipeline.epoch, first.stage_id));
+  if (!to_first) return activate->set_last_stage_id(last.stage_id);
+  activate->set_first_stage_id(first.stage_id);
+  activate->set_first_data_address(FindWorker(first.worker)->data_address);
 }
 
 void Cluster::CompleteActivation(Pipeline* pipeline, uint64_t now_us) {

@@ -82,7 +82,7 @@ struct StageSlot {
   uint64_t load_progress_us = 0;  // when bytes_loaded last grew
   uint64_t weight_bytes = 0;
   uint32_t errors = 0;       // since a step was finished by all stages
-  uint32_t link_errors = 0;  // likewise
+  uint32_t link_errors = 0;  // since every link carried something
 };
 
 struct Pipeline {
@@ -96,7 +96,7 @@ struct Pipeline {
   bool served = false;           // was active once
   uint64_t since_us = 0;         // in this state
   uint64_t retry_at_us = 0;      // no activation before
-  uint32_t failures = 0;         // since a step was finished by all stages
+  uint32_t failures = 0;         // since every link carried something
   uint32_t planned_columns = 0;  // of latent blocks, what its first workers could hold
   uint64_t vacant_since_us = 0;  // while a slot is vacant: since when one is, without a break
   std::string last_error;
@@ -156,6 +156,8 @@ class Cluster {
   // Nobody has this place any more; who comes next may hold as much as was planned at first.
   void Vacate(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us);
   void Activate(Pipeline* pipeline, uint64_t now_us);
+  // And the edge of sampled ids, at its two ends.
+  void SetGrants(const Pipeline& pipeline, uint32_t stage_index, v1::ActivateStage* activate);
   void CompleteActivation(Pipeline* pipeline, uint64_t now_us);
   // Back to assembling with a new epoch; its sequences wait again.
   void Fail(Pipeline* pipeline, const absl::Status& why, uint64_t now_us);

@@ -42,6 +42,8 @@ absl::Status ValidateOptions(const CoreOptions& options, const ModelShape& model
   STRAIT_RETURN_IF_ERROR(
       CheckOption("steps_in_flight", options.steps_in_flight, 0, limits::kMaxStepsInFlight));
   STRAIT_RETURN_IF_ERROR(
+      CheckOption("grant_depth", options.grant_depth, 1, limits::kMaxGrantDepth));
+  STRAIT_RETURN_IF_ERROR(
       CheckOption("heartbeat_timeout_us", options.heartbeat_timeout_us, 10'000, 3'600'000'000));
   STRAIT_RETURN_IF_ERROR(CheckOption("the model's vocab_size", model.vocab_size, 1, 1u << 31));
   STRAIT_RETURN_IF_ERROR(

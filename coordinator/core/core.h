@@ -38,7 +38,12 @@ struct CoreOptions {
   uint32_t prefill_chunk = 256;    // rows of one sequence in one step
   uint32_t max_running = 256;      // sequences resident in one pipeline
   uint32_t max_waiting = 1024;     // sequences admitted and not resident, whole cluster
-  uint32_t steps_in_flight = 0;    // per pipeline; 0: num_stages + 1
+  // Steps in flight that may sample for one sequence: all but the first are planned before their
+  // token is known, with sampled(step k). 1: none is granted.
+  uint32_t grant_depth = 2;
+  bool grants() const { return grant_depth > 1 && steps_in_flight != 1; }
+  // Per pipeline; 0: num_stages + 1, and one more for each step of grant_depth above 2.
+  uint32_t steps_in_flight = 0;
   // This and all other times are of a clock that all but stands still while the coordinator itself
   // does: between two calls of Core pass at most kCallGapUs, or half a heartbeat timeout.
   uint64_t heartbeat_timeout_us = 5'000'000;
@@ -119,6 +124,8 @@ struct CoreStats {
   uint64_t prompt_tokens = 0;  // computed, replays not counted
   uint64_t generated_tokens = 0;
   uint64_t replayed_tokens = 0;
+  uint64_t granted_tokens = 0;  // planned before the token that they feed was known
+  uint64_t surplus_tokens = 0;  // sampled for sequences that had ended
   uint64_t preemptions = 0;
   uint64_t recoveries = 0;  // pipelines that came back with a new epoch
   uint64_t workers_lost = 0;

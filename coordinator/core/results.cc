@@ -60,6 +60,14 @@ TokenInfo ToInfo(const v1::TokenLogprob& token, uint32_t position) {
   return info;
 }
 
+absl::flat_hash_map<SequenceId, TokenId> SampledIds(const v1::StageReport& report) {
+  absl::flat_hash_map<SequenceId, TokenId> ids;
+  for (const v1::SequenceResult& result : report.results()) {
+    if (result.has_sampled()) ids[SequenceId{result.sequence_id()}] = result.sampled().token_id();
+  }
+  return ids;
+}
+
 }  // namespace
 
 void StageTimes::Add(const v1::StageReport& report) {
@@ -110,18 +118,52 @@ absl::Status Scheduler::CheckResults(const StepRecord& record,
   return absl::OkStatus();
 }
 
+absl::Status Scheduler::CheckGranted(const StepRecord& record,
+                                     absl::Span<const TokenId> ids) const {
+  if (ids.size() != record.granted.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(ids.size(), " granted ids, the plan has ", record.granted.size()));
+  }
+  for (size_t i = 0; i < ids.size(); ++i) {
+    const GrantedRow& row = record.granted[i];
+    // Of an ended sequence no stage need know the id.
+    if (!row.id || ids[i] == *row.id || journal_->Find(row.sequence) == nullptr) continue;
+    return absl::FailedPreconditionError(
+        absl::StrCat("sequence ", row.sequence.value, " was fed token id ", ids[i], " in step ",
+                     record.id.value, ", step ", row.sampled_by.value, " reported ", *row.id));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Scheduler::OnReport(uint32_t stage_index, const v1::StageReport& report,
                                  uint64_t now_us) {
   STRAIT_CHECK(started());
   STRAIT_ASSIGN_OR_RETURN(const StepRecord* record, ledger_.CheckReport(stage_index, report));
+  const bool first = stage_index == 0;
   const bool last = stage_index + 1 == num_stages_;
   if (last) {
     STRAIT_RETURN_IF_ERROR(CheckResults(*record, report));
   } else if (report.results_size() > 0) {
     return absl::InvalidArgumentError("results from a stage that is not the last one");
   }
+  const std::vector<TokenId> fed(report.granted_ids().begin(), report.granted_ids().end());
+  if (first || last) {
+    STRAIT_RETURN_IF_ERROR(CheckGranted(*record, fed));
+  } else if (!fed.empty()) {
+    return absl::InvalidArgumentError("granted ids from a stage that does not know any");
+  }
+  // Only now all of them are known; on most days the first stage has reported before.
+  if (last && !record->granted_ids_first.empty()) {
+    STRAIT_RETURN_IF_ERROR(CheckGranted(*record, record->granted_ids_first));
+  }
   if (record->num_rows > 0) times_[stage_index].Add(report);
+  // A step that went all the way has used the links forward; its granted rows that backward.
+  const bool hands_back = num_stages_ > 1 && context_->options.grants();
+  links_proven_ = links_proven_ || (last && (!hands_back || !record->granted.empty()));
+  const StepId step = record->id;
   const std::vector<WantedResult> wanted = record->wanted;
+  if (first) ledger_.FedByFirst(step, fed);
+  if (last) ledger_.Sampled(step, SampledIds(report));
   ledger_.Reported(stage_index, now_us);
   if (last) ApplyResults(wanted, report);
   return absl::OkStatus();
@@ -131,9 +173,13 @@ void Scheduler::ApplyResults(const std::vector<WantedResult>& wanted,
                              const v1::StageReport& report) {
   for (size_t i = 0; i < wanted.size(); ++i) {
     Sequence* sequence = journal_->Find(wanted[i].sequence);
-    if (sequence == nullptr) continue;  // cancelled meanwhile
+    if (sequence == nullptr) {  // it ended meanwhile
+      context_->stats.surplus_tokens += wanted[i].sample;
+      continue;
+    }
     STRAIT_CHECK(sequence->results_pending > 0);
     --sequence->results_pending;
+    sequence->samples_pending -= wanted[i].sample;
     const v1::SequenceResult& result = report.results(static_cast<int>(i));
     if (result.error_code() != 0) {
       // Nobody's fault but the model's and the prompt's: no other worker would do better.
@@ -163,8 +209,7 @@ void Scheduler::ApplyResults(const std::vector<WantedResult>& wanted,
       if (sequence->resident_in != nullptr) Drop(sequence);
       journal_->End(sequence, finish->reason, finish->stop_token, absl::OkStatus());
     } else if (wanted[i].sample && sequence->resident_in != nullptr) {
-      sequence->ready_ticket = ++last_ticket_;
-      ready_.emplace(sequence->ready_ticket, sequence);
+      MakeReady(sequence);
     }
   }
 }

@@ -16,8 +16,11 @@ void Scheduler::Start(std::vector<uint32_t> layers_of_stages, uint32_t capacity_
   STRAIT_CHECK(!started() && residents_.empty() && capacity_columns > 0);
   num_stages_ = static_cast<uint32_t>(layers_of_stages.size());
   const uint32_t wanted = context_->options.steps_in_flight;
-  steps_in_flight_max_ = std::min(wanted > 0 ? wanted : num_stages_ + 1, limits::kMaxStepsInFlight);
+  const uint32_t ahead = std::max(1u, context_->options.grant_depth - 1);
+  steps_in_flight_max_ =
+      std::min(wanted > 0 ? wanted : num_stages_ + ahead, limits::kMaxStepsInFlight);
   capacity_ = capacity_columns;
+  links_proven_ = false;
   times_.assign(num_stages_, {});
   ledger_.Start(std::move(layers_of_stages));
 }
@@ -27,18 +30,22 @@ void Scheduler::Stop(const absl::Status& why) {
   for (const StepRecord& record : ledger_.records()) {
     if (!ledger_.Unanswered(record)) continue;
     for (const WantedResult& wanted : record.wanted) {
-      if (Sequence* sequence = journal_->Find(wanted.sequence)) --sequence->results_pending;
+      Sequence* sequence = journal_->Find(wanted.sequence);
+      if (sequence == nullptr) continue;
+      --sequence->results_pending;
+      sequence->samples_pending -= wanted.sample;
     }
   }
   ledger_.Stop();
   closing_.clear();
+  close_now_ = false;
   opened_.clear();
   const std::map<SequenceId, Sequence*> residents = residents_;
   for (const auto& [id, sequence] : residents) {
     const bool worked_on = sequence->opened;
     Forget(sequence);
     journal_->Wait(sequence);
-    STRAIT_CHECK(sequence->results_pending == 0);
+    STRAIT_CHECK(sequence->results_pending == 0 && sequence->samples_pending == 0);
     if (!worked_on || ++sequence->fruitless_replays <= kMaxFruitlessReplays) continue;
     journal_->End(sequence, FinishReason::kError, std::nullopt,
                   absl::UnavailableError(absl::StrCat(
@@ -93,6 +100,7 @@ void Scheduler::Drop(Sequence* sequence) {
   const uint32_t columns = sequence->columns;
   if (sequence->opened) {
     closing_.push_back({sequence->id, columns});
+    close_now_ = close_now_ || (num_stages_ > 1 && sequence->samples_pending > 1);
   } else {
     reserved_ -= columns;
   }
@@ -105,14 +113,50 @@ uint32_t Scheduler::DecodeCap() const {
 }
 
 bool Scheduler::WorthDecoding() const {
-  if (ready_.empty()) return false;
+  const uint32_t cap = DecodeCap();
+  const std::vector<Sequence*> chosen = ChooseDecodes(cap);
+  if (chosen.empty()) return false;
   // With a step for every stage under way, a part of a micro-batch waits to be joined by others:
   // many small steps would read the weights more often for the same tokens.
-  return ready_.size() >= DecodeCap() || ledger_.decode_steps() < num_stages_;
+  return chosen.size() >= cap || ledger_.decode_steps() < num_stages_;
+}
+
+bool Scheduler::MayDecode(const Sequence& sequence) const {
+  return sequence.samples_pending < context_->options.grant_depth &&
+         sequence.generated() + sequence.samples_pending < sequence.spec.max_tokens;
+}
+
+void Scheduler::MakeReady(Sequence* sequence) {
+  if (sequence->ready_ticket != 0 || !MayDecode(*sequence)) return;
+  sequence->ready_ticket = ++last_ticket_;
+  ready_.emplace(sequence->ready_ticket, sequence);
+}
+
+bool Scheduler::InTime(const Sequence& sequence) const {
+  return sequence.samples_pending == 0 ||
+         ledger_.next_step().value - sequence.sampled_by.value >= num_stages_;
+}
+
+std::vector<Sequence*> Scheduler::ChooseDecodes(size_t most) const {
+  std::vector<Sequence*> chosen;
+  for (const auto& [ticket, sequence] : ready_) {
+    if (chosen.size() >= most) return chosen;
+    if (InTime(*sequence)) chosen.push_back(sequence);
+  }
+  if (!chosen.empty() || !prefilling_.empty() || ledger_.decode_steps() >= num_stages_) {
+    return chosen;
+  }
+  for (const auto& [ticket, sequence] : ready_) {
+    if (chosen.size() >= most) break;
+    chosen.push_back(sequence);
+  }
+  return chosen;
 }
 
 std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
-  if (!started() || ledger_.in_flight() >= steps_in_flight_max_) return std::nullopt;
+  if (!started() || ledger_.in_flight() >= limits::kMaxStepsInFlight) return std::nullopt;
+  const bool full = ledger_.with_rows() >= steps_in_flight_max_;
+  if (full && !close_now_) return std::nullopt;
   if (closing_.empty() && prefilling_.empty() && !WorthDecoding()) return std::nullopt;
   Draft draft;
   draft.record.id = ledger_.next_step();
@@ -120,8 +164,10 @@ std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
   draft.tokens_left = context_->options.max_step_tokens;
   draft.sequences_left = limits::kMaxStepSequences;
   PlanCloses(&draft);
-  PlanDecodes(&draft);
-  PlanPrefill(&draft);
+  if (!full) {
+    PlanDecodes(&draft);
+    PlanPrefill(&draft);
+  }
   STRAIT_CHECK(draft.plan.cache_ops_size() + draft.plan.sequences_size() > 0);
   draft.record.columns_after = held_;
   TablesDigest digest;
@@ -132,8 +178,10 @@ std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
   return std::move(draft.plan);
 }
 
-void Scheduler::PlanClose(SequenceId id, uint32_t columns, Draft* draft) {
-  draft->plan.add_cache_ops()->mutable_close()->set_sequence_id(id.value);
+void Scheduler::PlanClose(SequenceId id, uint32_t columns, bool ended, Draft* draft) {
+  v1::CloseSequence* close = draft->plan.add_cache_ops()->mutable_close();
+  close->set_sequence_id(id.value);
+  close->set_ended(ended);
   reserved_ -= columns;
   const auto it = opened_.find(id);
   STRAIT_CHECK(it != opened_.end());
@@ -142,14 +190,15 @@ void Scheduler::PlanClose(SequenceId id, uint32_t columns, Draft* draft) {
 }
 
 void Scheduler::PlanCloses(Draft* draft) {
-  for (const Closing& closing : closing_) PlanClose(closing.id, closing.columns, draft);
+  for (const Closing& closing : closing_) PlanClose(closing.id, closing.columns, kEnded, draft);
   closing_.clear();
+  close_now_ = false;
 }
 
 void Scheduler::Preempt(Sequence* sequence, Draft* draft) {
   ++context_->stats.preemptions;
   if (sequence->opened) {
-    PlanClose(sequence->id, sequence->columns, draft);
+    PlanClose(sequence->id, sequence->columns, !kEnded, draft);
   } else {
     reserved_ -= sequence->columns;
   }
@@ -171,12 +220,8 @@ bool Scheduler::GrowOneColumn(Sequence* sequence, Draft* draft) {
 }
 
 void Scheduler::PlanDecodes(Draft* draft) {
-  std::vector<Sequence*> chosen;
-  const size_t cap = std::min({DecodeCap(), draft->tokens_left, draft->sequences_left});
-  for (const auto& [ticket, sequence] : ready_) {
-    if (chosen.size() >= cap) break;
-    chosen.push_back(sequence);
-  }
+  std::vector<Sequence*> chosen =
+      ChooseDecodes(std::min({DecodeCap(), draft->tokens_left, draft->sequences_left}));
   // Oldest first, so that a victim of preemption is never one that has its rows in this step
   // already.
   std::sort(chosen.begin(), chosen.end(),
@@ -218,8 +263,15 @@ void Scheduler::PlanRows(Sequence* sequence, uint32_t num_rows, Draft* draft) {
   v1::SequenceStep* step = draft->plan.add_sequences();
   step->set_sequence_id(sequence->id.value);
   step->set_first_position(begin);
-  step->mutable_literals()->mutable_ids()->Add(sequence->tokens.begin() + begin,
-                                               sequence->tokens.begin() + end);
+  if (end <= sequence->tokens.size()) {
+    step->mutable_literals()->mutable_ids()->Add(sequence->tokens.begin() + begin,
+                                                 sequence->tokens.begin() + end);
+  } else {
+    STRAIT_CHECK(num_rows == 1 && sequence->samples_pending > 0);
+    step->mutable_sampled()->set_step_id(sequence->sampled_by.value);
+    draft->record.granted.push_back({sequence->id, sequence->sampled_by});
+    ++context_->stats.granted_tokens;
+  }
 
   WantedResult wanted{sequence->id};
   if (sequence->spec.score_prompt) {
@@ -236,7 +288,8 @@ void Scheduler::PlanRows(Sequence* sequence, uint32_t num_rows, Draft* draft) {
     wanted.num_scores = last >= first ? last - first + 1 : 0;
     wanted.score_num_top = sequence->spec.num_top;
   }
-  if (end == sequence->tokens.size()) {
+  const bool samples = end == sequence->tokens.size() + sequence->samples_pending;
+  if (samples) {
     v1::LogitsWanted* logits = step->add_logits();
     logits->set_offset(num_rows - 1);
     logits->set_sample(true);
@@ -247,6 +300,10 @@ void Scheduler::PlanRows(Sequence* sequence, uint32_t num_rows, Draft* draft) {
   if (step->logits_size() > 0) {
     ++sequence->results_pending;
     draft->record.wanted.push_back(wanted);
+  }
+  if (samples) {
+    ++sequence->samples_pending;
+    sequence->sampled_by = draft->record.id;
   }
 
   const uint32_t replayed = std::min(end, std::max(begin, sequence->rows_computed_once)) - begin;
@@ -262,6 +319,7 @@ void Scheduler::PlanRows(Sequence* sequence, uint32_t num_rows, Draft* draft) {
   draft->record.num_rows += num_rows;
   draft->tokens_left -= num_rows;
   --draft->sequences_left;
+  if (samples) MakeReady(sequence);
 }
 
 absl::Status Scheduler::CheckIntegrity() const {
@@ -273,12 +331,19 @@ absl::Status Scheduler::CheckIntegrity() const {
     if (prefilling) unplanned += sequence->rows_wanted() - sequence->rows;
     const auto opened = opened_.find(id);
     const uint32_t rows = opened == opened_.end() ? 0 : opened->second;
-    const bool feasible =
-        sequence->resident_in == this && rows == sequence->rows &&
-        sequence->opened == (opened != opened_.end()) &&
-        prefilling == (sequence->rows < sequence->rows_wanted() && sequence->ready_ticket == 0) &&
-        BlocksPerLayer(rows) <= sequence->columns;
-    if (!feasible) {
+    const bool feasible = sequence->resident_in == this && rows == sequence->rows &&
+                          sequence->opened == (opened != opened_.end()) &&
+                          BlocksPerLayer(rows) <= sequence->columns &&
+                          sequence->samples_pending <= sequence->results_pending &&
+                          sequence->samples_pending <= context_->options.grant_depth;
+    // Past its prefill it has all rows but that of its last token, whether that is known or not.
+    const bool fed = sequence->score_only() ? sequence->rows == sequence->rows_wanted()
+                                            : sequence->rows + 1 == sequence->tokens.size() +
+                                                                        sequence->samples_pending;
+    const bool ready = sequence->ready_ticket != 0;
+    const bool in_step = prefilling ? !ready && sequence->rows < sequence->rows_wanted()
+                                    : fed && ready == MayDecode(*sequence);
+    if (!feasible || !in_step) {
       return absl::InternalError(absl::StrCat("resident sequence ", id.value, " with ",
                                               sequence->rows, " rows of ", sequence->rows_wanted(),
                                               " is inconsistent"));

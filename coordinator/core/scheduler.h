@@ -8,10 +8,21 @@
 // Thread:  loop thread only.
 // Errors:  OnReport says how a stage contradicted the plans (the caller evicts its worker);
 //          nothing is applied then.
-// Limits:  CoreOptions: max_step_tokens, prefill_chunk, max_running, steps_in_flight.
+// Limits:  CoreOptions: max_step_tokens, prefill_chunk, max_running, grant_depth, steps_in_flight.
 // Why:     under the exact policy every layer of every stage holds the same number of blocks of a
 //          sequence: a *column* is one block in each layer. So one integer per pipeline says what
 //          is free: the capacity is that of the stage with the fewest blocks per layer.
+//
+// Grants. Up to grant_depth sampling steps of a sequence are in flight. Each follows the one before
+// it: its row is the token that one samples, as a literal if it came back already, else granted:
+// sampled(step k). None goes beyond max_tokens. Tokens are accepted in the order of steps, which is
+// that of positions; when a sequence ends, what is still in flight for it is surplus and dropped
+// with its rows by CloseSequence (ended), at once if a granted row might wait for an id.
+//   - A granted row holds up its step, and all behind it, until step k has left the pipeline. So it
+//     is planned when num_stages steps lie between, which in a full pipeline is when the id comes
+//     just in time; or when nothing else is to do. A prompt's first step then waits for at most
+//     grant_depth - 1 trips through the pipeline more than without grants.
+//   - Preempted with tokens under way, a sequence gets them all, then it is placed anew.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +31,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/types/span.h"
 #include "coordinator/core/journal.h"
 #include "coordinator/core/step_ledger.h"
 
@@ -66,6 +78,9 @@ class Scheduler {
   absl::Status OnReport(uint32_t stage_index, const v1::StageReport& report, uint64_t now_us);
 
   const StepLedger& ledger() const { return ledger_; }
+  // Whether every link of the pipeline has carried something in this epoch, that from the last
+  // stage to the first included, where there is one.
+  bool links_proven() const { return links_proven_; }
   // REQUIRES: started.
   const StageTimes& times(uint32_t stage_index) const { return times_[stage_index]; }
   uint32_t num_residents() const { return static_cast<uint32_t>(residents_.size()); }
@@ -87,20 +102,30 @@ class Scheduler {
     SequenceId id;
     uint32_t columns;
   };
+  static constexpr bool kEnded = true;
 
   uint32_t DecodeCap() const;
   bool WorthDecoding() const;
+  // Another sampling step of it may be planned; REQUIRES: its rows reach up to its last token.
+  bool MayDecode(const Sequence& sequence) const;
+  void MakeReady(Sequence* sequence);
+  // Its next row would hold up nothing.
+  bool InTime(const Sequence& sequence) const;
+  // Up to `most` of those that are ready, longest waiting first.
+  std::vector<Sequence*> ChooseDecodes(size_t most) const;
   void PlanCloses(Draft* draft);
   void PlanDecodes(Draft* draft);
   void PlanPrefill(Draft* draft);
   void PlanRows(Sequence* sequence, uint32_t num_rows, Draft* draft);
-  void PlanClose(SequenceId id, uint32_t columns, Draft* draft);
+  void PlanClose(SequenceId id, uint32_t columns, bool ended, Draft* draft);
   // Makes room for one more column of `sequence`, from the youngest down. False: it went itself.
   bool GrowOneColumn(Sequence* sequence, Draft* draft);
   void Preempt(Sequence* sequence, Draft* draft);
   void Forget(Sequence* sequence);  // it leaves; its columns are the caller's
 
   absl::Status CheckResults(const StepRecord& record, const v1::StageReport& report) const;
+  // What stages say that they fed for granted rows, against what came back.
+  absl::Status CheckGranted(const StepRecord& record, absl::Span<const TokenId> ids) const;
   void ApplyResults(const std::vector<WantedResult>& wanted, const v1::StageReport& report);
 
   Context* const context_;
@@ -113,11 +138,13 @@ class Scheduler {
   uint64_t held_ = 0;      // columns that hold rows, in every stage, after the last planned step
   uint64_t unplanned_rows_ = 0;
   uint64_t last_ticket_ = 0;
+  bool links_proven_ = false;
 
   std::map<SequenceId, Sequence*> residents_;
   std::map<SequenceId, Sequence*> prefilling_;  // residents with rows to plan; oldest first
   std::map<uint64_t, Sequence*> ready_;  // residents with a token to feed; longest waiting first
   std::vector<Closing> closing_;
+  bool close_now_ = false;                 // one of them has a granted row that may wait for an id
   std::map<SequenceId, uint32_t> opened_;  // on the stages after the last planned step: rows
   StepLedger ledger_;
   std::vector<StageTimes> times_;  // of each stage

@@ -48,6 +48,8 @@ struct Sequence {
   bool opened = false;           // a plan with its OpenSequence is out
   uint64_t ready_ticket = 0;     // its place among those that may decode; 0: not among them
   uint32_t results_pending = 0;  // steps in flight that will answer for it
+  uint32_t samples_pending = 0;  // those of them that sample its next tokens, see scheduler.h
+  StepId sampled_by;             // the last of these
   uint32_t fruitless_replays = 0;
 
   uint32_t generated() const { return static_cast<uint32_t>(tokens.size()) - prompt_tokens; }

@@ -183,6 +183,8 @@ json::Object StatsJson(const CoreStats& stats) {
   out["prompt_tokens"] = stats.prompt_tokens;
   out["generated_tokens"] = stats.generated_tokens;
   out["replayed_tokens"] = stats.replayed_tokens;
+  out["granted_tokens"] = stats.granted_tokens;
+  out["surplus_tokens"] = stats.surplus_tokens;
   out["preemptions"] = stats.preemptions;
   out["recoveries"] = stats.recoveries;
   out["workers_lost"] = stats.workers_lost;

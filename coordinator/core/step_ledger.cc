@@ -20,7 +20,7 @@ void StepLedger::Stop() {
   reported_.clear();
   records_.clear();
   last_step_ = 0;
-  decode_steps_ = 0;
+  decode_steps_ = with_rows_ = 0;
 }
 
 void StepLedger::Add(StepRecord record, uint64_t now_us) {
@@ -28,6 +28,7 @@ void StepLedger::Add(StepRecord record, uint64_t now_us) {
   last_step_ = record.id.value;
   if (records_.empty()) last_progress_us_ = now_us;
   decode_steps_ += record.decodes;
+  with_rows_ += record.num_rows > 0;
   records_.push_back(std::move(record));
 }
 
@@ -61,7 +62,25 @@ void StepLedger::Reported(uint32_t stage_index, uint64_t now_us) {
     decode_steps_ -= records_[step - records_.front().id.value].decodes;
   }
   const uint64_t by_all = *std::min_element(reported_.begin(), reported_.end());
-  while (!records_.empty() && records_.front().id.value <= by_all) records_.pop_front();
+  while (!records_.empty() && records_.front().id.value <= by_all) {
+    with_rows_ -= records_.front().num_rows > 0;
+    records_.pop_front();
+  }
+}
+
+void StepLedger::FedByFirst(StepId step, std::vector<TokenId> ids) {
+  records_[step.value - records_.front().id.value].granted_ids_first = std::move(ids);
+}
+
+void StepLedger::Sampled(StepId step, const absl::flat_hash_map<SequenceId, TokenId>& tokens) {
+  for (StepRecord& record : records_) {
+    if (record.id <= step) continue;
+    for (GrantedRow& row : record.granted) {
+      if (row.sampled_by != step) continue;
+      const auto it = tokens.find(row.sequence);
+      if (it != tokens.end()) row.id = it->second;
+    }
+  }
 }
 
 uint32_t StepLedger::SlowestStage() const {

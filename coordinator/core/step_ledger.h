@@ -13,8 +13,10 @@
 
 #include <cstdint>
 #include <deque>
+#include <optional>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "proto/ids.h"
@@ -32,6 +34,13 @@ struct WantedResult {
   uint32_t sample_num_top = 0;
 };
 
+// A row whose token was not known when it was planned.
+struct GrantedRow {
+  SequenceId sequence;
+  StepId sampled_by;
+  std::optional<TokenId> id;  // since that step was answered
+};
+
 struct StepRecord {
   StepId id;
   uint32_t num_rows = 0;
@@ -39,6 +48,8 @@ struct StepRecord {
   uint64_t columns_after = 0;  // of latent blocks held after it, see scheduler.h
   uint64_t tables_digest = 0;  // proto/tables_digest.h
   std::vector<WantedResult> wanted;
+  std::vector<GrantedRow> granted;         // in plan order
+  std::vector<TokenId> granted_ids_first;  // that the first stage fed for them, once it reported
 };
 
 class StepLedger {
@@ -51,6 +62,7 @@ class StepLedger {
   void Add(StepRecord record, uint64_t now_us);
   StepId next_step() const { return StepId{last_step_ + 1}; }
   uint32_t in_flight() const { return static_cast<uint32_t>(records_.size()); }
+  uint32_t with_rows() const { return with_rows_; }
   // Steps with decode rows that the last stage has not answered.
   uint32_t decode_steps() const { return decode_steps_; }
 
@@ -59,6 +71,10 @@ class StepLedger {
                                                 const v1::StageReport& report) const;
   // The stage's next report was right. A record that all have reported is forgotten.
   void Reported(uint32_t stage_index, uint64_t now_us);
+  // The first stage reported `step`, which is in flight, and fed these.
+  void FedByFirst(StepId step, std::vector<TokenId> ids);
+  // What `step` sampled, for rows granted on it.
+  void Sampled(StepId step, const absl::flat_hash_map<SequenceId, TokenId>& tokens);
 
   const std::deque<StepRecord>& records() const { return records_; }
   // Whether the last stage has yet to answer it.
@@ -76,6 +92,7 @@ class StepLedger {
   uint64_t last_step_ = 0;
   uint64_t last_progress_us_ = 0;
   uint32_t decode_steps_ = 0;
+  uint32_t with_rows_ = 0;
 };
 
 }  // namespace strait

@@ -43,6 +43,10 @@ std::string EngineMetricsText(const CoreStats& stats, uint64_t workers_attached)
   counter("strait_generation_tokens_total", "Tokens generated.", stats.generated_tokens);
   counter("strait_replayed_tokens_total", "Tokens computed again after a preemption or a failure.",
           stats.replayed_tokens);
+  counter("strait_granted_tokens_total",
+          "Tokens planned before the one that they follow was known.", stats.granted_tokens);
+  counter("strait_surplus_tokens_total", "Tokens sampled for sequences that had ended.",
+          stats.surplus_tokens);
   counter("strait_num_preemptions_total", "Sequences that lost their blocks to older ones.",
           stats.preemptions);
   counter("strait_pipeline_recoveries_total", "Pipelines that came back with a new epoch.",

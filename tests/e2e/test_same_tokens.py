@@ -172,3 +172,35 @@ def test_after_a_workers_death(alone, shape, victim):
         assert logprobs == whole["logprobs"]["token_logprobs"]
         wait_until(lambda: cluster.status()["stats"]["recoveries"] > before, what="a recovery in the status")
         assert run_alone(cluster, shape) == alone[shape]
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_granted_steps(alone, stages):
+    """Steps planned before their tokens are known change no bit, also where a stop token or a cancellation falls
+    inside a grant; what was computed in vain is given back."""
+    shape = "v2-lite"
+    prompt = max(prompts_of(shape), key=len)
+    tokens = alone[shape][-1][0]
+    stop = next(t for i, t in enumerate(tokens) if i >= 4 and t not in tokens[:i])
+    for depth in (1, 2, 5):
+        with cluster_of(shape, stages=stages, args=WHOLE + ["--grant-depth", str(depth)]) as cluster:
+            what = f"{stages} stages, grants of depth {depth}"
+            check(alone[shape], run_alone(cluster, shape), what)
+            stopped = cluster.complete(model=shape, **sampled(prompts_of(shape)[-1], stop_token_ids=[stop]))["choices"][0]
+            assert stopped["finish_reason"] == "stop", what
+            assert stopped["token_ids"] in (tokens[: tokens.index(stop)], tokens[: tokens.index(stop) + 1]), what
+            together = cluster.complete(model=shape, **dict(sampled(prompts_of(shape)[:-1]), logprobs=None, echo=False))
+            choices = sorted(together["choices"], key=lambda c: c["index"])
+            assert choices[0]["token_ids"] == alone[shape][0][0], what
+            # A client that goes away in the middle.
+            body = dict(sampled(prompt), max_tokens=600, echo=False, stream=True)
+            with cluster.client() as client, client.stream("POST", "/v1/completions", json=dict(model=shape, **body)) as s:
+                for count, _ in enumerate(s.iter_lines()):
+                    if count == 7:
+                        break
+            wait_until(lambda: cluster.status()["stats"]["blocks_used"] == 0, what="the cancelled stream's blocks")
+            stats = cluster.status()["stats"]
+            assert (stats["granted_tokens"] > 0) == (depth > 1), stats
+            if depth == 1:
+                assert stats["surplus_tokens"] <= 1, stats  # of the cancelled stream
+            check(alone[shape], run_alone(cluster, shape), what + ", afterwards")

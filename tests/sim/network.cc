@@ -93,6 +93,20 @@ void SimTransport::Arrive(const LinkPtr& link) {
 }
 
 absl::Status SimTransport::Send(uint64_t from_stage_id, HiddenStep hidden) {
+  auto shared = std::make_shared<HiddenStep>(std::move(hidden));
+  return Carry(from_stage_id, [shared](const TransportEvents& events, uint64_t to) {
+    events.on_hidden(to, std::move(*shared));
+  });
+}
+
+absl::Status SimTransport::SendSampled(uint64_t from_stage_id, SampledStep sampled) {
+  return Carry(from_stage_id, [sampled](const TransportEvents& events, uint64_t to) {
+    events.on_sampled(to, sampled);
+  });
+}
+
+absl::Status SimTransport::Carry(uint64_t from_stage_id,
+                                 std::function<void(const TransportEvents&, uint64_t to)> deliver) {
   const auto it = outgoing_.find(from_stage_id);
   if (it == outgoing_.end() || it->second->state != Link::State::kUp) {
     return absl::UnavailableError("the edge is not up");
@@ -105,14 +119,11 @@ absl::Status SimTransport::Send(uint64_t from_stage_id, HiddenStep hidden) {
   }
   link->last_delivery_us =
       std::max(link->last_delivery_us, network_->world_->now_us() + network_->Delay());
-  auto shared = std::make_shared<HiddenStep>(std::move(hidden));
-  network_->world_->At(link->last_delivery_us, [link, shared] {
+  network_->world_->At(link->last_delivery_us, [link, deliver] {
     if (link->state != Link::State::kUp) return;
     SimTransport* to = link->to;
-    to->run_(0, [to, link, shared] {
-      // What was read before the break is delivered.
-      to->events_.on_hidden(link->edge.to_stage_id, std::move(*shared));
-    });
+    // What was read before the break is delivered.
+    to->run_(0, [to, link, deliver] { deliver(to->events_, link->edge.to_stage_id); });
   });
   return absl::OkStatus();
 }

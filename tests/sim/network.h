@@ -67,8 +67,12 @@ class SimTransport : public Transport {
 
   void Connect(const Edge& edge) override;
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
+  absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
   void Disconnect(uint64_t from_stage_id) override;
   void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) override;
+  void ExpectSampled(const Edge& edge) override {
+    Expect(edge.to_stage_id, edge.epoch, edge.from_stage_id);
+  }
   void Forget(uint64_t to_stage_id) override;
   void Consumed(uint64_t, StepId) override {}
 
@@ -83,6 +87,9 @@ class SimTransport : public Transport {
     uint64_t from_stage_id = 0;
   };
   void Arrive(const LinkPtr& link);
+  // `deliver` runs at the other end, in its time and in order.
+  absl::Status Carry(uint64_t from_stage_id,
+                     std::function<void(const TransportEvents&, uint64_t to)> deliver);
 
   Network* const network_;
   const std::string address_;

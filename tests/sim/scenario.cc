@@ -33,6 +33,7 @@ Scenario MakeScenario(World* world) {
   o.max_running = static_cast<uint32_t>(w.Pick({1, 4, 16, 16, 64}));
   o.max_waiting = static_cast<uint32_t>(w.Pick({4, 20, 200}));
   o.steps_in_flight = static_cast<uint32_t>(w.Pick({0, 0, 1, 2, 5}));
+  o.grant_depth = static_cast<uint32_t>(w.Pick({1, 2, 2, 2, 3, 5}));
   o.heartbeat_timeout_us = w.Pick({100'000, 500'000, 2'000'000});
   // Requests that nobody cancels end on their own, or the run finds them stuck.
   o.request_timeout_us = 3'600'000'000;

@@ -64,17 +64,24 @@ TEST(SimTest, ManySeeds) {
     sum.stats.steps += outcome.stats.steps;
     sum.stats.preemptions += outcome.stats.preemptions;
     sum.stats.recoveries += outcome.stats.recoveries;
+    sum.stats.generated_tokens += outcome.stats.generated_tokens;
+    sum.stats.granted_tokens += outcome.stats.granted_tokens;
+    sum.stats.surplus_tokens += outcome.stats.surplus_tokens;
     sum.stats.replayed_tokens += outcome.stats.replayed_tokens;
   }
   std::printf(
       "%llu seeds: %u requests, %u sequences finished, %llu steps, %llu preemptions, %llu "
       "recoveries, "
-      "%llu tokens replayed, %u evictions, %u of %u lies caught\n",
+      "%llu tokens replayed, %llu of %llu tokens granted ahead, %llu surplus, %u evictions, "
+      "%u of %u lies caught\n",
       static_cast<unsigned long long>(count), sum.requests, sum.sequences_finished,
       static_cast<unsigned long long>(sum.stats.steps),
       static_cast<unsigned long long>(sum.stats.preemptions),
       static_cast<unsigned long long>(sum.stats.recoveries),
-      static_cast<unsigned long long>(sum.stats.replayed_tokens), sum.evictions, sum.lies_caught,
+      static_cast<unsigned long long>(sum.stats.replayed_tokens),
+      static_cast<unsigned long long>(sum.stats.granted_tokens),
+      static_cast<unsigned long long>(sum.stats.generated_tokens),
+      static_cast<unsigned long long>(sum.stats.surplus_tokens), sum.evictions, sum.lies_caught,
       sum.lies_told);
   if (count < 100) return;
   // The faults must be there, or the run proves nothing.
@@ -83,6 +90,8 @@ TEST(SimTest, ManySeeds) {
   EXPECT_GT(sum.stats.preemptions, count / 10);
   EXPECT_GT(sum.stats.recoveries, count / 10);
   EXPECT_GT(sum.stats.replayed_tokens, count);
+  EXPECT_GT(sum.stats.granted_tokens, sum.stats.generated_tokens / 4);
+  EXPECT_GT(sum.stats.surplus_tokens, count / 10);
   // A lie that arrives after its epoch is over is ignored; most must be caught.
   EXPECT_GT(sum.lies_caught * 2, sum.lies_told);
 }

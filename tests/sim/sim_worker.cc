@@ -26,7 +26,10 @@ SimWorker::SimWorker(World* world, Network* network, Control* control, const Sce
           network, absl::StrCat("worker-", instance),
           {[this](const Edge& edge) { OnEdgeUp(edge); },
            [this](const Edge& edge, absl::Status why) { OnEdgeDown(edge, why); },
-           [this](uint64_t stage_id, HiddenStep hidden) { OnHidden(stage_id, std::move(hidden)); }},
+           [this](uint64_t stage_id, HiddenStep hidden) { OnHidden(stage_id, std::move(hidden)); },
+           [this](uint64_t stage_id, SampledStep sampled) {
+             OnSampled(stage_id, std::move(sampled));
+           }},
           [this](uint64_t delay_us, std::function<void()> what) {
             RunAfter(delay_us, std::move(what));
           }) {
@@ -176,8 +179,8 @@ void SimWorker::OnActivate(const v1::ActivateStage& activate) {
     SendState(it->first, v1::StageState::FAILED, FromWire(hosted.active.epoch()),
               absl::AbortedError("superseded"));
   }
-  const absl::Status status =
-      hosted.stage->Activate(epoch, activate.stage_index(), activate.num_stages());
+  const absl::Status status = hosted.stage->Activate(epoch, activate.stage_index(),
+                                                     activate.num_stages(), activate.grants());
   if (!status.ok()) {
     return SendState(it->first, v1::StageState::FAILED, epoch, status);
   }
@@ -185,6 +188,18 @@ void SimWorker::OnActivate(const v1::ActivateStage& activate) {
   hosted.up = false;
   if (activate.stage_index() > 0) {
     transport_.Expect(it->first, epoch, activate.previous_stage_id());
+  } else if (activate.last_stage_id() != 0) {
+    transport_.ExpectSampled({.from_stage_id = activate.last_stage_id(),
+                              .to_stage_id = it->first,
+                              .epoch = epoch,
+                              .sampled = true});
+  }
+  if (activate.first_stage_id() != 0) {
+    return transport_.Connect({.from_stage_id = it->first,
+                               .to_stage_id = activate.first_stage_id(),
+                               .epoch = epoch,
+                               .peer_address = activate.first_data_address(),
+                               .sampled = true});
   }
   if (activate.next_stage_id() == 0) {
     hosted.up = true;
@@ -243,6 +258,14 @@ void SimWorker::OnHidden(uint64_t stage_id, HiddenStep hidden) {
       absl::StrCat("stage ", stage_id, " refused hidden states: ", status.ToString()));
 }
 
+void SimWorker::OnSampled(uint64_t stage_id, SampledStep sampled) {
+  const auto it = stages_.find(stage_id);
+  if (it == stages_.end() || it->second.stage == nullptr) return;
+  const absl::Status status = it->second.stage->AcceptSampled(std::move(sampled));
+  if (status.ok() || absl::IsAborted(status)) return;
+  world_->Violation(absl::StrCat("stage ", stage_id, " refused sampled ids: ", status.ToString()));
+}
+
 void SimWorker::TryRun() {
   for (auto& [id, hosted] : stages_) {
     if (hosted.stage == nullptr || !hosted.stage->Ready()) continue;
@@ -274,6 +297,10 @@ void SimWorker::Finish(uint64_t stage_id, uint64_t stream,
     if (output->hidden) {
       const absl::Status sent = transport_.Send(stage_id, *std::move(output->hidden));
       // A broken edge tells of itself.
+      if (!sent.ok()) world_->Trace(absl::StrCat("stage ", stage_id, ": ", sent.ToString()));
+    }
+    if (output->sampled) {
+      const absl::Status sent = transport_.SendSampled(stage_id, *std::move(output->sampled));
       if (!sent.ok()) world_->Trace(absl::StrCat("stage ", stage_id, ": ", sent.ToString()));
     }
     v1::FromWorker message;

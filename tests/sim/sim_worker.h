@@ -87,6 +87,7 @@ class SimWorker {
   void OnEdgeUp(const Edge& edge);
   void OnEdgeDown(const Edge& edge, const absl::Status& why);
   void OnHidden(uint64_t stage_id, HiddenStep hidden);
+  void OnSampled(uint64_t stage_id, SampledStep sampled);
   void Drain();  // does what has arrived, then computes, as far as it is free
   void TryRun();
   void Finish(uint64_t stage_id, uint64_t stream, const std::shared_ptr<StepOutput>& output);

@@ -7,6 +7,7 @@
 
 #include <array>
 #include <atomic>
+#include <functional>
 #include <mutex>
 #include <set>
 #include <thread>
@@ -305,6 +306,32 @@ TEST_F(WorkerTest, RefusesWhatMakesNoSense) {
   last.mutable_activate_stage()->set_previous_stage_id(1);
   coordinator_.Send(last);
   ExpectState(2, v1::StageState::FAILED, absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(WorkerTest, TheEdgeOfSampledIdsIsToldWholeOrNotAtAll) {
+  coordinator_.Welcome();
+  Load(1, 0, 3);
+  ExpectState(1, v1::StageState::LOADED);
+  using Spoil = std::function<void(v1::ActivateStage*)>;
+  for (const Spoil& spoil : {
+           Spoil([](auto* a) { a->set_sampled_edge_nonce(0); }),  // an edge that anyone could open
+           Spoil([](auto* a) { a->set_last_stage_id(0); }),
+           Spoil([](auto* a) { a->set_grants(false); }),
+           Spoil([](auto* a) { a->set_first_stage_id(1); }),
+           Spoil([](auto* a) { a->set_first_data_address("127.0.0.1:1"); }),
+       }) {
+    v1::ToWorker message = Activation(1, 1, 0, 2);
+    v1::ActivateStage* activate = message.mutable_activate_stage();
+    activate->set_next_stage_id(2);
+    activate->set_next_data_address("127.0.0.1:1");
+    activate->set_next_edge_nonce(7);
+    activate->set_grants(true);
+    activate->set_last_stage_id(2);
+    activate->set_sampled_edge_nonce(8);
+    spoil(activate);
+    coordinator_.Send(message);
+    ExpectState(1, v1::StageState::FAILED, absl::StatusCode::kInvalidArgument);
+  }
 }
 
 // Regression: what a worker quoted of a request went back whole, megabytes of it, and one byte that

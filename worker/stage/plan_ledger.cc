@@ -142,11 +142,10 @@ absl::Status PlanLedger::CheckSequence(const v1::SequenceStep& step, CheckedPlan
       break;
     }
     case v1::SequenceStep::kSampled:
-      if (!shape_.samples_and_embeds) {
+      if (!shape_.grants) {
         return absl::FailedPreconditionError(
-            "its token is what a step samples, and this worker has no path for grants from the "
-            "last "
-            "stage to the first; plan literal tokens where a pipeline has several stages");
+            "its token is what a step samples, and this epoch has no path for grants from the last "
+            "stage to the first; activate it with grants, or plan literal tokens");
       }
       if (!before->sampled_by || before->sampled_by->value != step.sampled().step_id()) {
         return absl::FailedPreconditionError(absl::StrCat("step ", step.sampled().step_id(),

@@ -34,8 +34,7 @@ struct StageShape {
   uint32_t pool_blocks = 0;
   uint32_t vocab_size = 0;
   uint32_t max_positions = 0;
-  bool samples_and_embeds =
-      false;  // first and last: a sampled token is known where it is fed again
+  bool grants = false;  // what a step samples is known where it is fed again
 };
 
 class PlanLedger {

@@ -16,6 +16,7 @@
 #include "proto/text.h"
 #include "worker/cache/latent_cache.h"
 #include "worker/stage/plan_ledger.h"
+#include "worker/stage/returning_ids.h"
 
 namespace strait {
 namespace {
@@ -37,8 +38,14 @@ struct Resident {
   std::vector<TokenId> tokens;  // [length]
   uint32_t prompt_tokens = 0;
   SamplingParams sampling;
-  TokenId sampled = 0;  // by this stage, when the ledger says that a step sampled it
+  // What a step sampled, where it is known: on the last stage, and on the first once it came back.
+  TokenId sampled = 0;
+  StepId sampled_by;
 };
+
+bool WantsSample(const v1::SequenceStep& step) {
+  return !step.logits().empty() && step.logits().rbegin()->has_sample();
+}
 
 std::string Bounded(const absl::Status& status) {
   return PrintableText(ToStd(status.message()), limits::kMaxErrorMessageBytes);
@@ -67,23 +74,27 @@ struct Stage::State {
         cache(model->spec().layers.size(), model->spec().pool_blocks),
         ledger(Shape(false)) {}
 
-  StageShape Shape(bool samples_and_embeds) const {
+  StageShape Shape(bool takes_grants) const {
     return {model->spec().layers.size(), model->spec().pool_blocks, vocab_size, max_positions,
-            samples_and_embeds};
+            takes_grants};
   }
   bool is_first() const { return model->spec().layers.begin == 0; }
   bool is_last() const { return model->spec().layers.end == num_layers_total; }
+  // Whether sampled ids come back to it, or go back from it, over an edge.
+  bool takes_ids() const { return grants && is_first() && !is_last(); }
+  bool gives_ids() const { return grants && is_last() && !is_first(); }
 
   absl::Status CheckEpoch(PipelineEpoch theirs, const char* what) const;
   absl::Status CheckPairing(const WaitingPlan* plan, const HiddenStep* hidden) const;
   uint32_t NumPlansWithRows() const;
 
   void ApplyCacheOps(const PlanLedger::CheckedPlan& checked);
-  void AppendTokens(const v1::SequenceStep& step);
+  void AppendTokens(const v1::SequenceStep& step, v1::StageReport* report);
   absl::Status Run(const WaitingPlan& plan, absl::Span<const std::byte> hidden_in,
                    std::vector<std::byte>* hidden_out, v1::StageReport* report);
   void FillResults(const v1::StepPlan& plan, const std::vector<LogitsResult>& results,
                    v1::StageReport* report);
+  void HandBack(const WaitingPlan& plan, StepOutput* output);
 
   // Constant after construction.
   const uint64_t stage_id;
@@ -96,11 +107,13 @@ struct Stage::State {
   // Of the epoch.
   PipelineEpoch epoch;
   bool failed = false;
+  bool grants = false;
   LatentCache cache;
   PlanLedger ledger;  // ahead of `cache` by the plans that wait
   absl::flat_hash_map<SequenceId, std::unique_ptr<Resident>> residents;
   std::deque<WaitingPlan> plans;
   std::deque<WaitingHidden> hiddens;  // in step order; the i-th belongs to the i-th plan with rows
+  ReturningIds returning;             // to the first of several stages
 };
 
 Stage::Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, uint32_t num_layers_total,
@@ -117,7 +130,8 @@ bool Stage::is_first() const { return state_->is_first(); }
 bool Stage::is_last() const { return state_->is_last(); }
 uint32_t Stage::blocks_used() const { return state_->cache.blocks_used(); }
 
-absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages) {
+absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages,
+                             bool grants) {
   State& s = *state_;
   if (epoch <= s.epoch) {
     return absl::AbortedError(absl::StrCat("stage ", s.stage_id, " is in epoch ", ToString(s.epoch),
@@ -139,8 +153,10 @@ absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t
   s.plans.clear();
   s.hiddens.clear();
   s.residents.clear();
+  s.returning.Clear();
   s.cache.CloseAll();
-  s.ledger = PlanLedger(s.Shape(s.is_first() && s.is_last()));
+  s.grants = grants || num_stages == 1;
+  s.ledger = PlanLedger(s.Shape(s.grants));
   return absl::OkStatus();
 }
 
@@ -200,6 +216,11 @@ absl::Status Stage::AcceptPlan(v1::StepPlan plan, uint64_t now_us) {
     }
   }
   s.ledger.Commit(waiting.checked);
+  if (s.takes_ids()) {
+    for (const v1::CacheOp& op : waiting.checked.plan.cache_ops()) {
+      if (op.close().ended()) s.returning.Revoke(SequenceId{op.close().sequence_id()});
+    }
+  }
   s.plans.push_back(std::move(waiting));
   return absl::OkStatus();
 }
@@ -243,10 +264,31 @@ absl::Status Stage::AcceptHidden(HiddenStep hidden, uint64_t now_us) {
   return absl::OkStatus();
 }
 
+absl::Status Stage::AcceptSampled(SampledStep sampled) {
+  State& s = *state_;
+  STRAIT_RETURN_IF_ERROR(s.CheckEpoch(sampled.epoch, "sampled ids"));
+  if (!s.takes_ids()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("sampled ids of step ", sampled.step.value, ": this stage takes none"));
+  }
+  STRAIT_RETURN_IF_ERROR(s.returning.Check(sampled, s.vocab_size));
+  const std::vector<SequenceId> sequences = s.returning.Take(sampled.step);
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const auto resident = s.residents.find(sequences[i]);
+    if (resident == s.residents.end()) continue;  // closed meanwhile
+    resident->second->sampled = sampled.tokens[i];
+    resident->second->sampled_by = sampled.step;
+  }
+  return absl::OkStatus();
+}
+
 bool Stage::Ready() const {
   const State& s = *state_;
   if (s.failed || s.plans.empty()) return false;
-  return s.is_first() || !s.plans.front().has_rows() || !s.hiddens.empty();
+  const WaitingPlan& next = s.plans.front();
+  if (!next.has_rows()) return true;
+  if (s.is_first()) return !s.takes_ids() || s.returning.AreHere(next.checked.plan);
+  return !s.hiddens.empty();
 }
 
 void Stage::State::ApplyCacheOps(const PlanLedger::CheckedPlan& checked) {
@@ -263,19 +305,25 @@ void Stage::State::ApplyCacheOps(const PlanLedger::CheckedPlan& checked) {
       const SequenceId id{op.close().sequence_id()};
       cache.Close(id);
       residents.erase(id);
+      returning.Closed(id);
     }
   }
 }
 
-void Stage::State::AppendTokens(const v1::SequenceStep& step) {
+void Stage::State::AppendTokens(const v1::SequenceStep& step, v1::StageReport* report) {
   const SequenceId id{step.sequence_id()};
   Resident& resident = *residents.at(id);
   STRAIT_CHECK(resident.tokens.size() == step.first_position());
   if (step.has_literals()) {
     const auto& ids = step.literals().ids();
     resident.tokens.insert(resident.tokens.end(), ids.begin(), ids.end());
+  } else if (!is_first() && !is_last()) {
+    resident.tokens.push_back(kUnknownToken);
   } else {
-    resident.tokens.push_back(resident.sampled);
+    const bool known = resident.sampled_by.value == step.sampled().step_id();
+    STRAIT_CHECK(known || returning.Revoked(id), "a granted row began before its id was here");
+    resident.tokens.push_back(known ? resident.sampled : TokenId{0});
+    report->add_granted_ids(resident.tokens.back());
   }
   cache.Grow(id, static_cast<uint32_t>(resident.tokens.size()));
 }
@@ -285,7 +333,7 @@ absl::Status Stage::State::Run(const WaitingPlan& plan, absl::Span<const std::by
   ApplyCacheOps(plan.checked);
   if (plan.has_rows()) {
     const v1::StepPlan& wire = plan.checked.plan;
-    for (const v1::SequenceStep& step : wire.sequences()) AppendTokens(step);
+    for (const v1::SequenceStep& step : wire.sequences()) AppendTokens(step, report);
 
     std::vector<BatchSequence> sequences;
     std::vector<LogitsRequest> logits;
@@ -336,6 +384,11 @@ void Stage::State::FillResults(const v1::StepPlan& plan, const std::vector<Logit
     if (step.logits().empty()) continue;
     v1::SequenceResult* wire = report->add_results();
     wire->set_sequence_id(step.sequence_id());
+    Resident& resident = *residents.at(SequenceId{step.sequence_id()});
+    if (WantsSample(step)) {
+      resident.sampled = 0;
+      resident.sampled_by = StepId{plan.step_id()};
+    }
     const auto end = result + step.logits_size();
     const auto bad =
         std::find_if(result, end, [](const LogitsResult& one) { return !one.status.ok(); });
@@ -349,13 +402,28 @@ void Stage::State::FillResults(const v1::StepPlan& plan, const std::vector<Logit
       STRAIT_CHECK(result->token < vocab_size);
       if (wanted.has_sample()) {
         SetTokenLogprob(*result, wire->mutable_sampled());
-        residents.at(SequenceId{step.sequence_id()})->sampled = result->token;
+        resident.sampled = result->token;
       } else {
         SetTokenLogprob(*result, wire->add_scored());
       }
       ++result;
     }
   }
+}
+
+// The last stage gives what the step sampled, the first remembers that it will come.
+void Stage::State::HandBack(const WaitingPlan& plan, StepOutput* output) {
+  const StepId id{plan.step_id()};
+  SampledStep gives{epoch, id, {}};
+  std::vector<SequenceId> sequences;
+  for (const v1::SequenceStep& step : plan.checked.plan.sequences()) {
+    if (!WantsSample(step)) continue;
+    sequences.emplace_back(SequenceId{step.sequence_id()});
+    if (gives_ids()) gives.tokens.push_back(residents.at(sequences.back())->sampled);
+  }
+  if (sequences.empty()) return;
+  if (takes_ids()) returning.Await(id, std::move(sequences));
+  if (gives_ids()) output->sampled = std::move(gives);
 }
 
 StepOutput Stage::RunNext(const std::function<uint64_t()>& clock) {
@@ -394,10 +462,13 @@ StepOutput Stage::RunNext(const std::function<uint64_t()>& clock) {
     s.failed = true;
     s.plans.clear();
     s.hiddens.clear();
-  } else if (plan.has_rows() && !s.is_last()) {
+    return output;
+  }
+  if (plan.has_rows() && !s.is_last()) {
     output.hidden =
         HiddenStep{s.epoch, StepId{plan.step_id()}, plan.checked.num_tokens, std::move(hidden_out)};
   }
+  if (s.takes_ids() || s.gives_ids()) s.HandBack(plan, &output);
   return output;
 }
 

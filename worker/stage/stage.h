@@ -11,9 +11,12 @@
 //          FailedPrecondition (gap in steps, sequence unknown, positions that do not follow),
 //          ResourceExhausted (a limit). What a refused plan means is the caller's: the worker
 //          reports it and the coordinator bumps the epoch.
-// Limits:  proto/limits.h: kMaxStepsInFlight plans and hidden steps waiting.
+// Limits:  proto/limits.h: kMaxStepsInFlight plans and hidden steps waiting; the first stage runs
+//          no further ahead of the ids that come back than so many steps.
 // Why:     plans are validated against the state that all plans before them leave behind, so a
-//          plan is accepted or refused on arrival, before its hidden states exist.
+//          plan is accepted or refused on arrival, before its hidden states exist. A granted row
+//          is a row in this reckoning, whatever becomes of its sequence: so all stages agree on
+//          lengths and blocks without a word, and revoking means only that nothing waits for it.
 #pragma once
 
 #include <cstddef>
@@ -38,10 +41,19 @@ struct HiddenStep {
   std::vector<std::byte> data;  // [num_tokens, hidden_row_bytes]
 };
 
+// What a step sampled, on its way from the last stage to the first.
+struct SampledStep {
+  PipelineEpoch epoch;
+  StepId step;
+  std::vector<TokenId> tokens;  // of the sequences that wanted a sample, in plan order
+};
+
 struct StepOutput {
   v1::StageReport report;
   std::optional<HiddenStep> hidden;  // for the next stage; absent on the last, on failure, and for
                                      // a step without rows
+  // For the first stage: from the last of several, of a step that samples, in an epoch with grants.
+  std::optional<SampledStep> sampled;
 };
 
 class Stage {
@@ -51,13 +63,20 @@ class Stage {
   ~Stage();
 
   // Enters an epoch: drops all sequences, plans and hidden states. Aborted if `epoch` is not newer.
-  absl::Status Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages);
+  // `grants`: plans may refer to sampled tokens, and where there are several stages the last one
+  // hands them to the first. A pipeline of one stage takes grants in any case.
+  absl::Status Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages,
+                        bool grants = false);
 
   absl::Status AcceptPlan(v1::StepPlan plan, uint64_t now_us);
   absl::Status AcceptHidden(HiddenStep hidden, uint64_t now_us);
+  // First of several stages: ids come for every step that samples and was run here, in step order;
+  // what is not that is refused as InvalidArgument.
+  absl::Status AcceptSampled(SampledStep sampled);
 
-  // Whether RunNext has something to do: the next plan is here and, unless this is the first stage
-  // or the plan has no rows, its hidden states are.
+  // Whether RunNext has something to do: the next plan is here and, unless it has no rows, its
+  // hidden states are, or on the first stage the ids that it refers to: all but those of sequences
+  // that a waiting plan closes as ended.
   bool Ready() const;
 
   // Runs the next step. REQUIRES: Ready(). `clock` gives microseconds, read before and after

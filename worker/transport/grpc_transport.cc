@@ -13,24 +13,44 @@
 #include "strait/v1/transfer.grpc.pb.h"
 #include "worker/transport/hidden_receiver.h"
 #include "worker/transport/hidden_sender.h"
+#include "worker/transport/sampled_rows.h"
 
 namespace strait {
 namespace {
 
 constexpr std::chrono::milliseconds kWatchdogPeriod(250);
 
+constexpr char kHiddenMethod[] = "/strait.v1.StageTransport/Hidden";
+constexpr char kSampledMethod[] = "/strait.v1.StageTransport/Sampled";
+
 class Service final
-    : public v1::StageTransport::WithRawCallbackMethod_Hidden<v1::StageTransport::Service> {
+    : public v1::StageTransport::WithRawCallbackMethod_Hidden<
+          v1::StageTransport::WithRawCallbackMethod_Sampled<v1::StageTransport::Service>> {
  public:
-  explicit Service(HiddenReceiver* receiver) : receiver_(receiver) {}
+  Service(HiddenReceiver* receiver, HiddenReceiver* sampled_receiver)
+      : receiver_(receiver), sampled_receiver_(sampled_receiver) {}
   grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Hidden(
       grpc::CallbackServerContext* context) override {
     return receiver_->Accept(context);
   }
+  grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Sampled(
+      grpc::CallbackServerContext* context) override {
+    return sampled_receiver_->Accept(context);
+  }
 
  private:
   HiddenReceiver* const receiver_;
+  HiddenReceiver* const sampled_receiver_;
 };
+
+// What edges of sampled ids tell: as others, but rows are ids.
+TransportEvents SampledEvents(const TransportEvents& events) {
+  TransportEvents out = events;
+  out.on_hidden = [&events](uint64_t to, HiddenStep rows) {
+    events.on_sampled(to, FromRows(rows));
+  };
+  return out;
+}
 
 }  // namespace
 
@@ -40,8 +60,13 @@ class GrpcTransport::Impl {
       : events_(std::move(events)),
         receiver(options.hidden_row_bytes, options.accept_timeout, options.stall_timeout,
                  options.receive_bytes_max, &events_),
-        sender(options.hidden_row_bytes, options.accept_timeout, options.stall_timeout, &events_),
-        service_(&receiver) {}
+        sender(kHiddenMethod, options.hidden_row_bytes, options.accept_timeout,
+               options.stall_timeout, &events_),
+        sampled_receiver(kSampledRowBytes, options.accept_timeout, options.stall_timeout,
+                         options.receive_bytes_max, &sampled_events_),
+        sampled_sender(kSampledMethod, kSampledRowBytes, options.accept_timeout,
+                       options.stall_timeout, &sampled_events_),
+        service_(&receiver, &sampled_receiver) {}
 
   absl::Status Start(const std::string& listen_address) {
     grpc::ServerBuilder builder;
@@ -66,6 +91,7 @@ class GrpcTransport::Impl {
     changed_.notify_all();
     if (watchdog_.joinable()) watchdog_.join();
     receiver.Stop();
+    sampled_receiver.Stop();
     if (server_) {
       server_->Shutdown(std::chrono::system_clock::now());
       server_->Wait();
@@ -80,15 +106,20 @@ class GrpcTransport::Impl {
       const uint64_t now_us = MonotonicMicros();
       sender.CheckDeadlines(now_us);
       receiver.CheckDeadlines(now_us);
+      sampled_sender.CheckDeadlines(now_us);
+      sampled_receiver.CheckDeadlines(now_us);
       lock.lock();
     }
   }
 
   const TransportEvents events_;
+  const TransportEvents sampled_events_ = SampledEvents(events_);
 
  public:
   HiddenReceiver receiver;
   HiddenSender sender;
+  HiddenReceiver sampled_receiver;
+  HiddenSender sampled_sender;
   int port = 0;
 
  private:
@@ -114,27 +145,45 @@ absl::StatusOr<std::unique_ptr<GrpcTransport>> GrpcTransport::Create(GrpcTranspo
 GrpcTransport::GrpcTransport(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 GrpcTransport::~GrpcTransport() = default;
 
-void GrpcTransport::Connect(const Edge& edge) { impl_->sender.Connect(edge); }
+void GrpcTransport::Connect(const Edge& edge) {
+  (edge.sampled ? impl_->sampled_sender : impl_->sender).Connect(edge);
+}
+absl::Status GrpcTransport::SendSampled(uint64_t from_stage_id, SampledStep sampled) {
+  return impl_->sampled_sender.Send(from_stage_id, ToRows(sampled));
+}
+void GrpcTransport::ExpectSampled(const Edge& edge) {
+  impl_->sampled_receiver.Expect(edge.to_stage_id, edge.epoch, edge.from_stage_id, edge.nonce);
+}
 absl::Status GrpcTransport::Send(uint64_t from_stage_id, HiddenStep hidden) {
   return impl_->sender.Send(from_stage_id, std::move(hidden));
 }
-void GrpcTransport::Disconnect(uint64_t from_stage_id) { impl_->sender.Disconnect(from_stage_id); }
+// A stage has one edge at either end, of the one kind or of the other.
+void GrpcTransport::Disconnect(uint64_t from_stage_id) {
+  impl_->sender.Disconnect(from_stage_id);
+  impl_->sampled_sender.Disconnect(from_stage_id);
+}
 void GrpcTransport::Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id,
                            uint64_t nonce) {
   impl_->receiver.Expect(to_stage_id, epoch, from_stage_id, nonce);
 }
-void GrpcTransport::Forget(uint64_t to_stage_id) { impl_->receiver.Forget(to_stage_id); }
+void GrpcTransport::Forget(uint64_t to_stage_id) {
+  impl_->receiver.Forget(to_stage_id);
+  impl_->sampled_receiver.Forget(to_stage_id);
+}
 void GrpcTransport::Consumed(uint64_t to_stage_id, StepId step) {
   impl_->receiver.Consumed(to_stage_id, step);
+  impl_->sampled_receiver.Consumed(to_stage_id, step);
 }
 int GrpcTransport::port() const { return impl_->port; }
 
 TransportStats GrpcTransport::Stats() const {
-  return {.opens_refused = impl_->receiver.opens_refused(),
-          .frames_refused = impl_->receiver.frames_refused(),
-          .stalls = impl_->receiver.stalls() + impl_->sender.stalls(),
-          .bytes_sent = impl_->sender.bytes_sent(),
-          .bytes_received = impl_->receiver.bytes_received()};
+  const HiddenReceiver& ids = impl_->sampled_receiver;
+  return {.opens_refused = impl_->receiver.opens_refused() + ids.opens_refused(),
+          .frames_refused = impl_->receiver.frames_refused() + ids.frames_refused(),
+          .stalls = impl_->receiver.stalls() + impl_->sender.stalls() + ids.stalls() +
+                    impl_->sampled_sender.stalls(),
+          .bytes_sent = impl_->sender.bytes_sent() + impl_->sampled_sender.bytes_sent(),
+          .bytes_received = impl_->receiver.bytes_received() + ids.bytes_received()};
 }
 
 }  // namespace strait

@@ -58,6 +58,7 @@ class GrpcTransport final : public Transport {
 
   void Connect(const Edge& edge) override;
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
+  absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
   void Disconnect(uint64_t from_stage_id) override;
   void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) override {
     Expect(to_stage_id, epoch, from_stage_id, 0);
@@ -65,6 +66,7 @@ class GrpcTransport final : public Transport {
   // And only a sender that shows `nonce`: this port is open to all who reach it, as a simulated one
   // is not.
   void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id, uint64_t nonce);
+  void ExpectSampled(const Edge& edge) override;
   void Forget(uint64_t to_stage_id) override;
   void Consumed(uint64_t to_stage_id, StepId step) override;
 

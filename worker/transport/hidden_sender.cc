@@ -17,7 +17,6 @@
 namespace strait {
 namespace {
 
-constexpr char kMethod[] = "/strait.v1.StageTransport/Hidden";
 using Stream = rpc::ClientStream<v1::HiddenReply, grpc::ByteBuffer>;
 
 // What the stream's events may hold: never the stream itself, which must not end on a gRPC thread.
@@ -50,9 +49,11 @@ struct HiddenSender::Outgoing {
   std::unique_ptr<Stream> stream;
 };
 
-HiddenSender::HiddenSender(uint32_t hidden_row_bytes, std::chrono::milliseconds accept_timeout,
+HiddenSender::HiddenSender(const char* method, uint32_t hidden_row_bytes,
+                           std::chrono::milliseconds accept_timeout,
                            std::chrono::milliseconds stall_timeout, const TransportEvents* events)
-    : hidden_row_bytes_(hidden_row_bytes),
+    : method_(method),
+      hidden_row_bytes_(hidden_row_bytes),
       accept_timeout_(accept_timeout),
       stall_timeout_(stall_timeout),
       events_(events) {}
@@ -84,8 +85,8 @@ void HiddenSender::Connect(const Edge& edge) {
   grpc::TemplatedGenericStub<grpc::ByteBuffer, v1::HiddenReply> stub(
       rpc::MakeChannel(edge.peer_address, rpc::Traffic::kData));
   outgoing->stream = std::make_unique<Stream>(
-      options, std::move(events), [&](grpc::ClientContext* context, auto* reactor) {
-        stub.PrepareBidiStreamingCall(context, kMethod, grpc::StubOptions(), reactor);
+      options, std::move(events), [&, this](grpc::ClientContext* context, auto* reactor) {
+        stub.PrepareBidiStreamingCall(context, method_, grpc::StubOptions(), reactor);
       });
 
   v1::HiddenOpen open;

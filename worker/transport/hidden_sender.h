@@ -24,8 +24,10 @@ namespace strait {
 
 class HiddenSender {
  public:
-  HiddenSender(uint32_t hidden_row_bytes, std::chrono::milliseconds accept_timeout,
-               std::chrono::milliseconds stall_timeout, const TransportEvents* events);
+  // `method`: the one of StageTransport that it calls.
+  HiddenSender(const char* method, uint32_t hidden_row_bytes,
+               std::chrono::milliseconds accept_timeout, std::chrono::milliseconds stall_timeout,
+               const TransportEvents* events);
   ~HiddenSender();
 
   void Connect(const Edge& edge);
@@ -39,6 +41,7 @@ class HiddenSender {
  private:
   struct Outgoing;
 
+  const char* const method_;
   const uint32_t hidden_row_bytes_;
   const std::chrono::milliseconds accept_timeout_;
   const std::chrono::milliseconds stall_timeout_;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Transport carries hidden states from a stage to the next. Implementations: gRPC
+// Transport carries hidden states from a stage to the next, and sampled ids from the last to the
+// first: a pipeline's edges are a ring, and each stage has one at either end. Implementations: gRPC
 // (worker/transport/ grpc_transport.h), simulated (tests/sim), NCCL later.
 //
 // Owns:    its connections; callbacks are borrowed and outlive it.
@@ -29,12 +30,14 @@ struct Edge {
   PipelineEpoch epoch;
   std::string peer_address;  // data address of the receiver
   uint64_t nonce = 0;        // the receiver lets in only who shows the nonce that it was told
+  bool sampled = false;      // from the last stage to the first: carries sampled ids
 };
 
 struct TransportEvents {
   std::function<void(const Edge&)> on_edge_up;  // the receiver accepted
   std::function<void(const Edge&, absl::Status)> on_edge_down;
   std::function<void(uint64_t to_stage_id, HiddenStep)> on_hidden;  // verified, whole
+  std::function<void(uint64_t to_stage_id, SampledStep)> on_sampled;
 };
 
 class Transport {
@@ -43,11 +46,15 @@ class Transport {
   // Opens the edge; a previous edge of the same from_stage_id is dropped. Answered by one event.
   virtual void Connect(const Edge& edge) = 0;
   virtual absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) = 0;
+  // Over an edge that is `sampled`.
+  virtual absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) = 0;
   virtual void Disconnect(uint64_t from_stage_id) = 0;
   // Whom the receiving side lets in: only this epoch of this stage. Older ones are ended with
   // Aborted. `from_stage_id` 0: whichever stage opens first. A sender of a newer epoch waits until
   // it is expected.
   virtual void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) = 0;
+  // The same for an edge that is `sampled`; its receiver has no other.
+  virtual void ExpectSampled(const Edge& edge) = 0;
   // The stage is gone: its senders are ended, nothing is expected for it any more.
   virtual void Forget(uint64_t to_stage_id) = 0;
   // All hidden states of `to_stage_id` up to `step` were computed: their memory counts no more

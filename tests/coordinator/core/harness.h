@@ -52,7 +52,9 @@ class Harness {
   struct FakeStage {
     v1::LoadStage load;
     v1::PipelineEpoch epoch;
+    bool first = false;
     bool last = false;
+    v1::ActivateStage activate;
     std::deque<v1::StepPlan> plans;  // not reported
     std::map<SequenceId, uint32_t> lengths;
   };
@@ -128,7 +130,12 @@ class Harness {
       if (op.has_close()) stage.lengths.erase(SequenceId{op.close().sequence_id()});
     }
     for (const v1::SequenceStep& step : plan.sequences()) {
-      stage.lengths.at(SequenceId{step.sequence_id()}) += step.literals().ids_size();
+      stage.lengths.at(SequenceId{step.sequence_id()}) +=
+          step.has_sampled() ? 1 : step.literals().ids_size();
+      if (step.has_sampled() && (stage.first || stage.last)) {
+        const auto sampled = last_sampled.find(step.sequence_id());
+        report.add_granted_ids(sampled == last_sampled.end() ? next_token : sampled->second);
+      }
       if (!stage.last || step.logits().empty()) continue;
       v1::SequenceResult* result = report.add_results();
       result->set_sequence_id(step.sequence_id());
@@ -137,6 +144,7 @@ class Harness {
             wanted.has_sample() ? result->mutable_sampled() : result->add_scored();
         out->set_token_id(wanted.has_sample() ? next_token : wanted.score_token());
         out->set_logprob(-1);
+        if (wanted.has_sample()) last_sampled[step.sequence_id()] = next_token;
       }
     }
     TablesDigest digest;
@@ -185,6 +193,7 @@ class Harness {
   uint64_t last_request = 0;
   uint64_t last_worker = 0;
   uint32_t next_token = 50;
+  std::map<uint64_t, uint32_t> last_sampled;  // by sequence
   bool answer_loads = true;
   bool answer_activations = true;
   std::map<WorkerId, FakeWorker> workers;
@@ -227,6 +236,8 @@ class Harness {
       const v1::ActivateStage& activate = m.message.activate_stage();
       FakeStage& stage = worker.stages.at(activate.stage_id());
       stage.epoch = activate.epoch();
+      stage.activate = activate;
+      stage.first = activate.previous_stage_id() == 0;
       stage.last = activate.next_stage_id() == 0;
       stage.plans.clear();
       stage.lengths.clear();

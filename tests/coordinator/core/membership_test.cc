@@ -21,6 +21,7 @@ constexpr uint64_t kMemory = 100'000;
 
 CoreOptions Options(uint32_t num_stages) {
   CoreOptions options;
+  options.grant_depth = 1;
   options.num_stages = num_stages;
   return options;
 }

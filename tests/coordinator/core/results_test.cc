@@ -17,6 +17,7 @@ constexpr uint64_t kMemory = 100'000;
 
 CoreOptions Options(uint32_t num_stages) {
   CoreOptions options;
+  options.grant_depth = 1;
   options.num_stages = num_stages;
   options.max_step_tokens = 64;
   options.prefill_chunk = 32;

@@ -18,6 +18,7 @@ using testing::HasSubstr;
 
 CoreOptions Options(uint32_t num_stages) {
   CoreOptions options;
+  options.grant_depth = 1;
   options.num_stages = num_stages;
   options.max_step_tokens = 64;
   options.prefill_chunk = 32;

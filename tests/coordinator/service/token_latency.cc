@@ -4,7 +4,7 @@
 // whose model costs next to nothing decodes one sequence, and the time between tokens is what is
 // left.
 //
-//   token_latency [stages] [tokens]   prints one JSON line
+//   token_latency [stages] [tokens] [grant_depth]   prints one JSON line
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -25,8 +25,10 @@ class Stopwatch : public Recorder {
   std::vector<uint64_t> at_us;
 };
 
-int Measure(uint32_t stages, uint32_t tokens) {
-  ClusterFixture cluster(stages);
+int Measure(uint32_t stages, uint32_t tokens, uint32_t grant_depth) {
+  CoreOptions core;
+  if (grant_depth > 0) core.grant_depth = grant_depth;
+  ClusterFixture cluster(stages, 1, core);
   if (!cluster.WaitReady()) return 1;
   auto stopwatch = std::make_shared<Stopwatch>();
   cluster.service->Submit(MakeRequest(8, tokens, 1), stopwatch);
@@ -50,9 +52,11 @@ int Measure(uint32_t stages, uint32_t tokens) {
 int main(int argc, char** argv) {
   const int stages = argc > 1 ? std::atoi(argv[1]) : 2;
   const int tokens = argc > 2 ? std::atoi(argv[2]) : 2000;
-  if (stages < 1 || stages > 6 || tokens < 2 || tokens > 4000) {
-    std::fprintf(stderr, "usage: token_latency [stages 1-6] [tokens 2-4000]\n");
+  const int depth = argc > 3 ? std::atoi(argv[3]) : 0;  // 0: the default
+  if (stages < 1 || stages > 6 || tokens < 2 || tokens > 4000 || depth < 0 || depth > 16) {
+    std::fprintf(stderr, "usage: token_latency [stages 1-6] [tokens 2-4000] [grant depth 1-16]\n");
     return 2;
   }
-  return strait::Measure(static_cast<uint32_t>(stages), static_cast<uint32_t>(tokens));
+  return strait::Measure(static_cast<uint32_t>(stages), static_cast<uint32_t>(tokens),
+                         static_cast<uint32_t>(depth));
 }

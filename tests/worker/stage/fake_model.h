@@ -70,6 +70,8 @@ class FakeModel : public StageModel {
       }
     }
     EXPECT_EQ(num_rows, batch.num_tokens);
+    const absl::Span<const TokenId> tokens = batch.sequences.back().tokens;
+    last_tokens.assign(tokens.begin(), tokens.end());
     for (const LogitsRequest& request : batch.logits) {
       const BatchSequence& sequence = batch.sequences[request.sequence_index];
       const uint32_t length =
@@ -97,6 +99,7 @@ class FakeModel : public StageModel {
   bool fail_next = false;
   SequenceId bad_sequence{0};  // its logits are no numbers
   int num_forwards = 0;
+  std::vector<TokenId> last_tokens;  // of the last sequence that ran
 
  private:
   uint64_t& Row(const BatchSequence& sequence, uint32_t layer, uint32_t position) {

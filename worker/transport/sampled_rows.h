@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Sampled ids as rows of four bytes, so that they cross their edge as hidden states do: the same
+// frames, checks, deadlines and bounds.
+//
+// Thread:  pure functions.
+#pragma once
+
+#include <cstdint>
+
+#include "proto/ids.h"
+#include "worker/stage/stage.h"
+
+namespace strait {
+
+inline constexpr uint32_t kSampledRowBytes = sizeof(TokenId);
+
+HiddenStep ToRows(const SampledStep& sampled);
+// REQUIRES: rows of kSampledRowBytes, whole, as a receiver hands them on.
+SampledStep FromRows(const HiddenStep& rows);
+
+}  // namespace strait
