@@ -356,7 +356,10 @@ class WorkerProcess::Impl {
     if (activate.stage_index() == 0) {
       transport_->Forget(id);
     } else {
-      transport_->Expect(id, epoch, activate.previous_stage_id(), activate.edge_nonce());
+      transport_->Expect({.from_stage_id = activate.previous_stage_id(),
+                          .to_stage_id = id,
+                          .epoch = epoch,
+                          .nonce = activate.edge_nonce()});
     }
     if (last) {
       TellActive(*hosted->stage);

@@ -13,6 +13,21 @@
 #include "proto/version.h"
 
 namespace strait::sim {
+namespace {
+
+// Of the edge that ends at this stage, as if NCCL had made it.
+std::string FakeNcclId(uint64_t to_stage_id, PipelineEpoch epoch) {
+  std::string id = absl::StrCat("nccl ", to_stage_id, " ", ToString(epoch));
+  id.resize(limits::kNcclIdBytes);
+  return id;
+}
+
+// Three of four workers say that they have NCCL, in two versions.
+uint32_t FakeNcclVersion(uint64_t instance) {
+  return instance % 4 == 0 ? 0 : instance % 4 == 1 ? 22703 : 22809;
+}
+
+}  // namespace
 
 SimWorker::SimWorker(World* world, Network* network, Control* control, const Scenario* scenario,
                      uint64_t instance, uint64_t memory_bytes, uint64_t weights)
@@ -62,6 +77,7 @@ v1::Hello SimWorker::Hello() const {
   hello.set_numerics_id(backend_.numerics_id());
   hello.set_backend("hash");
   hello.set_instance(instance_);
+  hello.set_nccl_version(FakeNcclVersion(instance_));
   return hello;
 }
 
@@ -184,11 +200,23 @@ void SimWorker::OnActivate(const v1::ActivateStage& activate) {
   hosted.active = activate;
   hosted.up = false;
   if (activate.stage_index() > 0) {
-    transport_.Expect(it->first, epoch, activate.previous_stage_id());
+    transport_.Expect({activate.previous_stage_id(), it->first, epoch});
+    if (activate.edge_over_nccl()) {
+      v1::FromWorker message;
+      message.mutable_edge_id()->set_stage_id(it->first);
+      ToWire(epoch, message.mutable_edge_id()->mutable_epoch());
+      message.mutable_edge_id()->set_nccl_id(FakeNcclId(it->first, epoch));
+      Send(std::move(message));
+    }
   }
   if (activate.next_stage_id() == 0) {
     hosted.up = true;
     return SendState(it->first, v1::StageState::ACTIVE, epoch, absl::OkStatus());
+  }
+  // What travels is the simulator's, but who is told what is as with NCCL.
+  const bool over_nccl = !activate.next_nccl_id().empty();
+  if (over_nccl && activate.next_nccl_id() != FakeNcclId(activate.next_stage_id(), epoch)) {
+    world_->Violation("a stage is told the NCCL id of another edge or epoch");
   }
   transport_.Connect({it->first, activate.next_stage_id(), epoch, activate.next_data_address()});
 }

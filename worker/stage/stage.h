@@ -35,7 +35,7 @@ struct HiddenStep {
   PipelineEpoch epoch;
   StepId step;
   uint32_t num_tokens = 0;
-  std::vector<std::byte> data;  // [num_tokens, hidden_row_bytes]
+  HiddenBuffer data;  // [num_tokens, hidden_row_bytes]
 };
 
 struct StepOutput {
@@ -62,8 +62,9 @@ class Stage {
 
   // Runs the next step. REQUIRES: Ready(). `clock` gives microseconds, read before and after
   // computing. If the step fails, its report carries the error, plans that wait are dropped without
-  // a report, and the stage refuses everything of this epoch with Aborted.
-  StepOutput RunNext(const std::function<uint64_t()>& clock);
+  // a report, and the stage refuses everything of this epoch with Aborted. `memory`: of hidden
+  // states that leave; empty: host memory.
+  StepOutput RunNext(const std::function<uint64_t()>& clock, const HiddenMemory& memory = {});
 
   // --- What others may ask ---
   uint64_t stage_id() const;

@@ -119,9 +119,8 @@ absl::Status GrpcTransport::Send(uint64_t from_stage_id, HiddenStep hidden) {
   return impl_->sender.Send(from_stage_id, std::move(hidden));
 }
 void GrpcTransport::Disconnect(uint64_t from_stage_id) { impl_->sender.Disconnect(from_stage_id); }
-void GrpcTransport::Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id,
-                           uint64_t nonce) {
-  impl_->receiver.Expect(to_stage_id, epoch, from_stage_id, nonce);
+void GrpcTransport::Expect(const Edge& edge) {
+  impl_->receiver.Expect(edge.to_stage_id, edge.epoch, edge.from_stage_id, edge.nonce);
 }
 void GrpcTransport::Forget(uint64_t to_stage_id) { impl_->receiver.Forget(to_stage_id); }
 void GrpcTransport::Consumed(uint64_t to_stage_id, StepId step) {
