@@ -6,6 +6,7 @@
 #include "proto/log.h"
 #include "proto/status_macros.h"
 #include "worker/model/cuda/cuda_backend.h"
+#include "worker/transport/nccl_device.h"
 
 namespace strait {
 
@@ -30,5 +31,7 @@ absl::StatusOr<GpuBackend> MakeGpuBackend(
   STRAIT_ASSIGN_OR_RETURN(made.backend, CudaBackend::Create(cuda, std::move(weights)));
   return made;
 }
+
+std::shared_ptr<EdgeDevice> MakeGpuEdgeDevice(int device) { return MakeCudaEdgeDevice(device); }
 
 }  // namespace strait

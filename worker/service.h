@@ -22,6 +22,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "worker/backend.h"
+#include "worker/transport/nccl_api.h"
 
 namespace strait {
 
@@ -39,6 +40,7 @@ struct WorkerOptions {
   uint64_t model_fingerprint = 0;
   uint64_t weights_fingerprint = 0;  // worker/checkpoint/fingerprint.h
   uint32_t cache_row_bytes = 0;      // of one token in one layer
+  NcclOffer nccl;
 };
 
 class WorkerProcess {

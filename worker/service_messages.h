@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The messages that a worker sends to its coordinator, made from typed values.
+// The messages that a worker sends to its coordinator, made from typed values; and a check of what
+// it is sent.
 //
 // Thread:  pure functions, but MakeHello, which draws the instance.
 #pragma once
@@ -22,10 +23,19 @@ v1::FromWorker ProgressMessage(uint64_t stage_id, uint64_t bytes_loaded, uint64_
 v1::FromWorker LoadedMessage(uint64_t stage_id, const StageModel& model);
 v1::FromWorker ActiveMessage(uint64_t stage_id, PipelineEpoch epoch);
 v1::FromWorker UnloadedMessage(uint64_t stage_id);
+v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id);
 // Answers a request of the coordinator that failed; `epoch` of an activation.
-v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch);
+// `nccl_edge`: the stage that the NCCL edge ends at that is what failed; 0: none.
+v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch,
+                             uint64_t nccl_edge);
 // The stage cannot go on in this epoch. `step_id` 0: no step's fault, an edge broke.
 v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
-                            const absl::Status& why);
+                            const absl::Status& why, uint64_t nccl_edge);
+
+// The latest step whose sampled token the plan feeds; 0: none.
+StepId LastStepSampledIn(const v1::StepPlan& plan);
+
+// Whether an activation can be meant as it is, whatever the stage.
+absl::Status CheckActivation(const v1::ActivateStage& activate);
 
 }  // namespace strait

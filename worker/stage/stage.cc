@@ -178,7 +178,7 @@ absl::Status Stage::State::CheckPairing(const WaitingPlan* plan, const HiddenSte
                    plan->checked.num_tokens, " rows are due; do all stages get the same plans?"));
 }
 
-absl::Status Stage::AcceptPlan(v1::StepPlan plan, uint64_t now_us) {
+absl::Status Stage::AcceptPlan(v1::StepPlan plan, uint64_t now_us, uint32_t* num_rows) {
   State& s = *state_;
   if (plan.stage_id() != s.stage_id) {
     return absl::InvalidArgumentError(
@@ -200,6 +200,7 @@ absl::Status Stage::AcceptPlan(v1::StepPlan plan, uint64_t now_us) {
     }
   }
   s.ledger.Commit(waiting.checked);
+  if (num_rows != nullptr) *num_rows = waiting.checked.num_tokens;
   s.plans.push_back(std::move(waiting));
   return absl::OkStatus();
 }

@@ -53,7 +53,8 @@ class Stage {
   // Enters an epoch: drops all sequences, plans and hidden states. Aborted if `epoch` is not newer.
   absl::Status Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages);
 
-  absl::Status AcceptPlan(v1::StepPlan plan, uint64_t now_us);
+  // `num_rows`, if given, becomes the rows of an accepted plan.
+  absl::Status AcceptPlan(v1::StepPlan plan, uint64_t now_us, uint32_t* num_rows = nullptr);
   absl::Status AcceptHidden(HiddenStep hidden, uint64_t now_us);
 
   // Whether RunNext has something to do: the next plan is here and, unless this is the first stage
