@@ -29,7 +29,7 @@ struct Config {
   int blocking = 0;
   int cga_cluster_size = INT_MIN;  // INT_MIN: unset
   int min_ctas = INT_MIN;
-  int max_ctas = INT_MIN;
+  int max_ctas = kMaxBlocks;
   const char* net_name = nullptr;
   int split_share = INT_MIN;
 };
@@ -37,6 +37,9 @@ struct UniqueId {
   char bytes[limits::kNcclIdBytes];
 };
 constexpr int kBytes = 0;  // ncclInt8
+// Blocks of an edge's kernels at most: a receive that was posted ahead holds them while it waits,
+// and the layers run on what is left.
+constexpr int kMaxBlocks = 4;
 
 #ifdef STRAIT_HAS_NCCL_HEADER
 static_assert(sizeof(UniqueId) == sizeof(ncclUniqueId));
