@@ -86,7 +86,7 @@ void SimWorker::Send(v1::FromWorker message, bool lie) {
 }
 
 void SimWorker::SendState(uint64_t stage_id, v1::StageState::State state, PipelineEpoch epoch,
-                          const absl::Status& error) {
+                          const absl::Status& error, uint64_t failed_nccl_edge) {
   v1::FromWorker message;
   v1::StageState* out = message.mutable_stage_state();
   out->set_stage_id(stage_id);
@@ -94,6 +94,7 @@ void SimWorker::SendState(uint64_t stage_id, v1::StageState::State state, Pipeli
   ToWire(epoch, out->mutable_epoch());
   out->set_error_code(static_cast<uint32_t>(error.code()));
   out->set_error_message(std::string(error.message()));
+  out->set_failed_nccl_edge(failed_nccl_edge);
   const auto it = stages_.find(stage_id);
   if (state == v1::StageState::LOADED) {
     out->set_weight_bytes(it->second.stage->model().weight_bytes());
@@ -103,7 +104,7 @@ void SimWorker::SendState(uint64_t stage_id, v1::StageState::State state, Pipeli
 }
 
 void SimWorker::SendError(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
-                          const absl::Status& error) {
+                          const absl::Status& error, uint64_t failed_nccl_edge) {
   v1::FromWorker message;
   v1::StageReport* report = message.mutable_report();
   report->set_stage_id(stage_id);
@@ -111,6 +112,7 @@ void SimWorker::SendError(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_
   report->set_step_id(step_id);
   report->set_error_code(static_cast<uint32_t>(error.code()));
   report->set_error_message(std::string(error.message()));
+  report->set_failed_nccl_edge(failed_nccl_edge);
   Send(std::move(message));
 }
 
@@ -232,10 +234,14 @@ void SimWorker::OnEdgeDown(const Edge& edge, const absl::Status& why) {
   for (const uint64_t id : {edge.from_stage_id, edge.to_stage_id}) {
     const auto it = stages_.find(id);
     if (it == stages_.end() || FromWire(it->second.active.epoch()) != edge.epoch) continue;
+    const v1::ActivateStage& active = it->second.active;
+    const bool over_nccl =
+        id == edge.to_stage_id ? active.edge_over_nccl() : !active.next_nccl_id().empty();
+    const uint64_t failed_nccl_edge = over_nccl ? edge.to_stage_id : 0;
     if (it->second.up) {
-      SendError(id, edge.epoch, 0, why);
+      SendError(id, edge.epoch, 0, why, failed_nccl_edge);
     } else {
-      SendState(id, v1::StageState::FAILED, edge.epoch, why);
+      SendState(id, v1::StageState::FAILED, edge.epoch, why, failed_nccl_edge);
     }
   }
 }

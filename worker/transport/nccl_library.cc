@@ -21,6 +21,10 @@
 namespace strait {
 namespace {
 
+// Blocks of an edge's kernels at most: a receive that was posted ahead holds them while it waits,
+// and the layers run on what is left.
+constexpr int kMaxBlocks = 4;
+
 // ncclConfig_t as of 2.18; later versions take missing members for unset, by `size` and `version`.
 struct Config {
   size_t size = sizeof(Config);
@@ -37,9 +41,6 @@ struct UniqueId {
   char bytes[limits::kNcclIdBytes];
 };
 constexpr int kBytes = 0;  // ncclInt8
-// Blocks of an edge's kernels at most: a receive that was posted ahead holds them while it waits,
-// and the layers run on what is left.
-constexpr int kMaxBlocks = 4;
 
 #ifdef STRAIT_HAS_NCCL_HEADER
 static_assert(sizeof(UniqueId) == sizeof(ncclUniqueId));

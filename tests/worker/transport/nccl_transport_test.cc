@@ -213,7 +213,7 @@ TEST_F(NcclTransportTest, WhatIsNotFetchedBreaksTheEdge) {
 
 TEST_F(NcclTransportTest, HangingReceiveBreaksItsEdgeAlone) {
   NcclTransportOptions impatient;
-  impatient.receive_timeout = 100ms;
+  impatient.receive_timeout = 1s;
   Node a(&fabric_), b(&fabric_), to(&fabric_, impatient);
   Open(a, to);
   Open(b, to, 5, 6);
@@ -357,7 +357,7 @@ TEST_F(NcclTransportTest, RevokeThatDoesNotEndIsFollowedByAbort) {
 
 TEST_F(NcclTransportTest, CallThatDoesNotComeBackBreaksTheEdge) {
   NcclTransportOptions impatient;
-  impatient.init_timeout = 200ms;
+  impatient.init_timeout = 2s;
   Node from(&fabric_, impatient), to(&fabric_);
   Open(from, to);
   from.faults.send_blocks = true;
@@ -371,8 +371,8 @@ TEST_F(NcclTransportTest, CallThatDoesNotComeBackBreaksTheEdge) {
 
 TEST_F(NcclTransportTest, AbortThatHangsPoisonsTheProcessAndNothingElse) {
   NcclTransportOptions impatient;
-  impatient.abort_timeout = 300ms;
-  impatient.init_timeout = 200ms;
+  impatient.abort_timeout = 3s;
+  impatient.init_timeout = 2s;
   Node a(&fabric_), b(&fabric_), to(&fabric_, impatient);
   Open(a, to);
   Open(b, to, 5, 6);
