@@ -16,8 +16,8 @@ usage: tests/gpu.sh [options]
   --pack FOLDER      only builds, and puts the programs with the libraries they need there: for a GPU machine that
                      cannot build. There: tests/gpu.sh --programs FOLDER
   --programs FOLDER  builds nothing, uses the programs of --pack
-  --only PART        one of unit, exactness, same-tokens, disconnects, bench, sanitizer; may be repeated (default: all
-                     but sanitizer)
+  --only PART        one of unit, exactness, same-tokens, disconnects, nccl, bench, sanitizer; may be repeated
+                     (default: all but sanitizer)
   --cases LIST       of the benchmarks, e.g. "gemm v3" (default: gemm mla v2-lite v3 price serve)
   --jobs N           end-to-end tests at once, where pytest-xdist is there (default: 4)
 USAGE
@@ -38,7 +38,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-parts="${parts:-unit exactness same-tokens disconnects bench}"
+parts="${parts:-unit exactness same-tokens disconnects nccl bench}"
 wanted() { case " $parts " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 failed=
 fail() { failed="$failed $1"; strait_say "FAILED: $1${2:+ ($2)}"; }
@@ -137,6 +137,14 @@ if wanted disconnects; then  # alone: it looks at the GPU's memory
   run_e2e lost-context test_lost_context.py "lost their context"
 fi
 
+# ---- Pipelines over NCCL, several ranks on this GPU ----
+if wanted nccl; then
+  strait_say "=== NCCL"
+  nccl_python=tests/.venv/bin/python
+  "$nccl_python" -c 'import pytest, httpx' 2>/dev/null || nccl_python=python3
+  tests/gpu_nccl.sh "$programs" "$out" "$nccl_python" || fail nccl
+fi
+
 # ---- Benchmarks ----
 if wanted bench; then
   strait_say "=== benchmarks"
@@ -170,7 +178,7 @@ if wanted bench; then
   grep -v '^JSON' "$out/bench.log"
   {
     printf '{"gpu": "%s", "results": [\n' "$gpu"
-    sed -n 's/^JSON //p' "$out/bench.log" | sed '$!s/$/,/'
+    cat "$out/bench.log" "$out"/nccl_hop_*.log 2>/dev/null | sed -n 's/^JSON //p' | sed '$!s/$/,/'
     printf ']}\n'
   } >"$out/gpu.json"
   strait_say "Data: $out/gpu.json"

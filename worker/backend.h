@@ -6,8 +6,8 @@
 // Owns:    a StageModel its weights' mapping and its cache pool; it borrows nothing after Load.
 // Thread:  Backend::Load runs on a loader thread while other stages step; Forward only on the loop
 //          thread.
-// Shapes:  hidden [num_tokens, hidden_size] in the backend's hidden format, row-major, host
-//          memory.
+// Shapes:  hidden [num_tokens, hidden_size] in the backend's hidden format, row-major; in host
+//          memory, or on the device of a backend that has one (worker/hidden_buffer.h).
 // Errors:  a Forward that fails leaves the stage unusable until its next activation. What concerns
 //          one sequence alone is told by its LogitsResult.
 // Why:     sampling belongs to the backend, because logits need not leave a device.
@@ -25,6 +25,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "proto/ids.h"
+#include "worker/hidden_buffer.h"
 
 namespace strait {
 
@@ -99,9 +100,8 @@ class StageModel {
 
   // hidden_in is empty on the first stage (it embeds batch tokens), hidden_out on the last (it
   // answers `results`, one per LogitsRequest). Rows of the cache are written before they are
-  // attended to.
-  virtual absl::Status Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
-                               absl::Span<std::byte> hidden_out,
+  // attended to. When it returns, hidden_in is read and hidden_out is written, also on a device.
+  virtual absl::Status Forward(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out,
                                std::vector<LogitsResult>* results) = 0;
 
   virtual const StageSpec& spec() const = 0;

@@ -6,6 +6,7 @@
 #include "proto/log.h"
 #include "proto/status_macros.h"
 #include "worker/model/cuda/cuda_backend.h"
+#include "worker/transport/nccl_device.h"
 
 namespace strait {
 
@@ -34,5 +35,7 @@ absl::StatusOr<GpuBackend> MakeGpuBackend(
   made.backend = std::move(backend);
   return made;
 }
+
+std::shared_ptr<EdgeDevice> MakeGpuEdgeDevice(int device) { return MakeCudaEdgeDevice(device); }
 
 }  // namespace strait

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// MakeGpuBackend makes a CudaBackend where this build has one; gpu_backend_absent.cc is linked
-// where it has not, and says so.
+// MakeGpuBackend makes a CudaBackend where this build has one, MakeGpuEdgeDevice what its NCCL edges
+// need of the GPU; gpu_backend_absent.cc is linked where it has not, and says so.
 //
 // Thread:  any.
 // Errors:  FailedPrecondition: no CUDA in this build, no usable GPU; those of CudaBackend::Create.
@@ -15,6 +15,7 @@
 #include "proto/workspace.h"
 #include "worker/backend.h"
 #include "worker/checkpoint/weights.h"
+#include "worker/transport/nccl_api.h"
 
 namespace strait {
 
@@ -35,5 +36,8 @@ struct GpuBackend {
 absl::StatusOr<GpuBackend> MakeGpuBackend(
     const GpuBackendOptions& options,
     const std::function<absl::StatusOr<std::unique_ptr<WeightSource>>()>& open);
+
+// Null where this build has no CUDA.
+std::shared_ptr<EdgeDevice> MakeGpuEdgeDevice(int device);
 
 }  // namespace strait

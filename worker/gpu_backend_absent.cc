@@ -11,4 +11,6 @@ absl::StatusOr<GpuBackend> MakeGpuBackend(
       "cuda)");
 }
 
+std::shared_ptr<EdgeDevice> MakeGpuEdgeDevice(int) { return nullptr; }
+
 }  // namespace strait

@@ -25,6 +25,7 @@
 #include "worker/gpu_backend.h"
 #include "worker/model/cpu_backend.h"
 #include "worker/service.h"
+#include "worker/transport/nccl_library.h"
 
 namespace strait {
 namespace {
@@ -38,6 +39,8 @@ struct Flags {
   std::string simd;
   std::string backend = "cpu";
   std::string cache_format;  // empty: fp32 on the CPU, bf16 on a GPU
+  std::string transport = "auto";
+  std::string nccl_library;
   std::optional<uint64_t> random_weights;
   uint64_t memory_bytes = 0;
   double gpu_memory_share = 0.9;
@@ -120,6 +123,34 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_
   return CpuBackend::Create(options, std::move(weights));
 }
 
+// What this worker offers for its edges. Errors: only if --transport nccl insists.
+absl::StatusOr<NcclOffer> MakeNcclOffer(const Flags& flags) {
+  NcclOffer offer;
+  if (flags.transport == "grpc") {
+    offer.problem = "--transport grpc";
+    return offer;
+  }
+  if (flags.backend != "cuda") {
+    if (flags.transport == "nccl") {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "--transport nccl needs --backend cuda: NCCL joins GPUs, this is ", flags.backend));
+    }
+    offer.problem = absl::StrCat("backend ", flags.backend);
+    return offer;
+  }
+  auto nccl = LoadNccl(flags.nccl_library);
+  if (!nccl.ok()) {
+    if (flags.transport == "nccl") return nccl.status();
+    offer.problem = std::string(nccl.status().message());
+    Log(LogLevel::kWarning, "no NCCL, hidden states go by gRPC", {{"why", offer.problem}});
+    return offer;
+  }
+  offer.nccl = *std::move(nccl);
+  offer.device = MakeGpuEdgeDevice(static_cast<int>(flags.gpu));
+  Log(LogLevel::kInfo, "NCCL", {{"version", NcclVersionText(offer.nccl->version())}});
+  return offer;
+}
+
 // Of the weights that this worker would load, as told in Hello. Reads a few kilobytes of each tensor.
 absl::StatusOr<uint64_t> FingerprintOf(const Flags& flags) {
   if (flags.random_weights) return RandomWeightsFingerprint(*flags.random_weights);
@@ -138,6 +169,7 @@ absl::Status Run(const Flags& flags) {
   // What cannot run here says so before anything is read.
   uint64_t memory_bytes = 0;
   WorkerOptions options;
+  STRAIT_ASSIGN_OR_RETURN(NcclOffer nccl, MakeNcclOffer(flags));
   STRAIT_ASSIGN_OR_RETURN(auto backend,
                           MakeBackend(flags, threads, &memory_bytes, &options.stage_costs));
   STRAIT_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(flags.model));
@@ -149,6 +181,7 @@ absl::Status Run(const Flags& flags) {
   options.memory_bytes = memory_bytes;
   options.num_threads = threads;
   options.backend_name = flags.backend;
+  options.nccl = std::move(nccl);
   options.model_fingerprint = ModelFingerprint(config);
   STRAIT_ASSIGN_OR_RETURN(options.weights_fingerprint, FingerprintOf(flags));
   options.cache_row_bytes = static_cast<uint32_t>(backend->block_bytes() / limits::kBlockTokens);
@@ -216,6 +249,13 @@ int main(int argc, char** argv) {
   AddFlag(app, "--cache-format", flags.cache_format,
           "Row format of the latent cache; default: fp32, on a GPU bf16")
       ->check(CLI::IsMember({"fp32", "bf16"}));
+  AddFlag(
+      app, "--transport", flags.transport,
+      "How hidden states travel: auto is NCCL between GPU workers with the same NCCL, else gRPC; "
+      "grpc: always; nccl: refuse to start without NCCL. NCCL neither encrypts nor authenticates")
+      ->check(CLI::IsMember({"auto", "grpc", "nccl"}));
+  AddFlag(app, "--nccl-library", flags.nccl_library,
+          "The NCCL library; default: libnccl.so.2 where the system finds it");
   AddFlag(app, "--name", flags.name, "Name for people, in status and logs");
   AddSwitch(app, "--deterministic", flags.deterministic,
             "A sequence's tokens depend on the sequence alone, not on what is computed beside it. "

@@ -19,11 +19,11 @@
 #include "proto/status_macros.h"
 #include "proto/text.h"
 #include "strait/v1/cluster.pb.h"
+#include "worker/edges.h"
 #include "worker/service_link.h"
 #include "worker/service_loader.h"
 #include "worker/service_messages.h"
 #include "worker/stage/stage.h"
-#include "worker/transport/grpc_transport.h"
 
 namespace strait {
 namespace {
@@ -45,6 +45,10 @@ struct EdgeDown {
   Edge edge;
   absl::Status why;
 };
+struct NcclIdMade {
+  Edge edge;
+  std::string id;
+};
 struct Hidden {
   uint64_t to_stage_id;
   HiddenStep step;
@@ -58,14 +62,14 @@ struct Loaded {
   absl::StatusOr<std::unique_ptr<StageModel>> model;
 };
 struct StopLoop {};
-using Event = std::variant<Control, Detached, EdgeUp, EdgeDown, Hidden, Sampled, Loaded, StopLoop>;
+using Event = std::variant<Control, Detached, EdgeUp, EdgeDown, NcclIdMade, Hidden, Sampled, Loaded,
+                           StopLoop>;
 
 struct Hosted {
   std::unique_ptr<Stage> stage;  // null while it loads
   bool unload_when_loaded = false;
-  uint64_t next_stage_id = 0;  // 0: none
-  bool activating = false;     // ACTIVE not yet told
-  bool edge_broken = false;    // told, in this epoch
+  bool activating = false;   // ACTIVE not yet told
+  bool edge_broken = false;  // told, in this epoch
 };
 
 }  // namespace
@@ -79,22 +83,22 @@ class WorkerProcess::Impl {
     GrpcTransportOptions transport;
     transport.listen_address = options_.listen_address;
     transport.hidden_row_bytes = backend_->hidden_row_bytes();
-    STRAIT_ASSIGN_OR_RETURN(
-        transport_,
-        GrpcTransport::Create(
-            transport, {.on_edge_up = [this](const Edge& edge) { queue_.Push(EdgeUp{edge}); },
-                        .on_edge_down =
-                            [this](const Edge& edge, absl::Status why) {
-                              queue_.Push(EdgeDown{edge, std::move(why)});
-                            },
-                        .on_hidden =
-                            [this](uint64_t to, HiddenStep step) {
-                              queue_.Push(Hidden{to, std::move(step)});
-                            },
-                        .on_sampled =
-                            [this](uint64_t to, SampledStep step) {
-                              queue_.Push(Sampled{to, std::move(step)});
-                            }}));
+    TransportEvents events;
+    events.on_edge_up = [this](const Edge& edge) { queue_.Push(EdgeUp{edge}); };
+    events.on_edge_down = [this](const Edge& edge, absl::Status why) {
+      queue_.Push(EdgeDown{edge, std::move(why)});
+    };
+    events.on_hidden = [this](uint64_t to, HiddenStep step) {
+      queue_.Push(Hidden{to, std::move(step)});
+    };
+    events.on_sampled = [this](uint64_t to, SampledStep step) {
+      queue_.Push(Sampled{to, std::move(step)});
+    };
+    const auto on_nccl_id = [this](const Edge& edge, std::string id) {
+      queue_.Push(NcclIdMade{edge, std::move(id)});
+    };
+    STRAIT_ASSIGN_OR_RETURN(transport_,
+                            Edges::Create(transport, options_.nccl, events, on_nccl_id));
     data_address = options_.advertise_address;
     if (data_address.empty()) {
       STRAIT_ASSIGN_OR_RETURN(rpc::HostPort bound, rpc::ParseHostPort(options_.listen_address));
@@ -110,19 +114,17 @@ class WorkerProcess::Impl {
         [this](const LoadJob& job, absl::StatusOr<std::unique_ptr<StageModel>> model) {
           queue_.Push(Loaded{job, std::move(model)});
         });
-    link_ = std::make_unique<ControlLink>(
-        options_.coordinator_address, MakeHello(options_, *backend_, data_address),
-        ControlLink::Events{
-            .on_message =
-                [this](LinkSession session, v1::ToWorker message) {
-                  const bool room = queue_.Push(Control{session, std::move(message)});
-                  if (!room) link_paused_ = true;
-                  return room;
-                },
-            .on_ended =
-                [this](LinkSession session, absl::Status why) {
-                  queue_.Push(Detached{session, std::move(why)});
-                }});
+    ControlLink::Events link;
+    link.on_message = [this](LinkSession session, v1::ToWorker message) {
+      const bool room = queue_.Push(Control{session, std::move(message)});
+      if (!room) link_paused_ = true;
+      return room;
+    };
+    link.on_ended = [this](LinkSession session, absl::Status why) {
+      queue_.Push(Detached{session, std::move(why)});
+    };
+    link_ = std::make_unique<ControlLink>(options_.coordinator_address,
+                                          MakeHello(options_, *backend_, data_address), link);
     return absl::OkStatus();
   }
 
@@ -207,17 +209,24 @@ class WorkerProcess::Impl {
     TellActive(*hosted->stage);
   }
 
+  void On(NcclIdMade& made) {
+    Hosted* hosted = Find(made.edge.to_stage_id);
+    if (!hosted || !hosted->stage || hosted->stage->epoch() != made.edge.epoch) return;
+    Tell(EdgeIdMessage(made.edge.to_stage_id, made.edge.epoch, std::move(made.id)));
+  }
+
   void On(EdgeDown& down) {
     const Edge& edge = down.edge;
+    const uint64_t nccl_edge = edge.over_nccl ? edge.to_stage_id : 0;
     for (uint64_t id : {edge.from_stage_id, edge.to_stage_id}) {
       Hosted* hosted = Find(id);
       if (!hosted || !hosted->stage || hosted->stage->epoch() != edge.epoch) continue;
       if (id == edge.from_stage_id && hosted->activating) {
         hosted->activating = false;
         hosted->edge_broken = true;
-        TellFailed(id, down.why, edge.epoch);
+        TellFailed(id, down.why, edge.epoch, nccl_edge);
       } else {
-        BreakEdge(id, *hosted, down.why);
+        BreakEdge(id, *hosted, down.why, nccl_edge);
       }
     }
   }
@@ -351,19 +360,23 @@ class WorkerProcess::Impl {
       TellFailed(id, absl::AbortedError("a newer epoch came"), before);
     }
     hosted->edge_broken = false;
-    hosted->next_stage_id = activate.next_stage_id();
     transport_->Disconnect(id);
     if (activate.stage_index() == 0) {
       transport_->Forget(id);
       if (activate.last_stage_id() != 0) {
-        transport_->ExpectSampled({.from_stage_id = activate.last_stage_id(),
-                                   .to_stage_id = id,
-                                   .epoch = epoch,
-                                   .nonce = activate.sampled_edge_nonce(),
-                                   .sampled = true});
+        transport_->Expect({.from_stage_id = activate.last_stage_id(),
+                            .to_stage_id = id,
+                            .epoch = epoch,
+                            .nonce = activate.sampled_edge_nonce(),
+                            .sampled = true});
       }
     } else {
-      transport_->Expect(id, epoch, activate.previous_stage_id(), activate.edge_nonce());
+      transport_->Expect({.from_stage_id = activate.previous_stage_id(),
+                          .to_stage_id = id,
+                          .epoch = epoch,
+                          .nonce = activate.edge_nonce(),
+                          .over_nccl = activate.edge_over_nccl(),
+                          .max_tokens = activate.max_step_tokens()});
     }
     const std::optional<Edge> out = OutgoingEdge(activate);
     if (!out) {
@@ -379,10 +392,15 @@ class WorkerProcess::Impl {
     const uint64_t step = plan.step_id();
     const PipelineEpoch epoch = FromWire(plan.epoch());
     Hosted* hosted = Find(id);
+    const StepId after = LastStepSampledIn(plan);
+    uint32_t num_rows = 0;
     const absl::Status accepted =
         hosted && hosted->stage
-            ? hosted->stage->AcceptPlan(std::move(plan), MonotonicMicros())
+            ? hosted->stage->AcceptPlan(std::move(plan), MonotonicMicros(), &num_rows)
             : absl::NotFoundError(absl::StrCat("stage ", id, " is not loaded here"));
+    if (num_rows > 0 && !hosted->stage->is_first()) {
+      transport_->Due(id, StepId{step}, num_rows, after);
+    }
     // Aborted: of an epoch that is over. Nobody waits for an answer.
     if (accepted.ok() || absl::IsAborted(accepted)) return;
     TellStuck(id, epoch, step, accepted);
@@ -403,7 +421,9 @@ class WorkerProcess::Impl {
   void RunStep(Hosted& hosted) {
     Stage& stage = *hosted.stage;
     last_run_ = stage.stage_id();
-    StepOutput output = stage.RunNext(&MonotonicMicros);
+    StepOutput output = stage.RunNext(&MonotonicMicros, [&](size_t bytes) {
+      return transport_->Memory(stage.stage_id(), bytes);
+    });
     absl::Status sent;
     // First what the next stage waits for.
     if (output.hidden) sent = transport_->Send(stage.stage_id(), std::move(*output.hidden));
@@ -438,20 +458,22 @@ class WorkerProcess::Impl {
     Tell(ActiveMessage(stage.stage_id(), stage.epoch()));
   }
 
-  void TellFailed(uint64_t id, const absl::Status& why, PipelineEpoch epoch = {}) {
+  void TellFailed(uint64_t id, const absl::Status& why, PipelineEpoch epoch = {},
+                  uint64_t nccl_edge = 0) {
     Log(LogLevel::kWarning, "stage request failed", {{"stage", id}, {"why", rpc::Bounded(why)}});
-    Tell(FailedMessage(id, why, epoch));
+    Tell(FailedMessage(id, why, epoch, nccl_edge));
   }
 
-  void TellStuck(uint64_t id, PipelineEpoch epoch, uint64_t step, const absl::Status& why) {
+  void TellStuck(uint64_t id, PipelineEpoch epoch, uint64_t step, const absl::Status& why,
+                 uint64_t nccl_edge = 0) {
     Log(LogLevel::kWarning, "stage cannot go on",
         {{"stage", id}, {"epoch", ToString(epoch)}, {"step", step}, {"why", rpc::Bounded(why)}});
-    Tell(StuckMessage(id, epoch, step, why));
+    Tell(StuckMessage(id, epoch, step, why, nccl_edge));
   }
 
-  void BreakEdge(uint64_t id, Hosted& hosted, const absl::Status& why) {
+  void BreakEdge(uint64_t id, Hosted& hosted, const absl::Status& why, uint64_t nccl_edge = 0) {
     if (std::exchange(hosted.edge_broken, true)) return;
-    TellStuck(id, hosted.stage->epoch(), 0, why);
+    TellStuck(id, hosted.stage->epoch(), 0, why, nccl_edge);
   }
 
   Hosted* Find(uint64_t id) {
@@ -471,7 +493,7 @@ class WorkerProcess::Impl {
   Backend* const backend_;
   BoundedQueue<Event> queue_;
   std::atomic<bool> link_paused_ = false;
-  std::unique_ptr<GrpcTransport> transport_;
+  std::unique_ptr<Edges> transport_;
   std::unique_ptr<StageLoader> loader_;
   std::unique_ptr<ControlLink> link_;
 

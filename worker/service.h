@@ -24,6 +24,7 @@
 #include "absl/status/statusor.h"
 #include "proto/workspace.h"
 #include "worker/backend.h"
+#include "worker/transport/nccl_api.h"
 
 namespace strait {
 
@@ -42,6 +43,7 @@ struct WorkerOptions {
   uint64_t weights_fingerprint = 0;       // worker/checkpoint/fingerprint.h
   uint32_t cache_row_bytes = 0;           // of one token in one layer
   std::optional<StageCosts> stage_costs;  // absent: as on the CPU
+  NcclOffer nccl;
 };
 
 class WorkerProcess {

@@ -3,7 +3,9 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <random>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "proto/epoch_wire.h"
@@ -53,6 +55,8 @@ v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
   std::random_device random;
   hello.set_instance(uint64_t{random()} << 32 | random());
   hello.set_process_id(static_cast<uint32_t>(getpid()));
+  if (options.nccl.nccl) hello.set_nccl_version(options.nccl.nccl->version());
+  hello.set_nccl_problem(options.nccl.problem);
   return hello;
 }
 
@@ -82,17 +86,28 @@ v1::FromWorker UnloadedMessage(uint64_t stage_id) {
   return StateMessage(stage_id, v1::StageState::UNLOADED);
 }
 
-v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch) {
+v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id) {
+  v1::FromWorker message;
+  v1::EdgeId& id = *message.mutable_edge_id();
+  id.set_stage_id(stage_id);
+  ToWire(epoch, id.mutable_epoch());
+  id.set_nccl_id(std::move(nccl_id));
+  return message;
+}
+
+v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch,
+                             uint64_t nccl_edge) {
   v1::FromWorker message = StateMessage(stage_id, v1::StageState::FAILED);
   v1::StageState& state = *message.mutable_stage_state();
   state.set_error_code(static_cast<uint32_t>(why.code()));
   state.set_error_message(std::string(rpc::Bounded(why).message()));
   ToWire(epoch, state.mutable_epoch());
+  state.set_failed_nccl_edge(nccl_edge);
   return message;
 }
 
 v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
-                            const absl::Status& why) {
+                            const absl::Status& why, uint64_t nccl_edge) {
   v1::FromWorker message;
   v1::StageReport& report = *message.mutable_report();
   report.set_stage_id(stage_id);
@@ -100,7 +115,16 @@ v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t ste
   ToWire(epoch, report.mutable_epoch());
   report.set_error_code(static_cast<uint32_t>(why.code()));
   report.set_error_message(std::string(rpc::Bounded(why).message()));
+  report.set_failed_nccl_edge(nccl_edge);
   return message;
+}
+
+StepId LastStepSampledIn(const v1::StepPlan& plan) {
+  StepId last;
+  for (const v1::SequenceStep& sequence : plan.sequences()) {
+    if (sequence.has_sampled()) last = std::max(last, StepId{sequence.sampled().step_id()});
+  }
+  return last;
 }
 
 namespace {
@@ -142,6 +166,18 @@ absl::Status CheckActivate(const v1::ActivateStage& activate) {
   if (!last) {
     STRAIT_RETURN_IF_ERROR(rpc::ParseHostPort(activate.next_data_address()).status());
   }
+  const bool over_nccl = activate.edge_over_nccl() || !activate.next_nccl_id().empty();
+  if ((first && activate.edge_over_nccl()) || (last && !activate.next_nccl_id().empty()) ||
+      (!activate.next_nccl_id().empty() &&
+       activate.next_nccl_id().size() != limits::kNcclIdBytes)) {
+    return absl::InvalidArgumentError("an NCCL edge is an edge, and its id has 128 bytes");
+  }
+  if (over_nccl &&
+      (activate.max_step_tokens() == 0 || activate.max_step_tokens() > limits::kMaxStepTokens)) {
+    return absl::InvalidArgumentError(absl::StrCat("steps of at most ", activate.max_step_tokens(),
+                                                   " tokens, must be 1 to ",
+                                                   limits::kMaxStepTokens));
+  }
   return CheckSampledEdge(activate);
 }
 
@@ -151,6 +187,9 @@ std::optional<Edge> OutgoingEdge(const v1::ActivateStage& activate) {
     edge.to_stage_id = activate.next_stage_id();
     edge.peer_address = activate.next_data_address();
     edge.nonce = activate.next_edge_nonce();
+    edge.over_nccl = !activate.next_nccl_id().empty();
+    edge.nccl_id = activate.next_nccl_id();
+    edge.max_tokens = activate.max_step_tokens();
     return edge;
   }
   if (activate.first_stage_id() == 0) return std::nullopt;

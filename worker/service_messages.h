@@ -25,11 +25,17 @@ v1::FromWorker ProgressMessage(uint64_t stage_id, uint64_t bytes_loaded, uint64_
 v1::FromWorker LoadedMessage(uint64_t stage_id, const StageModel& model);
 v1::FromWorker ActiveMessage(uint64_t stage_id, PipelineEpoch epoch);
 v1::FromWorker UnloadedMessage(uint64_t stage_id);
+v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id);
 // Answers a request of the coordinator that failed; `epoch` of an activation.
-v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch);
+// `nccl_edge`: the stage that the NCCL edge ends at that is what failed; 0: none.
+v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch,
+                             uint64_t nccl_edge);
 // The stage cannot go on in this epoch. `step_id` 0: no step's fault, an edge broke.
 v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
-                            const absl::Status& why);
+                            const absl::Status& why, uint64_t nccl_edge);
+
+// The latest step whose sampled token the plan feeds; 0: none.
+StepId LastStepSampledIn(const v1::StepPlan& plan);
 
 // InvalidArgument: indices, neighbours, nonces and addresses contradict each other.
 absl::Status CheckActivate(const v1::ActivateStage& activate);

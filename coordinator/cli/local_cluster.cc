@@ -32,6 +32,19 @@ constexpr size_t kTailLines = 15;
 constexpr double kMemoryShare = 0.8;     // of what is available, for all workers together
 constexpr double kGpuMemoryShare = 0.9;  // the rest is for CUDA itself
 
+// NCCL joins two processes on one GPU only if they seem to be on two hosts, and then by a network:
+// here the loopback one will do. What the user has set stays.
+std::vector<std::string> SharedGpuEnvironment(const std::string& worker) {
+  std::vector<std::string> environment;
+  for (const auto& [name, value] :
+       {std::pair("NCCL_HOSTID", absl::StrCat("strait-", getpid(), "-", worker)),
+        std::pair("NCCL_SOCKET_IFNAME", std::string("lo")),
+        std::pair("NCCL_IB_DISABLE", std::string("1"))}) {
+    if (getenv(name) == nullptr) environment.push_back(absl::StrCat(name, "=", value));
+  }
+  return environment;
+}
+
 // `given`, or the default port of loopback, or a free one when that is taken.
 absl::StatusOr<std::string> ChooseAddress(const std::string& given, uint16_t default_port,
                                           std::string_view what, uint16_t not_this,
@@ -170,6 +183,7 @@ absl::Status LocalCluster::Launch() {
       // All on one GPU: each gets its part of it.
       append(worker.spec.argv, {"--backend", "cuda", "--gpu-memory-share",
                                 absl::StrCat(kGpuMemoryShare / options_.num_workers)});
+      if (options_.num_workers > 1) worker.spec.environment = SharedGpuEnvironment(worker.name);
     }
     if (!options_.random_weights.empty()) {
       append(worker.spec.argv, {"--random-weights", options_.random_weights});

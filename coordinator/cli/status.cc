@@ -96,6 +96,17 @@ std::string Describe(const json::Object& status) {
                     Cell(*pipeline, "num_stages"), Cell(*pipeline, "running")});
   }
   absl::StrAppend(&text, "\n", rows.size() > 1 ? FormatTable(rows) : "No pipeline is formed.\n");
+  rows = {{"pipeline", "edge", "transport", "why"}};
+  for (const json::Object* pipeline : Objects(status, "pipelines")) {
+    for (const json::Object* stage : Objects(*pipeline, "stages")) {
+      const json::Value* edge = json::Find(*stage, "edge");
+      if (edge == nullptr || !edge->is_object()) continue;
+      const auto to = static_cast<int64_t>(Number(*stage, "stage_index"));
+      rows.push_back({Cell(*pipeline, "id"), absl::StrCat(to - 1, " to ", to),
+                      Cell(edge->get_object(), "transport"), Cell(edge->get_object(), "why")});
+    }
+  }
+  if (rows.size() > 1) absl::StrAppend(&text, "\n", FormatTable(rows));
   if (json::Find(status, "problem"))
     absl::StrAppend(&text, "\nnot serving: ", Cell(status, "problem"), "\n");
   for (const auto& [list, what] :

@@ -200,11 +200,38 @@ void Cluster::Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker, ui
 void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
   pipeline->state = Pipeline::State::kActivating;
   pipeline->since_us = now_us;
-  const auto num_stages = static_cast<uint32_t>(pipeline->slots.size());
-  // From the last: a stage that dials the next should find it in this epoch already.
-  for (uint32_t i = num_stages; i-- > 0;) {
+  for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
     StageSlot& slot = pipeline->slots[i];
     slot.state = StageSlot::State::kActivating;
+    slot.told = false;
+    slot.nccl_id.clear();
+    slot.edge =
+        i == 0 ? EdgeChoice() : edges_.Choose(EndAt(pipeline->slots[i - 1]), EndAt(slot), now_us);
+  }
+  TellActivate(pipeline, static_cast<uint32_t>(pipeline->slots.size()) - 1);
+}
+
+EdgeEnd Cluster::EndAt(const StageSlot& slot) {
+  const Worker* worker = FindWorker(slot.worker);
+  return {worker->id, &worker->name, &worker->nccl};
+}
+
+void Cluster::OnNcclFailure(const Pipeline& pipeline, uint64_t to_stage_id, const absl::Status& why,
+                            uint64_t now_us) {
+  if (to_stage_id == 0) return;
+  for (uint32_t i = 1; i < pipeline.slots.size(); ++i) {
+    const StageSlot& slot = pipeline.slots[i];
+    if (slot.stage_id != to_stage_id || !slot.edge.over_nccl) continue;
+    edges_.Avoid(pipeline.slots[i - 1].worker, slot.worker, std::string(why.message()), now_us);
+  }
+}
+
+void Cluster::TellActivate(Pipeline* pipeline, uint32_t slot_index) {
+  const auto num_stages = static_cast<uint32_t>(pipeline->slots.size());
+  // From the last: a stage that dials the next should find it in this epoch already.
+  for (uint32_t i = slot_index + 1; i-- > 0;) {
+    StageSlot& slot = pipeline->slots[i];
+    slot.told = true;
     SendToWorker out{slot.worker, {}};
     v1::ActivateStage* activate = out.message.mutable_activate_stage();
     activate->set_stage_id(slot.stage_id);
@@ -212,20 +239,24 @@ void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
     activate->set_pipeline_id(pipeline->id.value);
     activate->set_stage_index(i);
     activate->set_num_stages(num_stages);
+    activate->set_max_step_tokens(context_->options.max_step_tokens);
     if (i + 1 < num_stages) {
       const StageSlot& next = pipeline->slots[i + 1];
       activate->set_next_data_address(FindWorker(next.worker)->data_address);
       activate->set_next_stage_id(next.stage_id);
       activate->set_next_edge_nonce(
           EdgeNonce(context_->options.edge_secret, pipeline->epoch, next.stage_id));
+      activate->set_next_nccl_id(next.nccl_id);
     }
     if (i > 0) {
       activate->set_previous_stage_id(pipeline->slots[i - 1].stage_id);
       activate->set_edge_nonce(
           EdgeNonce(context_->options.edge_secret, pipeline->epoch, slot.stage_id));
+      activate->set_edge_over_nccl(slot.edge.over_nccl);
     }
     if (context_->options.grants()) SetGrants(*pipeline, i, activate);
     context_->Send(std::move(out));
+    if (slot.edge.over_nccl) return;  // the stage before needs the id that this one makes
   }
 }
 

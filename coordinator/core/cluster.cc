@@ -94,6 +94,7 @@ void Cluster::OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us) {
   worker.instance = hello.instance();
   worker.num_threads = hello.num_threads();
   worker.process_id = hello.process_id();
+  worker.nccl = NcclSupportOf(hello);
   worker.attached_us = worker.last_heard_us = now_us;
   look_again_ = true;
 
@@ -178,6 +179,7 @@ void Cluster::Remove(WorkerId id, const absl::Status& why, uint64_t now_us) {
          now_us);
   }
   workers_.erase(id);
+  edges_.Forget(id);
   look_again_ = true;
 }
 
@@ -206,7 +208,7 @@ void Cluster::OnTick(uint64_t now_us) {
     if (pipeline->state == Pipeline::State::kActivating &&
         now_us > pipeline->since_us + context_->options.activation_timeout_us) {
       for (const StageSlot& slot : pipeline->slots) {
-        if (slot.state != StageSlot::State::kActivating) continue;
+        if (!slot.owes_answer()) continue;
         late.emplace_back(slot.worker, absl::DeadlineExceededError("activation not answered"));
       }
     }
@@ -239,6 +241,8 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
       return OnStageState(worker, message.stage_state(), now_us);
     case v1::FromWorker::kReport:
       return OnReport(worker, message.report(), now_us);
+    case v1::FromWorker::kEdgeId:
+      return OnEdgeId(worker, message.edge_id(), now_us);
     case v1::FromWorker::kHello:
       return Evict(id, absl::InvalidArgumentError("a second Hello on one stream"), now_us);
     case v1::FromWorker::MESSAGE_NOT_SET:
@@ -314,6 +318,21 @@ void Cluster::OnStageState(Worker* worker, const v1::StageState& state, uint64_t
   }
 }
 
+void Cluster::OnEdgeId(Worker* worker, const v1::EdgeId& id, uint64_t now_us) {
+  StageSlot* slot = SlotOf(*worker, id.stage_id());
+  if (slot == nullptr) return;  // of a stage that is given up
+  Pipeline* pipeline = PipelineOf(*worker);
+  if (FromWire(id.epoch()) < pipeline->epoch) return;  // late
+  if (FromWire(id.epoch()) != pipeline->epoch || !slot->told || !slot->edge.over_nccl ||
+      !slot->nccl_id.empty() || id.nccl_id().size() != limits::kNcclIdBytes) {
+    return Evict(worker->id,
+                 absl::FailedPreconditionError("tells an edge's NCCL id that was not asked for"),
+                 now_us);
+  }
+  slot->nccl_id = id.nccl_id();
+  TellActivate(pipeline, worker->slot_index - 1);
+}
+
 void Cluster::OnFailed(Worker* worker, const v1::StageState& state, uint64_t now_us) {
   Pipeline* pipeline = PipelineOf(*worker);
   StageSlot* slot = &pipeline->slots[worker->slot_index];
@@ -323,6 +342,7 @@ void Cluster::OnFailed(Worker* worker, const v1::StageState& state, uint64_t now
                            state.error_message());
   if (slot->state != StageSlot::State::kLoading) {
     if (FromWire(state.epoch()) < pipeline->epoch) return;
+    OnNcclFailure(*pipeline, state.failed_nccl_edge(), error, now_us);
     return OnStageError(worker, slot, error, now_us);
   }
   // Not evicted: it would come back and fail again at once. Others may have better luck meanwhile.
@@ -358,6 +378,7 @@ void Cluster::OnReport(Worker* worker, const v1::StageReport& report, uint64_t n
   if (report.error_code() != 0) {
     const absl::Status error(static_cast<absl::StatusCode>(report.error_code()),
                              report.error_message());
+    OnNcclFailure(*pipeline, report.failed_nccl_edge(), error, now_us);
     return OnStageError(worker, slot, error, now_us);
   }
   if (pipeline->state != Pipeline::State::kActive) {

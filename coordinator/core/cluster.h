@@ -24,6 +24,7 @@
 
 #include "absl/status/status.h"
 #include "coordinator/core/context.h"
+#include "coordinator/core/edges.h"
 #include "coordinator/core/journal.h"
 #include "coordinator/core/planner.h"
 #include "coordinator/core/scheduler.h"
@@ -55,6 +56,7 @@ struct Worker {
   uint64_t instance = 0;
   uint32_t num_threads = 0;
   uint32_t process_id = 0;
+  NcclSupport nccl;
 
   WorkerMemory memory() const { return {memory_bytes, costs ? &*costs : nullptr}; }
 
@@ -83,6 +85,15 @@ struct StageSlot {
   uint64_t weight_bytes = 0;
   uint32_t errors = 0;       // since a step was finished by all stages
   uint32_t link_errors = 0;  // since every link carried something
+  // Of this epoch, once it is activated:
+  bool told = false;    // ActivateStage is out
+  EdgeChoice edge;      // from the stage before; none at the first
+  std::string nccl_id;  // of that edge, once this stage has made it
+
+  // Whether it has not yet answered all that ActivateStage asks for.
+  bool owes_answer() const {
+    return told && (state == State::kActivating || (edge.over_nccl && nccl_id.empty()));
+  }
 };
 
 struct Pipeline {
@@ -158,6 +169,13 @@ class Cluster {
   void Activate(Pipeline* pipeline, uint64_t now_us);
   // And the edge of sampled ids, at its two ends.
   void SetGrants(const Pipeline& pipeline, uint32_t stage_index, v1::ActivateStage* activate);
+  // Tells stages to activate, from this one down to the next whose NCCL id must be known first.
+  void TellActivate(Pipeline* pipeline, uint32_t slot_index);
+  EdgeEnd EndAt(const StageSlot& slot);
+  void OnEdgeId(Worker* worker, const v1::EdgeId& id, uint64_t now_us);
+  // The NCCL edge that ends at this stage failed, say both ends or one.
+  void OnNcclFailure(const Pipeline& pipeline, uint64_t to_stage_id, const absl::Status& why,
+                     uint64_t now_us);
   void CompleteActivation(Pipeline* pipeline, uint64_t now_us);
   // Back to assembling with a new epoch; its sequences wait again.
   void Fail(Pipeline* pipeline, const absl::Status& why, uint64_t now_us);
@@ -168,6 +186,7 @@ class Cluster {
 
   Context* const context_;
   Journal* const journal_;
+  EdgeChooser edges_;
   std::map<WorkerId, Worker> workers_;
   Pipelines pipelines_;
   uint32_t num_active_ = 0;

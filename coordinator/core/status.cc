@@ -55,6 +55,12 @@ json::Object PlaceJson(const Pipeline& pipeline, uint32_t index) {
   }
   out["layer_begin"] = slot.layers.begin;
   out["layer_end"] = slot.layers.end;
+  if (!slot.edge.why.empty()) {
+    json::Object edge;
+    edge["transport"] = slot.edge.over_nccl ? "nccl" : "grpc";
+    edge["why"] = slot.edge.why;
+    out["edge"] = std::move(edge);
+  }
   return out;
 }
 
@@ -94,6 +100,7 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Mode
   out["data_address"] = worker.data_address;
   out["backend"] = worker.backend;
   out["numerics_id"] = worker.numerics_id;
+  out["nccl_version"] = worker.nccl.version;
   out["num_threads"] = worker.num_threads;
   out["process_id"] = worker.process_id;
   out["memory_bytes"] = worker.memory_bytes;

@@ -206,7 +206,14 @@ class CoordinatorService::Impl {
          {"data_address", attached.hello.data_address()},
          {"memory_bytes", attached.hello.memory_bytes()},
          {"numerics", attached.hello.numerics_id()},
+         {"nccl", attached.hello.nccl_version()},
          {"process", attached.hello.process_id()}});
+    const uint32_t nccl = attached.hello.nccl_version();
+    if (nccl != 0 && last_nccl_version_ != 0 && nccl != last_nccl_version_) {
+      Log(LogLevel::kWarning, "workers have different NCCL versions; edges between them are gRPC",
+          {{"worker", attached.hello.name()}, {"nccl", nccl}, {"others", last_nccl_version_}});
+    }
+    if (nccl != 0) last_nccl_version_ = nccl;
     streams_[attached.worker] = std::move(attached.stream);
     core_.OnWorkerAttached(attached.worker, attached.hello, now_us);
   }
@@ -328,6 +335,7 @@ class CoordinatorService::Impl {
   bool stop_ = false;
   uint64_t published_us_ = 0;
   std::unordered_map<WorkerId, std::shared_ptr<WorkerStream>> streams_;
+  uint32_t last_nccl_version_ = 0;  // that a worker told
   std::vector<std::pair<uint64_t, std::shared_ptr<WorkerStream>>> ending_;  // (abort at, stream)
   std::unordered_map<RequestId, std::shared_ptr<RequestListener>> listeners_;
 

@@ -269,19 +269,19 @@ class Daemons(Http):
     """A coordinator and workers, each started by hand."""
 
     def __init__(self, model=TINY, pipelines=1, stages=2, random_weights=1, threads=1, memory="1GiB",
-                 coordinator_args=(), worker_args=(), wait=True):
+                 coordinator_args=(), worker_args=(), wait=True, worker_env=lambda index: {}):
         self.dir = tempfile.mkdtemp(prefix="strait-e2e-")
         self.log_dir = self.dir
         self.model, self.pipelines, self.stages = str(model), pipelines, stages
         self.random_weights, self.threads, self.memory = random_weights, threads, memory
         self.coordinator_args, self.worker_args = list(coordinator_args), list(worker_args)
-        self.wait = wait
+        self.wait, self.worker_env = wait, worker_env
         self.coordinator = None
         self.workers = []
 
-    def spawn(self, name, argv):
+    def spawn(self, name, argv, env=None):
         with open(f"{self.dir}/{name}.log", "a") as log:
-            return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=clean_env())
+            return subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=clean_env(**(env or {})))
 
     def start_worker(self, *args):
         name = f"worker-{len(self.workers)}"
@@ -291,7 +291,7 @@ class Daemons(Http):
             argv += ["--random-weights", str(self.random_weights)]
         if BACKEND != "cpu":
             argv += ["--backend", BACKEND]
-        worker = self.spawn(name, argv + self.worker_args + list(args))
+        worker = self.spawn(name, argv + self.worker_args + list(args), self.worker_env(len(self.workers)))
         self.workers.append(worker)
         return worker
 

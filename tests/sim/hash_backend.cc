@@ -47,8 +47,7 @@ class HashStage : public StageModel {
         weight_bytes() + cache_bytes() + WorkspaceBytes(backend_->model(), weight_bytes());
   }
 
-  absl::Status Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
-                       absl::Span<std::byte> hidden_out,
+  absl::Status Forward(const StageBatch& batch, HiddenIn in, HiddenOut out,
                        std::vector<LogitsResult>* results) override;
 
   const StageSpec& spec() const override { return spec_; }
@@ -71,9 +70,11 @@ class HashStage : public StageModel {
   std::vector<uint64_t> pool_;  // [pool_blocks, kBlockTokens]
 };
 
-absl::Status HashStage::Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
-                                absl::Span<std::byte> hidden_out,
+absl::Status HashStage::Forward(const StageBatch& batch, HiddenIn in, HiddenOut out,
                                 std::vector<LogitsResult>* results) {
+  // A fake device's memory can be read here, too.
+  const absl::Span<const std::byte> hidden_in = in.bytes;
+  const absl::Span<std::byte> hidden_out = out.bytes;
   if (!backend_->fail_next_forward.ok()) {
     return std::exchange(backend_->fail_next_forward, absl::OkStatus());
   }

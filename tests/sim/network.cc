@@ -135,8 +135,10 @@ void SimTransport::Disconnect(uint64_t from_stage_id) {
   outgoing_.erase(it);
 }
 
-void SimTransport::Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) {
-  expected_[to_stage_id] = {epoch, from_stage_id};
+void SimTransport::Expect(const Edge& edge) {
+  const uint64_t to_stage_id = edge.to_stage_id;
+  const PipelineEpoch epoch = edge.epoch;
+  expected_[to_stage_id] = {epoch, edge.from_stage_id};
   const std::vector<LinkPtr> links = incoming_;
   for (const LinkPtr& link : links) {
     if (link->edge.to_stage_id != to_stage_id || link->state == Link::State::kDown) continue;

@@ -69,10 +69,9 @@ class SimTransport : public Transport {
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
   absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
   void Disconnect(uint64_t from_stage_id) override;
-  void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) override;
-  void ExpectSampled(const Edge& edge) override {
-    Expect(edge.to_stage_id, edge.epoch, edge.from_stage_id);
-  }
+  HiddenBuffer Memory(uint64_t, size_t bytes) override { return std::vector<std::byte>(bytes); }
+  void Expect(const Edge& edge) override;
+  void Due(uint64_t, StepId, uint32_t, StepId) override {}
   void Forget(uint64_t to_stage_id) override;
   void Consumed(uint64_t, StepId) override {}
 

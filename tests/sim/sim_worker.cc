@@ -13,6 +13,21 @@
 #include "proto/version.h"
 
 namespace strait::sim {
+namespace {
+
+// Of the edge that ends at this stage, as if NCCL had made it.
+std::string FakeNcclId(uint64_t to_stage_id, PipelineEpoch epoch) {
+  std::string id = absl::StrCat("nccl ", to_stage_id, " ", ToString(epoch));
+  id.resize(limits::kNcclIdBytes);
+  return id;
+}
+
+// Three of four workers say that they have NCCL, in two versions.
+uint32_t FakeNcclVersion(uint64_t instance) {
+  return instance % 4 == 0 ? 0 : instance % 4 == 1 ? 22703 : 22809;
+}
+
+}  // namespace
 
 SimWorker::SimWorker(World* world, Network* network, Control* control, const Scenario* scenario,
                      uint64_t instance, uint64_t memory_bytes, uint64_t weights)
@@ -65,6 +80,7 @@ v1::Hello SimWorker::Hello() const {
   hello.set_numerics_id(backend_.numerics_id());
   hello.set_backend("hash");
   hello.set_instance(instance_);
+  hello.set_nccl_version(FakeNcclVersion(instance_));
   return hello;
 }
 
@@ -73,7 +89,7 @@ void SimWorker::Send(v1::FromWorker message, bool lie) {
 }
 
 void SimWorker::SendState(uint64_t stage_id, v1::StageState::State state, PipelineEpoch epoch,
-                          const absl::Status& error) {
+                          const absl::Status& error, uint64_t failed_nccl_edge) {
   v1::FromWorker message;
   v1::StageState* out = message.mutable_stage_state();
   out->set_stage_id(stage_id);
@@ -81,6 +97,7 @@ void SimWorker::SendState(uint64_t stage_id, v1::StageState::State state, Pipeli
   ToWire(epoch, out->mutable_epoch());
   out->set_error_code(static_cast<uint32_t>(error.code()));
   out->set_error_message(std::string(error.message()));
+  out->set_failed_nccl_edge(failed_nccl_edge);
   const auto it = stages_.find(stage_id);
   if (state == v1::StageState::LOADED) {
     out->set_weight_bytes(it->second.stage->model().weight_bytes());
@@ -90,7 +107,7 @@ void SimWorker::SendState(uint64_t stage_id, v1::StageState::State state, Pipeli
 }
 
 void SimWorker::SendError(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
-                          const absl::Status& error) {
+                          const absl::Status& error, uint64_t failed_nccl_edge) {
   v1::FromWorker message;
   v1::StageReport* report = message.mutable_report();
   report->set_stage_id(stage_id);
@@ -98,6 +115,7 @@ void SimWorker::SendError(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_
   report->set_step_id(step_id);
   report->set_error_code(static_cast<uint32_t>(error.code()));
   report->set_error_message(std::string(error.message()));
+  report->set_failed_nccl_edge(failed_nccl_edge);
   Send(std::move(message));
 }
 
@@ -187,12 +205,19 @@ void SimWorker::OnActivate(const v1::ActivateStage& activate) {
   hosted.active = activate;
   hosted.up = false;
   if (activate.stage_index() > 0) {
-    transport_.Expect(it->first, epoch, activate.previous_stage_id());
+    transport_.Expect({activate.previous_stage_id(), it->first, epoch});
+    if (activate.edge_over_nccl()) {
+      v1::FromWorker message;
+      message.mutable_edge_id()->set_stage_id(it->first);
+      ToWire(epoch, message.mutable_edge_id()->mutable_epoch());
+      message.mutable_edge_id()->set_nccl_id(FakeNcclId(it->first, epoch));
+      Send(std::move(message));
+    }
   } else if (activate.last_stage_id() != 0) {
-    transport_.ExpectSampled({.from_stage_id = activate.last_stage_id(),
-                              .to_stage_id = it->first,
-                              .epoch = epoch,
-                              .sampled = true});
+    transport_.Expect({.from_stage_id = activate.last_stage_id(),
+                       .to_stage_id = it->first,
+                       .epoch = epoch,
+                       .sampled = true});
   }
   if (activate.first_stage_id() != 0) {
     return transport_.Connect({.from_stage_id = it->first,
@@ -204,6 +229,11 @@ void SimWorker::OnActivate(const v1::ActivateStage& activate) {
   if (activate.next_stage_id() == 0) {
     hosted.up = true;
     return SendState(it->first, v1::StageState::ACTIVE, epoch, absl::OkStatus());
+  }
+  // What travels is the simulator's, but who is told what is as with NCCL.
+  const bool over_nccl = !activate.next_nccl_id().empty();
+  if (over_nccl && activate.next_nccl_id() != FakeNcclId(activate.next_stage_id(), epoch)) {
+    world_->Violation("a stage is told the NCCL id of another edge or epoch");
   }
   transport_.Connect({it->first, activate.next_stage_id(), epoch, activate.next_data_address()});
 }
@@ -219,10 +249,14 @@ void SimWorker::OnEdgeDown(const Edge& edge, const absl::Status& why) {
   for (const uint64_t id : {edge.from_stage_id, edge.to_stage_id}) {
     const auto it = stages_.find(id);
     if (it == stages_.end() || FromWire(it->second.active.epoch()) != edge.epoch) continue;
+    const v1::ActivateStage& active = it->second.active;
+    const bool over_nccl =
+        id == edge.to_stage_id ? active.edge_over_nccl() : !active.next_nccl_id().empty();
+    const uint64_t failed_nccl_edge = over_nccl ? edge.to_stage_id : 0;
     if (it->second.up) {
-      SendError(id, edge.epoch, 0, why);
+      SendError(id, edge.epoch, 0, why, failed_nccl_edge);
     } else {
-      SendState(id, v1::StageState::FAILED, edge.epoch, why);
+      SendState(id, v1::StageState::FAILED, edge.epoch, why, failed_nccl_edge);
     }
   }
 }

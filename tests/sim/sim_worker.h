@@ -76,9 +76,9 @@ class SimWorker {
 
   void Send(v1::FromWorker message, bool lie = false);
   void SendState(uint64_t stage_id, v1::StageState::State state, PipelineEpoch epoch,
-                 const absl::Status& error);
+                 const absl::Status& error, uint64_t failed_nccl_edge = 0);
   void SendError(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
-                 const absl::Status& error);
+                 const absl::Status& error, uint64_t failed_nccl_edge = 0);
   void Heartbeat(uint64_t stream);
   void OnLoad(const v1::LoadStage& load);
   void OnActivate(const v1::ActivateStage& activate);

@@ -51,8 +51,7 @@ class CpuStageModel final : public StageModel {
         share_(std::move(share)),
         layers_(context_, config_, shared_->layout, pool_.data(), ws_) {}
 
-  absl::Status Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
-                       absl::Span<std::byte> hidden_out,
+  absl::Status Forward(const StageBatch& batch, HiddenIn in, HiddenOut out,
                        std::vector<LogitsResult>* results) override;
 
   const StageSpec& spec() const override { return spec_; }
@@ -111,9 +110,10 @@ void CpuStageModel::ListRows(const StageBatch& batch) {
   STRAIT_CHECK(positions_.size() == batch.num_tokens);
 }
 
-absl::Status CpuStageModel::Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
-                                    absl::Span<std::byte> hidden_out,
+absl::Status CpuStageModel::Forward(const StageBatch& batch, HiddenIn in, HiddenOut out,
                                     std::vector<LogitsResult>* results) {
+  const absl::Span<const std::byte> hidden_in = in.host();
+  const absl::Span<std::byte> hidden_out = out.host();
   const size_t row_bytes = size_t{config_.hidden_size} * sizeof(float);
   STRAIT_CHECK(hidden_in.size() == (is_first() ? 0 : batch.num_tokens * row_bytes));
   STRAIT_CHECK(hidden_out.size() == (is_last() ? 0 : batch.num_tokens * row_bytes));

@@ -90,8 +90,8 @@ struct Stage::State {
 
   void ApplyCacheOps(const PlanLedger::CheckedPlan& checked);
   void AppendTokens(const v1::SequenceStep& step, v1::StageReport* report);
-  absl::Status Run(const WaitingPlan& plan, absl::Span<const std::byte> hidden_in,
-                   std::vector<std::byte>* hidden_out, v1::StageReport* report);
+  absl::Status Run(const WaitingPlan& plan, HiddenIn hidden_in, const HiddenMemory& memory,
+                   HiddenBuffer* hidden_out, v1::StageReport* report);
   void FillResults(const v1::StepPlan& plan, const std::vector<LogitsResult>& results,
                    v1::StageReport* report);
   void HandBack(const WaitingPlan& plan, StepOutput* output);
@@ -194,7 +194,7 @@ absl::Status Stage::State::CheckPairing(const WaitingPlan* plan, const HiddenSte
                    plan->checked.num_tokens, " rows are due; do all stages get the same plans?"));
 }
 
-absl::Status Stage::AcceptPlan(v1::StepPlan plan, uint64_t now_us) {
+absl::Status Stage::AcceptPlan(v1::StepPlan plan, uint64_t now_us, uint32_t* num_rows) {
   State& s = *state_;
   if (plan.stage_id() != s.stage_id) {
     return absl::InvalidArgumentError(
@@ -221,6 +221,7 @@ absl::Status Stage::AcceptPlan(v1::StepPlan plan, uint64_t now_us) {
       if (op.close().ended()) s.returning.Revoke(SequenceId{op.close().sequence_id()});
     }
   }
+  if (num_rows != nullptr) *num_rows = waiting.checked.num_tokens;
   s.plans.push_back(std::move(waiting));
   return absl::OkStatus();
 }
@@ -328,8 +329,9 @@ void Stage::State::AppendTokens(const v1::SequenceStep& step, v1::StageReport* r
   cache.Grow(id, static_cast<uint32_t>(resident.tokens.size()));
 }
 
-absl::Status Stage::State::Run(const WaitingPlan& plan, absl::Span<const std::byte> hidden_in,
-                               std::vector<std::byte>* hidden_out, v1::StageReport* report) {
+absl::Status Stage::State::Run(const WaitingPlan& plan, HiddenIn hidden_in,
+                               const HiddenMemory& memory, HiddenBuffer* hidden_out,
+                               v1::StageReport* report) {
   ApplyCacheOps(plan.checked);
   if (plan.has_rows()) {
     const v1::StepPlan& wire = plan.checked.plan;
@@ -366,9 +368,13 @@ absl::Status Stage::State::Run(const WaitingPlan& plan, absl::Span<const std::by
     batch.sequences = sequences;
     batch.num_tokens = row;
     batch.logits = logits;
-    if (!is_last()) hidden_out->resize(size_t{row} * hidden_row_bytes);
+    if (!is_last()) {
+      const size_t bytes = size_t{row} * hidden_row_bytes;
+      *hidden_out = memory ? memory(bytes) : HiddenBuffer(std::vector<std::byte>(bytes));
+      STRAIT_CHECK(hidden_out->size() == bytes);
+    }
     std::vector<LogitsResult> results;
-    STRAIT_RETURN_IF_ERROR(model->Forward(batch, hidden_in, absl::MakeSpan(*hidden_out), &results));
+    STRAIT_RETURN_IF_ERROR(model->Forward(batch, hidden_in, hidden_out->out(), &results));
     STRAIT_CHECK(results.size() == logits.size(), "a result for each request");
     if (is_last()) FillResults(wire, results, report);
   }
@@ -426,7 +432,7 @@ void Stage::State::HandBack(const WaitingPlan& plan, StepOutput* output) {
   if (gives_ids()) output->sampled = std::move(gives);
 }
 
-StepOutput Stage::RunNext(const std::function<uint64_t()>& clock) {
+StepOutput Stage::RunNext(const std::function<uint64_t()>& clock, const HiddenMemory& memory) {
   State& s = *state_;
   STRAIT_CHECK(Ready());
   const WaitingPlan plan = std::move(s.plans.front());
@@ -443,9 +449,9 @@ StepOutput Stage::RunNext(const std::function<uint64_t()>& clock) {
 
   StepOutput output;
   v1::StageReport& report = output.report;
-  std::vector<std::byte> hidden_out;
+  HiddenBuffer hidden_out;
   const uint64_t begin_us = clock();
-  const absl::Status status = s.Run(plan, in.hidden.data, &hidden_out, &report);
+  const absl::Status status = s.Run(plan, in.hidden.data.in(), memory, &hidden_out, &report);
   const uint64_t end_us = clock();
 
   report.set_stage_id(s.stage_id);

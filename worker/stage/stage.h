@@ -38,7 +38,7 @@ struct HiddenStep {
   PipelineEpoch epoch;
   StepId step;
   uint32_t num_tokens = 0;
-  std::vector<std::byte> data;  // [num_tokens, hidden_row_bytes]
+  HiddenBuffer data;  // [num_tokens, hidden_row_bytes]
 };
 
 // What a step sampled, on its way from the last stage to the first.
@@ -68,7 +68,8 @@ class Stage {
   absl::Status Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages,
                         bool grants = false);
 
-  absl::Status AcceptPlan(v1::StepPlan plan, uint64_t now_us);
+  // `num_rows`, if given, becomes the rows of an accepted plan.
+  absl::Status AcceptPlan(v1::StepPlan plan, uint64_t now_us, uint32_t* num_rows = nullptr);
   absl::Status AcceptHidden(HiddenStep hidden, uint64_t now_us);
   // First of several stages: ids come for every step that samples and was run here, in step order;
   // what is not that is refused as InvalidArgument.
@@ -81,8 +82,9 @@ class Stage {
 
   // Runs the next step. REQUIRES: Ready(). `clock` gives microseconds, read before and after
   // computing. If the step fails, its report carries the error, plans that wait are dropped without
-  // a report, and the stage refuses everything of this epoch with Aborted.
-  StepOutput RunNext(const std::function<uint64_t()>& clock);
+  // a report, and the stage refuses everything of this epoch with Aborted. `memory`: of hidden
+  // states that leave; empty: host memory.
+  StepOutput RunNext(const std::function<uint64_t()>& clock, const HiddenMemory& memory = {});
 
   // --- What others may ask ---
   uint64_t stage_id() const;

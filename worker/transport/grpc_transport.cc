@@ -151,9 +151,6 @@ void GrpcTransport::Connect(const Edge& edge) {
 absl::Status GrpcTransport::SendSampled(uint64_t from_stage_id, SampledStep sampled) {
   return impl_->sampled_sender.Send(from_stage_id, ToRows(sampled));
 }
-void GrpcTransport::ExpectSampled(const Edge& edge) {
-  impl_->sampled_receiver.Expect(edge.to_stage_id, edge.epoch, edge.from_stage_id, edge.nonce);
-}
 absl::Status GrpcTransport::Send(uint64_t from_stage_id, HiddenStep hidden) {
   return impl_->sender.Send(from_stage_id, std::move(hidden));
 }
@@ -162,9 +159,9 @@ void GrpcTransport::Disconnect(uint64_t from_stage_id) {
   impl_->sender.Disconnect(from_stage_id);
   impl_->sampled_sender.Disconnect(from_stage_id);
 }
-void GrpcTransport::Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id,
-                           uint64_t nonce) {
-  impl_->receiver.Expect(to_stage_id, epoch, from_stage_id, nonce);
+void GrpcTransport::Expect(const Edge& edge) {
+  (edge.sampled ? impl_->sampled_receiver : impl_->receiver)
+      .Expect(edge.to_stage_id, edge.epoch, edge.from_stage_id, edge.nonce);
 }
 void GrpcTransport::Forget(uint64_t to_stage_id) {
   impl_->receiver.Forget(to_stage_id);

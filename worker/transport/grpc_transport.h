@@ -21,6 +21,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "proto/limits.h"
@@ -60,13 +61,12 @@ class GrpcTransport final : public Transport {
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
   absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
   void Disconnect(uint64_t from_stage_id) override;
-  void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) override {
-    Expect(to_stage_id, epoch, from_stage_id, 0);
-  }
-  // And only a sender that shows `nonce`: this port is open to all who reach it, as a simulated one
-  // is not.
-  void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id, uint64_t nonce);
-  void ExpectSampled(const Edge& edge) override;
+  HiddenBuffer Memory(uint64_t, size_t bytes) override { return std::vector<std::byte>(bytes); }
+  // And only a sender that shows the edge's nonce: this port is open to all who reach it, as a
+  // simulated one is not.
+  void Expect(const Edge& edge) override;
+  // A sender may send at any time: nothing is prepared for it.
+  void Due(uint64_t, StepId, uint32_t, StepId) override {}
   void Forget(uint64_t to_stage_id) override;
   void Consumed(uint64_t to_stage_id, StepId step) override;
 

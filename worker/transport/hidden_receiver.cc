@@ -236,8 +236,8 @@ absl::Status HiddenReceiver::OnChunk(Incoming& incoming, const HiddenFrame& fram
         ", where ", have, " of ", incoming.partial_bytes, " bytes have come"));
   }
   // The whole step's memory, but not before a first chunk that fits was seen.
-  if (have == 0) partial.data.reserve(incoming.partial_bytes);
-  STRAIT_RETURN_IF_ERROR(frame.AppendPayload(&partial.data));
+  if (have == 0) partial.data.host().reserve(incoming.partial_bytes);
+  STRAIT_RETURN_IF_ERROR(frame.AppendPayload(&partial.data.host()));
   bytes_received_ += chunk.payload_bytes;
   *complete = partial.data.size() == incoming.partial_bytes;
   incoming.partial_grew_us = *complete ? 0 : MonotonicMicros();

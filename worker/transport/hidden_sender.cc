@@ -120,6 +120,7 @@ absl::Status HiddenSender::Send(uint64_t from_stage_id, HiddenStep hidden) {
                                            ", the step of ", ToString(hidden.epoch)));
   }
   STRAIT_CHECK(hidden.data.size() == uint64_t{hidden.num_tokens} * hidden_row_bytes_);
+  STRAIT_CHECK(!hidden.data.on_device(), "gRPC carries host memory");
   const uint64_t total = hidden.data.size();
   // Whole or not at all: the loop thread is the only sender, so the room cannot shrink meanwhile.
   const uint64_t chunks = (total + limits::kHiddenChunkBytes - 1) / limits::kHiddenChunkBytes;

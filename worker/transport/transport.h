@@ -2,10 +2,11 @@
 //
 // Transport carries hidden states from a stage to the next, and sampled ids from the last to the
 // first: a pipeline's edges are a ring, and each stage has one at either end. Implementations: gRPC
-// (worker/transport/ grpc_transport.h), simulated (tests/sim), NCCL later.
+// (worker/transport/grpc_transport.h), NCCL (worker/transport/nccl_transport.h; hidden states
+// only), simulated (tests/sim).
 //
 // Owns:    its connections; callbacks are borrowed and outlive it.
-// Thread:  Connect, Send, Disconnect: loop thread. Events come on the transport's own threads and
+// Thread:  all methods: loop thread. Events come on the transport's own threads and
 //          must only enqueue.
 // Errors:  an edge that broke, stalled past its deadline or was refused is told once by
 //          on_edge_down; a dead peer never blocks a caller. Both sides of a broken edge tell it.
@@ -31,6 +32,9 @@ struct Edge {
   std::string peer_address;  // data address of the receiver
   uint64_t nonce = 0;        // the receiver lets in only who shows the nonce that it was told
   bool sampled = false;      // from the last stage to the first: carries sampled ids
+  bool over_nccl = false;    // then also:
+  std::string nccl_id;       // of its communicator; the receiver makes it, the sender is told
+  uint32_t max_tokens = 0;   // of any step
 };
 
 struct TransportEvents {
@@ -49,12 +53,15 @@ class Transport {
   // Over an edge that is `sampled`.
   virtual absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) = 0;
   virtual void Disconnect(uint64_t from_stage_id) = 0;
-  // Whom the receiving side lets in: only this epoch of this stage. Older ones are ended with
+  // Memory for hidden states of `from_stage_id` that Send is given next, where they are sent from.
+  virtual HiddenBuffer Memory(uint64_t from_stage_id, size_t bytes) = 0;
+  // Whom the receiving side lets in: only this edge, in its epoch. Older ones are ended with
   // Aborted. `from_stage_id` 0: whichever stage opens first. A sender of a newer epoch waits until
   // it is expected.
-  virtual void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id) = 0;
-  // The same for an edge that is `sampled`; its receiver has no other.
-  virtual void ExpectSampled(const Edge& edge) = 0;
+  virtual void Expect(const Edge& edge) = 0;
+  // A plan with rows was accepted, so hidden states of this step will come, not before all stages
+  // have run step `after` (0: whenever they like). Told in step order.
+  virtual void Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens, StepId after) = 0;
   // The stage is gone: its senders are ended, nothing is expected for it any more.
   virtual void Forget(uint64_t to_stage_id) = 0;
   // All hidden states of `to_stage_id` up to `step` were computed: their memory counts no more

@@ -51,10 +51,10 @@ class Harness {
   // A stage as its worker knows it.
   struct FakeStage {
     v1::LoadStage load;
+    v1::ActivateStage activate;  // the last one
     v1::PipelineEpoch epoch;
     bool first = false;
     bool last = false;
-    v1::ActivateStage activate;
     std::deque<v1::StepPlan> plans;  // not reported
     std::map<SequenceId, uint32_t> lengths;
   };
@@ -158,6 +158,10 @@ class Harness {
     report.set_tables_digest(digest.Value());
     return report;
   }
+  // Of the edge that ends at this stage.
+  static std::string NcclId(uint64_t stage_id) {
+    return std::string(limits::kNcclIdBytes, static_cast<char>('a' + stage_id));
+  }
   void Report(WorkerId id) { Send(id, MakeReport(id)); }
   void Send(WorkerId id, const v1::StageReport& report) {
     v1::FromWorker message;
@@ -196,6 +200,7 @@ class Harness {
   std::map<uint64_t, uint32_t> last_sampled;  // by sequence
   bool answer_loads = true;
   bool answer_activations = true;
+  bool answer_nccl_ids = true;
   std::map<WorkerId, FakeWorker> workers;
   std::map<RequestId, std::vector<TokenInfo>> tokens;
   std::map<RequestId, std::vector<TokenInfo>> scores;
@@ -241,6 +246,13 @@ class Harness {
       stage.last = activate.next_stage_id() == 0;
       stage.plans.clear();
       stage.lengths.clear();
+      if (activate.edge_over_nccl() && answer_nccl_ids) {
+        v1::FromWorker id;
+        id.mutable_edge_id()->set_stage_id(activate.stage_id());
+        *id.mutable_edge_id()->mutable_epoch() = activate.epoch();
+        id.mutable_edge_id()->set_nccl_id(NcclId(activate.stage_id()));
+        core.OnWorkerMessage(m.worker, id, now_us);
+      }
       if (!answer_activations) return;
       state.set_stage_id(activate.stage_id());
       state.set_state(v1::StageState::ACTIVE);

@@ -65,7 +65,7 @@ class TestPipeline {
       if (hidden) {
         EXPECT_TRUE(stage->AcceptHidden(*std::move(hidden), 0).ok());
       }
-      out = stage->RunNext([] { return uint64_t{0}; });
+      out = stage->RunNext([] { return uint64_t{0}; }, memory);
       EXPECT_EQ(out.report.error_code(), 0u) << out.report.error_message();
       EXPECT_TRUE(stage->CheckIntegrity().ok()) << stage->CheckIntegrity();
       hidden = std::move(out.hidden);
@@ -74,6 +74,8 @@ class TestPipeline {
   }
 
   Backend& backend() { return *backend_; }
+
+  HiddenMemory memory;  // of hidden states between the stages; empty: host memory
 
  private:
   static std::unique_ptr<Backend> MakeCpu(const CpuBackendOptions& options,

@@ -49,9 +49,10 @@ class FakeModel : public StageModel {
     rows_.resize(size_t{pool_blocks} * limits::kBlockTokens);
   }
 
-  absl::Status Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
-                       absl::Span<std::byte> hidden_out,
+  absl::Status Forward(const StageBatch& batch, HiddenIn in, HiddenOut out,
                        std::vector<LogitsResult>* results) override {
+    const absl::Span<const std::byte> hidden_in = in.bytes;
+    const absl::Span<std::byte> hidden_out = out.bytes;
     if (fail_next) return absl::DataLossError("the fake was told to fail");
     EXPECT_EQ(hidden_in.size(),
               spec_.layers.begin == 0 ? 0 : batch.num_tokens * kFakeHiddenRowBytes);

@@ -35,6 +35,13 @@ FakeStage LastStage() {
   return f;
 }
 
+// Layers in the middle: takes hidden states and gives some.
+FakeStage MiddleStage() {
+  FakeStage f({1, 3}, 5, 20);
+  EXPECT_TRUE(f.stage->Activate({1, 1}, 1, 3).ok());
+  return f;
+}
+
 std::vector<TokenId> Tokens(uint32_t count, TokenId first = 10) {
   std::vector<TokenId> tokens;
   for (uint32_t i = 0; i < count; ++i) tokens.push_back((first + i * 7) % kFakeVocab);
@@ -357,6 +364,34 @@ TEST(StageTest, WaitsForHiddenStatesInWhateverOrderTheyCome) {
   EXPECT_EQ(out.report.results_size(), 1);
 }
 
+// A place on the device is taken from where the caller says, and goes back as soon as it was read.
+TEST(StageTest, HiddenStatesInTheEdgesMemory) {
+  FakeStage f = MiddleStage();
+  std::vector<std::byte> device(2 * 3 * kFakeHiddenRowBytes);
+  int given_back = 0;
+  const auto place = [&](size_t offset, size_t bytes) {
+    return HiddenBuffer(device.data() + offset, bytes, [&] { ++given_back; });
+  };
+  v1::StepPlan plan = f.Plan(1);
+  AddOpen(&plan, 1);
+  AddRows(&plan, 1, 0, Tokens(3));
+  ASSERT_TRUE(f.stage->AcceptPlan(plan, 0).ok());
+  const size_t bytes = 3 * kFakeHiddenRowBytes;
+  ASSERT_TRUE(f.stage->AcceptHidden({f.stage->epoch(), StepId{1}, 3, place(0, bytes)}, 0).ok());
+  StepOutput out = f.stage->RunNext([] { return uint64_t{0}; },
+                                    [&](size_t wanted) { return place(bytes, wanted); });
+  EXPECT_EQ(given_back, 1);
+  ASSERT_TRUE(out.hidden.has_value());
+  EXPECT_TRUE(out.hidden->data.on_device());
+  EXPECT_EQ(out.hidden->data.data(), device.data() + bytes);
+  EXPECT_EQ(device[bytes], std::byte{1}) << "the fake writes ones";
+  HiddenBuffer moved = std::move(out.hidden->data);
+  out = {};
+  EXPECT_EQ(given_back, 1);
+  moved = {};
+  EXPECT_EQ(given_back, 2);
+}
+
 TEST(StageTest, RefusesHiddenStatesThatDoNotFitThePlans) {
   FakeStage first = OneStage();
   EXPECT_EQ(first.stage->AcceptHidden(first.Hidden(1, 1), 0).code(),
@@ -372,14 +407,15 @@ TEST(StageTest, RefusesHiddenStatesThatDoNotFitThePlans) {
   ASSERT_TRUE(f.stage->AcceptPlan(plan, 0).ok());
   HiddenStep hidden = f.Hidden(1, 3);
   hidden.epoch = {1, 0};
-  EXPECT_EQ(code(hidden), absl::StatusCode::kAborted);
+  EXPECT_EQ(code(std::move(hidden)), absl::StatusCode::kAborted);
+  hidden = f.Hidden(1, 3);
   hidden.epoch = {1, 2};
-  EXPECT_EQ(code(hidden), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(code(std::move(hidden)), absl::StatusCode::kFailedPrecondition);
   EXPECT_EQ(code(f.Hidden(1, 0)), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code(f.Hidden(1, limits::kMaxStepTokens + 1)), absl::StatusCode::kInvalidArgument);
   hidden = f.Hidden(1, 3);
-  hidden.data.pop_back();
-  EXPECT_EQ(code(hidden), absl::StatusCode::kInvalidArgument);
+  hidden.data.host().pop_back();
+  EXPECT_EQ(code(std::move(hidden)), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(code(f.Hidden(1, 2)), absl::StatusCode::kFailedPrecondition);  // other rows
   EXPECT_EQ(code(f.Hidden(2, 3)), absl::StatusCode::kFailedPrecondition);  // step 1 is due
   EXPECT_EQ(code(f.Hidden(0, 3)), absl::StatusCode::kFailedPrecondition);

@@ -91,14 +91,14 @@ Edge EdgeTo(const Node& node, PipelineEpoch epoch = kEpoch, uint64_t nonce = 0) 
 
 HiddenStep Step(uint64_t id, uint32_t tokens, PipelineEpoch epoch = kEpoch) {
   HiddenStep step{.epoch = epoch, .step = StepId{id}, .num_tokens = tokens};
-  step.data.resize(size_t{tokens} * kRowBytes);
+  step.data = std::vector<std::byte>(size_t{tokens} * kRowBytes);
   std::mt19937_64 random(id * 1000 + tokens);
-  for (auto& byte : step.data) byte = static_cast<std::byte>(random());
+  for (auto& byte : step.data.host()) byte = static_cast<std::byte>(random());
   return step;
 }
 
 void Open(Node& from, Node& to) {
-  to.transport->Expect(kTo, kEpoch, kFrom);
+  to.transport->Expect({kFrom, kTo, kEpoch});
   from.transport->Connect(EdgeTo(to));
   ASSERT_EQ(from.Next().kind, Event::kUp);
 }
@@ -118,7 +118,7 @@ TEST(GrpcTransport, StepsArriveWholeAndInOrder) {
     EXPECT_EQ(event.hidden.step.value, 2 * i + 1);
     EXPECT_EQ(event.hidden.num_tokens, sizes[i]);
     EXPECT_EQ(event.hidden.epoch, kEpoch);
-    EXPECT_TRUE(event.hidden.data == Step(2 * i + 1, sizes[i]).data);
+    EXPECT_TRUE(event.hidden.data.host() == Step(2 * i + 1, sizes[i]).data.host());
   }
   EXPECT_EQ(from.transport->Stats().bytes_sent, to.transport->Stats().bytes_received);
 }
@@ -129,16 +129,16 @@ TEST(GrpcTransport, SenderMayOpenBeforeItIsExpected) {
   ASSERT_TRUE(from.transport->Send(kFrom, Step(1, 5)).ok());
   EXPECT_TRUE(to.Silent(100ms));
   // An older epoch is expected first: the sender goes on waiting.
-  to.transport->Expect(kTo, {1, 4}, kFrom);
+  to.transport->Expect({kFrom, kTo, {1, 4}});
   EXPECT_TRUE(from.Silent(100ms));
-  to.transport->Expect(kTo, kEpoch, kFrom);
+  to.transport->Expect({kFrom, kTo, kEpoch});
   EXPECT_EQ(from.Next().kind, Event::kUp);
   EXPECT_EQ(to.Next().hidden.step.value, 1u);
 }
 
 TEST(GrpcTransport, OlderEpochIsAborted) {
   Node from, to;
-  to.transport->Expect(kTo, {2, 0}, kFrom);
+  to.transport->Expect({kFrom, kTo, {2, 0}});
   from.transport->Connect(EdgeTo(to));
   Event event = from.Next();
   ASSERT_EQ(event.kind, Event::kDown);
@@ -150,7 +150,7 @@ TEST(GrpcTransport, EpochThatMovesOnEndsTheOldEdge) {
   Node from, to;
   Open(from, to);
   const PipelineEpoch next{1, 6};
-  to.transport->Expect(kTo, next, kFrom);
+  to.transport->Expect({kFrom, kTo, next});
   Event event = from.Next();
   ASSERT_EQ(event.kind, Event::kDown);
   EXPECT_EQ(event.status.code(), absl::StatusCode::kAborted);
@@ -165,10 +165,10 @@ TEST(GrpcTransport, EpochThatMovesOnEndsTheOldEdge) {
 
 TEST(GrpcTransport, OnlyTheExpectedStageIsLetInAndOnce) {
   Node from, to, other;
-  to.transport->Expect(kTo, kEpoch, 99);
+  to.transport->Expect({99, kTo, kEpoch});
   from.transport->Connect(EdgeTo(to));
   EXPECT_EQ(from.Next().status.code(), absl::StatusCode::kFailedPrecondition);
-  to.transport->Expect(kTo, {1, 6}, 0);
+  to.transport->Expect({0, kTo, {1, 6}});
   from.transport->Connect(EdgeTo(to, {1, 6}));
   EXPECT_EQ(from.Next().kind, Event::kUp);
   other.transport->Connect(EdgeTo(to, {1, 6}));
@@ -181,7 +181,7 @@ TEST(GrpcTransport, OnlyTheExpectedStageIsLetInAndOnce) {
 // and the stage that it belonged to was refused and blamed.
 TEST(GrpcTransport, AStrangerCannotTakeAnEdge) {
   Node from, to, stranger;
-  to.transport->Expect(kTo, kEpoch, kFrom, 0xfeed);
+  to.transport->Expect({kFrom, kTo, kEpoch, "", 0xfeed});
   for (const uint64_t guess : {0, 1}) {
     stranger.transport->Connect(EdgeTo(to, kEpoch, guess));
     EXPECT_EQ(stranger.Next().status.code(), absl::StatusCode::kPermissionDenied);
@@ -199,7 +199,7 @@ TEST(GrpcTransport, AStrangerWhoWaitsIsNotTakenForTheSender) {
   EXPECT_TRUE(stranger.Silent(100ms));  // parked, first in the row
   from.transport->Connect(EdgeTo(to, kEpoch, 0xfeed));
   EXPECT_TRUE(from.Silent(100ms));
-  to.transport->Expect(kTo, kEpoch, kFrom, 0xfeed);
+  to.transport->Expect({kFrom, kTo, kEpoch, "", 0xfeed});
   EXPECT_EQ(from.Next().kind, Event::kUp);
   EXPECT_EQ(stranger.Next().status.code(), absl::StatusCode::kPermissionDenied);
   EXPECT_TRUE(to.Silent(50ms));
@@ -265,9 +265,9 @@ TEST(GrpcTransport, SenderIsToldWhenTooMuchWaits) {
   Open(from, to);
   absl::Status status;
   int sent = 0;
-  const HiddenStep step = Step(1, 8192);
+  HiddenStep step = Step(1, 8192);
   for (; sent < 1000 && status.ok(); ++sent) {
-    HiddenStep copy = step;
+    HiddenStep copy{step.epoch, step.step, step.num_tokens, step.data.host()};
     copy.step = StepId{static_cast<uint64_t>(sent) + 1};
     status = from.transport->Send(kFrom, std::move(copy));
   }
@@ -324,12 +324,12 @@ TEST(GrpcTransport, TakenAddressNamesTheFlag) {
 class Hostile : public testing::Test {
  protected:
   void SetUp() override {
-    node_.transport->Expect(kTo, kEpoch, kFrom);
+    node_.transport->Expect({kFrom, kTo, kEpoch});
     stub_ = v1::StageTransport::NewStub(rpc::MakeChannel(node_.address(), rpc::Traffic::kData));
   }
   void TearDown() override {
     // Whatever happened, an honest sender is served.
-    node_.transport->Expect(kTo, {1, 6}, kFrom);
+    node_.transport->Expect({kFrom, kTo, {1, 6}});
     Node honest;
     honest.transport->Connect(EdgeTo(node_, {1, 6}));
     ASSERT_EQ(honest.Next().kind, Event::kUp);
@@ -337,7 +337,7 @@ class Hostile : public testing::Test {
     Event event = node_.Next();
     while (event.kind == Event::kDown) event = node_.Next();
     ASSERT_EQ(event.kind, Event::kHidden);
-    EXPECT_TRUE(event.hidden.data == Step(1, 3).data);
+    EXPECT_TRUE(event.hidden.data.host() == Step(1, 3).data.host());
   }
 
   static v1::HiddenMessage GoodOpen() {
@@ -442,7 +442,7 @@ TEST(GrpcTransport, PartOfAStepIsNotWaitedForForever) {
   GrpcTransportOptions options;
   options.stall_timeout = 300ms;
   Node node(options);
-  node.transport->Expect(kTo, kEpoch, kFrom);
+  node.transport->Expect({kFrom, kTo, kEpoch});
   auto stub = v1::StageTransport::NewStub(rpc::MakeChannel(node.address(), rpc::Traffic::kData));
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + 20s);

@@ -35,7 +35,7 @@ std::shared_ptr<const HiddenStep> RandomStep(std::mt19937_64& random, uint32_t t
   auto step = std::make_shared<HiddenStep>();
   step->step = StepId{random() >> (random() % 64)};
   step->num_tokens = tokens;
-  for (size_t i = 0; i < bytes; ++i) step->data.push_back(static_cast<std::byte>(random()));
+  for (size_t i = 0; i < bytes; ++i) step->data.host().push_back(static_cast<std::byte>(random()));
   return step;
 }
 

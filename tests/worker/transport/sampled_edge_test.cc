@@ -85,8 +85,8 @@ Edge EdgeTo(const Node& node, uint64_t from, uint64_t to, bool sampled, uint64_t
 
 TEST(SampledEdge, TheRingOfTwoStagesCarriesBothKinds) {
   Node first, last;
-  last.transport->Expect(kLast, kEpoch, kFirst, kNonce);
-  first.transport->ExpectSampled(EdgeTo(first, kLast, kFirst, true));
+  last.transport->Expect(EdgeTo(last, kFirst, kLast, false));
+  first.transport->Expect(EdgeTo(first, kLast, kFirst, true));
   first.transport->Connect(EdgeTo(last, kFirst, kLast, false));
   last.transport->Connect(EdgeTo(first, kLast, kFirst, true));
   EXPECT_EQ(first.Next().kind, Event::kUp);
@@ -119,7 +119,7 @@ TEST(SampledEdge, TheRingOfTwoStagesCarriesBothKinds) {
 
 TEST(SampledEdge, AStrangerIsRefused) {
   Node first, stranger;
-  first.transport->ExpectSampled(EdgeTo(first, kLast, kFirst, true));
+  first.transport->Expect(EdgeTo(first, kLast, kFirst, true));
   stranger.transport->Connect(EdgeTo(first, kLast, kFirst, true, kNonce + 1));
   const Event refused = stranger.Next();
   EXPECT_EQ(refused.kind, Event::kDown);

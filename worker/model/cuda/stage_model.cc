@@ -91,22 +91,20 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
   return absl::OkStatus();
 }
 
-absl::Status CudaStageModel::Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
-                                     absl::Span<std::byte> hidden_out,
-                                     std::vector<LogitsResult>* results) {
+absl::Status CudaStageModel::Forward(const StageBatch& batch, HiddenIn hidden_in,
+                                     HiddenOut hidden_out, std::vector<LogitsResult>* results) {
   absl::Status status = CudaStatus(cudaSetDevice(device_), "cudaSetDevice");
   if (status.ok()) status = Run(batch, hidden_in, hidden_out, results);
   if (!status.ok()) ExitIfContextLost(status);
   return status;
 }
 
-absl::Status CudaStageModel::Run(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
-                                 absl::Span<std::byte> hidden_out,
+absl::Status CudaStageModel::Run(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out,
                                  std::vector<LogitsResult>* results) {
   const size_t row_bytes = size_t{config_.hidden_size} * sizeof(float);
   const bool is_first = !weights_.embed_tokens.empty();
-  STRAIT_CHECK(hidden_in.size() == (is_first ? 0 : batch.num_tokens * row_bytes));
-  STRAIT_CHECK(hidden_out.size() == (head_ ? 0 : batch.num_tokens * row_bytes));
+  STRAIT_CHECK(hidden_in.bytes.size() == (is_first ? 0 : batch.num_tokens * row_bytes));
+  STRAIT_CHECK(hidden_out.bytes.size() == (head_ ? 0 : batch.num_tokens * row_bytes));
   STRAIT_RETURN_IF_ERROR(tables_->Fill(batch, spec_, config_.max_position_embeddings, stream_));
   absl::Span<const LogitsRequest> requests = batch.logits;
   for (uint32_t begin = 0; begin < batch.num_tokens; begin += limits_.tile_rows) {
@@ -118,15 +116,14 @@ absl::Status CudaStageModel::Run(const StageBatch& batch, absl::Span<const std::
     // Pinned memory is filled again when the last tile's copies have been made.
     if (begin > 0) STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
     STRAIT_RETURN_IF_ERROR(Plan(batch, begin, &tile));
-    if (!is_first) std::memcpy(staging_.data(), hidden_in.data() + begin * row_bytes, tile_bytes);
+    if (!is_first) STRAIT_RETURN_IF_ERROR(CopyIn(hidden_in, begin * row_bytes, tile_bytes));
     const bool decodes = batch.num_tokens == batch.sequences.size() &&
                          batch.num_tokens == static_cast<uint32_t>(tile.num_rows) &&
                          tile.num_rows <= kMaxGraphRows && tile.plans.size() == 1;
     const int32_t* const token_ids = tables_->token_ids() + begin;
     STRAIT_RETURN_IF_ERROR(decodes ? ReplayTile(tile, token_ids) : RunTile(tile, token_ids));
     if (!head_) {
-      STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
-      std::memcpy(hidden_out.data() + begin * row_bytes, staging_.data(), tile_bytes);
+      STRAIT_RETURN_IF_ERROR(CopyOut(hidden_out, begin * row_bytes, tile_bytes));
       continue;
     }
     size_t count = 0;
@@ -142,8 +139,33 @@ absl::Status CudaStageModel::Run(const StageBatch& batch, absl::Span<const std::
   return absl::OkStatus();
 }
 
+absl::Status CudaStageModel::CopyIn(const HiddenIn& hidden, size_t offset, size_t bytes) {
+  const std::byte* from = hidden.bytes.data() + offset;
+  if (!hidden.on_device) {
+    std::memcpy(staging_.data(), from, bytes);
+    from = staging_.data();
+  }
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(
+      ws_.hidden, from, bytes, hidden.on_device ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice,
+      stream_));
+  return absl::OkStatus();
+}
+
+absl::Status CudaStageModel::CopyOut(const HiddenOut& hidden, size_t offset, size_t bytes) {
+  std::byte* const to = hidden.bytes.data() + offset;
+  if (hidden.on_device) {
+    STRAIT_CUDA_RETURN_IF_ERROR(
+        cudaMemcpyAsync(to, ws_.hidden, bytes, cudaMemcpyDeviceToDevice, stream_));
+    return absl::OkStatus();
+  }
+  STRAIT_CUDA_RETURN_IF_ERROR(
+      cudaMemcpyAsync(staging_.data(), ws_.hidden, bytes, cudaMemcpyDeviceToHost, stream_));
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
+  std::memcpy(to, staging_.data(), bytes);
+  return absl::OkStatus();
+}
+
 absl::Status CudaStageModel::RunTile(const CudaTile& tile, const int32_t* token_ids) {
-  const size_t bytes = static_cast<size_t>(tile.num_rows) * config_.hidden_size * sizeof(float);
   if (!weights_.embed_tokens.empty()) {
     cuda::EmbeddingParams embed;
     embed.table = weights_.embed_tokens;
@@ -151,17 +173,10 @@ absl::Status CudaStageModel::RunTile(const CudaTile& tile, const int32_t* token_
     embed.y = ws_.hidden;
     embed.num_tokens = tile.num_rows;
     STRAIT_CUDA_RETURN_IF_ERROR(cuda::Embedding(embed, stream_));
-  } else {
-    STRAIT_CUDA_RETURN_IF_ERROR(
-        cudaMemcpyAsync(ws_.hidden, staging_.data(), bytes, cudaMemcpyHostToDevice, stream_));
   }
   STRAIT_RETURN_IF_ERROR(layers_->Rotate(tile));
   for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer) {
     STRAIT_RETURN_IF_ERROR(layers_->Run(weights_.layers[layer], tables_->segments(layer), tile));
-  }
-  if (!head_) {
-    STRAIT_CUDA_RETURN_IF_ERROR(
-        cudaMemcpyAsync(staging_.data(), ws_.hidden, bytes, cudaMemcpyDeviceToHost, stream_));
   }
   return absl::OkStatus();
 }

@@ -34,8 +34,7 @@ class CudaStageModel final : public StageModel {
       const CudaTraits& traits, MemoryBudget::Share share, const LoadProgress& progress);
   ~CudaStageModel() override;
 
-  absl::Status Forward(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
-                       absl::Span<std::byte> hidden_out,
+  absl::Status Forward(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out,
                        std::vector<LogitsResult>* results) override;
 
   const StageSpec& spec() const override { return spec_; }
@@ -53,10 +52,15 @@ class CudaStageModel final : public StageModel {
         graph_ledger_(kCudaGraphBytes + spec.layers.size() * kCudaGraphBytesEachLayer) {}
 
   absl::Status Init(WeightSource& source, const CudaTraits& traits, const LoadProgress& progress);
-  absl::Status Run(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
-                   absl::Span<std::byte> hidden_out, std::vector<LogitsResult>* results);
-  // Everything of a tile but tables, plan and head: hidden states in (if not embedded), layers,
-  // hidden states out (if not the last stage), through pinned memory. Asynchronous.
+  absl::Status Run(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out,
+                   std::vector<LogitsResult>* results);
+  // A tile's hidden states, `offset` bytes into the step's, to and from where the layers have them:
+  // on the device from one place to another, to and from the host through pinned memory. CopyIn is
+  // asynchronous; CopyOut too, but for host memory, which is written when it returns.
+  absl::Status CopyIn(const HiddenIn& hidden, size_t offset, size_t bytes);
+  absl::Status CopyOut(const HiddenOut& hidden, size_t offset, size_t bytes);
+  // The layers of a tile, and the embedding where it is the first stage. Asynchronous. Hidden
+  // states come and go outside, so that a graph knows no address of an edge.
   absl::Status RunTile(const CudaTile& tile, const int32_t* token_ids);
   // The same for the only tile of a step that decodes `num_rows` sequences, as a graph.
   absl::Status ReplayTile(const CudaTile& tile, const int32_t* token_ids);

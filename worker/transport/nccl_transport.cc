@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/transport/nccl_transport.h"
+
+#include <algorithm>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/check.h"
+#include "proto/rpc/clock.h"
+#include "worker/transport/nccl_edge.h"
+
+namespace strait {
+namespace {
+
+constexpr std::chrono::milliseconds kWatchdogPeriod(20);
+
+}  // namespace
+
+class NcclTransport::Impl {
+ public:
+  Impl(NcclTransportOptions options, const NcclOffer& offer, NcclEvents events)
+      : context_{options, offer, std::move(events), std::make_shared<ArenaPool>(offer.device)},
+        watchdog_([this] { Watch(); }) {}
+
+  ~Impl() {
+    std::unique_lock lock(mu_);
+    for (auto* edges : {&outgoing_, &incoming_}) {
+      for (auto& [id, edge] : *edges) Retire(std::move(edge));
+      edges->clear();
+    }
+    changed_.wait(lock, [this] { return retired_.empty(); });
+    stop_ = true;
+    lock.unlock();
+    changed_.notify_all();
+    watchdog_.join();
+  }
+
+  void Open(const Edge& edge, NcclEdge::Role role) {
+    const bool sends = role == NcclEdge::Role::kSend;
+    const uint64_t stage_id = sends ? edge.from_stage_id : edge.to_stage_id;
+    Close(stage_id, role);
+    auto made = std::make_unique<NcclEdge>(&context_, edge, role);
+    std::lock_guard lock(mu_);
+    Edges(role)[stage_id] = std::move(made);
+  }
+
+  void Close(uint64_t stage_id, NcclEdge::Role role) {
+    std::lock_guard lock(mu_);
+    auto& edges = Edges(role);
+    const auto it = edges.find(stage_id);
+    if (it == edges.end()) return;
+    Retire(std::move(it->second));
+    edges.erase(it);
+  }
+
+  // Loop thread: nobody else takes edges out of the maps.
+  NcclEdge* Find(uint64_t stage_id, NcclEdge::Role role) {
+    std::lock_guard lock(mu_);
+    auto& edges = Edges(role);
+    const auto it = edges.find(stage_id);
+    return it == edges.end() ? nullptr : it->second.get();
+  }
+
+ private:
+  using EdgeMap = std::unordered_map<uint64_t, std::unique_ptr<NcclEdge>>;
+
+  EdgeMap& Edges(NcclEdge::Role role) {
+    return role == NcclEdge::Role::kSend ? outgoing_ : incoming_;
+  }
+
+  // REQUIRES: mu_ held.
+  void Retire(std::unique_ptr<NcclEdge> edge) {
+    edge->Drop();
+    retired_.push_back(std::move(edge));
+  }
+
+  void Watch() {
+    std::unique_lock lock(mu_);
+    while (!changed_.wait_for(lock, kWatchdogPeriod, [this] { return stop_; })) {
+      const uint64_t now_us = MonotonicMicros();
+      for (auto* edges : {&outgoing_, &incoming_}) {
+        for (auto& [id, edge] : *edges) edge->Watch(now_us);
+      }
+      for (auto& edge : retired_) edge->Watch(now_us);
+      std::erase_if(retired_, [](const auto& edge) { return edge->finished(); });
+      if (retired_.empty()) changed_.notify_all();
+    }
+  }
+
+  const NcclEdgeContext context_;
+  std::mutex mu_;  // the watchdog reads what the loop writes
+  std::condition_variable changed_;
+  EdgeMap outgoing_;                                // guarded by mu_, by from_stage_id
+  EdgeMap incoming_;                                // guarded by mu_, by to_stage_id
+  std::vector<std::unique_ptr<NcclEdge>> retired_;  // guarded by mu_
+  bool stop_ = false;                               // guarded by mu_
+  std::thread watchdog_;
+};
+
+NcclTransport::NcclTransport(NcclTransportOptions options, const NcclOffer& offer,
+                             NcclEvents events)
+    : impl_(std::make_unique<Impl>(options, offer, std::move(events))) {
+  STRAIT_CHECK(offer.nccl != nullptr && offer.device != nullptr && options.hidden_row_bytes > 0);
+}
+
+NcclTransport::~NcclTransport() = default;
+
+void NcclTransport::Connect(const Edge& edge) {
+  STRAIT_CHECK(edge.over_nccl && edge.max_tokens > 0);
+  impl_->Open(edge, NcclEdge::Role::kSend);
+}
+
+absl::Status NcclTransport::Send(uint64_t from_stage_id, HiddenStep hidden) {
+  NcclEdge* const edge = impl_->Find(from_stage_id, NcclEdge::Role::kSend);
+  if (edge == nullptr) {
+    return absl::FailedPreconditionError(absl::StrCat("stage ", from_stage_id, " has no edge"));
+  }
+  return edge->Send(std::move(hidden));
+}
+
+absl::Status NcclTransport::SendSampled(uint64_t, SampledStep) {
+  return absl::InternalError("sampled ids were given to an edge of hidden states");
+}
+
+void NcclTransport::Disconnect(uint64_t from_stage_id) {
+  impl_->Close(from_stage_id, NcclEdge::Role::kSend);
+}
+
+HiddenBuffer NcclTransport::Memory(uint64_t from_stage_id, size_t bytes) {
+  NcclEdge* const edge = impl_->Find(from_stage_id, NcclEdge::Role::kSend);
+  return edge != nullptr ? edge->Memory(bytes) : HiddenBuffer(std::vector<std::byte>(bytes));
+}
+
+void NcclTransport::Expect(const Edge& edge) {
+  STRAIT_CHECK(edge.over_nccl && edge.max_tokens > 0);
+  impl_->Open(edge, NcclEdge::Role::kReceive);
+}
+
+void NcclTransport::Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens, StepId after) {
+  if (NcclEdge* const edge = impl_->Find(to_stage_id, NcclEdge::Role::kReceive)) {
+    edge->Due(step, num_tokens, after);
+  }
+}
+
+void NcclTransport::Consumed(uint64_t to_stage_id, StepId step) {
+  if (NcclEdge* const edge = impl_->Find(to_stage_id, NcclEdge::Role::kReceive)) {
+    edge->Consumed(step);
+  }
+}
+
+void NcclTransport::Forget(uint64_t to_stage_id) {
+  impl_->Close(to_stage_id, NcclEdge::Role::kReceive);
+}
+
+std::string NcclVersionText(uint32_t version) {
+  return absl::StrCat(version / 10000, ".", version / 100 % 100, ".", version % 100);
+}
+
+}  // namespace strait

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// NcclTransport carries hidden states from device to device, through one NCCL communicator of two
+// ranks an edge and epoch.
+//
+// Owns:    an NcclEdge (a thread, a communicator, a stream, device memory) for every edge, those of
+//          dropped edges until they are torn down; a watchdog thread.
+// Thread:  as Transport. NCCL and the device are called on the edges' threads only.
+// Stream:  one an edge; the stream that computes never waits for it. A step is handed over through
+//          the loop, when it is there.
+// Errors:  as Transport. An NCCL call that does not come back breaks its edge after init_timeout;
+//          one that still has not after abort_timeout cannot be got rid of inside this process:
+//          on_poisoned.
+// Limits:  NcclTransportOptions; kArenaSteps of the largest step in device memory at either end of
+//          an edge, kOpsPosted at once on its stream; kDataQueueBytes wait to be sent.
+// Why:     no word goes with a step: both ends know its rows from the same StepPlan, and steps
+//          follow each other in plan order. Ends that disagreed would hang till the deadline or
+//          hand on wrong rows; but that takes two different plans, which the coordinator sees in
+//          the reports of that step (tables digest, blocks used) and answers with a new epoch,
+//          before a token of it is accepted.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "worker/transport/nccl_api.h"
+#include "worker/transport/slot_arena.h"
+#include "worker/transport/transport.h"
+
+namespace strait {
+
+inline constexpr size_t kArenaSteps = 2;
+inline constexpr size_t kOpsPosted = 4;
+
+struct NcclTransportOptions {
+  uint32_t hidden_row_bytes = 0;
+  // From the id to a communicator. Shorter than the coordinator's patience with an activation, so
+  // that its cause is told.
+  std::chrono::milliseconds init_timeout{15'000};
+  // What is sent must be fetched so soon: the receiver computes a few steps of backlog at most.
+  std::chrono::milliseconds send_timeout{60'000};
+  // A receive waits for the stage before it to compute: longer than the coordinator's own deadline
+  // of a step, which knows better whom to blame.
+  std::chrono::milliseconds receive_timeout{330'000};
+  std::chrono::milliseconds revoke_timeout{5'000};
+  std::chrono::milliseconds abort_timeout{60'000};
+};
+
+struct NcclEvents {
+  TransportEvents transport;
+  // The id of the communicator of an edge that was expected.
+  std::function<void(const Edge&, std::string nccl_id)> on_id;
+  // NCCL hangs for good. The process should end; if this returns, the edge stays as it is.
+  std::function<void(const std::string& why)> on_poisoned;
+};
+
+class NcclEdge;
+
+class NcclTransport final : public Transport {
+ public:
+  NcclTransport(NcclTransportOptions options, const NcclOffer& offer, NcclEvents events);
+  // Waits until every communicator is gone.
+  ~NcclTransport() override;
+
+  // `edge.nccl_id` is the receiver's.
+  void Connect(const Edge& edge) override;
+  // ResourceExhausted also for a step beyond the edge's max_tokens.
+  absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
+  // Internal: sampled ids go over gRPC.
+  absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
+  void Disconnect(uint64_t from_stage_id) override;
+  // On the device; in host memory while there is no room, then it is copied before it is sent.
+  HiddenBuffer Memory(uint64_t from_stage_id, size_t bytes) override;
+  // Makes an id, tells it by on_id, and waits for the sender.
+  void Expect(const Edge& edge) override;
+  // Posts the receive, as soon as there is room for it and step `after` was consumed: a receive
+  // that waits on the device for what this stage has yet to compute could keep it from computing,
+  // as loading a kernel may wait for all that runs.
+  void Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens, StepId after) override;
+  void Forget(uint64_t to_stage_id) override;
+  void Consumed(uint64_t to_stage_id, StepId step) override;
+
+ private:
+  class Impl;
+  const std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace strait
