@@ -6,7 +6,6 @@
 #include <map>
 #include <optional>
 #include <utility>
-#include <variant>
 
 #include "absl/strings/str_cat.h"
 #include "proto/epoch_wire.h"
@@ -20,6 +19,7 @@
 #include "proto/text.h"
 #include "strait/v1/cluster.pb.h"
 #include "worker/edges.h"
+#include "worker/service_events.h"
 #include "worker/service_link.h"
 #include "worker/service_loader.h"
 #include "worker/service_messages.h"
@@ -29,41 +29,6 @@ namespace strait {
 namespace {
 
 constexpr std::chrono::seconds kIdleWait(1);
-
-struct Control {
-  LinkSession session;
-  v1::ToWorker message;
-};
-struct Detached {
-  LinkSession session;
-  absl::Status why;
-};
-struct EdgeUp {
-  Edge edge;
-};
-struct EdgeDown {
-  Edge edge;
-  absl::Status why;
-};
-struct NcclIdMade {
-  Edge edge;
-  std::string id;
-};
-struct Hidden {
-  uint64_t to_stage_id;
-  HiddenStep step;
-};
-struct Sampled {
-  uint64_t to_stage_id;
-  SampledStep step;
-};
-struct Loaded {
-  LoadJob job;
-  absl::StatusOr<std::unique_ptr<StageModel>> model;
-};
-struct StopLoop {};
-using Event = std::variant<Control, Detached, EdgeUp, EdgeDown, NcclIdMade, Hidden, Sampled, Loaded,
-                           StopLoop>;
 
 struct Hosted {
   std::unique_ptr<Stage> stage;  // null while it loads
