@@ -139,8 +139,8 @@ absl::StatusOr<std::unique_ptr<StageModel>> HashBackend::Load(
   const uint64_t bytes =
       weights + uint64_t{spec.pool_blocks} * model_->block_bytes + WorkspaceBytes(*model_, weights);
   if (used_bytes_ + bytes > memory_bytes_) {
-    return absl::ResourceExhaustedError(absl::StrCat("needs ", bytes, " bytes, ", used_bytes_,
-                                                     " of ", memory_bytes_, " are taken"));
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "needs ", bytes, " bytes, ", used_bytes_.load(), " of ", memory_bytes_, " are taken"));
   }
   used_bytes_ += bytes;
   progress(weights, weights);

@@ -8,6 +8,7 @@
 //          whatever `fail_next_forward` says.
 #pragma once
 
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <string>
@@ -46,7 +47,7 @@ class HashBackend : public Backend {
   const ModelShape* const model_;
   const uint64_t memory_bytes_;
   const uint64_t weights_;
-  uint64_t used_bytes_ = 0;
+  std::atomic<uint64_t> used_bytes_ = 0;  // the loader's thread adds, the loop's gives back
 };
 
 }  // namespace strait::sim
