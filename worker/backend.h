@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Backend runs a stage's layers over a batch: the seam between step logic and arithmetic.
-// Implementations: CpuBackend (worker/model), HashBackend (tests/sim), CUDA later.
+// Implementations: CpuBackend (worker/model), CudaBackend (worker/model/cuda), HashBackend
+// (tests/sim).
 //
 // Owns:    a StageModel its weights' mapping and its cache pool; it borrows nothing after Load.
 // Thread:  Backend::Load runs on a loader thread while other stages step; Forward only on the loop

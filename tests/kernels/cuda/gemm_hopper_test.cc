@@ -5,8 +5,8 @@
 // lies beside a matrix, a row or an item is neither read nor written; a row's bits do not depend on
 // the rows beside it; a block that makes many tiles makes each as it would alone.
 #include "kernels/cuda/gemm_internal.h"
-#include "kernels/reference/kernels.h"
 #include "tests/kernels/cuda/device_matrix.h"
+#include "tests/kernels/cuda/gemm_reference.h"
 
 namespace strait {
 namespace {
@@ -14,13 +14,13 @@ namespace {
 using gpu_test::Bf16;
 using gpu_test::Buffer;
 using gpu_test::DeviceMatrices;
+using gpu_test::Expected;
+using gpu_test::Gated;
+using gpu_test::kBf16Bound;
+using gpu_test::kFp32Bound;
 using gpu_test::RelativeError;
 using gpu_test::RoundedToBf16;
 using kernel_test::RandomFloats;
-
-// As in gemm_test.cc: sums in fp32; one rounding to bf16.
-constexpr double kFp32Bound = 3e-5;
-constexpr double kBf16Bound = 0x1p-8 + kFp32Bound;
 
 struct Form {
   WeightType type;
@@ -43,32 +43,6 @@ class CudaGemmHopperTest : public gpu_test::GpuTest {
     int major = 0;
     ASSERT_EQ(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), cudaSuccess);
     if (major != 9) GTEST_SKIP() << "SKIPPED: Hopper's instructions, on another GPU";
-  }
-
-  static std::vector<float> Expected(const std::vector<float>& x, int64_t rows,
-                                     const WeightMatrix& weight) {
-    std::vector<float> y(static_cast<size_t>(rows * weight.rows));
-    GemmParams p;
-    p.x = x.data();
-    p.x_stride = weight.cols;
-    p.num_rows = rows;
-    p.weight = weight;
-    p.y = y.data();
-    p.y_stride = weight.rows;
-    reference::Gemm(p);
-    return y;
-  }
-
-  static std::vector<float> Gated(const std::vector<float>& gate, const std::vector<float>& up) {
-    std::vector<float> y(gate.size());
-    SiluMulParams p;
-    p.gate = gate.data();
-    p.up = up.data();
-    p.y = y.data();
-    p.num_rows = 1;
-    p.gate_stride = p.up_stride = p.y_stride = p.dim = static_cast<int64_t>(gate.size());
-    reference::SiluMul(p);
-    return y;
   }
 
   // Rows of x, NaN between them and in 128 rows after them.

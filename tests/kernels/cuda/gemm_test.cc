@@ -6,8 +6,8 @@
 // on the other rows.
 #include "kernels/cuda/gemm.h"
 
-#include "kernels/reference/kernels.h"
 #include "tests/kernels/cuda/device_matrix.h"
+#include "tests/kernels/cuda/gemm_reference.h"
 
 namespace strait {
 namespace {
@@ -15,47 +15,18 @@ namespace {
 using gpu_test::Bf16;
 using gpu_test::Buffer;
 using gpu_test::DeviceMatrices;
+using gpu_test::Expected;
+using gpu_test::Gated;
+using gpu_test::kBf16Bound;
+using gpu_test::kFp32Bound;
 using gpu_test::PaddedRows;
 using gpu_test::RelativeError;
 using gpu_test::RoundedToBf16;
 using kernel_test::RandomFloats;
 
-// Products of bf16 are exact in fp32; sums of up to 8,192 of them in fp32 by the tensor core, whose
-// additions cut instead of rounding: 2^-22 a step, far below sqrt(8192) steps of it.
-constexpr double kFp32Bound = 3e-5;
-// One rounding to bf16 moves no element by more than 2^-8 of it, and so no norm (cutting, twice that, would be seen:
-// 2^-7 / sqrt(3) of the norm). A tighter bound would hold for many elements only, and some tests have 16.
-constexpr double kBf16Bound = 0x1p-8 + kFp32Bound;
-
 class CudaGemmTest : public gpu_test::GpuTest {
  protected:
   CudaGemmTest() : rng_(kernel_test::Seed()) {}
-
-  static std::vector<float> Expected(const std::vector<float>& x, int64_t rows,
-                                     const WeightMatrix& weight) {
-    std::vector<float> y(static_cast<size_t>(rows * weight.rows));
-    GemmParams p;
-    p.x = x.data();
-    p.x_stride = weight.cols;
-    p.num_rows = rows;
-    p.weight = weight;
-    p.y = y.data();
-    p.y_stride = weight.rows;
-    reference::Gemm(p);
-    return y;
-  }
-
-  static std::vector<float> Gated(const std::vector<float>& gate, const std::vector<float>& up) {
-    std::vector<float> y(gate.size());
-    SiluMulParams p;
-    p.gate = gate.data();
-    p.up = up.data();
-    p.y = y.data();
-    p.num_rows = 1;
-    p.gate_stride = p.up_stride = p.y_stride = p.dim = static_cast<int64_t>(gate.size());
-    reference::SiluMul(p);
-    return y;
-  }
 
   kernel_test::Rng rng_;
 };

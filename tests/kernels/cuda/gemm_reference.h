@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What tests of products compare with: the reference twin's results, and how far a GPU's may be.
+#pragma once
+
+#include <vector>
+
+#include "kernels/reference/kernels.h"
+
+namespace strait::gpu_test {
+
+// Products of bf16 are exact in fp32; sums of up to 8,192 of them in fp32 by the tensor core, whose
+// additions cut instead of rounding: 2^-22 a step, far below sqrt(8192) steps of it.
+inline constexpr double kFp32Bound = 3e-5;
+// One rounding to bf16 moves no element by more than 2^-8 of it, and so no norm (cutting, twice that, would be seen:
+// 2^-7 / sqrt(3) of the norm). A tighter bound would hold for many elements only, and some tests have 16.
+inline constexpr double kBf16Bound = 0x1p-8 + kFp32Bound;
+
+inline std::vector<float> Expected(const std::vector<float>& x, int64_t rows,
+                                   const WeightMatrix& weight) {
+  std::vector<float> y(static_cast<size_t>(rows * weight.rows));
+  GemmParams p;
+  p.x = x.data();
+  p.x_stride = weight.cols;
+  p.num_rows = rows;
+  p.weight = weight;
+  p.y = y.data();
+  p.y_stride = weight.rows;
+  reference::Gemm(p);
+  return y;
+}
+
+inline std::vector<float> Gated(const std::vector<float>& gate, const std::vector<float>& up) {
+  std::vector<float> y(gate.size());
+  SiluMulParams p;
+  p.gate = gate.data();
+  p.up = up.data();
+  p.y = y.data();
+  p.num_rows = 1;
+  p.gate_stride = p.up_stride = p.y_stride = p.dim = static_cast<int64_t>(gate.size());
+  reference::SiluMul(p);
+  return y;
+}
+
+}  // namespace strait::gpu_test
