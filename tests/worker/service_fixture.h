@@ -23,6 +23,7 @@
 #include "proto/rpc/stream.h"
 #include "strait/v1/cluster.grpc.pb.h"
 #include "tests/sim/hash_backend.h"
+#include "tests/sim/oracle.h"
 #include "worker/service.h"
 
 namespace strait {
@@ -184,6 +185,41 @@ class WorkerTest : public testing::Test {
         << message.ShortDebugString();
   }
   // Both stages of one pipeline on this worker: the edge is a connection to itself.
+  // Two steps of one sequence in each of two epochs of stages 1 and 2; activate(epoch) enters one.
+  template <class Activate>
+  void RunTwoEpochs(Activate activate) {
+    const std::vector<TokenId> prompt = {5, 6, 7, 8};
+    SequenceSpec spec;
+    spec.prompt = prompt;
+    spec.max_tokens = 2;
+    spec.ignore_eos = true;
+    spec.seed = 3;
+    spec.temperature = 0;
+    const sim::Expected expected = sim::Expect(spec, shape_);
+    for (uint64_t epoch : {1, 2}) {
+      activate(epoch);
+      for (uint64_t step : {1, 2}) {
+        const std::vector<TokenId> tokens =
+            step == 1 ? prompt : std::vector<TokenId>{expected.tokens[0].id};
+        for (uint64_t stage : {1, 2}) {
+          coordinator_.Send(Plan(stage, epoch, step, tokens, step == 1 ? 0 : 4, step == 1));
+        }
+        std::set<uint64_t> reported;
+        while (reported.size() < 2) {
+          const v1::FromWorker message = coordinator_.Answer();
+          ASSERT_TRUE(message.has_report()) << message.ShortDebugString();
+          ASSERT_EQ(message.report().error_code(), 0u) << message.ShortDebugString();
+          EXPECT_EQ(message.report().step_id(), step);
+          EXPECT_EQ(message.report().blocks_used(), 3u);
+          reported.insert(message.report().stage_id());
+          if (message.report().stage_id() != 2) continue;
+          ASSERT_EQ(message.report().results_size(), 1);
+          EXPECT_EQ(message.report().results(0).sampled().token_id(), expected.tokens[step - 1].id);
+        }
+      }
+    }
+  }
+
   void TwoStages(uint64_t counter) {
     v1::ToWorker first = Activation(1, counter, 0, 2);
     first.mutable_activate_stage()->set_next_stage_id(2);

@@ -2,7 +2,6 @@
 //
 // Defends: a worker makes the id of an NCCL edge when it is asked to, joins the edge whose id it is
 // told, runs steps over it, and names the edge when it fails, so that the next epoch can do without.
-#include "tests/sim/oracle.h"
 #include "tests/worker/service_fixture.h"
 #include "tests/worker/transport/fake_nccl.h"
 
@@ -76,35 +75,7 @@ TEST_F(NcclWorkerTest, SaysWhatNcclItHas) {
 
 TEST_F(NcclWorkerTest, RunsStepsOverNcclAndAnEpochLater) {
   LoadBoth();
-  const std::vector<TokenId> prompt = {5, 6, 7, 8};
-  SequenceSpec spec;
-  spec.prompt = prompt;
-  spec.max_tokens = 2;
-  spec.ignore_eos = true;
-  spec.seed = 3;
-  spec.temperature = 0;
-  const sim::Expected expected = sim::Expect(spec, shape_);
-  for (uint64_t epoch : {1, 2}) {
-    TwoStagesOverNccl(epoch);
-    for (uint64_t step : {1, 2}) {
-      const std::vector<TokenId> tokens =
-          step == 1 ? prompt : std::vector<TokenId>{expected.tokens[0].id};
-      for (uint64_t stage : {1, 2}) {
-        coordinator_.Send(Plan(stage, epoch, step, tokens, step == 1 ? 0 : 4, step == 1));
-      }
-      std::set<uint64_t> reported;
-      while (reported.size() < 2) {
-        const v1::FromWorker message = coordinator_.Answer();
-        ASSERT_TRUE(message.has_report()) << message.ShortDebugString();
-        ASSERT_EQ(message.report().error_code(), 0u) << message.ShortDebugString();
-        EXPECT_EQ(message.report().step_id(), step);
-        reported.insert(message.report().stage_id());
-        if (message.report().stage_id() != 2) continue;
-        ASSERT_EQ(message.report().results_size(), 1);
-        EXPECT_EQ(message.report().results(0).sampled().token_id(), expected.tokens[step - 1].id);
-      }
-    }
-  }
+  RunTwoEpochs([this](uint64_t epoch) { TwoStagesOverNccl(epoch); });
   EXPECT_EQ(num_posted(), 8) << "hidden states went another way";
 }
 

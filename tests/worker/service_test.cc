@@ -11,7 +11,6 @@
 #include <thread>
 
 #include "proto/version.h"
-#include "tests/sim/oracle.h"
 #include "tests/worker/service_fixture.h"
 
 namespace strait {
@@ -149,36 +148,7 @@ TEST_F(WorkerTest, RunsStepsThroughTwoStagesAndAnEpochLater) {
   Load(2, 3, 6);
   ExpectState(1, v1::StageState::LOADED);
   ExpectState(2, v1::StageState::LOADED);
-  const std::vector<TokenId> prompt = {5, 6, 7, 8};
-  SequenceSpec spec;
-  spec.prompt = prompt;
-  spec.max_tokens = 2;
-  spec.ignore_eos = true;
-  spec.seed = 3;
-  spec.temperature = 0;
-  const sim::Expected expected = sim::Expect(spec, shape_);
-  for (uint64_t epoch : {1, 2}) {
-    TwoStages(epoch);
-    for (uint64_t step : {1, 2}) {
-      const std::vector<TokenId> tokens =
-          step == 1 ? prompt : std::vector<TokenId>{expected.tokens[0].id};
-      for (uint64_t stage : {1, 2}) {
-        coordinator_.Send(Plan(stage, epoch, step, tokens, step == 1 ? 0 : 4, step == 1));
-      }
-      std::set<uint64_t> reported;
-      while (reported.size() < 2) {
-        const v1::FromWorker message = coordinator_.Answer();
-        ASSERT_TRUE(message.has_report()) << message.ShortDebugString();
-        ASSERT_EQ(message.report().error_code(), 0u) << message.ShortDebugString();
-        EXPECT_EQ(message.report().step_id(), step);
-        EXPECT_EQ(message.report().blocks_used(), 3u);
-        reported.insert(message.report().stage_id());
-        if (message.report().stage_id() != 2) continue;
-        ASSERT_EQ(message.report().results_size(), 1);
-        EXPECT_EQ(message.report().results(0).sampled().token_id(), expected.tokens[step - 1].id);
-      }
-    }
-  }
+  RunTwoEpochs([this](uint64_t epoch) { TwoStages(epoch); });
   // A plan of the epoch before is dropped; one that leaves a gap is refused.
   coordinator_.Send(Plan(1, 1, 3, {4}, 5, false));
   coordinator_.Send(Plan(1, 2, 7, {4}, 5, false));
