@@ -92,6 +92,20 @@ class Side {
     std::fprintf(stderr, "%s\n", offer_.nccl->Text(code).c_str());
     std::exit(1);
   }
+  // A communicator in which this process is `rank`; the one that is 1, who receives, makes the id.
+  NcclComm* Join(int rank) {
+    std::string id;
+    if (rank == 1) {
+      STRAIT_CHECK(offer_.nccl->MakeId(&id) == kNcclSuccess);
+      Tell(id);
+    } else {
+      id = Hear();
+    }
+    NcclComm* comm = nullptr;
+    const NcclCode begun = offer_.nccl->Init(&comm, id, rank);
+    Settle(comm, begun);
+    return comm;
+  }
   template <class Round>
   double MedianHop(int rounds, Round round) {
     std::vector<double> hops;
@@ -114,35 +128,29 @@ double Side::Bare(const Size& size) {
   NcclApi& nccl = *offer_.nccl;
   EdgeDevice& device = *offer_.device;
   const size_t bytes = size_t{size.tokens} * kRowBytes;
-  std::string id;
-  if (rank_ == 1) {
-    STRAIT_CHECK(nccl.MakeId(&id) == kNcclSuccess);
-    Tell(id);
-  } else {
-    id = Hear();
-  }
-  NcclComm* comm = nullptr;
-  const NcclCode begun = nccl.Init(&comm, id, rank_);
-  Settle(comm, begun);
+  // As the transport has them: one communicator each way, whose rank 0 sends.
+  NcclComm* const there = Join(rank_);
+  NcclComm* const back = Join(1 - rank_);
   std::byte* const data = Must(device.Take(bytes));
   void* const stream = Must(device.MakeStream());
   void* const event = Must(device.MakeEvent());
   const double hop = MedianHop(size.rounds, [&] {
-    for (const bool first : {true, false}) {
-      if (first == (rank_ == 0)) {
-        Settle(comm, nccl.Send(comm, data, bytes, stream));
-      } else {
-        Settle(comm, nccl.Receive(comm, data, bytes, stream));
-      }
+    if (rank_ == 0) {
+      Settle(there, nccl.Send(there, data, bytes, stream));
+      Settle(back, nccl.Receive(back, data, bytes, stream));
+    } else {
+      Settle(there, nccl.Receive(there, data, bytes, stream));
+      Settle(back, nccl.Send(back, data, bytes, stream));
     }
     Must(device.Record(event, stream));
     while (!Must(device.Done(event))) {
     }
   });
   // Both are done before either leaves.
-  Tell(id);
+  Tell(std::string(limits::kNcclIdBytes, 'x'));
   (void)Hear();
-  (void)nccl.Abort(comm);
+  (void)nccl.Abort(there);
+  (void)nccl.Abort(back);
   device.FreeEvent(event);
   device.FreeStream(stream);
   device.Give(data);
