@@ -5,11 +5,12 @@
 // A unit of work is 16 outputs of up to 8 * kTokenTiles rows. A team of warps takes the 128-wide
 // pieces of K in turn, and their sums are added in order at the end; all eight warps of a block are
 // a team, or two, four or eight teams work on as many units, so that with 11 pieces (K = 1,408) not
-// five warps of eight sit out every second turn. As many blocks as run at once take all units, each
-// warp loading its next piece, of the next unit too, while it multiplies one. Weights are the tensor core's A
-// operand and go from memory to registers: a lane loads 16 contiguous bytes of two rows of W and of
-// one row of x; that they are other k than the fragment's layout names does not matter, as both
-// operands are permuted alike.
+// five warps of eight sit out every second turn. As many blocks as run at once take all units. Each
+// warp has a ring of pieces in shared memory, which it fills by asynchronous copies, of the next units
+// too, while it multiplies the oldest: 96 KiB and more of a multiprocessor are on their way, whatever
+// the sums wait for. Weights are the tensor core's A operand: a lane copies and reads 16 contiguous
+// bytes of two rows of W, and reads as many of one row of x; that they are other k than the fragment's
+// layout names does not matter, as both operands are permuted alike.
 //
 // Intensity: 2 M flops a weight; 1 byte (fp8) or 2 (bf16) a weight. Limit: reading memory; at M = 64
 // x comes from L2 four times as much as W from memory.
@@ -23,18 +24,33 @@
 namespace strait::cuda {
 namespace {
 
+using few_rows::CopyPiece;
 using few_rows::kPiece;
 using few_rows::kRows;
-using few_rows::Load;
 using few_rows::Multiply;
 using few_rows::Piece;
 using few_rows::Rows;
+using few_rows::ScaleOf;
+using few_rows::Vec;
 
 constexpr int kWarps = kGemmWarps;
 
-// Blocks of a multiprocessor: more rows of x take more registers, and one block of eight warps with
-// two pieces each has 64 KiB on their way.
+// Blocks of a multiprocessor: more rows of x take more registers.
 constexpr int BlocksEach(int token_tiles) { return token_tiles == 1 ? 2 : 1; }
+
+// Pieces of a warp's ring. Where a multiprocessor has 228 KiB of shared memory, its blocks take about
+// 200 of them; elsewhere two pieces.
+#if !defined(__CUDA_ARCH__) || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1100)
+constexpr bool kDeepRing = true;
+#else
+constexpr bool kDeepRing = false;
+#endif
+template <bool kFp8, int kTokenTiles>
+constexpr int RingPieces(bool deep) {
+  if (!deep) return 2;
+  constexpr int kOfBf16 = kTokenTiles == 1 ? 3 : kTokenTiles == 2 ? 6 : kTokenTiles == 4 ? 4 : 2;
+  return kOfBf16 * (kFp8 ? 2 : 1);
+}
 
 // The warps that work on one unit; a power of two.
 struct Team {
@@ -77,14 +93,13 @@ __device__ __forceinline__ void AddWarps(const Team& team, const float (&sums)[k
 
 // Where a warp is in its team's work: units of 16 rows of W (of both matrices, if gated) for the rows
 // of one item; a team takes every num_teams-th.
-template <bool kFp8, bool kGated>
+template <bool kGated>
 struct Cursor {
   int unit;
   int n0;
   int k0;
   bool up;  // in the second matrix
   GemmItem item;
-  Rows<kFp8> rows;
 
   __device__ __forceinline__ void Enter(const GemmParams& p, const Team& team, int tile_rows,
                                         int at) {
@@ -94,7 +109,6 @@ struct Cursor {
     k0 = team.warp() * kPiece;
     up = false;
     item = ItemOf(p, tile_rows, at / units_each);
-    rows = Rows<kFp8>(p, p.weight, item.group, n0);
   }
   // To the next piece; false: the team's work is done.
   __device__ __forceinline__ bool Next(const GemmParams& p, const Team& team, int tile_rows,
@@ -104,88 +118,117 @@ struct Cursor {
     if (kGated && !up) {
       up = true;
       k0 = team.warp() * kPiece;
-      rows = Rows<kFp8>(p, p.up, item.group, n0);
       return true;
     }
     if (unit + num_teams >= num_units) return false;
     Enter(p, team, tile_rows, unit + num_teams);
     return true;
   }
+  __device__ __forceinline__ const Matrix& matrix(const GemmParams& p) const {
+    return kGated && up ? p.up : p.weight;
+  }
 };
 
-// Pieces after a team's first that are asked for before the kernel before has ended.
-constexpr int kPiecesAhead = 3;
+// Fills a warp's ring, piece after piece.
+template <bool kFp8, bool kGated, int kPieces>
+class Feeder {
+ public:
+  // `ring`: this lane's 16 bytes of the warp's first slot.
+  __device__ __forceinline__ Feeder(const GemmParams& p, const Team& team, int tile_rows,
+                                    int num_units, int num_teams, uint32_t ring)
+      : p_(p),
+        team_(team),
+        tile_rows_(tile_rows),
+        num_units_(num_units),
+        num_teams_(num_teams),
+        ring_(ring) {}
 
-// Brings the next pieces of W that this warp will read into L2.
-template <bool kFp8>
-__device__ __forceinline__ void PrefetchPieces(const GemmParams& p, const Team& team, int group,
-                                               int n0, int k0) {
-  constexpr int kElement = kFp8 ? 1 : 2;
-  constexpr int kLine = 128;
-  constexpr int kLines = kPiece * kElement / kLine;  // of a row of a piece
-  const int lane = threadIdx.x % 32;
-  if (lane >= kRows * kLines) return;
-  const int row = min(n0 + lane / kLines, p.weight.rows - 1);
-  const char* const from =
-      static_cast<const char*>(p.weight.data) +
-      (group * p.weight_group_stride + int64_t{row} * p.weight.stride) * kElement;
+  __device__ __forceinline__ void Start(int unit) {
+    at_.Enter(p_, team_, tile_rows_, unit);
+    Point();
+    more_ = true;
 #pragma unroll
-  for (int i = 1; i <= kPiecesAhead; ++i) {
-    const int k = k0 + i * team.warps * kPiece + lane % kLines * (kLine / kElement);
-    if (k < p.weight.cols) {
-      PrefetchLine(from + int64_t{k} * kElement);
-    }
+    for (int i = 0; i < kPieces; ++i) Fill(i);
   }
+  // Asks for the next piece, if there is one; a group of copies in any case.
+  __device__ __forceinline__ void Fill(int slot) {
+    if (more_) {
+      CopyPiece<kFp8>(ring_ + slot * Piece<kFp8>::kBytes, rows_.w0, rows_.w1, at_.k0,
+                      p_.weight.cols);
+      const int unit = at_.unit;
+      const bool up = at_.up;
+      more_ = at_.Next(p_, team_, tile_rows_, num_units_, num_teams_);
+      if (more_ && (at_.unit != unit || at_.up != up)) Point();
+    }
+    CommitCopies();
+  }
+
+ private:
+  __device__ __forceinline__ void Point() {
+    rows_ = Rows<kFp8>(p_, at_.matrix(p_), at_.item.group, at_.n0);
+  }
+
+  const GemmParams& p_;
+  const Team& team_;
+  const int tile_rows_;
+  const int num_units_;
+  const int num_teams_;
+  const uint32_t ring_;
+  Cursor<kGated> at_;
+  Rows<kFp8> rows_;
+  bool more_ = false;
+};
+
+template <int kTokenTiles>
+constexpr int SumBytes(bool gated) {
+  return (gated ? 2 : 1) * kWarps * 8 * kTokenTiles * (kRows + 1) * 4;
 }
 
 // The part of the product p that block `block` of `num_blocks` makes. Every warp of a team goes
-// through the same units; its pieces of them follow each other without a gap: the next one, of the
-// next unit too, is on its way while one is multiplied.
+// through the same units.
 template <bool kFp8, bool kGated, int kTokenTiles>
 __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_blocks,
-                                      float* memory) {
+                                      unsigned char* memory) {
   constexpr int kTileRows = 8 * kTokenTiles;
+  constexpr int kPieces = RingPieces<kFp8, kTokenTiles>(kDeepRing);
+  constexpr int kPieceBytes = Piece<kFp8>::kBytes;
   const int k_end = p.weight.cols;
   const Team team(k_end);
   // Neighbouring units go to different blocks: where there are few, all multiprocessors read.
   const int first = block + num_blocks * team.index();
   const int num_teams = num_blocks * (kWarps / team.warps);
+  unsigned char* const ring =
+      memory + threadIdx.x / 32 * (kPieces * kPieceBytes) + threadIdx.x % 32 * 16;
   auto* const shared =
-      reinterpret_cast<float(*)[kTileRows][kRows + 1]>(memory) + team.index() * team.warps;
+      reinterpret_cast<float(*)[kTileRows][kRows + 1]>(memory + kWarps * kPieces * kPieceBytes) +
+      team.index() * team.warps;
   const int units_each = (p.weight.rows + kRows - 1) / kRows;
-  Cursor<kFp8, kGated> at;
-  Piece<kFp8> piece;
   // Which weights a team reads first is known early unless a list says it: reading begins before
   // the kernel before has ended.
   const bool early = p.tiles == nullptr;
-  int num_units = p.num_groups * ((p.num_rows + kTileRows - 1) / kTileRows) * units_each;
-  if (early && first < num_units) {
-    at.Enter(p, team, kTileRows, first);
-    Load(piece, at.rows.w0, at.rows.w1, at.k0, k_end);
-    PrefetchPieces<kFp8>(p, team, at.item.group, at.n0, at.k0);
-  }
-  WaitForEarlier();
+  if (!early) WaitForEarlier();
+  const int num_units = early
+                            ? p.num_groups * ((p.num_rows + kTileRows - 1) / kTileRows) * units_each
+                            : *p.num_tiles * units_each;
+  Feeder<kFp8, kGated, kPieces> feeder(p, team, kTileRows, num_units, num_teams,
+                                       SharedAddress(ring));
+  if (first < num_units) feeder.Start(first);
+  if (early) WaitForEarlier();
   StartNext();
-  if (!early) num_units = *p.num_tiles * units_each;
   if (first >= num_units) return;
-  if (!early) {
-    at.Enter(p, team, kTileRows, first);
-    Load(piece, at.rows.w0, at.rows.w1, at.k0, k_end);
-  }
+  Cursor<kGated> at;
+  at.Enter(p, team, kTileRows, first);
   const int token = threadIdx.x % 32 / 4;
   const Bf16* x[kTokenTiles];
   float sums[kGated ? 2 : 1][kTokenTiles][4] = {};
   int x_item = -1;  // whose rows x are
-  // Multiplies one piece while the next is on its way; false: that was the last. Two pieces take
-  // turns: copying one to the other would wait for it.
-  const auto step = [&](const Piece<kFp8>& piece, Piece<kFp8>& next) __attribute__((always_inline))
-                        ->bool {
+  bool more = true;
+  for (int slot = 0; more; slot = slot + 1 == kPieces ? 0 : slot + 1) {
     const GemmItem item = at.item;
     const int unit = at.unit;
     const int n0 = at.n0;
     const int k0 = at.k0;
     const bool up = at.up;
-    const float* const scales = at.rows.scales;
     if (unit / units_each != x_item) {
       x_item = unit / units_each;
 #pragma unroll
@@ -197,11 +240,12 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
         x[t] = p.x + item.group * p.x_group_stride + row * p.x_stride;
       }
     }
-    const bool more = at.Next(p, team, kTileRows, num_units, num_teams);
-    if (more) Load(next, at.rows.w0, at.rows.w1, at.k0, k_end);
+    const float scale = ScaleOf<kFp8>(p, at.matrix(p), item.group, n0, k0);
+    more = at.Next(p, team, kTileRows, num_units, num_teams);
     float partial[kTokenTiles][4] = {};
-    Multiply(piece, x, k0, k_end, partial);
-    const float scale = kFp8 && k0 < k_end ? scales[k0 / kScaleBlock] : 1.0f;
+    Multiply<kFp8, kTokenTiles, kPieces - 1>(
+        reinterpret_cast<const Vec*>(ring + slot * kPieceBytes), x, k0, k_end, partial);
+    feeder.Fill(slot);
 #pragma unroll
     for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
@@ -213,7 +257,7 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
         }
       }
     }
-    if (more && at.unit == unit) return true;
+    if (more && at.unit == unit) continue;
 
     AddWarps<kTokenTiles>(team, sums[0], shared);
     if (kGated) AddWarps<kTokenTiles>(team, sums[kGated], shared + kWarps);
@@ -236,17 +280,13 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[0][t][i] = sums[kGated][t][i] = 0;
     }
-    return more;
-  };
-  Piece<kFp8> other;
-  while (step(piece, other) && step(other, piece)) {
   }
 }
 
 template <bool kFp8, bool kGated, int kTokenTiles>
 __global__ void __launch_bounds__(kWarps * 32, BlocksEach(kTokenTiles))
     FewRows(const __grid_constant__ GemmParams p) {
-  auto* const memory = DynamicShared<float>();
+  auto* const memory = DynamicShared<unsigned char>();
   Block<kFp8, kGated, kTokenTiles>(p, blockIdx.x, gridDim.x, memory);
 }
 
@@ -255,7 +295,7 @@ template <bool kFp8, int kTokenTiles>
 __global__ void __launch_bounds__(kWarps * 32, BlocksEach(kTokenTiles))
     FewRowsPair(const __grid_constant__ GemmParams a, const __grid_constant__ GemmParams b,
                 const int a_blocks) {
-  auto* const memory = DynamicShared<float>();
+  auto* const memory = DynamicShared<unsigned char>();
   const int block = blockIdx.x;
   if (block < a_blocks) {
     Block<kFp8, false, kTokenTiles>(a, block, a_blocks, memory);
@@ -275,23 +315,36 @@ int64_t NumUnits(const GemmParams& p) {
   return NumItems(p, 8 * kTokenTiles) * ((p.weight.rows + kRows - 1) / kRows);
 }
 
-template <int kTokenTiles>
-constexpr int SharedBytes(bool gated) {
-  return (gated ? 2 : 1) * kWarps * 8 * kTokenTiles * (kRows + 1) * 4;
+// Whether the current device's code has the deep rings.
+bool DeepRings() {
+  static const bool deep = [] {
+    int device = 0;
+    int major = 0;
+    return cudaGetDevice(&device) == cudaSuccess &&
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
+               cudaSuccess &&
+           (major == 9 || major == 10);
+  }();
+  return deep;
+}
+
+template <bool kFp8, int kTokenTiles>
+int SharedBytes(bool gated) {
+  return kWarps * RingPieces<kFp8, kTokenTiles>(DeepRings()) * Piece<kFp8>::kBytes +
+         SumBytes<kTokenTiles>(gated);
 }
 
 template <bool kFp8, bool kGated, int kTokenTiles>
 cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
-  constexpr int kBytes = SharedBytes<kTokenTiles>(kGated);
   const dim3 grid(static_cast<unsigned>(
       std::min<int64_t>(NumUnits<kTokenTiles>(p), ResidentBlocks<kTokenTiles>())));
   const auto kernel = FewRows<kFp8, kGated, kTokenTiles>;
-  return LaunchWithShared(kernel, grid, kWarps * 32, kBytes, stream, p);
+  return LaunchWithShared(kernel, grid, kWarps * 32, SharedBytes<kFp8, kTokenTiles>(kGated), stream,
+                          p);
 }
 
 template <bool kFp8, int kTokenTiles>
 cudaError_t LaunchPair(const GemmParams& a, const GemmParams& b, cudaStream_t stream) {
-  constexpr int kBytes = SharedBytes<kTokenTiles>(false);
   // Both at once where they fit; else in proportion.
   const int64_t a_units = NumUnits<kTokenTiles>(a);
   const int64_t b_units = NumUnits<kTokenTiles>(b);
@@ -304,8 +357,8 @@ cudaError_t LaunchPair(const GemmParams& a, const GemmParams& b, cudaStream_t st
   }
   const dim3 grid(static_cast<unsigned>(a_blocks + b_blocks));
   const auto kernel = FewRowsPair<kFp8, kTokenTiles>;
-  return LaunchWithShared(kernel, grid, kWarps * 32, kBytes, stream, a, b,
-                          static_cast<int>(a_blocks));
+  return LaunchWithShared(kernel, grid, kWarps * 32, SharedBytes<kFp8, kTokenTiles>(false), stream,
+                          a, b, static_cast<int>(a_blocks));
 }
 
 // Calls `launch` with the number of token tiles as a constant.

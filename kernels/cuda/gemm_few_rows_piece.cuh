@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Piece: 16 rows of a weight by 128 of K, as a warp of the few-rows kernel holds it in registers, and
-// its product with rows of x.
+// Piece: 16 rows of a weight by 128 of K, as a warp of the few-rows kernel copies it to its part of
+// shared memory, and its product with rows of x. A lane reads only what it copied itself: waiting for
+// its own copies is all that orders the two.
 #pragma once
 
 #include "kernels/cuda/common.cuh"
@@ -12,14 +13,9 @@ namespace strait::cuda::few_rows {
 inline constexpr int kRows = 16;           // of W, a team
 inline constexpr int kPiece = kGemmPiece;  // of K, a warp at a time; one fp8 scale
 
-struct Vec {
-  uint32_t v[4];  // 16 bytes
+struct alignas(16) Vec {
+  uint32_t v[4];
 };
-
-__device__ __forceinline__ Vec LoadWeight(const void* from) {
-  const uint4 value = __ldcs(static_cast<const uint4*>(from));  // read once
-  return {{value.x, value.y, value.z, value.w}};
-}
 
 // An ordinary load: the read-only path may not see what a kernel wrote that ran beside this one.
 __device__ __forceinline__ Vec LoadX(const Bf16* from) {
@@ -36,74 +32,42 @@ __device__ __forceinline__ void KeepBf16(Vec& vec, int count) {
   }
 }
 
-// Keeps the first `count` of 16 codes.
-__device__ __forceinline__ void KeepCodes(Vec& vec, int count) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int bytes = count - 4 * i;
-    if (bytes <= 0) vec.v[i] = 0;
-    if (bytes > 0 && bytes < 4) vec.v[i] &= (1u << (8 * bytes)) - 1;
-  }
-}
-
 inline constexpr Vec kZero = {{0, 0, 0, 0}};
 
-// A 128-wide piece of 16 rows of W, as a lane holds it: rows r and r + 8.
+// A 128-wide piece of 16 rows of W: a lane has 16 bytes each of rows r and r + 8, kChunks times.
 template <bool kFp8>
 struct Piece {
-  static constexpr int kLane = kFp8 ? 16 : 8;  // elements that a lane loads at once
+  static constexpr int kLane = kFp8 ? 16 : 8;  // elements that a lane copies at once
   static constexpr int kChunk = 4 * kLane;
-  Vec weights[kPiece / kChunk][2];
+  static constexpr int kChunks = kPiece / kChunk;
+  static constexpr int kBytes = kRows * kPiece * (kFp8 ? 1 : 2);
 };
 
-// kTail: the piece goes beyond K, and what lies there counts as zero.
-template <bool kFp8, bool kTail>
-__device__ __forceinline__ void LoadPart(Piece<kFp8>& piece, const char* w0, const char* w1, int k0,
-                                         int k_end) {
-  using P = Piece<kFp8>;
-  const int j = threadIdx.x % 4;
-#pragma unroll
-  for (int c = 0; c < kPiece / P::kChunk; ++c) {
-    const int k = k0 + c * P::kChunk + j * P::kLane;
-    const int64_t offset = int64_t{k} * (kFp8 ? 1 : 2);
-    if (!kTail || k < k_end) {
-      piece.weights[c][0] = LoadWeight(w0 + offset);
-      piece.weights[c][1] = LoadWeight(w1 + offset);
-    } else {
-      piece.weights[c][0] = piece.weights[c][1] = kZero;
-    }
-    if (kTail && k < k_end && k + P::kLane > k_end) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (kFp8) {
-          KeepCodes(piece.weights[c][r], k_end - k);
-        } else {
-          KeepBf16(piece.weights[c][r], k_end - k);
-        }
-      }
-    }
-  }
-}
-
-// One branch for the whole piece, so that all its loads are issued together.
+// Begins to copy a piece to `to`, this lane's 16 bytes in the warp's slot; what lies beyond K becomes
+// zero.
 template <bool kFp8>
-__device__ __forceinline__ void Load(Piece<kFp8>& piece, const char* w0, const char* w1, int k0,
-                                     int k_end) {
-  if (k0 + kPiece <= k_end) {
-    LoadPart<kFp8, false>(piece, w0, w1, k0, k_end);
-  } else {
-    LoadPart<kFp8, true>(piece, w0, w1, k0, k_end);
+__device__ __forceinline__ void CopyPiece(uint32_t to, const char* w0, const char* w1, int k0,
+                                          int k_end) {
+  using P = Piece<kFp8>;
+  constexpr int kElement = kFp8 ? 1 : 2;
+  const int first = k0 + threadIdx.x % 4 * P::kLane;
+#pragma unroll
+  for (int c = 0; c < P::kChunks; ++c) {
+    const int k = first + c * P::kChunk;
+    const int valid = max(0, min(16, (k_end - k) * kElement));
+    const int64_t offset = valid > 0 ? int64_t{k} * kElement : 0;
+    CopyAsync(to + (2 * c) * 512, w0 + offset, valid);
+    CopyAsync(to + (2 * c + 1) * 512, w1 + offset, valid);
   }
 }
 
-template <bool kFp8, int kTokenTiles, bool kTail>
-__device__ __forceinline__ void MultiplyPart(const Piece<kFp8>& piece,
-                                             const Bf16* const (&x)[kTokenTiles], int k0, int k_end,
-                                             float (&sums)[kTokenTiles][4]) {
+template <bool kFp8, int kTokenTiles, int kPending, bool kTail>
+__device__ __forceinline__ void MultiplyPart(const Vec* from, const Bf16* const (&x)[kTokenTiles],
+                                             int k0, int k_end, float (&sums)[kTokenTiles][4]) {
   using P = Piece<kFp8>;
   const int j = threadIdx.x % 4;
   constexpr int kHalves = P::kLane / 8;  // 8 k at a time: 16 bytes of x
-  constexpr int kXLoads = kPiece / P::kChunk * kHalves;
+  constexpr int kXLoads = P::kChunks * kHalves;
   // Up to 16 rows of x are on their way before the first weight is looked at; more have no registers.
   constexpr int kAhead = kTokenTiles <= 2 ? kXLoads : 1;
   Vec b[kAhead][kTokenTiles];
@@ -120,6 +84,7 @@ __device__ __forceinline__ void MultiplyPart(const Piece<kFp8>& piece,
 #pragma unroll
     for (int i = 0; i < kXLoads; ++i) load_x(i, b[i % kAhead]);
   }
+  WaitCopyGroups<kPending>();
 #pragma unroll
   for (int i = 0; i < kXLoads; ++i) {
     if (kAhead != kXLoads) load_x(i, b[0]);
@@ -128,12 +93,13 @@ __device__ __forceinline__ void MultiplyPart(const Piece<kFp8>& piece,
     uint32_t a[2][4];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      const Vec weights = from[(2 * c + r) * 32];
       if (kFp8) {
-        WidenE4m3(piece.weights[c][r].v[half * 2], a[r][0], a[r][1]);
-        WidenE4m3(piece.weights[c][r].v[half * 2 + 1], a[r][2], a[r][3]);
+        WidenE4m3(weights.v[half * 2], a[r][0], a[r][1]);
+        WidenE4m3(weights.v[half * 2 + 1], a[r][2], a[r][3]);
       } else {
 #pragma unroll
-        for (int v = 0; v < 4; ++v) a[r][v] = piece.weights[c][r].v[v];
+        for (int v = 0; v < 4; ++v) a[r][v] = weights.v[v];
       }
     }
 #pragma unroll
@@ -145,24 +111,23 @@ __device__ __forceinline__ void MultiplyPart(const Piece<kFp8>& piece,
   }
 }
 
-// sums += W[16 rows, piece] * x[rows, piece]^T.
-template <bool kFp8, int kTokenTiles>
-__device__ __forceinline__ void Multiply(const Piece<kFp8>& piece,
-                                         const Bf16* const (&x)[kTokenTiles], int k0, int k_end,
-                                         float (&sums)[kTokenTiles][4]) {
+// sums += W[16 rows, piece] * x[rows, piece]^T, when all but the last kPending pieces that this lane
+// asked for are there.
+template <bool kFp8, int kTokenTiles, int kPending>
+__device__ __forceinline__ void Multiply(const Vec* from, const Bf16* const (&x)[kTokenTiles],
+                                         int k0, int k_end, float (&sums)[kTokenTiles][4]) {
   if (k0 + kPiece <= k_end) {
-    MultiplyPart<kFp8, kTokenTiles, false>(piece, x, k0, k_end, sums);
+    MultiplyPart<kFp8, kTokenTiles, kPending, false>(from, x, k0, k_end, sums);
   } else {
-    MultiplyPart<kFp8, kTokenTiles, true>(piece, x, k0, k_end, sums);
+    MultiplyPart<kFp8, kTokenTiles, kPending, true>(from, x, k0, k_end, sums);
   }
 }
 
-// One matrix's part of a block's work: the rows that this lane reads.
+// The rows of a matrix that this lane copies.
 template <bool kFp8>
 struct Rows {
   const char* w0;
   const char* w1;
-  const float* scales;
 
   Rows() = default;
   __device__ __forceinline__ Rows(const GemmParams& p, const Matrix& w, int group, int n0) {
@@ -172,12 +137,17 @@ struct Rows {
     // Rows beyond the last one are read as the last one, and never written.
     w0 = base + int64_t{min(n0 + row, w.rows - 1)} * w.stride * element;
     w1 = base + int64_t{min(n0 + row + 8, w.rows - 1)} * w.stride * element;
-    scales = nullptr;
-    if (kFp8) {
-      const int scale_cols = (w.cols + kScaleBlock - 1) / kScaleBlock;
-      scales = w.scales + group * p.scale_group_stride + int64_t{n0 / kScaleBlock} * scale_cols;
-    }
   }
 };
+
+// The scale of piece k0 of the rows from n0 on.
+template <bool kFp8>
+__device__ __forceinline__ float ScaleOf(const GemmParams& p, const Matrix& w, int group, int n0,
+                                         int k0) {
+  if (!kFp8 || k0 >= w.cols) return 1.0f;
+  const int scale_cols = (w.cols + kScaleBlock - 1) / kScaleBlock;
+  return w.scales[group * p.scale_group_stride + int64_t{n0 / kScaleBlock} * scale_cols +
+                  k0 / kScaleBlock];
+}
 
 }  // namespace strait::cuda::few_rows
