@@ -89,7 +89,8 @@ GemmPlan PlanHopper(const GemmParams& p, int32_t tile_rows, int32_t multiprocess
   return best;
 }
 
-bool UsesHopper(const GemmParams& p) {
+// Whether the device has the Hopper kernel and nobody asked for the portable ones.
+bool HopperProducts() {
   static const bool available = [] {
     int device = 0;
     int major = 0;
@@ -100,8 +101,10 @@ bool UsesHopper(const GemmParams& p) {
     const char* const wanted = std::getenv("STRAIT_CUDA_GEMM");
     return major == 9 && (wanted == nullptr || std::string_view(wanted) != "portable");
   }();
-  return available && !p.portable;
+  return available;
 }
+
+bool UsesHopper(const GemmParams& p) { return HopperProducts() && !p.portable; }
 
 }  // namespace
 
@@ -163,11 +166,12 @@ cudaError_t GemmPair(const GemmParams& a, const GemmParams& b, cudaStream_t stre
   return error != cudaSuccess ? error : Gemm(b, stream);
 }
 
-int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fixed_order) {
+int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fp8, bool fixed_order) {
   const int64_t mean = num_choices / num_experts;
   if (mean <= 3) return 8;
   if (fixed_order) return mean <= 8 ? 16 : kFixedRows;
-  if (mean <= 8) return 16;
+  // Reading is the limit, and Hopper's kernel reads bf16 best, though most of a tile is empty.
+  if (mean <= 8 && (fp8 || !HopperProducts())) return 16;
   return mean <= 48 ? kSmallTile : kLargeTile;
 }
 

@@ -81,6 +81,6 @@ cudaError_t Gemm(const GemmParams& params, cudaStream_t stream);
 cudaError_t GemmPair(const GemmParams& a, const GemmParams& b, cudaStream_t stream);
 
 // Rows of a tile for a list of experts' rows: few rows an expert, small tiles.
-int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fixed_order);
+int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fp8, bool fixed_order);
 
 }  // namespace strait::cuda

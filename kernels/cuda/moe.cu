@@ -1,141 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Router: one warp a token, scores in shared memory, the best taken one by one by warp-wide
-// comparison (greater value first, then lower id). Lists: one block an expert; each counts all
-// choices, finds where its own begin, and writes them in order of choice; then the shared experts,
-// which every token goes to.
+// Router: one warp a token (moe_route.cuh). Lists: one block an expert; each counts all choices, finds
+// where its own begin, and writes them in order of choice; then the shared experts, which every token
+// goes to. Sum: one block a token, and the norm of what comes out, if wanted.
 #include <cub/block/block_scan.cuh>
 
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/moe.h"
+#include "kernels/cuda/moe_route.cuh"
 
 namespace strait::cuda {
 namespace {
 
-constexpr float kNever = -INFINITY;
-
-struct Best {
-  float value;
-  int32_t index;
-};
-
-// NaN is nothing: never taken.
-__device__ __forceinline__ bool Better(const Best& a, const Best& b) {
-  return a.value > b.value || (a.value == b.value && a.index < b.index);
-}
-
-// Index of the best of values[0, count), the same in all lanes; count if all are NaN.
-__device__ int32_t WarpBest(const float* values, int32_t count) {
-  Best best = {kNever, count};
-  for (int32_t i = threadIdx.x; i < count; i += 32) {
-    const Best one = {values[i], i};
-    if (Better(one, best)) best = one;
-  }
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    const Best other = {__shfl_xor_sync(kFullWarp, best.value, offset),
-                        __shfl_xor_sync(kFullWarp, best.index, offset)};
-    if (Better(other, best)) best = other;
-  }
-  return best.index;
-}
-
-// Takes it out of the running.
-__device__ __forceinline__ void Strike(float* values, int32_t index) {
-  __syncwarp();
-  if (threadIdx.x == 0) values[index] = NAN;
-  __syncwarp();
-}
-
-__device__ void Scores(const RouterParams& p, const float* logits, float* scores) {
-  const int32_t n = p.n_routed_experts;
-  if (p.scoring == RouterScoring::kSigmoid) {
-    for (int32_t e = threadIdx.x; e < n; e += 32) scores[e] = 1.0f / (1.0f + expf(-logits[e]));
-    return;
-  }
-  float most = kNever;
-  for (int32_t e = threadIdx.x; e < n; e += 32) most = fmaxf(most, logits[e]);
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, offset));
-  }
-  float sum = 0;
-  for (int32_t e = threadIdx.x; e < n; e += 32) {
-    scores[e] = expf(logits[e] - most);
-    sum += scores[e];
-  }
-  sum = WarpSum(sum);
-  for (int32_t e = threadIdx.x; e < n; e += 32) scores[e] /= sum;
-}
-
-// choice of experts outside the best topk_group groups becomes what no group may win with.
-__device__ void LimitGroups(const RouterParams& p, float* choice, float* groups) {
-  const int32_t size = p.n_routed_experts / p.n_group;
-  for (int32_t g = threadIdx.x; g < p.n_group; g += 32) {
-    float first = kNever;
-    float second = kNever;
-    for (int32_t e = g * size; e < (g + 1) * size; ++e) {
-      if (choice[e] > first) {
-        second = first;
-        first = choice[e];
-      } else if (choice[e] > second) {
-        second = choice[e];
-      }
-    }
-    const bool two = p.method == RouterMethod::kNoauxTc && size > 1;
-    groups[g] = two ? first + second : first;
-  }
-  __syncwarp();
-  for (int32_t i = 0; i < p.topk_group; ++i) {
-    const int32_t best = WarpBest(groups, p.n_group);
-    if (best < p.n_group) Strike(groups, best);
-  }
-  const float outside = p.method == RouterMethod::kNoauxTc ? kNever : 0.0f;
-  for (int32_t e = threadIdx.x; e < p.n_routed_experts; e += 32) {
-    if (!isnan(groups[e / size])) choice[e] = outside;
-  }
-  __syncwarp();
-}
-
-__global__ void __launch_bounds__(32) RouteToken(const RouterParams p) {
+__global__ void __launch_bounds__(32) RouteTokens(const RouterParams p) {
   auto* const memory = DynamicShared<float>();
   WaitForEarlier();
   StartNext();
-  float* const scores = memory;
-  float* const choice = scores + p.n_routed_experts;
-  float* const groups = choice + p.n_routed_experts;
-  const int64_t token = blockIdx.x;
-  Scores(p, p.logits + token * p.n_routed_experts, scores);
-  for (int32_t e = threadIdx.x; e < p.n_routed_experts; e += 32) {
-    const float value = scores[e] + (p.correction_bias ? p.correction_bias[e] : 0.0f);
-    choice[e] = isnan(value) ? kNever : value;  // from here on, NaN is what was struck
-  }
-  __syncwarp();
-  if (p.method != RouterMethod::kGreedy) LimitGroups(p, choice, groups);
-  const int32_t picks = p.num_experts_per_tok;
-  for (int32_t i = 0; i < picks; ++i) {
-    Strike(choice, WarpBest(choice, p.n_routed_experts));
-  }
-  // What was struck, ascending: each lane counts those before its own.
-  int32_t* const ids = p.expert_ids + token * picks;
-  float* const weights = p.expert_weights + token * picks;
-  int32_t taken = 0;
-  float sum = 0;
-  for (int32_t begin = 0; begin < p.n_routed_experts && taken < picks; begin += 32) {
-    const int32_t e = begin + threadIdx.x;
-    const bool mine = e < p.n_routed_experts && isnan(choice[e]);
-    const unsigned all = __ballot_sync(kFullWarp, mine);
-    const int32_t at = taken + __popc(all & ((1u << threadIdx.x) - 1));
-    if (mine && at < picks) ids[at] = e;
-    taken += __popc(all);
-  }
-  __syncwarp();
-  for (int32_t j = 0; j < picks; ++j) sum += scores[ids[j]];
-  const bool normalize = p.norm_topk_prob && p.scoring == RouterScoring::kSigmoid;
-  for (int32_t j = threadIdx.x; j < picks; j += 32) {
-    const float score = scores[ids[j]];
-    weights[j] = (normalize ? score / (sum + 1e-20f) : score) * p.routed_scaling_factor;
-  }
+  moe::RouteToken(p, blockIdx.x, memory);
 }
 
 constexpr int kListThreads = 256;
@@ -219,25 +100,67 @@ __global__ void __launch_bounds__(kListThreads) ListExperts(const ExpertListsPar
   }
 }
 
-constexpr int kSumThreads = 256;
+constexpr int kSumThreads = 512;
 
+// kPair: two neighbouring columns at a time; dim and strides are even.
+template <bool kPair>
 __global__ void __launch_bounds__(kSumThreads) SumExperts(const ExpertSumParams p) {
+  constexpr int kColumns = kPair ? 2 : 1;
+  __shared__ float shared[kSumThreads / 32];
+  auto* const weights = DynamicShared<float>();  // [num_experts_per_tok]
+  auto* const rows = reinterpret_cast<const Bf16**>(
+      weights + (p.num_experts_per_tok + 1) / 2 * 2);  // [num_experts_per_tok + num_shared]
   WaitForEarlier();
   StartNext();
   const int64_t token = blockIdx.x;
-  const int32_t i = blockIdx.y * kSumThreads + threadIdx.x;
-  if (i >= p.dim) return;
-  float sum = 0;
-  for (int32_t j = 0; j < p.num_experts_per_tok; ++j) {
-    const int64_t choice = token * p.num_experts_per_tok + j;
-    const float value = __bfloat162float(p.expert_rows[p.row_of[choice] * p.expert_stride + i]);
-    sum = fmaf(p.expert_weights[choice], value, sum);
+  for (int32_t j = threadIdx.x; j < p.num_experts_per_tok + p.num_shared; j += kSumThreads) {
+    if (j < p.num_experts_per_tok) {
+      const int64_t choice = token * p.num_experts_per_tok + j;
+      weights[j] = p.expert_weights[choice];
+      rows[j] = p.expert_rows + p.row_of[choice] * p.expert_stride;
+    } else {  // those of shared experts lie behind all choices
+      rows[j] = p.expert_rows + (p.num_tokens * j + token) * p.expert_stride;
+    }
   }
-  for (int32_t s = 0; s < p.num_shared; ++s) {
-    const int64_t row = p.num_tokens * (p.num_experts_per_tok + s) + token;
-    sum += __bfloat162float(p.expert_rows[row * p.expert_stride + i]);
+  __syncthreads();
+  float* const y = p.y + token * p.dim;
+  float squares = 0;
+  for (int i = threadIdx.x * kColumns; i < p.dim; i += kSumThreads * kColumns) {
+    float sum[kColumns] = {};
+#pragma unroll 8
+    for (int32_t j = 0; j < p.num_experts_per_tok + p.num_shared; ++j) {
+      const bool routed = j < p.num_experts_per_tok;
+      float value[kColumns];
+      if (kPair) {
+        const auto pair = *reinterpret_cast<const __nv_bfloat162*>(rows[j] + i);
+        value[0] = __low2float(pair);
+        value[kColumns - 1] = __high2float(pair);
+      } else {
+        value[0] = __bfloat162float(rows[j][i]);
+      }
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        sum[c] = routed ? fmaf(weights[j], value[c], sum[c]) : sum[c] + value[c];
+      }
+    }
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      const float value = y[i + c] + sum[c];
+      y[i + c] = value;
+      squares = fmaf(value, value, squares);
+    }
   }
-  p.y[token * p.dim + i] += sum;
+  if (p.norm_weight == nullptr) return;
+  const float mean = BlockSum<kSumThreads>(squares, shared) / static_cast<float>(p.dim);
+  const float scale = rsqrtf(mean + p.eps);
+  Bf16* const normed = p.normed + token * p.normed_stride;
+  // Each thread reads what it wrote.
+  for (int i = threadIdx.x * kColumns; i < p.dim; i += kSumThreads * kColumns) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      normed[i + c] = __float2bfloat16(y[i + c] * scale * p.norm_weight[i + c]);
+    }
+  }
 }
 
 }  // namespace
@@ -245,8 +168,9 @@ __global__ void __launch_bounds__(kSumThreads) SumExperts(const ExpertSumParams 
 cudaError_t Router(const RouterParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
   if (p.n_routed_experts > kMaxRouterExperts) return cudaErrorInvalidValue;
-  const size_t bytes = sizeof(float) * (2 * p.n_routed_experts + p.n_group);
-  return LaunchChained(RouteToken, dim3(static_cast<unsigned>(p.num_tokens)), 32, bytes, stream, p);
+  const size_t bytes = sizeof(float) * moe::RouteFloats(p);
+  return LaunchChained(RouteTokens, dim3(static_cast<unsigned>(p.num_tokens)), 32, bytes, stream,
+                       p);
 }
 
 cudaError_t ExpertLists(const ExpertListsParams& p, cudaStream_t stream) {
@@ -258,8 +182,11 @@ cudaError_t ExpertLists(const ExpertListsParams& p, cudaStream_t stream) {
 
 cudaError_t ExpertSum(const ExpertSumParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
-  const dim3 grid(static_cast<unsigned>(p.num_tokens), (p.dim + kSumThreads - 1) / kSumThreads);
-  return LaunchChained(SumExperts, grid, kSumThreads, 0, stream, p);
+  const int32_t rows = p.num_experts_per_tok + p.num_shared;
+  const size_t bytes = sizeof(float) * (p.num_experts_per_tok + 1) + sizeof(void*) * rows;
+  const bool pair = p.dim % 2 == 0 && p.expert_stride % 2 == 0;
+  return LaunchChained(pair ? SumExperts<true> : SumExperts<false>,
+                       dim3(static_cast<unsigned>(p.num_tokens)), kSumThreads, bytes, stream, p);
 }
 
 }  // namespace strait::cuda

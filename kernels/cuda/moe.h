@@ -54,8 +54,30 @@ constexpr int64_t MaxExpertTiles(int64_t num_tokens, int64_t num_experts_per_tok
 
 cudaError_t ExpertLists(const ExpertListsParams& params, cudaStream_t stream);
 
+// All of it for a few tokens in one launch, from the residual to the lists: a norm, the router's
+// product, Router and ExpertLists. Logits are sums in another order than the products'.
+struct ChooseExpertsParams {
+  const float* x = nullptr;  // [num_tokens, dim] fp32, dense
+  const float* norm_weight = nullptr;
+  float eps = 1e-6f;
+  Bf16* normed = nullptr;  // [num_tokens, dim] bf16, rows normed_stride apart, out
+  int64_t normed_stride = 0;
+  Matrix gate;                 // [n_routed_experts, dim] bf16
+  Matrix gate_rest;            // the same, added; may be empty
+  float* logits = nullptr;     // [num_tokens, n_routed_experts] scratch; the router's are not read
+  int32_t* arrived = nullptr;  // one number, 0 before and after
+  RouterParams router;
+  ExpertListsParams lists;
+};
+
+// Whether it is made for this many tokens of this shape.
+bool CanChooseExperts(const ChooseExpertsParams& params);
+// REQUIRES: CanChooseExperts.
+cudaError_t ChooseExperts(const ChooseExpertsParams& params, cudaStream_t stream);
+
 // y[t] += sum over j, in order, of weights[t, j] * expert_rows[row_of[t, j]], then of the shared
-// experts' rows of t.
+// experts' rows of t. With norm_weight, normed[t] = RMS norm of the new y[t] (norm.h): the next
+// layer's first.
 struct ExpertSumParams {
   const Bf16* expert_rows = nullptr;  // [*, dim] bf16, rows expert_stride apart
   int64_t expert_stride = 0;
@@ -66,6 +88,10 @@ struct ExpertSumParams {
   int32_t num_experts_per_tok = 0;
   int32_t num_shared = 0;
   int32_t dim = 0;
+  const float* norm_weight = nullptr;  // [dim] fp32; may be null: no norm
+  float eps = 1e-6f;
+  Bf16* normed = nullptr;  // [num_tokens, dim] bf16, rows normed_stride apart, out
+  int64_t normed_stride = 0;
 };
 
 cudaError_t ExpertSum(const ExpertSumParams& params, cudaStream_t stream);

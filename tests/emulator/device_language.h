@@ -123,6 +123,28 @@ inline unsigned Ballot(unsigned mask, bool vote) {
   return mine.result;
 }
 
+inline unsigned Reduce(unsigned mask, unsigned value, bool max) {
+  struct One {
+    unsigned value;
+    bool max;
+    unsigned result;
+  } mine = {value, max, value};
+  MeetWarp(mask, &mine, [](void* const* slots, uint32_t lanes) {
+    bool any = false;
+    unsigned all = 0;
+    for (int lane = 0; lane < kWarpLanes; ++lane) {
+      if ((lanes >> lane & 1) == 0) continue;
+      const auto& one = *static_cast<One*>(slots[lane]);
+      if (!any || (one.max ? one.value > all : one.value < all)) all = one.value;
+      any = true;
+    }
+    for (int lane = 0; lane < kWarpLanes; ++lane) {
+      if ((lanes >> lane & 1) != 0) static_cast<One*>(slots[lane])->result = all;
+    }
+  });
+  return mine.result;
+}
+
 inline int Lane() { return static_cast<int>(ThreadIndex().x % kWarpLanes); }
 
 }  // namespace strait::emulator
@@ -154,6 +176,14 @@ inline int __all_sync(unsigned mask, bool vote) {
 inline int __any_sync(unsigned mask, bool vote) {
   return strait::emulator::Ballot(mask, vote) != 0;
 }
+
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+  return strait::emulator::Reduce(mask, value, true);
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  return strait::emulator::Reduce(mask, value, false);
+}
+inline void __threadfence() {}
 
 template <class T>
 T __ldcs(const T* from) {

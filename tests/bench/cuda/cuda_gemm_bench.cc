@@ -126,7 +126,7 @@ void Run(const Shape& s, const Limits& limits, size_t l2_bytes) {
   auto* const split = static_cast<float*>(Take(kSplitFloats * 4, 0));
   void* const y = Take(static_cast<size_t>(s.rows) * static_cast<size_t>(s.n) * 4, 0);
   std::vector<cuda::RowTile> tiles;
-  const int32_t tile_rows = s.experts > 0 ? cuda::ExpertTileRows(s.rows, s.experts, false) : 0;
+  const int32_t tile_rows = s.experts > 0 ? cuda::ExpertTileRows(s.rows, s.experts, s.fp8, false) : 0;
   for (int32_t e = 0; e < s.experts; ++e) {
     const int32_t each = s.rows / s.experts;
     for (int32_t i = 0; i < each; i += tile_rows) {

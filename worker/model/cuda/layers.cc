@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/model/cuda/layers.h"
 
-#include "kernels/cuda/moe.h"
+#include <algorithm>
+#include <cstdlib>
+
 #include "kernels/cuda/norm.h"
 #include "kernels/rope.h"
-#include "proto/check.h"
 #include "proto/status_macros.h"
 #include "worker/model/cuda/status.h"
 #include "worker/model/kernel_names.h"
 
 namespace strait {
 namespace {
+
+constexpr int32_t kAheadRows =
+    64;  // with more, these weights are a small part of what a step reads
 
 cuda::GemmParams Product(const CudaWorkspace& workspace, const cuda::Bf16* x, int64_t x_stride,
                          const cuda::Matrix& weight, int32_t num_rows) {
@@ -40,6 +44,33 @@ cuda::GemmParams ToFp32(cuda::GemmParams p, float* y, int64_t y_stride, bool acc
 
 int64_t GroupStride(const cuda::Matrix& m) { return int64_t{m.rows} * m.stride; }
 
+// What the products after attention read, in their order, as far as L2 has room for it beside what
+// attention reads: memory is idle then.
+void BringAhead(const DeviceLayer& weights, int32_t heads, int64_t room,
+                cuda::L2Span (&spans)[cuda::kMaxL2Spans]) {
+  int count = 0;
+  const auto add = [&](const cuda::Matrix& m, int64_t first, int64_t groups) {
+    const int64_t element = m.scales != nullptr ? 1 : 2;
+    const int64_t bytes = std::min(room, groups * GroupStride(m) * element);
+    if (bytes == 0) return;
+    spans[count++] = {static_cast<const std::byte*>(m.data) + first * GroupStride(m) * element,
+                      bytes};
+    room -= bytes;
+  };
+  add(weights.value_up, 0, heads);
+  add(weights.o_proj, 0, 1);
+  if (!weights.is_moe) {
+    add(weights.mlp.gate_proj, 0, 1);
+    add(weights.mlp.up_proj, 0, 1);
+  } else if (weights.num_shared > 0) {
+    const DeviceMlp& e = weights.experts;
+    const int64_t routed = weights.gate.rows;
+    add(e.gate_proj, routed, weights.num_shared);
+    add(e.up_proj, routed, weights.num_shared);
+    add(e.down_proj, routed, weights.num_shared);
+  }
+}
+
 int64_t ScaleStride(const cuda::Matrix& m) {
   return static_cast<int64_t>(
       Region::ScaleCount(static_cast<uint64_t>(m.rows), static_cast<uint64_t>(m.cols)));
@@ -57,7 +88,8 @@ CudaLayers::CudaLayers(const ModelConfig& config, const CudaPool& pool,
       rope_scaling_(RopeAttentionScaling(RopeConfigOf(config))),
       softmax_scale_(
           AttentionSoftmaxScale(static_cast<int32_t>(config.qk_head_dim()), RopeConfigOf(config))),
-      hidden_stride_(cuda::AlignedStride(config.hidden_size)) {}
+      hidden_stride_(cuda::AlignedStride(config.hidden_size)),
+      ahead_bytes_((getenv("STRAIT_AHEAD_MB") ? atoi(getenv("STRAIT_AHEAD_MB")) : 24) << 20) {}
 
 absl::Status CudaLayers::Rotate(const CudaTile& tile) {
   cuda::RopeTableParams p;
@@ -68,6 +100,7 @@ absl::Status CudaLayers::Rotate(const CudaTile& tile) {
   p.num_tokens = tile.num_rows;
   p.dim = static_cast<int32_t>(config_.qk_rope_head_dim);
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::RopeTable(p, stream_));
+  is_normed_ = false;
   return absl::OkStatus();
 }
 
@@ -86,16 +119,21 @@ absl::Status CudaLayers::Norm(const float* x, int64_t x_stride, const float* wei
   return absl::OkStatus();
 }
 
-absl::Status CudaLayers::Run(const DeviceLayer& weights, const cuda::MlaSegment* segments,
-                             const CudaTile& tile) {
+absl::Status CudaLayers::NormHidden(const float* weight, int32_t num_rows) {
   const auto size = static_cast<int32_t>(config_.hidden_size);
-  STRAIT_RETURN_IF_ERROR(Norm(ws_.hidden, size, weights.input_layernorm, size, config_.rms_norm_eps,
-                              ws_.normed, hidden_stride_, tile.num_rows));
+  return Norm(ws_.hidden, size, weight, size, config_.rms_norm_eps, ws_.normed, hidden_stride_,
+              num_rows);
+}
+
+absl::Status CudaLayers::Run(const DeviceLayer& weights, const DeviceLayer* next,
+                             const cuda::MlaSegment* segments, const CudaTile& tile) {
+  if (!is_normed_) STRAIT_RETURN_IF_ERROR(NormHidden(weights.input_layernorm, tile.num_rows));
+  is_normed_ = false;
   STRAIT_RETURN_IF_ERROR(Project(weights, tile));
   STRAIT_RETURN_IF_ERROR(Attend(weights, segments, tile));
-  STRAIT_RETURN_IF_ERROR(Norm(ws_.hidden, size, weights.post_attention_layernorm, size,
-                              config_.rms_norm_eps, ws_.normed, hidden_stride_, tile.num_rows));
-  return weights.is_moe ? Moe(weights, tile.num_rows) : Dense(weights.mlp, tile.num_rows);
+  if (weights.is_moe) return Moe(weights, next, tile.num_rows);
+  STRAIT_RETURN_IF_ERROR(NormHidden(weights.post_attention_layernorm, tile.num_rows));
+  return Dense(weights.mlp, tile.num_rows);
 }
 
 // normed -> q and kv_a.
@@ -156,6 +194,7 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   append.num_heads = heads;
   append.rank = rank;
   append.rope = rope;
+  if (tile.num_rows <= kAheadRows) BringAhead(weights, heads, ahead_bytes_, append.ahead);
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::LatentAppend(append, stream_));
 
   cuda::GemmParams absorb = Product(ws_, ws_.q, heads * q_head, weights.key_up, tile.num_rows);
@@ -214,20 +253,9 @@ absl::Status CudaLayers::Dense(const DeviceMlp& mlp, int32_t num_rows) {
   return absl::OkStatus();
 }
 
-absl::Status CudaLayers::Moe(const DeviceLayer& weights, int32_t num_rows) {
-  const auto experts = static_cast<int32_t>(config_.n_routed_experts);
-  const auto picks = static_cast<int32_t>(config_.num_experts_per_tok);
-  const auto size = static_cast<int32_t>(config_.hidden_size);
-  STRAIT_CUDA_RETURN_IF_ERROR(
-      cuda::Gemm(ToFp32(Product(ws_, ws_.normed, hidden_stride_, weights.gate, num_rows),
-                        ws_.router_logits, experts),
-                 stream_));
-  if (weights.gate_has_rest) {
-    STRAIT_CUDA_RETURN_IF_ERROR(
-        cuda::Gemm(ToFp32(Product(ws_, ws_.normed, hidden_stride_, weights.gate_rest, num_rows),
-                          ws_.router_logits, experts, true),
-                   stream_));
-  }
+absl::Status CudaLayers::ChooseExperts(const DeviceLayer& weights,
+                                       const cuda::ExpertListsParams& lists) {
+  const int32_t experts = lists.n_routed_experts;
   RouterParams router;
   router.logits = ws_.router_logits;
   router.correction_bias = weights.e_score_correction_bias;
@@ -235,29 +263,66 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, int32_t num_rows) {
                                                                  : RouterScoring::kSoftmax;
   router.method = RouterMethodOf(config_.topk_method);
   router.n_routed_experts = experts;
-  router.num_experts_per_tok = picks;
+  router.num_experts_per_tok = lists.num_experts_per_tok;
   router.n_group = static_cast<int32_t>(config_.n_group);
   router.topk_group = static_cast<int32_t>(config_.topk_group);
   router.norm_topk_prob = config_.norm_topk_prob;
   router.routed_scaling_factor = static_cast<float>(config_.routed_scaling_factor);
   router.expert_ids = ws_.expert_ids;
   router.expert_weights = ws_.expert_weights;
-  router.num_tokens = num_rows;
-  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Router(router, stream_));
+  router.num_tokens = lists.num_tokens;
 
-  const int64_t choices = int64_t{num_rows} * picks;
+  cuda::ChooseExpertsParams all;
+  all.x = ws_.hidden;
+  all.norm_weight = weights.post_attention_layernorm;
+  all.eps = static_cast<float>(config_.rms_norm_eps);
+  all.normed = ws_.normed;
+  all.normed_stride = hidden_stride_;
+  all.gate = weights.gate;
+  if (weights.gate_has_rest) all.gate_rest = weights.gate_rest;
+  all.logits = ws_.router_logits;
+  all.arrived = ws_.arrived;
+  all.router = router;
+  all.lists = lists;
+  // Its sums are in another order than the products' that more tokens need.
+  if (!ws_.fixed_order && cuda::CanChooseExperts(all)) {
+    STRAIT_CUDA_RETURN_IF_ERROR(cuda::ChooseExperts(all, stream_));
+    return absl::OkStatus();
+  }
+  STRAIT_RETURN_IF_ERROR(NormHidden(weights.post_attention_layernorm, lists.num_tokens));
+  STRAIT_CUDA_RETURN_IF_ERROR(
+      cuda::Gemm(ToFp32(Product(ws_, ws_.normed, hidden_stride_, weights.gate, lists.num_tokens),
+                        ws_.router_logits, experts),
+                 stream_));
+  if (weights.gate_has_rest) {
+    STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(
+        ToFp32(Product(ws_, ws_.normed, hidden_stride_, weights.gate_rest, lists.num_tokens),
+               ws_.router_logits, experts, true),
+        stream_));
+  }
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Router(router, stream_));
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::ExpertLists(lists, stream_));
+  return absl::OkStatus();
+}
+
+absl::Status CudaLayers::Moe(const DeviceLayer& weights, const DeviceLayer* next,
+                             int32_t num_rows) {
+  const auto experts = static_cast<int32_t>(config_.n_routed_experts);
+  const auto picks = static_cast<int32_t>(config_.num_experts_per_tok);
+  const auto size = static_cast<int32_t>(config_.hidden_size);
+  const bool fp8 = weights.experts.gate_proj.scales != nullptr;
   cuda::ExpertListsParams lists;
   lists.expert_ids = ws_.expert_ids;
   lists.num_tokens = num_rows;
   lists.num_experts_per_tok = picks;
   lists.n_routed_experts = experts;
   lists.num_shared = static_cast<int32_t>(weights.num_shared);
-  lists.tile_rows = cuda::ExpertTileRows(choices, experts, ws_.fixed_order);
+  lists.tile_rows = cuda::ExpertTileRows(int64_t{num_rows} * picks, experts, fp8, ws_.fixed_order);
   lists.token_of = ws_.token_of;
   lists.row_of = ws_.row_of;
   lists.tiles = ws_.tiles;
   lists.num_tiles = ws_.num_tiles;
-  STRAIT_CUDA_RETURN_IF_ERROR(cuda::ExpertLists(lists, stream_));
+  STRAIT_RETURN_IF_ERROR(ChooseExperts(weights, lists));
 
   const DeviceMlp& e = weights.experts;
   const int64_t width_stride = cuda::AlignedStride(e.gate_proj.rows);
@@ -291,6 +356,13 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, int32_t num_rows) {
   sum.num_experts_per_tok = picks;
   sum.num_shared = lists.num_shared;
   sum.dim = size;
+  if (next != nullptr) {
+    sum.norm_weight = next->input_layernorm;
+    sum.eps = static_cast<float>(config_.rms_norm_eps);
+    sum.normed = ws_.normed;
+    sum.normed_stride = hidden_stride_;
+    is_normed_ = true;
+  }
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::ExpertSum(sum, stream_));
   return absl::OkStatus();
 }

@@ -20,6 +20,7 @@
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/latent.h"
 #include "kernels/cuda/mla.h"
+#include "kernels/cuda/moe.h"
 #include "proto/model_config.h"
 #include "worker/model/cuda/weights.h"
 #include "worker/model/cuda/workspace.h"
@@ -48,16 +49,20 @@ class CudaLayers {
 
   // Fills workspace.cos_sin. Before the first layer of a tile.
   absl::Status Rotate(const CudaTile& tile);
-  // `segments` [sequences of the batch]: this layer's, on the device.
-  absl::Status Run(const DeviceLayer& weights, const cuda::MlaSegment* segments,
-                   const CudaTile& tile);
+  // `segments` [sequences of the batch]: this layer's, on the device. `next`: the layer that the tile
+  // goes through right after, null for the last one; a layer may do the next one's first norm.
+  absl::Status Run(const DeviceLayer& weights, const DeviceLayer* next,
+                   const cuda::MlaSegment* segments, const CudaTile& tile);
 
  private:
   absl::Status Project(const DeviceLayer& weights, const CudaTile& tile);
   absl::Status Attend(const DeviceLayer& weights, const cuda::MlaSegment* segments,
                       const CudaTile& tile);
   absl::Status Dense(const DeviceMlp& mlp, int32_t num_rows);
-  absl::Status Moe(const DeviceLayer& weights, int32_t num_rows);
+  absl::Status Moe(const DeviceLayer& weights, const DeviceLayer* next, int32_t num_rows);
+  // hidden -> normed, the experts' lists.
+  absl::Status ChooseExperts(const DeviceLayer& weights, const cuda::ExpertListsParams& lists);
+  absl::Status NormHidden(const float* weight, int32_t num_rows);
   absl::Status Norm(const float* x, int64_t x_stride, const float* weight, int32_t dim, double eps,
                     cuda::Bf16* y, int64_t y_stride, int32_t num_rows);
 
@@ -69,6 +74,8 @@ class CudaLayers {
   const float rope_scaling_;
   const float softmax_scale_;
   const int64_t hidden_stride_;  // of normed rows
+  const int64_t ahead_bytes_;
+  bool is_normed_ = false;  // the next layer's first norm is done
 };
 
 }  // namespace strait

@@ -58,6 +58,7 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
                cuda::kMlaBlockRows * cuda::MlaRowBytes(cuda::MlaRowFormat::kBf16, rank, rope));
   // A row's padding is never read as a number, but zeros are kinder to debug.
   STRAIT_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(pool_.blocks, 0, bytes_.pool, stream_));
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(ws_.arrived, 0, sizeof(*ws_.arrived), stream_));
   if (cuda::MlaAutoPath(cuda::MlaRowFormat::kBf16, rank, rope) == cuda::MlaPath::kHopper) {
     STRAIT_CUDA_RETURN_IF_ERROR(
         cuda::MakeMlaPoolMap(pool_.blocks, spec_.pool_blocks, pool_.block_bytes, &pool_.map));
@@ -176,7 +177,10 @@ absl::Status CudaStageModel::RunTile(const CudaTile& tile, const int32_t* token_
   }
   STRAIT_RETURN_IF_ERROR(layers_->Rotate(tile));
   for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer) {
-    STRAIT_RETURN_IF_ERROR(layers_->Run(weights_.layers[layer], tables_->segments(layer), tile));
+    const DeviceLayer* const next =
+        layer + 1 < spec_.layers.size() ? &weights_.layers[layer + 1] : nullptr;
+    STRAIT_RETURN_IF_ERROR(
+        layers_->Run(weights_.layers[layer], next, tables_->segments(layer), tile));
   }
   return absl::OkStatus();
 }

@@ -56,6 +56,7 @@ CudaWorkspace LayOutWorkspace(const ModelConfig& c, LayerRange layers, const Ste
   w.fixed_order = limits.deterministic;
   w.split_sums = region.Take<float>(limits.deterministic ? 0 : kCudaSplitFloats);
   w.cos_sin = region.Take<float>(t * rope);
+  w.arrived = region.Take<int32_t>(1);
   w.tables = region.Take<std::byte>(limits.table_bytes);
   w.plan = region.Take<std::byte>(limits.plan_bytes);
   const auto partial_rows = static_cast<uint64_t>(limits.mla.max_partials) * cuda::kMlaTileRows;

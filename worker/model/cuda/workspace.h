@@ -56,6 +56,7 @@ struct CudaWorkspace {
   float* split_sums = nullptr;   // [kCudaSplitFloats]; deterministic: null
   bool fixed_order = false;      // products sum in an order that is a property of K alone
   float* cos_sin = nullptr;      // [T, D]
+  int32_t* arrived = nullptr;    // [1], 0 between kernels
   std::byte* tables = nullptr;   // [StepLimits::table_bytes]
   std::byte* plan = nullptr;     // [StepLimits::plan_bytes]
   float* partial_out = nullptr;  // [max_partials, 64, R]
