@@ -2,8 +2,8 @@
 //
 // Products of a weight with few rows: y[m, n] = sum over k of x[m, k] * w[n, k], m up to 64.
 //
-// A unit of work is 16 outputs of up to 8 * kTokenTiles rows. A team of warps takes the 128-wide
-// pieces of K in turn, and their sums are added in order at the end; all eight warps of a block are
+// A unit of work is 16 outputs of up to 8 * kTokenTiles rows. A team of warps takes pieces
+// of K, 128 wide, or 256 of fp8, in turn, and their sums are added in order at the end; all eight warps of a block are
 // a team, or two, four or eight teams work on as many units, so that with 11 pieces (K = 1,408) not
 // five warps of eight sit out every second turn. As many blocks as run at once take all units. Each
 // warp has a ring of pieces in shared memory, which it fills by asynchronous copies, of the next units
@@ -25,12 +25,11 @@ namespace strait::cuda {
 namespace {
 
 using few_rows::CopyPiece;
-using few_rows::kPiece;
 using few_rows::kRows;
+using few_rows::LoadScales;
 using few_rows::Multiply;
 using few_rows::Piece;
 using few_rows::Rows;
-using few_rows::ScaleOf;
 using few_rows::Vec;
 
 constexpr int kWarps = kGemmWarps;
@@ -45,18 +44,17 @@ constexpr bool kDeepRing = true;
 #else
 constexpr bool kDeepRing = false;
 #endif
-template <bool kFp8, int kTokenTiles>
+template <int kTokenTiles>
 constexpr int RingPieces(bool deep) {
   if (!deep) return 2;
-  constexpr int kOfBf16 = kTokenTiles == 1 ? 3 : kTokenTiles == 2 ? 6 : kTokenTiles == 4 ? 4 : 2;
-  return kOfBf16 * (kFp8 ? 2 : 1);
+  return kTokenTiles == 1 ? 3 : kTokenTiles == 2 ? 6 : kTokenTiles == 4 ? 4 : 2;
 }
 
 // The warps that work on one unit; a power of two.
 struct Team {
   int warps;
 
-  __device__ __forceinline__ explicit Team(int k_end) : warps(WarpsEach(k_end)) {}
+  __device__ __forceinline__ Team(int k_end, bool fp8) : warps(WarpsEach(k_end, fp8)) {}
   __device__ __forceinline__ int index() const { return threadIdx.x / 32 / warps; }  // in the block
   __device__ __forceinline__ int warp() const { return threadIdx.x / 32 & (warps - 1); }
   __device__ __forceinline__ int thread() const { return threadIdx.x & (32 * warps - 1); }
@@ -93,8 +91,10 @@ __device__ __forceinline__ void AddWarps(const Team& team, const float (&sums)[k
 
 // Where a warp is in its team's work: units of 16 rows of W (of both matrices, if gated) for the rows
 // of one item; a team takes every num_teams-th.
-template <bool kGated>
+template <bool kFp8, bool kGated>
 struct Cursor {
+  static constexpr int kWidth = Piece<kFp8>::kWidth;
+
   int unit;
   int n0;
   int k0;
@@ -106,18 +106,18 @@ struct Cursor {
     const int units_each = (p.weight.rows + kRows - 1) / kRows;
     unit = at;
     n0 = at % units_each * kRows;
-    k0 = team.warp() * kPiece;
+    k0 = team.warp() * kWidth;
     up = false;
     item = ItemOf(p, tile_rows, at / units_each);
   }
   // To the next piece; false: the team's work is done.
   __device__ __forceinline__ bool Next(const GemmParams& p, const Team& team, int tile_rows,
                                        int num_units, int num_teams) {
-    k0 += team.warps * kPiece;
+    k0 += team.warps * kWidth;
     if (k0 < p.weight.cols) return true;
     if (kGated && !up) {
       up = true;
-      k0 = team.warp() * kPiece;
+      k0 = team.warp() * kWidth;
       return true;
     }
     if (unit + num_teams >= num_units) return false;
@@ -174,7 +174,7 @@ class Feeder {
   const int num_units_;
   const int num_teams_;
   const uint32_t ring_;
-  Cursor<kGated> at_;
+  Cursor<kFp8, kGated> at_;
   Rows<kFp8> rows_;
   bool more_ = false;
 };
@@ -190,10 +190,10 @@ template <bool kFp8, bool kGated, int kTokenTiles>
 __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_blocks,
                                       unsigned char* memory) {
   constexpr int kTileRows = 8 * kTokenTiles;
-  constexpr int kPieces = RingPieces<kFp8, kTokenTiles>(kDeepRing);
+  constexpr int kPieces = RingPieces<kTokenTiles>(kDeepRing);
   constexpr int kPieceBytes = Piece<kFp8>::kBytes;
   const int k_end = p.weight.cols;
-  const Team team(k_end);
+  const Team team(k_end, kFp8);
   // Neighbouring units go to different blocks: where there are few, all multiprocessors read.
   const int first = block + num_blocks * team.index();
   const int num_teams = num_blocks * (kWarps / team.warps);
@@ -216,7 +216,7 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
   if (early) WaitForEarlier();
   StartNext();
   if (first >= num_units) return;
-  Cursor<kGated> at;
+  Cursor<kFp8, kGated> at;
   at.Enter(p, team, kTileRows, first);
   const int token = threadIdx.x % 32 / 4;
   const Bf16* x[kTokenTiles];
@@ -240,9 +240,11 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
         x[t] = p.x + item.group * p.x_group_stride + row * p.x_stride;
       }
     }
-    const float scale = ScaleOf<kFp8>(p, at.matrix(p), item.group, n0, k0);
+    constexpr int kScales = Piece<kFp8>::kScales;
+    float scales[kScales];
+    LoadScales<kFp8>(p, at.matrix(p), item.group, n0, k0, scales);
     more = at.Next(p, team, kTileRows, num_units, num_teams);
-    float partial[kTokenTiles][4] = {};
+    float partial[kScales][kTokenTiles][4] = {};
     Multiply<kFp8, kTokenTiles, kPieces - 1>(
         reinterpret_cast<const Vec*>(ring + slot * kPieceBytes), x, k0, k_end, partial);
     feeder.Fill(slot);
@@ -250,10 +252,13 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
     for (int t = 0; t < kTokenTiles; ++t) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        if (kGated && up) {
-          sums[kGated][t][i] = fmaf(partial[t][i], scale, sums[kGated][t][i]);
-        } else {
-          sums[0][t][i] = fmaf(partial[t][i], scale, sums[0][t][i]);
+#pragma unroll
+        for (int s = 0; s < kScales; ++s) {
+          if (kGated && up) {
+            sums[kGated][t][i] = fmaf(partial[s][t][i], scales[s], sums[kGated][t][i]);
+          } else {
+            sums[0][t][i] = fmaf(partial[s][t][i], scales[s], sums[0][t][i]);
+          }
         }
       }
     }
@@ -330,7 +335,7 @@ bool DeepRings() {
 
 template <bool kFp8, int kTokenTiles>
 int SharedBytes(bool gated) {
-  return kWarps * RingPieces<kFp8, kTokenTiles>(DeepRings()) * Piece<kFp8>::kBytes +
+  return kWarps * RingPieces<kTokenTiles>(DeepRings()) * Piece<kFp8>::kBytes +
          SumBytes<kTokenTiles>(gated);
 }
 

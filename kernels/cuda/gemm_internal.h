@@ -34,16 +34,27 @@ __device__ __forceinline__ GemmItem ItemOf(const GemmParams& p, int32_t tile_row
 #define STRAIT_BOTH
 #endif
 
-inline constexpr int kGemmPiece = 128;  // elements of K that a warp of few rows takes at a time
-inline constexpr int kGemmWarps = 8;    // of a block of few rows
+inline constexpr int kGemmWarps = 8;  // of a block of few rows
 
-// How many warps share the pieces of an output's K: the most of 8, 4, 2, 1 that leave at most an
-// eighth of their turns without a piece. A function of K alone, as the order of sums is.
-STRAIT_BOTH constexpr int WarpsEach(int k) {
-  const int pieces = (k + kGemmPiece - 1) / kGemmPiece;
-  int warps = kGemmWarps;
-  while (warps > 1 && 8 * pieces < 7 * ((pieces + warps - 1) / warps * warps)) warps /= 2;
-  return warps;
+// Elements of K that a warp of few rows takes at a time: 256 bytes of a row of weights.
+STRAIT_BOTH constexpr int GemmPiece(bool fp8) { return fp8 ? 256 : 128; }
+
+// How many warps share the pieces of an output's K, 8, 4, 2 or 1: few of their turns are without a
+// piece, and half the warps must save more than a twentieth. A function of the weight alone, as the
+// order of sums is.
+STRAIT_BOTH constexpr int WarpsEach(int k, bool fp8) {
+  const int pieces = (k + GemmPiece(fp8) - 1) / GemmPiece(fp8);
+  int best = kGemmWarps;
+  int best_value = 0;
+  for (int warps = kGemmWarps, worth = 20; warps > 0; warps /= 2, --worth) {
+    const int turns = (pieces + warps - 1) / warps;
+    const int value = 1000 * worth * pieces / (turns * warps);
+    if (value > best_value) {
+      best = warps;
+      best_value = value;
+    }
+  }
+  return best;
 }
 
 inline constexpr int kGemmStep = 64;  // elements of K that the tiled kernels take at a time

@@ -28,25 +28,7 @@ __global__ void FillRopeTable(const RopeTableParams p) {
   p.cos_sin[2 * index + 1] = static_cast<float>(sine * static_cast<double>(p.attention_scaling));
 }
 
-constexpr int kPairsEach = 2;             // of a thread of the blocks that rotate queries
-constexpr int kAheadBlocks = 16;          // that bring weights into L2
-constexpr int64_t kAheadPiece = 8 << 10;  // bytes that one instruction asks for
-
-__device__ void BringAhead(const LatentAppendParams& p, int block, int num_blocks) {
-  int64_t first = int64_t{block} * kThreads + threadIdx.x;
-  const int64_t step = int64_t{num_blocks} * kThreads;
-#pragma unroll
-  for (const L2Span& span : p.ahead) {
-    const int64_t pieces = (span.bytes + kAheadPiece - 1) / kAheadPiece;
-    for (; first < pieces; first += step) {
-      const int64_t at = first * kAheadPiece;
-      PrefetchToL2(static_cast<const std::byte*>(span.data) + at,
-                   static_cast<uint32_t>(min(kAheadPiece, span.bytes - at)));
-    }
-    first -= pieces;
-  }
-}
-
+constexpr int kPairsEach = 2;  // of a thread of the blocks that rotate queries
 __device__ void RotateQuery(const LatentAppendParams& p, int64_t token, int first) {
   const float* const cos_sin = p.cos_sin + token * p.rope;
   const int half = p.rope / 2;
@@ -66,17 +48,11 @@ __device__ void RotateQuery(const LatentAppendParams& p, int64_t token, int firs
   }
 }
 
-// Grid: (num_tokens, 1 + blocks that rotate), and the blocks that bring weights ahead as last tokens.
+// Grid: (num_tokens, 1 + blocks that rotate).
 __global__ void __launch_bounds__(kThreads)
     AppendRow(const __grid_constant__ LatentAppendParams p) {
   __shared__ float shared[kThreads / 32];
   const int64_t token = blockIdx.x;
-  if (token >= p.num_tokens) {
-    const int columns = static_cast<int>(gridDim.x - p.num_tokens);
-    BringAhead(p, static_cast<int>(token - p.num_tokens) + columns * static_cast<int>(blockIdx.y),
-               columns * static_cast<int>(gridDim.y));
-    return;
-  }
   WaitForEarlier();
   StartNext();
   if (blockIdx.y > 0) {
@@ -157,9 +133,8 @@ cudaError_t LatentAppend(const LatentAppendParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
   const int32_t pairs = p.num_heads * (p.rope / 2);
   const int32_t rotating = (pairs + kThreads * kPairsEach - 1) / (kThreads * kPairsEach);
-  const int64_t ahead = p.ahead[0].bytes > 0 ? (kAheadBlocks + rotating) / (1 + rotating) : 0;
-  return LaunchChained(AppendRow, dim3(static_cast<unsigned>(p.num_tokens + ahead), 1 + rotating),
-                       kThreads, 0, stream, p);
+  return LaunchChained(AppendRow, dim3(static_cast<unsigned>(p.num_tokens), 1 + rotating), kThreads,
+                       0, stream, p);
 }
 
 cudaError_t Embedding(const EmbeddingParams& p, cudaStream_t stream) {

@@ -36,14 +36,6 @@ struct RopeTableParams {
 
 cudaError_t RopeTable(const RopeTableParams& params, cudaStream_t stream);
 
-// Bytes of weights that the next kernels read, to be brought into L2 while little is read.
-struct L2Span {
-  const void* data = nullptr;  // 16-byte aligned
-  int64_t bytes = 0;           // a multiple of 16
-};
-
-inline constexpr int kMaxL2Spans = 6;
-
 struct LatentAppendParams {
   const float* kv_a = nullptr;  // [num_tokens, rank + rope] fp32, rows kv_a_stride apart
   int64_t kv_a_stride = 0;
@@ -68,7 +60,6 @@ struct LatentAppendParams {
   int32_t num_heads = 0;
   int32_t rank = 0;
   int32_t rope = 0;
-  L2Span ahead[kMaxL2Spans];  // beside it; a hint
 };
 
 cudaError_t LatentAppend(const LatentAppendParams& params, cudaStream_t stream);

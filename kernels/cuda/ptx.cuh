@@ -63,9 +63,11 @@ __device__ __forceinline__ void LoadMatricesTransposed(uint32_t (&r)[4], uint32_
                : "memory");
 }
 
-// Copies 16 bytes to shared memory, of which `valid` are read and the others zero.
+// Copies 16 bytes to shared memory, of which `valid` are read and the others zero. Lines of L2 are
+// filled by whole 128 bytes: a warp's copies that touch 64 of each otherwise read memory at three
+// quarters of its rate.
 __device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, int valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(valid)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(valid)
                : "memory");
 }
 __device__ __forceinline__ void CommitCopies() {
@@ -81,10 +83,7 @@ __device__ __forceinline__ void SyncSome(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// The line of L2 that holds `from`.
-__device__ __forceinline__ void PrefetchLine(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-}
+// Asks for these bytes to be brought into L2; 16-byte aligned.
 __device__ __forceinline__ void PrefetchToL2(const void* from, uint32_t bytes) {
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }

@@ -191,7 +191,7 @@ void Run(const Shape& s, const Limits& limits, size_t l2_bytes) {
   }
 }
 
-int Main(bool smoke) {
+int Main(bool smoke, const char* only) {
   cuda::Device device;
   if (const std::string problem = cuda::OpenDevice(0, &device); !problem.empty()) {
     std::fprintf(stderr, "cuda_gemm_bench: %s\n", problem.c_str());
@@ -208,7 +208,11 @@ int Main(bool smoke) {
     Run({"smoke", 130, 40, 264, false, true, 0}, limits, 1024);
     return 0;
   }
-  for (const Shape& shape : kShapes) Run(shape, limits, static_cast<size_t>(device.l2_bytes));
+  for (const Shape& shape : kShapes) {
+    if (only == nullptr || std::strstr(shape.name, only) != nullptr) {
+      Run(shape, limits, static_cast<size_t>(device.l2_bytes));
+    }
+  }
   return 0;
 }
 
@@ -216,5 +220,6 @@ int Main(bool smoke) {
 }  // namespace strait::bench
 
 int main(int argc, char** argv) {
-  return strait::bench::Main(argc > 1 && std::strcmp(argv[1], "--smoke") == 0);
+  const bool smoke = argc > 1 && std::strcmp(argv[1], "--smoke") == 0;
+  return strait::bench::Main(smoke, argc > 1 && !smoke ? argv[1] : nullptr);
 }

@@ -99,17 +99,22 @@ TEST(CudaGemmPlanTest, StagesCoverLatency) {
 }
 
 TEST(CudaGemmPlanTest, WarpsOfATeamHavePieces) {
-  for (int k = 1; k <= 20000; ++k) {
-    const int warps = WarpsEach(k);
-    const int pieces = (k + kGemmPiece - 1) / kGemmPiece;
-    ASSERT_TRUE(warps == 1 || warps == 2 || warps == 4 || warps == 8) << k;
-    const int turns = (pieces + warps - 1) / warps * warps;
-    EXPECT_LE(8 * (turns - pieces), turns) << k << ": too many turns without a piece";
+  for (const bool fp8 : {false, true}) {
+    for (int k = 1; k <= 40000; ++k) {
+      const int warps = WarpsEach(k, fp8);
+      const int pieces = (k + GemmPiece(fp8) - 1) / GemmPiece(fp8);
+      ASSERT_TRUE(warps == 1 || warps == 2 || warps == 4 || warps == 8) << k;
+      const int turns = (pieces + warps - 1) / warps * warps;
+      EXPECT_LE(7 * (turns - pieces), turns) << k << ": too many turns without a piece";
+    }
   }
-  EXPECT_EQ(WarpsEach(2048), 8);
-  EXPECT_EQ(WarpsEach(1408), 4);
-  EXPECT_EQ(WarpsEach(1536), 4);
-  EXPECT_EQ(WarpsEach(128), 1);
+  EXPECT_EQ(WarpsEach(2048, false), 8);
+  EXPECT_EQ(WarpsEach(1408, false), 4);
+  EXPECT_EQ(WarpsEach(1536, false), 4);
+  EXPECT_EQ(WarpsEach(128, false), 1);
+  EXPECT_EQ(WarpsEach(7168, true), 4);
+  EXPECT_EQ(WarpsEach(2048, true), 8);
+  EXPECT_EQ(WarpsEach(1536, true), 2);
 }
 
 GemmParams Product(int32_t rows, int32_t n, int32_t k, bool fp8, bool gated, bool fixed) {

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/model/cuda/layers.h"
 
-#include <algorithm>
-#include <cstdlib>
-
 #include "kernels/cuda/norm.h"
 #include "kernels/rope.h"
 #include "proto/status_macros.h"
@@ -13,8 +10,6 @@
 namespace strait {
 namespace {
 
-constexpr int32_t kAheadRows =
-    64;  // with more, these weights are a small part of what a step reads
 
 cuda::GemmParams Product(const CudaWorkspace& workspace, const cuda::Bf16* x, int64_t x_stride,
                          const cuda::Matrix& weight, int32_t num_rows) {
@@ -44,33 +39,6 @@ cuda::GemmParams ToFp32(cuda::GemmParams p, float* y, int64_t y_stride, bool acc
 
 int64_t GroupStride(const cuda::Matrix& m) { return int64_t{m.rows} * m.stride; }
 
-// What the products after attention read, in their order, as far as L2 has room for it beside what
-// attention reads: memory is idle then.
-void BringAhead(const DeviceLayer& weights, int32_t heads, int64_t room,
-                cuda::L2Span (&spans)[cuda::kMaxL2Spans]) {
-  int count = 0;
-  const auto add = [&](const cuda::Matrix& m, int64_t first, int64_t groups) {
-    const int64_t element = m.scales != nullptr ? 1 : 2;
-    const int64_t bytes = std::min(room, groups * GroupStride(m) * element);
-    if (bytes == 0) return;
-    spans[count++] = {static_cast<const std::byte*>(m.data) + first * GroupStride(m) * element,
-                      bytes};
-    room -= bytes;
-  };
-  add(weights.value_up, 0, heads);
-  add(weights.o_proj, 0, 1);
-  if (!weights.is_moe) {
-    add(weights.mlp.gate_proj, 0, 1);
-    add(weights.mlp.up_proj, 0, 1);
-  } else if (weights.num_shared > 0) {
-    const DeviceMlp& e = weights.experts;
-    const int64_t routed = weights.gate.rows;
-    add(e.gate_proj, routed, weights.num_shared);
-    add(e.up_proj, routed, weights.num_shared);
-    add(e.down_proj, routed, weights.num_shared);
-  }
-}
-
 int64_t ScaleStride(const cuda::Matrix& m) {
   return static_cast<int64_t>(
       Region::ScaleCount(static_cast<uint64_t>(m.rows), static_cast<uint64_t>(m.cols)));
@@ -88,8 +56,7 @@ CudaLayers::CudaLayers(const ModelConfig& config, const CudaPool& pool,
       rope_scaling_(RopeAttentionScaling(RopeConfigOf(config))),
       softmax_scale_(
           AttentionSoftmaxScale(static_cast<int32_t>(config.qk_head_dim()), RopeConfigOf(config))),
-      hidden_stride_(cuda::AlignedStride(config.hidden_size)),
-      ahead_bytes_((getenv("STRAIT_AHEAD_MB") ? atoi(getenv("STRAIT_AHEAD_MB")) : 24) << 20) {}
+      hidden_stride_(cuda::AlignedStride(config.hidden_size)) {}
 
 absl::Status CudaLayers::Rotate(const CudaTile& tile) {
   cuda::RopeTableParams p;
@@ -194,7 +161,6 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   append.num_heads = heads;
   append.rank = rank;
   append.rope = rope;
-  if (tile.num_rows <= kAheadRows) BringAhead(weights, heads, ahead_bytes_, append.ahead);
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::LatentAppend(append, stream_));
 
   cuda::GemmParams absorb = Product(ws_, ws_.q, heads * q_head, weights.key_up, tile.num_rows);

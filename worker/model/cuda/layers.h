@@ -74,8 +74,7 @@ class CudaLayers {
   const float rope_scaling_;
   const float softmax_scale_;
   const int64_t hidden_stride_;  // of normed rows
-  const int64_t ahead_bytes_;
-  bool is_normed_ = false;  // the next layer's first norm is done
+  bool is_normed_ = false;       // the next layer's first norm is done
 };
 
 }  // namespace strait

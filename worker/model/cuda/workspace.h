@@ -21,7 +21,7 @@
 
 namespace strait {
 
-inline constexpr uint32_t kCudaMaxTileRows = 2048;
+inline constexpr uint32_t kCudaMaxTileRows = 8192;
 inline constexpr uint32_t kCudaMinTileRows = 64;
 inline constexpr uint32_t kCudaMaxFixedTileRows = 512;  // deterministic: bounds the plans' memory
 // Partial results of a deterministic plan in one launch; 128 KiB each at rank 512.

@@ -190,7 +190,6 @@ void WaitCopyGroups() {
 
 inline void SyncSome(int id, int threads) { emulator::NamedBarrier(id, threads, true); }
 
-inline void PrefetchLine(const void*) {}
 inline void PrefetchToL2(const void*, uint32_t bytes) {
   if (bytes % 16 != 0) emulator::Fail("a prefetch of bytes that are not a multiple of 16");
 }
