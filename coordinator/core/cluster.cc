@@ -132,7 +132,6 @@ absl::Status Cluster::CheckCosts(const v1::Hello& hello) const {
 }
 
 absl::Status Cluster::CheckAgrees(const v1::Hello& hello) const {
-  STRAIT_RETURN_IF_ERROR(CheckCosts(hello));
   const uint64_t weights = hello.weights_fingerprint();
   const uint64_t block_bytes = uint64_t{hello.cache_row_bytes()} * limits::kBlockTokens;
   if (!context_->options.accept_untold && (weights == 0 || block_bytes == 0)) {
@@ -146,8 +145,10 @@ absl::Status Cluster::CheckAgrees(const v1::Hello& hello) const {
         absl::StrCat("worker ", hello.name(), " stores cache rows of ", hello.cache_row_bytes(),
                      " bytes, this coordinator reckons with ",
                      context_->model.block_bytes / limits::kBlockTokens,
-                     ": start both with the same --cache-format"));
+                     ": start both with the same --cache-format (fp8 is for GPU workers alone)"));
   }
+  // Behind the rows, of which costs are made.
+  STRAIT_RETURN_IF_ERROR(CheckCosts(hello));
   if (!workers_.empty() && weights != weights_fingerprint_) {
     return absl::FailedPreconditionError(absl::StrCat(
         "worker ", hello.name(), " has weights with fingerprint ", absl::Hex(weights), ", the ",

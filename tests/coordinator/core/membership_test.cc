@@ -119,6 +119,21 @@ TEST(MembershipTest, CostsThatAreNoneOfTheModelAreRefused) {
   EXPECT_FALSE(h.core.Ready());
 }
 
+// The bug: a GPU worker with smaller rows than the coordinator reckons with was told that its costs
+// are of another model and to install the same release.
+TEST(MembershipTest, SmallerRowsOfAGpuWorkerAreACacheFormatNotAnotherModel) {
+  Harness h(Options(1), SmallModel());
+  v1::Hello hello = h.MakeHello(kMemory);
+  *hello.mutable_stage_costs() = Costs(SmallModel());
+  hello.set_cache_row_bytes(1);
+  hello.mutable_stage_costs()->set_block_bytes(limits::kBlockTokens + 4);
+  const WorkerId id = h.Attach(hello);
+  EXPECT_EQ(h.workers.at(id).why.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(h.workers.at(id).why.ToString(),
+              AllOf(HasSubstr("rows of 1 bytes"), HasSubstr("reckons with 2"),
+                    HasSubstr("--cache-format"), HasSubstr("fp8 is for GPU workers alone")));
+}
+
 TEST(MembershipTest, AnEmptyClusterTakesOtherWeightsAndContinuesNothing) {
   Harness h(Options(1), SmallModel());
   const WorkerId old = h.Attach(kMemory);
