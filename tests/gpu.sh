@@ -18,12 +18,12 @@ usage: tests/gpu.sh [options]
   --programs FOLDER  builds nothing, uses the programs of --pack
   --only PART        one of unit, exactness, same-tokens, disconnects, nccl, bench, sanitizer; may be repeated
                      (default: all but sanitizer)
-  --cases LIST       of the benchmarks, e.g. "gemm v3" (default: gemm mla v2-lite v3 price serve)
+  --cases LIST       of the benchmarks, e.g. "gemm v3" (default: gemm mla v2-lite v3 price rows serve)
   --jobs N           end-to-end tests at once, where pytest-xdist is there (default: 4)
 USAGE
 }
 
-out=build/gpu pack= programs= parts= jobs=4 cases="gemm mla v2-lite v3 price serve"
+out=build/gpu pack= programs= parts= jobs=4 cases="gemm mla v2-lite v3 price rows serve"
 need_value() { [ $# -ge 2 ] || { echo "tests/gpu.sh: $1 needs a value" >&2; exit 2; }; }
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -166,6 +166,11 @@ if wanted bench; then
         price) for mode in "" --deterministic; do
             "$stage" $models/v2-lite 1 9 1@1024 16@1024 64@1024 256@1024 16@32768 --prefill 8192 $mode &&
               "$stage" $models/v3 3 5 1@4096 16@4096 64@4096 16@32768 --prefill 4096 $mode || return
+          done ;;
+        # What fp8 cache rows give: the same stage, both ways.
+        rows) for rows in bf16 fp8; do
+            "$stage" $models/v3 3 5 1@32768 16@32768 64@32768 256@32768 1@131072 16@131072 64@131072 --prefill 4096 \
+              --cache-format $rows || return
           done ;;
         serve) "$programs/bin/strait" bench --model $models/v2-lite --random-weights 1 --backend cuda --workers 1 \
           --concurrency 1,16,64 --prompt-tokens 1024 --output-tokens 128 --requests 64 --warmup 4 \
