@@ -113,12 +113,13 @@ fi
 # ---- End to end: real clusters whose workers compute on the GPU ----
 python=tests/.venv/bin/python
 "$python" -c 'import pytest, httpx' 2>/dev/null || python=python3
-run_e2e() {  # part, file, what of its output to show, "" or more arguments of pytest…
+rows=
+run_e2e() {  # with cache rows of the format $rows, empty: the default; part, file, what of its output to show, "" or more arguments of pytest…
   local part="$1" file="$2" show="$3"
   shift 3
   strait_say "=== $part, CUDA workers"
   if "$python" -c 'import pytest, httpx' 2>"$out/python.log"; then
-    STRAIT_TEST_BACKEND=cuda STRAIT_BIN="$programs/bin" "$python" -B -m pytest -p no:cacheprovider "$@" -q -rPs \
+    STRAIT_TEST_BACKEND=cuda STRAIT_TEST_CACHE_FORMAT="$rows" STRAIT_BIN="$programs/bin" "$python" -B -m pytest -p no:cacheprovider "$@" -q -rPs \
       --tb=short "tests/e2e/$file" </dev/null >"$out/$part.log" 2>&1 || fail "$part" "$out/$part.log"
     grep -hE "$show|^SKIPPED|^[0-9]+ (passed|failed)|passed|failed" "$out/$part.log" | tail -n 60
   else
@@ -128,6 +129,9 @@ run_e2e() {  # part, file, what of its output to show, "" or more arguments of p
 parallel=(); "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$jobs")
 if wanted exactness; then
   run_e2e exactness test_exactness.py "mean|differ$" ${parallel[@]+"${parallel[@]}"}
+  rows=fp8
+  run_e2e exactness-fp8-rows test_exactness.py "mean|differ$" ${parallel[@]+"${parallel[@]}"} -k "v3 or reference"
+  rows=
 fi
 if wanted same-tokens; then  # threads and SIMD levels are skipped, and say so
   run_e2e same-tokens test_same_tokens.py "differ" ${parallel[@]+"${parallel[@]}"}

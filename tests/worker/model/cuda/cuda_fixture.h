@@ -39,6 +39,7 @@ class SkippedWithoutGpu : public Base {
  protected:
   void SetUp() override {
     if (const auto device = OpenCudaDevice(0); !device.ok()) {
+      EXPECT_EQ(device.status().code(), absl::StatusCode::kFailedPrecondition);
       GTEST_SKIP() << "SKIPPED, no GPU test ran: " << device.status().message();
     }
   }
