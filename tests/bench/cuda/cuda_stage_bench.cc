@@ -198,9 +198,12 @@ int Main(Options o) {
   StageSpec spec;
   spec.layers = o.layers;
   spec.pool_blocks = static_cast<uint32_t>(most * o.layers.size());
-  const CudaStageBytes stated =
-      LayOutStage(config, spec, {device.num_multiprocessors, o.deterministic, o.rows}, nullptr)
-          .bytes;
+  const CudaStageBytes stated = LayOutStage(config, spec,
+                                            {.num_multiprocessors = device.num_multiprocessors,
+                                             .deterministic = o.deterministic,
+                                             .row_format = o.rows},
+                                            nullptr)
+                                    .bytes;
   const uint64_t free_before = FreeBytes();
   const auto begin = std::chrono::steady_clock::now();
   auto model = Must(backend->Load(spec, {}));

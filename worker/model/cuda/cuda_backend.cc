@@ -52,7 +52,9 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
   STRAIT_RETURN_IF_ERROR(CheckCudaModel(weights->config()));
   STRAIT_RETURN_IF_ERROR(CheckCudaAttention(weights->config(), shared->device));
   shared->weights = std::move(weights);
-  shared->traits = {shared->device.num_multiprocessors, options.deterministic, options.row_format};
+  shared->traits = {.num_multiprocessors = shared->device.num_multiprocessors,
+                    .deterministic = options.deterministic,
+                    .row_format = options.row_format};
   shared->budget = std::make_shared<MemoryBudget>(options.memory_bytes);
   return std::unique_ptr<CudaBackend>(new CudaBackend(std::move(shared)));
 }

@@ -41,12 +41,13 @@ std::vector<ModelConfig> Models() {
           OnCuda(TinyV2()), one_layer,           Wide()};
 }
 
-constexpr CudaTraits kTraits[] = {{132, false},
-                                  {132, true},
-                                  {1, true},
-                                  {148, false},
-                                  {132, false, RowFormat::kFp8},
-                                  {132, true, RowFormat::kFp8}};
+constexpr CudaTraits kTraits[] = {
+    {132, false},
+    {132, true},
+    {1, true},
+    {148, false},
+    {.num_multiprocessors = 132, .row_format = RowFormat::kFp8},
+    {.num_multiprocessors = 132, .deterministic = true, .row_format = RowFormat::kFp8}};
 
 uint64_t Counted(const StageCosts& costs, LayerRange layers, uint64_t pool_blocks) {
   return StageFixedBytes(costs, layers) + pool_blocks * costs.block_bytes;
@@ -154,7 +155,7 @@ TEST(CudaMemoryTest, RowsOfFp8AreCountedAsTheyLie) {
   spec.pool_blocks = 1000;
   for (const auto& [format, row_bytes] :
        {std::pair(RowFormat::kBf16, 1152u), std::pair(RowFormat::kFp8, 656u)}) {
-    const CudaTraits traits = {132, false, format};
+    const CudaTraits traits = {.num_multiprocessors = 132, .row_format = format};
     EXPECT_EQ(LayOutStage(config, spec, traits, nullptr).bytes.pool, 1000u * 64 * row_bytes);
     EXPECT_EQ(CudaStageCosts(config, traits).block_bytes, 64u * row_bytes + 4);
   }
