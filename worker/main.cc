@@ -235,7 +235,8 @@ int main(int argc, char** argv) {
           "Without --memory: part of the GPU's memory for weights, cache and workspace")
       ->check(CLI::Range(0.0, 1.0));
   AddFlag(app, "--memory", flags.memory_bytes,
-          "Bytes for weights, cache and workspace, e.g. 8GiB; default: 80 % of the available "
+          "Bytes for weights, cache, workspace and NCCL edges, e.g. 8GiB; default: 80 % of the "
+          "available "
           "memory, on a GPU "
           "see --gpu-memory-share")
       ->transform(CLI::AsSizeValue(false));

@@ -79,11 +79,13 @@ def hops(measured):
     if not measured:
         return []
     rows = [[f"{r['bytes']:,}", "MPS" if r["mps"] else "taking turns", r["nccl"], f"{r['bare_us']:.1f}",
-             f"{r['transport_us']:.1f}", f"{r['ratio']:.2f}"] for r in measured]
+             f"{r['transport_us']:.1f}", f"{r['ratio']:.2f}"] + ([f"{r[k] / 2**20:.0f}" for k in ("taken", "stated")] if "taken" in r
+                                                       else ["", ""]) for r in measured]
     return ["", "## A hop over NCCL", "",
             "Two ranks on one GPU, which is not how they are meant to run: what counts is the ratio of a hop through "
-            "`NcclTransport` to bare sends and receives. Ranks run side by side with MPS, and take turns without.", ""] + table(
-                ["bytes", "ranks", "NCCL", "bare, µs", "NcclTransport, µs", "times"], rows)
+            "`NcclTransport` to bare sends and receives. Ranks run side by side with MPS, and take turns without. Memory: of the "
+            "four ends of its edges.", ""] + table(
+                ["bytes", "ranks", "NCCL", "bare, µs", "NcclTransport, µs", "times", "GPU memory, MiB", "stated"], rows)
 
 
 def memory(measured):

@@ -12,7 +12,7 @@ DECODE = {**STEP, "bench": "decode", "batch": 16, "context": 32768, "us": 4000.0
 PREFILL = {**STEP, "bench": "prefill", "tokens": 4096, "us": 90000.0}
 MEMORY = {**STEP, "bench": "memory", "weights": 2**31, "cache": 2**30, "workspace": 2**28, "stated": 2**32, "taken": 2**32}
 HOP = {"bench": "nccl_hop", "mps": True, "nccl": "2.28.9", "bytes": 28672, "bare_us": 40.0, "transport_us": 50.0,
-       "ratio": 1.25}
+       "ratio": 1.25, "taken": 160 * 2**20, "stated": 256 * 2**20}
 LIMITS = {"bench": "limits", "device": "GPU", "read_gb_s": 4400.0}
 GEMM = {"bench": "gemm", "name": "v3 up", "rows": 16, "n": 2048, "k": 7168, "fp8": True, "us": 9.0, "gb_s": 1700.0,
         "read_share": 0.386, "tflops": 52.0, "matrix_share": 0.06}
@@ -61,7 +61,7 @@ class PageTest(unittest.TestCase):
 
     def test_hops(self):
         text = page(HOP, {**HOP, "mps": False, "bytes": 2097152})
-        self.assertIn("| 28,672 | MPS | 2.28.9 | 40.0 | 50.0 | 1.25 |", text)
+        self.assertIn("| 28,672 | MPS | 2.28.9 | 40.0 | 50.0 | 1.25 | 160 | 256 |", text)
         self.assertIn("| 2,097,152 | taking turns | 2.28.9 |", text)
 
     def test_serving(self):

@@ -38,9 +38,10 @@ def test_workers_not_divisible_by_pipelines_is_refused_with_the_fix():
 
 def test_fp8_cache_rows_without_a_gpu_are_refused_with_the_fix():
     """By strait up, before it starts anything; by a worker that was started by hand."""
-    done = strait("up", "--model", TINY, "--random-weights", 1, "--cache-format", "fp8")
-    assert done.returncode == 1
-    assert "--cache-format fp8 needs --backend cuda" in done.stderr and "bf16" in done.stderr
+    for args, env in ((["--cache-format", "fp8"], {}), ([], {"STRAIT_CACHE_FORMAT": "fp8"})):
+        done = strait("up", "--model", TINY, "--random-weights", 1, *args, env=env)
+        assert done.returncode == 1
+        assert "--cache-format fp8 needs --backend cuda" in done.stderr and "bf16" in done.stderr
     worker = subprocess.run([program("strait-worker"), "--model", str(TINY), "--random-weights", "1", "--cache-format",
                              "fp8"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, env=clean_env())
     assert worker.returncode == 1
@@ -252,6 +253,7 @@ def test_status_table_and_json(cluster):
     for worker in status["workers"]:  # all that a stage takes, within what the worker has
         parts = [worker["stages"][0][part] for part in ("weight_bytes", "cache_bytes_total", "workspace_bytes")]
         assert min(parts) > 0 and sum(parts) <= worker["memory_bytes"], worker
+        assert worker["stages"][0]["edge_bytes"] == 0, "edges of CPU workers take none of it"
 
 
 def test_status_watch_ends_on_interrupt(cluster):
