@@ -79,8 +79,7 @@ class GoldenCudaTest : public CudaTestWithParam<Case> {
     const double most = errors[errors.size() * 99 / 100];
     std::printf(
         "%s, %s rows: %zu log-probabilities; difference: median %.2e, mean %.2e, 99 of 100 within "
-        "%.2e, "
-        "worst %.2e; %d of %d clear choices differ\n",
+        "%.2e, worst %.2e; %d of %d clear choices differ\n",
         GetParam().shape, RowFormatName(GetParam().rows), errors.size(), median, mean, most,
         errors.back(), others, decided);
     EXPECT_GT(decided, 100);
