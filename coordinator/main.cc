@@ -69,7 +69,7 @@ ModelShape MakeShape(const ModelConfig& config, const Flags& flags) {
   }
   shape.embedding_bytes = EmbeddingBytes(config);
   shape.head_bytes = HeadBytes(config);
-  shape.block_bytes = BlockBytes(flags.cache_format == "bf16" ? RowFormat::kBf16 : RowFormat::kFp32,
+  shape.block_bytes = BlockBytes(RowFormatOf(flags.cache_format).value_or(RowFormat::kFp32),
                                  config.kv_lora_rank, config.qk_rope_head_dim);
   shape.workspace_bytes = WorkspaceSizes(config);
   shape.fingerprint = ModelFingerprint(config);
@@ -218,8 +218,11 @@ int main(int argc, char** argv) {
           "Sequences that may wait; beyond, requests are answered 429");
   AddFlag(app, "--max-model-len", flags.max_model_len,
           "Longest context served; 0: what the model has");
-  AddFlag(app, "--cache-format", flags.cache_format, "Row format of the workers' latent caches")
-      ->check(CLI::IsMember({"fp32", "bf16"}));
+  AddFlag(
+      app, "--cache-format", flags.cache_format,
+      "Row format of the workers' latent caches, which start with the same: fp32 is CPU workers' "
+      "default, bf16 GPU workers'; fp8 GPU workers alone have")
+      ->check(CLI::IsMember({"fp32", "bf16", "fp8"}));
   AddFlag(app, "--api-key", flags.api_keys,
           "Key that clients must send as bearer token; may be repeated, in the environment one a "
           "line. Who lists processes sees a command line, not an environment")

@@ -9,12 +9,26 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
+#include <string_view>
 
 #include "proto/limits.h"
 
 namespace strait {
 
-enum class RowFormat : uint8_t { kFp32 = 0, kBf16 = 1 };
+// kFp8: GPUs alone.
+enum class RowFormat : uint8_t { kFp32 = 0, kBf16 = 1, kFp8 = 2 };
+
+// As --cache-format has them.
+constexpr const char* RowFormatName(RowFormat format) {
+  return format == RowFormat::kFp32 ? "fp32" : format == RowFormat::kBf16 ? "bf16" : "fp8";
+}
+constexpr std::optional<RowFormat> RowFormatOf(std::string_view name) {
+  for (const RowFormat format : {RowFormat::kFp32, RowFormat::kBf16, RowFormat::kFp8}) {
+    if (name == RowFormatName(format)) return format;
+  }
+  return std::nullopt;
+}
 
 // Latent blocks of one layer that hold `length` rows, under the exact policy.
 constexpr uint32_t BlocksPerLayer(uint32_t length) {
@@ -26,11 +40,17 @@ constexpr uint64_t BlocksOfSequence(uint32_t length, uint32_t num_layers) {
   return uint64_t{BlocksPerLayer(length)} * num_layers;
 }
 
-// One cache row: latent[rank] then rope_key[rope], rounded up to kRowAlign bytes.
-constexpr uint32_t RowBytes(RowFormat format, uint32_t rank, uint32_t rope) {
-  const uint32_t element = format == RowFormat::kFp32 ? 4 : 2;
-  const uint32_t bytes = (rank + rope) * element;
+constexpr uint32_t RoundUpToRowAlign(uint32_t bytes) {
   return (bytes + limits::kRowAlign - 1) / limits::kRowAlign * limits::kRowAlign;
+}
+
+// One cache row, rounded up to kRowAlign bytes: latent[rank] then rope_key[rope]; with kFp8 rank
+// codes of 1 byte, rounded up, an fp32 scale for each 128 of them begun, rope_key[rope] in bf16.
+constexpr uint32_t RowBytes(RowFormat format, uint32_t rank, uint32_t rope) {
+  if (format == RowFormat::kFp8) {
+    return RoundUpToRowAlign(RoundUpToRowAlign(rank) + (rank + 127) / 128 * 4 + rope * 2);
+  }
+  return RoundUpToRowAlign((rank + rope) * (format == RowFormat::kFp32 ? 4 : 2));
 }
 
 constexpr uint64_t BlockBytes(RowFormat format, uint32_t rank, uint32_t rope) {

@@ -104,4 +104,9 @@ uint64_t StageFixedBytes(const StageCosts& costs, LayerRange layers) {
          sizes[ChooseWorkspace(sizes, weights)];
 }
 
+uint64_t StageEdgeBytes(const StageCosts& costs, LayerRange layers, uint32_t max_step_tokens) {
+  const uint64_t num_edges = (layers.begin > 0) + (layers.end < costs.layer_bytes.size());
+  return num_edges * (costs.edge_bytes + max_step_tokens * costs.edge_row_bytes);
+}
+
 }  // namespace strait

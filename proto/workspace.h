@@ -76,8 +76,8 @@ size_t ChooseWorkspace(absl::Span<const uint64_t> sizes, uint64_t weight_bytes);
 
 // How a kind of worker counts the memory of its stages, told by the worker where it is another than
 // the CPU's (ModelConfig's weights, WorkspaceSizes). A stage takes at most its layers' weights, what
-// comes with its first and last layer, blocks, and the workspace that its weights choose, with a
-// share for each layer.
+// comes with its first and last layer, blocks, the workspace that its weights choose, with a share
+// for each layer, and what its edges take: one to the stage before it, one to the stage after it.
 struct StageCosts {
   std::vector<uint64_t> layer_bytes;  // [num_hidden_layers] weights
   uint64_t embedding_bytes = 0;       // with the first layer
@@ -86,6 +86,9 @@ struct StageCosts {
   uint64_t layer_workspace_bytes = 0;
   std::vector<uint64_t> workspace_bytes;       // rising; for ChooseWorkspace
   std::vector<uint64_t> last_workspace_bytes;  // the same, of a stage with the last layer
+  // Of each edge, where edges may lie in the same memory; else 0.
+  uint64_t edge_bytes = 0;
+  uint64_t edge_row_bytes = 0;  // more, for each row that a step may have
 };
 
 // The sizes that a stage with these layers chooses from.
@@ -93,5 +96,8 @@ const std::vector<uint64_t>& WorkspaceSizesOf(const StageCosts& costs, LayerRang
 
 // Weights and workspace.
 uint64_t StageFixedBytes(const StageCosts& costs, LayerRange layers);
+
+// What the edges of a stage take. REQUIRES: max_step_tokens <= limits::kMaxStepTokens.
+uint64_t StageEdgeBytes(const StageCosts& costs, LayerRange layers, uint32_t max_step_tokens);
 
 }  // namespace strait

@@ -18,12 +18,12 @@ usage: tests/gpu.sh [options]
   --programs FOLDER  builds nothing, uses the programs of --pack
   --only PART        one of unit, exactness, same-tokens, disconnects, nccl, bench, sanitizer; may be repeated
                      (default: all but sanitizer)
-  --cases LIST       of the benchmarks, e.g. "gemm v3" (default: gemm mla v2-lite v3 price serve)
+  --cases LIST       of the benchmarks, e.g. "gemm v3" (default: gemm mla v2-lite v3 price rows serve)
   --jobs N           end-to-end tests at once, where pytest-xdist is there (default: 4)
 USAGE
 }
 
-out=build/gpu pack= programs= parts= jobs=4 cases="gemm mla v2-lite v3 price serve"
+out=build/gpu pack= programs= parts= jobs=4 cases="gemm mla v2-lite v3 price rows serve"
 need_value() { [ $# -ge 2 ] || { echo "tests/gpu.sh: $1 needs a value" >&2; exit 2; }; }
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -113,12 +113,13 @@ fi
 # ---- End to end: real clusters whose workers compute on the GPU ----
 python=tests/.venv/bin/python
 "$python" -c 'import pytest, httpx' 2>/dev/null || python=python3
-run_e2e() {  # part, file, what of its output to show, "" or more arguments of pytest…
+rows=
+run_e2e() {  # with cache rows of the format $rows, empty: the default; part, file, what of its output to show, "" or more arguments of pytest…
   local part="$1" file="$2" show="$3"
   shift 3
   strait_say "=== $part, CUDA workers"
   if "$python" -c 'import pytest, httpx' 2>"$out/python.log"; then
-    STRAIT_TEST_BACKEND=cuda STRAIT_BIN="$programs/bin" "$python" -B -m pytest -p no:cacheprovider "$@" -q -rPs \
+    STRAIT_TEST_BACKEND=cuda STRAIT_TEST_CACHE_FORMAT="$rows" STRAIT_BIN="$programs/bin" "$python" -B -m pytest -p no:cacheprovider "$@" -q -rPs \
       --tb=short "tests/e2e/$file" </dev/null >"$out/$part.log" 2>&1 || fail "$part" "$out/$part.log"
     grep -hE "$show|^SKIPPED|^[0-9]+ (passed|failed)|passed|failed" "$out/$part.log" | tail -n 60
   else
@@ -128,6 +129,9 @@ run_e2e() {  # part, file, what of its output to show, "" or more arguments of p
 parallel=(); "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$jobs")
 if wanted exactness; then
   run_e2e exactness test_exactness.py "mean|differ$" ${parallel[@]+"${parallel[@]}"}
+  rows=fp8
+  run_e2e exactness-fp8-rows test_exactness.py "mean|differ$" ${parallel[@]+"${parallel[@]}"} -k "v3 or reference"
+  rows=
 fi
 if wanted same-tokens; then  # threads and SIMD levels are skipped, and say so
   run_e2e same-tokens test_same_tokens.py "differ" ${parallel[@]+"${parallel[@]}"}
@@ -166,6 +170,11 @@ if wanted bench; then
         price) for mode in "" --deterministic; do
             "$stage" $models/v2-lite 1 9 1@1024 16@1024 64@1024 256@1024 16@32768 --prefill 8192 $mode &&
               "$stage" $models/v3 3 5 1@4096 16@4096 64@4096 16@32768 --prefill 4096 $mode || return
+          done ;;
+        # What fp8 cache rows give: the same stage, both ways.
+        rows) for rows in bf16 fp8; do
+            "$stage" $models/v3 3 5 1@32768 16@32768 64@32768 256@32768 1@131072 16@131072 64@131072 --prefill 4096 \
+              --cache-format $rows || return
           done ;;
         serve) "$programs/bin/strait" bench --model $models/v2-lite --random-weights 1 --backend cuda --workers 1 \
           --concurrency 1,16,64 --prompt-tokens 1024 --output-tokens 128 --requests 64 --warmup 4 \

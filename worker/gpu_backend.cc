@@ -22,6 +22,7 @@ absl::StatusOr<GpuBackend> MakeGpuBackend(
   CudaBackendOptions cuda;
   cuda.device = options.device;
   cuda.deterministic = options.deterministic;
+  cuda.row_format = options.row_format;
   cuda.memory_bytes =
       options.memory_bytes > 0
           ? options.memory_bytes

@@ -12,6 +12,7 @@
 #include <memory>
 
 #include "absl/status/statusor.h"
+#include "proto/reservation.h"
 #include "proto/workspace.h"
 #include "worker/backend.h"
 #include "worker/checkpoint/weights.h"
@@ -24,6 +25,7 @@ struct GpuBackendOptions {
   uint64_t memory_bytes = 0;  // for weights, cache and workspace; 0: by share
   double memory_share = 0;    // of the GPU's memory
   bool deterministic = false;
+  RowFormat row_format = RowFormat::kBf16;
 };
 
 struct GpuBackend {

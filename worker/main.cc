@@ -96,14 +96,12 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_
                                                      uint64_t* memory_bytes,
                                                      std::optional<StageCosts>* costs) {
   if (flags.backend == "cuda") {
-    if (flags.cache_format == "fp32") {
-      return absl::InvalidArgumentError("--backend cuda has a bf16 cache: use --cache-format bf16");
-    }
     GpuBackendOptions options;
     options.device = static_cast<int>(flags.gpu);
     options.memory_bytes = flags.memory_bytes;
     options.memory_share = flags.gpu_memory_share;
     options.deterministic = flags.deterministic;
+    options.row_format = RowFormatOf(flags.cache_format).value_or(RowFormat::kBf16);
     STRAIT_ASSIGN_OR_RETURN(GpuBackend made,
                             MakeGpuBackend(options, [&] { return OpenWeights(flags, threads); }));
     *memory_bytes = made.memory_bytes;
@@ -118,7 +116,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_
                                               kDefaultMemoryShare);
   options.memory_bytes = *memory_bytes;
   STRAIT_ASSIGN_OR_RETURN(options.simd, ParseSimd(flags.simd));
-  options.row_format = flags.cache_format == "bf16" ? RowFormat::kBf16 : RowFormat::kFp32;
+  options.row_format = RowFormatOf(flags.cache_format).value_or(RowFormat::kFp32);
   STRAIT_ASSIGN_OR_RETURN(auto weights, OpenWeights(flags, threads));
   return CpuBackend::Create(options, std::move(weights));
 }
@@ -237,7 +235,8 @@ int main(int argc, char** argv) {
           "Without --memory: part of the GPU's memory for weights, cache and workspace")
       ->check(CLI::Range(0.0, 1.0));
   AddFlag(app, "--memory", flags.memory_bytes,
-          "Bytes for weights, cache and workspace, e.g. 8GiB; default: 80 % of the available "
+          "Bytes for weights, cache, workspace and NCCL edges, e.g. 8GiB; default: 80 % of the "
+          "available "
           "memory, on a GPU "
           "see --gpu-memory-share")
       ->transform(CLI::AsSizeValue(false));
@@ -246,9 +245,12 @@ int main(int argc, char** argv) {
           "portable, avx2 or avx512; default: the widest that there is. All give the same bits");
   AddFlag(app, "--random-weights", flags.random_weights,
           "Fill weights from this seed instead of reading them");
-  AddFlag(app, "--cache-format", flags.cache_format,
-          "Row format of the latent cache; default: fp32, on a GPU bf16")
-      ->check(CLI::IsMember({"fp32", "bf16"}));
+  AddFlag(
+      app, "--cache-format", flags.cache_format,
+      "Row format of the latent cache: fp32 or bf16; on a GPU bf16 or fp8 (e4m3 with a scale for "
+      "each 128, the rotated key in bf16). The coordinator needs the same; default: fp32, on a "
+      "GPU bf16")
+      ->check(CLI::IsMember({"fp32", "bf16", "fp8"}));
   AddFlag(
       app, "--transport", flags.transport,
       "How hidden states travel: auto is NCCL between GPU workers with the same NCCL, else gRPC; "

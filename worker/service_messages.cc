@@ -14,6 +14,7 @@
 #include "proto/rpc/status.h"
 #include "proto/status_macros.h"
 #include "proto/version.h"
+#include "worker/transport/nccl_transport.h"
 
 namespace strait {
 namespace {
@@ -48,6 +49,10 @@ v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
     told.mutable_last_workspace_bytes()->Add(costs.last_workspace_bytes.begin(),
                                              costs.last_workspace_bytes.end());
     told.set_layer_workspace_bytes(costs.layer_workspace_bytes);
+    if (options.nccl.nccl) {  // its edges may be on the device
+      told.set_edge_bytes(kNcclEdgeBytes);
+      told.set_edge_row_bytes(kArenaSteps * backend.hidden_row_bytes());
+    }
   }
   hello.set_numerics_id(backend.numerics_id());
   hello.set_backend(options.backend_name);

@@ -45,6 +45,15 @@ std::vector<std::string> SharedGpuEnvironment(const std::string& worker) {
   return environment;
 }
 
+// The daemons' --cache-format: given, or of the environment, which they read too; empty: none.
+std::string CacheFormat(const LocalClusterOptions& options) {
+  const auto& args = options.coordinator_args;
+  const auto flag = std::find(args.rbegin(), args.rend(), "--cache-format");
+  if (flag != args.rend() && flag != args.rbegin()) return *std::prev(flag);
+  const char* const environment = getenv("STRAIT_CACHE_FORMAT");
+  return environment != nullptr ? environment : "";
+}
+
 // `given`, or the default port of loopback, or a free one when that is taken.
 absl::StatusOr<std::string> ChooseAddress(const std::string& given, uint16_t default_port,
                                           std::string_view what, uint16_t not_this,
@@ -77,6 +86,10 @@ absl::StatusOr<std::unique_ptr<LocalCluster>> LocalCluster::Start(LocalClusterOp
   if (options.backend != "cpu" && options.backend != "cuda") {
     return absl::InvalidArgumentError(
         absl::StrCat("--backend ", options.backend, " is unknown: use cpu or cuda"));
+  }
+  if (options.backend != "cuda" && CacheFormat(options) == "fp8") {
+    return absl::InvalidArgumentError(
+        "--cache-format fp8 needs --backend cuda: CPU workers keep fp32 or bf16 cache rows");
   }
   if (options.num_pipelines == 0)
     return absl::InvalidArgumentError("--pipelines must be at least 1");
@@ -156,8 +169,7 @@ absl::Status LocalCluster::Launch() {
   }
   std::string memory = options_.worker_memory;
   const bool on_gpu = options_.backend == "cuda";
-  const auto& given = options_.coordinator_args;
-  if (on_gpu && std::find(given.begin(), given.end(), "--cache-format") == given.end()) {
+  if (on_gpu && CacheFormat(options_).empty()) {
     append(coordinator_.spec.argv, {"--cache-format", "bf16"});
   }
   if (memory.empty() && !on_gpu) {

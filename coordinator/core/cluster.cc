@@ -24,6 +24,8 @@ StageCosts StageCostsOf(const v1::StageCosts& told) {
   costs.head_bytes = told.head_bytes();
   costs.block_bytes = told.block_bytes();
   costs.layer_workspace_bytes = told.layer_workspace_bytes();
+  costs.edge_bytes = told.edge_bytes();
+  costs.edge_row_bytes = told.edge_row_bytes();
   costs.workspace_bytes.assign(told.workspace_bytes().begin(), told.workspace_bytes().end());
   costs.last_workspace_bytes.assign(told.last_workspace_bytes().begin(),
                                     told.last_workspace_bytes().end());
@@ -119,8 +121,9 @@ absl::Status Cluster::CheckCosts(const v1::Hello& hello) const {
   if (static_cast<size_t>(costs.layer_bytes_size()) != context_->model.layer_weight_bytes.size() ||
       costs.block_bytes() < context_->model.block_bytes || too_large(costs.block_bytes()) ||
       too_large(costs.embedding_bytes()) || too_large(costs.head_bytes()) ||
-      too_large(costs.layer_workspace_bytes()) || !sizes(costs.workspace_bytes()) ||
-      !sizes(costs.last_workspace_bytes()) ||
+      too_large(costs.layer_workspace_bytes()) || too_large(costs.edge_bytes()) ||
+      costs.edge_row_bytes() > kMaxCostBytes / limits::kMaxStepTokens ||
+      !sizes(costs.workspace_bytes()) || !sizes(costs.last_workspace_bytes()) ||
       std::any_of(costs.layer_bytes().begin(), costs.layer_bytes().end(), too_large)) {
     return absl::InvalidArgumentError(absl::StrCat(
         "worker ", hello.name(), " tells costs of its stages that are none of this model: ",
@@ -132,7 +135,6 @@ absl::Status Cluster::CheckCosts(const v1::Hello& hello) const {
 }
 
 absl::Status Cluster::CheckAgrees(const v1::Hello& hello) const {
-  STRAIT_RETURN_IF_ERROR(CheckCosts(hello));
   const uint64_t weights = hello.weights_fingerprint();
   const uint64_t block_bytes = uint64_t{hello.cache_row_bytes()} * limits::kBlockTokens;
   if (!context_->options.accept_untold && (weights == 0 || block_bytes == 0)) {
@@ -146,8 +148,10 @@ absl::Status Cluster::CheckAgrees(const v1::Hello& hello) const {
         absl::StrCat("worker ", hello.name(), " stores cache rows of ", hello.cache_row_bytes(),
                      " bytes, this coordinator reckons with ",
                      context_->model.block_bytes / limits::kBlockTokens,
-                     ": start both with the same --cache-format"));
+                     ": start both with the same --cache-format (fp8 is for GPU workers alone)"));
   }
+  // Behind the rows, of which costs are made.
+  STRAIT_RETURN_IF_ERROR(CheckCosts(hello));
   if (!workers_.empty() && weights != weights_fingerprint_) {
     return absl::FailedPreconditionError(absl::StrCat(
         "worker ", hello.name(), " has weights with fingerprint ", absl::Hex(weights), ", the ",

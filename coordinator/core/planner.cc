@@ -21,8 +21,11 @@ uint64_t PaceBytes(const ModelShape& model, LayerRange layers) {
   return StageWeightBytes(model.layer_weight_bytes, 0, model.head_bytes, layers);
 }
 
-uint64_t FixedBytes(const ModelShape& model, LayerRange layers, const WorkerMemory& memory) {
-  if (memory.costs != nullptr) return StageFixedBytes(*memory.costs, layers);
+uint64_t FixedBytes(const CoreOptions& options, const ModelShape& model, LayerRange layers,
+                    const WorkerMemory& memory) {
+  if (memory.costs != nullptr) {
+    return StageFixedBytes(*memory.costs, layers) + StageEdgeBytes(options, layers, memory);
+  }
   return StageWeightBytes(model, layers) + StageWorkspaceBytes(model, layers, memory);
 }
 
@@ -44,6 +47,8 @@ absl::Status CannotFit(const CoreOptions& options, const ModelShape& model,
   }
   needed += num_layers * BlockBytesOf(model, first) +
             (workspaces->empty() ? 0 : memory.size() * workspaces->front());
+  // Each edge at both of its ends: what one end takes is what a first stage takes.
+  needed += 2 * (memory.size() - 1) * StageEdgeBytes(options, {0, 1}, first);
   uint64_t offered = 0;
   std::string each;
   for (const WorkerMemory& one : memory) {
@@ -52,8 +57,8 @@ absl::Status CannotFit(const CoreOptions& options, const ModelShape& model,
   }
   return absl::ResourceExhaustedError(absl::StrCat(
       "the model does not fit on ", memory.size(),
-      " stage(s): weights, workspace and one latent "
-      "block a layer take at least ",
+      " stage(s): weights, workspace, edges and "
+      "one latent block a layer take at least ",
       needed, " bytes, the workers offer ", offered, " (", each, ")",
       needed <= offered ? ", and no split into contiguous layers fits each of them" : "",
       options.max_cache_bytes_per_stage > 0
@@ -82,9 +87,14 @@ uint64_t StageWorkspaceBytes(const ModelShape& model, LayerRange layers,
       .workspace_bytes[ChooseWorkspace(model.workspace_bytes, StageWeightBytes(model, layers))];
 }
 
+uint64_t StageEdgeBytes(const CoreOptions& options, LayerRange layers, const WorkerMemory& memory) {
+  if (memory.costs == nullptr) return 0;
+  return StageEdgeBytes(*memory.costs, layers, options.max_step_tokens);
+}
+
 uint32_t StageColumns(const CoreOptions& options, const ModelShape& model, LayerRange layers,
                       const WorkerMemory& memory) {
-  const uint64_t fixed = FixedBytes(model, layers, memory);
+  const uint64_t fixed = FixedBytes(options, model, layers, memory);
   if (fixed >= memory.bytes) return 0;
   uint64_t cache_bytes = memory.bytes - fixed;
   if (options.max_cache_bytes_per_stage > 0) {

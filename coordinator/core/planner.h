@@ -49,6 +49,9 @@ uint64_t StageWeightBytes(const ModelShape& model, LayerRange layers);
 uint64_t StageWorkspaceBytes(const ModelShape& model, LayerRange layers,
                              const WorkerMemory& memory = 0);
 
+// And for its edges, where they lie in the memory that the worker offers.
+uint64_t StageEdgeBytes(const CoreOptions& options, LayerRange layers, const WorkerMemory& memory);
+
 // Columns of latent blocks (one block in each of its layers) that a stage with these layers can
 // hold; 0: not even one.
 uint32_t StageColumns(const CoreOptions& options, const ModelShape& model, LayerRange layers,

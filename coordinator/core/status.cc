@@ -92,7 +92,7 @@ json::Object StageJson(const Pipeline& pipeline, uint32_t index, const ModelShap
   return out;
 }
 
-json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const ModelShape& model,
+json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Context& context,
                         uint64_t now_us) {
   json::Object out;
   out["id"] = worker.id.value;
@@ -113,10 +113,11 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Mode
     const Pipeline& pipeline = *cluster.pipelines().at(*worker.pipeline);
     const bool loading = pipeline.slots[worker.slot_index].state == StageSlot::State::kLoading;
     state = loading ? "loading" : pipeline.scheduler.started() ? "serving" : "loaded";
-    json::Object stage = StageJson(pipeline, worker.slot_index, model);
+    json::Object stage = StageJson(pipeline, worker.slot_index, context.model);
     // As planned; with weights and cache, all that it takes.
-    stage["workspace_bytes"] =
-        StageWorkspaceBytes(model, pipeline.slots[worker.slot_index].layers, worker.memory());
+    const LayerRange layers = pipeline.slots[worker.slot_index].layers;
+    stage["workspace_bytes"] = StageWorkspaceBytes(context.model, layers, worker.memory());
+    stage["edge_bytes"] = StageEdgeBytes(context.options, layers, worker.memory());
     stages.push_back(std::move(stage));
   }
   out["state"] = state;
@@ -223,7 +224,7 @@ std::string Core::StatusJson(uint64_t now_us) const {
 
   json::Array workers;
   for (const auto& [id, worker] : state.cluster.workers()) {
-    workers.push_back(WorkerJson(worker, state.cluster, state.context.model, now_us));
+    workers.push_back(WorkerJson(worker, state.cluster, state.context, now_us));
   }
   out["workers"] = std::move(workers);
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes tests/reports/gpu.md from what tests/gpu.sh measured.
 
-  python3 tests/bench/gpu_page.py FOLDER     # its --out: gpu.json, mla.json; both are kept beside the page
+  python3 tests/bench/gpu_page.py FOLDER     # its --out: gpu.json, mla.json, serve.json; they are kept beside the page
 """
 import json
 import math
@@ -41,23 +41,51 @@ def projection(decode):
                 ["batch", "context", "layers", "ms a layer", "GPUs", "ms a token", "tokens/s, one batch", "tokens/s, full"], rows)
 
 
-def price(decode, prefill):
-    """Equal cases with and without --deterministic, side by side."""
-    rows = []
-    for r in decode + prefill:
-        if not r.get("deterministic"):
-            continue
-        key = [k for k in ("config", "layers", "batch", "context", "tokens") if k in r]
-        plain = [p for p in decode + prefill if not p.get("deterministic") and p["bench"] == r["bench"] and
-                 all(p[k] == r[k] for k in key)]
-        if not plain:
-            continue
-        what = f"prefill of {r['tokens']:,}" if r["bench"] == "prefill" else f"decode {r['batch']} × {r['context']:,}"
-        rows.append([f"{name(r)}, {r['layers']} layers", what, f"{plain[-1]['us'] / 1000:.2f}", f"{r['us'] / 1000:.2f}",
-                     f"{r['us'] / plain[-1]['us']:.2f}"])
-    if not rows:
+def plain(r):
+    """Neither --deterministic nor fp8 cache rows."""
+    return not r.get("deterministic") and r.get("rows", "bf16") == "bf16"
+
+
+def pairs(steps, special):
+    """Equal cases, plain and special, side by side: [case, the plain one]."""
+    key = ("bench", "config", "layers", "batch", "context", "tokens")
+    found = []
+    for r in filter(special, steps):
+        alike = [p for p in steps if plain(p) and all(p.get(k) == r.get(k) for k in key)]
+        found += [(r, alike[-1])] if alike else []
+    return found
+
+
+def side_by_side(found):
+    what = lambda r: f"prefill of {r['tokens']:,}" if r["bench"] == "prefill" else f"decode {r['batch']} × {r['context']:,}"
+    return table(["model", "step", "ms without", "ms with", "times"],
+                 [[f"{name(r)}, {r['layers']} layers", what(r), f"{p['us'] / 1000:.2f}", f"{r['us'] / 1000:.2f}",
+                   f"{r['us'] / p['us']:.2f}"] for r, p in found])
+
+
+def price(steps):
+    found = pairs(steps, lambda r: r.get("deterministic") and r.get("rows", "bf16") == "bf16")
+    return ["", "## What --deterministic costs", ""] + side_by_side(found) if found else []
+
+
+def fp8_rows(steps):
+    found = pairs(steps, lambda r: not r.get("deterministic") and r.get("rows") == "fp8")
+    return ["", "## fp8 cache rows", "", "The same stage with --cache-format fp8, and without: bf16 rows.",
+            ""] + side_by_side(found) if found else []
+
+
+def hops(measured):
+    """Hidden states from one NCCL rank to another, by tests/gpu_nccl.sh."""
+    if not measured:
         return []
-    return ["", "## What --deterministic costs", ""] + table(["model", "step", "ms without", "ms with", "times"], rows)
+    rows = [[f"{r['bytes']:,}", "MPS" if r["mps"] else "taking turns", r["nccl"], f"{r['bare_us']:.1f}",
+             f"{r['transport_us']:.1f}", f"{r['ratio']:.2f}"] + ([f"{r[k] / 2**20:.0f}" for k in ("taken", "stated")] if "taken" in r
+                                                       else ["", ""]) for r in measured]
+    return ["", "## A hop over NCCL", "",
+            "Two ranks on one GPU, which is not how they are meant to run: what counts is the ratio of a hop through "
+            "`NcclTransport` to bare sends and receives. Ranks run side by side with MPS, and take turns without. Memory: of the "
+            "four ends of its edges.", ""] + table(
+                ["bytes", "ranks", "NCCL", "bare, µs", "NcclTransport, µs", "times", "GPU memory, MiB", "stated"], rows)
 
 
 def memory(measured):
@@ -67,16 +95,16 @@ def memory(measured):
     return ["", "## A stage's memory", "",
             "As the stage states it before it loads, and what the GPU then missed, all steps behind it.", ""] + table(
                 ["model", "weights, GiB", "cache", "workspace", "stated", "taken", "taken of stated"],
-                [[f"{name(r)}, {r['layers']} layers" + (", deterministic" if r["deterministic"] else ""), gib(r, "weights"),
+                [[f"{name(r)}, {r['layers']} layers" + (", deterministic" if r["deterministic"] else "") +
+                  (f", {r['rows']} rows" if r.get("rows", "bf16") != "bf16" else ""), gib(r, "weights"),
                   gib(r, "cache"), gib(r, "workspace"), gib(r, "stated"), gib(r, "taken"),
                   f"{100 * r['taken'] / r['stated']:.1f} %"] for r in measured])
 
 
-def serving(path):
+def serving(data):
     """What strait bench measured of a whole cluster."""
-    if not path.exists():
+    if not data:
         return []
-    data = json.loads(path.read_text())
     rows = [[r["concurrency"], f"{r['prompt_tokens_per_s']:.0f}", f"{r['output_tokens_per_s']:.0f}", f"{r['ttft_ms']['p50']:.0f}",
              f"{r['tpot_ms']['p50']:.2f}", f"{r['tpot_ms']['p99']:.2f}", r["failed"]] for r in data["runs"]]
     return ["", "## Serving", "",
@@ -85,16 +113,10 @@ def serving(path):
                 ["clients", "prompt tokens/s", "output tokens/s", "first token p50, ms", "a token p50, ms", "p99", "failed"], rows)
 
 
-def main():
-    folder = pathlib.Path(sys.argv[1])
-    if folder.resolve() != REPORTS:
-        shutil.copy(folder / "gpu.json", REPORTS / "gpu.json")
-        shutil.copy(folder / "mla.json", REPORTS / "gpu_mla.jsonl")
-        if (folder / "serve.json").exists():
-            shutil.copy(folder / "serve.json", REPORTS / "gpu_serve.json")
-    data = json.loads((REPORTS / "gpu.json").read_text())
-    attention = [json.loads(line) for line in (REPORTS / "gpu_mla.jsonl").read_text().splitlines()]
-    by = lambda name: [r for r in data["results"] if r["bench"] == name]
+def page(data, attention, serve):
+    """The page's text from gpu.json, the lines of mla.json, and serve.json or None."""
+    by = lambda bench: [r for r in data["results"] if r["bench"] == bench]
+    steps = by("decode") + by("prefill")
     read = by("limits")[0]["read_gb_s"]
     out = ["# Measured on a GPU", "",
            f"By `tests/gpu.sh`, written by `tests/bench/gpu_page.py`, one run. {data['gpu']}; read-only streaming "
@@ -102,22 +124,20 @@ def main():
            "## A stage's step", "",
            "The floor is the time to read the weights that the step touches and the cache rows once, at that rate. Random "
            "weights and tokens.", ""]
-    rows = []
-    plain = [r for r in by("decode") if not r.get("deterministic")]
-    for r in plain:
-        rows.append([f"{name(r)}, {r['layers']} layers", r["batch"], r["context"],
-                     f"{r['us'] / 1000:.2f}", f"{r['floor_us'] / 1000:.2f}", f"{100 * r['floor_us'] / r['us']:.0f} %",
-                     f"{1e6 * r['batch'] / r['us']:.0f}"])
-    out += table(["model", "batch", "context", "ms", "floor, ms", "share of floor", "tokens/s"], rows)
-    for r in by("prefill"):
-        if r.get("deterministic"):
-            continue
+    decode = list(filter(plain, by("decode")))
+    out += table(["model", "batch", "context", "ms", "floor, ms", "share of floor", "tokens/s"],
+                 [[f"{name(r)}, {r['layers']} layers", r["batch"], r["context"], f"{r['us'] / 1000:.2f}",
+                   f"{r['floor_us'] / 1000:.2f}", f"{100 * r['floor_us'] / r['us']:.0f} %",
+                   f"{1e6 * r['batch'] / r['us']:.0f}"] for r in decode])
+    for r in filter(plain, by("prefill")):
         out += ["", f"Prefill of {r['tokens']} tokens, {name(r)}: {r['us'] / 1000:.0f} ms, {1e6 * r['tokens'] / r['us']:.0f} "
                 "tokens/s."]
-    out += serving(REPORTS / "gpu_serve.json")
-    out += projection([r for r in plain if name(r) == "v3"])
-    out += price(by("decode"), by("prefill"))
+    out += serving(serve)
+    out += projection([r for r in decode if name(r) == "v3"])
+    out += price(steps)
+    out += fp8_rows(steps)
     out += memory(by("memory"))
+    out += hops(by("nccl_hop"))
     out += ["", "## Multi-head latent attention", "",
             "TFLOP/s: 2 · heads · rows · (576 + 512) a new token. GB/s: cache, queries and outputs once.", ""]
     out += table(["heads", "batch × length", "µs", "TFLOP/s", "GB/s", "share of read rate"],
@@ -129,7 +149,22 @@ def main():
                  [[r["name"], f"{r['rows']} × {r['n']} × {r['k']}", "fp8" if r["fp8"] else "bf16", f"{r['us']:.1f}",
                    f"{r['gb_s']:.0f}", f"{100 * r['read_share']:.0f} %", f"{r['tflops']:.0f}",
                    f"{100 * r['matrix_share']:.0f} %"] for r in by("gemm")])
-    (REPORTS / "gpu.md").write_text("\n".join(out) + "\n")
+    return "\n".join(out) + "\n"
+
+
+def main():
+    folder = pathlib.Path(sys.argv[1])
+    serve = REPORTS / "gpu_serve.json"
+    if folder.resolve() != REPORTS:
+        shutil.copy(folder / "gpu.json", REPORTS / "gpu.json")
+        shutil.copy(folder / "mla.json", REPORTS / "gpu_mla.jsonl")
+        serve.unlink(missing_ok=True)  # of another run
+        if (folder / "serve.json").exists():
+            shutil.copy(folder / "serve.json", serve)
+    (REPORTS / "gpu.md").write_text(page(
+        json.loads((REPORTS / "gpu.json").read_text()),
+        [json.loads(line) for line in (REPORTS / "gpu_mla.jsonl").read_text().splitlines()],
+        json.loads(serve.read_text()) if serve.exists() else None))
 
 
 if __name__ == "__main__":

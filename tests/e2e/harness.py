@@ -8,7 +8,7 @@
 
 Both wait until the cluster serves, always end every process that they started, and put the daemons' logs into the
 assertion when something goes wrong. Programs come from STRAIT_BIN (set by ctest), else build/release/bin. With
-STRAIT_TEST_BACKEND=cuda every cluster's workers compute on the GPU.
+STRAIT_TEST_BACKEND=cuda every cluster's workers compute on the GPU, with STRAIT_TEST_CACHE_FORMAT=fp8 on fp8 cache rows.
 """
 import contextlib
 import json
@@ -28,6 +28,7 @@ import httpx
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BIN = pathlib.Path(os.environ.get("STRAIT_BIN", ROOT / "build/release/bin"))
 BACKEND = os.environ.get("STRAIT_TEST_BACKEND", "cpu")
+CACHE_FORMAT = os.environ.get("STRAIT_TEST_CACHE_FORMAT", "")  # of `strait up`; empty: the backend's own
 TINY = ROOT / "deploy/models/tiny-random"
 START_TIMEOUT_S = 120  # generous: sanitizers, two busy cores
 REQUEST_TIMEOUT_S = 120
@@ -192,6 +193,8 @@ class Cluster(Http):
             self.argv += ["--random-weights", str(random_weights)]
         if BACKEND != "cpu":
             self.argv += ["--backend", BACKEND]
+        if CACHE_FORMAT:
+            self.argv += ["--cache-format", CACHE_FORMAT]
         self.argv += list(args)
         self.env = env or {}
         self.process = None

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from harness import BIN, TINY, Cluster, alive, clean_env, free_port, program, strait, wait_until
+from harness import BIN, TINY, Cluster, Daemons, alive, clean_env, free_port, program, strait, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,26 @@ def test_workers_not_divisible_by_pipelines_is_refused_with_the_fix():
     done = strait("up", "--model", TINY, "--workers", 3, "--pipelines", 2)
     assert done.returncode == 1
     assert "--workers 3" in done.stderr and "--workers 2 or 4" in done.stderr
+
+
+def test_fp8_cache_rows_without_a_gpu_are_refused_with_the_fix():
+    """By strait up, before it starts anything; by a worker that was started by hand."""
+    for args, env in ((["--cache-format", "fp8"], {}), ([], {"STRAIT_CACHE_FORMAT": "fp8"})):
+        done = strait("up", "--model", TINY, "--random-weights", 1, *args, env=env)
+        assert done.returncode == 1
+        assert "--cache-format fp8 needs --backend cuda" in done.stderr and "bf16" in done.stderr
+    worker = subprocess.run([program("strait-worker"), "--model", str(TINY), "--random-weights", "1", "--cache-format",
+                             "fp8"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, env=clean_env())
+    assert worker.returncode == 1
+    assert "--cache-format fp8 needs --backend cuda" in worker.stdout + worker.stderr
+
+
+def test_a_cpu_worker_of_a_cluster_with_fp8_rows_is_refused_with_the_fix():
+    with Daemons(TINY, stages=1, coordinator_args=["--cache-format", "fp8"], worker_args=["--cache-format", "bf16"],
+                 wait=False) as daemons:
+        told = wait_until(lambda: re.search(r"stores cache rows of.*", daemons.logs()), what="the refusal")
+        assert "--cache-format (fp8 is for GPU workers alone)" in told.group(0), told.group(0)
+        assert daemons.active_pipelines() == 0
 
 
 def test_bad_model_folder_is_refused_by_name(tmp_path):
@@ -233,6 +253,7 @@ def test_status_table_and_json(cluster):
     for worker in status["workers"]:  # all that a stage takes, within what the worker has
         parts = [worker["stages"][0][part] for part in ("weight_bytes", "cache_bytes_total", "workspace_bytes")]
         assert min(parts) > 0 and sum(parts) <= worker["memory_bytes"], worker
+        assert worker["stages"][0]["edge_bytes"] == 0, "edges of CPU workers take none of it"
 
 
 def test_status_watch_ends_on_interrupt(cluster):

@@ -2,33 +2,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """What rounding to bf16 does to the golden log-probabilities: where the bounds of the GPU tests come from.
 
-    python tests/golden/bf16_error.py [SHAPE…]
+    python tests/golden/bf16_error.py [--rows fp8] [SHAPE…]
 
 Runs the float64 oracle of generate.py with activations, queries, cache rows and attention weights rounded to bf16
-where the CUDA backend rounds them (the residual and all sums stay wide), and compares with golden.json. Prints per
-shape: mean, median, 90 and 99 in 100, worst |difference|, and the share of tokens off by more than 0.1; then the
-same with each token's experts chosen by the unrounded model: what is left when no routing changes.
+where the CUDA backend rounds them (the residual and all sums stay wide), and compares with golden.json. With --rows
+fp8 a row's latent becomes e4m3 codes with a scale for each 128, widened to bf16 when it is read: the bounds for
+--cache-format fp8. Prints per shape: mean, median, 90 and 99 in 100, worst |difference|, and the share of tokens off by more than 0.1; then the
+same with each token's experts chosen by the unrounded model: what is left when no routing changes. And how many greedy
+tokens that the reference prefers by more than CLEAR are not the first choice.
 """
+import argparse
 import json
 import pathlib
 import struct
-import sys
 
 import numpy as np
 
-from generate import SHAPES, Oracle, from_bf16, make_weights, to_bf16
+from generate import FP8_BLOCK, SHAPES, Oracle, e4m3_values, from_bf16, make_weights, to_bf16
 
 ROOT = pathlib.Path(__file__).resolve().parent
+CLEAR = 0.5  # a log-probability's lead, as in tests/worker/model/cuda/golden_cuda_test.cc
 
 
 def rounded(x):
     return from_bf16(to_bf16(np.asarray(x, np.float32))).astype(np.float64)
 
 
+def as_fp8_row(latent):
+    """[tokens, rank] -> what attention reads of fp8 rows: the largest of 128 columns gets the largest code, 448."""
+    out = np.empty(latent.shape)
+    values = e4m3_values()
+    for begin in range(0, latent.shape[1], FP8_BLOCK):
+        columns = np.asarray(latent[:, begin:begin + FP8_BLOCK], np.float32)
+        most = np.abs(columns).max(1, keepdims=True)
+        unit = np.where(most > 0, most / np.float32(448), np.float32(1))
+        codes = np.searchsorted((values[1:] + values[:-1]) / 2, np.abs(columns / unit))
+        out[:, begin:begin + FP8_BLOCK] = rounded(np.copysign(values[codes], columns) * unit)
+    return out
+
+
 class RoundedOracle(Oracle):
     """`guide`: an Oracle that has run the same tokens and whose experts are taken; or None."""
 
     guide = None
+    as_row = staticmethod(rounded)
 
     def linear(self, name, x):
         weight = self.w[name + ".weight"]
@@ -60,7 +77,7 @@ class RoundedOracle(Oracle):
         q = rounded(q.reshape(len(x), heads, nope + rope))
         q_rope = rounded(self.rotate(q[..., nope:], positions))
         kv = self.linear(name + ".kv_a_proj_with_mqa", x)
-        latent = rounded(self.norm(name + ".kv_a_layernorm", kv[:, :c["kv_lora_rank"]], 1e-6))
+        latent = self.as_row(self.norm(name + ".kv_a_layernorm", kv[:, :c["kv_lora_rank"]], 1e-6))
         rope_key = rounded(self.rotate(kv[:, c["kv_lora_rank"]:], positions))
         up = rounded(self.w[name + ".kv_b_proj.weight"]).reshape(heads, -1, c["kv_lora_rank"])
         q_latent = rounded(np.einsum("qhd,hdr->qhr", q[..., :nope], up[:, :nope]))
@@ -105,7 +122,11 @@ def trained(folder):
 
 
 def main():
-    for shape in sys.argv[1:] or [*SHAPES, "reference"]:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", choices=["bf16", "fp8"], default="bf16")
+    parser.add_argument("shapes", nargs="*", default=[*SHAPES, "reference"])
+    args = parser.parse_args()
+    for shape in args.shapes:
         golden = json.loads((ROOT / shape / "golden.json").read_text())
         if shape == "reference":
             config, values = trained(ROOT.parent.parent / "deploy/models/reference")
@@ -114,7 +135,9 @@ def main():
             config = SHAPES[shape][0]
             _, values = make_weights(config, golden["seed"])
         exact, free = Recording(config, values), RoundedOracle(config, values)
+        free.as_row = {"bf16": rounded, "fp8": as_fp8_row}[args.rows]
         errors = {"as it is": [], "same experts": []}
+        clear = others = 0
         for prompt in golden["prompts"]:
             tokens = prompt["tokens"] + prompt["greedy"]["tokens"]
             expected = np.array(prompt["logprobs"][1:] + prompt["greedy"]["logprobs"])
@@ -124,10 +147,16 @@ def main():
             for what, guide in (("as it is", None), ("same experts", list(exact.decisions))):
                 free.reset()
                 free.guide = guide
-                got = free.run(tokens)[np.arange(len(tokens) - 1), tokens[1:]]
-                errors[what].extend(np.abs(got - expected))
+                all_of = free.run(tokens)
+                errors[what].extend(np.abs(all_of[np.arange(len(tokens) - 1), tokens[1:]] - expected))
+                if guide is not None:
+                    continue
+                for i, gap in enumerate(prompt["greedy"]["gap"], len(prompt["tokens"])):
+                    clear += gap > CLEAR
+                    others += bool(gap > CLEAR and np.argmax(all_of[i - 1]) != tokens[i])
         for what, list_of in errors.items():
             show(shape, what, list_of)
+        print(f"{shape:8} {others} of {clear} clear choices differ", flush=True)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,10 @@ class WorkerTest : public testing::Test {
     options.model_fingerprint = 42;
     options.weights_fingerprint = 43;
     options.cache_row_bytes = 8;
+    options.stage_costs = StageCosts{.layer_bytes = {1, 2, 3},
+                                     .block_bytes = 4,
+                                     .workspace_bytes = {5},
+                                     .last_workspace_bytes = {6}};
     options.nccl = std::move(nccl);
     auto made = WorkerProcess::Create(options, &backend_);
     EXPECT_TRUE(made.ok()) << made.status();

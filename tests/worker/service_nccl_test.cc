@@ -4,6 +4,7 @@
 // told, runs steps over it, and names the edge when it fails, so that the next epoch can do without.
 #include "tests/worker/service_fixture.h"
 #include "tests/worker/transport/fake_nccl.h"
+#include "worker/transport/nccl_transport.h"
 
 namespace strait {
 namespace {
@@ -69,8 +70,11 @@ class NcclWorkerTest : private Fakes, public WorkerTest {
   }
 };
 
-TEST_F(NcclWorkerTest, SaysWhatNcclItHas) {
-  EXPECT_EQ(coordinator_.Welcome().nccl_version(), 22809u);
+TEST_F(NcclWorkerTest, SaysWhatNcclItHasAndWhatItsEdgesTake) {
+  const v1::Hello hello = coordinator_.Welcome();
+  EXPECT_EQ(hello.nccl_version(), 22809u);
+  EXPECT_EQ(hello.stage_costs().edge_bytes(), kNcclEdgeBytes);
+  EXPECT_EQ(hello.stage_costs().edge_row_bytes(), 2 * backend_.hidden_row_bytes());
 }
 
 TEST_F(NcclWorkerTest, RunsStepsOverNcclAndAnEpochLater) {

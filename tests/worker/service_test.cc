@@ -25,6 +25,8 @@ TEST_F(WorkerTest, SaysWhoItIs) {
   EXPECT_EQ(hello.model_fingerprint(), 42u);
   EXPECT_EQ(hello.weights_fingerprint(), 43u);
   EXPECT_EQ(hello.cache_row_bytes(), 8u);
+  EXPECT_EQ(hello.stage_costs().layer_bytes_size(), 3);
+  EXPECT_EQ(hello.stage_costs().edge_bytes(), 0u) << "its edges go through host memory";
   EXPECT_EQ(hello.numerics_id(), "hash");
   EXPECT_NE(hello.instance(), 0u);
   for (int i = 0; i < 3000 && coordinator_.beats < 3; ++i) std::this_thread::sleep_for(10ms);

@@ -208,6 +208,11 @@ absl::StatusOr<std::unique_ptr<CpuBackend>> CpuBackend::Create(
     return absl::InvalidArgumentError(absl::StrCat(
         "the CPU backend runs on 1 to ", cpu::kMaxThreads, " threads, not ", options.num_threads));
   }
+  if (options.row_format == RowFormat::kFp8) {
+    return absl::InvalidArgumentError(
+        "--cache-format fp8 needs --backend cuda: the CPU backend keeps fp32 or bf16 cache rows. A "
+        "cluster has one format, so with CPU workers it is one of these");
+  }
   auto shared = std::make_shared<Shared>();
   shared->options = options;
   shared->weights = std::move(weights);
@@ -276,8 +281,7 @@ uint64_t CpuBackend::block_bytes() const {
 uint64_t CpuBackend::memory_bytes() const { return shared_->budget->total(); }
 
 std::string CpuBackend::numerics_id() const {
-  const char* rows = shared_->options.row_format == RowFormat::kFp32 ? "fp32" : "bf16";
-  return absl::StrCat("cpu/", kKernelRevision, "/", rows);
+  return absl::StrCat("cpu/", kKernelRevision, "/", RowFormatName(shared_->options.row_format));
 }
 
 }  // namespace strait

@@ -37,6 +37,9 @@ namespace strait {
 
 inline constexpr size_t kArenaSteps = 2;
 inline constexpr size_t kOpsPosted = 4;
+// What an end of an edge takes of the device besides its arena, at most: the communicator's buffers,
+// of kMaxBlocks channels in nccl_library.cc. cuda_nccl_hop_bench shows what it really took.
+inline constexpr uint64_t kNcclEdgeBytes = 64 << 20;
 
 struct NcclTransportOptions {
   uint32_t hidden_row_bytes = 0;

@@ -4,6 +4,7 @@
 // worker runs them, host work and copies included.
 //
 //   cuda_stage_bench CONFIG_DIR BEGIN END CASE… [--prefill TOKENS] [--memory BYTES] [--deterministic]
+//                    [--cache-format bf16|fp8]
 //
 // CASE: BATCH@CONTEXT, a decode step of BATCH sequences behind CONTEXT rows each; max@CONTEXT is the
 // largest batch that fits. END: a layer, or "fit": as many layers as fit with the largest case. All
@@ -20,6 +21,7 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "proto/model_config.h"
 #include "proto/reservation.h"
 #include "tests/bench/cuda/limits.h"
@@ -47,6 +49,7 @@ struct Options {
   uint32_t prefill = 0;
   uint64_t memory_bytes = 0;
   bool deterministic = false;
+  RowFormat rows = RowFormat::kBf16;
 };
 
 template <class T>
@@ -174,6 +177,7 @@ int Main(Options o) {
           ? o.memory_bytes
           : static_cast<uint64_t>(static_cast<double>(device.memory_bytes) * kMemoryShare);
   options.deterministic = o.deterministic;
+  options.row_format = o.rows;
   auto backend = Must(CudaBackend::Create(options, MakeRandomWeights(config, 1, threads)));
   const StageCosts costs = backend->stage_costs();
   uint64_t most = o.prefill > 0 ? BlocksPerLayer(o.prefill) : 1;
@@ -194,8 +198,12 @@ int Main(Options o) {
   StageSpec spec;
   spec.layers = o.layers;
   spec.pool_blocks = static_cast<uint32_t>(most * o.layers.size());
-  const CudaStageBytes stated =
-      LayOutStage(config, spec, {device.num_multiprocessors, o.deterministic}, nullptr).bytes;
+  const CudaStageBytes stated = LayOutStage(config, spec,
+                                            {.num_multiprocessors = device.num_multiprocessors,
+                                             .deterministic = o.deterministic,
+                                             .row_format = o.rows},
+                                            nullptr)
+                                    .bytes;
   const uint64_t free_before = FreeBytes();
   const auto begin = std::chrono::steady_clock::now();
   auto model = Must(backend->Load(spec, {}));
@@ -203,13 +211,16 @@ int Main(Options o) {
   const bool last = o.layers.end == config.num_hidden_layers;
   constexpr double kGiB = 1 << 30;
   std::printf(
-      "%s layers %u to %u%s, loaded in %.1f s, reading %.0f GB/s; GiB: weights %.2f, cache %.2f, "
-      "workspace %.2f\n",
+      "%s layers %u to %u%s, %s rows, loaded in %.1f s, reading %.0f GB/s; GiB: weights %.2f, "
+      "cache %.2f, workspace %.2f\n",
       o.config.c_str(), o.layers.begin, o.layers.end, o.deterministic ? ", deterministic" : "",
-      load.count(), read_rate / 1e9, static_cast<double>(stated.weights) / kGiB,
-      static_cast<double>(stated.pool) / kGiB, static_cast<double>(stated.workspace) / kGiB);
-  const double row_bytes = RowBytes(RowFormat::kBf16, config.kv_lora_rank, config.qk_rope_head_dim);
-  const char* const mode = o.deterministic ? "true" : "false";
+      RowFormatName(o.rows), load.count(), read_rate / 1e9,
+      static_cast<double>(stated.weights) / kGiB, static_cast<double>(stated.pool) / kGiB,
+      static_cast<double>(stated.workspace) / kGiB);
+  const double row_bytes = RowBytes(o.rows, config.kv_lora_rank, config.qk_rope_head_dim);
+  // What all lines of this run have in common.
+  const std::string mode = absl::StrCat("\"deterministic\":", o.deterministic ? "true" : "false",
+                                        ",\"rows\":\"", RowFormatName(o.rows), "\"");
   for (const Case& one : o.cases) {
     const uint32_t count = one.batch;
     const Batch batch(count, one.context, 1, o.layers, last);
@@ -221,9 +232,9 @@ int Main(Options o) {
                 count, one.context, us, floor_us, 100 * floor_us / us, count / us * 1e6);
     std::printf(
         "JSON {\"bench\":\"decode\",\"config\":\"%s\",\"layers\":%u,\"batch\":%u,\"context\":%u,"
-        "\"deterministic\":%s,\"us\":%.1f,\"floor_us\":%.1f,\"share\":%.4f,"
-        "\"cache_bytes\":%.0f}\n",
-        o.config.c_str(), o.layers.size(), count, one.context, mode, us, floor_us, floor_us / us,
+        "%s,\"us\":%.1f,\"floor_us\":%.1f,\"share\":%.4f,\"cache_bytes\":%.0f}\n",
+        o.config.c_str(), o.layers.size(), count, one.context, mode.c_str(), us, floor_us,
+        floor_us / us,
         static_cast<double>(one.columns(count) * o.layers.size() * backend->block_bytes()));
   }
   if (o.prefill > 0) {
@@ -232,16 +243,16 @@ int Main(Options o) {
     std::printf("prefill %u tokens: %.1f us, %.0f tokens/s\n", o.prefill, us, o.prefill / us * 1e6);
     std::printf(
         "JSON {\"bench\":\"prefill\",\"config\":\"%s\",\"layers\":%u,\"tokens\":%u,"
-        "\"deterministic\":%s,\"us\":%.1f}\n",
-        o.config.c_str(), o.layers.size(), o.prefill, mode, us);
+        "%s,\"us\":%.1f}\n",
+        o.config.c_str(), o.layers.size(), o.prefill, mode.c_str(), us);
   }
   const uint64_t taken = free_before - std::min(free_before, FreeBytes());
   std::printf("GPU memory taken %.2f GiB of %.2f stated\n", static_cast<double>(taken) / kGiB,
               static_cast<double>(stated.total()) / kGiB);
   std::printf(
-      "JSON {\"bench\":\"memory\",\"config\":\"%s\",\"layers\":%u,\"deterministic\":%s,"
+      "JSON {\"bench\":\"memory\",\"config\":\"%s\",\"layers\":%u,%s,"
       "\"weights\":%.0f,\"cache\":%.0f,\"workspace\":%.0f,\"stated\":%.0f,\"taken\":%.0f}\n",
-      o.config.c_str(), o.layers.size(), mode, static_cast<double>(stated.weights),
+      o.config.c_str(), o.layers.size(), mode.c_str(), static_cast<double>(stated.weights),
       static_cast<double>(stated.pool), static_cast<double>(stated.workspace),
       static_cast<double>(stated.total()), static_cast<double>(taken));
   return 0;
@@ -255,9 +266,10 @@ int main(int argc, char** argv) {
   using strait::bench::Options;
   Options options;
   const auto usage = [] {
-    std::fprintf(stderr,
-                 "usage: cuda_stage_bench CONFIG_DIR BEGIN END|fit BATCH@CONTEXT… "
-                 "[--prefill TOKENS] [--memory BYTES] [--deterministic]\n");
+    std::fprintf(
+        stderr,
+        "usage: cuda_stage_bench CONFIG_DIR BEGIN END|fit BATCH@CONTEXT… "
+        "[--prefill TOKENS] [--memory BYTES] [--deterministic] [--cache-format bf16|fp8]\n");
     return 2;
   };
   if (argc < 5) return usage();
@@ -274,6 +286,10 @@ int main(int argc, char** argv) {
       options.memory_bytes = std::strtoull(argv[++i], nullptr, 10);
     } else if (std::strcmp(argv[i], "--deterministic") == 0) {
       options.deterministic = true;
+    } else if (std::strcmp(argv[i], "--cache-format") == 0 && i + 1 < argc) {
+      const auto rows = strait::RowFormatOf(argv[++i]);
+      if (!rows || *rows == strait::RowFormat::kFp32) return usage();
+      options.rows = *rows;
     } else if (at != nullptr && number(at + 1) > 0) {
       const bool most = std::strncmp(argv[i], "max@", 4) == 0;
       const Case one = {most ? 0 : number(argv[i]), number(at + 1)};

@@ -3,8 +3,9 @@
 // Times a hop of hidden states through NcclTransport against bare ncclSend and ncclRecv: two
 // processes on one GPU send a step to and fro, and a hop is half of a round. The transport's time
 // includes what a worker pays: its threads on both sides, the queue to the loop, memory from the
-// arena.
+// arena. Beside it, the GPU memory that the transport's four ends of edges took, and what they may.
 //   cuda_nccl_hop_bench [--smoke]
+#include <cuda_runtime_api.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -77,9 +78,15 @@ class Side {
     return id;
   }
 
+  // Both are here.
+  void Meet() {
+    Tell(std::string(limits::kNcclIdBytes, 'x'));
+    (void)Hear();
+  }
   // Median microseconds of a hop, bare.
   double Bare(const Size& size);
-  double Transport(const Size& size);
+  // `taken`: bytes of GPU memory that both processes' edges took.
+  double Transport(const Size& size, int64_t* taken);
 
  private:
   void Settle(NcclComm* comm, NcclCode code) {
@@ -147,8 +154,7 @@ double Side::Bare(const Size& size) {
     }
   });
   // Both are done before either leaves.
-  Tell(std::string(limits::kNcclIdBytes, 'x'));
-  (void)Hear();
+  Meet();
   (void)nccl.Abort(there);
   (void)nccl.Abort(back);
   device.FreeEvent(event);
@@ -157,7 +163,17 @@ double Side::Bare(const Size& size) {
   return hop;
 }
 
-double Side::Transport(const Size& size) {
+int64_t FreeBytes() {
+  size_t free = 0;
+  size_t total = 0;
+  STRAIT_CHECK(cudaMemGetInfo(&free, &total) == cudaSuccess);
+  return static_cast<int64_t>(free);
+}
+
+double Side::Transport(const Size& size, int64_t* taken) {
+  Meet();
+  const int64_t free_before = FreeBytes();
+  Meet();
   const size_t bytes = size_t{size.tokens} * kRowBytes;
   constexpr PipelineEpoch kEpoch{1, 1};
   BoundedQueue<HiddenStep> arrived(64);
@@ -210,8 +226,9 @@ double Side::Transport(const Size& size) {
   });
   // Rank 0 has what rank 1 sent last before either leaves.
   over = true;
-  Tell(std::string(limits::kNcclIdBytes, 'x'));
-  (void)Hear();
+  Meet();
+  *taken = free_before - FreeBytes();
+  Meet();
   transport.Disconnect(sends);
   transport.Forget(receives);
   return hop;
@@ -250,16 +267,22 @@ int Run(bool smoke) {
   for (Size size : kSizes) {
     if (smoke) size.rounds = 3;
     const double bare = side.Bare(size);
-    const double transport = side.Transport(size);
+    int64_t taken = 0;
+    const double transport = side.Transport(size, &taken);
     if (rank == 1) continue;
     const size_t bytes = size_t{size.tokens} * kRowBytes;
-    std::printf("%9zu bytes: a hop bare %9.1f us, through NcclTransport %9.1f us, ratio %.2f\n",
-                bytes, bare, transport, transport / bare);
+    const double stated = 4.0 * static_cast<double>(kNcclEdgeBytes + kArenaSteps * bytes);
+    std::printf(
+        "%9zu bytes: a hop bare %9.1f us, through NcclTransport %9.1f us, ratio %.2f; four ends of "
+        "edges took %.1f MiB of %.1f stated\n",
+        bytes, bare, transport, transport / bare, static_cast<double>(taken) / (1 << 20),
+        stated / (1 << 20));
     std::printf(
         "JSON {\"bench\": \"nccl_hop\", \"mps\": %s, \"nccl\": \"%s\", \"bytes\": %zu, "
-        "\"bare_us\": %.1f, \"transport_us\": %.1f, \"ratio\": %.3f}\n",
+        "\"bare_us\": %.1f, \"transport_us\": %.1f, \"ratio\": %.3f, \"taken\": %.0f, "
+        "\"stated\": %.0f}\n",
         mps, NcclVersionText(LoadNccl("").value()->version()).c_str(), bytes, bare, transport,
-        transport / bare);
+        transport / bare, static_cast<double>(taken), stated);
     std::fflush(stdout);
   }
   if (rank == 1) std::_Exit(0);

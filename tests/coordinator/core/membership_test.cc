@@ -77,6 +77,7 @@ v1::StageCosts Costs(const ModelShape& model) {
   costs.add_workspace_bytes(50);
   costs.add_last_workspace_bytes(60);
   costs.set_layer_workspace_bytes(3);
+  costs.set_edge_bytes(1'000'000);  // a stage alone has no edge
   return costs;
 }
 
@@ -100,7 +101,7 @@ TEST(MembershipTest, AWorkersStagesArePlannedAsItCountsThem) {
 
 TEST(MembershipTest, CostsThatAreNoneOfTheModelAreRefused) {
   Harness h(Options(1), SmallModel());
-  std::vector<v1::StageCosts> wrong(8, Costs(SmallModel()));
+  std::vector<v1::StageCosts> wrong(10, Costs(SmallModel()));
   wrong[0].add_layer_bytes(1);
   wrong[1].set_block_bytes(SmallModel().block_bytes - 1);
   wrong[2].clear_workspace_bytes();
@@ -109,6 +110,8 @@ TEST(MembershipTest, CostsThatAreNoneOfTheModelAreRefused) {
   wrong[7].set_layer_workspace_bytes(~uint64_t{0});
   wrong[4].set_layer_bytes(0, ~uint64_t{0});
   wrong[5].set_head_bytes(~uint64_t{0});
+  wrong[8].set_edge_bytes(~uint64_t{0});
+  wrong[9].set_edge_row_bytes(uint64_t{1} << 50);
   for (const v1::StageCosts& costs : wrong) {
     v1::Hello hello = h.MakeHello(kMemory);
     *hello.mutable_stage_costs() = costs;
@@ -117,6 +120,21 @@ TEST(MembershipTest, CostsThatAreNoneOfTheModelAreRefused) {
     EXPECT_THAT(h.workers.at(id).why.ToString(), HasSubstr("costs of its stages"));
   }
   EXPECT_FALSE(h.core.Ready());
+}
+
+// The bug: a GPU worker with smaller rows than the coordinator reckons with was told that its costs
+// are of another model and to install the same release.
+TEST(MembershipTest, SmallerRowsOfAGpuWorkerAreACacheFormatNotAnotherModel) {
+  Harness h(Options(1), SmallModel());
+  v1::Hello hello = h.MakeHello(kMemory);
+  *hello.mutable_stage_costs() = Costs(SmallModel());
+  hello.set_cache_row_bytes(1);
+  hello.mutable_stage_costs()->set_block_bytes(limits::kBlockTokens + 4);
+  const WorkerId id = h.Attach(hello);
+  EXPECT_EQ(h.workers.at(id).why.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(h.workers.at(id).why.ToString(),
+              AllOf(HasSubstr("rows of 1 bytes"), HasSubstr("reckons with 2"),
+                    HasSubstr("--cache-format"), HasSubstr("fp8 is for GPU workers alone")));
 }
 
 TEST(MembershipTest, AnEmptyClusterTakesOtherWeightsAndContinuesNothing) {

@@ -120,6 +120,40 @@ TEST(PlannerTest, AStagesWorkspaceFollowsItsWeights) {
   EXPECT_EQ(StageColumns(Options(), model, {0, 4}, 7000 + 4 * 128), 1u);
 }
 
+// The bug: NCCL's communicators and the arenas of edges lay beside what was planned, so a GPU that
+// was planned full had no room for them.
+TEST(PlannerTest, EdgesAreCountedWhereAStageHasThem) {
+  const ModelShape model = SmallModel(6);
+  CoreOptions options = Options();
+  options.max_step_tokens = 16;
+  StageCosts costs;
+  costs.layer_bytes = model.layer_weight_bytes;
+  costs.block_bytes = model.block_bytes;
+  costs.workspace_bytes = costs.last_workspace_bytes = {50};
+  const auto columns = [&](LayerRange layers, uint64_t bytes) {
+    return StageColumns(options, model, layers, {bytes, &costs});
+  };
+  constexpr uint64_t kTwoLayers = 2000 + 50 + 2 * 128;  // and one column
+  EXPECT_EQ(columns({2, 4}, kTwoLayers), 1u);
+  costs.edge_bytes = 100;
+  costs.edge_row_bytes = 3;
+  EXPECT_EQ(StageEdgeBytes(options, {0, 6}, {0, &costs}), 0u) << "alone, it has none";
+  EXPECT_EQ(StageEdgeBytes(options, {0, 2}, {0, &costs}), 148u);
+  EXPECT_EQ(StageEdgeBytes(options, {4, 6}, {0, &costs}), 148u);
+  EXPECT_EQ(StageEdgeBytes(options, {2, 4}, {0, &costs}), 296u);
+  EXPECT_EQ(StageEdgeBytes(options, {2, 4}, 1000), 0u) << "of a CPU worker";
+  for (const auto& [layers, edges] :
+       {std::pair(LayerRange{0, 2}, 148u), std::pair(LayerRange{2, 4}, 296u)}) {
+    EXPECT_EQ(columns(layers, kTwoLayers + edges - 1), 0u);
+    EXPECT_EQ(columns(layers, kTwoLayers + edges), 1u);
+  }
+  // Three stages of two layers: 6 x 1000, 3 x 50, 6 x 128, four ends of edges.
+  const std::vector<WorkerMemory> three(3, {2000, &costs});
+  const auto refused = PlanPipeline(options, model, three);
+  EXPECT_NE(refused.status().message().find("at least 7510 bytes"), absl::string_view::npos)
+      << refused.status();
+}
+
 TEST(PlannerTest, RefusalNamesTheNumbers) {
   const auto plan = PlanPipeline(Options(), SmallModel(4), std::vector<WorkerMemory>{2500, 2400});
   ASSERT_EQ(plan.status().code(), absl::StatusCode::kResourceExhausted);

@@ -56,6 +56,16 @@ TEST(CpuBackendTest, RefusesAnImpossibleNumberOfThreads) {
             absl::StatusCode::kInvalidArgument);
 }
 
+TEST(CpuBackendTest, RefusesFp8RowsAndNamesTheBackendThatHasThem) {
+  CpuBackendOptions options;
+  options.row_format = RowFormat::kFp8;
+  const auto backend = CpuBackend::Create(options, MakeRandomWeights(TinyV3(), 1, 1));
+  EXPECT_EQ(backend.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(backend.status().message().find("--cache-format fp8 needs --backend cuda"),
+            std::string::npos)
+      << backend.status();
+}
+
 TEST(CpuBackendTest, LoadsWhatFitsAndGivesItBack) {
   const ModelConfig config = TinyV3();
   uint64_t layer_bytes = LayerWeightBytes(config, 1);

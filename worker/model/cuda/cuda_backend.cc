@@ -43,12 +43,18 @@ CudaBackend::~CudaBackend() = default;
 
 absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
     const CudaBackendOptions& options, std::unique_ptr<WeightSource> weights) {
+  if (options.row_format == RowFormat::kFp32) {
+    return absl::InvalidArgumentError(
+        "--backend cuda keeps bf16 or fp8 cache rows: use --cache-format bf16 or fp8");
+  }
   auto shared = std::make_shared<Shared>();
   STRAIT_ASSIGN_OR_RETURN(shared->device, OpenCudaDevice(options.device));
   STRAIT_RETURN_IF_ERROR(CheckCudaModel(weights->config()));
   STRAIT_RETURN_IF_ERROR(CheckCudaAttention(weights->config(), shared->device));
   shared->weights = std::move(weights);
-  shared->traits = {shared->device.num_multiprocessors, options.deterministic};
+  shared->traits = {.num_multiprocessors = shared->device.num_multiprocessors,
+                    .deterministic = options.deterministic,
+                    .row_format = options.row_format};
   shared->budget = std::make_shared<MemoryBudget>(options.memory_bytes);
   return std::unique_ptr<CudaBackend>(new CudaBackend(std::move(shared)));
 }
@@ -88,7 +94,7 @@ uint32_t CudaBackend::hidden_row_bytes() const {
   return config().hidden_size * static_cast<uint32_t>(sizeof(float));
 }
 uint64_t CudaBackend::block_bytes() const {
-  return BlockBytes(RowFormat::kBf16, config().kv_lora_rank, config().qk_rope_head_dim);
+  return BlockBytes(shared_->traits.row_format, config().kv_lora_rank, config().qk_rope_head_dim);
 }
 uint32_t CudaBackend::num_layers() const { return config().num_hidden_layers; }
 uint32_t CudaBackend::vocab_size() const { return config().vocab_size; }
@@ -96,7 +102,8 @@ uint32_t CudaBackend::max_positions() const { return config().max_position_embed
 const ModelConfig& CudaBackend::config() const { return shared_->weights->config(); }
 
 std::string CudaBackend::numerics_id() const {
-  return absl::StrCat("cuda/", kKernelRevision, "/sm_", shared_->device.compute_capability, "/bf16",
+  return absl::StrCat("cuda/", kKernelRevision, "/sm_", shared_->device.compute_capability, "/",
+                      RowFormatName(shared_->traits.row_format),
                       shared_->traits.deterministic ? "/deterministic" : "");
 }
 

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // CudaBackend runs real checkpoints on one NVIDIA GPU: bf16 weights, fp8 ones kept in fp8, the
-// latent cache in bf16 rows; hidden states come and go as fp32 in host memory.
+// latent cache in bf16 or fp8 rows; hidden states come and go as fp32 in host memory.
 //
 // Owns:    the weight source, the budget that its stages share. A stage keeps what it needs of
 //          these alive, so it may outlive the backend.
 // Thread:  Load any; Forward of a stage by one thread.
 // Stream:  one a stage, in order.
 // Errors:  Create: FailedPrecondition: no GPU, driver too old, compute capability without code;
-//          InvalidArgument: a model that the kernels do not take. Load: as CpuBackend's, and
+//          InvalidArgument: a model or a row format that the kernels do not take. Load: as CpuBackend's, and
 //          ResourceExhausted if the GPU has not the bytes. Forward: Internal; if the GPU context is
 //          lost, the process ends (worker/model/cuda/status.h).
 // Limits:  all stages together within memory_bytes: weights as the device stores them, cache and
@@ -24,6 +24,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/cuda/device.h"
 #include "proto/model_config.h"
+#include "proto/reservation.h"
 #include "proto/workspace.h"
 #include "worker/backend.h"
 #include "worker/checkpoint/weights.h"
@@ -35,6 +36,7 @@ struct CudaBackendOptions {
   uint64_t memory_bytes = 0;  // for weights, caches and workspaces of all stages
   // A sequence's bits are a function of the sequence alone (ARCHITECTURE.md, The same tokens).
   bool deterministic = false;
+  RowFormat row_format = RowFormat::kBf16;  // or kFp8
 };
 
 // Opens GPU `index`, for a worker to know its memory before it makes a backend.

@@ -157,6 +157,7 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   append.segments = segments;
   append.blocks = pool_.blocks;
   append.block_bytes = pool_.block_bytes;
+  append.format = pool_.format;
   append.num_tokens = tile.num_rows;
   append.num_heads = heads;
   append.rank = rank;
@@ -178,6 +179,7 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   mla.segments = segments;
   mla.blocks = pool_.blocks;
   mla.block_bytes = pool_.block_bytes;
+  mla.format = pool_.format;
   mla.pool_map = pool_.map;
   mla.partial_out = ws_.partial_out;
   mla.partial_lse = ws_.partial_lse;

@@ -7,7 +7,7 @@
 // Thread:  loop thread only; asynchronous on one stream.
 // Errors:  those of CUDA's launches.
 // Why:     the residual is fp32; every product reads bf16 and sums in fp32; what goes through a
-//          nonlinearity or into the cache is rounded to bf16 once.
+//          nonlinearity is rounded to bf16 once; a cache row to its format.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -39,7 +39,8 @@ struct CudaTile {
 struct CudaPool {
   std::byte* blocks = nullptr;
   int64_t block_bytes = 0;
-  cuda::MlaPoolMap map;
+  cuda::MlaRowFormat format = cuda::MlaRowFormat::kBf16;
+  cuda::MlaPoolMap map;  // bf16 rows of the Hopper kernel
 };
 
 class CudaLayers {

@@ -8,8 +8,8 @@
 namespace strait {
 namespace {
 
-uint64_t PoolBlockBytes(const ModelConfig& c) {
-  return BlockBytes(RowFormat::kBf16, c.kv_lora_rank, c.qk_rope_head_dim);
+uint64_t PoolBlockBytes(const ModelConfig& c, const CudaTraits& traits) {
+  return BlockBytes(traits.row_format, c.kv_lora_rank, c.qk_rope_head_dim);
 }
 
 uint64_t WeightBytes(const ModelConfig& c, LayerRange layers) {
@@ -31,7 +31,7 @@ CudaStageLayout LayOutStage(const ModelConfig& c, const StageSpec& spec, const C
   Region region(base);
   l.weights = LayOutWeights(c, spec.layers, region);
   l.bytes.weights = region.end();
-  l.pool = region.Take<std::byte>(uint64_t{spec.pool_blocks} * PoolBlockBytes(c));
+  l.pool = region.Take<std::byte>(uint64_t{spec.pool_blocks} * PoolBlockBytes(c, traits));
   l.bytes.pool = region.end() - l.bytes.weights;
   l.inv_freq = region.Take<float>(c.qk_rope_head_dim / 2);
   l.limits =
@@ -64,7 +64,8 @@ StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
   costs.layer_bytes.front() -= costs.embedding_bytes;
   costs.head_bytes =
       WeightBytes(c, {n - 1, n}) - costs.layer_bytes.back() - (n == 1 ? costs.embedding_bytes : 0);
-  costs.block_bytes = PoolBlockBytes(c) + sizeof(uint32_t);  // and its entry in a page table
+  costs.block_bytes =
+      PoolBlockBytes(c, traits) + sizeof(uint32_t);  // and its entry in a page table
   costs.layer_workspace_bytes =
       kCudaGraphBytesEachLayer + limits::kMaxStepSequences * sizeof(cuda::MlaSegment);
   static_assert(limits::kMaxStepSequences * sizeof(cuda::MlaSegment) % Region::kAlign == 0);

@@ -49,17 +49,20 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
   ws_ = layout.workspace;
   pool_.blocks = layout.pool;
   pool_.block_bytes = static_cast<int64_t>(
-      BlockBytes(RowFormat::kBf16, config_.kv_lora_rank, config_.qk_rope_head_dim));
+      BlockBytes(traits.row_format, config_.kv_lora_rank, config_.qk_rope_head_dim));
+  pool_.format =
+      traits.row_format == RowFormat::kFp8 ? cuda::MlaRowFormat::kFp8 : cuda::MlaRowFormat::kBf16;
   static_assert(cuda::kMlaBlockRows == static_cast<int32_t>(limits::kBlockTokens));
   const auto rank = static_cast<int32_t>(config_.kv_lora_rank);
   const auto rope = static_cast<int32_t>(config_.qk_rope_head_dim);
   // Both sides of the seam must mean the same by a row.
   STRAIT_CHECK(pool_.block_bytes ==
-               cuda::kMlaBlockRows * cuda::MlaRowBytes(cuda::MlaRowFormat::kBf16, rank, rope));
+               cuda::kMlaBlockRows * cuda::MlaRowBytes(pool_.format, rank, rope));
   // A row's padding is never read as a number, but zeros are kinder to debug.
   STRAIT_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(pool_.blocks, 0, bytes_.pool, stream_));
   STRAIT_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(ws_.arrived, 0, sizeof(*ws_.arrived), stream_));
-  if (cuda::MlaAutoPath(cuda::MlaRowFormat::kBf16, rank, rope) == cuda::MlaPath::kHopper) {
+  if (pool_.format == cuda::MlaRowFormat::kBf16 &&
+      cuda::MlaAutoPath(pool_.format, rank, rope) == cuda::MlaPath::kHopper) {
     STRAIT_CUDA_RETURN_IF_ERROR(
         cuda::MakeMlaPoolMap(pool_.blocks, spec_.pool_blocks, pool_.block_bytes, &pool_.map));
   }

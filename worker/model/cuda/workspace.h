@@ -17,6 +17,7 @@
 #include "kernels/cuda/mla.h"
 #include "kernels/cuda/sample.h"
 #include "proto/model_config.h"
+#include "proto/reservation.h"
 #include "worker/model/cuda/region.h"
 
 namespace strait {
@@ -35,6 +36,7 @@ inline constexpr uint64_t kCudaSplitFloats = 8 << 20;  // partial sums of produc
 struct CudaTraits {
   int num_multiprocessors = 0;
   bool deterministic = false;
+  RowFormat row_format = RowFormat::kBf16;  // of the latent cache; not kFp32
 };
 
 // What a step can need at most.

@@ -8,37 +8,21 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "proto/model_config.h"
 #include "proto/reservation.h"
-#include "tests/worker/model/tiny_models.h"
+#include "tests/worker/model/cuda/cuda_fixture.h"
 #include "worker/model/cuda/stage_layout.h"
 
 namespace strait {
 namespace {
 
-class CudaBackendTest : public testing::Test {
+class CudaBackendTest : public CudaTest {
  protected:
-  void SetUp() override {
-    if (const auto device = OpenCudaDevice(0); !device.ok()) {
-      GTEST_SKIP() << "SKIPPED, no GPU test ran: " << device.status().message();
-    }
-  }
-
-  static ModelConfig Model() {
-    ModelConfig config = TinyV3();
-    config.kv_lora_rank = 48;
-    return config;
-  }
-
-  static std::unique_ptr<CudaBackend> Make(const ModelConfig& config, uint64_t memory_bytes) {
-    CudaBackendOptions options;
-    options.memory_bytes = memory_bytes;
-    auto backend = CudaBackend::Create(options, MakeRandomWeights(config, 1, 1));
-    EXPECT_TRUE(backend.ok()) << backend.status();
-    return *std::move(backend);
-  }
+  static ModelConfig Model() { return OnCuda(TinyV3()); }
 
   // `count` sequences of `rows` new rows each, from their beginning; tokens are not looked at.
   static void Step(StageModel* model, const ModelConfig& config, uint32_t count, uint32_t rows) {
@@ -84,7 +68,7 @@ class CudaBackendTest : public testing::Test {
 
 TEST_F(CudaBackendTest, TooLittleGpuMemory) {
   const ModelConfig config = Model();
-  const auto backend = Make(config, uint64_t{1} << 50);
+  const auto backend = MakeCuda(config, {.memory_bytes = uint64_t{1} << 50});
   StageSpec spec;
   spec.layers = {0, config.num_hidden_layers};
   spec.pool_blocks = 0x7fffffff;  // some terabytes
@@ -100,7 +84,7 @@ TEST_F(CudaBackendTest, BeyondItsBudget) {
   StageSpec spec;
   spec.layers = {0, config.num_hidden_layers};
   spec.pool_blocks = 100;
-  EXPECT_EQ(Make(config, 1000)->Load(spec, {}).status().code(),
+  EXPECT_EQ(MakeCuda(config, {.memory_bytes = 1000})->Load(spec, {}).status().code(),
             absl::StatusCode::kResourceExhausted);
 }
 
@@ -109,13 +93,13 @@ TEST_F(CudaBackendTest, LayersThatAreNotThere) {
   StageSpec spec;
   spec.layers = {1, config.num_hidden_layers + 1};
   spec.pool_blocks = 1;
-  EXPECT_EQ(Make(config, 1 << 30)->Load(spec, {}).status().code(),
+  EXPECT_EQ(MakeCuda(config, {.memory_bytes = 1 << 30})->Load(spec, {}).status().code(),
             absl::StatusCode::kInvalidArgument);
 }
 
 TEST_F(CudaBackendTest, AStageGivesAllMemoryBack) {
   const ModelConfig config = Model();
-  const auto backend = Make(config, 1 << 30);
+  const auto backend = MakeCuda(config, {.memory_bytes = 1 << 30});
   StageSpec spec;
   spec.layers = {0, config.num_hidden_layers};
   spec.pool_blocks = 1000;
@@ -135,27 +119,34 @@ TEST_F(CudaBackendTest, AStageTakesWhatItSaysAndAStepNothing) {
   ModelConfig config = Model();
   config.hidden_size = 1024;  // so that the stage is large beside what CUDA rounds to
   config.moe_intermediate_size = 1024;
-  for (const bool deterministic : {false, true}) {
+  for (const auto& [deterministic, rows] :
+       {std::pair(false, RowFormat::kBf16), std::pair(true, RowFormat::kBf16),
+        std::pair(false, RowFormat::kFp8)}) {
     CudaBackendOptions options;
     options.memory_bytes = uint64_t{8} << 30;
     options.deterministic = deterministic;
-    auto backend = CudaBackend::Create(options, MakeRandomWeights(config, 1, 1));
-    ASSERT_TRUE(backend.ok()) << backend.status();
+    options.row_format = rows;
+    const auto backend = MakeCuda(config, options);
+    ASSERT_NE(backend, nullptr);
     StageSpec spec;
     spec.layers = {0, config.num_hidden_layers};
     spec.pool_blocks = 100'000;
     const CudaStageBytes stated =
-        LayOutStage(config, spec, {(*backend)->num_multiprocessors(), deterministic}, nullptr)
+        LayOutStage(config, spec,
+                    {.num_multiprocessors = backend->num_multiprocessors(),
+                     .deterministic = deterministic,
+                     .row_format = rows},
+                    nullptr)
             .bytes;
     ASSERT_GT(stated.total(), uint64_t{256} << 20);
     {  // what CUDA itself takes at first
-      const auto model = (*backend)->Load(spec, {});
+      const auto model = backend->Load(spec, {});
       ASSERT_TRUE(model.ok()) << model.status();
       for (uint32_t rows = 1; rows <= 3; ++rows) Step(model->get(), config, rows, 1);
       Step(model->get(), config, 1, 200);
     }
     const size_t before = FreeBytes();
-    const auto model = (*backend)->Load(spec, {});
+    const auto model = backend->Load(spec, {});
     ASSERT_TRUE(model.ok()) << model.status();
     const auto taken = static_cast<double>(before - FreeBytes());
     EXPECT_GT(taken, 0.95 * static_cast<double>(stated.allocated()));
@@ -177,14 +168,28 @@ TEST_F(CudaBackendTest, AStageTakesWhatItSaysAndAStepNothing) {
   }
 }
 
-TEST(CudaModelTest, ARankThatTheKernelsDoNotTake) {
-  CudaBackendOptions options;
-  if (const auto device = OpenCudaDevice(0); !device.ok()) {
-    EXPECT_EQ(device.status().code(), absl::StatusCode::kFailedPrecondition);
-    GTEST_SKIP() << "SKIPPED, no GPU test ran: " << device.status().message();
-  }
-  const auto backend = CudaBackend::Create(options, MakeRandomWeights(TinyV3(), 1, 1));
+TEST_F(CudaBackendTest, ARankThatTheKernelsDoNotTake) {
+  const auto backend = CudaBackend::Create({}, MakeRandomWeights(TinyV3(), 1, 1));
   EXPECT_EQ(backend.status().code(), absl::StatusCode::kInvalidArgument) << backend.status();
+}
+
+TEST_F(CudaBackendTest, ARowFormatIsPartOfWhatItSaysOfItself) {
+  const auto bf16 = MakeCuda(Model(), {.memory_bytes = 1 << 30});
+  const auto fp8 = MakeCuda(Model(), {.memory_bytes = 1 << 30, .row_format = RowFormat::kFp8});
+  EXPECT_EQ(bf16->block_bytes(), 64u * 144);  // 48 + 24 columns of two bytes
+  EXPECT_EQ(fp8->block_bytes(), 64u * 112);   // 48 codes, a scale, 24 columns of two bytes: 100
+  EXPECT_EQ(fp8->block_bytes() + 4, fp8->stage_costs().block_bytes);
+  EXPECT_NE(bf16->numerics_id().find("/bf16"), std::string::npos) << bf16->numerics_id();
+  EXPECT_NE(fp8->numerics_id().find("/fp8"), std::string::npos) << fp8->numerics_id();
+}
+
+// No machine needs a GPU to be told so.
+TEST(CudaModelTest, RowsThatTheKernelsDoNotTake) {
+  CudaBackendOptions options;
+  options.row_format = RowFormat::kFp32;
+  const auto backend = CudaBackend::Create(options, MakeRandomWeights(OnCuda(TinyV3()), 1, 1));
+  EXPECT_EQ(backend.status().code(), absl::StatusCode::kInvalidArgument) << backend.status();
+  EXPECT_NE(backend.status().message().find("--cache-format bf16 or fp8"), std::string::npos);
 }
 
 }  // namespace

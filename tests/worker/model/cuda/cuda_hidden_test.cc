@@ -9,38 +9,20 @@
 #include <vector>
 
 #include "proto/limits.h"
+#include "tests/worker/model/cuda/cuda_fixture.h"
 #include "tests/worker/model/test_pipeline.h"
-#include "tests/worker/model/tiny_models.h"
-#include "worker/model/cuda/cuda_backend.h"
 
 namespace strait {
 namespace {
 
-class CudaHiddenTest : public testing::Test {
+class CudaHiddenTest : public CudaTest {
  protected:
-  void SetUp() override {
-    if (const auto device = OpenCudaDevice(0); !device.ok()) {
-      GTEST_SKIP() << "SKIPPED, no GPU test ran: " << device.status().message();
-    }
-  }
-
-  static ModelConfig Model() {
-    ModelConfig config = TinyV3();
-    config.kv_lora_rank = 48;
-    return config;
-  }
-
-  static std::unique_ptr<Backend> Make() {
-    CudaBackendOptions options;
-    options.memory_bytes = uint64_t{1} << 30;
-    auto backend = CudaBackend::Create(options, MakeRandomWeights(Model(), 5, 1));
-    EXPECT_TRUE(backend.ok()) << backend.status();
-    return *std::move(backend);
-  }
+  static ModelConfig Model() { return OnCuda(TinyV3()); }
 
   // A prompt of many rows, then decode steps of three sequences. All results, in order.
   static std::vector<std::string> Results(HiddenMemory memory) {
-    TestPipeline pipeline(Make(), {1, 2, Model().num_hidden_layers}, 4096);
+    TestPipeline pipeline(MakeCuda(Model(), {.memory_bytes = 1 << 30}, 5),
+                          {1, 2, Model().num_hidden_layers}, 4096);
     pipeline.memory = std::move(memory);
     std::vector<std::string> all;
     const auto keep = [&](const v1::StepPlan& plan) {

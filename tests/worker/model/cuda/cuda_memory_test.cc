@@ -9,25 +9,21 @@
 #include <map>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "coordinator/core/planner.h"
 #include "proto/reservation.h"
-#include "tests/worker/model/tiny_models.h"
+#include "tests/worker/model/cuda/cuda_fixture.h"
 #include "worker/model/cuda/graph_ledger.h"
 #include "worker/model/cuda/stage_layout.h"
 
 namespace strait {
 namespace {
 
-ModelConfig Fit(ModelConfig config) {  // for the CUDA backend
-  config.kv_lora_rank = 48;
-  return config;
-}
-
 // Half of V2-Lite's width: enough weights for tiles of all sizes.
 ModelConfig Wide() {
-  ModelConfig config = Fit(TinyV2Lite());
+  ModelConfig config = OnCuda(TinyV2Lite());
   config.hidden_size = 1024;
   config.intermediate_size = 4096;
   config.moe_intermediate_size = 704;
@@ -39,12 +35,19 @@ ModelConfig Wide() {
 }
 
 std::vector<ModelConfig> Models() {
-  ModelConfig one_layer = Fit(TinyV3());
+  ModelConfig one_layer = OnCuda(TinyV3());
   one_layer.num_hidden_layers = 1;
-  return {Fit(TinyV3()), Fit(TinyV3Fp8()), Fit(TinyV2Lite()), Fit(TinyV2()), one_layer, Wide()};
+  return {OnCuda(TinyV3()), OnCuda(TinyV3Fp8()), OnCuda(TinyV2Lite()),
+          OnCuda(TinyV2()), one_layer,           Wide()};
 }
 
-constexpr CudaTraits kTraits[] = {{132, false}, {132, true}, {1, true}, {148, false}};
+constexpr CudaTraits kTraits[] = {
+    {132, false},
+    {132, true},
+    {1, true},
+    {148, false},
+    {.num_multiprocessors = 132, .row_format = RowFormat::kFp8},
+    {.num_multiprocessors = 132, .deterministic = true, .row_format = RowFormat::kFp8}};
 
 uint64_t Counted(const StageCosts& costs, LayerRange layers, uint64_t pool_blocks) {
   return StageFixedBytes(costs, layers) + pool_blocks * costs.block_bytes;
@@ -91,11 +94,12 @@ TEST(CudaMemoryTest, WhatIsPlannedFits) {
     }
     shape.embedding_bytes = EmbeddingBytes(config);
     shape.head_bytes = HeadBytes(config);
-    shape.block_bytes = BlockBytes(RowFormat::kBf16, config.kv_lora_rank, config.qk_rope_head_dim);
     shape.workspace_bytes = WorkspaceSizes(config);
     CoreOptions options;
     options.max_running = 1'000'000;  // the memory alone bounds the cache
     for (const CudaTraits& traits : kTraits) {
+      shape.block_bytes =
+          BlockBytes(traits.row_format, config.kv_lora_rank, config.qk_rope_head_dim);
       const StageCosts costs = CudaStageCosts(config, traits);
       const uint64_t least = Counted(costs, {0, config.num_hidden_layers}, 0);
       for (const uint32_t stages : {1u, 2u, 3u}) {
@@ -141,6 +145,22 @@ TEST(CudaMemoryTest, AStageOfAGoodSizeIsCountedWithinAPercent) {
   }
 }
 
+// What fp8 rows are for: 656 bytes a token and layer of V3 where bf16 has 1,152.
+TEST(CudaMemoryTest, RowsOfFp8AreCountedAsTheyLie) {
+  ModelConfig config = Wide();
+  config.kv_lora_rank = 512;
+  config.qk_rope_head_dim = 64;
+  StageSpec spec;
+  spec.layers = {2, 5};
+  spec.pool_blocks = 1000;
+  for (const auto& [format, row_bytes] :
+       {std::pair(RowFormat::kBf16, 1152u), std::pair(RowFormat::kFp8, 656u)}) {
+    const CudaTraits traits = {.num_multiprocessors = 132, .row_format = format};
+    EXPECT_EQ(LayOutStage(config, spec, traits, nullptr).bytes.pool, 1000u * 64 * row_bytes);
+    EXPECT_EQ(CudaStageCosts(config, traits).block_bytes, 64u * row_bytes + 4);
+  }
+}
+
 TEST(CudaMemoryTest, WhatWouldFitIsToldAndFits) {
   const ModelConfig config = Wide();
   const StageCosts costs = CudaStageCosts(config, kTraits[0]);
@@ -161,7 +181,7 @@ TEST(CudaMemoryTest, WhatWouldFitIsToldAndFits) {
 }
 
 TEST(CudaModelTest, AGpuWithTooLittleSharedMemoryIsRefusedInWords) {
-  ModelConfig config = Fit(TinyV3());
+  ModelConfig config = OnCuda(TinyV3());
   config.kv_lora_rank = 512;
   config.qk_rope_head_dim = 64;
   cuda::Device device;
@@ -173,7 +193,7 @@ TEST(CudaModelTest, AGpuWithTooLittleSharedMemoryIsRefusedInWords) {
   for (const char* part : {"NVIDIA L40S", "101376", "shared memory", "512 and 64"}) {
     EXPECT_NE(refused.message().find(part), std::string::npos) << part << " in: " << refused;
   }
-  EXPECT_TRUE(CheckCudaAttention(Fit(TinyV3()), device).ok()) << "small rows fit";
+  EXPECT_TRUE(CheckCudaAttention(OnCuda(TinyV3()), device).ok()) << "small rows fit";
   device.compute_capability = 80;  // A100
   device.shared_bytes = 166'912;
   EXPECT_TRUE(CheckCudaAttention(config, device).ok());

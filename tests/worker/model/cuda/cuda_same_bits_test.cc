@@ -12,9 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "tests/worker/model/cuda/cuda_fixture.h"
 #include "tests/worker/model/test_pipeline.h"
-#include "tests/worker/model/tiny_models.h"
-#include "worker/model/cuda/cuda_backend.h"
 #include "worker/model/cuda/stage_layout.h"
 
 namespace strait {
@@ -25,7 +24,7 @@ constexpr uint32_t kTop = limits::kMaxTopLogprobs;
 
 // Rows of the portable attention kernel.
 ModelConfig Portable(ModelConfig config) {
-  config.kv_lora_rank = 48;
+  config = OnCuda(std::move(config));
   config.max_position_embeddings = 8192;
   return config;
 }
@@ -94,27 +93,26 @@ struct Way {
   bool deterministic = true;
 };
 
-class CudaSameBitsTest : public testing::TestWithParam<ModelConfig (*)()> {
+struct Model {
+  const char* name;
+  ModelConfig (*config)();
+  RowFormat rows = RowFormat::kBf16;
+};
+
+class CudaSameBitsTest : public CudaTestWithParam<Model> {
  protected:
   static constexpr uint32_t kGenerated = 12;
   static constexpr uint32_t kScored = 200;  // the last rows of the prompt
 
-  void SetUp() override {
-    if (const auto device = OpenCudaDevice(0); !device.ok()) {
-      GTEST_SKIP() << "SKIPPED, no GPU test ran: " << device.status().message();
-    }
-  }
-
   Trace Run(const Way& way) {
-    const ModelConfig config = GetParam()();
+    const ModelConfig config = GetParam().config();
     CudaBackendOptions options;
     options.memory_bytes = uint64_t{16} << 30;
     options.deterministic = way.deterministic;
-    auto backend = CudaBackend::Create(options, MakeRandomWeights(config, kSeed, 1));
-    EXPECT_TRUE(backend.ok()) << backend.status();
+    options.row_format = GetParam().rows;
     const std::vector<LayerIndex> ends =
         way.ends.empty() ? std::vector<LayerIndex>{config.num_hidden_layers} : way.ends;
-    TestPipeline pipeline(*std::move(backend), ends, 64 * 1024);
+    TestPipeline pipeline(MakeCuda(config, options, kSeed), ends, 64 * 1024);
 
     std::vector<TokenId> tokens = RandomTokens(way.prompt, config.vocab_size, 1);
     std::mt19937 rng(way.num_others + 77);
@@ -192,7 +190,7 @@ class CudaSameBitsTest : public testing::TestWithParam<ModelConfig (*)()> {
 };
 
 TEST_P(CudaSameBitsTest, HoweverItIsRun) {
-  const LayerIndex n = GetParam()().num_hidden_layers;
+  const LayerIndex n = GetParam().config().num_hidden_layers;
   Compare({.name = "in two chunks, alone"},
           {{.name = "chunks of 1", .chunk = 1},
            {.name = "chunks of 7", .chunk = 7},
@@ -210,7 +208,7 @@ TEST_P(CudaSameBitsTest, HoweverItIsRun) {
 
 // Small enough for the emulator.
 TEST_P(CudaSameBitsTest, AShortContext) {
-  const LayerIndex n = GetParam()().num_hidden_layers;
+  const LayerIndex n = GetParam().config().num_hidden_layers;
   Compare({.name = "", .prompt = 70},
           {{.name = "chunks of 1", .prompt = 70, .chunk = 1},
            {.name = "chunks of 7, two stages", .prompt = 70, .chunk = 7, .ends = {1, n}},
@@ -218,7 +216,7 @@ TEST_P(CudaSameBitsTest, AShortContext) {
 }
 
 TEST_P(CudaSameBitsTest, ALongContext) {
-  const LayerIndex n = GetParam()().num_hidden_layers;
+  const LayerIndex n = GetParam().config().num_hidden_layers;
   Compare({.name = "", .prompt = 5300, .chunk = 5000},
           {{.name = "chunks of 64", .prompt = 5300, .chunk = 64},
            {.name = "batch of 16, chunks of 777, two stages",
@@ -237,13 +235,14 @@ TEST_P(CudaSameBitsTest, WithoutTheFlagTheWayShows) {
   EXPECT_FALSE(Run(chunks) == Run(whole));
 }
 
-std::string ModelName(const testing::TestParamInfo<ModelConfig (*)()>& info) {
-  constexpr const char* kNames[] = {"V3", "V3Fp8", "V2Lite", "V2", "Lite512", "Heads256"};
-  return kNames[info.index];
-}
-
 INSTANTIATE_TEST_SUITE_P(Models, CudaSameBitsTest,
-                         testing::Values(V3, V3Fp8, V2Lite, V2, Lite512, Heads256), ModelName);
+                         testing::Values(Model{"V3", V3}, Model{"V3Fp8", V3Fp8},
+                                         Model{"V2Lite", V2Lite}, Model{"V2", V2},
+                                         Model{"Lite512", Lite512}, Model{"Heads256", Heads256},
+                                         Model{"V3Fp8Rows", V3, RowFormat::kFp8},
+                                         Model{"Lite512Fp8Rows", Lite512, RowFormat::kFp8},
+                                         Model{"Heads256Fp8Rows", Heads256, RowFormat::kFp8}),
+                         [](const auto& info) { return std::string(info.param.name); });
 
 // Needs no GPU: the case that needs several launches is one.
 TEST(CudaSameBitsCaseTest, AStepOf256HeadsIsMoreThanOneLaunch) {

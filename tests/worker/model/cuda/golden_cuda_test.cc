@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Defends: the CUDA backend gives Hugging Face transformers' log-probabilities for the checkpoints
-// of tests/golden within what bf16 activations allow, in one stage and in several, whole prompts
-// and chunks; both ways of cutting give nearly the same numbers.
+// of tests/golden within what bf16 activations and bf16 or fp8 cache rows allow, in one stage and in
+// several, whole prompts and chunks; both ways of cutting give nearly the same numbers.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -10,50 +10,51 @@
 #include <string>
 #include <vector>
 
+#include "tests/worker/model/cuda/cuda_fixture.h"
 #include "tests/worker/model/golden_scores.h"
-#include "worker/model/cuda/cuda_backend.h"
 
 namespace strait {
 namespace {
 
-// What tests/golden/bf16_error.py finds when a float64 model rounds to bf16 where this backend does.
+// What tests/golden/bf16_error.py finds when a float64 model rounds to bf16 where this backend does,
+// with --rows fp8 in the rows' last lines: an e4m3 code is off by up to 1/16, and these models' ranks
+// are small, so that little of it averages out.
 // Where two experts score nearer than rounding, the other one may be chosen, and that token moves
 // by tenths or more: few tokens, other ones in each implementation, so the mean and the tail have
 // wide margins and the worst none. The median knows nothing of it.
-struct Bf16Error {
+struct Case {
   const char* shape;
+  RowFormat rows;
   double median, mean, most;  // most: of 99 in 100
+  int others;                 // clear choices that differ
 };
-constexpr Bf16Error kErrors[] = {{"v3-yarn", 0.0223, 0.0717, 1.311},
-                                 {"v3-odd", 0.0123, 0.0438, 1.228},
-                                 {"v2-lite", 0.0081, 0.0107, 0.043},
-                                 {"v2", 0.0106, 0.0214, 0.172},
-                                 {"v3-fp8", 0.0102, 0.0164, 0.071}};
+constexpr Case kCases[] = {{"v3-yarn", RowFormat::kBf16, 0.0223, 0.0717, 1.311, 2},
+                           {"v3-odd", RowFormat::kBf16, 0.0123, 0.0438, 1.228, 1},
+                           {"v2-lite", RowFormat::kBf16, 0.0081, 0.0107, 0.043, 0},
+                           {"v2", RowFormat::kBf16, 0.0106, 0.0214, 0.172, 0},
+                           {"v3-fp8", RowFormat::kBf16, 0.0102, 0.0164, 0.071, 0},
+                           {"v3-yarn", RowFormat::kFp8, 0.0949, 0.2212, 2.170, 10},
+                           {"v3-odd", RowFormat::kFp8, 0.0337, 0.1297, 2.128, 6},
+                           {"v2-lite", RowFormat::kFp8, 0.0335, 0.0444, 0.180, 0},
+                           {"v2", RowFormat::kFp8, 0.0384, 0.0703, 0.571, 1},
+                           {"v3-fp8", RowFormat::kFp8, 0.0386, 0.0948, 1.483, 4}};
 constexpr double kMedianMargin = 1.5;
 constexpr double kMeanMargin = 2;
 constexpr double kMostMargin = 3;
 // Where the reference prefers its first token by more than this, ours is the same, but for one in
-// twenty.
+// twenty, or twice as many as are expected.
 constexpr double kDecidedGap = 0.5;
 
-class GoldenCudaTest : public testing::TestWithParam<const char*> {
+class GoldenCudaTest : public CudaTestWithParam<Case> {
  protected:
-  void SetUp() override {
-    if (const auto device = OpenCudaDevice(0); !device.ok()) {
-      GTEST_SKIP() << "SKIPPED, no GPU test ran: " << device.status().message();
-    }
-  }
-
   std::vector<GoldenScore> Scores(std::vector<LayerIndex> ends_before_last, uint32_t chunk) {
-    auto source = OpenCheckpointWeights(GoldenDir(GetParam()));
+    auto source = OpenCheckpointWeights(GoldenDir(GetParam().shape));
     EXPECT_TRUE(source.ok()) << source.status();
     ends_before_last.push_back((*source)->config().num_hidden_layers);
-    CudaBackendOptions options;
-    options.memory_bytes = 1 << 30;
-    auto backend = CudaBackend::Create(options, *std::move(source));
-    EXPECT_TRUE(backend.ok()) << backend.status();
-    TestPipeline pipeline(*std::move(backend), ends_before_last);
-    return GoldenScores(GetParam(), &pipeline, chunk);
+    TestPipeline pipeline(
+        MakeCuda({.memory_bytes = 1 << 30, .row_format = GetParam().rows}, *std::move(source)),
+        ends_before_last);
+    return GoldenScores(GetParam().shape, &pipeline, chunk);
   }
 
   void Compare(std::vector<LayerIndex> ends_before_last, uint32_t chunk) {
@@ -77,19 +78,15 @@ class GoldenCudaTest : public testing::TestWithParam<const char*> {
     const double mean = sum / static_cast<double>(errors.size());
     const double most = errors[errors.size() * 99 / 100];
     std::printf(
-        "%s: %zu log-probabilities; difference: median %.2e, mean %.2e, 99 of 100 within %.2e, "
-        "worst %.2e; %d of %d clear choices differ\n",
-        GetParam(), errors.size(), median, mean, most, errors.back(), others, decided);
+        "%s, %s rows: %zu log-probabilities; difference: median %.2e, mean %.2e, 99 of 100 within "
+        "%.2e, worst %.2e; %d of %d clear choices differ\n",
+        GetParam().shape, RowFormatName(GetParam().rows), errors.size(), median, mean, most,
+        errors.back(), others, decided);
     EXPECT_GT(decided, 100);
-    EXPECT_LE(others, decided / 20);
-    for (const Bf16Error& expected : kErrors) {
-      if (std::string(expected.shape) != GetParam()) continue;
-      EXPECT_LT(median, expected.median * kMedianMargin);
-      EXPECT_LT(mean, expected.mean * kMeanMargin);
-      EXPECT_LT(most, expected.most * kMostMargin);
-      return;
-    }
-    FAIL() << "no bound for this shape";
+    EXPECT_LE(others, std::max(decided / 20, 2 * GetParam().others));
+    EXPECT_LT(median, GetParam().median * kMedianMargin);
+    EXPECT_LT(mean, GetParam().mean * kMeanMargin);
+    EXPECT_LT(most, GetParam().most * kMostMargin);
   }
 };
 
@@ -97,15 +94,13 @@ TEST_P(GoldenCudaTest, OneStageWholePrompts) { Compare({}, limits::kMaxStepToken
 TEST_P(GoldenCudaTest, TwoStagesInChunks) { Compare({1}, 100); }
 TEST_P(GoldenCudaTest, TokenByToken) { Compare({1, 2}, 1); }
 
-std::string ShapeName(const testing::TestParamInfo<const char*>& info) {
-  std::string name = info.param;
+std::string CaseName(const testing::TestParamInfo<Case>& info) {
+  std::string name = info.param.shape;
   for (char& c : name) c = c == '-' ? '_' : c;
-  return name;
+  return info.param.rows == RowFormat::kFp8 ? name + "_fp8_rows" : name;
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, GoldenCudaTest,
-                         testing::Values("v3-yarn", "v3-odd", "v2-lite", "v2", "v3-fp8"),
-                         ShapeName);
+INSTANTIATE_TEST_SUITE_P(Shapes, GoldenCudaTest, testing::ValuesIn(kCases), CaseName);
 
 }  // namespace
 }  // namespace strait
