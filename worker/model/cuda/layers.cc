@@ -324,7 +324,8 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, const DeviceLayer* next
   sum.num_experts_per_tok = picks;
   sum.num_shared = lists.num_shared;
   sum.dim = size;
-  if (next != nullptr) {
+  // Where a stage begins, the norm is a kernel of its own, whose sum is in another order.
+  if (next != nullptr && !ws_.fixed_order) {
     sum.norm_weight = next->input_layernorm;
     sum.eps = static_cast<float>(config_.rms_norm_eps);
     sum.normed = ws_.normed;
