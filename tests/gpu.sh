@@ -47,7 +47,7 @@ fail() { failed="$failed $1"; strait_say "FAILED: $1${2:+ ($2)}"; }
 if [ -z "$programs" ]; then
   nvcc="$(command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)"
   [ -n "$nvcc" ] || strait_fail "no nvcc: install the CUDA Toolkit, 12.4 or newer, or give --programs"
-  CUDACXX="$nvcc" strait_build cuda || exit 1
+  CUDACXX="$nvcc" strait_build cuda tests_gpu strait strait-coordinator strait-worker || exit 1
   programs=build/cuda
 fi
 if [ -n "$pack" ]; then
@@ -114,7 +114,8 @@ fi
 python=tests/.venv/bin/python
 "$python" -c 'import pytest, httpx' 2>/dev/null || python=python3
 rows=
-run_e2e() {  # with cache rows of the format $rows, empty: the default; part, file, what of its output to show, "" or more arguments of pytest…
+# With cache rows of the format $rows, empty: the default.
+run_e2e() {  # part, file, what of its output to show, "" or more arguments of pytest…
   local part="$1" file="$2" show="$3"
   shift 3
   strait_say "=== $part, CUDA workers"
