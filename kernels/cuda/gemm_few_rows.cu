@@ -206,6 +206,7 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
   // Which weights a team reads first is known early unless a list says it: reading begins before
   // the kernel before has ended.
   const bool early = p.tiles == nullptr;
+  StartNext();
   if (!early) WaitForEarlier();
   const int num_units = early
                             ? p.num_groups * ((p.num_rows + kTileRows - 1) / kTileRows) * units_each
@@ -214,7 +215,6 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
                                        SharedAddress(ring));
   if (first < num_units) feeder.Start(first);
   if (early) WaitForEarlier();
-  StartNext();
   if (first >= num_units) return;
   Cursor<kFp8, kGated> at;
   at.Enter(p, team, kTileRows, first);

@@ -418,8 +418,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     wgmma::FenceBarrierInit();
   }
   __syncthreads();
-  WaitForEarlier();
   StartNext();
+  WaitForEarlier();
   if (threadIdx.x >= kConsumers) {
     wgmma::FewerRegisters<88>();
     Feeder<kFp8, kGated, kTileRows, kColumns>(p, memory).Run(num_shares);

@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(kThreads) Tiles(const __grid_constant__ GemmPa
   // Weights may be read before the kernel before has ended, if no list says which.
   const bool early = p.tiles == nullptr && p.x_rows == nullptr;
   if (!early) {
-    WaitForEarlier();
     StartNext();
+    WaitForEarlier();
   }
   const GemmItem item = ItemOf(p, kTileRows, blockIdx.y);
   if (item.count == 0) return;
@@ -129,8 +129,8 @@ __global__ void __launch_bounds__(kThreads) Tiles(const __grid_constant__ GemmPa
     if (step < num_steps) copy_b(step);
   }
   if (early) {
-    WaitForEarlier();
     StartNext();
+    WaitForEarlier();
   }
 #pragma unroll
   for (int step = 0; step < kStages - 1; ++step) {
@@ -243,8 +243,8 @@ constexpr int kAddThreads = 256;
 // y (+)= the shares of K, in order.
 __global__ void __launch_bounds__(kAddThreads)
     AddShares(const __grid_constant__ GemmParams p, const int num_shares) {
-  WaitForEarlier();
   StartNext();
+  WaitForEarlier();
   const int64_t index = int64_t{blockIdx.x} * kAddThreads + threadIdx.x;
   const int64_t count = int64_t{p.num_rows} * p.weight.rows;
   if (index >= count) return;

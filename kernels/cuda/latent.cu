@@ -14,8 +14,8 @@ constexpr int kThreads = 256;
 constexpr float kE4m3Max = 448.0f;
 
 __global__ void FillRopeTable(const RopeTableParams p) {
-  WaitForEarlier();
   StartNext();
+  WaitForEarlier();
   const int64_t index = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   const int64_t half = p.dim / 2;
   if (index >= p.num_tokens * half) return;
@@ -53,8 +53,8 @@ __global__ void __launch_bounds__(kThreads)
     AppendRow(const __grid_constant__ LatentAppendParams p) {
   __shared__ float shared[kThreads / 32];
   const int64_t token = blockIdx.x;
-  WaitForEarlier();
   StartNext();
+  WaitForEarlier();
   if (blockIdx.y > 0) {
     RotateQuery(p, token, (static_cast<int>(blockIdx.y) - 1) * kThreads * kPairsEach);
     return;
@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads) EmbedRow(const EmbeddingParams p) {
-  WaitForEarlier();
   StartNext();
+  WaitForEarlier();
   const int64_t token = blockIdx.x;
   const Bf16* const row =
       static_cast<const Bf16*>(p.table.data) + int64_t{p.token_ids[token]} * p.table.stride;

@@ -14,8 +14,8 @@ namespace {
 
 __global__ void __launch_bounds__(32) RouteTokens(const RouterParams p) {
   auto* const memory = DynamicShared<float>();
-  WaitForEarlier();
   StartNext();
+  WaitForEarlier();
   moe::RouteToken(p, blockIdx.x, memory);
 }
 
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kListThreads) ListExperts(const ExpertListsPar
   using Scan = cub::BlockScan<int32_t, kListThreads>;
   __shared__ typename Scan::TempStorage scan;
   __shared__ int32_t sums[kListThreads / 32][2];
-  WaitForEarlier();
   StartNext();
+  WaitForEarlier();
   const int32_t expert = blockIdx.x;
   const bool shared = expert >= p.n_routed_experts;
   const int32_t num_choices = p.num_tokens * p.num_experts_per_tok;
@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kSumThreads) SumExperts(const ExpertSumParams 
   auto* const weights = DynamicShared<float>();  // [num_experts_per_tok]
   auto* const rows = reinterpret_cast<const Bf16**>(
       weights + (p.num_experts_per_tok + 1) / 2 * 2);  // [num_experts_per_tok + num_shared]
-  WaitForEarlier();
   StartNext();
+  WaitForEarlier();
   const int64_t token = blockIdx.x;
   for (int32_t j = threadIdx.x; j < p.num_experts_per_tok + p.num_shared; j += kSumThreads) {
     if (j < p.num_experts_per_tok) {

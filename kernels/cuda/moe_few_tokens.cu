@@ -92,8 +92,8 @@ __global__ void __launch_bounds__(kThreads) Choose(const __grid_constant__ Choos
     const int k = c * kSpan + lane * kVec;
     early[c] = k < dim ? *reinterpret_cast<const uint4*>(row + k) : make_uint4(0, 0, 0, 0);
   }
-  WaitForEarlier();
   StartNext();
+  WaitForEarlier();
   for (int t = 0; t < tokens; ++t) {
     const auto* const x = reinterpret_cast<const float4*>(p.x + int64_t{t} * dim);
     const auto* const weight = reinterpret_cast<const float4*>(p.norm_weight);

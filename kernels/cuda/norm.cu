@@ -12,8 +12,8 @@ constexpr int kThreads = 256;
 
 __global__ void __launch_bounds__(kThreads) RmsNormRows(const RmsNormParams p) {
   __shared__ float shared[kThreads / 32];
-  WaitForEarlier();
   StartNext();
+  WaitForEarlier();
   const int64_t row = blockIdx.x;
   float* const x = p.x + (p.x_rows ? p.x_rows[row] : row) * p.x_stride;
   Bf16* const y = p.y + row * p.y_stride;
@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(kWide) RmsNormWide(const RmsNormParams p) {
     const int i = v * kWide + threadIdx.x;
     weights[v] = i < p.dim / 4 ? reinterpret_cast<const float4*>(p.weight)[i] : float4{};
   }
-  WaitForEarlier();
   StartNext();
+  WaitForEarlier();
   const auto* const x =
       reinterpret_cast<const float4*>(p.x + (p.x_rows ? p.x_rows[row] : row) * p.x_stride);
   float4 values[kVecs];

@@ -21,7 +21,8 @@ __device__ __forceinline__ void WaitForEarlier() {
 #endif
 }
 
-// Lets the next kernel of the stream begin, up to its WaitForEarlier, when all blocks said so.
+// Lets the next kernel of the stream begin, up to its WaitForEarlier, when all blocks said so. Safe at
+// a kernel's very start: the next one's wait ends only when this one has ended, and so all before it.
 __device__ __forceinline__ void StartNext() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
