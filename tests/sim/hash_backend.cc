@@ -88,6 +88,9 @@ absl::Status HashStage::Begin(const StageBatch& batch, HiddenIn in, HiddenOut ou
   if (!backend_->fail_next_begin.ok()) {
     return std::exchange(backend_->fail_next_begin, absl::OkStatus());
   }
+  for (const BatchSequence& sequence : batch.sequences) {
+    backend_->late_ids += sequence.token_of_request.has_value();
+  }
   begun_.emplace_back(batch, in, out);
   return absl::OkStatus();
 }

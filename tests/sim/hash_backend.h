@@ -44,6 +44,7 @@ class HashBackend : public Backend {
   absl::Status fail_next_begin;
   absl::Status fail_next_finish;
   uint32_t rows_ahead = 0;  // steps of so many are taken ahead; 0: none is
+  uint64_t late_ids = 0;    // of granted rows that began before they were known
 
  private:
   friend class HashStage;
