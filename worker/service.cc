@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/service.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <map>
 #include <optional>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -103,12 +105,12 @@ class WorkerProcess::Impl {
   void Run() {
     link_->Start();
     while (!stop_) {
-      const bool ready = NextReady() != nullptr;
-      for (Event& event : queue_.PopAll(ready ? std::chrono::seconds(0) : kIdleWait)) {
+      const bool idle = !NextReady() && !AnyBegun();
+      for (Event& event : queue_.PopAll(idle ? kIdleWait : std::chrono::seconds(0))) {
         std::visit([this](auto& e) { On(e); }, event);
       }
       if (link_paused_.exchange(false)) link_->Resume();
-      if (Hosted* hosted = NextReady(); hosted && !stop_) RunStep(*hosted);
+      if (!stop_) DoSteps();
     }
     Log(LogLevel::kInfo, "stopping", {{"stages", stages_.size()}});
     link_->Stop();
@@ -375,7 +377,7 @@ class WorkerProcess::Impl {
 
   // Stages take turns. Null: none is ready.
   Hosted* NextReady() {
-    auto it = stages_.upper_bound(last_run_);
+    auto it = stages_.upper_bound(last_begun_);
     for (size_t i = 0; i < stages_.size(); ++i, ++it) {
       if (it == stages_.end()) it = stages_.begin();
       if (it->second.stage && it->second.stage->Ready()) return &it->second;
@@ -383,12 +385,39 @@ class WorkerProcess::Impl {
     return nullptr;
   }
 
-  void RunStep(Hosted& hosted) {
-    Stage& stage = *hosted.stage;
-    last_run_ = stage.stage_id();
-    StepOutput output = stage.RunNext(&MonotonicMicros, [&](size_t bytes) {
-      return transport_->Memory(stage.stage_id(), bytes);
+  bool AnyBegun() const {
+    return std::any_of(stages_.begin(), stages_.end(), [](const auto& hosted) {
+      return hosted.second.stage && hosted.second.stage->num_begun() > 0;
     });
+  }
+
+  // Tells of steps that are done, or else begins one. While all that is begun computes, the loop
+  // turns: a step's end must not wait for a sleeping thread.
+  void DoSteps() {
+    bool any_done = false;
+    for (auto& [id, hosted] : stages_) {
+      if (!hosted.stage || hosted.stage->num_begun() == 0 || !hosted.stage->Done()) continue;
+      FinishStep(hosted);
+      any_done = true;
+    }
+    if (any_done) return;
+    if (Hosted* hosted = NextReady()) {
+      BeginStep(*hosted);
+    } else {
+      std::this_thread::yield();
+    }
+  }
+
+  void BeginStep(Hosted& hosted) {
+    Stage& stage = *hosted.stage;
+    last_begun_ = stage.stage_id();
+    stage.BeginNext(&MonotonicMicros,
+                    [&](size_t bytes) { return transport_->Memory(stage.stage_id(), bytes); });
+  }
+
+  void FinishStep(Hosted& hosted) {
+    Stage& stage = *hosted.stage;
+    StepOutput output = stage.FinishNext(&MonotonicMicros);
     absl::Status sent;
     // First what the next stage waits for.
     if (output.hidden) sent = transport_->Send(stage.stage_id(), std::move(*output.hidden));
@@ -466,7 +495,7 @@ class WorkerProcess::Impl {
   bool stop_ = false;
   LinkSession session_ = 0;  // 0: detached
   std::map<uint64_t, Hosted> stages_;
-  uint64_t last_run_ = 0;
+  uint64_t last_begun_ = 0;  // stage
 };
 
 absl::StatusOr<std::unique_ptr<WorkerProcess>> WorkerProcess::Create(WorkerOptions options,

@@ -310,10 +310,9 @@ void SimWorker::TryRun() {
       if (!sound.ok()) return world_->Violation(absl::StrCat("stage ", id, ": ", sound.ToString()));
       device_free_us_ = std::max(device_free_us_, world_->now_us()) +
                         world_->Random(10, scenario_->compute_us_max);
-      world_->At(device_free_us_,
-                 [this, id = id, stream = stream_, epoch = hosted.stage->epoch()] {
-                   StepEnds(id, stream, epoch);
-                 });
+      world_->At(device_free_us_, [this, id = id, stream = stream_, epoch = hosted.stage->epoch()] {
+        StepEnds(id, stream, epoch);
+      });
       computing_ = scenario_->rows_ahead == 0;
       if (computing_) return;
     }

@@ -48,9 +48,9 @@ struct BegunStep {
   std::vector<LateId> late_ids;
   HiddenBuffer hidden_in;
   HiddenBuffer hidden_out;
-  absl::Status status;          // of its Begin
-  bool is_on_model = false;     // the model has it to finish
-  v1::StageReport report;       // but for results, late ids and the time it took
+  absl::Status status;       // of its Begin
+  bool is_on_model = false;  // the model has it to finish
+  v1::StageReport report;    // but for results, late ids and the time it took
   uint64_t begin_us = 0;
 
   StepId id() const { return StepId{plan.step_id()}; }

@@ -141,7 +141,8 @@ double StepUs(StageModel& model, const StageBatch& batch, const ModelConfig& c, 
   for (int i = 0; i < repeats + 2; ++i) {
     std::vector<LogitsResult> results;
     const auto begin = std::chrono::steady_clock::now();
-    const absl::Status status = model.Forward(batch, {in}, {absl::MakeSpan(out)}, &results);
+    absl::Status status = model.Begin(batch, {in}, {absl::MakeSpan(out)});
+    if (status.ok()) status = model.Finish(&results);
     const std::chrono::duration<double, std::micro> us = std::chrono::steady_clock::now() - begin;
     if (!status.ok()) {
       std::fprintf(stderr, "cuda_stage_bench: %s\n", status.ToString().c_str());

@@ -111,10 +111,10 @@ TEST(CpuBackendTest, AStageOutlivesItsBackend) {
   request.row = 2;
   request.sample = true;
   std::vector<LogitsResult> results;
-  ASSERT_TRUE((*model)
-                  ->Begin({absl::MakeConstSpan(&sequence, 1), 3, absl::MakeConstSpan(&request, 1)},
-                          {}, {})
-                  .ok());
+  ASSERT_TRUE(
+      (*model)
+          ->Begin({absl::MakeConstSpan(&sequence, 1), 3, absl::MakeConstSpan(&request, 1)}, {}, {})
+          .ok());
   ASSERT_TRUE((*model)->Finish(&results).ok());
   ASSERT_EQ(results.size(), 1u);
   EXPECT_LT(results[0].token, 211u);

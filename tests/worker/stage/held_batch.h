@@ -19,7 +19,8 @@ class HeldBatch {
     for (const BatchSequence& lent : batch.sequences) {
       Held& held = held_.emplace_back();
       held.tokens.assign(lent.tokens.begin(), lent.tokens.end());
-      for (const auto& table : lent.page_tables) held.tables.emplace_back(table.begin(), table.end());
+      for (const auto& table : lent.page_tables)
+        held.tables.emplace_back(table.begin(), table.end());
       for (const auto& table : held.tables) held.views.emplace_back(table);
       if (lent.sampling != nullptr) held.sampling = *lent.sampling;
       BatchSequence& sequence = sequences_.emplace_back(lent);
