@@ -53,7 +53,7 @@ class HashStage : public StageModel {
   bool TakesAhead(uint32_t num_rows, uint32_t) const override {
     return num_rows <= backend_->rows_ahead;
   }
-  bool Done() const override { return true; }  // SimWorker knows when
+  bool Done() const override { return backend_->done; }
   absl::Status Finish(std::vector<LogitsResult>* results) override;
 
   const StageSpec& spec() const override { return spec_; }

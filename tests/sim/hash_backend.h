@@ -4,7 +4,7 @@
 // as it may.
 //
 // Owns:    each model owns its pool, filled with noise before use.
-// Thread:  the simulator's one thread.
+// Thread:  the simulator's one thread, or a worker's loop; atomics any.
 // Errors:  Load: ResourceExhausted beyond its memory, or whatever `fail_next_load` says; the next
 //          Begin or Finish: whatever `fail_next_begin` and `fail_next_finish` say.
 #pragma once
@@ -44,7 +44,9 @@ class HashBackend : public Backend {
   absl::Status fail_next_begin;
   absl::Status fail_next_finish;
   uint32_t rows_ahead = 0;  // steps of so many are taken ahead; 0: none is
-  uint64_t late_ids = 0;    // of granted rows that began before they were known
+  // Of granted rows that began before they were known.
+  std::atomic<uint64_t> late_ids = 0;
+  std::atomic<bool> done = true;  // what steps that are begun say of themselves
 
  private:
   friend class HashStage;
