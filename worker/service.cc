@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/service.h"
 
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <map>
@@ -104,13 +103,11 @@ class WorkerProcess::Impl {
 
   void Run() {
     link_->Start();
-    while (!stop_) {
-      const bool idle = !NextReady() && !AnyBegun();
-      for (Event& event : queue_.PopAll(idle ? kIdleWait : std::chrono::seconds(0))) {
+    for (bool busy = false; !stop_; busy = !stop_ && DoSteps()) {
+      for (Event& event : queue_.PopAll(busy ? std::chrono::seconds(0) : kIdleWait)) {
         std::visit([this](auto& e) { On(e); }, event);
       }
       if (link_paused_.exchange(false)) link_->Resume();
-      if (!stop_) DoSteps();
     }
     Log(LogLevel::kInfo, "stopping", {{"stages", stages_.size()}});
     link_->Stop();
@@ -253,7 +250,6 @@ class WorkerProcess::Impl {
   void OnLoad(const v1::LoadStage& load) {
     const uint64_t id = load.stage_id();
     const absl::Status valid = [&]() -> absl::Status {
-      if (id == 0) return absl::InvalidArgumentError("a stage id is positive");
       if (stages_.contains(id)) {
         return absl::AlreadyExistsError(absl::StrCat("stage ", id, " is here already"));
       }
@@ -261,13 +257,7 @@ class WorkerProcess::Impl {
         return absl::ResourceExhaustedError(
             absl::StrCat("this worker hosts ", kMaxHostedStages, " stages already"));
       }
-      if (load.layer_begin() >= load.layer_end() || load.layer_end() > backend_->num_layers()) {
-        return absl::InvalidArgumentError(absl::StrCat("layers [", load.layer_begin(), ", ",
-                                                       load.layer_end(), ") are not of this ",
-                                                       backend_->num_layers(), "-layer model"));
-      }
-      if (load.pool_blocks() == 0) return absl::InvalidArgumentError("a pool has blocks");
-      return absl::OkStatus();
+      return CheckLoad(load, backend_->num_layers());
     }();
     if (!valid.ok()) {
       TellFailed(id, valid);
@@ -385,27 +375,22 @@ class WorkerProcess::Impl {
     return nullptr;
   }
 
-  bool AnyBegun() const {
-    return std::any_of(stages_.begin(), stages_.end(), [](const auto& hosted) {
-      return hosted.second.stage && hosted.second.stage->num_begun() > 0;
-    });
-  }
-
-  // Tells of steps that are done, or else begins one. While all that is begun computes, the loop
-  // turns: a step's end must not wait for a sleeping thread.
-  void DoSteps() {
+  // Tells of steps that are done, or else begins one. Whether there may be more to do: while all
+  // that is begun computes, the loop turns, for a step's end must not wait for a sleeping thread.
+  bool DoSteps() {
+    bool any_begun = false;
     bool any_done = false;
     for (auto& [id, hosted] : stages_) {
-      if (!hosted.stage || hosted.stage->num_begun() == 0 || !hosted.stage->Done()) continue;
-      FinishStep(hosted);
+      if (!hosted.stage || hosted.stage->num_begun() == 0) continue;
+      any_begun = true;
+      if (!hosted.stage->Done()) continue;
       any_done = true;
+      FinishStep(hosted);
     }
-    if (any_done) return;
-    if (Hosted* hosted = NextReady()) {
-      BeginStep(*hosted);
-    } else {
-      std::this_thread::yield();
-    }
+    Hosted* const ready = any_done ? nullptr : NextReady();
+    if (ready) BeginStep(*ready);
+    if (any_begun && !any_done && !ready) std::this_thread::yield();
+    return any_begun || ready;
   }
 
   void BeginStep(Hosted& hosted) {

@@ -26,6 +26,23 @@ bool WantsSample(const v1::SequenceStep& step) {
   return !step.logits().empty() && step.logits().rbegin()->has_sample();
 }
 
+std::vector<SequenceId> SampledSequences(const v1::StepPlan& plan) {
+  std::vector<SequenceId> sequences;
+  for (const v1::SequenceStep& step : plan.sequences()) {
+    if (WantsSample(step)) sequences.emplace_back(SequenceId{step.sequence_id()});
+  }
+  return sequences;
+}
+
+std::vector<TokenId> SampledTokens(const BegunStep& begun) {
+  std::vector<TokenId> tokens;
+  for (int i = 0; i < begun.plan.sequences_size(); ++i) {
+    if (!WantsSample(begun.plan.sequences(i))) continue;
+    tokens.push_back(begun.residents[static_cast<size_t>(i)]->sampled);
+  }
+  return tokens;
+}
+
 bool NeedsTokens(const SamplingParams& sampling) {
   return sampling.repetition_penalty != 1 || sampling.presence_penalty != 0 ||
          sampling.frequency_penalty != 0;

@@ -68,9 +68,6 @@ struct Stage::State {
   // The rows of a sequence, their blocks, and what of the model's batch they are.
   BatchSequence AppendRows(const v1::SequenceStep& step, BegunStep* begun);
   absl::Status Begin(WaitingPlan plan, const HiddenMemory& memory, BegunStep* step);
-  // The last stage gives what the step sampled, the first remembers that it will come.
-  void AwaitSampled(const BegunStep& begun);
-  std::optional<SampledStep> HandBack(const BegunStep& done) const;
   void Fail();
   // What is begun goes; returns when the model has let go of it.
   void DropBegun();
@@ -393,24 +390,6 @@ absl::Status Stage::State::Begin(WaitingPlan plan, const HiddenMemory& memory, B
   return absl::OkStatus();
 }
 
-void Stage::State::AwaitSampled(const BegunStep& step) {
-  std::vector<SequenceId> sequences;
-  for (const v1::SequenceStep& wire : step.plan.sequences()) {
-    if (WantsSample(wire)) sequences.emplace_back(SequenceId{wire.sequence_id()});
-  }
-  if (!sequences.empty()) returning.Await(step.id(), std::move(sequences));
-}
-
-std::optional<SampledStep> Stage::State::HandBack(const BegunStep& done) const {
-  SampledStep gives{epoch, done.id(), {}};
-  for (size_t i = 0; i < done.residents.size(); ++i) {
-    if (!WantsSample(done.plan.sequences(static_cast<int>(i)))) continue;
-    gives.tokens.push_back(done.residents[i]->sampled);
-  }
-  if (gives.tokens.empty()) return std::nullopt;
-  return gives;
-}
-
 void Stage::State::Fail() {
   failed = true;
   plans.clear();
@@ -446,7 +425,8 @@ void Stage::BeginNext(const std::function<uint64_t()>& clock, const HiddenMemory
   step.begin_us = clock();
   step.status = s.Begin(std::move(plan), memory, &step);
   if (!step.status.ok()) return s.Fail();
-  if (s.takes_ids()) s.AwaitSampled(step);
+  std::vector<SequenceId> sampled = SampledSequences(step.plan);
+  if (s.takes_ids() && !sampled.empty()) s.returning.Await(step.id(), std::move(sampled));
 }
 
 bool Stage::Done() const {
@@ -482,7 +462,10 @@ StepOutput Stage::FinishNext(const std::function<uint64_t()>& clock) {
   if (step.is_on_model && !s.is_last()) {
     output.hidden = HiddenStep{s.epoch, step.id(), step.num_tokens, std::move(step.hidden_out)};
   }
-  if (s.gives_ids()) output.sampled = s.HandBack(step);
+  std::vector<TokenId> sampled = SampledTokens(step);
+  if (s.gives_ids() && !sampled.empty()) {
+    output.sampled = SampledStep{s.epoch, step.id(), std::move(sampled)};
+  }
   output.report = std::move(step.report);
   return output;
 }

@@ -165,8 +165,8 @@ struct FakeStage {
     return {stage->epoch(), StepId{step}, num_tokens,
             std::vector<std::byte>(size_t{num_tokens} * kFakeHiddenRowBytes)};
   }
-  void Begin() {
-    stage->BeginNext([this] { return now_us += 10; });
+  void Begin(const HiddenMemory& memory = {}) {
+    stage->BeginNext([this] { return now_us += 10; }, memory);
   }
   StepOutput Finish() {
     return stage->FinishNext([this] { return now_us += 10; });

@@ -273,7 +273,7 @@ struct Placed {
       EXPECT_TRUE(f.stage->AcceptPlan(plan, 0).ok());
       EXPECT_TRUE(
           f.stage->AcceptHidden({kEpoch, StepId{step}, 1, Place(kFakeHiddenRowBytes)}, 0).ok());
-      f.stage->BeginNext([] { return uint64_t{0}; }, [this](size_t bytes) { return Place(bytes); });
+      f.Begin([this](size_t bytes) { return Place(bytes); });
     }
     EXPECT_EQ(given_back, 0);
   }
