@@ -425,8 +425,9 @@ void Stage::BeginNext(const std::function<uint64_t()>& clock, const HiddenMemory
   step.begin_us = clock();
   step.status = s.Begin(std::move(plan), memory, &step);
   if (!step.status.ok()) return s.Fail();
+  if (!s.takes_ids()) return;
   std::vector<SequenceId> sampled = SampledSequences(step.plan);
-  if (s.takes_ids() && !sampled.empty()) s.returning.Await(step.id(), std::move(sampled));
+  if (!sampled.empty()) s.returning.Await(step.id(), std::move(sampled));
 }
 
 bool Stage::Done() const {
@@ -462,9 +463,9 @@ StepOutput Stage::FinishNext(const std::function<uint64_t()>& clock) {
   if (step.is_on_model && !s.is_last()) {
     output.hidden = HiddenStep{s.epoch, step.id(), step.num_tokens, std::move(step.hidden_out)};
   }
-  std::vector<TokenId> sampled = SampledTokens(step);
-  if (s.gives_ids() && !sampled.empty()) {
-    output.sampled = SampledStep{s.epoch, step.id(), std::move(sampled)};
+  if (s.gives_ids()) {
+    std::vector<TokenId> sampled = SampledTokens(step);
+    if (!sampled.empty()) output.sampled = SampledStep{s.epoch, step.id(), std::move(sampled)};
   }
   output.report = std::move(step.report);
   return output;
