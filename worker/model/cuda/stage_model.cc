@@ -94,8 +94,11 @@ absl::Status CudaStageModel::InitSlot(Slot* slot) {
   STRAIT_ASSIGN_OR_RETURN(StepTables tables, StepTables::Create(limits_.table_bytes, ws_.tables));
   slot->tables.emplace(std::move(tables));
   STRAIT_ASSIGN_OR_RETURN(slot->plan, PinnedMemory::Create(limits_.plan_bytes));
-  STRAIT_ASSIGN_OR_RETURN(slot->staging, PinnedMemory::Create(uint64_t{limits_.tile_rows} *
-                                                              config_.hidden_size * sizeof(float)));
+  if (weights_.embed_tokens.empty() || !head_) {
+    STRAIT_ASSIGN_OR_RETURN(
+        slot->staging,
+        PinnedMemory::Create(uint64_t{limits_.tile_rows} * config_.hidden_size * sizeof(float)));
+  }
   if (head_) {
     STRAIT_ASSIGN_OR_RETURN(slot->head, HeadStep::Create(limits_));
   }

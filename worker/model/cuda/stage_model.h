@@ -65,7 +65,7 @@ class CudaStageModel final : public StageModel {
   struct Slot {
     std::optional<StepTables> tables;
     PinnedMemory plan;
-    PinnedMemory staging;           // [tile_rows, hidden_size] fp32
+    PinnedMemory staging;           // [tile_rows, hidden_size] fp32; where hidden states come or go
     HeadStep head;                  // last stage
     std::byte* host_out = nullptr;  // where staging goes when it has come; null: nowhere
     size_t host_out_bytes = 0;

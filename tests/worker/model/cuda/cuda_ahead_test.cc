@@ -4,16 +4,14 @@
 // at a time: where ids go from one to the next on the device, in graphs and outside, behind a step of
 // several tiles, where a step writes blocks that the one before it read, and where hidden states come
 // and go through the host.
-#include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "tests/worker/model/tiny_models.h"
+#include "tests/worker/model/cuda/cuda_fixture.h"
 #include "tests/worker/stage/plans.h"
-#include "worker/model/cuda/cuda_backend.h"
 #include "worker/stage/stage.h"
 
 namespace strait {
@@ -21,24 +19,17 @@ namespace {
 
 constexpr PipelineEpoch kEpoch{1, 1};
 
-class CudaAheadTest : public testing::Test {
+class CudaAheadTest : public CudaTest {
  protected:
   void SetUp() override {
-    if (const auto device = OpenCudaDevice(0); !device.ok()) {
-      GTEST_SKIP() << "SKIPPED, no GPU test ran: " << device.status().message();
-    }
+    CudaTest::SetUp();
+    if (IsSkipped()) return;
     CudaBackendOptions options;
     options.memory_bytes = uint64_t{1} << 30;
-    auto backend = CudaBackend::Create(options, MakeRandomWeights(Model(), 5, 1));
-    ASSERT_TRUE(backend.ok()) << backend.status();
-    backend_ = *std::move(backend);
+    backend_ = MakeCuda(Model(), options, 5);
   }
 
-  static ModelConfig Model() {
-    ModelConfig config = TinyV3();
-    config.kv_lora_rank = 48;
-    return config;
-  }
+  static ModelConfig Model() { return OnCuda(TinyV3()); }
 
   // Of one epoch. What is in the cache before must not matter.
   std::unique_ptr<Stage> Load(LayerRange layers, uint32_t index, uint32_t num_stages) {
@@ -145,6 +136,7 @@ TEST_F(CudaAheadTest, SameBitsWhereIdsStayOnTheDevice) {
   std::vector<StepOutput> outputs[2];
   for (const bool ahead : {false, true}) {
     const std::unique_ptr<Stage> stage = Load({0, Model().num_hidden_layers}, 0, 1);
+    ASSERT_FALSE(stage->model().TakesAhead(70, 3)) << "step 1 is of several tiles";
     for (const v1::StepPlan& plan : plans) {
       const absl::Status accepted = stage->AcceptPlan(plan, 0);
       ASSERT_TRUE(accepted.ok()) << accepted;
