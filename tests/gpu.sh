@@ -177,7 +177,9 @@ if wanted bench; then
             "$stage" $models/v3 3 5 1@32768 16@32768 64@32768 256@32768 1@131072 16@131072 64@131072 --prefill 4096 \
               --cache-format $rows || return
           done ;;
-        serve) "$programs/bin/strait" bench --model $models/v2-lite --random-weights 1 --backend cuda --workers 1 \
+        # And the bare steps that its decoding is made of, at the mean context.
+        serve) "$stage" $models/v2-lite 0 27 1@1088 16@1088 64@1088 &&
+          "$programs/bin/strait" bench --model $models/v2-lite --random-weights 1 --backend cuda --workers 1 \
           --concurrency 1,16,64 --prompt-tokens 1024 --output-tokens 128 --requests 64 --warmup 4 \
           --json "$out/serve.json" </dev/null || return ;;
         *) echo "tests/gpu.sh: there is no case $case" >&2; return 2 ;;

@@ -5,19 +5,23 @@
 // (tests/sim).
 //
 // Owns:    a StageModel its weights' mapping and its cache pool; it borrows nothing after Load.
-// Thread:  Backend::Load runs on a loader thread while other stages step; Forward only on the loop
-//          thread.
+// Thread:  Backend::Load runs on a loader thread while other stages step; all else of a StageModel
+//          only on the loop thread.
 // Shapes:  hidden [num_tokens, hidden_size] in the backend's hidden format, row-major; in host
 //          memory, or on the device of a backend that has one (worker/hidden_buffer.h).
-// Errors:  a Forward that fails leaves the stage unusable until its next activation. What concerns
-//          one sequence alone is told by its LogitsResult.
-// Why:     sampling belongs to the backend, because logits need not leave a device.
+// Errors:  a step that fails leaves the stage unusable until its next activation: steps begun before
+//          it are sound, those begun after it are void. What concerns one sequence alone is told by
+//          its LogitsResult.
+// Limits:  kMaxStepsBegun.
+// Why:     sampling belongs to the backend, because logits need not leave a device. A step is begun
+//          and finished apart, so that a device has its next step before it is done with this one.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -63,7 +67,11 @@ struct BatchSequence {
   // last row. Entries beyond are absent.
   absl::Span<const absl::Span<const BlockId>> page_tables;
   uint32_t prompt_tokens = 0;
-  const SamplingParams* sampling = nullptr;  // outlives the call
+  const SamplingParams* sampling = nullptr;
+  // If set, the last of `tokens` is not known yet and kUnknownToken here: it is what this request
+  // samples, by its index in `logits` of the step begun before, which is not finished. If the
+  // sequence is sampled, it has no penalties, for these need its tokens.
+  std::optional<uint32_t> token_of_request;
 };
 
 // Logits wanted at one row of the batch, last stage only.
@@ -83,6 +91,7 @@ struct LogitsResult {
   absl::Status status;
 };
 
+// Lent for the call that it is given to, with all that it refers to.
 struct StageBatch {
   absl::Span<const BatchSequence> sequences;  // rows follow each other in this order
   uint32_t num_tokens = 0;                    // sum over sequences
@@ -95,15 +104,30 @@ struct StageSpec {
   uint32_t pool_blocks = 0;  // latent blocks of one layer each
 };
 
+// Of one StageModel, begun and not finished.
+inline constexpr size_t kMaxStepsBegun = 2;
+
 class StageModel {
  public:
   virtual ~StageModel() = default;
 
-  // hidden_in is empty on the first stage (it embeds batch tokens), hidden_out on the last (it
-  // answers `results`, one per LogitsRequest). Rows of the cache are written before they are
-  // attended to. When it returns, hidden_in is read and hidden_out is written, also on a device.
-  virtual absl::Status Forward(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out,
-                               std::vector<LogitsResult>* results) = 0;
+  // Begins a step behind those already begun: steps compute in this order, each as if the ones
+  // before it were done. Rows of the cache are written before they are attended to. hidden_in is
+  // empty on the first stage (it embeds batch tokens), hidden_out on the last. Both stay the
+  // model's until the step is finished, or its Begin has failed. Such a step is not begun.
+  // REQUIRES: fewer than kMaxStepsBegun steps are begun; one, if TakesAhead says no.
+  virtual absl::Status Begin(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out) = 0;
+  // Whether Begin of a step with so many rows and LogitsRequests, while another one is begun,
+  // returns without waiting for that one; and whether the step may feed what that one samples.
+  virtual bool TakesAhead(uint32_t num_rows, uint32_t num_logits) const = 0;
+
+  // Whether Finish would return at once, with results or an error. REQUIRES: a step is begun.
+  virtual bool Done() const = 0;
+  // Waits for the oldest step that is begun. Afterwards its hidden_in is read and its hidden_out is
+  // written, also on a device, whatever the status; `results` has one for each LogitsRequest. After
+  // an error the steps begun behind it are to be finished all the same: their results are void.
+  // REQUIRES: a step is begun.
+  virtual absl::Status Finish(std::vector<LogitsResult>* results) = 0;
 
   virtual const StageSpec& spec() const = 0;
   virtual uint64_t weight_bytes() const = 0;

@@ -5,6 +5,7 @@
 #include <chrono>
 #include <map>
 #include <optional>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -102,13 +103,11 @@ class WorkerProcess::Impl {
 
   void Run() {
     link_->Start();
-    while (!stop_) {
-      const bool ready = NextReady() != nullptr;
-      for (Event& event : queue_.PopAll(ready ? std::chrono::seconds(0) : kIdleWait)) {
+    for (bool busy = false; !stop_; busy = !stop_ && DoSteps()) {
+      for (Event& event : queue_.PopAll(busy ? std::chrono::seconds(0) : kIdleWait)) {
         std::visit([this](auto& e) { On(e); }, event);
       }
       if (link_paused_.exchange(false)) link_->Resume();
-      if (Hosted* hosted = NextReady(); hosted && !stop_) RunStep(*hosted);
     }
     Log(LogLevel::kInfo, "stopping", {{"stages", stages_.size()}});
     link_->Stop();
@@ -251,7 +250,6 @@ class WorkerProcess::Impl {
   void OnLoad(const v1::LoadStage& load) {
     const uint64_t id = load.stage_id();
     const absl::Status valid = [&]() -> absl::Status {
-      if (id == 0) return absl::InvalidArgumentError("a stage id is positive");
       if (stages_.contains(id)) {
         return absl::AlreadyExistsError(absl::StrCat("stage ", id, " is here already"));
       }
@@ -259,13 +257,7 @@ class WorkerProcess::Impl {
         return absl::ResourceExhaustedError(
             absl::StrCat("this worker hosts ", kMaxHostedStages, " stages already"));
       }
-      if (load.layer_begin() >= load.layer_end() || load.layer_end() > backend_->num_layers()) {
-        return absl::InvalidArgumentError(absl::StrCat("layers [", load.layer_begin(), ", ",
-                                                       load.layer_end(), ") are not of this ",
-                                                       backend_->num_layers(), "-layer model"));
-      }
-      if (load.pool_blocks() == 0) return absl::InvalidArgumentError("a pool has blocks");
-      return absl::OkStatus();
+      return CheckLoad(load, backend_->num_layers());
     }();
     if (!valid.ok()) {
       TellFailed(id, valid);
@@ -375,7 +367,7 @@ class WorkerProcess::Impl {
 
   // Stages take turns. Null: none is ready.
   Hosted* NextReady() {
-    auto it = stages_.upper_bound(last_run_);
+    auto it = stages_.upper_bound(last_begun_);
     for (size_t i = 0; i < stages_.size(); ++i, ++it) {
       if (it == stages_.end()) it = stages_.begin();
       if (it->second.stage && it->second.stage->Ready()) return &it->second;
@@ -383,12 +375,34 @@ class WorkerProcess::Impl {
     return nullptr;
   }
 
-  void RunStep(Hosted& hosted) {
+  // Tells of steps that are done, or else begins one. Whether there may be more to do: while all
+  // that is begun computes, the loop turns, for a step's end must not wait for a sleeping thread.
+  bool DoSteps() {
+    bool any_begun = false;
+    bool any_done = false;
+    for (auto& [id, hosted] : stages_) {
+      if (!hosted.stage || hosted.stage->num_begun() == 0) continue;
+      any_begun = true;
+      if (!hosted.stage->Done()) continue;
+      any_done = true;
+      FinishStep(hosted);
+    }
+    Hosted* const ready = any_done ? nullptr : NextReady();
+    if (ready) BeginStep(*ready);
+    if (any_begun && !any_done && !ready) std::this_thread::yield();
+    return any_begun || ready;
+  }
+
+  void BeginStep(Hosted& hosted) {
     Stage& stage = *hosted.stage;
-    last_run_ = stage.stage_id();
-    StepOutput output = stage.RunNext(&MonotonicMicros, [&](size_t bytes) {
-      return transport_->Memory(stage.stage_id(), bytes);
-    });
+    last_begun_ = stage.stage_id();
+    stage.BeginNext(&MonotonicMicros,
+                    [&](size_t bytes) { return transport_->Memory(stage.stage_id(), bytes); });
+  }
+
+  void FinishStep(Hosted& hosted) {
+    Stage& stage = *hosted.stage;
+    StepOutput output = stage.FinishNext(&MonotonicMicros);
     absl::Status sent;
     // First what the next stage waits for.
     if (output.hidden) sent = transport_->Send(stage.stage_id(), std::move(*output.hidden));
@@ -466,7 +480,7 @@ class WorkerProcess::Impl {
   bool stop_ = false;
   LinkSession session_ = 0;  // 0: detached
   std::map<uint64_t, Hosted> stages_;
-  uint64_t last_run_ = 0;
+  uint64_t last_begun_ = 0;  // stage
 };
 
 absl::StatusOr<std::unique_ptr<WorkerProcess>> WorkerProcess::Create(WorkerOptions options,

@@ -12,7 +12,8 @@
 //          every stage: the worker attaches again with nothing.
 // Limits:  kMaxHostedStages; kEventQueue events waiting, then streams are read no further.
 // Why:     loads run on a thread of their own, so that the other stages of this worker go on
-//          stepping.
+//          stepping. The loop does not sleep while a step computes: it handles what comes, begins
+//          the next step as soon as it may, and tells of an end within microseconds.
 #pragma once
 
 #include <cstdint>

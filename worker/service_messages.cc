@@ -151,6 +151,17 @@ absl::Status CheckSampledEdge(const v1::ActivateStage& activate) {
 
 }  // namespace
 
+absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers) {
+  if (load.stage_id() == 0) return absl::InvalidArgumentError("a stage id is positive");
+  if (load.layer_begin() >= load.layer_end() || load.layer_end() > num_layers) {
+    return absl::InvalidArgumentError(absl::StrCat("layers [", load.layer_begin(), ", ",
+                                                   load.layer_end(), ") are not of this ",
+                                                   num_layers, "-layer model"));
+  }
+  if (load.pool_blocks() == 0) return absl::InvalidArgumentError("a pool has blocks");
+  return absl::OkStatus();
+}
+
 absl::Status CheckActivate(const v1::ActivateStage& activate) {
   const bool last = activate.stage_index() + 1 == activate.num_stages();
   if (activate.num_stages() > limits::kMaxStagesPerPipeline ||

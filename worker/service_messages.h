@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The messages that a worker sends to its coordinator, made from typed values; and what an
-// ActivateStage must be in itself.
+// The messages that a worker sends to its coordinator, made from typed values; and what a LoadStage
+// and an ActivateStage must be in themselves.
 //
 // Thread:  pure functions, but MakeHello, which draws the instance.
 #pragma once
@@ -37,6 +37,8 @@ v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t ste
 // The latest step whose sampled token the plan feeds; 0: none.
 StepId LastStepSampledIn(const v1::StepPlan& plan);
 
+// InvalidArgument: no stage id, layers that the model has not, an empty pool.
+absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers);
 // InvalidArgument: indices, neighbours, nonces and addresses contradict each other.
 absl::Status CheckActivate(const v1::ActivateStage& activate);
 // What the stage connects: to the next one, or the last to the first if it hands ids back.

@@ -113,8 +113,9 @@ __global__ void __launch_bounds__(kThreads) EmbedRow(const EmbeddingParams p) {
   StartNext();
   WaitForEarlier();
   const int64_t token = blockIdx.x;
-  const Bf16* const row =
-      static_cast<const Bf16*>(p.table.data) + int64_t{p.token_ids[token]} * p.table.stride;
+  int32_t id = p.token_ids[token];
+  if (id < 0) id = p.sampled_ids[-1 - id];
+  const Bf16* const row = static_cast<const Bf16*>(p.table.data) + int64_t{id} * p.table.stride;
   for (int i = threadIdx.x; i < p.table.cols; i += kThreads) {
     p.y[token * p.table.cols + i] = __bfloat162float(row[i]);
   }

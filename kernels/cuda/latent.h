@@ -64,10 +64,14 @@ struct LatentAppendParams {
 
 cudaError_t LatentAppend(const LatentAppendParams& params, cudaStream_t stream);
 
+// In place of a token id: it is sampled_ids[index], which the host does not know yet.
+constexpr int32_t LateTokenId(uint32_t index) { return -1 - static_cast<int32_t>(index); }
+
 struct EmbeddingParams {
-  Matrix table;                        // [vocab_size, hidden_size] bf16
-  const int32_t* token_ids = nullptr;  // [num_tokens], each in [0, vocab_size)
-  float* y = nullptr;                  // [num_tokens, hidden_size] fp32, dense
+  Matrix table;                          // [vocab_size, hidden_size] bf16
+  const int32_t* token_ids = nullptr;    // [num_tokens], each in [0, vocab_size), or a LateTokenId
+  const int32_t* sampled_ids = nullptr;  // that late ones stand for; may be null without any
+  float* y = nullptr;                    // [num_tokens, hidden_size] fp32, dense
   int64_t num_tokens = 0;
 };
 

@@ -313,6 +313,7 @@ __global__ void __launch_bounds__(kThreads) ReadRow(const SampleParams p) {
   }
   if (threadIdx.x == 0) {
     result.token = token;
+    if (p.token_ids != nullptr) p.token_ids[index] = token;
     result.logprob = static_cast<float>(static_cast<double>(logits[token]) - log_sum);
   }
 }

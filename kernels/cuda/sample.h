@@ -65,6 +65,7 @@ struct SampleParams {
   const SampleRow* rows = nullptr;      // [num_rows]
   const TokenEntry* entries = nullptr;  // of all rows
   SampleResult* results = nullptr;      // [num_rows]
+  int32_t* token_ids = nullptr;         // [num_rows], the results' tokens; may be null
   int64_t logits_stride = 0;
   int64_t num_rows = 0;
   int32_t vocab_size = 0;

@@ -101,16 +101,21 @@ def memory(measured):
                   f"{100 * r['taken'] / r['stated']:.1f} %"] for r in measured])
 
 
-def serving(data):
-    """What strait bench measured of a whole cluster."""
+def serving(data, decode):
+    """What strait bench measured of a whole cluster, beside the bare steps of as many sequences at the mean context."""
     if not data:
         return []
+    context = data["prompt_tokens"] + data["output_tokens"] // 2
+    steps = {r["batch"]: r for r in decode if r["context"] == context and name(r) == pathlib.Path(data["model"]).name}
+    bare = lambda r, key: f"{steps[r['concurrency']][key] / 1000:.2f}" if key in steps.get(r["concurrency"], {}) else ""
     rows = [[r["concurrency"], f"{r['prompt_tokens_per_s']:.0f}", f"{r['output_tokens_per_s']:.0f}", f"{r['ttft_ms']['p50']:.0f}",
-             f"{r['tpot_ms']['p50']:.2f}", f"{r['tpot_ms']['p99']:.2f}", r["failed"]] for r in data["runs"]]
+             f"{r['tpot_ms']['p50']:.2f}", f"{r['tpot_ms']['p99']:.2f}", bare(r, "us"), bare(r, "ahead_us"), r["failed"]]
+            for r in data["runs"]]
     return ["", "## Serving", "",
             f"`strait bench`, a worker on one GPU, {data['model']} shape with random weights, prompts of {data['prompt_tokens']:,} "
             f"tokens, {data['output_tokens']} generated.", ""] + table(
-                ["clients", "prompt tokens/s", "output tokens/s", "first token p50, ms", "a token p50, ms", "p99", "failed"], rows)
+                ["clients", "prompt tokens/s", "output tokens/s", "first token p50, ms", "a token p50, ms", "p99", "a step alone, ms",
+                 "begun ahead", "failed"], rows)
 
 
 def page(data, attention, serve):
@@ -132,7 +137,7 @@ def page(data, attention, serve):
     for r in filter(plain, by("prefill")):
         out += ["", f"Prefill of {r['tokens']} tokens, {name(r)}: {r['us'] / 1000:.0f} ms, {1e6 * r['tokens'] / r['us']:.0f} "
                 "tokens/s."]
-    out += serving(serve)
+    out += serving(serve, decode)
     out += projection([r for r in decode if name(r) == "v3"])
     out += price(steps)
     out += fp8_rows(steps)

@@ -65,7 +65,13 @@ class PageTest(unittest.TestCase):
         self.assertIn("| 2,097,152 | taking turns | 2.28.9 |", text)
 
     def test_serving(self):
-        self.assertIn("| 16 | 9000 | 1125 | 321 | 7.25 | 9.50 | 0 |", page(serve=SERVE))
+        self.assertIn("| 16 | 9000 | 1125 | 321 | 7.25 | 9.50 |  |  | 0 |", page(serve=SERVE))
+
+    def test_serving_beside_the_bare_steps(self):
+        bare = {**DECODE, "config": "tests/bench/models/v2-lite", "context": 1088, "us": 5500.0, "ahead_us": 5250.0}
+        self.assertIn("| 7.25 | 9.50 | 5.50 | 5.25 | 0 |", page(bare, serve=SERVE))
+        for other in ({"context": 1024}, {"batch": 1}, {"config": "tests/bench/models/v3"}):
+            self.assertIn("| 7.25 | 9.50 |  |  | 0 |", page({**bare, **other}, serve=SERVE))
 
 
 if __name__ == "__main__":

@@ -252,6 +252,8 @@ cudaError_t SetSharedLimit(const void* kernel, int bytes) {
 cudaError_t Enqueue(cudaStream_t stream, std::function<void()> work) {
   if (stream != nullptr && stream->capturing != nullptr) {
     stream->capturing->work.push_back(std::move(work));
+  } else if (stream != nullptr) {
+    stream->queue->Add(std::move(work));
   } else {
     work();
   }

@@ -4,15 +4,16 @@
 // tested where there is no GPU. The kernels' own sources are compiled as C++ with device_language.h
 // before them and shadow/ first in the include path.
 //
-// Thread:  a launch runs to its end in the calling thread; launches of several threads take turns.
+// Thread:  a launch runs to its end in one thread, that which waits for its stream; launches of
+//          several threads take turns.
 // Shapes:  blocks one after the other, each thread of a block a fiber with its own stack; whoever
 //          waits lets the others run, in an order that changes from round to round.
 // Errors:  what is undefined on a GPU and visible here ends the process with a line that names it:
 //          a deadlock, lanes that meet in different operations, copies outstanding at a block's end.
 // Limits:  blocks that wait for blocks behind them hang; no clusters.
-// Why:     asynchronous work (copies, warpgroup products) is done as late as the kernel allows, and
-//          shared memory begins as NaN, so that a missing wait gives wrong results here every time,
-//          not sometimes.
+// Why:     asynchronous work (streams, copies, warpgroup products) is done as late as the code
+//          allows, and shared memory begins as NaN, so that a missing wait gives wrong results here
+//          every time, not sometimes.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -30,7 +31,7 @@ inline constexpr int kWarpgroupThreads = 128;
 // `body` is called once for each thread of the grid.
 cudaError_t Launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
                    cudaStream_t stream, std::function<void()> body);
-// `work` in the stream's order: at once, or when the graph that is being captured is replayed.
+// `work` in the stream's order (stream.h), or when the graph that is being captured is replayed.
 cudaError_t Enqueue(cudaStream_t stream, std::function<void()> work);
 cudaError_t SetSharedLimit(const void* kernel, int bytes);
 

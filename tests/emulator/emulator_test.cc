@@ -138,6 +138,35 @@ TEST(EmulatorTest, LaunchesThatNoGpuTakesAreRefused) {
   EXPECT_EQ(cudaLaunchKernelEx(&config, SumOfWarp, numbers.data()), cudaErrorInvalidValue);
 }
 
+// Who changes what a copy reads, or reads what it writes, before waiting for it, sees it every time.
+TEST(EmulatorTest, AStreamsWorkIsDoneWhenSomebodyWaitsForIt) {
+  const Numbers numbers(3);
+  cudaStream_t stream = nullptr;
+  cudaEvent_t events[2] = {};
+  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  int host = 7;
+  for (int i = 0; i < 2; ++i) {
+    ASSERT_EQ(
+        cudaMemcpyAsync(numbers.data() + i, &host, sizeof(host), cudaMemcpyHostToDevice, stream),
+        cudaSuccess);
+    ASSERT_EQ(cudaEventCreateWithFlags(&events[i], cudaEventDisableTiming), cudaSuccess);
+    ASSERT_EQ(cudaEventRecord(events[i], stream), cudaSuccess);
+  }
+  EXPECT_EQ(numbers.Get(), (std::vector<int>{0, 1, 2}));
+  host = 8;
+  ASSERT_EQ(cudaEventSynchronize(events[0]), cudaSuccess);
+  EXPECT_EQ(numbers.Get(), (std::vector<int>{8, 1, 2})) << "what is behind the event waits";
+  ASSERT_EQ(cudaMemsetAsync(numbers.data() + 2, 0, sizeof(int), stream), cudaSuccess);
+  ASSERT_EQ(cudaEventRecord(events[0], stream), cudaSuccess);
+  EXPECT_EQ(cudaEventQuery(events[0]), cudaErrorNotReady);
+  EXPECT_EQ(cudaEventQuery(events[1]), cudaSuccess) << "a poll does one piece of work";
+  EXPECT_EQ(numbers.Get(), (std::vector<int>{8, 8, 2}));
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  EXPECT_EQ(numbers.Get(), (std::vector<int>{8, 8, 0}));
+  for (const cudaEvent_t event : events) EXPECT_EQ(cudaEventDestroy(event), cudaSuccess);
+  EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+}
+
 TEST(EmulatorTest, AGraphIsReplayed) {
   const Numbers numbers(64);
   cudaStream_t stream = nullptr;
@@ -155,8 +184,10 @@ TEST(EmulatorTest, AGraphIsReplayed) {
   ASSERT_EQ(cudaGraphInstantiate(&ready, graph, 0), cudaSuccess);
   ASSERT_EQ(cudaGraphDestroy(graph), cudaSuccess);
   ASSERT_EQ(cudaGraphLaunch(ready, stream), cudaSuccess);
+  ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
   EXPECT_EQ(numbers.Get()[0], 31 * 32 / 2);
   ASSERT_EQ(cudaGraphLaunch(ready, stream), cudaSuccess);
+  ASSERT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
   EXPECT_EQ(numbers.Get()[0], 31 * 32 / 2 * 32);
   EXPECT_EQ(cudaGraphExecDestroy(ready), cudaSuccess);
   EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);

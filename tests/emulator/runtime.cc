@@ -12,6 +12,8 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
+#include <vector>
 
 #include "tests/emulator/emulator.h"
 #include "tests/emulator/stream.h"
@@ -37,6 +39,19 @@ std::map<void*, Allocation>& Allocations() {
   return allocations;
 }
 size_t used_bytes = 0;
+std::set<CUstream_st*>& Streams() {
+  static std::set<CUstream_st*> streams;  // guarded by mutex
+  return streams;
+}
+
+void DoAllStreams() {
+  std::vector<std::shared_ptr<StreamQueue>> queues;
+  {
+    const std::lock_guard lock(mutex);
+    for (const CUstream_st* stream : Streams()) queues.push_back(stream->queue);
+  }
+  for (const auto& queue : queues) queue->DoAll();
+}
 
 CUresult EncodeTiled(CUtensorMap* to, CUtensorMapDataType type, cuuint32_t rank, void* base,
                      const cuuint64_t* sizes, const cuuint64_t* strides, const cuuint32_t* box,
@@ -142,7 +157,10 @@ cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
   return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() {
+  strait::emulator::DoAllStreams();
+  return cudaSuccess;
+}
 const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : "an error of the emulator's runtime";
 }
@@ -168,6 +186,7 @@ cudaError_t cudaMalloc(void** to, size_t bytes) {
 cudaError_t cudaFree(void* from) {
   using namespace strait::emulator;  // NOLINT: its own parts
   if (from == nullptr) return cudaSuccess;
+  DoAllStreams();
   const std::lock_guard lock(mutex);
   const auto found = Allocations().find(from);
   if (found == Allocations().end()) return cudaErrorInvalidValue;
@@ -200,14 +219,23 @@ cudaError_t cudaMemset(void* to, int value, size_t bytes) {
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   *stream = new CUstream_st;
+  const std::lock_guard lock(strait::emulator::mutex);
+  strait::emulator::Streams().insert(*stream);
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  stream->queue->DoAll();
+  {
+    const std::lock_guard lock(strait::emulator::mutex);
+    strait::emulator::Streams().erase(stream);
+  }
   delete stream;
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  if (stream != nullptr && stream->capturing != nullptr) return cudaErrorStreamCaptureUnsupported;
+  if (stream == nullptr) return cudaSuccess;
+  if (stream->capturing != nullptr) return cudaErrorStreamCaptureUnsupported;
+  stream->queue->DoAll();
   return cudaSuccess;
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
@@ -218,9 +246,20 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete event;
   return cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
-cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (stream != nullptr && stream->capturing != nullptr) return cudaErrorStreamCaptureUnsupported;
+  *event = {};
+  if (stream != nullptr) *event = {stream->queue, stream->queue->added()};
+  return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (event->queue) event->queue->Do(event->until, UINT64_MAX);
+  return cudaSuccess;
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  if (!event->queue || event->queue->Do(event->until, 1)) return cudaSuccess;
+  return cudaErrorNotReady;
+}
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   if (stream == nullptr || stream->capturing != nullptr) return cudaErrorStreamCaptureUnsupported;

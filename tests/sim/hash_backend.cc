@@ -2,6 +2,7 @@
 #include "tests/sim/hash_backend.h"
 
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <utility>
 #include <vector>
@@ -10,6 +11,7 @@
 #include "proto/check.h"
 #include "proto/limits.h"
 #include "tests/sim/hash_model.h"
+#include "tests/worker/stage/held_batch.h"
 
 namespace strait::sim {
 namespace {
@@ -47,8 +49,12 @@ class HashStage : public StageModel {
         weight_bytes() + cache_bytes() + WorkspaceBytes(backend_->model(), weight_bytes());
   }
 
-  absl::Status Forward(const StageBatch& batch, HiddenIn in, HiddenOut out,
-                       std::vector<LogitsResult>* results) override;
+  absl::Status Begin(const StageBatch& batch, HiddenIn in, HiddenOut out) override;
+  bool TakesAhead(uint32_t num_rows, uint32_t) const override {
+    return num_rows <= backend_->rows_ahead;
+  }
+  bool Done() const override { return backend_->done; }
+  absl::Status Finish(std::vector<LogitsResult>* results) override;
 
   const StageSpec& spec() const override { return spec_; }
   uint64_t weight_bytes() const override { return weight_bytes_; }
@@ -64,20 +70,47 @@ class HashStage : public StageModel {
     return &pool_[size_t{table[index]} * limits::kBlockTokens + position % limits::kBlockTokens];
   }
 
+  // A fake device's memory can be read here, too.
+  void Compute(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
+               absl::Span<std::byte> hidden_out, std::vector<LogitsResult>* results);
+
   HashBackend* const backend_;
   const StageSpec spec_;
   const uint64_t weight_bytes_;
   std::vector<uint64_t> pool_;  // [pool_blocks, kBlockTokens]
+  std::deque<HeldBatch> begun_;
+  std::vector<LogitsResult> before_;  // of the last step that is done
 };
 
-absl::Status HashStage::Forward(const StageBatch& batch, HiddenIn in, HiddenOut out,
-                                std::vector<LogitsResult>* results) {
-  // A fake device's memory can be read here, too.
-  const absl::Span<const std::byte> hidden_in = in.bytes;
-  const absl::Span<std::byte> hidden_out = out.bytes;
-  if (!backend_->fail_next_forward.ok()) {
-    return std::exchange(backend_->fail_next_forward, absl::OkStatus());
+absl::Status HashStage::Begin(const StageBatch& batch, HiddenIn in, HiddenOut out) {
+  STRAIT_CHECK(begun_.size() < kMaxStepsBegun);
+  STRAIT_CHECK(begun_.empty() || TakesAhead(batch.num_tokens, 0));
+  if (!backend_->fail_next_begin.ok()) {
+    return std::exchange(backend_->fail_next_begin, absl::OkStatus());
   }
+  for (const BatchSequence& sequence : batch.sequences) {
+    backend_->late_ids += sequence.token_of_request.has_value();
+  }
+  begun_.emplace_back(batch, in, out);
+  return absl::OkStatus();
+}
+
+absl::Status HashStage::Finish(std::vector<LogitsResult>* results) {
+  STRAIT_CHECK(!begun_.empty());
+  HeldBatch step = std::move(begun_.front());
+  begun_.pop_front();
+  if (!backend_->fail_next_finish.ok()) {
+    // What it was to sample, a step begun behind it may feed.
+    before_.assign(limits::kMaxStepTokens, {});
+    return std::exchange(backend_->fail_next_finish, absl::OkStatus());
+  }
+  Compute(step.With(before_), step.hidden_in.bytes, step.hidden_out.bytes, results);
+  before_ = *results;
+  return absl::OkStatus();
+}
+
+void HashStage::Compute(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
+                        absl::Span<std::byte> hidden_out, std::vector<LogitsResult>* results) {
   const bool first = spec_.layers.begin == 0;
   const bool last = spec_.layers.end == backend_->num_layers();
   std::vector<uint64_t> hidden(batch.num_tokens);
@@ -109,7 +142,7 @@ absl::Status HashStage::Forward(const StageBatch& batch, HiddenIn in, HiddenOut 
   if (!last) {
     std::memcpy(hidden_out.data(), hidden.data(), hidden_out.size());
     STRAIT_CHECK(batch.logits.empty());
-    return absl::OkStatus();
+    return;
   }
   for (const LogitsRequest& request : batch.logits) {
     const BatchSequence& sequence = batch.sequences[request.sequence_index];
@@ -129,7 +162,6 @@ absl::Status HashStage::Forward(const StageBatch& batch, HiddenIn in, HiddenOut 
     result.top = Top(h, request.num_top, backend_->vocab_size());
     results->push_back(std::move(result));
   }
-  return absl::OkStatus();
 }
 
 absl::StatusOr<std::unique_ptr<StageModel>> HashBackend::Load(

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// HashBackend runs the HashModel through real page tables.
+// HashBackend runs the HashModel through real page tables, each step when it is finished: as late
+// as it may.
 //
 // Owns:    each model owns its pool, filled with noise before use.
-// Thread:  the simulator's one thread.
-// Errors:  Load: ResourceExhausted beyond its memory, or whatever `fail_next_load` says; Forward:
-//          whatever `fail_next_forward` says.
+// Thread:  the simulator's one thread, or a worker's loop; atomics any.
+// Errors:  Load: ResourceExhausted beyond its memory, or whatever `fail_next_load` says; the next
+//          Begin or Finish: whatever `fail_next_begin` and `fail_next_finish` say.
 #pragma once
 
 #include <atomic>
@@ -40,7 +41,12 @@ class HashBackend : public Backend {
   uint64_t used_bytes() const { return used_bytes_; }
 
   absl::Status fail_next_load;
-  absl::Status fail_next_forward;
+  absl::Status fail_next_begin;
+  absl::Status fail_next_finish;
+  uint32_t rows_ahead = 0;  // steps of so many are taken ahead; 0: none is
+  // Of granted rows that began before they were known.
+  std::atomic<uint64_t> late_ids = 0;
+  std::atomic<bool> done = true;  // what steps that are begun say of themselves
 
  private:
   friend class HashStage;

@@ -61,6 +61,8 @@ TEST(SimTest, ManySeeds) {
     sum.evictions += outcome.evictions;
     sum.lies_told += outcome.lies_told;
     sum.lies_caught += outcome.lies_caught;
+    sum.steps_ahead += outcome.steps_ahead;
+    sum.late_ids += outcome.late_ids;
     sum.stats.steps += outcome.stats.steps;
     sum.stats.preemptions += outcome.stats.preemptions;
     sum.stats.recoveries += outcome.stats.recoveries;
@@ -73,7 +75,7 @@ TEST(SimTest, ManySeeds) {
       "%llu seeds: %u requests, %u sequences finished, %llu steps, %llu preemptions, %llu "
       "recoveries, "
       "%llu tokens replayed, %llu of %llu tokens granted ahead, %llu surplus, %u evictions, "
-      "%u of %u lies caught\n",
+      "%u of %u lies caught, %llu steps ahead, %llu late ids\n",
       static_cast<unsigned long long>(count), sum.requests, sum.sequences_finished,
       static_cast<unsigned long long>(sum.stats.steps),
       static_cast<unsigned long long>(sum.stats.preemptions),
@@ -82,7 +84,8 @@ TEST(SimTest, ManySeeds) {
       static_cast<unsigned long long>(sum.stats.granted_tokens),
       static_cast<unsigned long long>(sum.stats.generated_tokens),
       static_cast<unsigned long long>(sum.stats.surplus_tokens), sum.evictions, sum.lies_caught,
-      sum.lies_told);
+      sum.lies_told, static_cast<unsigned long long>(sum.steps_ahead),
+      static_cast<unsigned long long>(sum.late_ids));
   if (count < 100) return;
   // The faults must be there, or the run proves nothing.
   EXPECT_GT(sum.sequences_finished, sum.requests / 2);
@@ -92,6 +95,8 @@ TEST(SimTest, ManySeeds) {
   EXPECT_GT(sum.stats.replayed_tokens, count);
   EXPECT_GT(sum.stats.granted_tokens, sum.stats.generated_tokens / 4);
   EXPECT_GT(sum.stats.surplus_tokens, count / 10);
+  EXPECT_GT(sum.steps_ahead, count * 10);
+  EXPECT_GT(sum.late_ids, count * 10);
   // A lie that arrives after its epoch is over is ignored; most must be caught.
   EXPECT_GT(sum.lies_caught * 2, sum.lies_told);
 }

@@ -48,6 +48,7 @@ SimWorker::SimWorker(World* world, Network* network, Control* control, const Sce
           [this](uint64_t delay_us, std::function<void()> what) {
             RunAfter(delay_us, std::move(what));
           }) {
+  backend_.rows_ahead = scenario->rows_ahead;
   control_->Dial(this);
 }
 
@@ -302,48 +303,66 @@ void SimWorker::OnSampled(uint64_t stage_id, SampledStep sampled) {
 
 void SimWorker::TryRun() {
   for (auto& [id, hosted] : stages_) {
-    if (hosted.stage == nullptr || !hosted.stage->Ready()) continue;
-    auto output =
-        std::make_shared<StepOutput>(hosted.stage->RunNext([this] { return world_->now_us(); }));
-    ++steps_run_;
-    if (FromWire(output->report.epoch()) != FromWire(hosted.active.epoch())) {
-      return world_->Violation("a step of an old epoch was executed");
+    while (hosted.stage != nullptr && hosted.stage->Ready()) {
+      steps_ahead_ += hosted.stage->num_begun() > 0;
+      hosted.stage->BeginNext([this] { return world_->now_us(); });
+      const absl::Status sound = hosted.stage->CheckIntegrity();
+      if (!sound.ok()) return world_->Violation(absl::StrCat("stage ", id, ": ", sound.ToString()));
+      device_free_us_ = std::max(device_free_us_, world_->now_us()) +
+                        world_->Random(10, scenario_->compute_us_max);
+      world_->At(device_free_us_, [this, id = id, stream = stream_, epoch = hosted.stage->epoch()] {
+        StepEnds(id, stream, epoch);
+      });
+      computing_ = scenario_->rows_ahead == 0;
+      if (computing_) return;
     }
-    const absl::Status sound = hosted.stage->CheckIntegrity();
-    if (!sound.ok()) return world_->Violation(absl::StrCat("stage ", id, ": ", sound.ToString()));
-    computing_ = true;
-    const uint64_t compute_us = world_->Random(10, scenario_->compute_us_max);
-    world_->After(compute_us,
-                  [this, id = id, stream = stream_, output] { Finish(id, stream, output); });
-    return;
   }
 }
 
-void SimWorker::Finish(uint64_t stage_id, uint64_t stream,
-                       const std::shared_ptr<StepOutput>& output) {
+void SimWorker::StepEnds(uint64_t stage_id, uint64_t stream, PipelineEpoch epoch) {
   if (!alive_) return;
   if (world_->now_us() < stalled_until_us_) {
     return world_->At(stalled_until_us_,
-                      [this, stage_id, stream, output] { Finish(stage_id, stream, output); });
+                      [this, stage_id, stream, epoch] { StepEnds(stage_id, stream, epoch); });
   }
-  computing_ = false;
-  if (stream == stream_ && stages_.contains(stage_id)) {
-    if (output->hidden) {
-      const absl::Status sent = transport_.Send(stage_id, *std::move(output->hidden));
-      // A broken edge tells of itself.
-      if (!sent.ok()) world_->Trace(absl::StrCat("stage ", stage_id, ": ", sent.ToString()));
-    }
-    if (output->sampled) {
-      const absl::Status sent = transport_.SendSampled(stage_id, *std::move(output->sampled));
-      if (!sent.ok()) world_->Trace(absl::StrCat("stage ", stage_id, ": ", sent.ToString()));
-    }
-    v1::FromWorker message;
-    VoidNan(&output->report);
-    const bool lie = lie_next_ && Lie(&output->report);
-    *message.mutable_report() = std::move(output->report);
-    Send(std::move(message), lie);
+  const auto end = [this, stage_id, stream, epoch] {
+    const auto it = stages_.find(stage_id);
+    if (stream != stream_ || it == stages_.end() || it->second.stage == nullptr) return;
+    const Stage& stage = *it->second.stage;
+    if (stage.epoch() == epoch && stage.num_begun() > 0) Finish(stage_id, it->second);
+  };
+  if (computing_) {
+    computing_ = false;
+    end();
+  } else {
+    inbox_.push_back(end);
   }
   Drain();
+}
+
+void SimWorker::Finish(uint64_t stage_id, Hosted& hosted) {
+  StepOutput output = hosted.stage->FinishNext([this] { return world_->now_us(); });
+  if (FromWire(output.report.epoch()) != FromWire(hosted.active.epoch())) {
+    return world_->Violation("a step of an old epoch was executed");
+  }
+  const absl::Status sound = hosted.stage->CheckIntegrity();
+  if (!sound.ok()) {
+    return world_->Violation(absl::StrCat("stage ", stage_id, ": ", sound.ToString()));
+  }
+  // A broken edge tells of itself.
+  if (output.hidden) {
+    const absl::Status sent = transport_.Send(stage_id, *std::move(output.hidden));
+    if (!sent.ok()) world_->Trace(absl::StrCat("stage ", stage_id, ": ", sent.ToString()));
+  }
+  if (output.sampled) {
+    const absl::Status sent = transport_.SendSampled(stage_id, *std::move(output.sampled));
+    if (!sent.ok()) world_->Trace(absl::StrCat("stage ", stage_id, ": ", sent.ToString()));
+  }
+  v1::FromWorker message;
+  VoidNan(&output.report);
+  const bool lie = lie_next_ && Lie(&output.report);
+  *message.mutable_report() = std::move(output.report);
+  Send(std::move(message), lie);
 }
 
 // What no number came of is told by an error of that sequence.
@@ -408,8 +427,9 @@ void SimWorker::Stall(uint64_t us) {
 
 void SimWorker::FailNextLoad() { backend_.fail_next_load = absl::DataLossError("a bad disk"); }
 
-void SimWorker::FailNextForward() {
-  backend_.fail_next_forward = absl::InternalError("a bad device");
+void SimWorker::FailNextStep() {
+  const absl::Status bad = absl::InternalError("a bad device");
+  (world_->Chance(0.5) ? backend_.fail_next_begin : backend_.fail_next_finish) = bad;
 }
 
 absl::Status SimWorker::CheckIntegrity() const {

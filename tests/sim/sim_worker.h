@@ -5,7 +5,8 @@
 //
 // Owns:    its stages, its backend.
 // Borrows: World, Network, the Control that carries its stream.
-// Thread:  the simulator's; its own time stands still while it computes or is stalled.
+// Thread:  the simulator's; its own time stands still while it is stalled, and while a backend
+//          computes that takes no step ahead. One that does is a device beside it.
 #pragma once
 
 #include <cstdint>
@@ -48,7 +49,7 @@ class SimWorker {
   void Kill();
   void Stall(uint64_t us);
   void FailNextLoad();
-  void FailNextForward();
+  void FailNextStep();
   void LieOnce() { lie_next_ = true; }
 
   // Runs `what` in this worker's time, `delay_us` from now or when it is free; never once it is
@@ -62,7 +63,9 @@ class SimWorker {
   uint64_t memory_bytes() const { return memory_bytes_; }
   // Has weights that the others have not.
   bool is_foreign() const { return backend_.weights() != kHashWeights; }
-  uint64_t steps_run() const { return steps_run_; }
+  // Begun while another one was; and ids that went from one to the other without the host.
+  uint64_t steps_ahead() const { return steps_ahead_; }
+  uint64_t late_ids() const { return backend_.late_ids; }
   absl::Status CheckIntegrity() const;
   // Latent blocks held by stages of this epoch counter or a newer one.
   uint64_t BlocksHeld() const;
@@ -90,7 +93,9 @@ class SimWorker {
   void OnSampled(uint64_t stage_id, SampledStep sampled);
   void Drain();  // does what has arrived, then computes, as far as it is free
   void TryRun();
-  void Finish(uint64_t stage_id, uint64_t stream, const std::shared_ptr<StepOutput>& output);
+  // The device has done the oldest step of the stage, if it is still that epoch's.
+  void StepEnds(uint64_t stage_id, uint64_t stream, PipelineEpoch epoch);
+  void Finish(uint64_t stage_id, Hosted& hosted);
   static void VoidNan(v1::StageReport* report);
   bool Lie(v1::StageReport* report);
 
@@ -105,13 +110,14 @@ class SimWorker {
   bool alive_ = true;
   std::deque<std::function<void()>> inbox_;
   uint64_t stalled_until_us_ = 0;
-  bool computing_ = false;
+  bool computing_ = false;  // nothing else happens meanwhile
+  uint64_t device_free_us_ = 0;
   uint64_t stream_ = 0;  // counts its streams
   uint64_t heartbeat_interval_us_ = 0;
   std::map<uint64_t, Hosted> stages_;
   bool lie_next_ = false;
   bool lied_ = false;
-  uint64_t steps_run_ = 0;
+  uint64_t steps_ahead_ = 0;
 };
 
 }  // namespace strait::sim

@@ -371,7 +371,7 @@ void Simulation::Fault() {
       return network_.BreakOne();
     case 8:
       world_.Trace(name + "'s next step fails");
-      return worker->FailNextForward();
+      return worker->FailNextStep();
     case 9:
       world_.Trace(name + "'s next load fails");
       return worker->FailNextLoad();
@@ -474,6 +474,10 @@ Outcome Simulation::Run() {
   outcome_.stats = core_.Stats();
   outcome_.sequences_finished = clients_.num_finished();
   outcome_.sequences_nan = clients_.num_nan();
+  for (const auto& worker : workers_) {
+    outcome_.steps_ahead += worker->steps_ahead();
+    outcome_.late_ids += worker->late_ids();
+  }
   outcome_.virtual_us = world_.now_us() - begin_us;
   return outcome_;
 }

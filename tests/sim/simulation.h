@@ -24,6 +24,8 @@ struct Outcome {
   uint32_t evictions = 0;
   uint32_t lies_told = 0;
   uint32_t lies_caught = 0;
+  uint64_t steps_ahead = 0;  // begun while the one before was computing
+  uint64_t late_ids = 0;     // that went from one step to the next without the host
   uint64_t virtual_us = 0;
 };
 

@@ -74,7 +74,7 @@ TEST_F(NcclWorkerTest, SaysWhatNcclItHasAndWhatItsEdgesTake) {
   const v1::Hello hello = coordinator_.Welcome();
   EXPECT_EQ(hello.nccl_version(), 22809u);
   EXPECT_EQ(hello.stage_costs().edge_bytes(), kNcclEdgeBytes);
-  EXPECT_EQ(hello.stage_costs().edge_row_bytes(), 2 * backend_.hidden_row_bytes());
+  EXPECT_EQ(hello.stage_costs().edge_row_bytes(), kArenaSteps * backend_.hidden_row_bytes());
 }
 
 TEST_F(NcclWorkerTest, RunsStepsOverNcclAndAnEpochLater) {

@@ -165,6 +165,77 @@ TEST_F(WorkerTest, RunsStepsThroughTwoStagesAndAnEpochLater) {
             absl::StatusCode::kNotFound);
 }
 
+// A backend that computes by itself, like a GPU.
+class WorkerAheadTest : public WorkerTest {
+ protected:
+  static constexpr uint64_t kStage = 1;
+
+  WorkerAheadTest() {
+    backend_.rows_ahead = 100;
+    backend_.done = false;
+    coordinator_.Welcome();
+    Load(kStage, 0, 6);
+    ExpectState(kStage, v1::StageState::LOADED);
+    coordinator_.Send(Activation(kStage, 1, 0, 1));
+    ExpectState(kStage, v1::StageState::ACTIVE);
+    coordinator_.Send(Plan(kStage, 1, 1, {5, 6, 7, 8}, 0, true));
+    v1::ToWorker granted = Plan(kStage, 1, 2, {}, 4, false);
+    granted.mutable_step()->mutable_sequences(0)->mutable_sampled()->set_step_id(1);
+    granted.mutable_step()->mutable_sequences(0)->mutable_logits(0)->set_offset(0);
+    coordinator_.Send(granted);
+    // The second is begun while the first computes.
+    for (int i = 0; i < 30'000 && backend_.late_ids == 0; ++i) std::this_thread::sleep_for(1ms);
+    EXPECT_EQ(backend_.late_ids, 1u);
+  }
+};
+
+TEST_F(WorkerAheadTest, TheLoopGoesOnWhileAStepComputes) {
+  Load(2, 0, 1);
+  ExpectState(2, v1::StageState::LOADED);  // and nothing was reported before
+  backend_.done = true;
+  SequenceSpec spec;
+  spec.prompt = {5, 6, 7, 8};
+  spec.max_tokens = 2;
+  spec.ignore_eos = true;
+  spec.seed = 3;
+  spec.temperature = 0;
+  const sim::Expected expected = sim::Expect(spec, shape_);
+  for (const uint64_t step : {1, 2}) {
+    const v1::FromWorker message = coordinator_.Answer();
+    ASSERT_TRUE(message.has_report()) << message.ShortDebugString();
+    EXPECT_EQ(message.report().step_id(), step);
+    EXPECT_EQ(message.report().error_code(), 0u) << message.ShortDebugString();
+    ASSERT_EQ(message.report().results_size(), 1);
+    EXPECT_EQ(message.report().results(0).sampled().token_id(), expected.tokens[step - 1].id);
+  }
+}
+
+TEST_F(WorkerAheadTest, ANewEpochDropsWhatIsBegun) {
+  coordinator_.Send(Activation(kStage, 2, 0, 1));
+  ExpectState(kStage, v1::StageState::ACTIVE);  // and nothing was reported before
+  backend_.done = true;
+  coordinator_.Send(Plan(kStage, 2, 1, {5, 6}, 0, true));
+  const v1::FromWorker message = coordinator_.Answer();
+  ASSERT_TRUE(message.has_report()) << message.ShortDebugString();
+  EXPECT_EQ(message.report().epoch().counter(), 2u);
+  EXPECT_EQ(message.report().error_code(), 0u) << message.ShortDebugString();
+}
+
+TEST_F(WorkerAheadTest, AStageGoesWithWhatIsBegun) {
+  v1::ToWorker unload;
+  unload.mutable_unload_stage()->set_stage_id(kStage);
+  coordinator_.Send(unload);
+  ExpectState(kStage, v1::StageState::UNLOADED);
+  EXPECT_EQ(backend_.used_bytes(), 0u);
+}
+
+TEST_F(WorkerAheadTest, ALostCoordinatorDropsWhatIsBegun) {
+  coordinator_.End(absl::AbortedError("evicted by the test"));
+  coordinator_.Welcome();
+  Load(kStage, 0, 6);  // the id is free again, and so is the memory
+  ExpectState(kStage, v1::StageState::LOADED);
+}
+
 TEST_F(WorkerTest, BrokenEdgeIsToldOnce) {
   coordinator_.Welcome();
   Load(1, 0, 3);

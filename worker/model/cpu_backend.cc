@@ -51,8 +51,10 @@ class CpuStageModel final : public StageModel {
         share_(std::move(share)),
         layers_(context_, config_, shared_->layout, pool_.data(), ws_) {}
 
-  absl::Status Forward(const StageBatch& batch, HiddenIn in, HiddenOut out,
-                       std::vector<LogitsResult>* results) override;
+  absl::Status Begin(const StageBatch& batch, HiddenIn in, HiddenOut out) override;
+  bool TakesAhead(uint32_t, uint32_t) const override { return false; }
+  bool Done() const override { return true; }
+  absl::Status Finish(std::vector<LogitsResult>* results) override;
 
   const StageSpec& spec() const override { return spec_; }
   uint64_t weight_bytes() const override { return weights_.bytes; }
@@ -65,7 +67,7 @@ class CpuStageModel final : public StageModel {
   void ListRows(const StageBatch& batch);
   void Embed(uint32_t first_row, uint32_t num_rows, float* hidden);
   void ReadHead(const StageBatch& batch, absl::Span<const LogitsRequest> requests,
-                uint32_t first_row, const float* hidden, std::vector<LogitsResult>* results);
+                uint32_t first_row, const float* hidden);
 
   const std::shared_ptr<CpuBackend::Shared> shared_;
   const ModelConfig& config_;
@@ -82,6 +84,9 @@ class CpuStageModel final : public StageModel {
   std::vector<int32_t> sequence_index_;       // [rows]
   std::vector<int32_t> token_ids_;            // [rows], first stage only
   std::vector<const uint32_t*> page_tables_;  // [layers, sequences]
+
+  bool begun_ = false;
+  std::vector<LogitsResult> results_;  // of the step that is begun
 };
 
 void CpuStageModel::ListRows(const StageBatch& batch) {
@@ -93,7 +98,7 @@ void CpuStageModel::ListRows(const StageBatch& batch) {
     const BatchSequence& sequence = batch.sequences[index];
     const uint32_t end = sequence.first_position + sequence.num_tokens;
     STRAIT_CHECK(sequence.num_tokens > 0 && end <= config_.max_position_embeddings);
-    STRAIT_CHECK(sequence.tokens.size() == end);
+    STRAIT_CHECK(sequence.tokens.size() == end && !sequence.token_of_request);
     STRAIT_CHECK(sequence.page_tables.size() == spec_.layers.size());
     for (uint32_t position = sequence.first_position; position < end; ++position) {
       positions_.push_back(static_cast<int32_t>(position));
@@ -110,8 +115,8 @@ void CpuStageModel::ListRows(const StageBatch& batch) {
   STRAIT_CHECK(positions_.size() == batch.num_tokens);
 }
 
-absl::Status CpuStageModel::Forward(const StageBatch& batch, HiddenIn in, HiddenOut out,
-                                    std::vector<LogitsResult>* results) {
+absl::Status CpuStageModel::Begin(const StageBatch& batch, HiddenIn in, HiddenOut out) {
+  STRAIT_CHECK(!begun_);
   const absl::Span<const std::byte> hidden_in = in.host();
   const absl::Span<std::byte> hidden_out = out.host();
   const size_t row_bytes = size_t{config_.hidden_size} * sizeof(float);
@@ -140,12 +145,18 @@ absl::Status CpuStageModel::Forward(const StageBatch& batch, HiddenIn in, Hidden
     size_t count = 0;
     while (count < requests.size() && requests[count].row < begin + tile.num_rows) ++count;
     for (size_t i = 0; i < count; i += kHeadRows) {
-      ReadHead(batch, requests.subspan(i, std::min<size_t>(kHeadRows, count - i)), begin, hidden,
-               results);
+      ReadHead(batch, requests.subspan(i, std::min<size_t>(kHeadRows, count - i)), begin, hidden);
     }
     requests.remove_prefix(count);
   }
   STRAIT_CHECK(requests.empty(), "logits were asked for at a row that the batch does not have");
+  begun_ = true;
+  return absl::OkStatus();
+}
+
+absl::Status CpuStageModel::Finish(std::vector<LogitsResult>* results) {
+  STRAIT_CHECK(std::exchange(begun_, false));
+  *results = std::exchange(results_, {});
   return absl::OkStatus();
 }
 
@@ -160,8 +171,7 @@ void CpuStageModel::Embed(uint32_t first_row, uint32_t num_rows, float* hidden) 
 
 // Final norm and head for at most kHeadRows wanted rows of a tile that begins at `first_row`.
 void CpuStageModel::ReadHead(const StageBatch& batch, absl::Span<const LogitsRequest> requests,
-                             uint32_t first_row, const float* hidden,
-                             std::vector<LogitsResult>* results) {
+                             uint32_t first_row, const float* hidden) {
   STRAIT_CHECK(is_last());
   const int64_t size = config_.hidden_size;
   const HeadWeights& head = *weights_.head;
@@ -191,7 +201,7 @@ void CpuStageModel::ReadHead(const StageBatch& batch, absl::Span<const LogitsReq
   for (size_t i = 0; i < requests.size(); ++i) {
     const LogitsRequest& request = requests[i];
     STRAIT_CHECK(sequence_index_[request.row] == static_cast<int32_t>(request.sequence_index));
-    results->push_back(ReadLogits(context_, ws_.logits + i * size_t{config_.vocab_size},
+    results_.push_back(ReadLogits(context_, ws_.logits + i * size_t{config_.vocab_size},
                                   config_.vocab_size, batch.sequences[request.sequence_index],
                                   static_cast<uint32_t>(positions_[request.row]), request));
   }

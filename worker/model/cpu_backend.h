@@ -5,10 +5,10 @@
 //
 // Owns:    the weight source, the kernels' threads, the budget that its stages share. A stage
 //          keeps what it needs of these alive, so it may outlive the backend.
-// Thread:  Load any, several at a time; Forward of all its stages by one thread (they share the
-//          kernels' threads).
-// Errors:  Create: InvalidArgument (fp8 rows), those of the kernels' context. Load: InvalidArgument (layers),
-//          ResourceExhausted (bytes needed and available), those of the weights.
+// Thread:  Load any, several at a time; steps of all its stages by one thread (they share the
+//          kernels' threads): Begin computes, one step at a time.
+// Errors:  Create: InvalidArgument (fp8 rows), those of the kernels' context. Load: InvalidArgument
+//          (layers), ResourceExhausted (bytes needed and available), those of the weights.
 // Limits:  weights, pools and workspaces (proto/workspace.h) of all stages within memory_bytes.
 // Why:     no bit depends on batch, chunks, threads, instruction set or stages (DESIGN:
 //          determinism), so none of these is in numerics_id.

@@ -13,8 +13,8 @@
 #include "proto/limits.h"
 #include "proto/reservation.h"
 #include "proto/status_macros.h"
-#include "proto/text.h"
 #include "worker/cache/latent_cache.h"
+#include "worker/stage/begun_step.h"
 #include "worker/stage/plan_ledger.h"
 #include "worker/stage/returning_ids.h"
 
@@ -23,6 +23,7 @@ namespace {
 
 struct WaitingPlan {
   PlanLedger::CheckedPlan checked;
+  uint32_t num_logits = 0;
   uint64_t arrived_us = 0;
   bool has_rows() const { return checked.num_tokens > 0; }
   uint64_t step_id() const { return checked.plan.step_id(); }
@@ -32,33 +33,6 @@ struct WaitingHidden {
   HiddenStep hidden;
   uint64_t arrived_us = 0;
 };
-
-// What a stage knows of a sequence besides its blocks.
-struct Resident {
-  std::vector<TokenId> tokens;  // [length]
-  uint32_t prompt_tokens = 0;
-  SamplingParams sampling;
-  // What a step sampled, where it is known: on the last stage, and on the first once it came back.
-  TokenId sampled = 0;
-  StepId sampled_by;
-};
-
-bool WantsSample(const v1::SequenceStep& step) {
-  return !step.logits().empty() && step.logits().rbegin()->has_sample();
-}
-
-std::string Bounded(const absl::Status& status) {
-  return PrintableText(ToStd(status.message()), limits::kMaxErrorMessageBytes);
-}
-
-void SetTokenLogprob(const LogitsResult& result, v1::TokenLogprob* wire) {
-  wire->set_token_id(result.token);
-  wire->set_logprob(result.logprob);
-  for (const auto& [token, logprob] : result.top) {
-    wire->add_top_ids(token);
-    wire->add_top_logprobs(logprob);
-  }
-}
 
 }  // namespace
 
@@ -88,13 +62,15 @@ struct Stage::State {
   absl::Status CheckPairing(const WaitingPlan* plan, const HiddenStep* hidden) const;
   uint32_t NumPlansWithRows() const;
 
-  void ApplyCacheOps(const PlanLedger::CheckedPlan& checked);
-  void AppendTokens(const v1::SequenceStep& step, v1::StageReport* report);
-  absl::Status Run(const WaitingPlan& plan, HiddenIn hidden_in, const HiddenMemory& memory,
-                   HiddenBuffer* hidden_out, v1::StageReport* report);
-  void FillResults(const v1::StepPlan& plan, const std::vector<LogitsResult>& results,
-                   v1::StageReport* report);
-  void HandBack(const WaitingPlan& plan, StepOutput* output);
+  bool MayGoAhead(const WaitingPlan& next) const;
+
+  void ApplyCacheOps(const v1::StepPlan& plan, absl::Span<SamplingParams> opened);
+  // The rows of a sequence, their blocks, and what of the model's batch they are.
+  BatchSequence AppendRows(const v1::SequenceStep& step, BegunStep* begun);
+  absl::Status Begin(WaitingPlan plan, const HiddenMemory& memory, BegunStep* step);
+  void Fail();
+  // What is begun goes; returns when the model has let go of it.
+  void DropBegun();
 
   // Constant after construction.
   const uint64_t stage_id;
@@ -110,10 +86,12 @@ struct Stage::State {
   bool grants = false;
   LatentCache cache;
   PlanLedger ledger;  // ahead of `cache` by the plans that wait
-  absl::flat_hash_map<SequenceId, std::unique_ptr<Resident>> residents;
+  absl::flat_hash_map<SequenceId, std::shared_ptr<Resident>> residents;
   std::deque<WaitingPlan> plans;
   std::deque<WaitingHidden> hiddens;  // in step order; the i-th belongs to the i-th plan with rows
   ReturningIds returning;             // to the first of several stages
+  std::deque<BegunStep> begun;        // oldest first
+  uint64_t last_end_us = 0;           // of a step
 };
 
 Stage::Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, uint32_t num_layers_total,
@@ -121,13 +99,14 @@ Stage::Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, uint32_t num_
     : state_(std::make_unique<State>(stage_id, std::move(model), num_layers_total, hidden_row_bytes,
                                      vocab_size, max_positions)) {}
 
-Stage::~Stage() = default;
+Stage::~Stage() { state_->DropBegun(); }
 
 uint64_t Stage::stage_id() const { return state_->stage_id; }
 const StageModel& Stage::model() const { return *state_->model; }
 PipelineEpoch Stage::epoch() const { return state_->epoch; }
 bool Stage::is_first() const { return state_->is_first(); }
 bool Stage::is_last() const { return state_->is_last(); }
+size_t Stage::num_begun() const { return state_->begun.size(); }
 uint32_t Stage::blocks_used() const { return state_->cache.blocks_used(); }
 
 absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages,
@@ -148,6 +127,7 @@ absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t
         "stage ", s.stage_id, " has layers ", layers.begin, " to ", layers.end, " of ",
         s.num_layers_total, ", it cannot be number ", stage_index, " of ", num_stages));
   }
+  s.DropBegun();
   s.epoch = epoch;
   s.failed = false;
   s.plans.clear();
@@ -221,6 +201,9 @@ absl::Status Stage::AcceptPlan(v1::StepPlan plan, uint64_t now_us, uint32_t* num
       if (op.close().ended()) s.returning.Revoke(SequenceId{op.close().sequence_id()});
     }
   }
+  for (const v1::SequenceStep& step : waiting.checked.plan.sequences()) {
+    if (s.is_last()) waiting.num_logits += static_cast<uint32_t>(step.logits_size());
+  }
   if (num_rows != nullptr) *num_rows = waiting.checked.num_tokens;
   s.plans.push_back(std::move(waiting));
   return absl::OkStatus();
@@ -285,22 +268,36 @@ absl::Status Stage::AcceptSampled(SampledStep sampled) {
 
 bool Stage::Ready() const {
   const State& s = *state_;
-  if (s.failed || s.plans.empty()) return false;
+  if (s.failed || s.plans.empty() || s.begun.size() >= kMaxStepsBegun) return false;
   const WaitingPlan& next = s.plans.front();
   if (!next.has_rows()) return true;
-  if (s.is_first()) return !s.takes_ids() || s.returning.AreHere(next.checked.plan);
-  return !s.hiddens.empty();
+  if (s.is_first() ? s.takes_ids() && !s.returning.AreHere(next.checked.plan) : s.hiddens.empty()) {
+    return false;
+  }
+  return s.begun.empty() || s.MayGoAhead(next);
 }
 
-void Stage::State::ApplyCacheOps(const PlanLedger::CheckedPlan& checked) {
+bool Stage::State::MayGoAhead(const WaitingPlan& next) const {
+  if (!model->TakesAhead(next.checked.num_tokens, next.num_logits)) return false;
+  if (!is_last()) return true;
+  for (const v1::SequenceStep& step : next.checked.plan.sequences()) {
+    if (!step.has_sampled() || !WantsSample(step)) continue;
+    const Resident& resident = *residents.at(SequenceId{step.sequence_id()});
+    const bool known = resident.sampled_by.value == step.sampled().step_id();
+    if (!known && NeedsTokens(resident.sampling)) return false;
+  }
+  return true;
+}
+
+void Stage::State::ApplyCacheOps(const v1::StepPlan& plan, absl::Span<SamplingParams> opened) {
   size_t num_opened = 0;
-  for (const v1::CacheOp& op : checked.plan.cache_ops()) {
+  for (const v1::CacheOp& op : plan.cache_ops()) {
     if (op.has_open()) {
       const SequenceId id{op.open().sequence_id()};
       cache.Open(id);
-      auto resident = std::make_unique<Resident>();
+      auto resident = std::make_shared<Resident>();
       resident->prompt_tokens = op.open().prompt_tokens();
-      resident->sampling = checked.sampling[num_opened++];
+      resident->sampling = std::move(opened[num_opened++]);
       residents[id] = std::move(resident);
     } else {
       const SequenceId id{op.close().sequence_id()};
@@ -311,170 +308,166 @@ void Stage::State::ApplyCacheOps(const PlanLedger::CheckedPlan& checked) {
   }
 }
 
-void Stage::State::AppendTokens(const v1::SequenceStep& step, v1::StageReport* report) {
+BatchSequence Stage::State::AppendRows(const v1::SequenceStep& step, BegunStep* begun) {
   const SequenceId id{step.sequence_id()};
-  Resident& resident = *residents.at(id);
+  const std::shared_ptr<Resident>& shared = residents.at(id);
+  Resident& resident = *shared;
   STRAIT_CHECK(resident.tokens.size() == step.first_position());
+  BatchSequence sequence;
   if (step.has_literals()) {
     const auto& ids = step.literals().ids();
     resident.tokens.insert(resident.tokens.end(), ids.begin(), ids.end());
   } else if (!is_first() && !is_last()) {
     resident.tokens.push_back(kUnknownToken);
   } else {
-    const bool known = resident.sampled_by.value == step.sampled().step_id();
-    STRAIT_CHECK(known || returning.Revoked(id), "a granted row began before its id was here");
-    resident.tokens.push_back(known ? resident.sampled : TokenId{0});
-    report->add_granted_ids(resident.tokens.back());
+    const StepId of{step.sampled().step_id()};
+    TokenId token = 0;  // of one that is revoked
+    if (resident.sampled_by == of) {
+      token = resident.sampled;
+    } else if (resident.asked_of == of) {
+      token = kUnknownToken;
+      sequence.token_of_request = resident.asked_request;
+      begun->late_ids.push_back({begun->residents.size(), begun->report.granted_ids_size()});
+    } else {
+      STRAIT_CHECK(returning.Revoked(id), "a granted row began before its id was here");
+    }
+    resident.tokens.push_back(token);
+    begun->report.add_granted_ids(token);
   }
   cache.Grow(id, static_cast<uint32_t>(resident.tokens.size()));
+  sequence.id = id;
+  sequence.first_position = step.first_position();
+  sequence.num_tokens = static_cast<uint32_t>(resident.tokens.size()) - step.first_position();
+  sequence.tokens = resident.tokens;
+  sequence.page_tables = cache.PageTables(id);
+  sequence.prompt_tokens = resident.prompt_tokens;
+  sequence.sampling = &resident.sampling;
+  begun->residents.push_back(shared);
+  return sequence;
 }
 
-absl::Status Stage::State::Run(const WaitingPlan& plan, HiddenIn hidden_in,
-                               const HiddenMemory& memory, HiddenBuffer* hidden_out,
-                               v1::StageReport* report) {
-  ApplyCacheOps(plan.checked);
-  if (plan.has_rows()) {
-    const v1::StepPlan& wire = plan.checked.plan;
-    for (const v1::SequenceStep& step : wire.sequences()) AppendTokens(step, report);
-
-    std::vector<BatchSequence> sequences;
-    std::vector<LogitsRequest> logits;
-    sequences.reserve(wire.sequences_size());
-    uint32_t row = 0;
-    for (const v1::SequenceStep& step : wire.sequences()) {
-      const SequenceId id{step.sequence_id()};
-      const Resident& resident = *residents.at(id);
-      const auto index = static_cast<uint32_t>(sequences.size());
-      BatchSequence& sequence = sequences.emplace_back();
-      sequence.id = id;
-      sequence.first_position = step.first_position();
-      sequence.num_tokens = static_cast<uint32_t>(resident.tokens.size()) - step.first_position();
-      sequence.tokens = resident.tokens;
-      sequence.page_tables = cache.PageTables(id);
-      sequence.prompt_tokens = resident.prompt_tokens;
-      sequence.sampling = &resident.sampling;
-      if (is_last()) {
-        for (const v1::LogitsWanted& wanted : step.logits()) {
-          logits.push_back({index, row + wanted.offset(), wanted.has_sample(),
-                            wanted.has_sample() ? TokenId{0} : wanted.score_token(),
-                            wanted.num_top()});
-        }
+absl::Status Stage::State::Begin(WaitingPlan plan, const HiddenMemory& memory, BegunStep* step) {
+  step->plan = std::move(plan.checked.plan);
+  step->num_tokens = plan.checked.num_tokens;
+  step->num_logits = plan.num_logits;
+  std::vector<BatchSequence> sequences;
+  std::vector<LogitsRequest> logits;
+  sequences.reserve(static_cast<size_t>(step->plan.sequences_size()));
+  ApplyCacheOps(step->plan, absl::MakeSpan(plan.checked.sampling));
+  uint32_t row = 0;
+  for (const v1::SequenceStep& wire : step->plan.sequences()) {
+    sequences.push_back(AppendRows(wire, step));
+    for (const v1::LogitsWanted& wanted : wire.logits()) {
+      if (!is_last()) break;
+      if (wanted.has_sample()) {
+        step->residents.back()->asked_of = step->id();
+        step->residents.back()->asked_request = static_cast<uint32_t>(logits.size());
       }
-      row += sequence.num_tokens;
+      logits.push_back({static_cast<uint32_t>(sequences.size()) - 1, row + wanted.offset(),
+                        wanted.has_sample(),
+                        wanted.has_sample() ? TokenId{0} : wanted.score_token(), wanted.num_top()});
     }
-    STRAIT_CHECK(row == plan.checked.num_tokens);
-
-    StageBatch batch;
-    batch.sequences = sequences;
-    batch.num_tokens = row;
-    batch.logits = logits;
-    if (!is_last()) {
-      const size_t bytes = size_t{row} * hidden_row_bytes;
-      *hidden_out = memory ? memory(bytes) : HiddenBuffer(std::vector<std::byte>(bytes));
-      STRAIT_CHECK(hidden_out->size() == bytes);
-    }
-    std::vector<LogitsResult> results;
-    STRAIT_RETURN_IF_ERROR(model->Forward(batch, hidden_in, hidden_out->out(), &results));
-    STRAIT_CHECK(results.size() == logits.size(), "a result for each request");
-    if (is_last()) FillResults(wire, results, report);
+    row += sequences.back().num_tokens;
   }
+  STRAIT_CHECK(row == step->num_tokens && logits.size() == step->num_logits);
   // The promise to the coordinator: what is held is what the reservation says.
   STRAIT_CHECK(plan.checked.blocks_after == cache.blocks_used());
+  step->report.set_blocks_used(cache.blocks_used());
+  step->report.set_tables_digest(cache.Digest());
+  if (row == 0) return absl::OkStatus();
+
+  if (!is_last()) {
+    const size_t bytes = size_t{row} * hidden_row_bytes;
+    step->hidden_out = memory ? memory(bytes) : HiddenBuffer(std::vector<std::byte>(bytes));
+    STRAIT_CHECK(step->hidden_out.size() == bytes);
+  }
+  StageBatch batch;
+  batch.sequences = sequences;
+  batch.num_tokens = row;
+  batch.logits = logits;
+  STRAIT_RETURN_IF_ERROR(model->Begin(batch, step->hidden_in.in(), step->hidden_out.out()));
+  step->is_on_model = true;
   return absl::OkStatus();
 }
 
-void Stage::State::FillResults(const v1::StepPlan& plan, const std::vector<LogitsResult>& results,
-                               v1::StageReport* report) {
-  auto result = results.begin();
-  for (const v1::SequenceStep& step : plan.sequences()) {
-    if (step.logits().empty()) continue;
-    v1::SequenceResult* wire = report->add_results();
-    wire->set_sequence_id(step.sequence_id());
-    Resident& resident = *residents.at(SequenceId{step.sequence_id()});
-    if (WantsSample(step)) {
-      resident.sampled = 0;
-      resident.sampled_by = StepId{plan.step_id()};
-    }
-    const auto end = result + step.logits_size();
-    const auto bad =
-        std::find_if(result, end, [](const LogitsResult& one) { return !one.status.ok(); });
-    if (bad != end) {
-      wire->set_error_code(static_cast<uint32_t>(bad->status.code()));
-      wire->set_error_message(Bounded(bad->status));
-      result = end;
-      continue;
-    }
-    for (const v1::LogitsWanted& wanted : step.logits()) {
-      STRAIT_CHECK(result->token < vocab_size);
-      if (wanted.has_sample()) {
-        SetTokenLogprob(*result, wire->mutable_sampled());
-        resident.sampled = result->token;
-      } else {
-        SetTokenLogprob(*result, wire->add_scored());
-      }
-      ++result;
-    }
-  }
+void Stage::State::Fail() {
+  failed = true;
+  plans.clear();
+  hiddens.clear();
 }
 
-// The last stage gives what the step sampled, the first remembers that it will come.
-void Stage::State::HandBack(const WaitingPlan& plan, StepOutput* output) {
-  const StepId id{plan.step_id()};
-  SampledStep gives{epoch, id, {}};
-  std::vector<SequenceId> sequences;
-  for (const v1::SequenceStep& step : plan.checked.plan.sequences()) {
-    if (!WantsSample(step)) continue;
-    sequences.emplace_back(SequenceId{step.sequence_id()});
-    if (gives_ids()) gives.tokens.push_back(residents.at(sequences.back())->sampled);
+void Stage::State::DropBegun() {
+  for (const BegunStep& step : begun) {
+    std::vector<LogitsResult> results;
+    if (step.is_on_model) (void)model->Finish(&results);
   }
-  if (sequences.empty()) return;
-  if (takes_ids()) returning.Await(id, std::move(sequences));
-  if (gives_ids()) output->sampled = std::move(gives);
+  begun.clear();
 }
 
-StepOutput Stage::RunNext(const std::function<uint64_t()>& clock, const HiddenMemory& memory) {
+void Stage::BeginNext(const std::function<uint64_t()>& clock, const HiddenMemory& memory) {
   State& s = *state_;
   STRAIT_CHECK(Ready());
-  const WaitingPlan plan = std::move(s.plans.front());
+  WaitingPlan plan = std::move(s.plans.front());
   s.plans.pop_front();
-  WaitingHidden in;
-  uint64_t wait_us = 0;
+  BegunStep& step = s.begun.emplace_back();
   if (plan.has_rows() && !s.is_first()) {
-    in = std::move(s.hiddens.front());
+    WaitingHidden in = std::move(s.hiddens.front());
     s.hiddens.pop_front();
     STRAIT_CHECK(in.hidden.step.value == plan.step_id());
     STRAIT_CHECK(in.hidden.num_tokens == plan.checked.num_tokens);
-    wait_us = in.arrived_us > plan.arrived_us ? in.arrived_us - plan.arrived_us : 0;
+    step.report.set_wait_us(in.arrived_us > plan.arrived_us ? in.arrived_us - plan.arrived_us : 0);
+    step.hidden_in = std::move(in.hidden.data);
   }
+  step.report.set_stage_id(s.stage_id);
+  step.report.mutable_epoch()->set_term(s.epoch.term);
+  step.report.mutable_epoch()->set_counter(s.epoch.counter);
+  step.report.set_step_id(plan.step_id());
+  step.begin_us = clock();
+  step.status = s.Begin(std::move(plan), memory, &step);
+  if (!step.status.ok()) return s.Fail();
+  if (!s.takes_ids()) return;
+  std::vector<SequenceId> sampled = SampledSequences(step.plan);
+  if (!sampled.empty()) s.returning.Await(step.id(), std::move(sampled));
+}
+
+bool Stage::Done() const {
+  const State& s = *state_;
+  STRAIT_CHECK(!s.begun.empty());
+  return !s.begun.front().is_on_model || s.model->Done();
+}
+
+StepOutput Stage::FinishNext(const std::function<uint64_t()>& clock) {
+  State& s = *state_;
+  STRAIT_CHECK(!s.begun.empty());
+  BegunStep step = std::move(s.begun.front());
+  s.begun.pop_front();
+  std::vector<LogitsResult> results;
+  if (step.is_on_model) step.status = s.model->Finish(&results);
+  const uint64_t end_us = clock();
+  const uint64_t begin_us = std::max(step.begin_us, s.last_end_us);
+  s.last_end_us = end_us;
 
   StepOutput output;
-  v1::StageReport& report = output.report;
-  HiddenBuffer hidden_out;
-  const uint64_t begin_us = clock();
-  const absl::Status status = s.Run(plan, in.hidden.data.in(), memory, &hidden_out, &report);
-  const uint64_t end_us = clock();
-
-  report.set_stage_id(s.stage_id);
-  report.mutable_epoch()->set_term(s.epoch.term);
-  report.mutable_epoch()->set_counter(s.epoch.counter);
-  report.set_step_id(plan.step_id());
-  report.set_blocks_used(s.cache.blocks_used());
-  report.set_tables_digest(s.cache.Digest());
-  report.set_compute_us(end_us > begin_us ? end_us - begin_us : 0);
-  report.set_wait_us(wait_us);
-  if (!status.ok()) {
-    report.set_error_code(static_cast<uint32_t>(status.code()));
-    report.set_error_message(Bounded(status));
-    s.failed = true;
-    s.plans.clear();
-    s.hiddens.clear();
+  step.report.set_compute_us(end_us > begin_us ? end_us - begin_us : 0);
+  if (!step.status.ok()) {
+    step.report.set_error_code(static_cast<uint32_t>(step.status.code()));
+    step.report.set_error_message(BoundedMessage(step.status));
+    step.report.clear_granted_ids();
+    s.Fail();
+    s.DropBegun();
+    output.report = std::move(step.report);
     return output;
   }
-  if (plan.has_rows() && !s.is_last()) {
-    output.hidden =
-        HiddenStep{s.epoch, StepId{plan.step_id()}, plan.checked.num_tokens, std::move(hidden_out)};
+  if (s.is_last()) FillResults(results, s.vocab_size, &step);
+  if (!s.begun.empty()) FillLateIds(&s.begun.front());
+  if (step.is_on_model && !s.is_last()) {
+    output.hidden = HiddenStep{s.epoch, step.id(), step.num_tokens, std::move(step.hidden_out)};
   }
-  if (s.takes_ids() || s.gives_ids()) s.HandBack(plan, &output);
+  if (s.gives_ids()) {
+    std::vector<TokenId> sampled = SampledTokens(step);
+    if (!sampled.empty()) output.sampled = SampledStep{s.epoch, step.id(), std::move(sampled)};
+  }
+  output.report = std::move(step.report);
   return output;
 }
 

@@ -12,11 +12,15 @@
 //          ResourceExhausted (a limit). What a refused plan means is the caller's: the worker
 //          reports it and the coordinator bumps the epoch.
 // Limits:  proto/limits.h: kMaxStepsInFlight plans and hidden steps waiting; the first stage runs
-//          no further ahead of the ids that come back than so many steps.
+//          no further ahead of the ids that come back than so many steps. kMaxStepsBegun steps are
+//          begun and not finished.
 // Why:     plans are validated against the state that all plans before them leave behind, so a
 //          plan is accepted or refused on arrival, before its hidden states exist. A granted row
 //          is a row in this reckoning, whatever becomes of its sequence: so all stages agree on
 //          lengths and blocks without a word, and revoking means only that nothing waits for it.
+//          A step is begun while the one before it computes, so that a device never waits for the
+//          host; where it feeds what that one samples, the id goes from one to the other in the
+//          backend, and the host learns it when the earlier one is finished.
 #pragma once
 
 #include <cstddef>
@@ -62,7 +66,8 @@ class Stage {
         uint32_t hidden_row_bytes, uint32_t vocab_size, uint32_t max_positions);
   ~Stage();
 
-  // Enters an epoch: drops all sequences, plans and hidden states. Aborted if `epoch` is not newer.
+  // Enters an epoch: drops all sequences, plans, hidden states and, once the model has done with
+  // them, steps that are begun. Aborted if `epoch` is not newer.
   // `grants`: plans may refer to sampled tokens, and where there are several stages the last one
   // hands them to the first. A pipeline of one stage takes grants in any case.
   absl::Status Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages,
@@ -75,16 +80,24 @@ class Stage {
   // what is not that is refused as InvalidArgument.
   absl::Status AcceptSampled(SampledStep sampled);
 
-  // Whether RunNext has something to do: the next plan is here and, unless it has no rows, its
+  // Whether BeginNext has something to do: the next plan is here and, unless it has no rows, its
   // hidden states are, or on the first stage the ids that it refers to: all but those of sequences
-  // that a waiting plan closes as ended.
+  // that a waiting plan closes as ended. While a step is begun, only if the model takes the next
+  // one ahead, and no token that it samples needs an id that is not known.
   bool Ready() const;
+  // Begins the next step. REQUIRES: Ready(). `clock` gives microseconds. `memory`: of hidden states
+  // that leave; empty: host memory.
+  void BeginNext(const std::function<uint64_t()>& clock, const HiddenMemory& memory = {});
 
-  // Runs the next step. REQUIRES: Ready(). `clock` gives microseconds, read before and after
-  // computing. If the step fails, its report carries the error, plans that wait are dropped without
-  // a report, and the stage refuses everything of this epoch with Aborted. `memory`: of hidden
-  // states that leave; empty: host memory.
-  StepOutput RunNext(const std::function<uint64_t()>& clock, const HiddenMemory& memory = {});
+  size_t num_begun() const;
+  // Whether FinishNext would not wait. REQUIRES: num_begun() > 0.
+  bool Done() const;
+  // Waits for the oldest step that is begun. REQUIRES: num_begun() > 0. The time it took counts from
+  // its own begin or the end of the one before it, whichever is later. If it failed, its report
+  // carries the error, plans that wait and steps begun behind it are dropped without a report, and
+  // the stage refuses everything of this epoch with Aborted. If it could not be begun, what was
+  // begun before it is finished as always.
+  StepOutput FinishNext(const std::function<uint64_t()>& clock);
 
   // --- What others may ask ---
   uint64_t stage_id() const;

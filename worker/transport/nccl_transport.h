@@ -29,13 +29,15 @@
 #include <unordered_map>
 #include <vector>
 
+#include "worker/backend.h"
 #include "worker/transport/nccl_api.h"
 #include "worker/transport/slot_arena.h"
 #include "worker/transport/transport.h"
 
 namespace strait {
 
-inline constexpr size_t kArenaSteps = 2;
+// kMaxStepsBegun that the stage computes with, and one on its way.
+inline constexpr size_t kArenaSteps = kMaxStepsBegun + 1;
 inline constexpr size_t kOpsPosted = 4;
 // What an end of an edge takes of the device besides its arena, at most: the communicator's buffers,
 // of kMaxBlocks channels in nccl_library.cc. cuda_nccl_hop_bench shows what it really took.

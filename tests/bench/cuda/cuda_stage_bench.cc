@@ -8,7 +8,8 @@
 //
 // CASE: BATCH@CONTEXT, a decode step of BATCH sequences behind CONTEXT rows each; max@CONTEXT is the
 // largest batch that fits. END: a layer, or "fit": as many layers as fit with the largest case. All
-// run on one load. The floor of a step is reading, once, the weights that it touches (experts: as
+// run on one load. A step is timed alone, from its Begin to its results, and ahead: begun while the
+// one before it computes, as a worker does it with granted steps. The floor of a step is reading, once, the weights that it touches (experts: as
 // many as BATCH tokens choose on average) and the cache, at the read rate measured in this run. The
 // cache holds zeros, which costs what any rows cost.
 #include <algorithm>
@@ -127,7 +128,15 @@ class Batch {
   StageBatch batch_;
 };
 
-double StepUs(StageModel& model, const StageBatch& batch, const ModelConfig& c, int repeats) {
+void Must(const absl::Status& status) {
+  if (status.ok()) return;
+  std::fprintf(stderr, "cuda_stage_bench: %s\n", status.ToString().c_str());
+  std::exit(1);
+}
+
+// Median time from one step's results to the next one's, with `num_begun` steps begun meanwhile.
+double StepUs(StageModel& model, const StageBatch& batch, const ModelConfig& c, int repeats,
+              int num_begun) {
   const StageSpec& spec = model.spec();
   const size_t bytes = size_t{batch.num_tokens} * c.hidden_size * sizeof(float);
   std::vector<std::byte> in(spec.layers.begin == 0 ? 0 : bytes);
@@ -137,17 +146,22 @@ double StepUs(StageModel& model, const StageBatch& batch, const ModelConfig& c, 
     std::memcpy(&in[i], &value, 4);
   }
   std::vector<std::byte> out(spec.layers.end == c.num_hidden_layers ? 0 : bytes);
+  const auto begin = [&] { Must(model.Begin(batch, {in}, {absl::MakeSpan(out)})); };
   std::vector<double> times;
+  for (int i = 1; i < num_begun; ++i) begin();
+  auto last = std::chrono::steady_clock::now();
   for (int i = 0; i < repeats + 2; ++i) {
+    begin();
     std::vector<LogitsResult> results;
-    const auto begin = std::chrono::steady_clock::now();
-    const absl::Status status = model.Forward(batch, {in}, {absl::MakeSpan(out)}, &results);
-    const std::chrono::duration<double, std::micro> us = std::chrono::steady_clock::now() - begin;
-    if (!status.ok()) {
-      std::fprintf(stderr, "cuda_stage_bench: %s\n", status.ToString().c_str());
-      std::exit(1);
-    }
+    Must(model.Finish(&results));
+    const auto now = std::chrono::steady_clock::now();
+    const std::chrono::duration<double, std::micro> us = now - last;
+    last = now;
     if (i >= 2) times.push_back(us.count());
+  }
+  for (int i = 1; i < num_begun; ++i) {
+    std::vector<LogitsResult> results;
+    Must(model.Finish(&results));
   }
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];
@@ -224,22 +238,27 @@ int Main(Options o) {
   for (const Case& one : o.cases) {
     const uint32_t count = one.batch;
     const Batch batch(count, one.context, 1, o.layers, last);
-    const double us = StepUs(*model, batch.get(), config, 20);
+    const double us = StepUs(*model, batch.get(), config, 20, 1);
+    // As alone where it is not taken ahead.
+    const bool ahead = model->TakesAhead(count, last ? count : 0);
+    const double ahead_us = ahead ? StepUs(*model, batch.get(), config, 20, kMaxStepsBegun) : us;
     const double bytes = TouchedBytes(config, o.layers, count) +
                          row_bytes * count * (one.context + 1) * o.layers.size();
     const double floor_us = bytes / read_rate * 1e6;
-    std::printf("decode batch %4u at %6u: %9.1f us, floor %8.1f us, %5.1f %%, %8.0f tokens/s\n",
-                count, one.context, us, floor_us, 100 * floor_us / us, count / us * 1e6);
+    std::printf(
+        "decode batch %4u at %6u: %9.1f us, ahead %9.1f us, floor %8.1f us, %5.1f %%, %8.0f "
+        "tokens/s\n",
+        count, one.context, us, ahead_us, floor_us, 100 * floor_us / us, count / us * 1e6);
     std::printf(
         "JSON {\"bench\":\"decode\",\"config\":\"%s\",\"layers\":%u,\"batch\":%u,\"context\":%u,"
-        "%s,\"us\":%.1f,\"floor_us\":%.1f,\"share\":%.4f,\"cache_bytes\":%.0f}\n",
-        o.config.c_str(), o.layers.size(), count, one.context, mode.c_str(), us, floor_us,
+        "%s,\"us\":%.1f,\"ahead_us\":%.1f,\"floor_us\":%.1f,\"share\":%.4f,\"cache_bytes\":%.0f}\n",
+        o.config.c_str(), o.layers.size(), count, one.context, mode.c_str(), us, ahead_us, floor_us,
         floor_us / us,
         static_cast<double>(one.columns(count) * o.layers.size() * backend->block_bytes()));
   }
   if (o.prefill > 0) {
     const Batch batch(1, 0, o.prefill, o.layers, last);
-    const double us = StepUs(*model, batch.get(), config, 3);
+    const double us = StepUs(*model, batch.get(), config, 3, 1);
     std::printf("prefill %u tokens: %.1f us, %.0f tokens/s\n", o.prefill, us, o.prefill / us * 1e6);
     std::printf(
         "JSON {\"bench\":\"prefill\",\"config\":\"%s\",\"layers\":%u,\"tokens\":%u,"

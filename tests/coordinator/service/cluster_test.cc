@@ -80,7 +80,7 @@ TEST(Cluster, WorkersDeathIsAPause) {
 TEST(Cluster, FailedStepIsReplayed) {
   ClusterFixture cluster(2);
   ASSERT_TRUE(cluster.WaitReady());
-  cluster.workers[1]->backend.fail_next_forward = absl::InternalError("by order of the test");
+  cluster.workers[1]->backend.fail_next_finish = absl::InternalError("by order of the test");
   RequestSpec spec = MakeRequest(200, 100, 6);
   auto got = cluster.Submit(spec);
   ASSERT_TRUE(got->WaitEnd());

@@ -261,11 +261,15 @@ TEST_F(CudaLatentTest, Embedding) {
   STRAIT_TRACE_SEED();
   const gpu_test::DeviceMatrices table(rng_, WeightType::kBf16, 50, 72);
   const std::vector<int32_t> ids = {0, 49, 7, 7};
-  const Buffer<int32_t> d_ids(ids);
+  // Two of them as what a step has sampled.
+  const Buffer<int32_t> d_ids(
+      std::vector<int32_t>{0, cuda::LateTokenId(2), 7, cuda::LateTokenId(0)});
+  const Buffer<int32_t> d_sampled(std::vector<int32_t>{7, -1, 49});
   const Buffer<float> y(4 * 72);
   cuda::EmbeddingParams p;
   p.table = table.matrix();
   p.token_ids = d_ids.data();
+  p.sampled_ids = d_sampled.data();
   p.y = y.data();
   p.num_tokens = 4;
   ASSERT_EQ(cuda::Embedding(p, nullptr), cudaSuccess);

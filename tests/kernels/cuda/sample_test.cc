@@ -70,17 +70,22 @@ class CudaSampleTest : public gpu_test::GpuTest {
     const Buffer<cuda::SampleRow> d_rows(rows);
     const Buffer<cuda::TokenEntry> d_entries(entries);
     const Buffer<cuda::SampleResult> d_results(count);
+    const Buffer<int32_t> d_token_ids(count);
     cuda::SampleParams p;
     p.logits = d_logits.data();
     p.adjusted = d_adjusted.data();
     p.rows = d_rows.data();
     p.entries = d_entries.data();
     p.results = d_results.data();
+    p.token_ids = d_token_ids.data();
     p.logits_stride = vocab;
     p.num_rows = count;
     p.vocab_size = vocab;
     EXPECT_EQ(cuda::Sample(p, nullptr), cudaSuccess);
-    return d_results.Get();
+    const std::vector<cuda::SampleResult> results = d_results.Get();
+    const std::vector<int32_t> token_ids = d_token_ids.Get();
+    for (size_t i = 0; i < results.size(); ++i) EXPECT_EQ(token_ids[i], results[i].token);
+    return results;
   }
 
   kernel_test::Rng rng_;

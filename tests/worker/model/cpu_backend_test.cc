@@ -113,9 +113,9 @@ TEST(CpuBackendTest, AStageOutlivesItsBackend) {
   std::vector<LogitsResult> results;
   ASSERT_TRUE(
       (*model)
-          ->Forward({absl::MakeConstSpan(&sequence, 1), 3, absl::MakeConstSpan(&request, 1)}, {},
-                    {}, &results)
+          ->Begin({absl::MakeConstSpan(&sequence, 1), 3, absl::MakeConstSpan(&request, 1)}, {}, {})
           .ok());
+  ASSERT_TRUE((*model)->Finish(&results).ok());
   ASSERT_EQ(results.size(), 1u);
   EXPECT_LT(results[0].token, 211u);
 }

@@ -65,7 +65,8 @@ class TestPipeline {
       if (hidden) {
         EXPECT_TRUE(stage->AcceptHidden(*std::move(hidden), 0).ok());
       }
-      out = stage->RunNext([] { return uint64_t{0}; }, memory);
+      stage->BeginNext([] { return uint64_t{0}; }, memory);
+      out = stage->FinishNext([] { return uint64_t{0}; });
       EXPECT_EQ(out.report.error_code(), 0u) << out.report.error_message();
       EXPECT_TRUE(stage->CheckIntegrity().ok()) << stage->CheckIntegrity();
       hidden = std::move(out.hidden);

@@ -2,12 +2,14 @@
 //
 // FakeModel writes a number per layer and position into cache rows and checks, whenever it runs,
 // that it reads back through the page tables what every earlier step wrote there. Its tokens are a
-// hash of what it read, so a lost, foreign or overwritten row changes them.
+// hash of what it read, so a lost, foreign or overwritten row changes them. It computes a step when
+// it is finished, as late as it may.
 #pragma once
 
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <string>
@@ -15,6 +17,7 @@
 
 #include "proto/limits.h"
 #include "strait/v1/cluster.pb.h"
+#include "tests/worker/stage/held_batch.h"
 #include "tests/worker/stage/plans.h"
 #include "worker/stage/stage.h"
 
@@ -49,11 +52,30 @@ class FakeModel : public StageModel {
     rows_.resize(size_t{pool_blocks} * limits::kBlockTokens);
   }
 
-  absl::Status Forward(const StageBatch& batch, HiddenIn in, HiddenOut out,
-                       std::vector<LogitsResult>* results) override {
-    const absl::Span<const std::byte> hidden_in = in.bytes;
-    const absl::Span<std::byte> hidden_out = out.bytes;
-    if (fail_next) return absl::DataLossError("the fake was told to fail");
+  absl::Status Begin(const StageBatch& batch, HiddenIn in, HiddenOut out) override {
+    EXPECT_LT(begun_.size(), takes_ahead ? kMaxStepsBegun : 1);
+    if (fail_begin) return absl::DataLossError("the fake was told not to begin");
+    begun_.emplace_back(batch, in, out);
+    return absl::OkStatus();
+  }
+  bool TakesAhead(uint32_t num_rows, uint32_t) const override {
+    return takes_ahead && num_rows <= rows_ahead;
+  }
+  bool Done() const override { return done; }
+  absl::Status Finish(std::vector<LogitsResult>* results) override {
+    HeldBatch step = std::move(begun_.front());
+    begun_.pop_front();
+    if (fail_next) {
+      before_.assign(limits::kMaxStepTokens, {});  // what a step behind it may feed is void
+      return absl::DataLossError("the fake was told to fail");
+    }
+    Compute(step.With(before_), step.hidden_in.bytes, step.hidden_out.bytes, results);
+    before_ = *results;
+    return absl::OkStatus();
+  }
+
+  void Compute(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
+               absl::Span<std::byte> hidden_out, std::vector<LogitsResult>* results) {
     EXPECT_EQ(hidden_in.size(),
               spec_.layers.begin == 0 ? 0 : batch.num_tokens * kFakeHiddenRowBytes);
     EXPECT_EQ(hidden_out.size(), last_ ? 0 : batch.num_tokens * kFakeHiddenRowBytes);
@@ -89,17 +111,21 @@ class FakeModel : public StageModel {
       results->push_back(result);
     }
     if (!last_) std::memset(hidden_out.data(), 1, hidden_out.size());
-    ++num_forwards;
-    return absl::OkStatus();
+    ++num_steps;
   }
 
   const StageSpec& spec() const override { return spec_; }
   uint64_t weight_bytes() const override { return 0; }
   uint64_t cache_bytes() const override { return rows_.size() * sizeof(uint64_t); }
 
+  bool takes_ahead = true;
+  uint32_t rows_ahead = 1000;
+  bool done = true;
+  bool fail_begin = false;
   bool fail_next = false;
   SequenceId bad_sequence{0};  // its logits are no numbers
-  int num_forwards = 0;
+  int num_steps = 0;
+  size_t num_begun() const { return begun_.size(); }
   std::vector<TokenId> last_tokens;  // of the last sequence that ran
 
  private:
@@ -111,6 +137,8 @@ class FakeModel : public StageModel {
   const StageSpec spec_;
   const bool last_;
   std::vector<uint64_t> rows_;
+  std::deque<HeldBatch> begun_;
+  std::vector<LogitsResult> before_;  // of the last step that is done
 };
 
 // A stage with its fake.
@@ -137,8 +165,16 @@ struct FakeStage {
     return {stage->epoch(), StepId{step}, num_tokens,
             std::vector<std::byte>(size_t{num_tokens} * kFakeHiddenRowBytes)};
   }
+  void Begin(const HiddenMemory& memory = {}) {
+    stage->BeginNext([this] { return now_us += 10; }, memory);
+  }
+  StepOutput Finish() {
+    return stage->FinishNext([this] { return now_us += 10; });
+  }
   StepOutput Run() {
-    return stage->RunNext([this] { return now_us += 10; });
+    Begin();
+    EXPECT_EQ(stage->num_begun(), 1u);
+    return Finish();
   }
 
   FakeModel* model;

@@ -349,7 +349,7 @@ TEST(StageTest, WaitsForHiddenStatesInWhateverOrderTheyCome) {
   ASSERT_TRUE(f.stage->Ready());  // no rows: needs no hidden states
   StepOutput out = f.Run();
   EXPECT_EQ(out.report.step_id(), 1u);
-  EXPECT_EQ(f.model->num_forwards, 0);
+  EXPECT_EQ(f.model->num_steps, 0);
   EXPECT_FALSE(f.stage->Ready());
   ASSERT_TRUE(f.stage->AcceptPlan(rows, 70).ok());
   ASSERT_TRUE(f.stage->AcceptPlan(more, 80).ok());
@@ -378,8 +378,8 @@ TEST(StageTest, HiddenStatesInTheEdgesMemory) {
   ASSERT_TRUE(f.stage->AcceptPlan(plan, 0).ok());
   const size_t bytes = 3 * kFakeHiddenRowBytes;
   ASSERT_TRUE(f.stage->AcceptHidden({f.stage->epoch(), StepId{1}, 3, place(0, bytes)}, 0).ok());
-  StepOutput out = f.stage->RunNext([] { return uint64_t{0}; },
-                                    [&](size_t wanted) { return place(bytes, wanted); });
+  f.Begin([&](size_t wanted) { return place(bytes, wanted); });
+  StepOutput out = f.Finish();
   EXPECT_EQ(given_back, 1);
   ASSERT_TRUE(out.hidden.has_value());
   EXPECT_TRUE(out.hidden->data.on_device());

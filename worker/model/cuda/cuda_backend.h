@@ -5,12 +5,12 @@
 //
 // Owns:    the weight source, the budget that its stages share. A stage keeps what it needs of
 //          these alive, so it may outlive the backend.
-// Thread:  Load any; Forward of a stage by one thread.
+// Thread:  Load any; steps of a stage by one thread.
 // Stream:  one a stage, in order.
 // Errors:  Create: FailedPrecondition: no GPU, driver too old, compute capability without code;
-//          InvalidArgument: a model or a row format that the kernels do not take. Load: as CpuBackend's, and
-//          ResourceExhausted if the GPU has not the bytes. Forward: Internal; if the GPU context is
-//          lost, the process ends (worker/model/cuda/status.h).
+//          InvalidArgument: a model or a row format that the kernels do not take. Load: as
+//          CpuBackend's, and ResourceExhausted if the GPU has not the bytes. Steps: Internal; if the
+//          GPU context is lost, the process ends (worker/model/cuda/status.h).
 // Limits:  all stages together within memory_bytes: weights as the device stores them, cache and
 //          workspace (stage_layout.h). What CUDA itself takes for the process comes on top.
 // Why:     a stage's device memory is one allocation, made at load: nothing is taken in a step.

@@ -2,6 +2,7 @@
 #include "worker/model/cuda/head.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <utility>
 
@@ -16,15 +17,12 @@ namespace strait {
 
 static_assert(cuda::kMaxTopTokens >= static_cast<int32_t>(limits::kMaxTopLogprobs));
 
-absl::StatusOr<CudaHead> CudaHead::Create(const ModelConfig& config, const StepLimits& limits,
-                                          const CudaWorkspace& workspace,
-                                          const DeviceStage& weights, cudaStream_t stream) {
-  CudaHead head(config, limits, workspace, weights, stream);
-  STRAIT_ASSIGN_OR_RETURN(head.tables_, PinnedMemory::Create(HeadTableBytes(limits)));
+absl::StatusOr<HeadStep> HeadStep::Create(const StepLimits& limits) {
+  HeadStep step;
+  STRAIT_ASSIGN_OR_RETURN(step.tables_, PinnedMemory::Create(HeadTableBytes(limits)));
   STRAIT_ASSIGN_OR_RETURN(
-      head.results_, PinnedMemory::Create(uint64_t{limits.head_rows} * sizeof(cuda::SampleResult)));
-  head.entries_.reserve(limits.head_entries);
-  return head;
+      step.results_, PinnedMemory::Create(uint64_t{limits.head_rows} * sizeof(cuda::SampleResult)));
+  return step;
 }
 
 cuda::SampleRow CudaHead::RowOf(const StageBatch& batch, const LogitsRequest& request) {
@@ -59,7 +57,10 @@ cuda::SampleRow CudaHead::RowOf(const StageBatch& batch, const LogitsRequest& re
   for (const auto& [id, bias] : s.logit_bias) entries_.push_back({static_cast<int32_t>(id), bias});
   row.prompt_begin = here();
   std::vector<TokenCount> output;
-  if (s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0) {
+  const bool penalties =
+      s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0;
+  STRAIT_CHECK(!penalties || !sequence.token_of_request, "penalties take all of the tokens");
+  if (penalties) {
     output = CountTokens(tokens.subspan(num_prompt));
   }
   if (s.repetition_penalty != 1) {
@@ -78,21 +79,28 @@ cuda::SampleRow CudaHead::RowOf(const StageBatch& batch, const LogitsRequest& re
   return row;
 }
 
-absl::Status CudaHead::Read(const StageBatch& batch, absl::Span<const LogitsRequest> requests,
-                            uint32_t first_row, std::vector<LogitsResult>* results) {
+absl::Status CudaHead::Ask(const StageBatch& batch, absl::Span<const LogitsRequest> requests,
+                           uint32_t first_request, uint32_t first_row, HeadStep* step) {
   while (!requests.empty()) {
-    const size_t count = std::min<size_t>(requests.size(), limits_->head_rows);
-    const size_t before = results->size();
-    STRAIT_RETURN_IF_ERROR(ReadSome(batch, requests.subspan(0, count), first_row, results));
-    requests.remove_prefix(results->size() - before);
+    if (!step->num_top_.empty()) {
+      STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
+      Collect(step);
+    }
+    STRAIT_ASSIGN_OR_RETURN(
+        const size_t count,
+        AskSome(batch, requests.subspan(0, std::min<size_t>(requests.size(), limits_->head_rows)),
+                first_request, first_row, step));
+    requests.remove_prefix(count);
+    first_request += static_cast<uint32_t>(count);
   }
   return absl::OkStatus();
 }
 
-// As many of the requests as have room for their lists: at least one has.
-absl::Status CudaHead::ReadSome(const StageBatch& batch, absl::Span<const LogitsRequest> requests,
-                                uint32_t first_row, std::vector<LogitsResult>* results) {
-  Region host(tables_.data());
+absl::StatusOr<size_t> CudaHead::AskSome(const StageBatch& batch,
+                                         absl::Span<const LogitsRequest> requests,
+                                         uint32_t first_request, uint32_t first_row,
+                                         HeadStep* step) {
+  Region host(step->tables_.data());
   auto* const rows = host.Take<cuda::SampleRow>(limits_->head_rows);
   auto* const indices = host.Take<int32_t>(limits_->head_rows);
   auto* const entries = host.Take<cuda::TokenEntry>(limits_->head_entries);
@@ -111,10 +119,11 @@ absl::Status CudaHead::ReadSome(const StageBatch& batch, absl::Span<const Logits
   }
   STRAIT_CHECK(count > 0, "one row's lists are within the limit");
   std::copy(entries_.begin(), entries_.end(), entries);
-  const auto used = static_cast<uint64_t>(reinterpret_cast<std::byte*>(entries) - tables_.data()) +
-                    entries_.size() * sizeof(cuda::TokenEntry);
-  STRAIT_CUDA_RETURN_IF_ERROR(
-      cudaMemcpyAsync(ws_->head_tables, tables_.data(), used, cudaMemcpyHostToDevice, stream_));
+  const auto used =
+      static_cast<uint64_t>(reinterpret_cast<std::byte*>(entries) - step->tables_.data()) +
+      entries_.size() * sizeof(cuda::TokenEntry);
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(ws_->head_tables, step->tables_.data(), used,
+                                              cudaMemcpyHostToDevice, stream_));
   Region device(ws_->head_tables);
   const auto* const d_rows = device.Take<cuda::SampleRow>(limits_->head_rows);
   const auto* const d_indices = device.Take<int32_t>(limits_->head_rows);
@@ -149,28 +158,43 @@ absl::Status CudaHead::ReadSome(const StageBatch& batch, absl::Span<const Logits
   sample.rows = d_rows;
   sample.entries = d_entries;
   sample.results = ws_->results;
+  sample.token_ids = ws_->sampled_ids + first_request;
   sample.logits_stride = config_->vocab_size;
   sample.num_rows = static_cast<int64_t>(count);
   sample.vocab_size = static_cast<int32_t>(config_->vocab_size);
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::Sample(sample, stream_));
-  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(results_.data(), ws_->results,
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(step->results_.data(), ws_->results,
                                               count * sizeof(cuda::SampleResult),
                                               cudaMemcpyDeviceToHost, stream_));
-  STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
-
-  const auto* const read = reinterpret_cast<const cuda::SampleResult*>(results_.data());
-  for (size_t i = 0; i < count; ++i) {
-    LogitsResult result;
-    result.token = static_cast<TokenId>(read[i].token);
-    STRAIT_CHECK(result.token < config_->vocab_size);
-    result.logprob = read[i].logprob;
-    const uint32_t num_top = std::min(requests[i].num_top, config_->vocab_size);
-    for (uint32_t j = 0; j < num_top; ++j) {
-      result.top.emplace_back(static_cast<TokenId>(read[i].top_ids[j]), read[i].top_logprobs[j]);
-    }
-    results->push_back(std::move(result));
+  for (const LogitsRequest& request : requests.subspan(0, count)) {
+    step->num_top_.push_back(std::min(request.num_top, config_->vocab_size));
   }
-  return absl::OkStatus();
+  return count;
+}
+
+void CudaHead::Collect(HeadStep* step) const {
+  const auto* read = reinterpret_cast<const cuda::SampleResult*>(step->results_.data());
+  for (const uint32_t num_top : step->num_top_) {
+    LogitsResult& result = step->done_.emplace_back();
+    result.token = static_cast<TokenId>(read->token);
+    STRAIT_CHECK(result.token < config_->vocab_size);
+    result.logprob = read->logprob;
+    if (std::isnan(result.logprob)) {  // one logit that is NaN or infinite makes it so
+      result.status = absl::DataLossError(
+          "the logits are not finite: the weights hold NaN or infinity, or the model overflows on "
+          "this text");
+    }
+    for (uint32_t j = 0; j < num_top; ++j) {
+      result.top.emplace_back(static_cast<TokenId>(read->top_ids[j]), read->top_logprobs[j]);
+    }
+    ++read;
+  }
+  step->num_top_.clear();
+}
+
+std::vector<LogitsResult> CudaHead::Take(HeadStep* step) const {
+  Collect(step);
+  return std::exchange(step->done_, {});
 }
 
 }  // namespace strait

@@ -33,6 +33,9 @@ CudaStageModel::~CudaStageModel() {
   (void)cudaSetDevice(device_);
   if (stream_ != nullptr) (void)cudaStreamSynchronize(stream_);
   for (const auto& [rows, graph] : graphs_) (void)cudaGraphExecDestroy(graph);
+  for (const Slot& slot : slots_) {
+    if (slot.done != nullptr) (void)cudaEventDestroy(slot.done);
+  }
   if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
 }
 
@@ -74,17 +77,9 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
                                               cudaMemcpyHostToDevice, stream_));
   STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
 
-  STRAIT_ASSIGN_OR_RETURN(StepTables tables, StepTables::Create(limits_.table_bytes, ws_.tables));
-  tables_.emplace(std::move(tables));
   layers_.emplace(config_, pool_, ws_, layout.inv_freq, stream_);
-  if (weights_.norm != nullptr) {
-    STRAIT_ASSIGN_OR_RETURN(CudaHead head,
-                            CudaHead::Create(config_, limits_, ws_, weights_, stream_));
-    head_.emplace(std::move(head));
-  }
-  STRAIT_ASSIGN_OR_RETURN(staging_, PinnedMemory::Create(uint64_t{limits_.tile_rows} *
-                                                         config_.hidden_size * sizeof(float)));
-  STRAIT_ASSIGN_OR_RETURN(plan_host_, PinnedMemory::Create(limits_.plan_bytes));
+  if (weights_.norm != nullptr) head_.emplace(config_, limits_, ws_, weights_, stream_);
+  for (Slot& slot : slots_) STRAIT_RETURN_IF_ERROR(InitSlot(&slot));
   Log(LogLevel::kInfo, "GPU memory of a stage",
       {{"weights", bytes_.weights},
        {"cache", bytes_.pool},
@@ -95,59 +90,120 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
   return absl::OkStatus();
 }
 
-absl::Status CudaStageModel::Forward(const StageBatch& batch, HiddenIn hidden_in,
-                                     HiddenOut hidden_out, std::vector<LogitsResult>* results) {
-  absl::Status status = CudaStatus(cudaSetDevice(device_), "cudaSetDevice");
-  if (status.ok()) status = Run(batch, hidden_in, hidden_out, results);
-  if (!status.ok()) ExitIfContextLost(status);
-  return status;
+absl::Status CudaStageModel::InitSlot(Slot* slot) {
+  STRAIT_ASSIGN_OR_RETURN(StepTables tables, StepTables::Create(limits_.table_bytes, ws_.tables));
+  slot->tables.emplace(std::move(tables));
+  STRAIT_ASSIGN_OR_RETURN(slot->plan, PinnedMemory::Create(limits_.plan_bytes));
+  if (weights_.embed_tokens.empty() || !head_) {
+    STRAIT_ASSIGN_OR_RETURN(
+        slot->staging,
+        PinnedMemory::Create(uint64_t{limits_.tile_rows} * config_.hidden_size * sizeof(float)));
+  }
+  if (head_) {
+    STRAIT_ASSIGN_OR_RETURN(slot->head, HeadStep::Create(limits_));
+  }
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaEventCreateWithFlags(&slot->done, cudaEventDisableTiming));
+  return absl::OkStatus();
 }
 
-absl::Status CudaStageModel::Run(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out,
-                                 std::vector<LogitsResult>* results) {
+absl::Status CudaStageModel::Begin(const StageBatch& batch, HiddenIn hidden_in,
+                                   HiddenOut hidden_out) {
+  STRAIT_CHECK(num_begun_ < kMaxStepsBegun);
+  Slot& slot = slots_[next_slot_];
+  absl::Status status = CudaStatus(cudaSetDevice(device_), "cudaSetDevice");
+  if (status.ok()) status = Enqueue(batch, hidden_in, hidden_out, &slot);
+  if (status.ok()) status = CudaStatus(cudaEventRecord(slot.done, stream_), "cudaEventRecord");
+  if (!status.ok()) {
+    ExitIfContextLost(status);  // it waits for the device: the buffers are free
+    slot.head.Clear();
+    slot.host_out = nullptr;
+    return status;
+  }
+  next_slot_ = (next_slot_ + 1) % kMaxStepsBegun;
+  ++num_begun_;
+  return absl::OkStatus();
+}
+
+bool CudaStageModel::Done() const {
+  STRAIT_CHECK(num_begun_ > 0);
+  const Slot& oldest = slots_[(next_slot_ + kMaxStepsBegun - num_begun_) % kMaxStepsBegun];
+  if (cudaEventQuery(oldest.done) != cudaErrorNotReady) return true;
+  (void)cudaGetLastError();  // nobody else is to find that
+  return false;
+}
+
+absl::Status CudaStageModel::Finish(std::vector<LogitsResult>* results) {
+  STRAIT_CHECK(num_begun_ > 0);
+  Slot& oldest = slots_[(next_slot_ + kMaxStepsBegun - num_begun_) % kMaxStepsBegun];
+  --num_begun_;
+  absl::Status status = CudaStatus(cudaSetDevice(device_), "cudaSetDevice");
+  if (status.ok()) status = CudaStatus(cudaEventSynchronize(oldest.done), "cudaEventSynchronize");
+  if (!status.ok()) {
+    ExitIfContextLost(status);
+    oldest.head.Clear();
+    oldest.host_out = nullptr;
+    return status;
+  }
+  Collect(&oldest);
+  if (head_) *results = head_->Take(&oldest.head);
+  return absl::OkStatus();
+}
+
+absl::Status CudaStageModel::Enqueue(const StageBatch& batch, HiddenIn hidden_in,
+                                     HiddenOut hidden_out, Slot* slot) {
   const size_t row_bytes = size_t{config_.hidden_size} * sizeof(float);
   const bool is_first = !weights_.embed_tokens.empty();
   STRAIT_CHECK(hidden_in.bytes.size() == (is_first ? 0 : batch.num_tokens * row_bytes));
   STRAIT_CHECK(hidden_out.bytes.size() == (head_ ? 0 : batch.num_tokens * row_bytes));
-  STRAIT_RETURN_IF_ERROR(tables_->Fill(batch, spec_, config_.max_position_embeddings, stream_));
-  absl::Span<const LogitsRequest> requests = batch.logits;
+  if (!TakesAhead(batch.num_tokens, static_cast<uint32_t>(batch.logits.size()))) {
+    // Its tiles would overwrite what the step before has sampled.
+    STRAIT_CHECK(num_begun_ == 0, "a step of several tiles is not taken ahead");
+  }
+  StepTables& tables = *slot->tables;
+  STRAIT_RETURN_IF_ERROR(tables.Fill(batch, spec_, config_.max_position_embeddings, stream_));
+  uint32_t first_request = 0;
   for (uint32_t begin = 0; begin < batch.num_tokens; begin += limits_.tile_rows) {
     CudaTile tile;
     tile.num_rows = static_cast<int32_t>(std::min(limits_.tile_rows, batch.num_tokens - begin));
-    tile.positions = tables_->positions() + begin;
-    tile.sequence_index = tables_->sequence_index() + begin;
+    tile.positions = tables.positions() + begin;
+    tile.sequence_index = tables.sequence_index() + begin;
+    const uint32_t end = begin + static_cast<uint32_t>(tile.num_rows);
     const size_t tile_bytes = static_cast<size_t>(tile.num_rows) * row_bytes;
     // Pinned memory is filled again when the last tile's copies have been made.
-    if (begin > 0) STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
-    STRAIT_RETURN_IF_ERROR(Plan(batch, begin, &tile));
-    if (!is_first) STRAIT_RETURN_IF_ERROR(CopyIn(hidden_in, begin * row_bytes, tile_bytes));
+    if (begin > 0) {
+      STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
+      Collect(slot);
+    }
+    STRAIT_RETURN_IF_ERROR(Plan(batch, begin, slot, &tile));
+    if (!is_first) STRAIT_RETURN_IF_ERROR(CopyIn(hidden_in, begin * row_bytes, tile_bytes, slot));
     const bool decodes = batch.num_tokens == batch.sequences.size() &&
                          batch.num_tokens == static_cast<uint32_t>(tile.num_rows) &&
                          tile.num_rows <= kMaxGraphRows && tile.plans.size() == 1;
-    const int32_t* const token_ids = tables_->token_ids() + begin;
-    STRAIT_RETURN_IF_ERROR(decodes ? ReplayTile(tile, token_ids) : RunTile(tile, token_ids));
+    const int32_t* const token_ids = tables.token_ids() + begin;
+    STRAIT_RETURN_IF_ERROR(decodes ? ReplayTile(tile, tables, token_ids)
+                                   : RunTile(tile, tables, token_ids));
     if (!head_) {
-      STRAIT_RETURN_IF_ERROR(CopyOut(hidden_out, begin * row_bytes, tile_bytes));
+      STRAIT_RETURN_IF_ERROR(CopyOut(hidden_out, begin * row_bytes, tile_bytes, slot));
       continue;
     }
-    size_t count = 0;
-    while (count < requests.size() &&
-           requests[count].row < begin + static_cast<uint32_t>(tile.num_rows)) {
-      ++count;
-    }
-    STRAIT_RETURN_IF_ERROR(head_->Read(batch, requests.subspan(0, count), begin, results));
-    requests.remove_prefix(count);
+    const absl::Span<const LogitsRequest> left = batch.logits.subspan(first_request);
+    uint32_t count = 0;
+    while (count < left.size() && left[count].row < end) ++count;
+    STRAIT_RETURN_IF_ERROR(
+        head_->Ask(batch, left.subspan(0, count), first_request, begin, &slot->head));
+    first_request += count;
   }
-  STRAIT_CHECK(requests.empty(), "logits were asked for at a row that the batch does not have");
-  STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
+  STRAIT_CHECK(first_request == batch.logits.size(),
+               "logits were asked for at a row that the batch does not have");
   return absl::OkStatus();
 }
 
-absl::Status CudaStageModel::CopyIn(const HiddenIn& hidden, size_t offset, size_t bytes) {
+absl::Status CudaStageModel::CopyIn(const HiddenIn& hidden, size_t offset, size_t bytes,
+                                    Slot* slot) {
   const std::byte* from = hidden.bytes.data() + offset;
   if (!hidden.on_device) {
-    std::memcpy(staging_.data(), from, bytes);
-    from = staging_.data();
+    std::memcpy(slot->staging.data(), from, bytes);
+    from = slot->staging.data();
   }
   STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(
       ws_.hidden, from, bytes, hidden.on_device ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice,
@@ -155,7 +211,8 @@ absl::Status CudaStageModel::CopyIn(const HiddenIn& hidden, size_t offset, size_
   return absl::OkStatus();
 }
 
-absl::Status CudaStageModel::CopyOut(const HiddenOut& hidden, size_t offset, size_t bytes) {
+absl::Status CudaStageModel::CopyOut(const HiddenOut& hidden, size_t offset, size_t bytes,
+                                     Slot* slot) {
   std::byte* const to = hidden.bytes.data() + offset;
   if (hidden.on_device) {
     STRAIT_CUDA_RETURN_IF_ERROR(
@@ -163,17 +220,26 @@ absl::Status CudaStageModel::CopyOut(const HiddenOut& hidden, size_t offset, siz
     return absl::OkStatus();
   }
   STRAIT_CUDA_RETURN_IF_ERROR(
-      cudaMemcpyAsync(staging_.data(), ws_.hidden, bytes, cudaMemcpyDeviceToHost, stream_));
-  STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
-  std::memcpy(to, staging_.data(), bytes);
+      cudaMemcpyAsync(slot->staging.data(), ws_.hidden, bytes, cudaMemcpyDeviceToHost, stream_));
+  slot->host_out = to;
+  slot->host_out_bytes = bytes;
   return absl::OkStatus();
 }
 
-absl::Status CudaStageModel::RunTile(const CudaTile& tile, const int32_t* token_ids) {
+void CudaStageModel::Collect(Slot* slot) {
+  if (head_) head_->Collect(&slot->head);
+  if (slot->host_out == nullptr) return;
+  std::memcpy(slot->host_out, slot->staging.data(), slot->host_out_bytes);
+  slot->host_out = nullptr;
+}
+
+absl::Status CudaStageModel::RunTile(const CudaTile& tile, const StepTables& tables,
+                                     const int32_t* token_ids) {
   if (!weights_.embed_tokens.empty()) {
     cuda::EmbeddingParams embed;
     embed.table = weights_.embed_tokens;
     embed.token_ids = token_ids;
+    embed.sampled_ids = ws_.sampled_ids;
     embed.y = ws_.hidden;
     embed.num_tokens = tile.num_rows;
     STRAIT_CUDA_RETURN_IF_ERROR(cuda::Embedding(embed, stream_));
@@ -183,16 +249,17 @@ absl::Status CudaStageModel::RunTile(const CudaTile& tile, const int32_t* token_
     const DeviceLayer* const next =
         layer + 1 < spec_.layers.size() ? &weights_.layers[layer + 1] : nullptr;
     STRAIT_RETURN_IF_ERROR(
-        layers_->Run(weights_.layers[layer], next, tables_->segments(layer), tile));
+        layers_->Run(weights_.layers[layer], next, tables.segments(layer), tile));
   }
   return absl::OkStatus();
 }
 
-absl::Status CudaStageModel::ReplayTile(const CudaTile& tile, const int32_t* token_ids) {
+absl::Status CudaStageModel::ReplayTile(const CudaTile& tile, const StepTables& tables,
+                                        const int32_t* token_ids) {
   auto it = graphs_.find(tile.num_rows);
   if (it == graphs_.end()) {
     STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
-    const absl::Status captured = RunTile(tile, token_ids);
+    const absl::Status captured = RunTile(tile, tables, token_ids);
     cudaGraph_t graph = nullptr;
     const cudaError_t ended = cudaStreamEndCapture(stream_, &graph);
     STRAIT_RETURN_IF_ERROR(captured);
@@ -230,7 +297,8 @@ absl::StatusOr<std::map<int32_t, cudaGraphExec_t>::iterator> CudaStageModel::Add
   return it;
 }
 
-absl::Status CudaStageModel::Plan(const StageBatch& batch, uint32_t begin, CudaTile* tile) {
+absl::Status CudaStageModel::Plan(const StageBatch& batch, uint32_t begin, Slot* slot,
+                                  CudaTile* tile) {
   const uint32_t end = begin + static_cast<uint32_t>(tile->num_rows);
   plan_sequences_.clear();
   uint32_t row = 0;
@@ -262,10 +330,10 @@ absl::Status CudaStageModel::Plan(const StageBatch& batch, uint32_t begin, CudaT
                  "the plan's limits hold for every part");
     STRAIT_CHECK(used + cuda::MlaPlanUsedBytes(plan_) <= limits_.plan_bytes);
     plan_views_.push_back(cuda::ViewMlaPlan(limits_.mla, ws_.plan + used));
-    used += static_cast<uint64_t>(cuda::WriteMlaPlan(plan_, plan_host_.data() + used));
+    used += static_cast<uint64_t>(cuda::WriteMlaPlan(plan_, slot->plan.data() + used));
   }
   STRAIT_CUDA_RETURN_IF_ERROR(
-      cudaMemcpyAsync(ws_.plan, plan_host_.data(), used, cudaMemcpyHostToDevice, stream_));
+      cudaMemcpyAsync(ws_.plan, slot->plan.data(), used, cudaMemcpyHostToDevice, stream_));
   tile->plans = plan_views_;
   return absl::OkStatus();
 }

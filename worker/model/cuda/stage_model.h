@@ -4,11 +4,16 @@
 //
 // Owns:    device memory, pinned staging, the stream.
 // Thread:  made on the loader thread, then loop thread only.
-// Errors:  Forward: those of CUDA; see CudaBackend.
+// Stream:  a step's tables, layers and results follow those of the step before; an event ends it.
+//          So device memory is there once; what the host fills, kMaxStepsBegun times.
+// Errors:  Begin, Finish: those of CUDA; see CudaBackend.
+// Limits:  a step of one tile and one product of the head is taken ahead; larger ones wait for the
+//          stream between their tiles.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <map>
 #include <memory>
 #include <optional>
@@ -34,8 +39,12 @@ class CudaStageModel final : public StageModel {
       const CudaTraits& traits, MemoryBudget::Share share, const LoadProgress& progress);
   ~CudaStageModel() override;
 
-  absl::Status Forward(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out,
-                       std::vector<LogitsResult>* results) override;
+  absl::Status Begin(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out) override;
+  bool TakesAhead(uint32_t num_rows, uint32_t num_logits) const override {
+    return num_rows <= limits_.tile_rows && num_logits <= limits_.head_rows;
+  }
+  bool Done() const override;
+  absl::Status Finish(std::vector<LogitsResult>* results) override;
 
   const StageSpec& spec() const override { return spec_; }
   uint64_t weight_bytes() const override { return bytes_.weights; }
@@ -52,23 +61,38 @@ class CudaStageModel final : public StageModel {
         graph_ledger_(kCudaGraphBytes + spec.layers.size() * kCudaGraphBytesEachLayer) {}
 
   absl::Status Init(WeightSource& source, const CudaTraits& traits, const LoadProgress& progress);
-  absl::Status Run(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out,
-                   std::vector<LogitsResult>* results);
+  // What the host has of a step that is begun.
+  struct Slot {
+    std::optional<StepTables> tables;
+    PinnedMemory plan;
+    PinnedMemory staging;           // [tile_rows, hidden_size] fp32; where hidden states come or go
+    HeadStep head;                  // last stage
+    std::byte* host_out = nullptr;  // where staging goes when it has come; null: nowhere
+    size_t host_out_bytes = 0;
+    cudaEvent_t done = nullptr;
+  };
+
+  absl::Status InitSlot(Slot* slot);
+  absl::Status Enqueue(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out,
+                       Slot* slot);
   // A tile's hidden states, `offset` bytes into the step's, to and from where the layers have them:
-  // on the device from one place to another, to and from the host through pinned memory. CopyIn is
-  // asynchronous; CopyOut too, but for host memory, which is written when it returns.
-  absl::Status CopyIn(const HiddenIn& hidden, size_t offset, size_t bytes);
-  absl::Status CopyOut(const HiddenOut& hidden, size_t offset, size_t bytes);
+  // on the device from one place to another, to and from the host through pinned memory.
+  // Asynchronous.
+  absl::Status CopyIn(const HiddenIn& hidden, size_t offset, size_t bytes, Slot* slot);
+  absl::Status CopyOut(const HiddenOut& hidden, size_t offset, size_t bytes, Slot* slot);
+  // What a tile has left in pinned memory goes where it belongs. REQUIRES: the stream was waited
+  // for.
+  void Collect(Slot* slot);
   // The layers of a tile, and the embedding where it is the first stage. Asynchronous. Hidden
   // states come and go outside, so that a graph knows no address of an edge.
-  absl::Status RunTile(const CudaTile& tile, const int32_t* token_ids);
+  absl::Status RunTile(const CudaTile& tile, const StepTables& tables, const int32_t* token_ids);
   // The same for the only tile of a step that decodes `num_rows` sequences, as a graph.
-  absl::Status ReplayTile(const CudaTile& tile, const int32_t* token_ids);
+  absl::Status ReplayTile(const CudaTile& tile, const StepTables& tables, const int32_t* token_ids);
   // Instantiates what was captured for `num_rows` rows, and takes it; others may have to go.
   absl::StatusOr<std::map<int32_t, cudaGraphExec_t>::iterator> AddGraph(int32_t num_rows,
                                                                         cudaGraph_t graph);
   // The attention plans of rows [begin, begin + tile.num_rows), on their way to the device.
-  absl::Status Plan(const StageBatch& batch, uint32_t begin, CudaTile* tile);
+  absl::Status Plan(const StageBatch& batch, uint32_t begin, Slot* slot, CudaTile* tile);
 
   const std::shared_ptr<const void> alive_;
   const ModelConfig& config_;
@@ -84,11 +108,13 @@ class CudaStageModel final : public StageModel {
   DeviceStage weights_;
   CudaPool pool_;
   CudaWorkspace ws_;
-  std::optional<StepTables> tables_;
   std::optional<CudaLayers> layers_;
   std::optional<CudaHead> head_;  // last stage
-  PinnedMemory staging_;          // [tile_rows, hidden_size] fp32
-  PinnedMemory plan_host_;
+
+  // Used in turn.
+  std::array<Slot, kMaxStepsBegun> slots_;
+  size_t next_slot_ = 0;
+  size_t num_begun_ = 0;
 
   // By rows of the step: all that a graph's launches depend on, with the addresses of the tables,
   // which follow from it. A size is captured when it is first seen: capturing all at load would

@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "kernels/cuda/latent.h"
 #include "proto/check.h"
 #include "proto/reservation.h"
 #include "proto/status_macros.h"
@@ -52,6 +53,9 @@ absl::Status StepTables::Fill(const StageBatch& batch, const StageSpec& spec,
       token_ids[row] = static_cast<int32_t>(sequence.tokens[position]);
       positions[row] = static_cast<int32_t>(position);
       sequence_index[row] = static_cast<int32_t>(index);
+    }
+    if (sequence.token_of_request) {
+      token_ids[row - 1] = cuda::LateTokenId(*sequence.token_of_request);
     }
     for (uint32_t layer = 0; layer < num_layers; ++layer) {
       const absl::Span<const BlockId> table = sequence.page_tables[layer];

@@ -3,8 +3,9 @@
 // StepTables brings what a step's kernels look up to the device: rows, and where each sequence's
 // blocks are in each layer.
 //
-// Owns:    pinned host memory.     Borrows: the device region that mirrors it.
-// Thread:  loop thread; Fill only when the last copy has been made (the stream was synchronized).
+// Owns:    pinned host memory.     Borrows: the device region that mirrors it, and other StepTables.
+// Thread:  loop thread; Fill only when its last copy has been made. What another one has brought
+//          there is used by the stream before.
 // Limits:  StepLimits::table_bytes: a batch within proto/limits.h whose blocks are the pool's.
 #pragma once
 
@@ -31,7 +32,8 @@ class StepTables {
                     cudaStream_t stream);
 
   // --- On the device, of the last Fill ---
-  const int32_t* token_ids() const { return At<int32_t>(token_ids_); }            // [rows]
+  // [rows]; of BatchSequence::token_of_request LateTokenId.
+  const int32_t* token_ids() const { return At<int32_t>(token_ids_); }
   const int32_t* positions() const { return At<int32_t>(positions_); }            // [rows]
   const int32_t* sequence_index() const { return At<int32_t>(sequence_index_); }  // [rows]
   // [sequences of the batch], of the stage's layer `layer`.

@@ -62,6 +62,8 @@ CudaWorkspace LayOutWorkspace(const ModelConfig& c, LayerRange layers, const Ste
   const auto partial_rows = static_cast<uint64_t>(limits.mla.max_partials) * cuda::kMlaTileRows;
   w.partial_out = region.Take<float>(partial_rows * rank);
   w.partial_lse = region.Take<float>(partial_rows);
+  const bool is_last = layers.end == c.num_hidden_layers;
+  w.sampled_ids = region.Take<int32_t>(is_last ? limits::kMaxStepTokens : 0);
 
   const Region common = region;
   Region attention = common;
@@ -92,7 +94,7 @@ CudaWorkspace LayOutWorkspace(const ModelConfig& c, LayerRange layers, const Ste
   }
 
   Region head = common;
-  if (layers.end == c.num_hidden_layers) {
+  if (is_last) {
     const uint64_t rows = limits.head_rows;
     w.head_normed = head.Take<cuda::Bf16>(rows * Padded(c.hidden_size));
     w.logits = head.Take<float>(rows * c.vocab_size);

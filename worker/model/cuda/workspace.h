@@ -63,6 +63,8 @@ struct CudaWorkspace {
   std::byte* plan = nullptr;     // [StepLimits::plan_bytes]
   float* partial_out = nullptr;  // [max_partials, 64, R]
   float* partial_lse = nullptr;  // [max_partials, 64]
+  // By LogitsRequest of the step before: it lies beside the layers' buffers, not under them.
+  int32_t* sampled_ids = nullptr;  // [kMaxStepTokens]; last stage
 
   // --- Attention ---
   float* q_a = nullptr;              // [T, q_lora_rank]

@@ -53,7 +53,8 @@ class CudaBackendTest : public CudaTest {
     batch.num_tokens = count * rows;
     batch.logits = requests;
     std::vector<LogitsResult> results;
-    const absl::Status status = model->Forward(batch, {}, {}, &results);
+    absl::Status status = model->Begin(batch, {}, {});
+    if (status.ok()) status = model->Finish(&results);
     ASSERT_TRUE(status.ok()) << status;
     ASSERT_EQ(results.size(), count);
   }
