@@ -9,7 +9,7 @@ import gpu_page
 STEP = {"config": "tests/bench/models/v3", "layers": 2, "deterministic": False, "rows": "bf16"}
 DECODE = {**STEP, "bench": "decode", "batch": 16, "context": 32768, "us": 4000.0, "floor_us": 3000.0, "share": 0.75,
           "cache_bytes": 1e9}
-PREFILL = {**STEP, "bench": "prefill", "tokens": 4096, "us": 90000.0}
+PREFILL = {**STEP, "bench": "prefill", "tokens": 4096, "us": 90000.0, "tflops": 400.0, "matrix_share": 0.45}
 MEMORY = {**STEP, "bench": "memory", "weights": 2**31, "cache": 2**30, "workspace": 2**28, "stated": 2**32, "taken": 2**32}
 HOP = {"bench": "nccl_hop", "mps": True, "nccl": "2.28.9", "bytes": 28672, "bare_us": 40.0, "transport_us": 50.0,
        "ratio": 1.25, "taken": 160 * 2**20, "stated": 256 * 2**20}
@@ -31,7 +31,7 @@ class PageTest(unittest.TestCase):
     def test_steps(self):
         text = page(DECODE, PREFILL)
         self.assertIn("| v3, 2 layers | 16 | 32768 | 4.00 | 3.00 | 75 % | 4000 |", text)
-        self.assertIn("Prefill of 4096 tokens, v3: 90 ms, 45511 tokens/s.", text)
+        self.assertIn("Prefill of 4096 tokens, v3, 2 layers: 90 ms, 45511 tokens/s; 400 TFLOP/s as done ", text)
         for section in ("Serving", "What --deterministic costs", "fp8 cache rows", "A stage's memory", "A hop over NCCL"):
             self.assertNotIn("## " + section, text)
 

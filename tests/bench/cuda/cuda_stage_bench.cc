@@ -81,6 +81,27 @@ double TouchedBytes(const ModelConfig& c, LayerRange layers, double batch) {
   return bytes;
 }
 
+// Multiplications and additions of one prompt of `tokens` through the layers, as they are done: every
+// token attends in the absorbed form.
+double PrefillFlops(const ModelConfig& c, LayerRange layers, double tokens) {
+  const double hidden = c.hidden_size;
+  const double heads = c.num_attention_heads;
+  const double q = heads * c.qk_head_dim();
+  const double row = double{c.kv_lora_rank} + c.qk_rope_head_dim;
+  double weights = 0;  // that a token is multiplied with
+  for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
+    weights += c.q_lora_rank > 0 ? c.q_lora_rank * (hidden + q) : hidden * q;
+    weights += hidden * row + heads * c.v_head_dim * hidden;
+    weights += heads * c.kv_lora_rank * (double{c.qk_nope_head_dim} + c.v_head_dim);
+    weights += c.IsMoeLayer(layer)
+                   ? hidden * c.n_routed_experts + 3 * hidden * c.moe_intermediate_size *
+                                                       (c.num_experts_per_tok + c.n_shared_experts)
+                   : 3 * hidden * c.intermediate_size;
+  }
+  const double seen = tokens * (tokens + 1) / 2;
+  return 2 * weights * tokens + 2 * seen * heads * (row + c.kv_lora_rank) * layers.size();
+}
+
 // Sequences of `rows` new tokens each behind `context` cached ones, with blocks of their own.
 class Batch {
  public:
@@ -184,6 +205,7 @@ int Main(Options o) {
   const ModelConfig config = Must(LoadModelConfig(o.config));
   const cuda::Device device = Must(OpenCudaDevice(0));
   const double read_rate = ReadRate();
+  const double matrix_rate = o.prefill > 0 ? MatrixRate() : 0;
   const uint32_t threads = std::max(1u, std::thread::hardware_concurrency());
   CudaBackendOptions options;
   options.memory_bytes =
@@ -259,11 +281,15 @@ int Main(Options o) {
   if (o.prefill > 0) {
     const Batch batch(1, 0, o.prefill, o.layers, last);
     const double us = StepUs(*model, batch.get(), config, 3, 1);
-    std::printf("prefill %u tokens: %.1f us, %.0f tokens/s\n", o.prefill, us, o.prefill / us * 1e6);
+    const double flops_s = PrefillFlops(config, o.layers, o.prefill) / us * 1e6;
+    const double matrix_share = flops_s / matrix_rate;
+    std::printf("prefill %u tokens: %.1f us, %.0f tokens/s, %.0f TFLOP/s, %.1f %% of products\n",
+                o.prefill, us, o.prefill / us * 1e6, flops_s / 1e12, 100 * matrix_share);
     std::printf(
         "JSON {\"bench\":\"prefill\",\"config\":\"%s\",\"layers\":%u,\"tokens\":%u,"
-        "%s,\"us\":%.1f}\n",
-        o.config.c_str(), o.layers.size(), o.prefill, mode.c_str(), us);
+        "%s,\"us\":%.1f,\"tflops\":%.1f,\"matrix_share\":%.4f}\n",
+        o.config.c_str(), o.layers.size(), o.prefill, mode.c_str(), us, flops_s / 1e12,
+        matrix_share);
   }
   const uint64_t taken = free_before - std::min(free_before, FreeBytes());
   std::printf("GPU memory taken %.2f GiB of %.2f stated\n", static_cast<double>(taken) / kGiB,
