@@ -87,19 +87,20 @@ double PrefillFlops(const ModelConfig& c, LayerRange layers, double tokens) {
   const double hidden = c.hidden_size;
   const double heads = c.num_attention_heads;
   const double q = heads * c.qk_head_dim();
-  const double row = double{c.kv_lora_rank} + c.qk_rope_head_dim;
+  const double rank = c.kv_lora_rank;
+  const double row = rank + c.qk_rope_head_dim;
   double weights = 0;  // that a token is multiplied with
   for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
     weights += c.q_lora_rank > 0 ? c.q_lora_rank * (hidden + q) : hidden * q;
     weights += hidden * row + heads * c.v_head_dim * hidden;
-    weights += heads * c.kv_lora_rank * (double{c.qk_nope_head_dim} + c.v_head_dim);
+    weights += heads * rank * (c.qk_nope_head_dim + c.v_head_dim);
     weights += c.IsMoeLayer(layer)
                    ? hidden * c.n_routed_experts + 3 * hidden * c.moe_intermediate_size *
                                                        (c.num_experts_per_tok + c.n_shared_experts)
                    : 3 * hidden * c.intermediate_size;
   }
   const double seen = tokens * (tokens + 1) / 2;
-  return 2 * weights * tokens + 2 * seen * heads * (row + c.kv_lora_rank) * layers.size();
+  return 2 * weights * tokens + 2 * seen * heads * (row + rank) * layers.size();
 }
 
 // Sequences of `rows` new tokens each behind `context` cached ones, with blocks of their own.
