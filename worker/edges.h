@@ -36,6 +36,7 @@ class Edges final : public Transport {
   void Consumed(uint64_t to_stage_id, StepId step) override;
 
   int port() const { return grpc_->port(); }
+  bool receives_over_nccl() const { return !nccl_incoming_.empty(); }
 
  private:
   Edges(TransportEvents events, std::unique_ptr<GrpcTransport> grpc,

@@ -104,7 +104,9 @@ class WorkerProcess::Impl {
   void Run() {
     link_->Start();
     for (bool busy = false; !stop_; busy = !stop_ && DoSteps()) {
-      for (Event& event : queue_.PopAll(busy ? std::chrono::seconds(0) : kIdleWait)) {
+      const auto eager = busy || !transport_->receives_over_nccl() ? std::chrono::microseconds(0)
+                                                                   : kEagerHiddenWait;
+      for (Event& event : queue_.PopAll(busy ? std::chrono::seconds(0) : kIdleWait, eager)) {
         std::visit([this](auto& e) { On(e); }, event);
       }
       if (link_paused_.exchange(false)) link_->Resume();

@@ -10,11 +10,13 @@
 //          told.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <deque>
 #include <mutex>
+#include <thread>
 #include <utility>
 
 namespace strait {
@@ -46,9 +48,17 @@ class BoundedQueue {
     return true;
   }
 
-  // All items, in order; waits for one at most `timeout`.
-  std::deque<T> PopAll(std::chrono::microseconds timeout) {
+  // All items, in order; waits for one at most `timeout`. For `eager` of it the thread looks again and
+  // again: a sleeping one takes some 50 us to wake.
+  std::deque<T> PopAll(std::chrono::microseconds timeout,
+                       std::chrono::microseconds eager = std::chrono::microseconds(0)) {
     std::unique_lock lock(mu_);
+    const auto until = std::chrono::steady_clock::now() + std::min(timeout, eager);
+    while (eager.count() > 0 && items_.empty() && std::chrono::steady_clock::now() < until) {
+      lock.unlock();
+      std::this_thread::yield();
+      lock.lock();
+    }
     if (items_.empty() && timeout.count() > 0) {
       waiting_ = true;
       changed_.wait_for(lock, timeout, [this] { return !items_.empty(); });

@@ -57,6 +57,10 @@ struct NcclTransportOptions {
   std::chrono::milliseconds abort_timeout{60'000};
 };
 
+// How long a loop that waits for hidden states of NCCL should turn before it sleeps: the time that a
+// pipeline's other stages take for a decode step, and as long as an edge itself turns.
+inline constexpr std::chrono::microseconds kEagerHiddenWait{2'000};
+
 struct NcclEvents {
   TransportEvents transport;
   // The id of the communicator of an edge that was expected.

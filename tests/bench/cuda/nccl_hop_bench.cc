@@ -220,7 +220,7 @@ double Side::Transport(const Size& size, int64_t* taken) {
                           {kEpoch, StepId{step}, size.tokens, transport.Memory(sends, bytes)}));
     };
     if (rank_ == 0) send();
-    std::deque<HiddenStep> here = arrived.PopAll(std::chrono::seconds(60));
+    std::deque<HiddenStep> here = arrived.PopAll(std::chrono::seconds(60), kEagerHiddenWait);
     STRAIT_CHECK(here.size() == 1 && here.front().step == StepId{step});
     if (rank_ == 1) send();
   });

@@ -29,6 +29,16 @@ TEST(Queue, TellsWhenItIsFull) {
   EXPECT_TRUE(queue.PopAll(1us).empty());
 }
 
+TEST(Queue, AnEagerWaitBringsWhatComesAndEndsWithoutIt) {
+  BoundedQueue<int> queue(16);
+  EXPECT_TRUE(queue.PopAll(0us, 1s).empty());
+  EXPECT_TRUE(queue.PopAll(10us, 5us).empty());
+  std::jthread producer([&queue] { queue.Push(7); });
+  EXPECT_EQ(queue.PopAll(600s, 300s).front(), 7);
+  std::jthread late([&queue] { queue.Push(8); });
+  EXPECT_EQ(queue.PopAll(600s, 1us).front(), 8);  // asleep or not
+}
+
 TEST(Queue, KeepsEveryProducersOrder) {
   constexpr int kProducers = 4;
   constexpr int kItems = 5000;
