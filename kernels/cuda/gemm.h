@@ -15,9 +15,10 @@
 //          warpgroup products, fed by warps of their own, on sm_90; "W8A8" multiplies codes of x
 //          with codes of the weight, on sm_90, for any number of rows.
 //          Order of sums: in the few-rows kernel it is a property of K alone; fixed_order uses it for
-//          any number of rows, so that a row's bits do not depend on the others. The other two go
+//          any number of rows, so that a row's bits do not depend on the others. The others go
 //          through K in order, and so a row's bits depend on which of the kernels, and how many
-//          shares of K, the number of rows asks for.
+//          shares of K, the number of rows asks for. W8A8 has one form of tile: in a fixed order,
+//          where K is one share, it makes a row's bits from that row alone, too.
 //          fp8 weights keep their codes up to the tensor core (e4m3 fits in bf16) and sums are
 //          scaled every 128 k, so nothing is rounded twice. Activations stay bf16 (W8A16) unless
 //          the caller has quantized them: x_codes. That doubles the tensor core's rate and halves
@@ -63,8 +64,8 @@ struct GemmParams {
   const RowTile* tiles = nullptr;      // [*num_tiles], each of at most tile_rows rows
   const int32_t* num_tiles = nullptr;  // on the device
   int32_t max_tiles = 0;               // what *num_tiles never exceeds
-  int32_t tile_rows =
-      0;  // ExpertTileRows(), or another of 8, 16, 32, 64, 128; codes: kCodeTileRows
+  // ExpertTileRows(), or another of 8, 16, 32, 64, 128; with x_codes kCodeTileRows.
+  int32_t tile_rows = 0;
 
   // Room for partial sums, for products of few rows and columns that must split K to fill the
   // device; may be null. Not used with a fixed order.
@@ -92,13 +93,13 @@ cudaError_t GemmPair(const GemmParams& a, const GemmParams& b, cudaStream_t stre
 // Rows of a tile for a list of experts' rows: few rows an expert, small tiles.
 int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fp8, bool fixed_order);
 
-inline constexpr int32_t kCodeTileRows = 128;
+inline constexpr int32_t kCodeTileRows = 128;  // of a list's tiles with x_codes
 
 // Whether the current device has the product of codes with codes.
 bool MultipliesCodes();
 
-// Whether a product of so many rows gains by x as codes: where it is W8A16's tiled kernels otherwise.
-// With a fixed order it may not be the number of rows that decides: always.
+// Whether a product of so many rows gains by x as codes: where a tiled kernel makes it otherwise. In a
+// fixed order the number of rows may not decide: always.
 bool WorthQuantizing(int64_t num_rows, bool fixed_order);
 // The same of the products of experts.
 bool WorthQuantizingExperts(int64_t num_choices, int64_t num_experts, bool fixed_order);

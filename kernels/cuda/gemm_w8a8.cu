@@ -8,18 +8,17 @@
 //   scale of the weight's block). A warpgroup starts the next 128 k before it adds the last, in a
 //   second set of registers.
 //
-// Roofline: a tile of 128 x 128 asks for 128 flops a byte from L2: about 700 TFLOP/s at 5.5 TB/s if
-//   nothing were shared; neighbouring blocks read the same lines at about the same time. The tensor
-//   core needs 512 cycles a stage (two thirds of 1,979 TFLOP/s would be 1,300); shared memory gives
-//   24 KiB to each warpgroup and takes 32 KiB in it: 80 KiB, 640 cycles at 128 bytes a cycle. With
-//   few rows: bound by reading weights, kLag stages of 16 KiB a block on their way; all of the
-//   tensor core's time for 128 rows is still less than that.
+// Roofline: the tensor core needs 512 cycles a stage (1,979 TFLOP/s at its full clock). Shared memory
+//   gives 24 KiB to each warpgroup and takes 32 KiB meanwhile: 640 cycles at 128 bytes a cycle. A tile
+//   asks for 128 flops a byte from L2: about 700 TFLOP/s at 5.5 TB/s, which is the limit to hit; a
+//   larger tile would need more registers for two sums an output than there are. With few rows: bound
+//   by reading weights, kLag stages of 16 KiB a block on their way; the tensor core's time for 128
+//   rows is still less than that.
 // Measured shares: tests/reports/gpu.md, written by tests/gpu.sh.
 //
 // Order of sums: k ascending, as above. A row's bits depend on K and num_splits alone: there is one
 // form of tile, and rows of a product never meet.
-// Why one form: see Roofline; what small tiles would save in time of the tensor core, nothing waits
-// for.
+// Why one form: what a smaller tile would save of the tensor core's time, nothing waits for.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm_hopper_layout.h"
 #include "kernels/cuda/gemm_hopper_write.cuh"
@@ -52,6 +51,7 @@ constexpr int kStages = 6;
 constexpr int kLag = kStages - 2;
 constexpr int kSharedBytes = kStages * kStageBytes + 2 * kStages * 8 + 1024;
 static_assert(kStageBytes % 1024 == 0 && kSharedBytes <= hopper_gemm::kMostBytes);
+static_assert(kLag * kColumns * kTileRowBytes >= 64 << 10, "weights on their way");
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 

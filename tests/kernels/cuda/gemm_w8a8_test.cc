@@ -20,16 +20,15 @@ using gpu_test::Gated;
 using gpu_test::RelativeError;
 
 // The tensor core cuts a sum of products of codes after about 14 bits of its largest term, 33 terms
-// at a time, four times in 128 k; then sums are fp32's. Were every cut a whole last bit, and all to
-// the same side, that were 132 * 2^-13 of the largest term; cuts of terms of random sign are half a
-// bit on average and cancel: sqrt(132) / 2 * 2^-13 = 7e-4 of the largest term, which is mostly the
-// sum itself, or less. Norm by norm a thousandth is kept with room; a sum that left out one k of 128, or
-// a scale of a neighbour, is off by ten times that.
-constexpr double kCodesBound = 2e-3;
+// at a time, four times in 128 k; from there on sums are fp32's. A cut takes half a last bit on
+// average, 2^-14 of the largest term, which is about the sum itself; cuts of terms of either sign
+// mostly cancel: sqrt(132) * 2^-14 = 7e-4. The emulator, which cuts so, finds 2.3e-4, norm by norm. One
+// k of 128 left out, or a scale of a neighbour, is 9 % and more.
+constexpr double kCodesBound = 1e-3;
 constexpr double kCodesBf16Bound = 0x1p-8 + kCodesBound;
 
-// Rows of codes with their scales, as the kernel reads them and as numbers. Codes of any value but NaN; scales of a row and
-// 128 columns between a half and one and a half, so that a wrong one shows.
+// Rows of codes with their scales, as the kernel reads them and as numbers: any code but NaN, scales
+// a factor of up to three apart, so that a wrong one shows.
 class CodedRows {
  public:
   CodedRows(kernel_test::Rng& rng, int64_t rows, int64_t k)
@@ -161,7 +160,7 @@ TEST_F(CudaGemmW8A8Test, DenseOfAnyShape) {
 TEST_F(CudaGemmW8A8Test, GatedOfAnyShape) {
   STRAIT_TRACE_SEED();
   for (const auto& [rows, n, k] :
-       {Shape{1, 1, 8}, {64, 64, 128}, {100, 140, 200}, {129, 129, 1000}, {20, 208, 160}}) {
+       {Shape{1, 40, 8}, {64, 64, 128}, {100, 140, 200}, {129, 129, 1000}, {20, 208, 160}}) {
     SCOPED_TRACE(testing::Message() << rows << " x " << n << " x " << k);
     const DeviceMatrices gate = Weights(n, k);
     const DeviceMatrices up = Weights(n, k);
