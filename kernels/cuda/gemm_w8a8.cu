@@ -314,8 +314,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     wgmma::FenceBarrierInit();
   }
   __syncthreads();
-  WaitForEarlier();
   StartNext();
+  WaitForEarlier();
   if (threadIdx.x >= kConsumers) {
     wgmma::FewerRegisters<72>();
     Feeder<kGated>(p, memory).Run(num_shares);

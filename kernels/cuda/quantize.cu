@@ -20,8 +20,8 @@ __device__ __forceinline__ unsigned ScaleExponent(float most) {
 }
 
 __global__ void __launch_bounds__(kThreads) QuantizeRows(const __grid_constant__ QuantizeParams p) {
-  WaitForEarlier();
   StartNext();
+  WaitForEarlier();
   const int scale_cols = (p.dim + kScaleBlock - 1) / kScaleBlock;
   const int64_t count = p.num_rows * scale_cols;
   const int64_t index = int64_t{blockIdx.x} * kBlocksEach + threadIdx.x / kLanes;
