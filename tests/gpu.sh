@@ -99,9 +99,10 @@ if wanted sanitizer; then
   strait_say "=== compute-sanitizer"
   command -v compute-sanitizer >/dev/null || strait_fail "no compute-sanitizer: it is part of the CUDA Toolkit"
   for tool in memcheck racecheck; do
-    for name in cuda_latent_test cuda_moe_test cuda_gemm_test cuda_gemm_hopper_test cuda_sample_test; do
+    for name in cuda_latent_test cuda_moe_test cuda_gemm_test cuda_gemm_hopper_test cuda_gemm_w8a8_test \
+      cuda_quantize_test cuda_sample_test; do
       # What mbarriers order, racecheck does not see.
-      [ $tool$name = racecheckcuda_gemm_hopper_test ] && continue
+      case $tool$name in racecheckcuda_gemm_hopper_test | racecheckcuda_gemm_w8a8_test) continue ;; esac
       filter=
       case $name in cuda_gemm_*) filter='--gtest_filter=*AMatrixAHead:*ExpertsByAList' ;; esac
       compute-sanitizer --tool $tool --error-exitcode 9 "$programs/tests/$name" $filter \
@@ -167,10 +168,12 @@ if wanted bench; then
         v3) "$stage" $models/v3 3 fit 1@4096 16@4096 64@4096 256@4096 1@32768 16@32768 1@131072 --prefill 4096 &&
           "$stage" $models/v3 3 fit 64@32768 256@32768 16@131072 64@131072 &&
           "$stage" $models/v3 3 fit 256@131072 || return ;;
-        # What --deterministic costs: the same stage, both ways.
+        # What --deterministic costs: the same stage, both ways; and what --fp8-activations gives, with and without.
         price) for mode in "" --deterministic; do
-            "$stage" $models/v2-lite 1 9 1@1024 16@1024 64@1024 256@1024 16@32768 --prefill 8192 $mode &&
-              "$stage" $models/v3 3 5 1@4096 16@4096 64@4096 16@32768 --prefill 4096 $mode || return
+            "$stage" $models/v2-lite 1 9 1@1024 16@1024 64@1024 256@1024 16@32768 --prefill 8192 $mode || return
+            for fp8 in "" --fp8-activations; do
+              "$stage" $models/v3 3 5 1@4096 16@4096 64@4096 16@32768 --prefill 4096 $mode $fp8 || return
+            done
           done ;;
         # What fp8 cache rows give: the same stage, both ways.
         rows) for rows in bf16 fp8; do

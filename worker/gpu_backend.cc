@@ -23,6 +23,7 @@ absl::StatusOr<GpuBackend> MakeGpuBackend(
   cuda.device = options.device;
   cuda.deterministic = options.deterministic;
   cuda.row_format = options.row_format;
+  cuda.fp8_activations = options.fp8_activations;
   cuda.memory_bytes =
       options.memory_bytes > 0
           ? options.memory_bytes

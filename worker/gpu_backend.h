@@ -26,6 +26,7 @@ struct GpuBackendOptions {
   double memory_share = 0;    // of the GPU's memory
   bool deterministic = false;
   RowFormat row_format = RowFormat::kBf16;
+  bool fp8_activations = false;
 };
 
 struct GpuBackend {

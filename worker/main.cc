@@ -49,6 +49,7 @@ struct Flags {
   LogFlags log;
   bool insecure = false;
   bool deterministic = false;
+  bool fp8_activations = false;
 };
 
 // Of what the machine can give, this much: the rest is for workspaces, buffers and the page cache.
@@ -102,11 +103,16 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_
     options.memory_share = flags.gpu_memory_share;
     options.deterministic = flags.deterministic;
     options.row_format = RowFormatOf(flags.cache_format).value_or(RowFormat::kBf16);
+    options.fp8_activations = flags.fp8_activations;
     STRAIT_ASSIGN_OR_RETURN(GpuBackend made,
                             MakeGpuBackend(options, [&] { return OpenWeights(flags, threads); }));
     *memory_bytes = made.memory_bytes;
     *costs = std::move(made.stage_costs);
     return std::move(made.backend);
+  }
+  if (flags.fp8_activations) {
+    return absl::InvalidArgumentError(
+        "--fp8-activations needs --backend cuda: the CPU computes with fp32 activations");
   }
   CpuBackendOptions options;
   options.num_threads = threads;
@@ -262,6 +268,9 @@ int main(int argc, char** argv) {
   AddSwitch(app, "--deterministic", flags.deterministic,
             "A sequence's tokens depend on the sequence alone, not on what is computed beside it. "
             "On a GPU it costs speed; on the CPU it is always so");
+  AddSwitch(app, "--fp8-activations", flags.fp8_activations,
+            "On a GPU, with fp8 weights: quantize activations to fp8 for products of many rows, "
+            "with --deterministic for all. Faster prompts, less exact; default: bf16 activations");
   AddSwitch(app, "--insecure", flags.insecure,
             "Let --listen be reached from other machines, neither encrypted nor authenticated");
   AddLogFlags(app, &flags.log);

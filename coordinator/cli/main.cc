@@ -102,6 +102,11 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
           "always so)")
       ->group("Passed on to the daemons");
   verb.add_flag_function(
+          "--fp8-activations",
+          [options](int64_t) { options->worker_args.push_back("--fp8-activations"); },
+          "Quantize activations to fp8 for products with fp8 weights, with --backend cuda")
+      ->group("Passed on to the daemons");
+  verb.add_flag_function(
           "--insecure",
           [options](int64_t) {
             options->coordinator_args.push_back("--insecure");

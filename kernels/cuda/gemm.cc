@@ -33,6 +33,11 @@ void Check(const GemmParams& p) {
   STRAIT_CHECK((p.y_bf16 == nullptr) != (p.y_fp32 == nullptr), "one output");
   STRAIT_CHECK(p.up.empty() || p.y_bf16 != nullptr, "gated products are bf16");
   STRAIT_CHECK(!p.accumulate || p.y_fp32 != nullptr, "only fp32 accumulates");
+  if (p.x_codes != nullptr) {
+    STRAIT_CHECK(p.x_scales != nullptr && p.weight.scales != nullptr, "codes are times codes");
+    STRAIT_CHECK(p.x_stride % 16 == 0 && reinterpret_cast<uintptr_t>(p.x_codes) % 16 == 0);
+    STRAIT_CHECK(p.tiles != nullptr ? p.tile_rows == kCodeTileRows : p.num_groups == 1);
+  }
   STRAIT_CHECK(p.x_stride % 8 == 0 && p.x_group_stride % 8 == 0);
   STRAIT_CHECK(reinterpret_cast<uintptr_t>(p.x) % 16 == 0);
   STRAIT_CHECK(reinterpret_cast<uintptr_t>(p.weight.data) % 16 == 0);
@@ -42,9 +47,9 @@ void Check(const GemmParams& p) {
                                 (p.up.scales == nullptr) == (p.weight.scales == nullptr)));
 }
 
-// Rows a tile of the few-rows kernel; 0: too many rows for it.
+// Rows a tile of the few-rows kernel; 0: too many rows for it, or x as codes.
 int32_t FewRowsTileOf(const GemmParams& p) {
-  if (p.num_rows > kFewRows && !p.fixed_order) return 0;
+  if (p.x_codes != nullptr || (p.num_rows > kFewRows && !p.fixed_order)) return 0;
   const int32_t tile = FewRowsTile(p.num_rows);
   return p.fixed_order ? std::min(tile, kFixedRows) : tile;
 }
@@ -89,6 +94,19 @@ GemmPlan PlanHopper(const GemmParams& p, int32_t tile_rows, int32_t multiprocess
   return best;
 }
 
+// One tile; K in shares only where the few of them leave the device idle.
+GemmPlan PlanW8A8(const GemmParams& p, int32_t multiprocessors) {
+  GemmPlan plan = {GemmKind::kW8A8, kCodeTileRows, kTileColumns, 1};
+  if (p.fixed_order) return plan;
+  const int32_t each = p.up.empty() ? kTileColumns : kTileColumns / 2;
+  const int64_t units = NumItems(p, kCodeTileRows) * CeilDiv(p.weight.rows, each);
+  // Partial sums go through L2 twice: no more of them than the weight has bytes.
+  const int64_t worth = p.weight.cols / (4 * int64_t{std::max(p.num_rows, 1)});
+  plan.num_splits = std::min(NumSplits(p, units, multiprocessors),
+                             static_cast<int32_t>(std::clamp<int64_t>(worth, 1, kMaxSplits)));
+  return plan;
+}
+
 // Whether the device has the Hopper kernel and nobody asked for the portable ones.
 bool HopperProducts() {
   static const bool available = [] {
@@ -108,6 +126,8 @@ bool UsesHopper(const GemmParams& p) { return HopperProducts() && !p.portable; }
 
 }  // namespace
 
+bool MultipliesCodes() { return HopperProducts(); }
+
 int Multiprocessors() {
   static const int multiprocessors = [] {
     int device = 0;
@@ -121,6 +141,7 @@ int Multiprocessors() {
 }
 
 GemmPlan PlanGemm(const GemmParams& p, bool hopper, int32_t multiprocessors) {
+  if (p.x_codes != nullptr) return PlanW8A8(p, multiprocessors);
   int32_t tile = p.tile_rows;
   if (p.tiles != nullptr) {
     if (tile < kSmallTile || p.fixed_order) return {GemmKind::kFewRows, tile, 0, 1};
@@ -147,6 +168,8 @@ cudaError_t Gemm(const GemmParams& p, cudaStream_t stream) {
       return GemmTiles(planned, plan.tile_rows, stream);
     case GemmKind::kHopper:
       return GemmHopper(planned, plan.tile_rows, plan.columns, stream);
+    case GemmKind::kW8A8:
+      return MultipliesCodes() ? GemmW8A8(planned, stream) : cudaErrorNotSupported;
   }
   return cudaErrorInvalidValue;
 }
@@ -173,6 +196,14 @@ int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fp8, bool 
   // Reading is the limit, and Hopper's kernel reads bf16 best, though most of a tile is empty.
   if (mean <= 8 && (fp8 || !HopperProducts())) return 16;
   return mean <= 48 ? kSmallTile : kLargeTile;
+}
+
+bool WorthQuantizing(int64_t num_rows, bool fixed_order) {
+  return fixed_order || num_rows > kFewRows;
+}
+
+bool WorthQuantizingExperts(int64_t num_choices, int64_t num_experts, bool fixed_order) {
+  return fixed_order || ExpertTileRows(num_choices, num_experts, true, false) >= kSmallTile;
 }
 
 }  // namespace strait::cuda

@@ -9,16 +9,21 @@
 // Stream:  the parameter.
 // Shapes:  below; products of bf16 are summed in fp32. Any of M, N, K may be odd.
 // Errors:  none but CUDA's own launch errors, returned.
-// Why:     three kernels. "Few rows" reads each weight once for up to 16 rows with 16-byte loads
+// Why:     four kernels. "Few rows" reads each weight once for up to 16 rows with 16-byte loads
 //          straight into tensor-core fragments, warps splitting K: bound by memory. "Tiles" is the
 //          classical tiled product through shared memory, for any device; "Hopper" the same with
-//          warpgroup products, fed by warps of their own, on sm_90.
+//          warpgroup products, fed by warps of their own, on sm_90; "W8A8" multiplies codes of x
+//          with codes of the weight, on sm_90, for any number of rows.
 //          Order of sums: in the few-rows kernel it is a property of K alone; fixed_order uses it for
-//          any number of rows, so that a row's bits do not depend on the others. The other two go
+//          any number of rows, so that a row's bits do not depend on the others. The others go
 //          through K in order, and so a row's bits depend on which of the kernels, and how many
-//          shares of K, the number of rows asks for.
+//          shares of K, the number of rows asks for. W8A8 has one form of tile: in a fixed order,
+//          where K is one share, it makes a row's bits from that row alone, too.
 //          fp8 weights keep their codes up to the tensor core (e4m3 fits in bf16) and sums are
-//          scaled every 128 k, so nothing is rounded twice.
+//          scaled every 128 k, so nothing is rounded twice. Activations stay bf16 (W8A16) unless
+//          the caller has quantized them: x_codes. That doubles the tensor core's rate and halves
+//          what is copied of x, for products that are bound by either; few rows are bound by
+//          reading weights, and gain nothing (WorthQuantizing).
 //          Dense bf16 products do not go to cuBLASLt: an epilogue that adds to fp32, or makes gated
 //          pairs, is a pass of its own there, its choice of kernels depends on the number of rows,
 //          and it brings hundreds of MB of library for what the experts' product must do anyway.
@@ -40,8 +45,12 @@ struct RowTile {
 };
 
 struct GemmParams {
-  const Bf16* x = nullptr;          // [*, K], rows x_stride apart, 16-byte aligned
-  int64_t x_stride = 0;             // elements, multiple of 8
+  const Bf16* x = nullptr;  // [*, K], rows x_stride apart, 16-byte aligned
+  // [*, K] e4m3, 16-byte aligned, and [*, ceil(K/128)], of the same rows: read instead of x, by the
+  // W8A8 kernel (MultipliesCodes), with fp8 weights in one group or a list of tiles; else null.
+  const uint8_t* x_codes = nullptr;
+  const float* x_scales = nullptr;
+  int64_t x_stride = 0;             // elements, multiple of 8; of codes: of 16
   int64_t x_group_stride = 0;       // elements, multiple of 8
   const int32_t* x_rows = nullptr;  // [M] row of x that makes row m of y; may be null
   int32_t num_rows = 0;             // M, in every group; ignored with tiles
@@ -55,7 +64,8 @@ struct GemmParams {
   const RowTile* tiles = nullptr;      // [*num_tiles], each of at most tile_rows rows
   const int32_t* num_tiles = nullptr;  // on the device
   int32_t max_tiles = 0;               // what *num_tiles never exceeds
-  int32_t tile_rows = 0;               // ExpertTileRows(), or another of 8, 16, 32, 64, 128
+  // ExpertTileRows(), or another of 8, 16, 32, 64, 128; with x_codes kCodeTileRows.
+  int32_t tile_rows = 0;
 
   // Room for partial sums, for products of few rows and columns that must split K to fill the
   // device; may be null. Not used with a fixed order.
@@ -82,5 +92,16 @@ cudaError_t GemmPair(const GemmParams& a, const GemmParams& b, cudaStream_t stre
 
 // Rows of a tile for a list of experts' rows: few rows an expert, small tiles.
 int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fp8, bool fixed_order);
+
+inline constexpr int32_t kCodeTileRows = 128;  // of a list's tiles with x_codes
+
+// Whether the current device has the product of codes with codes.
+bool MultipliesCodes();
+
+// Whether a product of so many rows gains by x as codes: where a tiled kernel makes it otherwise. In a
+// fixed order the number of rows may not decide: always.
+bool WorthQuantizing(int64_t num_rows, bool fixed_order);
+// The same of the products of experts.
+bool WorthQuantizingExperts(int64_t num_choices, int64_t num_experts, bool fixed_order);
 
 }  // namespace strait::cuda

@@ -15,6 +15,7 @@
 #include "kernels/mla.h"
 #include "kernels/moe.h"
 #include "kernels/norm.h"
+#include "kernels/quantize.h"
 #include "kernels/rope.h"
 #include "kernels/sample.h"
 
@@ -22,8 +23,10 @@ namespace strait::reference {
 
 // Stored element [row, col] of a matrix as a real number (fp8: code * scale, rounded to fp32).
 double WeightValue(const WeightMatrix& matrix, int64_t row, int64_t col);
+double E4m3Value(uint8_t code);
 
 void Gemm(const GemmParams& params);
+void Quantize(const QuantizeParams& params);
 void RmsNorm(const RmsNormParams& params);
 void RopeTable(const RopeTableParams& params);
 void Rope(const RopeParams& params);

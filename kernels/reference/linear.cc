@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -38,11 +39,6 @@ double DecodeIeee(uint32_t bits, int exponent_bits, int mantissa_bits) {
   return DecodeFloat(bits, exponent_bits, mantissa_bits);
 }
 
-double DecodeE4m3(uint8_t code) {
-  if ((code & 0x7f) == 0x7f) return std::numeric_limits<double>::quiet_NaN();
-  return DecodeFloat(code, 4, 3);  // no infinities: the greatest exponent is an ordinary one
-}
-
 double VectorValue(const void* data, WeightType type, int64_t index) {
   switch (type) {
     case WeightType::kFp32:
@@ -52,12 +48,29 @@ double VectorValue(const void* data, WeightType type, int64_t index) {
     case WeightType::kFp16:
       return DecodeIeee(ReadElement<uint16_t>(data, index), 5, 10);
     case WeightType::kFp8E4m3:
-      return DecodeE4m3(ReadElement<uint8_t>(data, index));
+      return E4m3Value(ReadElement<uint8_t>(data, index));
   }
   return 0;
 }
 
+// The code whose value is nearest, of two the even one.
+uint8_t NearestE4m3(double value) {
+  if (std::isnan(value)) return 0x7f;
+  uint8_t best = 0;
+  for (uint8_t code = 1; code < 0x7f; ++code) {
+    const double better = std::abs(E4m3Value(best) - std::abs(value));
+    const double distance = std::abs(E4m3Value(code) - std::abs(value));
+    if (distance < better || (distance == better && code % 2 == 0)) best = code;
+  }
+  return static_cast<uint8_t>(best | (std::signbit(value) ? 0x80 : 0));
+}
+
 }  // namespace
+
+double E4m3Value(uint8_t code) {
+  if ((code & 0x7f) == 0x7f) return std::numeric_limits<double>::quiet_NaN();
+  return DecodeFloat(code, 4, 3);  // no infinities: the greatest exponent is an ordinary one
+}
 
 double WeightValue(const WeightMatrix& w, int64_t row, int64_t col) {
   const double value = VectorValue(w.data, w.type, row * w.cols + col);
@@ -74,6 +87,27 @@ void Gemm(const GemmParams& p) {
       double sum = p.accumulate ? p.y[m * p.y_stride + n] : 0.0;
       for (int64_t k = 0; k < p.weight.cols; ++k) sum += x[k] * WeightValue(p.weight, n, k);
       p.y[m * p.y_stride + n] = static_cast<float>(sum);
+    }
+  }
+}
+
+void Quantize(const QuantizeParams& p) {
+  constexpr double kLargest = 448;
+  const int64_t scale_cols = (p.dim + kQuantizeColumns - 1) / kQuantizeColumns;
+  for (int64_t t = 0; t < p.num_rows; ++t) {
+    for (int64_t block = 0; block < scale_cols; ++block) {
+      const int64_t begin = block * kQuantizeColumns;
+      const int64_t end = std::min(begin + kQuantizeColumns, p.dim);
+      double most = 0;
+      for (int64_t k = begin; k < end; ++k) {
+        most = std::fmax(most, std::abs(static_cast<double>(p.x[t * p.dim + k])));
+      }
+      double scale = 0x1p-126;
+      while (most > kLargest * scale) scale *= 2;
+      p.scales[t * scale_cols + block] = static_cast<float>(scale);
+      for (int64_t k = begin; k < end; ++k) {
+        p.codes[t * p.dim + k] = NearestE4m3(p.x[t * p.dim + k] / scale);
+      }
     }
   }
 }

@@ -42,8 +42,8 @@ def projection(decode):
 
 
 def plain(r):
-    """Neither --deterministic nor fp8 cache rows."""
-    return not r.get("deterministic") and r.get("rows", "bf16") == "bf16"
+    """Neither --deterministic nor anything in fp8 but weights."""
+    return not r.get("deterministic") and r.get("rows", "bf16") == "bf16" and not r.get("fp8_activations")
 
 
 def pairs(steps, special):
@@ -58,19 +58,26 @@ def pairs(steps, special):
 
 def side_by_side(found):
     what = lambda r: f"prefill of {r['tokens']:,}" if r["bench"] == "prefill" else f"decode {r['batch']} × {r['context']:,}"
+    both = lambda r: ", deterministic" if r.get("deterministic") and r.get("fp8_activations") else ""
     return table(["model", "step", "ms without", "ms with", "times"],
-                 [[f"{name(r)}, {r['layers']} layers", what(r), f"{p['us'] / 1000:.2f}", f"{r['us'] / 1000:.2f}",
+                 [[f"{name(r)}, {r['layers']} layers" + both(r), what(r), f"{p['us'] / 1000:.2f}", f"{r['us'] / 1000:.2f}",
                    f"{r['us'] / p['us']:.2f}"] for r, p in found])
 
 
 def price(steps):
-    found = pairs(steps, lambda r: r.get("deterministic") and r.get("rows", "bf16") == "bf16")
+    found = pairs(steps, lambda r: r.get("deterministic") and plain(dict(r, deterministic=False)))
     return ["", "## What --deterministic costs", ""] + side_by_side(found) if found else []
 
 
 def fp8_rows(steps):
-    found = pairs(steps, lambda r: not r.get("deterministic") and r.get("rows") == "fp8")
+    found = pairs(steps, lambda r: r.get("rows") == "fp8" and plain(dict(r, rows="bf16")))
     return ["", "## fp8 cache rows", "", "The same stage with --cache-format fp8, and without: bf16 rows.",
+            ""] + side_by_side(found) if found else []
+
+
+def fp8_activations(steps):
+    found = pairs(steps, lambda r: r.get("fp8_activations") and r.get("rows", "bf16") == "bf16")
+    return ["", "## fp8 activations", "", "The same stage with --fp8-activations, and without it or --deterministic.",
             ""] + side_by_side(found) if found else []
 
 
@@ -96,7 +103,8 @@ def memory(measured):
             "As the stage states it before it loads, and what the GPU then missed, all steps behind it.", ""] + table(
                 ["model", "weights, GiB", "cache", "workspace", "stated", "taken", "taken of stated"],
                 [[f"{name(r)}, {r['layers']} layers" + (", deterministic" if r["deterministic"] else "") +
-                  (f", {r['rows']} rows" if r.get("rows", "bf16") != "bf16" else ""), gib(r, "weights"),
+                  (f", {r['rows']} rows" if r.get("rows", "bf16") != "bf16" else "") +
+                  (", fp8 activations" if r.get("fp8_activations") else ""), gib(r, "weights"),
                   gib(r, "cache"), gib(r, "workspace"), gib(r, "stated"), gib(r, "taken"),
                   f"{100 * r['taken'] / r['stated']:.1f} %"] for r in measured])
 
@@ -143,6 +151,7 @@ def page(data, attention, serve):
     out += projection([r for r in decode if name(r) == "v3"])
     out += price(steps)
     out += fp8_rows(steps)
+    out += fp8_activations(steps)
     out += memory(by("memory"))
     out += hops(by("nccl_hop"))
     out += ["", "## Multi-head latent attention", "",

@@ -331,3 +331,10 @@ def test_a_gpu_that_is_not_there_is_told_in_a_sentence():
     text = reply.stdout + reply.stderr
     assert "--backend cuda: " in text, text
     assert any(why in text for why in ("has no CUDA backend", "no NVIDIA driver", "no NVIDIA GPU", "no GPU 99")), text
+
+
+def test_fp8_activations_without_a_gpu_are_told_in_a_sentence():
+    reply = strait("up", "--model", TINY, "--random-weights", 1, "--workers", 1, "--fp8-activations",
+                   "--http", f"127.0.0.1:{free_port()}", "--grpc", f"127.0.0.1:{free_port()}")
+    assert reply.returncode not in (0, None)
+    assert "--fp8-activations needs --backend cuda" in reply.stdout + reply.stderr, reply.stderr

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Warpgroup products and tensor copies of the emulator.
+#include <cmath>
+#include <limits>
+
 #include "tests/emulator/device_language.h"
 #include "tests/emulator/shadow/kernels/cuda/ptx.cuh"
 
@@ -9,10 +12,62 @@ namespace {
 
 constexpr int kProductRows = 64;
 constexpr int kProductDepth = 16;
+constexpr int kCodesDepth = 32;
+// Bits of the largest term that a sum of products of codes keeps, as the tensor core of sm_90 does.
+constexpr int kCodesBits = 14;
 
 // Which thread has element (row, column) of a product's result, and in which register.
 int Owner(int row, int column) { return row / 16 * 32 + row % 8 * 4 + column % 8 / 2; }
 int Register(int row, int column) { return column / 8 * 4 + row % 16 / 8 * 2 + column % 2; }
+
+// sums[column] += left[k] * right[k, column]: all terms cut where the largest of them has its last
+// bit that is kept.
+void AddCodes(const float* left, const float* right, int columns, float* sums) {
+  for (int column = 0; column < columns; ++column) {
+    float most = std::abs(sums[column]);
+    for (int k = 0; k < kCodesDepth; ++k) {
+      most = std::max(most, std::abs(left[k] * right[k * columns + column]));
+    }
+    if (most == 0) continue;
+    const float unit = std::ldexp(1.0f, std::ilogb(most) + 1 - kCodesBits);
+    const float per_unit = 1 / unit;
+    float sum = std::trunc(sums[column] * per_unit);
+    bool finite = std::isfinite(sums[column]);
+    for (int k = 0; k < kCodesDepth; ++k) {
+      const float product = left[k] * right[k * columns + column];
+      finite = finite && std::isfinite(product);
+      sum += std::trunc(product * per_unit);
+    }
+    sums[column] = finite ? sum * unit : std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
+void RunCodes(const Product* const* of_threads) {
+  const Product& p = *of_threads[0];
+  std::vector<float> a(kProductRows * kCodesDepth);
+  std::vector<float> b(static_cast<size_t>(p.columns) * kCodesDepth);
+  for (int k = 0; k < kCodesDepth; ++k) {
+    for (int row = 0; row < kProductRows; ++row) {
+      a[static_cast<size_t>(row * kCodesDepth + k)] = Code(p.a_descriptor, row, k);
+    }
+    for (int column = 0; column < p.columns; ++column) {
+      b[static_cast<size_t>(k * p.columns + column)] = Code(p.b_descriptor, column, k);
+    }
+  }
+  std::vector<float> sums(static_cast<size_t>(p.columns));
+  for (int row = 0; row < kProductRows; ++row) {
+    const auto of = [&](int column) -> float& {
+      return of_threads[Owner(row, column)]->d[Register(row, column)];
+    };
+    for (int column = 0; column < p.columns; ++column) {
+      sums[static_cast<size_t>(column)] = p.accumulate ? of(column) : 0;
+    }
+    AddCodes(&a[static_cast<size_t>(row * kCodesDepth)], b.data(), p.columns, sums.data());
+    for (int column = 0; column < p.columns; ++column) {
+      of(column) = sums[static_cast<size_t>(column)];
+    }
+  }
+}
 
 void Run(const Product* const* of_threads) {
   const Product& p = *of_threads[0];
@@ -21,7 +76,7 @@ void Run(const Product* const* of_threads) {
   for (int t = 0; t < kWarpgroupThreads; ++t) {
     const Product& one = *of_threads[t];
     if (one.a_descriptor != p.a_descriptor || one.b_descriptor != p.b_descriptor ||
-        one.columns != p.columns || one.accumulate != p.accumulate ||
+        one.columns != p.columns || one.codes != p.codes || one.accumulate != p.accumulate ||
         (one.a_pairs == nullptr) != (p.a_pairs == nullptr)) {
       Fail("the threads of a warpgroup want different products");
     }
@@ -33,6 +88,7 @@ void Run(const Product* const* of_threads) {
       a[static_cast<size_t>(row * kProductDepth + k + 1)] = HighBf16(one.a_pairs[i]);
     }
   }
+  if (p.codes) return RunCodes(of_threads);
   for (int k = 0; k < kProductDepth; ++k) {
     for (int row = 0; row < kProductRows && p.a_pairs == nullptr; ++row) {
       a[static_cast<size_t>(row * kProductDepth + k)] = Element(p.a_descriptor, false, row, k);

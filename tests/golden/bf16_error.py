@@ -9,7 +9,8 @@ where the CUDA backend rounds them (the residual and all sums stay wide), and co
 fp8 a row's latent becomes e4m3 codes with a scale for each 128, widened to bf16 when it is read: the bounds for
 --cache-format fp8. Prints per shape: mean, median, 90 and 99 in 100, worst |difference|, and the share of tokens off by more than 0.1; then the
 same with each token's experts chosen by the unrounded model: what is left when no routing changes. And how many greedy
-tokens that the reference prefers by more than CLEAR are not the first choice.
+tokens that the reference prefers by more than CLEAR are not the first choice. For shapes with fp8
+weights the same once more with --fp8-activations: what these are multiplied with is rounded to e4m3, too.
 """
 import argparse
 import json
@@ -90,6 +91,27 @@ class RoundedOracle(Oracle):
         return self.linear(name + ".o_proj", out)
 
 
+def coded(x):
+    """x through e4m3 with kernels/quantize.h's scales: a power of two a row and 128 columns."""
+    values = e4m3_values()
+    middles = (values[1:] + values[:-1]) / 2
+    out = np.empty_like(x)
+    for begin in range(0, x.shape[-1], FP8_BLOCK):
+        block = x[..., begin:begin + FP8_BLOCK]
+        most = np.maximum(np.abs(block).max(-1, keepdims=True), 2.0**-100)
+        scale = 2.0 ** np.ceil(np.log2(most / 448))
+        out[..., begin:begin + FP8_BLOCK] = np.copysign(
+            values[np.searchsorted(middles, np.abs(block) / scale)] * scale, block)
+    return out
+
+
+class CodedOracle(RoundedOracle):
+    def linear(self, name, x):
+        if not name.endswith((".mlp.gate", "lm_head", "kv_b_proj")):
+            x = coded(rounded(x))
+        return super().linear(name, x)
+
+
 class Recording(Oracle):
     def reset(self):
         super().reset()
@@ -103,7 +125,7 @@ class Recording(Oracle):
 def show(shape, what, errors):
     errors = np.sort(np.array(errors))
     at = lambda q: errors[int(q * (len(errors) - 1))]
-    print(f"{shape:8} {what:15} mean {errors.mean():.4f} median {at(.5):.4f} 90% {at(.9):.4f} 99% {at(.99):.4f} "
+    print(f"{shape:8} {what:17} mean {errors.mean():.4f} median {at(.5):.4f} 90% {at(.9):.4f} 99% {at(.99):.4f} "
           f"worst {errors[-1]:.3f} over 0.1: {(errors > 0.1).mean():.4f}", flush=True)
 
 
@@ -134,29 +156,34 @@ def main():
         else:
             config = SHAPES[shape][0]
             _, values = make_weights(config, golden["seed"])
-        exact, free = Recording(config, values), RoundedOracle(config, values)
-        free.as_row = {"bf16": rounded, "fp8": as_fp8_row}[args.rows]
-        errors = {"as it is": [], "same experts": []}
-        clear = others = 0
+        exact = Recording(config, values)
+        ways = {"": RoundedOracle(config, values)}
+        if "quantization_config" in config:
+            ways["fp8, "] = CodedOracle(config, values)
+        for oracle in ways.values():
+            oracle.as_row = {"bf16": rounded, "fp8": as_fp8_row}[args.rows]
+        errors, clear, others = {}, 0, {way: 0 for way in ways}
         for prompt in golden["prompts"]:
             tokens = prompt["tokens"] + prompt["greedy"]["tokens"]
             expected = np.array(prompt["logprobs"][1:] + prompt["greedy"]["logprobs"])
-            for oracle in (exact, free):
-                oracle.reset()
+            exact.reset()
             exact.run(tokens)
-            for what, guide in (("as it is", None), ("same experts", list(exact.decisions))):
-                free.reset()
-                free.guide = guide
-                all_of = free.run(tokens)
-                errors[what].extend(np.abs(all_of[np.arange(len(tokens) - 1), tokens[1:]] - expected))
-                if guide is not None:
-                    continue
-                for i, gap in enumerate(prompt["greedy"]["gap"], len(prompt["tokens"])):
-                    clear += gap > CLEAR
-                    others += bool(gap > CLEAR and np.argmax(all_of[i - 1]) != tokens[i])
+            clear += sum(gap > CLEAR for gap in prompt["greedy"]["gap"])
+            for way, oracle in ways.items():
+                for what, guide in (("as it is", None), ("same experts", list(exact.decisions))):
+                    oracle.reset()
+                    oracle.guide = guide
+                    all_of = oracle.run(tokens)
+                    errors.setdefault(way + what, []).extend(
+                        np.abs(all_of[np.arange(len(tokens) - 1), tokens[1:]] - expected))
+                    if guide is not None:
+                        continue
+                    for i, gap in enumerate(prompt["greedy"]["gap"], len(prompt["tokens"])):
+                        others[way] += bool(gap > CLEAR and np.argmax(all_of[i - 1]) != tokens[i])
         for what, list_of in errors.items():
             show(shape, what, list_of)
-        print(f"{shape:8} {others} of {clear} clear choices differ", flush=True)
+        for way, count in others.items():
+            print(f"{shape:8} {way}{count} of {clear} clear choices differ", flush=True)
 
 
 if __name__ == "__main__":

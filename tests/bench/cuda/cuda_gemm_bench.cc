@@ -6,7 +6,9 @@
 //
 // Prints shape, time, GB/s of weights and its share of the read rate, TFLOP/s and its share of the
 // matrix rate, both rates measured in this run; then the same as a JSON line each. What goes
-// through the Hopper kernel is measured through the portable one too.
+// through the Hopper kernel is measured through the portable one too, and with fp8 weights with x as
+// codes (W8A8), quantizing it included: the share is still of the rate of bf16, of which there is
+// twice as much.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -15,6 +17,7 @@
 
 #include "kernels/cuda/device.h"
 #include "kernels/cuda/gemm_internal.h"
+#include "kernels/cuda/quantize.h"
 #include "tests/bench/cuda/limits.h"
 
 namespace strait::bench {
@@ -58,9 +61,12 @@ constexpr Shape kShapes[] = {
     {"v3 experts up", 8, 2048, 7168, true, true, 8},
     {"v3 experts down", 8, 7168, 2048, true, false, 8},
     {"v3 o_proj", 64, 7168, 16384, true, false, 0},
+    {"v3 o_proj", 512, 7168, 16384, true, false, 0},
     {"v3 o_proj", 2048, 7168, 16384, true, false, 0},
+    {"v3 o_proj", 8192, 7168, 16384, true, false, 0},
     {"v3 q_b_proj", 2048, 24576, 1536, true, false, 0},
     {"v3 experts up, 2048 tokens", 16384, 2048, 7168, true, true, 64},
+    {"v3 experts down, 2048 tokens", 16384, 7168, 2048, true, false, 64},
 };
 
 void* Take(size_t bytes, int fill) {
@@ -90,11 +96,11 @@ struct Limits {
   double matrix_rate;
 };
 
-void Report(const Shape& s, const Limits& limits, bool portable, double us, size_t read_bytes) {
+void Report(const Shape& s, const Limits& limits, const char* way, double us, size_t read_bytes) {
   const double rate = static_cast<double>(read_bytes) / us * 1e6;
   const double flops = 2.0 * s.rows * s.n * s.k * (s.gated ? 2 : 1) / us * 1e6;
   const double matrix_share = limits.matrix_rate > 0 ? flops / limits.matrix_rate : 0;
-  const std::string name = std::string(s.name) + (portable ? ", portable" : "");
+  const std::string name = std::string(s.name) + way;
   std::printf(
       "%-44s %5d x %6d x %5d %s %8.1f us %7.0f GB/s %5.1f %% of reading %7.1f TFLOP/s %5.1f %% of "
       "products\n",
@@ -125,8 +131,17 @@ void Run(const Shape& s, const Limits& limits, size_t l2_bytes) {
   constexpr int64_t kSplitFloats = 8 << 20;
   auto* const split = static_cast<float*>(Take(kSplitFloats * 4, 0));
   void* const y = Take(static_cast<size_t>(s.rows) * static_cast<size_t>(s.n) * 4, 0);
+  auto* const codes = static_cast<uint8_t*>(Take(static_cast<size_t>(s.rows * stride), 0));
+  const int32_t scale_cols = (s.k + 127) / 128;
+  auto* const x_scales = static_cast<float*>(
+      Take(static_cast<size_t>(s.rows) * static_cast<size_t>(scale_cols) * 4, 0));
   std::vector<cuda::RowTile> tiles;
-  const int32_t tile_rows = s.experts > 0 ? cuda::ExpertTileRows(s.rows, s.experts, s.fp8, false) : 0;
+  const int32_t tile_rows =
+      s.experts > 0 ? cuda::ExpertTileRows(s.rows, s.experts, s.fp8, false) : 0;
+  // Tiles of codes are as large: the benchmark's experts with less would not take them.
+  const bool coded =
+      s.fp8 && cuda::MultipliesCodes() &&
+      (s.experts > 0 ? tile_rows == cuda::kCodeTileRows : cuda::WorthQuantizing(s.rows, false));
   for (int32_t e = 0; e < s.experts; ++e) {
     const int32_t each = s.rows / s.experts;
     for (int32_t i = 0; i < each; i += tile_rows) {
@@ -182,11 +197,30 @@ void Run(const Shape& s, const Limits& limits, size_t l2_bytes) {
       p.portable = portable;
       Check(cuda::Gemm(p, stream), "Gemm");
     });
-    Report(s, limits, portable, us, read_bytes);
+    Report(s, limits, portable ? ", portable" : "", us, read_bytes);
+  }
+  if (coded) {
+    const double us = GraphUs([&](int i, cudaStream_t stream) {
+      cuda::QuantizeParams q;
+      q.x = x;
+      q.x_stride = stride;
+      q.codes = codes;
+      q.codes_stride = stride;
+      q.scales = x_scales;
+      q.num_rows = s.rows;
+      q.dim = s.k;
+      Check(cuda::Quantize(q, stream), "Quantize");
+      cuda::GemmParams p = params(i);
+      p.x_codes = codes;
+      p.x_scales = x_scales;
+      Check(cuda::Gemm(p, stream), "Gemm");
+    });
+    Report(s, limits, ", W8A8", us, read_bytes);
   }
   for (void* data : weights) Check(cudaFree(data), "cudaFree");
-  for (void* data : {static_cast<void*>(scales), static_cast<void*>(x), static_cast<void*>(split),
-                     y, d_tiles, d_count}) {
+  for (void* data :
+       {static_cast<void*>(scales), static_cast<void*>(x), static_cast<void*>(split), y,
+        static_cast<void*>(codes), static_cast<void*>(x_scales), d_tiles, d_count}) {
     if (data != nullptr) Check(cudaFree(data), "cudaFree");
   }
 }
@@ -206,6 +240,7 @@ int Main(bool smoke, const char* only) {
   if (smoke) {
     Run({"smoke", 3, 40, 72, false, true, 0}, limits, 1024);
     Run({"smoke", 130, 40, 264, false, true, 0}, limits, 1024);
+    Run({"smoke", 130, 40, 264, true, false, 0}, limits, 1024);
     return 0;
   }
   for (const Shape& shape : kShapes) {

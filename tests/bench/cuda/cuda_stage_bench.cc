@@ -4,7 +4,7 @@
 // worker runs them, host work and copies included.
 //
 //   cuda_stage_bench CONFIG_DIR BEGIN END CASE… [--prefill TOKENS] [--memory BYTES] [--deterministic]
-//                    [--cache-format bf16|fp8]
+//                    [--cache-format bf16|fp8] [--fp8-activations]
 //
 // CASE: BATCH@CONTEXT, a decode step of BATCH sequences behind CONTEXT rows each; max@CONTEXT is the
 // largest batch that fits. END: a layer, or "fit": as many layers as fit with the largest case. All
@@ -51,6 +51,7 @@ struct Options {
   uint64_t memory_bytes = 0;
   bool deterministic = false;
   RowFormat rows = RowFormat::kBf16;
+  bool fp8_activations = false;
 };
 
 template <class T>
@@ -215,6 +216,7 @@ int Main(Options o) {
           : static_cast<uint64_t>(static_cast<double>(device.memory_bytes) * kMemoryShare);
   options.deterministic = o.deterministic;
   options.row_format = o.rows;
+  options.fp8_activations = o.fp8_activations;
   auto backend = Must(CudaBackend::Create(options, MakeRandomWeights(config, 1, threads)));
   const StageCosts costs = backend->stage_costs();
   uint64_t most = o.prefill > 0 ? BlocksPerLayer(o.prefill) : 1;
@@ -238,7 +240,8 @@ int Main(Options o) {
   const CudaStageBytes stated = LayOutStage(config, spec,
                                             {.num_multiprocessors = device.num_multiprocessors,
                                              .deterministic = o.deterministic,
-                                             .row_format = o.rows},
+                                             .row_format = o.rows,
+                                             .fp8_activations = o.fp8_activations},
                                             nullptr)
                                     .bytes;
   const uint64_t free_before = FreeBytes();
@@ -248,16 +251,17 @@ int Main(Options o) {
   const bool last = o.layers.end == config.num_hidden_layers;
   constexpr double kGiB = 1 << 30;
   std::printf(
-      "%s layers %u to %u%s, %s rows, loaded in %.1f s, reading %.0f GB/s; GiB: weights %.2f, "
+      "%s layers %u to %u%s%s, %s rows, loaded in %.1f s, reading %.0f GB/s; GiB: weights %.2f, "
       "cache %.2f, workspace %.2f\n",
       o.config.c_str(), o.layers.begin, o.layers.end, o.deterministic ? ", deterministic" : "",
-      RowFormatName(o.rows), load.count(), read_rate / 1e9,
-      static_cast<double>(stated.weights) / kGiB, static_cast<double>(stated.pool) / kGiB,
-      static_cast<double>(stated.workspace) / kGiB);
+      o.fp8_activations ? ", fp8 activations" : "", RowFormatName(o.rows), load.count(),
+      read_rate / 1e9, static_cast<double>(stated.weights) / kGiB,
+      static_cast<double>(stated.pool) / kGiB, static_cast<double>(stated.workspace) / kGiB);
   const double row_bytes = RowBytes(o.rows, config.kv_lora_rank, config.qk_rope_head_dim);
   // What all lines of this run have in common.
-  const std::string mode = absl::StrCat("\"deterministic\":", o.deterministic ? "true" : "false",
-                                        ",\"rows\":\"", RowFormatName(o.rows), "\"");
+  const std::string mode = absl::StrCat(
+      "\"deterministic\":", o.deterministic ? "true" : "false", ",\"rows\":\"",
+      RowFormatName(o.rows), "\",\"fp8_activations\":", o.fp8_activations ? "true" : "false");
   for (const Case& one : o.cases) {
     const uint32_t count = one.batch;
     const Batch batch(count, one.context, 1, o.layers, last);
@@ -312,10 +316,10 @@ int main(int argc, char** argv) {
   using strait::bench::Options;
   Options options;
   const auto usage = [] {
-    std::fprintf(
-        stderr,
-        "usage: cuda_stage_bench CONFIG_DIR BEGIN END|fit BATCH@CONTEXT… "
-        "[--prefill TOKENS] [--memory BYTES] [--deterministic] [--cache-format bf16|fp8]\n");
+    std::fprintf(stderr,
+                 "usage: cuda_stage_bench CONFIG_DIR BEGIN END|fit BATCH@CONTEXT… "
+                 "[--prefill TOKENS] [--memory BYTES] [--deterministic] [--cache-format bf16|fp8] "
+                 "[--fp8-activations]\n");
     return 2;
   };
   if (argc < 5) return usage();
@@ -336,6 +340,8 @@ int main(int argc, char** argv) {
       const auto rows = strait::RowFormatOf(argv[++i]);
       if (!rows || *rows == strait::RowFormat::kFp32) return usage();
       options.rows = *rows;
+    } else if (std::strcmp(argv[i], "--fp8-activations") == 0) {
+      options.fp8_activations = true;
     } else if (at != nullptr && number(at + 1) > 0) {
       const bool most = std::strncmp(argv[i], "max@", 4) == 0;
       const Case one = {most ? 0 : number(argv[i]), number(at + 1)};

@@ -170,6 +170,31 @@ TEST(CudaGemmPlanTest, AFixedOrderHasOneKernel) {
   }
 }
 
+// Whatever a layer asks for: with codes of x, no number of rows changes the kernel, and in a fixed
+// order K is never cut.
+TEST(CudaGemmPlanTest, CodesHaveOneKernel) {
+  float room = 0;
+  static const uint8_t code = 0;
+  for (const bool fixed : {false, true}) {
+    for (const int32_t rows : {1, 2, 16, 17, 64, 65, 300, 2048}) {
+      GemmParams p = Product(rows, 576, 7168, true, false, fixed);
+      p.x_codes = &code;
+      p.split_sums = fixed ? nullptr : &room;
+      p.split_capacity = 8 << 20;
+      const GemmPlan plan = PlanGemm(p, true, kMultiprocessors);
+      EXPECT_EQ(plan.kind, GemmKind::kW8A8) << rows;
+      EXPECT_EQ(plan.num_splits > 1, !fixed && rows < 2048) << rows;
+      EXPECT_LE(int64_t{plan.num_splits} * rows * 576, p.split_capacity);
+    }
+  }
+  EXPECT_FALSE(WorthQuantizing(1, false));
+  EXPECT_TRUE(WorthQuantizing(17, false));
+  EXPECT_TRUE(WorthQuantizing(1, true));
+  EXPECT_FALSE(WorthQuantizingExperts(8, 256, false));
+  EXPECT_TRUE(WorthQuantizingExperts(16384, 256, false));
+  EXPECT_TRUE(WorthQuantizingExperts(8, 256, true));
+}
+
 TEST(CudaGemmPlanTest, ManyRowsTakeTheHopperKernelWhereItMay) {
   const GemmParams p = Product(2048, 3072, 2048, false, false, false);
   EXPECT_EQ(PlanGemm(p, true, kMultiprocessors).kind, GemmKind::kHopper);

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/cuda/gemm.h"
 #include "proto/limits.h"
 #include "proto/reservation.h"
 #include "proto/status_macros.h"
@@ -18,6 +19,22 @@ namespace {
 
 // Raise it with every change that may change a bit of the results.
 constexpr int kKernelRevision = 1;
+
+absl::Status CheckFp8Activations(const ModelConfig& config, const cuda::Device& device) {
+  if (config.quantization != Quantization::kFp8Block128) {
+    return absl::InvalidArgumentError(
+        "--fp8-activations is for checkpoints of fp8 weights, and this one has none: leave it out");
+  }
+  if (!cuda::MultipliesCodes()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("--fp8-activations needs a GPU of compute capability 9.0 (and not "
+                     "STRAIT_CUDA_GEMM=portable "
+                     "in the environment), ",
+                     device.name, " has ", device.compute_capability / 10, ".",
+                     device.compute_capability % 10, ": leave it out, activations are then bf16"));
+  }
+  return absl::OkStatus();
+}
 
 }  // namespace
 
@@ -51,10 +68,14 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
   STRAIT_ASSIGN_OR_RETURN(shared->device, OpenCudaDevice(options.device));
   STRAIT_RETURN_IF_ERROR(CheckCudaModel(weights->config()));
   STRAIT_RETURN_IF_ERROR(CheckCudaAttention(weights->config(), shared->device));
+  if (options.fp8_activations) {
+    STRAIT_RETURN_IF_ERROR(CheckFp8Activations(weights->config(), shared->device));
+  }
   shared->weights = std::move(weights);
   shared->traits = {.num_multiprocessors = shared->device.num_multiprocessors,
                     .deterministic = options.deterministic,
-                    .row_format = options.row_format};
+                    .row_format = options.row_format,
+                    .fp8_activations = options.fp8_activations};
   shared->budget = std::make_shared<MemoryBudget>(options.memory_bytes);
   return std::unique_ptr<CudaBackend>(new CudaBackend(std::move(shared)));
 }
@@ -104,6 +125,7 @@ const ModelConfig& CudaBackend::config() const { return shared_->weights->config
 std::string CudaBackend::numerics_id() const {
   return absl::StrCat("cuda/", kKernelRevision, "/sm_", shared_->device.compute_capability, "/",
                       RowFormatName(shared_->traits.row_format),
+                      shared_->traits.fp8_activations ? "/fp8-activations" : "",
                       shared_->traits.deterministic ? "/deterministic" : "");
 }
 

@@ -8,9 +8,10 @@
 // Thread:  Load any; steps of a stage by one thread.
 // Stream:  one a stage, in order.
 // Errors:  Create: FailedPrecondition: no GPU, driver too old, compute capability without code;
-//          InvalidArgument: a model or a row format that the kernels do not take. Load: as
-//          CpuBackend's, and ResourceExhausted if the GPU has not the bytes. Steps: Internal; if the
-//          GPU context is lost, the process ends (worker/model/cuda/status.h).
+//          InvalidArgument: a model or a row format that the kernels do not take, fp8_activations
+//          without fp8 weights. Load: as CpuBackend's, and ResourceExhausted if the GPU has not the
+//          bytes. Steps: Internal; if the GPU context is lost, the process ends
+//          (worker/model/cuda/status.h).
 // Limits:  all stages together within memory_bytes: weights as the device stores them, cache and
 //          workspace (stage_layout.h). What CUDA itself takes for the process comes on top.
 // Why:     a stage's device memory is one allocation, made at load: nothing is taken in a step.
@@ -37,6 +38,9 @@ struct CudaBackendOptions {
   // A sequence's bits are a function of the sequence alone (ARCHITECTURE.md, The same tokens).
   bool deterministic = false;
   RowFormat row_format = RowFormat::kBf16;  // or kFp8
+  // Products of fp8 weights with many rows, deterministic with any number, read activations as e4m3
+  // codes (kernels/cuda/gemm.h, W8A8).
+  bool fp8_activations = false;
 };
 
 // Opens GPU `index`, for a worker to know its memory before it makes a backend.

@@ -2,6 +2,7 @@
 #include "worker/model/cuda/layers.h"
 
 #include "kernels/cuda/norm.h"
+#include "kernels/cuda/quantize.h"
 #include "kernels/rope.h"
 #include "proto/status_macros.h"
 #include "worker/model/cuda/status.h"
@@ -9,7 +10,6 @@
 
 namespace strait {
 namespace {
-
 
 cuda::GemmParams Product(const CudaWorkspace& workspace, const cuda::Bf16* x, int64_t x_stride,
                          const cuda::Matrix& weight, int32_t num_rows) {
@@ -22,6 +22,21 @@ cuda::GemmParams Product(const CudaWorkspace& workspace, const cuda::Bf16* x, in
   p.weight = weight;
   p.num_rows = num_rows;
   return p;
+}
+
+// The same, of what Quantize left if `quantized`.
+cuda::GemmParams Fp8Product(const CudaWorkspace& workspace, bool quantized, const cuda::Bf16* x,
+                            int64_t x_stride, const cuda::Matrix& weight, int32_t num_rows) {
+  cuda::GemmParams p = Product(workspace, x, x_stride, weight, num_rows);
+  if (!quantized) return p;
+  p.x_codes = workspace.x_codes;
+  p.x_scales = workspace.x_scales;
+  p.x_stride = cuda::AlignedStride(weight.cols);
+  return p;
+}
+
+bool Quantizes(const CudaWorkspace& workspace, int64_t num_rows) {
+  return workspace.x_codes != nullptr && cuda::WorthQuantizing(num_rows, workspace.fixed_order);
 }
 
 cuda::GemmParams ToBf16(cuda::GemmParams p, cuda::Bf16* y, int64_t y_stride) {
@@ -71,6 +86,21 @@ absl::Status CudaLayers::Rotate(const CudaTile& tile) {
   return absl::OkStatus();
 }
 
+absl::Status CudaLayers::Quantize(bool quantized, const cuda::Bf16* x, int64_t x_stride,
+                                  int32_t dim, int64_t num_rows) {
+  if (!quantized) return absl::OkStatus();
+  cuda::QuantizeParams p;
+  p.x = x;
+  p.x_stride = x_stride;
+  p.codes = ws_.x_codes;
+  p.codes_stride = cuda::AlignedStride(dim);
+  p.scales = ws_.x_scales;
+  p.num_rows = num_rows;
+  p.dim = dim;
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Quantize(p, stream_));
+  return absl::OkStatus();
+}
+
 absl::Status CudaLayers::Norm(const float* x, int64_t x_stride, const float* weight, int32_t dim,
                               double eps, cuda::Bf16* y, int64_t y_stride, int32_t num_rows) {
   cuda::RmsNormParams p;
@@ -106,27 +136,30 @@ absl::Status CudaLayers::Run(const DeviceLayer& weights, const DeviceLayer* next
 // normed -> q and kv_a.
 absl::Status CudaLayers::Project(const DeviceLayer& weights, const CudaTile& tile) {
   const int64_t kv_width = int64_t{config_.kv_lora_rank} + config_.qk_rope_head_dim;
+  const auto size = static_cast<int32_t>(config_.hidden_size);
   const auto lora = static_cast<int32_t>(config_.q_lora_rank);
-  const cuda::GemmParams kv_a =
-      ToFp32(Product(ws_, ws_.normed, hidden_stride_, weights.kv_a_proj, tile.num_rows), ws_.kv_a,
-             kv_width);
+  const int32_t rows = tile.num_rows;
+  const bool quantized = Quantizes(ws_, rows);
+  STRAIT_RETURN_IF_ERROR(Quantize(quantized, ws_.normed, hidden_stride_, size, rows));
+  const auto of_normed = [&](const cuda::Matrix& weight) {
+    return Fp8Product(ws_, quantized, ws_.normed, hidden_stride_, weight, rows);
+  };
+  const cuda::GemmParams kv_a = ToFp32(of_normed(weights.kv_a_proj), ws_.kv_a, kv_width);
   if (lora == 0) {
-    const cuda::GemmParams q =
-        ToBf16(Product(ws_, ws_.normed, hidden_stride_, weights.q_proj, tile.num_rows), ws_.q,
-               weights.q_proj.rows);
+    const cuda::GemmParams q = ToBf16(of_normed(weights.q_proj), ws_.q, weights.q_proj.rows);
     STRAIT_CUDA_RETURN_IF_ERROR(cuda::GemmPair(q, kv_a, stream_));
     return absl::OkStatus();
   }
   const int64_t lora_stride = cuda::AlignedStride(lora);
-  const cuda::GemmParams q_a = ToFp32(
-      Product(ws_, ws_.normed, hidden_stride_, weights.q_a_proj, tile.num_rows), ws_.q_a, lora);
+  const cuda::GemmParams q_a = ToFp32(of_normed(weights.q_a_proj), ws_.q_a, lora);
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::GemmPair(q_a, kv_a, stream_));
   STRAIT_RETURN_IF_ERROR(Norm(ws_.q_a, lora, weights.q_a_layernorm, lora, kLoraNormEps,
-                              ws_.q_a_normed, lora_stride, tile.num_rows));
-  STRAIT_CUDA_RETURN_IF_ERROR(
-      cuda::Gemm(ToBf16(Product(ws_, ws_.q_a_normed, lora_stride, weights.q_b_proj, tile.num_rows),
-                        ws_.q, weights.q_b_proj.rows),
-                 stream_));
+                              ws_.q_a_normed, lora_stride, rows));
+  STRAIT_RETURN_IF_ERROR(Quantize(quantized, ws_.q_a_normed, lora_stride, lora, rows));
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(
+      ToBf16(Fp8Product(ws_, quantized, ws_.q_a_normed, lora_stride, weights.q_b_proj, rows), ws_.q,
+             weights.q_b_proj.rows),
+      stream_));
   return absl::OkStatus();
 }
 
@@ -201,23 +234,33 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   up.weight_group_stride = GroupStride(weights.value_up);
   up.y_group_stride = value;
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(ToBf16(up, ws_.attended, attended_stride), stream_));
-  STRAIT_CUDA_RETURN_IF_ERROR(
-      cuda::Gemm(ToFp32(Product(ws_, ws_.attended, attended_stride, weights.o_proj, tile.num_rows),
-                        ws_.hidden, config_.hidden_size, true),
-                 stream_));
+  const bool quantized = Quantizes(ws_, tile.num_rows);
+  STRAIT_RETURN_IF_ERROR(
+      Quantize(quantized, ws_.attended, attended_stride, weights.o_proj.cols, tile.num_rows));
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(
+      ToFp32(
+          Fp8Product(ws_, quantized, ws_.attended, attended_stride, weights.o_proj, tile.num_rows),
+          ws_.hidden, config_.hidden_size, true),
+      stream_));
   return absl::OkStatus();
 }
 
 // normed -> added to hidden.
 absl::Status CudaLayers::Dense(const DeviceMlp& mlp, int32_t num_rows) {
-  const int64_t width_stride = cuda::AlignedStride(mlp.gate_proj.rows);
-  cuda::GemmParams gated = Product(ws_, ws_.normed, hidden_stride_, mlp.gate_proj, num_rows);
+  const int32_t width = mlp.gate_proj.rows;
+  const int64_t width_stride = cuda::AlignedStride(width);
+  const bool quantized = Quantizes(ws_, num_rows);
+  STRAIT_RETURN_IF_ERROR(
+      Quantize(quantized, ws_.normed, hidden_stride_, mlp.gate_proj.cols, num_rows));
+  cuda::GemmParams gated =
+      Fp8Product(ws_, quantized, ws_.normed, hidden_stride_, mlp.gate_proj, num_rows);
   gated.up = mlp.up_proj;
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(ToBf16(gated, ws_.activated, width_stride), stream_));
-  STRAIT_CUDA_RETURN_IF_ERROR(
-      cuda::Gemm(ToFp32(Product(ws_, ws_.activated, width_stride, mlp.down_proj, num_rows),
-                        ws_.hidden, config_.hidden_size, true),
-                 stream_));
+  STRAIT_RETURN_IF_ERROR(Quantize(quantized, ws_.activated, width_stride, width, num_rows));
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(
+      ToFp32(Fp8Product(ws_, quantized, ws_.activated, width_stride, mlp.down_proj, num_rows),
+             ws_.hidden, config_.hidden_size, true),
+      stream_));
   return absl::OkStatus();
 }
 
@@ -285,7 +328,11 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, const DeviceLayer* next
   lists.num_experts_per_tok = picks;
   lists.n_routed_experts = experts;
   lists.num_shared = static_cast<int32_t>(weights.num_shared);
-  lists.tile_rows = cuda::ExpertTileRows(int64_t{num_rows} * picks, experts, fp8, ws_.fixed_order);
+  const int64_t choices = int64_t{num_rows} * picks;
+  const bool quantized =
+      ws_.x_codes != nullptr && cuda::WorthQuantizingExperts(choices, experts, ws_.fixed_order);
+  lists.tile_rows = quantized ? cuda::kCodeTileRows
+                              : cuda::ExpertTileRows(choices, experts, fp8, ws_.fixed_order);
   lists.token_of = ws_.token_of;
   lists.row_of = ws_.row_of;
   lists.tiles = ws_.tiles;
@@ -293,7 +340,8 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, const DeviceLayer* next
   STRAIT_RETURN_IF_ERROR(ChooseExperts(weights, lists));
 
   const DeviceMlp& e = weights.experts;
-  const int64_t width_stride = cuda::AlignedStride(e.gate_proj.rows);
+  const int32_t width = e.gate_proj.rows;
+  const int64_t width_stride = cuda::AlignedStride(width);
   const auto grouped = [&](cuda::GemmParams p) {
     p.num_groups = experts + lists.num_shared;
     p.weight_group_stride = GroupStride(p.weight);
@@ -305,15 +353,20 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, const DeviceLayer* next
         cuda::MaxExpertTiles(num_rows, picks, experts, lists.num_shared, lists.tile_rows));
     return p;
   };
-  cuda::GemmParams gated = grouped(Product(ws_, ws_.normed, hidden_stride_, e.gate_proj, 0));
+  STRAIT_RETURN_IF_ERROR(Quantize(quantized, ws_.normed, hidden_stride_, size, num_rows));
+  cuda::GemmParams gated =
+      grouped(Fp8Product(ws_, quantized, ws_.normed, hidden_stride_, e.gate_proj, 0));
   gated.up = e.up_proj;
   gated.x_rows = ws_.token_of;
   STRAIT_CUDA_RETURN_IF_ERROR(
       cuda::Gemm(ToBf16(gated, ws_.expert_activated, width_stride), stream_));
-  STRAIT_CUDA_RETURN_IF_ERROR(
-      cuda::Gemm(ToBf16(grouped(Product(ws_, ws_.expert_activated, width_stride, e.down_proj, 0)),
-                        ws_.expert_rows, size),
-                 stream_));
+  STRAIT_RETURN_IF_ERROR(Quantize(quantized, ws_.expert_activated, width_stride, width,
+                                  choices + int64_t{num_rows} * lists.num_shared));
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(
+      ToBf16(
+          grouped(Fp8Product(ws_, quantized, ws_.expert_activated, width_stride, e.down_proj, 0)),
+          ws_.expert_rows, size),
+      stream_));
   cuda::ExpertSumParams sum;
   sum.expert_rows = ws_.expert_rows;
   sum.expert_stride = size;

@@ -7,7 +7,9 @@
 // Thread:  loop thread only; asynchronous on one stream.
 // Errors:  those of CUDA's launches.
 // Why:     the residual is fp32; every product reads bf16 and sums in fp32; what goes through a
-//          nonlinearity is rounded to bf16 once; a cache row to its format.
+//          nonlinearity is rounded to bf16 once; a cache row to its format. With fp8 activations,
+//          what fp8 weights are multiplied with becomes e4m3 codes just before; the router, the
+//          absorbed projections and attention stay bf16, as DeepSeek-V3 does it.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -64,6 +66,9 @@ class CudaLayers {
   // hidden -> normed, the experts' lists.
   absl::Status ChooseExperts(const DeviceLayer& weights, const cuda::ExpertListsParams& lists);
   absl::Status NormHidden(const float* weight, int32_t num_rows);
+  // Quantizes rows that the next products read, if `quantized`.
+  absl::Status Quantize(bool quantized, const cuda::Bf16* x, int64_t x_stride, int32_t dim,
+                        int64_t num_rows);
   absl::Status Norm(const float* x, int64_t x_stride, const float* weight, int32_t dim, double eps,
                     cuda::Bf16* y, int64_t y_stride, int32_t num_rows);
 

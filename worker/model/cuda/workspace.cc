@@ -33,6 +33,25 @@ void LimitPlans(const ModelConfig& c, const CudaTraits& traits, StepLimits* limi
   limits->plan_bytes = static_cast<uint64_t>(parts.plan_bytes);
 }
 
+// Room for the codes of whatever products of fp8 weights read, one after the other.
+void LayOutCodes(const ModelConfig& c, uint64_t tile_rows, Region& region, CudaWorkspace* w) {
+  uint64_t codes = 0;
+  uint64_t scales = 0;
+  const auto add = [&](uint64_t rows, uint64_t dim) {
+    codes = std::max(codes, rows * Padded(dim));
+    scales = std::max(scales, rows * Region::ScaleCount(1, dim));
+  };
+  add(tile_rows, c.hidden_size);
+  add(tile_rows, c.q_lora_rank);
+  add(tile_rows, uint64_t{c.num_attention_heads} * c.v_head_dim);
+  add(tile_rows, c.intermediate_size);
+  if (c.n_routed_experts > 0) {
+    add(tile_rows * (c.num_experts_per_tok + c.n_shared_experts), c.moe_intermediate_size);
+  }
+  w->x_codes = region.Take<uint8_t>(codes);
+  w->x_scales = region.Take<float>(scales);
+}
+
 }  // namespace
 
 uint64_t HeadTableBytes(const StepLimits& limits) {
@@ -55,6 +74,7 @@ CudaWorkspace LayOutWorkspace(const ModelConfig& c, LayerRange layers, const Ste
   w.normed = region.Take<cuda::Bf16>(t * Padded(c.hidden_size));
   w.fixed_order = limits.deterministic;
   w.split_sums = region.Take<float>(limits.deterministic ? 0 : kCudaSplitFloats);
+  if (limits.fp8_activations) LayOutCodes(c, t, region, &w);
   w.cos_sin = region.Take<float>(t * rope);
   w.arrived = region.Take<int32_t>(1);
   w.tables = region.Take<std::byte>(limits.table_bytes);
@@ -112,6 +132,7 @@ StepLimits MakeStepLimits(const ModelConfig& c, LayerRange layers, uint32_t pool
   StepLimits limits;
   limits.tile_rows = tile_rows;
   limits.deterministic = traits.deterministic;
+  limits.fp8_activations = traits.fp8_activations;
   const uint64_t row_bytes = uint64_t{c.vocab_size} * sizeof(float);
   limits.head_rows = static_cast<uint32_t>(
       std::clamp<uint64_t>(kCudaMaxLogitBytes / row_bytes, kCudaMinHeadRows, kCudaMaxHeadRows));

@@ -37,6 +37,7 @@ struct CudaTraits {
   int num_multiprocessors = 0;
   bool deterministic = false;
   RowFormat row_format = RowFormat::kBf16;  // of the latent cache; not kFp32
+  bool fp8_activations = false;
 };
 
 // What a step can need at most.
@@ -48,6 +49,7 @@ struct StepLimits {
   cuda::MlaPlanLimits mla;    // of one launch of attention
   uint64_t plan_bytes = 0;    // of all launches' plans
   bool deterministic = false;
+  bool fp8_activations = false;
 };
 
 struct CudaWorkspace {
@@ -57,6 +59,9 @@ struct CudaWorkspace {
   cuda::Bf16* normed = nullptr;  // [T, H padded]
   float* split_sums = nullptr;   // [kCudaSplitFloats]; deterministic: null
   bool fixed_order = false;      // products sum in an order that is a property of K alone
+  // With fp8 activations: what the next product of fp8 weights reads; else null.
+  uint8_t* x_codes = nullptr;    // [most elements of padded rows]
+  float* x_scales = nullptr;     // [most of their scales]
   float* cos_sin = nullptr;      // [T, D]
   int32_t* arrived = nullptr;    // [1], 0 between kernels
   std::byte* tables = nullptr;   // [StepLimits::table_bytes]

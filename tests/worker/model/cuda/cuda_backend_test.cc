@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/cuda/gemm.h"
 #include "proto/model_config.h"
 #include "proto/reservation.h"
 #include "tests/worker/model/cuda/cuda_fixture.h"
@@ -167,6 +168,30 @@ TEST_F(CudaBackendTest, AStageTakesWhatItSaysAndAStepNothing) {
     for (uint32_t i = 0; i < 200; ++i) Step(model->get(), config, 100, 1);
     EXPECT_EQ(FreeBytes(), settled);
   }
+}
+
+TEST_F(CudaBackendTest, Fp8ActivationsAreForFp8Weights) {
+  CudaBackendOptions options;
+  options.memory_bytes = 1 << 30;
+  options.fp8_activations = true;
+  const auto refused = CudaBackend::Create(options, MakeRandomWeights(Model(), 1, 1));
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kInvalidArgument) << refused.status();
+  EXPECT_NE(refused.status().message().find("--fp8-activations"), std::string::npos);
+
+  ModelConfig fp8 = TinyV3Fp8();
+  fp8.kv_lora_rank = 48;
+  fp8.qk_nope_head_dim = 24;
+  const auto backend = CudaBackend::Create(options, MakeRandomWeights(fp8, 1, 1));
+  if (!cuda::MultipliesCodes()) {
+    EXPECT_EQ(backend.status().code(), absl::StatusCode::kFailedPrecondition) << backend.status();
+    return;
+  }
+  ASSERT_TRUE(backend.ok()) << backend.status();
+  // Pipelines that mix both ways of computing show it.
+  options.fp8_activations = false;
+  const auto plain = CudaBackend::Create(options, MakeRandomWeights(fp8, 1, 1));
+  ASSERT_TRUE(plain.ok()) << plain.status();
+  EXPECT_NE((*backend)->numerics_id(), (*plain)->numerics_id());
 }
 
 TEST_F(CudaBackendTest, ARankThatTheKernelsDoNotTake) {

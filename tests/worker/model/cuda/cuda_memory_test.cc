@@ -47,7 +47,9 @@ constexpr CudaTraits kTraits[] = {
     {1, true},
     {148, false},
     {.num_multiprocessors = 132, .row_format = RowFormat::kFp8},
-    {.num_multiprocessors = 132, .deterministic = true, .row_format = RowFormat::kFp8}};
+    {.num_multiprocessors = 132, .deterministic = true, .row_format = RowFormat::kFp8},
+    {.num_multiprocessors = 132, .fp8_activations = true},
+    {.num_multiprocessors = 132, .deterministic = true, .fp8_activations = true}};
 
 uint64_t Counted(const StageCosts& costs, LayerRange layers, uint64_t pool_blocks) {
   return StageFixedBytes(costs, layers) + pool_blocks * costs.block_bytes;

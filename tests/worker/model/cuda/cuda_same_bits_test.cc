@@ -91,6 +91,7 @@ struct Way {
   std::vector<LayerIndex> ends;  // empty: one stage
   uint32_t num_others = 0;       // sequences beside it in every step
   bool deterministic = true;
+  bool fp8_activations = false;
 };
 
 struct Model {
@@ -110,6 +111,7 @@ class CudaSameBitsTest : public CudaTestWithParam<Model> {
     options.memory_bytes = uint64_t{16} << 30;
     options.deterministic = way.deterministic;
     options.row_format = GetParam().rows;
+    options.fp8_activations = way.fp8_activations;
     const std::vector<LayerIndex> ends =
         way.ends.empty() ? std::vector<LayerIndex>{config.num_hidden_layers} : way.ends;
     TestPipeline pipeline(MakeCuda(config, options, kSeed), ends, 64 * 1024);
@@ -226,6 +228,36 @@ TEST_P(CudaSameBitsTest, ALongContext) {
             .num_others = 15}});
 }
 
+// With fp8 activations: other bits than without, but the sequence's alone.
+class CudaFp8ActivationsTest : public CudaSameBitsTest {
+ protected:
+  void CompareFp8(Way plain, std::vector<Way> ways) {
+    const Trace bf16 = Run(plain);
+    plain.fp8_activations = true;
+    for (Way& way : ways) way.fp8_activations = true;
+    EXPECT_FALSE(Run(plain) == bf16);
+    Compare(plain, ways);
+  }
+};
+
+TEST_P(CudaFp8ActivationsTest, HoweverItIsRun) {
+  const LayerIndex n = GetParam().config().num_hidden_layers;
+  CompareFp8({.name = "in two chunks, alone"},
+             {{.name = "chunks of 1", .chunk = 1},
+              {.name = "chunks of 7, three stages", .chunk = 7, .ends = {1, 2, n}},
+              {.name = "whole", .chunk = 5000},
+              {.name = "batch of 16", .num_others = 15},
+              {.name = "batch of 40, chunks of 333", .chunk = 333, .num_others = 39}});
+}
+
+// Small enough for the emulator.
+TEST_P(CudaFp8ActivationsTest, AShortContext) {
+  const LayerIndex n = GetParam().config().num_hidden_layers;
+  CompareFp8({.name = "", .prompt = 40},
+             {{.name = "chunks of 7, two stages", .prompt = 40, .chunk = 7, .ends = {1, n}},
+              {.name = "batch of 16, chunks of 33", .prompt = 40, .chunk = 33, .num_others = 15}});
+}
+
 // If the plain mode gave the same bits, the tests above would show nothing.
 TEST_P(CudaSameBitsTest, WithoutTheFlagTheWayShows) {
   const Way whole = {.name = "", .deterministic = false};
@@ -242,6 +274,11 @@ INSTANTIATE_TEST_SUITE_P(Models, CudaSameBitsTest,
                                          Model{"V3Fp8Rows", V3, RowFormat::kFp8},
                                          Model{"Lite512Fp8Rows", Lite512, RowFormat::kFp8},
                                          Model{"Heads256Fp8Rows", Heads256, RowFormat::kFp8}),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+INSTANTIATE_TEST_SUITE_P(Models, CudaFp8ActivationsTest,
+                         testing::Values(Model{"V3Fp8", V3Fp8}, Model{"Heads256", Heads256},
+                                         Model{"V3Fp8Fp8Rows", V3Fp8, RowFormat::kFp8}),
                          [](const auto& info) { return std::string(info.param.name); });
 
 // Needs no GPU: the case that needs several launches is one.

@@ -136,8 +136,10 @@ inline void CompleteBytes(uint32_t address, int32_t bytes) {
 }
 
 // ---- wgmma ----
-// Element (row, k) of an operand: `columns` if its rows are contiguous in memory instead of k.
-inline float Element(uint64_t descriptor, bool columns, int row, int k) {
+// Where element (row, k) of an operand lies: `columns` if its rows are contiguous in memory instead
+// of k.
+inline const unsigned char* ElementAt(uint64_t descriptor, bool columns, int row, int k,
+                                      uint32_t bytes) {
   if (descriptor >> 62 != 1) Fail("a product's operand without 128-byte swizzle");
   const auto start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
   const auto leading = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
@@ -145,11 +147,19 @@ inline float Element(uint64_t descriptor, bool columns, int row, int k) {
   const auto r = static_cast<uint32_t>(row);
   const auto c = static_cast<uint32_t>(k);
   uint32_t offset = columns ? start + r / 64 * leading + c / 8 * stride + c % 8 * 128 + r % 64 * 2
-                            : start + r / 8 * stride + r % 8 * 128 + c * 2;
+                            : start + r / 8 * stride + r % 8 * 128 + c * bytes;
   offset ^= (offset >> 7 & 7) << 4;
+  return DynamicSharedMemory() + offset;
+}
+inline float Element(uint64_t descriptor, bool columns, int row, int k) {
   uint16_t bits;
-  std::memcpy(&bits, DynamicSharedMemory() + offset, sizeof(bits));
+  std::memcpy(&bits, ElementAt(descriptor, columns, row, k, sizeof(bits)), sizeof(bits));
   return Bf16ToFloat(bits);
+}
+inline float Code(uint64_t descriptor, int row, int k) {
+  __nv_fp8_e4m3 code;
+  code.__x = *ElementAt(descriptor, false, row, k, 1);
+  return static_cast<float>(code);
 }
 
 }  // namespace strait::emulator
@@ -220,7 +230,12 @@ void Pin(float (&)[kCount]) {}
 inline void Multiply(float* d, int columns, uint64_t a, uint64_t b, bool b_columns,
                      int accumulate) {
   emulator::ProductState& state = emulator::Products();
-  state.products.push_back({d, columns, nullptr, a, b, b_columns, accumulate != 0, state.group});
+  state.products.push_back(
+      {d, columns, false, nullptr, a, b, b_columns, accumulate != 0, state.group});
+}
+inline void MultiplyCodes(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
+  emulator::ProductState& state = emulator::Products();
+  state.products.push_back({d, 128, true, nullptr, a, b, false, accumulate != 0, state.group});
 }
 inline void MultiplyRows(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
   Multiply(d, 64, a, b, false, accumulate);
