@@ -54,11 +54,15 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ float shared[kThreads / 32];
   const int64_t token = blockIdx.x;
   StartNext();
-  WaitForEarlier();
   if (blockIdx.y > 0) {
+    WaitForEarlier();
     RotateQuery(p, token, (static_cast<int>(blockIdx.y) - 1) * kThreads * kPairsEach);
     return;
   }
+  // A step's tables are there before its first kernel begins.
+  const int32_t position = p.positions[token];
+  const uint32_t block = p.segments[p.sequence_index[token]].page_table[position / kMlaBlockRows];
+  WaitForEarlier();
   const float* const cos_sin = p.cos_sin + token * p.rope;
   const int half = p.rope / 2;
   const float* const kv = p.kv_a + token * p.kv_a_stride;
@@ -67,8 +71,6 @@ __global__ void __launch_bounds__(kThreads)
   const float mean = BlockSum<kThreads>(squares, shared) / static_cast<float>(p.rank);
   const float scale = rsqrtf(mean + p.eps);
 
-  const int32_t position = p.positions[token];
-  const uint32_t block = p.segments[p.sequence_index[token]].page_table[position / kMlaBlockRows];
   const int32_t row_bytes = MlaRowBytes(p.format, p.rank, p.rope);
   std::byte* const row =
       p.blocks + block * p.block_bytes + int64_t{position % kMlaBlockRows} * row_bytes;

@@ -111,6 +111,9 @@ __global__ void __launch_bounds__(kSumThreads) SumExperts(const ExpertSumParams 
   auto* const rows = reinterpret_cast<const Bf16**>(
       weights + (p.num_experts_per_tok + 1) / 2 * 2);  // [num_experts_per_tok + num_shared]
   StartNext();
+  if (p.norm_weight != nullptr && threadIdx.x == 0) {
+    PrefetchToL2(p.norm_weight, p.dim / 4 * 16);
+  }
   WaitForEarlier();
   const int64_t token = blockIdx.x;
   for (int32_t j = threadIdx.x; j < p.num_experts_per_tok + p.num_shared; j += kSumThreads) {

@@ -36,12 +36,12 @@ __device__ __forceinline__ const Bf16* RowOf(const Matrix& m, int32_t row) {
   return static_cast<const Bf16*>(m.data) + int64_t{row} * m.stride;
 }
 
-// A warp: one choice a lane, of at most 32. A tile holds all rows of an expert.
-__device__ void ListChoices(const ExpertListsParams& p) {
+// A warp: one choice a lane, of at most 32, whose expert is `id`; more than any expert's where there is
+// no choice. A tile holds all rows of an expert.
+__device__ void ListChoices(const ExpertListsParams& p, int32_t id) {
   const int lane = threadIdx.x % 32;
   const int32_t num_choices = p.num_tokens * p.num_experts_per_tok;
   const bool valid = lane < num_choices;
-  const int32_t id = valid ? p.expert_ids[lane] : p.n_routed_experts;
   int32_t less = 0;    // choices of lower experts
   int32_t before = 0;  // earlier choices of this one
   int32_t same = 0;
@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(kThreads) Choose(const __grid_constant__ Choos
     early[c] = k < dim ? *reinterpret_cast<const uint4*>(row + k) : make_uint4(0, 0, 0, 0);
   }
   StartNext();
+  if (threadIdx.x == 0) PrefetchToL2(p.norm_weight, dim * sizeof(float));
   WaitForEarlier();
   for (int t = 0; t < tokens; ++t) {
     const auto* const x = reinterpret_cast<const float4*>(p.x + int64_t{t} * dim);
@@ -164,7 +165,11 @@ __global__ void __launch_bounds__(kThreads) Choose(const __grid_constant__ Choos
   router.logits = p.logits;
   if (warp < tokens) moe::RouteToken(router, warp, scratch + warp * moe::RouteFloats(router));
   __syncthreads();
-  if (warp == 0) ListChoices(p.lists);
+  if (warp > 0) return;
+  const int32_t picks = router.num_experts_per_tok;
+  const bool valid = lane < tokens * picks;
+  float* const memory = scratch + (valid ? lane / picks : 0) * moe::RouteFloats(router);
+  ListChoices(p.lists, valid ? moe::PickedIds(router, memory)[lane % picks] : experts);
 }
 
 size_t SharedBytes(const ChooseExpertsParams& p) {

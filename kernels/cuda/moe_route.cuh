@@ -42,26 +42,30 @@ __device__ __forceinline__ void Strike(float* values, int32_t index) {
   __syncwarp();
 }
 
+// A lane's own numbers: e = lane, lane + 32, ...
 __device__ inline void Scores(const RouterParams& p, const float* logits, float* scores) {
   const int32_t n = p.n_routed_experts;
+  const int32_t lane = threadIdx.x % 32;
+  float most = kNever;
+  for (int32_t e = lane; e < n; e += 32) {
+    scores[e] = __ldcg(&logits[e]);
+    most = fmaxf(most, scores[e]);
+  }
   if (p.scoring == RouterScoring::kSigmoid) {
-    for (int32_t e = threadIdx.x % 32; e < n; e += 32)
-      scores[e] = 1.0f / (1.0f + expf(-__ldcg(&logits[e])));
+    for (int32_t e = lane; e < n; e += 32) scores[e] = 1.0f / (1.0f + expf(-scores[e]));
     return;
   }
-  float most = kNever;
-  for (int32_t e = threadIdx.x % 32; e < n; e += 32) most = fmaxf(most, __ldcg(&logits[e]));
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, offset));
   }
   float sum = 0;
-  for (int32_t e = threadIdx.x % 32; e < n; e += 32) {
-    scores[e] = expf(__ldcg(&logits[e]) - most);
+  for (int32_t e = lane; e < n; e += 32) {
+    scores[e] = expf(scores[e] - most);
     sum += scores[e];
   }
   sum = WarpSum(sum);
-  for (int32_t e = threadIdx.x % 32; e < n; e += 32) scores[e] /= sum;
+  for (int32_t e = lane; e < n; e += 32) scores[e] /= sum;
 }
 
 // choice of experts outside the best topk_group groups becomes what no group may win with.
@@ -95,7 +99,11 @@ __device__ inline void LimitGroups(const RouterParams& p, float* choice, float* 
 
 // Floats of shared memory that a warp needs.
 __host__ __device__ inline int32_t RouteFloats(const RouterParams& p) {
-  return 2 * p.n_routed_experts + p.n_group;
+  return 2 * p.n_routed_experts + p.n_group + p.num_experts_per_tok;
+}
+// Where in it the token's experts lie afterwards, ascending.
+__device__ __forceinline__ int32_t* PickedIds(const RouterParams& p, float* memory) {
+  return reinterpret_cast<int32_t*>(memory + 2 * p.n_routed_experts + p.n_group);
 }
 
 // `memory` [RouteFloats] in shared memory, of this warp alone. Logits may come from other blocks of
@@ -117,7 +125,7 @@ __device__ inline void RouteToken(const RouterParams& p, int64_t token, float* m
     Strike(choice, WarpBest(choice, p.n_routed_experts));
   }
   // What was struck, ascending: each lane counts those before its own.
-  int32_t* const ids = p.expert_ids + token * picks;
+  int32_t* const ids = PickedIds(p, memory);
   float* const weights = p.expert_weights + token * picks;
   int32_t taken = 0;
   float sum = 0;
@@ -134,6 +142,7 @@ __device__ inline void RouteToken(const RouterParams& p, int64_t token, float* m
   const bool normalize = p.norm_topk_prob && p.scoring == RouterScoring::kSigmoid;
   for (int32_t j = lane; j < picks; j += 32) {
     const float score = scores[ids[j]];
+    p.expert_ids[token * picks + j] = ids[j];
     weights[j] = (normalize ? score / (sum + 1e-20f) : score) * p.routed_scaling_factor;
   }
 }
