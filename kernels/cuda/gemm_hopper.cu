@@ -23,6 +23,7 @@
 // bits depend on K and num_splits, never on other rows.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm_hopper_layout.h"
+#include "kernels/cuda/gemm_hopper_write.cuh"
 #include "kernels/cuda/gemm_launch.cuh"
 #include "kernels/cuda/mla_wgmma.cuh"
 
@@ -206,31 +207,6 @@ struct Feeder {
   }
 };
 
-// One or two neighbouring outputs; kPairs: two lie aligned.
-template <bool kPairs>
-__device__ __forceinline__ float2 LoadOutputs(const float* from, int left) {
-  if (kPairs && left >= 2) return *reinterpret_cast<const float2*>(from);
-  return make_float2(left >= 1 ? from[0] : 0.0f, left >= 2 ? from[1] : 0.0f);
-}
-template <bool kPairs>
-__device__ __forceinline__ void StoreOutputs(float* to, int left, float2 value) {
-  if (kPairs && left >= 2) {
-    *reinterpret_cast<float2*>(to) = value;
-    return;
-  }
-  if (left >= 1) to[0] = value.x;
-  if (left >= 2) to[1] = value.y;
-}
-template <bool kPairs>
-__device__ __forceinline__ void StoreOutputs(Bf16* to, int left, float2 value) {
-  if (kPairs && left >= 2) {
-    *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(value.x, value.y);
-    return;
-  }
-  if (left >= 1) to[0] = __float2bfloat16(value.x);
-  if (left >= 2) to[1] = __float2bfloat16(value.y);
-}
-
 template <bool kFp8, bool kGated, int kTileRows, int kColumns>
 struct Consumer {
   using L = HopperLayout<kFp8, kTileRows, kColumns>;
@@ -239,93 +215,17 @@ struct Consumer {
 
   const GemmParams& p;
   const int lane = threadIdx.x % 32;
-  // Where this thread's sums lie in the tile.
-  int row;
-  int column;
+  hopper_gemm::TilePlace place;
 
   __device__ explicit Consumer(const GemmParams& params) : p(params) {
     const int group = threadIdx.x / 128;
-    row = threadIdx.x % 128 / 32 * 16 + lane / 4 + (kTileRows == 128 ? group * 64 : 0);
-    column = lane % 4 * 2 + (kTileRows == 64 ? group * kOutputs : 0);
+    place.row = threadIdx.x % 128 / 32 * 16 + lane / 4 + (kTileRows == 128 ? group * 64 : 0);
+    place.column = lane % 4 * 2 + (kTileRows == 64 ? group * kOutputs : 0);
   }
 
   __device__ __forceinline__ void GiveBack(Ring<L>& ring) const {
     if (lane == 0) wgmma::BarrierArrive(ring.empty());
     ring.Advance();
-  }
-
-  // Writes this thread's outputs; `y` is the item's first row, at column n0. What is added to comes
-  // in batches: one by one, each load would wait for the store before it.
-  template <bool kPairs, class To>
-  __device__ __forceinline__ void Write(const float (&sums)[kSums], To* y, int64_t y_stride,
-                                        int num_rows, int columns_left, bool add) const {
-    constexpr int kPairsOfRow = kOutputs / 8;
-    constexpr int kBatch = kPairsOfRow < 16 ? kPairsOfRow : 16;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (row + half * 8 >= num_rows) break;
-      To* const to = y + (row + half * 8) * y_stride + column;
-#pragma unroll
-      for (int begin = 0; begin < kPairsOfRow; begin += kBatch) {
-        float2 old[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) old[i] = make_float2(0, 0);
-        if constexpr (!kGated && sizeof(To) == 4) {
-          if (add) {
-#pragma unroll
-            for (int i = 0; i < kBatch; ++i) {
-              const int at = 8 * (begin + i);
-              old[i] = LoadOutputs<kPairs>(to + at, columns_left - column - at);
-            }
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) {
-          const int sum = 4 * (begin + i) + 2 * half;
-          float2 value = make_float2(sums[sum], sums[sum + 1]);
-          if constexpr (kGated) {
-            constexpr int kUp = kSums / 2;
-            value.x = Silu(value.x) * sums[kUp + sum];
-            value.y = Silu(value.y) * sums[kUp + sum + 1];
-          }
-          if (!kGated && sizeof(To) == 4 && add) {
-            value = make_float2(old[i].x + value.x, old[i].y + value.y);
-          }
-          const int at = 8 * (begin + i);
-          StoreOutputs<kPairs>(to + at, columns_left - column - at, value);
-        }
-      }
-    }
-  }
-
-  // Neighbours go out together where every pair is aligned.
-  template <class To>
-  __device__ __forceinline__ void WriteTo(const float (&sums)[kSums], To* y, int64_t y_stride,
-                                          int num_rows, int columns_left, bool add) const {
-    if (y_stride % 2 == 0 && reinterpret_cast<uintptr_t>(y) % (2 * sizeof(To)) == 0) {
-      Write<true>(sums, y, y_stride, num_rows, columns_left, add);
-    } else {
-      Write<false>(sums, y, y_stride, num_rows, columns_left, add);
-    }
-  }
-
-  __device__ __forceinline__ void WriteTile(const float (&sums)[kSums], const GemmItem& item,
-                                            int n0, int share, int num_shares) const {
-    const int columns_left = p.weight.rows - n0;
-    const int64_t at = item.group * p.y_group_stride + item.begin * p.y_stride + n0;
-    if (p.y_bf16 != nullptr && num_shares == 1) {
-      WriteTo(sums, p.y_bf16 + at, p.y_stride, item.count, columns_left, false);
-      return;
-    }
-    if constexpr (!kGated) {
-      const bool split = num_shares > 1;
-      const int64_t width = p.weight.rows;
-      float* const y = split
-                           ? p.split_sums + (int64_t{share} * p.num_rows + item.begin) * width + n0
-                           : p.y_fp32 + at;
-      WriteTo(sums, y, split ? width : p.y_stride, item.count, columns_left,
-              p.accumulate && !split);
-    }
   }
 
   __device__ __forceinline__ void Run(uint32_t memory, int num_shares) const {
@@ -392,9 +292,9 @@ struct Consumer {
         GiveBack(returned);
       }
       if constexpr (kFp8) {
-        WriteTile(scaled, item, n0, at.share, num_shares);
+        hopper_gemm::WriteTile<kGated>(p, scaled, place, item, n0, at.share, num_shares);
       } else {
-        WriteTile(sums, item, n0, at.share, num_shares);
+        hopper_gemm::WriteTile<kGated>(p, sums, place, item, n0, at.share, num_shares);
       }
     }
   }

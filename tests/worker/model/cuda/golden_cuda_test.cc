@@ -39,10 +39,12 @@ constexpr Case kCases[] = {{"v3-yarn", RowFormat::kBf16, 0.0223, 0.0717, 1.311, 
                            {"v2-lite", RowFormat::kFp8, 0.0335, 0.0444, 0.180, 0},
                            {"v2", RowFormat::kFp8, 0.0384, 0.0703, 0.571, 1},
                            {"v3-fp8", RowFormat::kFp8, 0.0386, 0.0948, 1.483, 4}};
-// Activations in fp8 where weights are: four bits instead of eight. Of clear choices the float64 model
-// changes 5, this backend 10 or 11 with other cuts of its sums; 8 stands between.
+// Activations in fp8 where weights are: four bits instead of eight. Choices that differ come in clumps,
+// where one token goes to another expert and what follows it with it: of the 127 that are clear the
+// float64 model changes 5, the emulator 10 or 11, an H200 14 to 20 in three ways to run them. 13 is
+// the middle of these.
 constexpr Case kFp8ActivationCases[] = {
-    {"v3-fp8", RowFormat::kBf16, 0.1556, 0.2974, 3.370, 8, true}};
+    {"v3-fp8", RowFormat::kBf16, 0.1556, 0.2974, 3.370, 13, true}};
 constexpr double kMedianMargin = 1.5;
 constexpr double kMeanMargin = 2;
 constexpr double kMostMargin = 3;
