@@ -84,9 +84,11 @@ __device__ __forceinline__ void SyncSome(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Asks for these bytes to be brought into L2; 16-byte aligned.
+// Asks for these bytes to be brought into L2; 16-byte aligned. Before sm_90 nothing.
 __device__ __forceinline__ void PrefetchToL2(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
   asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
 }
 
 // 2^x, to two units in the last place; results below 2^-126 are 0.

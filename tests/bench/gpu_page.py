@@ -132,8 +132,9 @@ def page(data, attention, serve):
     steps = by("decode") + by("prefill")
     read = by("limits")[0]["read_gb_s"]
     out = ["# Measured on a GPU", "",
-           f"By `tests/gpu.sh`, written by `tests/bench/gpu_page.py`, one run. {data['gpu']}; read-only streaming "
-           f"{read / 1000:.2f} TB/s by the program of the same run. Medians of graph replays over more than twice the L2.", "",
+           f"By `tests/gpu.sh`, written by `tests/bench/gpu_page.py`. {data['gpu']}; read-only streaming "
+           f"{read / 1000:.2f} TB/s; each program measures the limits that its shares are of. Medians of graph replays over more than "
+           "twice the L2.", "",
            "## A stage's step", "",
            "The floor is the time to read the weights that the step touches and the cache rows once, at that rate. Random "
            "weights and tokens.", ""]
