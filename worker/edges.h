@@ -36,7 +36,10 @@ class Edges final : public Transport {
   void Consumed(uint64_t to_stage_id, StepId step) override;
 
   int port() const { return grpc_->port(); }
-  bool receives_over_nccl() const { return !nccl_incoming_.empty(); }
+  // How long the loop should turn before it sleeps.
+  std::chrono::microseconds eager_wait() const {
+    return nccl_incoming_.empty() ? std::chrono::microseconds(0) : kEagerHiddenWait;
+  }
 
  private:
   Edges(TransportEvents events, std::unique_ptr<GrpcTransport> grpc,

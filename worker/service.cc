@@ -104,11 +104,9 @@ class WorkerProcess::Impl {
   void Run() {
     link_->Start();
     for (bool busy = false; !stop_; busy = !stop_ && DoSteps()) {
-      const auto eager = busy || !transport_->receives_over_nccl() ? std::chrono::microseconds(0)
-                                                                   : kEagerHiddenWait;
-      for (Event& event : queue_.PopAll(busy ? std::chrono::seconds(0) : kIdleWait, eager)) {
+      const auto timeout = busy ? std::chrono::seconds(0) : kIdleWait;
+      for (Event& event : queue_.PopAll(timeout, transport_->eager_wait()))
         std::visit([this](auto& e) { On(e); }, event);
-      }
       if (link_paused_.exchange(false)) link_->Resume();
     }
     Log(LogLevel::kInfo, "stopping", {{"stages", stages_.size()}});
