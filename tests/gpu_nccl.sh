@@ -40,8 +40,38 @@ end_mps() {
   rm -rf "$mps_dir"
 }
 trap end_mps EXIT
+# What a pipeline of as many ranks serves, and what the sharing alone costs: a quarter of the layers in one process, and
+# in four at once.
+ranks() {
+  echo "--- ranks that share the GPU"
+  local n i model=tests/bench/models/v2-lite log="$out/nccl_hop_ranks.log"
+  : >"$log"
+  for n in 1 2 4; do
+    "$programs/bin/strait" bench --model $model --random-weights 1 --backend cuda --workers $n --concurrency 64 \
+      --prompt-tokens 1024 --output-tokens 128 --requests 128 --warmup 8 --json "$out/ranks_$n.json" </dev/null \
+      >"$out/ranks_$n.log" 2>&1 || { echo "FAILED: $n ranks ($out/ranks_$n.log)"; failed=1; continue; }
+    "$python" - "$out/ranks_$n.json" $n >>"$log" <<'PYTHON'
+import json, sys
+run = json.load(open(sys.argv[1]))["runs"][0]
+keys = ("concurrency", "prompt_tokens_per_s", "output_tokens_per_s", "failed")
+print("JSON", json.dumps({"bench": "ranks", "ranks": int(sys.argv[2]), "tpot_p50_ms": run["tpot_ms"]["p50"], **{k: run[k] for k in keys}}))
+PYTHON
+  done
+  for n in 1 4; do
+    local running=()
+    for ((i = 0; i < n; ++i)); do
+      "$programs/tests/cuda_stage_bench" $model 7 14 64@1088 --memory 25000000000 >"$out/quarter_${n}_$i.log" 2>&1 &
+      running+=($!)
+    done
+    for i in "${running[@]}"; do wait "$i" || { echo "FAILED: $n stages at once ($out/quarter_${n}_*.log)"; failed=1; }; done
+    sed -n "s/^JSON {\"bench\":\"decode\"/JSON {\"bench\":\"quarter\",\"at_once\":$n/p" "$out"/quarter_"$n"_*.log >>"$log"
+  done
+  grep -h '^JSON' "$log"
+}
+
 if "$control" -d >"$out/mps.log" 2>&1; then
   part mps 1
+  ranks
 else
   echo "FAILED: the MPS daemon does not start ($out/mps.log)"
   failed=1

@@ -95,6 +95,24 @@ def hops(measured):
                 ["bytes", "ranks", "NCCL", "bare, µs", "NcclTransport, µs", "times", "GPU memory, MiB", "stated"], rows)
 
 
+def ranks(pipelines, quarters):
+    """What pipelines of several NCCL ranks on one GPU serve, and how stages slow each other down there."""
+    if not pipelines:
+        return []
+    one = pipelines[0]["output_tokens_per_s"]
+    out = ["", "## Ranks that share the GPU", "",
+           f"`strait bench`, V2-Lite shape, {pipelines[0]['concurrency']} clients, with MPS: pipelines whose stages take turns on the "
+           "same multiprocessors.", ""] + table(
+               ["ranks", "prompt tokens/s", "output tokens/s", "of one rank's", "a token p50, ms", "failed"],
+               [[r["ranks"], f"{r['prompt_tokens_per_s']:.0f}", f"{r['output_tokens_per_s']:.0f}",
+                 f"{100 * r['output_tokens_per_s'] / one:.0f} %", f"{r['tpot_p50_ms']:.1f}", r["failed"]] for r in pipelines])
+    mean = lambda n: sum(us) / len(us) if (us := [r["us"] for r in quarters if r["at_once"] == n]) else None
+    if mean(1) and mean(4):
+        out += ["", f"A bare step of a quarter of the layers takes {mean(1) / 1000:.2f} ms alone and {mean(4) / 1000:.2f} ms when four "
+                f"processes make one at once: {mean(4) / mean(1) / 4:.2f} of what taking turns would."]
+    return out
+
+
 def memory(measured):
     if not measured:
         return []
@@ -155,6 +173,7 @@ def page(data, attention, serve):
     out += fp8_activations(steps)
     out += memory(by("memory"))
     out += hops(by("nccl_hop"))
+    out += ranks(by("ranks"), by("quarter"))
     out += ["", "## Multi-head latent attention", "",
             "TFLOP/s: 2 · heads · rows · (576 + 512) a new token. GB/s: cache, queries and outputs once.", ""]
     out += table(["heads", "batch × length", "µs", "TFLOP/s", "GB/s", "share of read rate"],

@@ -54,6 +54,14 @@ class PageTest(unittest.TestCase):
     def test_another_stage_is_not_compared_with(self):
         self.assertNotIn("## fp8 cache rows", page(DECODE, {**DECODE, "rows": "fp8", "layers": 3}))
 
+    def test_ranks(self):
+        run = {"bench": "ranks", "concurrency": 64, "prompt_tokens_per_s": 8000.0, "tpot_p50_ms": 12.0, "failed": 0}
+        quarter = {"bench": "quarter", "us": 3000.0, "at_once": 1}
+        text = page(DECODE, {**run, "ranks": 1, "output_tokens_per_s": 2000.0}, {**run, "ranks": 4, "output_tokens_per_s": 1500.0},
+                    quarter, {**quarter, "at_once": 4, "us": 9000.0}, {**quarter, "at_once": 4, "us": 11000.0})
+        self.assertIn("| 4 | 8000 | 1500 | 75 % | 12.0 | 0 |", text)
+        self.assertIn("takes 3.00 ms alone and 10.00 ms when four processes make one at once: 0.83 of", text)
+
     def test_memory(self):
         text = page(MEMORY, {**MEMORY, "rows": "fp8", "deterministic": True})
         self.assertIn("| v3, 2 layers | 2.00 | 1.00 | 0.25 | 4.00 | 4.00 | 100.0 % |", text)
