@@ -15,6 +15,7 @@ inline constexpr uint32_t kRowAlign = 16;     // bytes; a cache row is rounded u
 
 // ---- One step ----
 inline constexpr uint32_t kMaxStepTokens = 8192;     // tokens of all sequences in one StepPlan
+inline constexpr uint32_t kGpuStepTokens = 2048;     // the same with GPU workers, unless told otherwise
 inline constexpr uint32_t kMaxStepSequences = 1024;  // sequences in one StepPlan
 inline constexpr uint32_t kMaxStepsInFlight = 64;    // accepted, not yet reported, per pipeline
 inline constexpr uint32_t kMaxGrantDepth = 16;       // sampling steps of one sequence in flight

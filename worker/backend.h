@@ -48,6 +48,11 @@ struct SamplingParams {
   std::vector<std::pair<TokenId, float>> logit_bias;
   uint32_t min_tokens = 0;
   std::vector<TokenId> banned_ids;  // not sampled while fewer than min_tokens are generated
+
+  // Whether sampling looks at all of the sequence's tokens.
+  bool needs_tokens() const {
+    return repetition_penalty != 1 || presence_penalty != 0 || frequency_penalty != 0;
+  }
 };
 
 // Stands in BatchSequence::tokens for an id that a stage has no use for, and so is not told.
@@ -118,7 +123,8 @@ class StageModel {
   // REQUIRES: fewer than kMaxStepsBegun steps are begun; one, if TakesAhead says no.
   virtual absl::Status Begin(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out) = 0;
   // Whether Begin of a step with so many rows and LogitsRequests, while another one is begun,
-  // returns without waiting for that one; and whether the step may feed what that one samples.
+  // returns without waiting for that one, but for what is made once (a graph of that many rows) or
+  // is rare (lists of tokens beyond a limit); and whether the step may feed what that one samples.
   virtual bool TakesAhead(uint32_t num_rows, uint32_t num_logits) const = 0;
 
   // Whether Finish would return at once, with results or an error. REQUIRES: a step is begun.

@@ -24,6 +24,7 @@ absl::StatusOr<GpuBackend> MakeGpuBackend(
   cuda.deterministic = options.deterministic;
   cuda.row_format = options.row_format;
   cuda.fp8_activations = options.fp8_activations;
+  cuda.max_step_tokens = options.max_step_tokens;
   cuda.memory_bytes =
       options.memory_bytes > 0
           ? options.memory_bytes

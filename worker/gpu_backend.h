@@ -27,6 +27,7 @@ struct GpuBackendOptions {
   bool deterministic = false;
   RowFormat row_format = RowFormat::kBf16;
   bool fp8_activations = false;
+  uint32_t max_step_tokens = 0;  // at least 1
 };
 
 struct GpuBackend {

@@ -38,6 +38,7 @@ struct Flags {
   std::string name = "worker";
   std::string simd;
   std::string backend = "cpu";
+  uint32_t max_step_tokens = limits::kGpuStepTokens;
   std::string cache_format;  // empty: fp32 on the CPU, bf16 on a GPU
   std::string transport = "auto";
   std::string nccl_library;
@@ -104,6 +105,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_
     options.deterministic = flags.deterministic;
     options.row_format = RowFormatOf(flags.cache_format).value_or(RowFormat::kBf16);
     options.fp8_activations = flags.fp8_activations;
+    options.max_step_tokens = flags.max_step_tokens;
     STRAIT_ASSIGN_OR_RETURN(GpuBackend made,
                             MakeGpuBackend(options, [&] { return OpenWeights(flags, threads); }));
     *memory_bytes = made.memory_bytes;
@@ -238,14 +240,16 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"cpu", "cuda"}));
   AddFlag(app, "--gpu", flags.gpu, "Which GPU, of those that CUDA_VISIBLE_DEVICES leaves");
   AddFlag(app, "--gpu-memory-share", flags.gpu_memory_share,
-          "Without --memory: part of the GPU's memory for weights, cache and workspace")
+          "Without --memory: part of the GPU's memory for weights, cache, workspace and NCCL edges")
       ->check(CLI::Range(0.0, 1.0));
   AddFlag(app, "--memory", flags.memory_bytes,
           "Bytes for weights, cache, workspace and NCCL edges, e.g. 8GiB; default: 80 % of the "
-          "available "
-          "memory, on a GPU "
-          "see --gpu-memory-share")
+          "available memory, on a GPU see --gpu-memory-share")
       ->transform(CLI::AsSizeValue(false));
+  AddFlag(app, "--max-step-tokens", flags.max_step_tokens,
+          "On a GPU: rows that go through the layers at once, for which workspace is set apart; the "
+          "coordinator's larger steps go in parts")
+      ->check(CLI::Range(1u, limits::kMaxStepTokens));
   AddFlag(app, "--threads", flags.threads, "Threads that compute; 0: one for each available core");
   AddFlag(app, "--simd", flags.simd,
           "portable, avx2 or avx512; default: the widest that there is. All give the same bits");

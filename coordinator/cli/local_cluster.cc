@@ -45,13 +45,18 @@ std::vector<std::string> SharedGpuEnvironment(const std::string& worker) {
   return environment;
 }
 
-// The daemons' --cache-format: given, or of the environment, which they read too; empty: none.
-std::string CacheFormat(const LocalClusterOptions& options) {
+// A flag of the coordinator: given, or of the environment, which it reads too; empty: none.
+std::string CoordinatorFlag(const LocalClusterOptions& options, const char* name,
+                            const char* variable) {
   const auto& args = options.coordinator_args;
-  const auto flag = std::find(args.rbegin(), args.rend(), "--cache-format");
+  const auto flag = std::find(args.rbegin(), args.rend(), name);
   if (flag != args.rend() && flag != args.rbegin()) return *std::prev(flag);
-  const char* const environment = getenv("STRAIT_CACHE_FORMAT");
+  const char* const environment = getenv(variable);
   return environment != nullptr ? environment : "";
+}
+
+std::string CacheFormat(const LocalClusterOptions& options) {
+  return CoordinatorFlag(options, "--cache-format", "STRAIT_CACHE_FORMAT");
 }
 
 // `given`, or the default port of loopback, or a free one when that is taken.
@@ -171,6 +176,15 @@ absl::Status LocalCluster::Launch() {
   const bool on_gpu = options_.backend == "cuda";
   if (on_gpu && CacheFormat(options_).empty()) {
     append(coordinator_.spec.argv, {"--cache-format", "bf16"});
+  }
+  std::string step_tokens =
+      CoordinatorFlag(options_, "--max-step-tokens", "STRAIT_MAX_STEP_TOKENS");
+  if (on_gpu && step_tokens.empty()) {
+    step_tokens = std::to_string(limits::kGpuStepTokens);
+    append(coordinator_.spec.argv, {"--max-step-tokens", step_tokens});
+  }
+  if (on_gpu && CoordinatorFlag(options_, "--prefill-chunk", "STRAIT_PREFILL_CHUNK").empty()) {
+    append(coordinator_.spec.argv, {"--prefill-chunk", step_tokens});
   }
   if (memory.empty() && !on_gpu) {
     const uint64_t share = static_cast<uint64_t>(static_cast<double>(AvailableMemoryBytes()) *

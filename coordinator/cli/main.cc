@@ -70,7 +70,7 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
   };
   static constexpr Passed kPassed[] = {
       {"--max-model-len", true, false, "Longest context served"},
-      {"--max-step-tokens", true, false, "Rows of one step, all sequences together"},
+      {"--max-step-tokens", true, true, "Rows of one step, all sequences together"},
       {"--prefill-chunk", true, false, "Rows of one sequence in one step"},
       {"--grant-depth", true, false, "Steps in flight that may sample for one sequence"},
       {"--max-running", true, false, "Sequences resident in one pipeline"},

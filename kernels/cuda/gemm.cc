@@ -12,7 +12,6 @@ namespace strait::cuda {
 namespace {
 
 constexpr int32_t kFewRows = 16;     // up to here the few-rows kernel, beyond it tiles
-constexpr int32_t kFixedRows = 32;   // rows a tile when the order of sums is fixed
 constexpr int32_t kLargeTile = 128;  // rows of the tiled kernels
 constexpr int32_t kSmallTile = 64;
 constexpr int32_t kTileColumns = 128;
@@ -23,9 +22,13 @@ constexpr int32_t kHopperDepth = 256;  // least K: below it the ring of stages d
 // copied twice as often.
 constexpr int64_t kNarrowCost = 115;
 
+// Rows of a tile of the few-rows kernel at most, as many as one takes when the order of sums is fixed.
+// In how large a tile a row lies changes none of its bits.
+int32_t MostFewRows() { return DeepGemmRings() ? 32 : 16; }
+
 int32_t FewRowsTile(int32_t num_rows) {
   int32_t tile = 8;
-  while (tile < num_rows && tile < kFixedRows) tile *= 2;
+  while (tile < num_rows && tile < MostFewRows()) tile *= 2;
   return tile;
 }
 
@@ -50,8 +53,7 @@ void Check(const GemmParams& p) {
 // Rows a tile of the few-rows kernel; 0: too many rows for it, or x as codes.
 int32_t FewRowsTileOf(const GemmParams& p) {
   if (p.x_codes != nullptr || (p.num_rows > kFewRows && !p.fixed_order)) return 0;
-  const int32_t tile = FewRowsTile(p.num_rows);
-  return p.fixed_order ? std::min(tile, kFixedRows) : tile;
+  return FewRowsTile(p.num_rows);
 }
 
 bool CanSplit(const GemmParams& p) {
@@ -128,6 +130,18 @@ bool UsesHopper(const GemmParams& p) { return HopperProducts() && !p.portable; }
 
 bool MultipliesCodes() { return HopperProducts(); }
 
+bool DeepGemmRings() {
+  static const bool deep = [] {
+    int device = 0;
+    int major = 0;
+    return cudaGetDevice(&device) != cudaSuccess ||
+           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) !=
+               cudaSuccess ||
+           major == 9 || major == 10;
+  }();
+  return deep;
+}
+
 int Multiprocessors() {
   static const int multiprocessors = [] {
     int device = 0;
@@ -192,7 +206,7 @@ cudaError_t GemmPair(const GemmParams& a, const GemmParams& b, cudaStream_t stre
 int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fp8, bool fixed_order) {
   const int64_t mean = num_choices / num_experts;
   if (mean <= 3) return 8;
-  if (fixed_order) return mean <= 8 ? 16 : kFixedRows;
+  if (fixed_order) return mean <= 8 ? 16 : MostFewRows();
   // Reading is the limit, and Hopper's kernel reads bf16 best, though most of a tile is empty.
   if (mean <= 8 && (fp8 || !HopperProducts())) return 16;
   return mean <= 48 ? kSmallTile : kLargeTile;

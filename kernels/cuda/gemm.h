@@ -7,15 +7,15 @@
 //
 // Thread:  any; asynchronous.
 // Stream:  the parameter.
-// Shapes:  below; products of bf16 are summed in fp32. Any of M, N, K may be odd.
+// Shapes:  below; products of bf16 are summed in fp32, of codes within 128 k as the tensor core does. Any of M, N, K may be odd.
 // Errors:  none but CUDA's own launch errors, returned.
-// Why:     four kernels. "Few rows" reads each weight once for up to 16 rows with 16-byte loads
-//          straight into tensor-core fragments, warps splitting K: bound by memory. "Tiles" is the
+// Why:     four kernels. "Few rows" reads each weight once for up to 16 rows, through rings in shared
+//          memory from which lanes take tensor-core fragments, warps splitting K: bound by memory. "Tiles" is the
 //          classical tiled product through shared memory, for any device; "Hopper" the same with
 //          warpgroup products, fed by warps of their own, on sm_90; "W8A8" multiplies codes of x
 //          with codes of the weight, on sm_90, for any number of rows.
-//          Order of sums: in the few-rows kernel it is a property of K alone; fixed_order uses it for
-//          any number of rows, so that a row's bits do not depend on the others. The others go
+//          Order of sums: in the few-rows kernel it is a property of K and the format alone; fixed_order
+//          uses it for any number of rows, so that a row's bits do not depend on the others. The others go
 //          through K in order, and so a row's bits depend on which of the kernels, and how many
 //          shares of K, the number of rows asks for. W8A8 has one form of tile: in a fixed order,
 //          where K is one share, it makes a row's bits from that row alone, too.

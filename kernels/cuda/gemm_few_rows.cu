@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Products of a weight with few rows: y[m, n] = sum over k of x[m, k] * w[n, k], m up to 64.
+// Products of a weight with few rows: y[m, n] = sum over k of x[m, k] * w[n, k], m up to 32 at once.
 //
-// A unit of work is 16 outputs of up to 8 * kTokenTiles rows. A team of warps takes pieces
-// of K, 128 wide, or 256 of fp8, in turn, and their sums are added in order at the end; all eight warps of a block are
-// a team, or two, four or eight teams work on as many units, so that with 11 pieces (K = 1,408) not
-// five warps of eight sit out every second turn. As many blocks as run at once take all units. Each
-// warp has a ring of pieces in shared memory, which it fills by asynchronous copies, of the next units
-// too, while it multiplies the oldest: 96 KiB and more of a multiprocessor are on their way, whatever
-// the sums wait for. Weights are the tensor core's A operand: a lane copies and reads 16 contiguous
-// bytes of two rows of W, and reads as many of one row of x; that they are other k than the fragment's
-// layout names does not matter, as both operands are permuted alike.
+// A unit of work is 16 outputs of up to 8 * kTokenTiles rows. A team of warps takes pieces of K,
+// 128 wide, or 256 of fp8, in turn, and their sums are added in order at the end; all eight warps
+// of a block are a team, or two, four or eight teams work on as many units, so that with 11
+// pieces (K = 1,408) not five warps of eight sit out every second turn. As many blocks as run at
+// once take all units. Each warp has a ring of pieces in shared memory, which it fills by
+// asynchronous copies, of the next units too, while it multiplies the oldest: 96 KiB and more of
+// a multiprocessor are on their way, whatever the sums wait for. Weights are the tensor core's A
+// operand: a lane copies and reads 16 contiguous bytes of two rows of W, and reads as many of one
+// row of x; that they are other k than the fragment's layout names does not matter, as both
+// operands are permuted alike.
 //
-// Intensity: 2 M flops a weight; 1 byte (fp8) or 2 (bf16) a weight. Limit: reading memory; at M = 64
-// x comes from L2 four times as much as W from memory.
+// Intensity: 2 M flops a weight; 1 byte (fp8) or 2 (bf16) a weight. Limit: reading memory; at M = 32
+// x comes from L2 twice as much as W from memory.
 // Measured shares: tests/reports/gpu.md, written by tests/gpu.sh.
 #include <algorithm>
 
@@ -47,7 +48,7 @@ constexpr bool kDeepRing = false;
 template <int kTokenTiles>
 constexpr int RingPieces(bool deep) {
   if (!deep) return 2;
-  return kTokenTiles == 1 ? 3 : kTokenTiles == 2 ? 6 : kTokenTiles == 4 ? 4 : 2;
+  return kTokenTiles == 1 ? 3 : kTokenTiles == 2 ? 6 : 4;
 }
 
 // The warps that work on one unit; a power of two.
@@ -320,22 +321,9 @@ int64_t NumUnits(const GemmParams& p) {
   return NumItems(p, 8 * kTokenTiles) * ((p.weight.rows + kRows - 1) / kRows);
 }
 
-// Whether the current device's code has the deep rings.
-bool DeepRings() {
-  static const bool deep = [] {
-    int device = 0;
-    int major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-               cudaSuccess &&
-           (major == 9 || major == 10);
-  }();
-  return deep;
-}
-
 template <bool kFp8, int kTokenTiles>
 int SharedBytes(bool gated) {
-  return kWarps * RingPieces<kTokenTiles>(DeepRings()) * Piece<kFp8>::kBytes +
+  return kWarps * RingPieces<kTokenTiles>(DeepGemmRings()) * Piece<kFp8>::kBytes +
          SumBytes<kTokenTiles>(gated);
 }
 
@@ -376,8 +364,6 @@ cudaError_t WithTokenTiles(int32_t tile_rows, const Launcher& launch) {
       return launch(std::integral_constant<int, 2>());
     case 32:
       return launch(std::integral_constant<int, 4>());
-    case 64:
-      return launch(std::integral_constant<int, 8>());
     default:
       return cudaErrorInvalidValue;
   }

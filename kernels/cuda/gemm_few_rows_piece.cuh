@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Piece: 16 rows of a weight by 256 bytes of K, as a warp of the few-rows kernel copies it to its part of
-// shared memory, and its product with rows of x. A lane reads only what it copied itself: waiting for
-// its own copies is all that orders the two.
+// Piece: 16 rows of a weight by 256 bytes of K, as a warp of the few-rows kernel copies it to its
+// part of shared memory, and its product with rows of x. A lane reads only what it copied itself:
+// waiting for its own copies is all that orders the two.
 #pragma once
 
 #include "kernels/cuda/common.cuh"
@@ -125,8 +125,8 @@ __device__ __forceinline__ void MultiplyPart(const Vec* from, const Bf16* const 
   }
 }
 
-// sums[s] += W[16 rows, the piece's s-th 128 of K] * x[rows, the same]^T (bf16: one sum of it all), when all but the last kPending pieces that this lane
-// asked for are there.
+// sums[s] += W[16 rows, the piece's s-th 128 of K] * x[rows, the same]^T (bf16: one sum of it
+// all), when all but the last kPending pieces that this lane asked for are there.
 template <bool kFp8, int kTokenTiles, int kPending>
 __device__ __forceinline__ void Multiply(const Vec* from, const Bf16* const (&x)[kTokenTiles],
                                          int k0, int k_end,

@@ -95,7 +95,11 @@ GemmPlan PlanGemm(const GemmParams& params, bool hopper, int32_t multiprocessors
 // Multiprocessors of the device that was current at the first call.
 int Multiprocessors();
 
-// tile_rows: 8, 16, 32 or 64.
+// Whether the current device's code has deep rings of the few-rows kernel (true without a device).
+// Where shared memory is too small for them, 32 rows of gated pairs do not fit beside any ring.
+bool DeepGemmRings();
+
+// tile_rows: 8, 16 or 32.
 cudaError_t GemmFewRows(const GemmParams& params, int32_t tile_rows, cudaStream_t stream);
 // Neither gated nor by a list, of the same weight format and number of rows and groups.
 cudaError_t GemmFewRowsPair(const GemmParams& a, const GemmParams& b, int32_t tile_rows,

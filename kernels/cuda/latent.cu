@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One block a token for its row, others for its query's heads. An fp8 row: codes of 128 columns at a time by one warp, scale = the largest
-// magnitude / 448, so that the largest value keeps its full precision.
+// One block a token for its row, others for its query's heads. An fp8 row: codes of 128 columns
+// at a time by one warp, scale = the largest magnitude / 448, so that the largest value keeps its
+// full precision.
 #include <cuda_fp8.h>
 
 #include "kernels/cuda/common.cuh"

@@ -15,22 +15,12 @@ __global__ void __launch_bounds__(kThreads) RmsNormRows(const RmsNormParams p) {
   StartNext();
   WaitForEarlier();
   const int64_t row = blockIdx.x;
-  float* const x = p.x + (p.x_rows ? p.x_rows[row] : row) * p.x_stride;
+  const float* const x = p.x + (p.x_rows ? p.x_rows[row] : row) * p.x_stride;
   Bf16* const y = p.y + row * p.y_stride;
   float squares = 0;
-  if (p.delta != nullptr) {
-    const Bf16* const delta = p.delta + row * p.delta_stride;
-    for (int i = threadIdx.x; i < p.dim; i += kThreads) {
-      const float value = x[i] + __bfloat162float(delta[i]);
-      x[i] = value;
-      squares = fmaf(value, value, squares);
-    }
-  } else {
-    for (int i = threadIdx.x; i < p.dim; i += kThreads) squares = fmaf(x[i], x[i], squares);
-  }
+  for (int i = threadIdx.x; i < p.dim; i += kThreads) squares = fmaf(x[i], x[i], squares);
   const float mean = BlockSum<kThreads>(squares, shared) / static_cast<float>(p.dim);
   const float scale = rsqrtf(mean + p.eps);
-  // Element i is read by the thread that wrote it.
   for (int i = threadIdx.x; i < p.dim; i += kThreads) {
     y[i] = __float2bfloat16(x[i] * scale * p.weight[i]);
   }
@@ -38,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) RmsNormRows(const RmsNormParams p) {
 
 constexpr int kVecs = 2;  // of four columns, a thread
 
-// dim a multiple of 4, at most kThreads * 4 * kVecs; no delta.
+// dim a multiple of 4, at most kWide * 4 * kVecs.
 template <int kWide>
 __global__ void __launch_bounds__(kWide) RmsNormWide(const RmsNormParams p) {
   __shared__ float shared[kWide / 32];
@@ -80,8 +70,8 @@ constexpr int kWide = 1024;
 
 bool Aligned(const RmsNormParams& p) {
   const auto at = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16; };
-  return p.delta == nullptr && p.dim % 4 == 0 && p.x_stride % 4 == 0 && p.y_stride % 4 == 0 &&
-         at(p.x) == 0 && at(p.weight) == 0 && at(p.y) % 8 == 0;
+  return p.dim % 4 == 0 && p.x_stride % 4 == 0 && p.y_stride % 4 == 0 && at(p.x) == 0 &&
+         at(p.weight) == 0 && at(p.y) % 8 == 0;
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// RmsNormParams: x[t, :] += delta[t, :]; y[t, :] = weight * (x[t, :] / sqrt(mean(x[t, :]^2) + eps)).
+// RmsNormParams: y[t, :] = weight * (x[t, :] / sqrt(mean(x[t, :]^2) + eps)).
 //
 // Stream:  the parameter; asynchronous.
 // Shapes:  below; sums in fp32, in an order that depends on dim alone.
@@ -8,8 +8,8 @@
 // Why:     the residual stays fp32 on the device, so a norm reads 4 bytes an element and rounds
 //          once, to what the products read.
 //
-// Intensity: below 1 flop a byte; 6 bytes an element (8 more with delta): bound by memory, and by
-// the launch when few rows.
+// Intensity: below 1 flop a byte; 6 bytes an element: bound by memory, and by the launch when few
+// rows.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -21,11 +21,9 @@
 namespace strait::cuda {
 
 struct RmsNormParams {
-  float* x = nullptr;  // [num_rows, dim] fp32, rows x_stride apart; changed only with delta
+  const float* x = nullptr;  // [num_rows, dim] fp32, rows x_stride apart
   int64_t x_stride = 0;
-  const Bf16* delta = nullptr;  // [num_rows, dim] bf16, rows delta_stride apart; may be null
-  int64_t delta_stride = 0;
-  const int32_t* x_rows = nullptr;  // [num_rows] row of x that makes row t; may be null; no delta
+  const int32_t* x_rows = nullptr;  // [num_rows] row of x that makes row t; may be null
   const float* weight = nullptr;    // [dim] fp32
   float eps = 1e-6f;
   Bf16* y = nullptr;  // [num_rows, dim] bf16, rows y_stride apart

@@ -68,7 +68,8 @@ __device__ __forceinline__ void LoadMatricesTransposed(uint32_t (&r)[4], uint32_
 // filled by whole 128 bytes: a warp's copies that touch 64 of each otherwise read memory at three
 // quarters of its rate.
 __device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, int valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(valid)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
+               "r"(valid)
                : "memory");
 }
 __device__ __forceinline__ void CommitCopies() {

@@ -48,8 +48,8 @@ class BoundedQueue {
     return true;
   }
 
-  // All items, in order; waits for one at most `timeout`. For `eager` of it the thread looks again and
-  // again: a sleeping one takes some 50 us to wake.
+  // All items, in order; waits for one at most `timeout`. Before it sleeps, the thread looks again and
+  // again for `eager`, at most `timeout`: a sleeping one takes some 50 us to wake.
   std::deque<T> PopAll(std::chrono::microseconds timeout,
                        std::chrono::microseconds eager = std::chrono::microseconds(0)) {
     std::unique_lock lock(mu_);

@@ -33,10 +33,7 @@ TokenId SampleToken(cpu::Context& context, const float* logits, uint32_t vocab_s
   std::vector<TokenCount> prompt;
   std::vector<TokenCount> output;
   if (sampling.repetition_penalty != 1) prompt = CountTokens(tokens.subspan(0, num_prompt));
-  if (sampling.repetition_penalty != 1 || sampling.presence_penalty != 0 ||
-      sampling.frequency_penalty != 0) {
-    output = CountTokens(tokens.subspan(num_prompt));
-  }
+  if (sampling.needs_tokens()) output = CountTokens(tokens.subspan(num_prompt));
   params.prompt_tokens = prompt.data();
   params.num_prompt_tokens = static_cast<int64_t>(prompt.size());
   params.output_tokens = output.data();

@@ -43,11 +43,6 @@ std::vector<TokenId> SampledTokens(const BegunStep& begun) {
   return tokens;
 }
 
-bool NeedsTokens(const SamplingParams& sampling) {
-  return sampling.repetition_penalty != 1 || sampling.presence_penalty != 0 ||
-         sampling.frequency_penalty != 0;
-}
-
 std::string BoundedMessage(const absl::Status& status) {
   return PrintableText(ToStd(status.message()), limits::kMaxErrorMessageBytes);
 }

@@ -60,8 +60,6 @@ bool WantsSample(const v1::SequenceStep& step);
 // Of which sequences, and, once results are filled in, what they are; in plan order.
 std::vector<SequenceId> SampledSequences(const v1::StepPlan& plan);
 std::vector<TokenId> SampledTokens(const BegunStep& step);
-// Whether sampling the sequence takes the ids of its tokens.
-bool NeedsTokens(const SamplingParams& sampling);
 std::string BoundedMessage(const absl::Status& status);
 
 // What the model answered, into the step's report and residents. REQUIRES: a result for each

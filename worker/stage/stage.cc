@@ -284,7 +284,7 @@ bool Stage::State::MayGoAhead(const WaitingPlan& next) const {
     if (!step.has_sampled() || !WantsSample(step)) continue;
     const Resident& resident = *residents.at(SequenceId{step.sequence_id()});
     const bool known = resident.sampled_by.value == step.sampled().step_id();
-    if (!known && NeedsTokens(resident.sampling)) return false;
+    if (!known && resident.sampling.needs_tokens()) return false;
   }
   return true;
 }

@@ -172,7 +172,7 @@ absl::Status NcclEdge::Prepare() {
     events_.push_back(event);
   }
   const size_t step_bytes = size_t{edge_.max_tokens} * context_->options.hidden_row_bytes;
-  // Each place is rounded up: room for both of the largest steps all the same.
+  // Each place is rounded up: room for kArenaSteps of the largest steps all the same.
   STRAIT_ASSIGN_OR_RETURN(auto arena,
                           context_->arenas->Take(kArenaSteps * (step_bytes + kSlotAlign)));
   std::lock_guard lock(mu_);

@@ -6,12 +6,13 @@
 //   cuda_stage_bench CONFIG_DIR BEGIN END CASE… [--prefill TOKENS] [--memory BYTES] [--deterministic]
 //                    [--cache-format bf16|fp8] [--fp8-activations]
 //
-// CASE: BATCH@CONTEXT, a decode step of BATCH sequences behind CONTEXT rows each; max@CONTEXT is the
-// largest batch that fits. END: a layer, or "fit": as many layers as fit with the largest case. All
-// run on one load. A step is timed alone, from its Begin to its results, and ahead: begun while the
-// one before it computes, as a worker does it with granted steps. The floor of a step is reading, once, the weights that it touches (experts: as
-// many as BATCH tokens choose on average) and the cache, at the read rate measured in this run. The
-// cache holds zeros, which costs what any rows cost.
+// CASE: BATCH@CONTEXT, a decode step of BATCH sequences behind CONTEXT rows each; max@CONTEXT is
+// the largest batch that fits. END: a layer, or "fit": as many layers as fit with the largest
+// case. All run on one load. A step is timed alone, from its Begin to its results, and ahead:
+// begun while the one before it computes, as a worker does it with granted steps. The floor of a
+// step is reading, once, the weights that it touches (experts: as many as BATCH tokens choose on
+// average) and the cache, at the read rate measured in this run. The cache holds zeros, which
+// costs what any rows cost.
 #include <algorithm>
 #include <chrono>
 #include <cmath>

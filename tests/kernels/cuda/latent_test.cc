@@ -43,24 +43,19 @@ class CudaLatentTest : public gpu_test::GpuTest {
   kernel_test::Rng rng_;
 };
 
-TEST_F(CudaLatentTest, RmsNormAndResidual) {
+TEST_F(CudaLatentTest, RmsNorm) {
   STRAIT_TRACE_SEED();
-  for (const int dim : {36, 72, 100, 2048, 7168}) {
-    for (const bool with_delta : {false, true}) {
+  for (const int dim : {36, 72, 100, 301, 2048, 7168, 9000}) {
       const int64_t rows = 5;
-      std::vector<float> x = RandomFloats(rng_, rows * dim, 3.0f);
+      const std::vector<float> x = RandomFloats(rng_, rows * dim, 3.0f);
       const std::vector<float> weight = RandomFloats(rng_, dim);
-      const std::vector<float> delta = gpu_test::RoundedToBf16(RandomFloats(rng_, rows * dim));
       const Buffer<float> dx(x);
       const Buffer<float> dw(weight);
-      const Buffer<Bf16> dd(gpu_test::ToBf16(delta));
       const int64_t stride = cuda::AlignedStride(dim);
       const Buffer<Bf16> y(rows * stride);
       cuda::RmsNormParams p;
       p.x = dx.data();
       p.x_stride = dim;
-      p.delta = with_delta ? dd.data() : nullptr;
-      p.delta_stride = dim;
       p.weight = dw.data();
       p.eps = 1e-5f;
       p.y = y.data();
@@ -68,10 +63,6 @@ TEST_F(CudaLatentTest, RmsNormAndResidual) {
       p.num_rows = rows;
       p.dim = dim;
       ASSERT_EQ(cuda::RmsNorm(p, nullptr), cudaSuccess);
-      if (with_delta) {
-        for (size_t i = 0; i < x.size(); ++i) x[i] += delta[i];
-      }
-      EXPECT_EQ(dx.Get(), x);
       std::vector<float> expected(static_cast<size_t>(rows * dim));
       RmsNormParams r;
       r.x = x.data();
@@ -87,7 +78,6 @@ TEST_F(CudaLatentTest, RmsNormAndResidual) {
         got.insert(got.end(), padded.begin() + t * stride, padded.begin() + t * stride + dim);
       }
       EXPECT_TRUE(Near(got, expected, kOneRounding)) << dim;
-    }
   }
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // CudaBackend runs real checkpoints on one NVIDIA GPU: bf16 weights, fp8 ones kept in fp8, the
-// latent cache in bf16 or fp8 rows; hidden states come and go as fp32 in host memory.
+// latent cache in bf16 or fp8 rows; hidden states come and go as fp32, in host memory or on the
+// device.
 //
 // Owns:    the weight source, the budget that its stages share. A stage keeps what it needs of
 //          these alive, so it may outlive the backend.
@@ -24,6 +25,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/cuda/device.h"
+#include "proto/limits.h"
 #include "proto/model_config.h"
 #include "proto/reservation.h"
 #include "proto/workspace.h"
@@ -41,6 +43,8 @@ struct CudaBackendOptions {
   // Products of fp8 weights with many rows, deterministic with any number, read activations as e4m3
   // codes (kernels/cuda/gemm.h, W8A8).
   bool fp8_activations = false;
+  // Workspaces are made for steps of so many rows; larger ones go through the layers in parts.
+  uint32_t max_step_tokens = limits::kMaxStepTokens;
 };
 
 // Opens GPU `index`, for a worker to know its memory before it makes a backend.

@@ -57,12 +57,8 @@ cuda::SampleRow CudaHead::RowOf(const StageBatch& batch, const LogitsRequest& re
   for (const auto& [id, bias] : s.logit_bias) entries_.push_back({static_cast<int32_t>(id), bias});
   row.prompt_begin = here();
   std::vector<TokenCount> output;
-  const bool penalties =
-      s.repetition_penalty != 1 || s.presence_penalty != 0 || s.frequency_penalty != 0;
-  STRAIT_CHECK(!penalties || !sequence.token_of_request, "penalties take all of the tokens");
-  if (penalties) {
-    output = CountTokens(tokens.subspan(num_prompt));
-  }
+  STRAIT_CHECK(!s.needs_tokens() || !sequence.token_of_request, "penalties take all of the tokens");
+  if (s.needs_tokens()) output = CountTokens(tokens.subspan(num_prompt));
   if (s.repetition_penalty != 1) {
     for (const TokenCount& token : CountTokens(tokens.subspan(0, num_prompt))) {
       const bool in_output = std::binary_search(

@@ -104,7 +104,7 @@ absl::Status CudaLayers::Quantize(bool quantized, const cuda::Bf16* x, int64_t x
 absl::Status CudaLayers::Norm(const float* x, int64_t x_stride, const float* weight, int32_t dim,
                               double eps, cuda::Bf16* y, int64_t y_stride, int32_t num_rows) {
   cuda::RmsNormParams p;
-  p.x = const_cast<float*>(x);  // changed only with a delta
+  p.x = x;
   p.x_stride = x_stride;
   p.weight = weight;
   p.eps = static_cast<float>(eps);

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/model/cuda/stage_layout.h"
 
+#include <algorithm>
+
 #include "absl/strings/str_cat.h"
 #include "proto/limits.h"
 #include "proto/reservation.h"
@@ -69,7 +71,8 @@ StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
   costs.layer_workspace_bytes =
       kCudaGraphBytesEachLayer + limits::kMaxStepSequences * sizeof(cuda::MlaSegment);
   static_assert(limits::kMaxStepSequences * sizeof(cuda::MlaSegment) % Region::kAlign == 0);
-  const uint32_t most = traits.deterministic ? kCudaMaxFixedTileRows : kCudaMaxTileRows;
+  const uint32_t most = std::clamp(traits.max_step_tokens, kCudaMinTileRows,
+                                   traits.deterministic ? kCudaMaxFixedTileRows : kCudaMaxTileRows);
   for (uint32_t rows = kCudaMinTileRows; rows <= most; rows += kCudaMinTileRows) {
     // Of stages without a layer, in the middle and at the end.
     for (const LayerRange none : {LayerRange{0, 0}, LayerRange{n, n}}) {

@@ -262,6 +262,7 @@ absl::Status CudaStageModel::ReplayTile(const CudaTile& tile, const StepTables& 
     const absl::Status captured = RunTile(tile, tables, token_ids);
     cudaGraph_t graph = nullptr;
     const cudaError_t ended = cudaStreamEndCapture(stream_, &graph);
+    if (!captured.ok() && graph != nullptr) (void)cudaGraphDestroy(graph);
     STRAIT_RETURN_IF_ERROR(captured);
     STRAIT_CUDA_RETURN_IF_ERROR(ended);
     STRAIT_ASSIGN_OR_RETURN(it, AddGraph(tile.num_rows, graph));

@@ -17,12 +17,13 @@
 #include "kernels/cuda/mla.h"
 #include "kernels/cuda/sample.h"
 #include "proto/model_config.h"
+#include "proto/limits.h"
 #include "proto/reservation.h"
 #include "worker/model/cuda/region.h"
 
 namespace strait {
 
-inline constexpr uint32_t kCudaMaxTileRows = 8192;
+inline constexpr uint32_t kCudaMaxTileRows = limits::kMaxStepTokens;
 inline constexpr uint32_t kCudaMinTileRows = 64;
 inline constexpr uint32_t kCudaMaxFixedTileRows = 512;  // deterministic: bounds the plans' memory
 // Partial results of a deterministic plan in one launch; 128 KiB each at rank 512.
@@ -38,6 +39,7 @@ struct CudaTraits {
   bool deterministic = false;
   RowFormat row_format = RowFormat::kBf16;  // of the latent cache; not kFp32
   bool fp8_activations = false;
+  uint32_t max_step_tokens = kCudaMaxTileRows;  // no tile is larger
 };
 
 // What a step can need at most.
@@ -58,7 +60,7 @@ struct CudaWorkspace {
   float* hidden = nullptr;       // [T, H]
   cuda::Bf16* normed = nullptr;  // [T, H padded]
   float* split_sums = nullptr;   // [kCudaSplitFloats]; deterministic: null
-  bool fixed_order = false;      // products sum in an order that is a property of K alone
+  bool fixed_order = false;      // products sum in an order that the weight alone says
   // With fp8 activations: what the next product of fp8 weights reads; else null.
   uint8_t* x_codes = nullptr;    // [most elements of padded rows]
   float* x_scales = nullptr;     // [most of their scales]
