@@ -20,6 +20,8 @@ usage: tests/gpu.sh [options]
                      (default: all but sanitizer)
   --cases LIST       of the benchmarks, e.g. "gemm v3" (default: gemm mla v2-lite v3 price rows serve)
   --jobs N           end-to-end tests at once, where pytest-xdist is there (default: 4)
+End-to-end parts need pytest and httpx (tests/run.sh installs them), nccl also nvidia-cuda-mps-control. gpu.json is written by
+bench, of that run's cases and hops: for gpu_page.py run nccl and all cases into one --out.
 USAGE
 }
 

@@ -177,7 +177,7 @@ void AddEval(CLI::App& app, Run* run) {
       ->required();
   verb->add_option("--url,--coordinator", flags->urls,
                    "HTTP address of a running cluster; twice: the two are compared (default: "
-                   "STRAIT_URL, STRAIT_COORDINATOR, http://127.0.0.1:8000)")
+                   "STRAIT_URL, http://127.0.0.1:8000)")
       ->allow_extra_args(false);
   verb->add_option(
           "--model", flags->models,
@@ -208,10 +208,8 @@ void AddEval(CLI::App& app, Run* run) {
   AddClusterFlags(*verb, &flags->cluster);
   verb->callback([=] {
     flags->options.default_edges = edges->count() == 0;
-    for (const char* name : {"STRAIT_URL", "STRAIT_COORDINATOR"}) {
-      const char* value = std::getenv(name);
-      if (flags->urls.empty() && flags->models.empty() && value && *value) flags->urls = {value};
-    }
+    const char* const url = std::getenv("STRAIT_URL");
+    if (flags->urls.empty() && flags->models.empty() && url && *url) flags->urls = {url};
     *run = [flags] { return RunEval(*flags); };
   });
 }

@@ -80,6 +80,8 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
       {"--served-model-name", true, false, "Name of the model in the API (default: the folder's)"},
       {"--cache-format", true, true,
        "Row format of the latent cache: fp32, bf16; fp8 with --backend cuda"},
+      {"--transport", false, true,
+       "How hidden states travel: auto (NCCL between GPU workers, else gRPC), grpc or nccl"},
       {"--simd", false, true,
        "portable, avx2 or avx512 (default: the widest); all give the same bits"},
       {"--gpu", false, true, "Which GPU, with --backend cuda"},
