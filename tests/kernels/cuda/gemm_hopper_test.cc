@@ -6,6 +6,7 @@
 // the rows beside it; a block that makes many tiles makes each as it would alone.
 #include "kernels/cuda/gemm_internal.h"
 #include "tests/kernels/cuda/device_matrix.h"
+#include "tests/kernels/cuda/expert_rows.h"
 #include "tests/kernels/cuda/gemm_reference.h"
 
 namespace strait {
@@ -13,6 +14,7 @@ namespace {
 
 using gpu_test::Bf16;
 using gpu_test::Buffer;
+using gpu_test::Dense;
 using gpu_test::DeviceMatrices;
 using gpu_test::Expected;
 using gpu_test::Gated;
@@ -50,22 +52,6 @@ class CudaGemmHopperTest : public gpu_test::GpuTest {
     std::vector<Bf16> padded = gpu_test::PaddedRows(x, k, stride);
     padded.insert(padded.end(), static_cast<size_t>(128 * stride), __float2bfloat16(NAN));
     return padded;
-  }
-
-  // y without what lies between its rows, which must be as it was.
-  template <class T>
-  static std::vector<float> Dense(const std::vector<T>& y, int64_t rows, int64_t n,
-                                  int64_t stride) {
-    std::vector<float> dense;
-    for (int64_t i = 0; i < static_cast<int64_t>(y.size()); ++i) {
-      const auto value = static_cast<float>(y[static_cast<size_t>(i)]);
-      if (i / stride < rows && i % stride < n) {
-        dense.push_back(value);
-      } else {
-        EXPECT_TRUE(std::isnan(value)) << "written beside a row: " << i;
-      }
-    }
-    return dense;
   }
 
   kernel_test::Rng rng_;
@@ -176,60 +162,28 @@ TEST_F(CudaGemmHopperTest, ExpertsByAList) {
     const DeviceMatrices up(rng_, form.type, n, k, experts);
     const std::vector<float> x = RoundedToBf16(RandomFloats(rng_, tokens * k));
     const Buffer<Bf16> dx(WithNanAfter(x, k, 144));
-    std::vector<int32_t> token_of;
-    std::vector<int32_t> expert_of;
-    std::vector<cuda::RowTile> tiles;
-    for (int e = 0; e < experts; ++e) {
-      const int count = e % 3 == 0 ? 0 : e % 3 == 1 ? 3 : 150;
-      const int begin = static_cast<int>(token_of.size());
-      for (int i = 0; i < count; ++i) {
-        token_of.push_back(static_cast<int32_t>(rng_() % tokens));
-        expert_of.push_back(e);
-      }
-      for (int i = 0; i < count; i += form.tile_rows) {
-        tiles.push_back({e, begin + i, std::min(form.tile_rows, count - i)});
-      }
-    }
-    const auto rows = static_cast<int64_t>(token_of.size());
-    const int num_tiles = static_cast<int>(tiles.size());
-    for (int wild = 0; wild < 40; ++wild) tiles.push_back({1 << 30, -1 << 30, 1 << 30});
-    const Buffer<cuda::RowTile> d_tiles(tiles);
-    const Buffer<int32_t> d_count(std::vector<int32_t>{num_tiles});
-    const Buffer<int32_t> d_tokens(token_of);
+    const gpu_test::ExpertRows list(rng_, experts, tokens, form.tile_rows);
+    const int64_t rows = list.rows();
     cuda::GemmParams p;
     p.x = dx.data();
     p.x_stride = 144;
-    p.x_rows = d_tokens.data();
+    list.Set(&p);
     p.weight = gate.matrix();
-    p.num_groups = experts;
     p.weight_group_stride = gate.group_stride();
     p.scale_group_stride = gate.scale_group_stride();
-    p.tiles = d_tiles.data();
-    p.num_tiles = d_count.data();
-    p.max_tiles = static_cast<int32_t>(tiles.size());
-    p.tile_rows = form.tile_rows;
     p.y_stride = n;
     for (const bool gated : {true, false}) {
       const Buffer<Bf16> y(rows * n);
       p.y_bf16 = y.data();
       p.up = gated ? up.matrix() : cuda::Matrix{};
       ASSERT_EQ(cuda::GemmHopper(p, form.tile_rows, form.columns, nullptr), cudaSuccess);
-      const std::vector<float> got = gpu_test::ToFloat(y.Get());
-      for (int e = 0; e < experts; ++e) {
-        std::vector<float> own_x;
-        std::vector<float> own_y;
-        for (int64_t r = 0; r < rows; ++r) {
-          if (expert_of[static_cast<size_t>(r)] != e) continue;
-          const auto at = x.begin() + token_of[static_cast<size_t>(r)] * k;
-          own_x.insert(own_x.end(), at, at + k);
-          own_y.insert(own_y.end(), got.begin() + r * n, got.begin() + (r + 1) * n);
-        }
-        const auto count = static_cast<int64_t>(own_x.size()) / k;
-        if (count == 0) continue;
-        std::vector<float> expected = Expected(own_x, count, gate.stored(e));
-        if (gated) expected = Gated(expected, Expected(own_x, count, up.stored(e)));
-        EXPECT_LT(RelativeError(own_y, expected), kBf16Bound) << "expert " << e;
-      }
+      list.ForEach(x, k, gpu_test::ToFloat(y.Get()), n,
+                   [&](int e, int64_t count, const std::vector<float>& own_x,
+                       const std::vector<float>& own_y) {
+                     std::vector<float> expected = Expected(own_x, count, gate.stored(e));
+                     if (gated) expected = Gated(expected, Expected(own_x, count, up.stored(e)));
+                     EXPECT_LT(RelativeError(own_y, expected), kBf16Bound) << "expert " << e;
+                   });
     }
   }
 }

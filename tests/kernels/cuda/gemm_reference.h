@@ -3,6 +3,10 @@
 // What tests of products compare with: the reference twin's results, and how far a GPU's may be.
 #pragma once
 
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
 #include <vector>
 
 #include "kernels/reference/kernels.h"
@@ -40,6 +44,21 @@ inline std::vector<float> Gated(const std::vector<float>& gate, const std::vecto
   p.gate_stride = p.up_stride = p.y_stride = p.dim = static_cast<int64_t>(gate.size());
   reference::SiluMul(p);
   return y;
+}
+
+// y without what lies between its rows, which must be as it was.
+template <class T>
+std::vector<float> Dense(const std::vector<T>& y, int64_t rows, int64_t n, int64_t stride) {
+  std::vector<float> dense;
+  for (int64_t i = 0; i < static_cast<int64_t>(y.size()); ++i) {
+    const auto value = static_cast<float>(y[static_cast<size_t>(i)]);
+    if (i / stride < rows && i % stride < n) {
+      dense.push_back(value);
+    } else {
+      EXPECT_TRUE(std::isnan(value)) << "written beside a row: " << i;
+    }
+  }
+  return dense;
 }
 
 }  // namespace strait::gpu_test

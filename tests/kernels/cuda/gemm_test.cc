@@ -7,6 +7,7 @@
 #include "kernels/cuda/gemm.h"
 
 #include "tests/kernels/cuda/device_matrix.h"
+#include "tests/kernels/cuda/expert_rows.h"
 #include "tests/kernels/cuda/gemm_reference.h"
 
 namespace strait {
@@ -220,61 +221,28 @@ TEST_F(CudaGemmTest, ExpertsByAList) {
       const DeviceMatrices up(rng_, type, n, k, experts);
       const std::vector<float> x = RoundedToBf16(RandomFloats(rng_, tokens * k));
       const Buffer<Bf16> dx(PaddedRows(x, k, 144));
-      // Ragged: none, few, more than a tile of rows.
-      std::vector<int32_t> token_of;
-      std::vector<int32_t> expert_of;
-      std::vector<cuda::RowTile> tiles;
-      for (int e = 0; e < experts; ++e) {
-        const int count = e % 3 == 0 ? 0 : e % 3 == 1 ? 3 : 150;
-        const int begin = static_cast<int>(token_of.size());
-        for (int i = 0; i < count; ++i) {
-          token_of.push_back(static_cast<int32_t>(rng_() % tokens));
-          expert_of.push_back(e);
-        }
-        for (int i = 0; i < count; i += tile) {
-          tiles.push_back({e, begin + i, std::min(tile, count - i)});
-        }
-      }
-      const auto rows = static_cast<int64_t>(token_of.size());
-      const int num_tiles = static_cast<int>(tiles.size());
-      for (int wild = 0; wild < 3; ++wild) tiles.push_back({1 << 30, -1 << 30, 1 << 30});
-      const Buffer<cuda::RowTile> d_tiles(tiles);
-      const Buffer<int32_t> d_count(std::vector<int32_t>{num_tiles});
-      const Buffer<int32_t> d_tokens(token_of);
+      const gpu_test::ExpertRows list(rng_, experts, tokens, tile);
+      const int64_t rows = list.rows();
       const Buffer<Bf16> y(rows * n);
       cuda::GemmParams p;
       p.x = dx.data();
       p.x_stride = 144;
-      p.x_rows = d_tokens.data();
+      list.Set(&p);
       p.weight = gate.matrix();
       p.up = up.matrix();
-      p.num_groups = experts;
       p.weight_group_stride = gate.group_stride();
       p.scale_group_stride = gate.scale_group_stride();
-      p.tiles = d_tiles.data();
-      p.num_tiles = d_count.data();
-      p.max_tiles = static_cast<int32_t>(tiles.size());
-      p.tile_rows = tile;
       p.y_bf16 = y.data();
       p.y_stride = n;
       ASSERT_EQ(cuda::Gemm(p, nullptr), cudaSuccess);
-      const std::vector<float> got = gpu_test::ToFloat(y.Get());
-      for (int e = 0; e < experts; ++e) {
-        std::vector<float> own_x;
-        std::vector<float> own_y;
-        for (int64_t r = 0; r < rows; ++r) {
-          if (expert_of[static_cast<size_t>(r)] != e) continue;
-          const auto at = x.begin() + token_of[static_cast<size_t>(r)] * k;
-          own_x.insert(own_x.end(), at, at + k);
-          own_y.insert(own_y.end(), got.begin() + r * n, got.begin() + (r + 1) * n);
-        }
-        const auto count = static_cast<int64_t>(own_x.size()) / k;
-        if (count == 0) continue;
-        EXPECT_LT(RelativeError(own_y, Gated(Expected(own_x, count, gate.stored(e)),
-                                             Expected(own_x, count, up.stored(e)))),
-                  kBf16Bound)
-            << "expert " << e;
-      }
+      list.ForEach(x, k, gpu_test::ToFloat(y.Get()), n,
+                   [&](int e, int64_t count, const std::vector<float>& own_x,
+                       const std::vector<float>& own_y) {
+                     EXPECT_LT(RelativeError(own_y, Gated(Expected(own_x, count, gate.stored(e)),
+                                                          Expected(own_x, count, up.stored(e)))),
+                               kBf16Bound)
+                         << "expert " << e;
+                   });
     }
   }
 }

@@ -7,6 +7,7 @@
 // are cut into tiles.
 #include "kernels/cuda/gemm_internal.h"
 #include "tests/kernels/cuda/device_matrix.h"
+#include "tests/kernels/cuda/expert_rows.h"
 #include "tests/kernels/cuda/gemm_reference.h"
 
 namespace strait {
@@ -14,6 +15,7 @@ namespace {
 
 using gpu_test::Bf16;
 using gpu_test::Buffer;
+using gpu_test::Dense;
 using gpu_test::DeviceMatrices;
 using gpu_test::Expected;
 using gpu_test::Gated;
@@ -79,22 +81,6 @@ class CudaGemmW8A8Test : public gpu_test::GpuTest {
     gpu_test::GpuTest::SetUp();
     if (IsSkipped()) return;
     if (!cuda::MultipliesCodes()) GTEST_SKIP() << "SKIPPED: Hopper's instructions, on another GPU";
-  }
-
-  // y without what lies between its rows, which must be as it was.
-  template <class T>
-  static std::vector<float> Dense(const std::vector<T>& y, int64_t rows, int64_t n,
-                                  int64_t stride) {
-    std::vector<float> dense;
-    for (int64_t i = 0; i < static_cast<int64_t>(y.size()); ++i) {
-      const auto value = static_cast<float>(y[static_cast<size_t>(i)]);
-      if (i / stride < rows && i % stride < n) {
-        dense.push_back(value);
-      } else {
-        EXPECT_TRUE(std::isnan(value)) << "written beside a row: " << i;
-      }
-    }
-    return dense;
   }
 
   DeviceMatrices Weights(int64_t n, int64_t k, int groups = 1) {
@@ -191,35 +177,16 @@ TEST_F(CudaGemmW8A8Test, ExpertsByAList) {
   const DeviceMatrices gate = Weights(n, k, experts);
   const DeviceMatrices up = Weights(n, k, experts);
   const CodedRows x(rng_, tokens, k);
-  std::vector<int32_t> token_of;
-  std::vector<cuda::RowTile> tiles;
-  std::vector<std::pair<int64_t, int64_t>> rows_of;  // of each expert
-  for (int e = 0; e < experts; ++e) {
-    const int count = e % 3 == 0 ? 0 : e % 3 == 1 ? 3 : 150;
-    const int begin = static_cast<int>(token_of.size());
-    rows_of.emplace_back(begin, begin + count);
-    for (int i = 0; i < count; ++i) token_of.push_back(static_cast<int32_t>(rng_() % tokens));
-    for (int i = 0; i < count; i += cuda::kCodeTileRows) {
-      tiles.push_back({e, begin + i, std::min(cuda::kCodeTileRows, count - i)});
-    }
-  }
-  const auto rows = static_cast<int64_t>(token_of.size());
-  const int num_tiles = static_cast<int>(tiles.size());
-  for (int wild = 0; wild < 40; ++wild) tiles.push_back({1 << 30, -1 << 30, 1 << 30});
-  const Buffer<cuda::RowTile> d_tiles(tiles);
-  const Buffer<int32_t> d_count(std::vector<int32_t>{num_tiles});
+  const gpu_test::ExpertRows list(rng_, experts, tokens, cuda::kCodeTileRows);
+  const int64_t rows = list.rows();
   const Buffer<int32_t> d_none(std::vector<int32_t>{0});
-  const Buffer<int32_t> d_tokens(token_of);
   cuda::GemmParams p;
   x.Set(&p);
-  p.x_rows = d_tokens.data();
+  list.Set(&p);
+  const int32_t* const num_tiles = p.num_tiles;
   p.weight = gate.matrix();
-  p.num_groups = experts;
   p.weight_group_stride = gate.group_stride();
   p.scale_group_stride = gate.scale_group_stride();
-  p.tiles = d_tiles.data();
-  p.max_tiles = static_cast<int32_t>(tiles.size());
-  p.tile_rows = cuda::kCodeTileRows;
   p.y_stride = n;
   for (const bool gated : {true, false}) {
     const Buffer<Bf16> y(rows * n);
@@ -228,24 +195,15 @@ TEST_F(CudaGemmW8A8Test, ExpertsByAList) {
     p.num_tiles = d_none.data();
     ASSERT_EQ(cuda::Gemm(p, nullptr), cudaSuccess);
     EXPECT_TRUE(Dense(y.Get(), 0, n, n).empty());  // no tile: nothing is written
-    p.num_tiles = d_count.data();
+    p.num_tiles = num_tiles;
     ASSERT_EQ(cuda::Gemm(p, nullptr), cudaSuccess);
-    const std::vector<float> got = gpu_test::ToFloat(y.Get());
-    for (int e = 0; e < experts; ++e) {
-      const auto [begin, end] = rows_of[static_cast<size_t>(e)];
-      if (begin == end) continue;
-      std::vector<float> own_x;
-      for (int64_t r = begin; r < end; ++r) {
-        const int32_t token = token_of[static_cast<size_t>(r)];
-        const std::vector<float> row = x.Rows(token, token + 1);
-        own_x.insert(own_x.end(), row.begin(), row.end());
-      }
-      std::vector<float> expected = Expected(own_x, end - begin, gate.stored(e));
-      if (gated) expected = Gated(expected, Expected(own_x, end - begin, up.stored(e)));
-      EXPECT_LT(RelativeError({got.begin() + begin * n, got.begin() + end * n}, expected),
-                kCodesBf16Bound)
-          << "expert " << e << " gated " << gated;
-    }
+    list.ForEach(x.values(), k, gpu_test::ToFloat(y.Get()), n,
+                 [&](int e, int64_t count, const std::vector<float>& own_x,
+                     const std::vector<float>& own_y) {
+                   std::vector<float> expected = Expected(own_x, count, gate.stored(e));
+                   if (gated) expected = Gated(expected, Expected(own_x, count, up.stored(e)));
+                   EXPECT_LT(RelativeError(own_y, expected), kCodesBf16Bound) << "expert " << e;
+                 });
   }
 }
 
