@@ -70,6 +70,15 @@ int32_t NumSplits(const GemmParams& p, int64_t blocks, int64_t wanted) {
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// The same for Hopper's kernels. Partial sums go through L2 twice: no more of
+// them than the weight has bytes.
+int32_t HopperSplits(const GemmParams& p, int64_t units, int32_t multiprocessors) {
+  const int64_t weight_bytes = int64_t{p.weight.cols} * (p.weight.scales != nullptr ? 1 : 2);
+  const int64_t worth = weight_bytes / (4 * int64_t{std::max(p.num_rows, 1)});
+  return std::min(NumSplits(p, units, multiprocessors),
+                  static_cast<int32_t>(std::clamp<int64_t>(worth, 1, kMaxSplits)));
+}
+
 // Tiles of 256 columns use L2 better, those of 128 fill the last round better.
 GemmPlan PlanHopper(const GemmParams& p, int32_t tile_rows, int32_t multiprocessors) {
   GemmPlan best = {GemmKind::kHopper, tile_rows, 0, 1};
@@ -79,12 +88,7 @@ GemmPlan PlanHopper(const GemmParams& p, int32_t tile_rows, int32_t multiprocess
     if (columns == 256 && fp8) continue;
     const int32_t each = p.up.empty() ? columns : columns / 2;
     const int64_t units = NumItems(p, tile_rows) * CeilDiv(p.weight.rows, each);
-    // Partial sums go through L2 twice: no more of them than the weight has bytes.
-    const int64_t worth =
-        int64_t{p.weight.cols} * (fp8 ? 1 : 2) / (4 * int64_t{std::max(p.num_rows, 1)});
-    const int32_t splits =
-        std::min(NumSplits(p, units, multiprocessors),
-                 static_cast<int32_t>(std::clamp<int64_t>(worth, 1, kMaxSplits)));
+    const int32_t splits = HopperSplits(p, units, multiprocessors);
     const int64_t cost = CeilDiv(units * splits, multiprocessors) * columns *
                          (columns == 128 ? kNarrowCost : 100) / splits;
     if (best.columns == 0 || cost < best_cost) {
@@ -102,24 +106,29 @@ GemmPlan PlanW8A8(const GemmParams& p, int32_t multiprocessors) {
   if (p.fixed_order) return plan;
   const int32_t each = p.up.empty() ? kTileColumns : kTileColumns / 2;
   const int64_t units = NumItems(p, kCodeTileRows) * CeilDiv(p.weight.rows, each);
-  // Partial sums go through L2 twice: no more of them than the weight has bytes.
-  const int64_t worth = p.weight.cols / (4 * int64_t{std::max(p.num_rows, 1)});
-  plan.num_splits = std::min(NumSplits(p, units, multiprocessors),
-                             static_cast<int32_t>(std::clamp<int64_t>(worth, 1, kMaxSplits)));
+  plan.num_splits = HopperSplits(p, units, multiprocessors);
   return plan;
+}
+
+// Major compute capability of the device that was current at the first call; 0 without one.
+int Major() {
+  static const int major = [] {
+    int device = 0;
+    int value = 0;
+    if (cudaGetDevice(&device) != cudaSuccess ||
+        cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
+      return 0;
+    }
+    return value;
+  }();
+  return major;
 }
 
 // Whether the device has the Hopper kernel and nobody asked for the portable ones.
 bool HopperProducts() {
   static const bool available = [] {
-    int device = 0;
-    int major = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
-      return false;
-    }
     const char* const wanted = std::getenv("STRAIT_CUDA_GEMM");
-    return major == 9 && (wanted == nullptr || std::string_view(wanted) != "portable");
+    return Major() == 9 && (wanted == nullptr || std::string_view(wanted) != "portable");
   }();
   return available;
 }
@@ -130,17 +139,7 @@ bool UsesHopper(const GemmParams& p) { return HopperProducts() && !p.portable; }
 
 bool MultipliesCodes() { return HopperProducts(); }
 
-bool DeepGemmRings() {
-  static const bool deep = [] {
-    int device = 0;
-    int major = 0;
-    return cudaGetDevice(&device) != cudaSuccess ||
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) !=
-               cudaSuccess ||
-           major == 9 || major == 10;
-  }();
-  return deep;
-}
+bool DeepGemmRings() { return Major() == 0 || Major() == 9 || Major() == 10; }
 
 int Multiprocessors() {
   static const int multiprocessors = [] {

@@ -7,18 +7,20 @@
 //
 // Thread:  any; asynchronous.
 // Stream:  the parameter.
-// Shapes:  below; products of bf16 are summed in fp32, of codes within 128 k as the tensor core does. Any of M, N, K may be odd.
+// Shapes:  below; products of bf16 are summed in fp32, of codes within 128 k as the tensor core
+//          does. Any of M, N, K may be odd.
 // Errors:  none but CUDA's own launch errors, returned.
-// Why:     four kernels. "Few rows" reads each weight once for up to 16 rows, through rings in shared
-//          memory from which lanes take tensor-core fragments, warps splitting K: bound by memory. "Tiles" is the
-//          classical tiled product through shared memory, for any device; "Hopper" the same with
-//          warpgroup products, fed by warps of their own, on sm_90; "W8A8" multiplies codes of x
-//          with codes of the weight, on sm_90, for any number of rows.
-//          Order of sums: in the few-rows kernel it is a property of K and the format alone; fixed_order
-//          uses it for any number of rows, so that a row's bits do not depend on the others. The others go
-//          through K in order, and so a row's bits depend on which of the kernels, and how many
-//          shares of K, the number of rows asks for. W8A8 has one form of tile: in a fixed order,
-//          where K is one share, it makes a row's bits from that row alone, too.
+// Why:     four kernels. "Few rows" reads each weight once for up to 16 rows, through rings in
+//          shared memory from which lanes take tensor-core fragments, warps splitting K: bound by
+//          memory. "Tiles" is the classical tiled product through shared memory, for any device;
+//          "Hopper" the same with warpgroup products, fed by warps of their own, on sm_90; "W8A8"
+//          multiplies codes of x with codes of the weight, on sm_90, for any number of rows.
+//          Order of sums: in the few-rows kernel it is a property of K and the format alone;
+//          fixed_order uses it for any number of rows, so that a row's bits do not depend on the
+//          others. The others go through K in order, and so a row's bits depend on which of the
+//          kernels, and how many shares of K, the number of rows asks for. W8A8 has one form of
+//          tile: in a fixed order, where K is one share, it makes a row's bits from that row
+//          alone, too.
 //          fp8 weights keep their codes up to the tensor core (e4m3 fits in bf16) and sums are
 //          scaled every 128 k, so nothing is rounded twice. Activations stay bf16 (W8A16) unless
 //          the caller has quantized them: x_codes. That doubles the tensor core's rate and halves

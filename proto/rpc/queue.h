@@ -53,11 +53,13 @@ class BoundedQueue {
   std::deque<T> PopAll(std::chrono::microseconds timeout,
                        std::chrono::microseconds eager = std::chrono::microseconds(0)) {
     std::unique_lock lock(mu_);
-    const auto until = std::chrono::steady_clock::now() + std::min(timeout, eager);
-    while (eager.count() > 0 && items_.empty() && std::chrono::steady_clock::now() < until) {
-      lock.unlock();
-      std::this_thread::yield();
-      lock.lock();
+    if (items_.empty() && eager.count() > 0 && timeout.count() > 0) {
+      const auto until = std::chrono::steady_clock::now() + std::min(timeout, eager);
+      do {
+        lock.unlock();
+        std::this_thread::yield();
+        lock.lock();
+      } while (items_.empty() && std::chrono::steady_clock::now() < until);
     }
     if (items_.empty() && timeout.count() > 0) {
       waiting_ = true;

@@ -115,8 +115,7 @@ absl::Status CudaStageModel::Begin(const StageBatch& batch, HiddenIn hidden_in,
   if (status.ok()) status = CudaStatus(cudaEventRecord(slot.done, stream_), "cudaEventRecord");
   if (!status.ok()) {
     ExitIfContextLost(status);  // it waits for the device: the buffers are free
-    slot.head.Clear();
-    slot.host_out = nullptr;
+    slot.Void();
     return status;
   }
   next_slot_ = (next_slot_ + 1) % kMaxStepsBegun;
@@ -126,22 +125,20 @@ absl::Status CudaStageModel::Begin(const StageBatch& batch, HiddenIn hidden_in,
 
 bool CudaStageModel::Done() const {
   STRAIT_CHECK(num_begun_ > 0);
-  const Slot& oldest = slots_[(next_slot_ + kMaxStepsBegun - num_begun_) % kMaxStepsBegun];
-  if (cudaEventQuery(oldest.done) != cudaErrorNotReady) return true;
+  if (cudaEventQuery(slots_[oldest_slot()].done) != cudaErrorNotReady) return true;
   (void)cudaGetLastError();  // nobody else is to find that
   return false;
 }
 
 absl::Status CudaStageModel::Finish(std::vector<LogitsResult>* results) {
   STRAIT_CHECK(num_begun_ > 0);
-  Slot& oldest = slots_[(next_slot_ + kMaxStepsBegun - num_begun_) % kMaxStepsBegun];
+  Slot& oldest = slots_[oldest_slot()];
   --num_begun_;
   absl::Status status = CudaStatus(cudaSetDevice(device_), "cudaSetDevice");
   if (status.ok()) status = CudaStatus(cudaEventSynchronize(oldest.done), "cudaEventSynchronize");
   if (!status.ok()) {
     ExitIfContextLost(status);
-    oldest.head.Clear();
-    oldest.host_out = nullptr;
+    oldest.Void();
     return status;
   }
   Collect(&oldest);

@@ -70,7 +70,15 @@ class CudaStageModel final : public StageModel {
     std::byte* host_out = nullptr;  // where staging goes when it has come; null: nowhere
     size_t host_out_bytes = 0;
     cudaEvent_t done = nullptr;
+
+    // What the step has not given back yet goes nowhere.
+    void Void() {
+      head.Clear();
+      host_out = nullptr;
+    }
   };
+
+  size_t oldest_slot() const { return (next_slot_ + kMaxStepsBegun - num_begun_) % kMaxStepsBegun; }
 
   absl::Status InitSlot(Slot* slot);
   absl::Status Enqueue(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out,
