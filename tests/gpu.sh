@@ -100,16 +100,30 @@ fi
 if wanted sanitizer; then
   strait_say "=== compute-sanitizer"
   command -v compute-sanitizer >/dev/null || strait_fail "no compute-sanitizer: it is part of the CUDA Toolkit"
-  for tool in memcheck racecheck; do
-    for name in cuda_latent_test cuda_moe_test cuda_gemm_test cuda_gemm_hopper_test cuda_gemm_w8a8_test \
-      cuda_quantize_test cuda_sample_test; do
-      # What mbarriers order, racecheck does not see.
-      case $tool$name in racecheckcuda_gemm_hopper_test | racecheckcuda_gemm_w8a8_test) continue ;; esac
-      filter=
-      case $name in cuda_gemm_*) filter='--gtest_filter=*AMatrixAHead:*ExpertsByAList' ;; esac
-      compute-sanitizer --tool $tool --error-exitcode 9 "$programs/tests/$name" $filter \
-        >"$out/$tool-$name.log" 2>&1 || fail "$tool $name" "$out/$tool-$name.log"
-    done
+  sanitize() {  # tool, test
+    local filter=()
+    case $2 in cuda_gemm_*) filter=('--gtest_filter=*AMatrixAHead:*ExpertsByAList') ;; esac
+    compute-sanitizer --tool "$1" --error-exitcode 9 "$programs/tests/$2" ${filter[@]+"${filter[@]}"} \
+      >"$out/$1-$2.log" 2>&1
+    echo $? >"$out/$1-$2.rc"
+  }
+  checks=()
+  for name in cuda_latent_test cuda_moe_test cuda_gemm_test cuda_gemm_hopper_test cuda_gemm_w8a8_test \
+    cuda_quantize_test cuda_sample_test; do
+    checks+=("memcheck $name")
+    # What mbarriers order, racecheck does not see.
+    case $name in cuda_gemm_hopper_test | cuda_gemm_w8a8_test) continue ;; esac
+    checks+=("racecheck $name")
+  done
+  for check in "${checks[@]}"; do sanitize $check & done
+  wait
+  for check in "${checks[@]}"; do
+    log="$out/${check/ /-}"
+    if [ "$(cat "$log.rc")" = 0 ] && grep -q '\[  PASSED  \] [1-9]' "$log.log"; then
+      echo "$check: $(grep -E '(ERROR|RACECHECK) SUMMARY' "$log.log")"
+    else
+      fail "$check" "$log.log"
+    fi
   done
 fi
 
