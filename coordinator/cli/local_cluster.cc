@@ -92,6 +92,15 @@ absl::StatusOr<std::unique_ptr<LocalCluster>> LocalCluster::Start(LocalClusterOp
     return absl::InvalidArgumentError(
         absl::StrCat("--backend ", options.backend, " is unknown: use cpu or cuda"));
   }
+  if (options.backend != "cuda" && !options.gpus.empty()) {
+    return absl::InvalidArgumentError("--gpu (STRAIT_GPU) needs --backend cuda");
+  }
+  std::vector<uint32_t> gpus = options.gpus;
+  std::sort(gpus.begin(), gpus.end());
+  if (const auto twice = std::adjacent_find(gpus.begin(), gpus.end()); twice != gpus.end()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--gpu names GPU ", *twice, " twice: name each once, workers share them"));
+  }
   if (options.backend != "cuda" && CacheFormat(options) == "fp8") {
     return absl::InvalidArgumentError(
         "--cache-format fp8 needs --backend cuda: CPU workers keep fp32 or bf16 cache rows");
@@ -191,9 +200,10 @@ absl::Status LocalCluster::Launch() {
                                                  kMemoryShare / options_.num_workers);
     if (share > 0) memory = std::to_string(share);
   }
-  for (uint32_t i = 1; i <= options_.num_workers; ++i) {
+  const auto num_gpus = static_cast<uint32_t>(std::max<size_t>(options_.gpus.size(), 1));
+  for (uint32_t i = 0; i < options_.num_workers; ++i) {
     Process worker;
-    worker.name = absl::StrCat("worker-", i);
+    worker.name = absl::StrCat("worker-", i + 1);
     worker.spec.log_path = absl::StrCat(options_.log_dir, "/", worker.name, ".log");
     worker.spec.argv = {folder + "/strait-worker",
                         "--coordinator",
@@ -206,10 +216,15 @@ absl::Status LocalCluster::Launch() {
                         std::to_string(threads)};
     if (!memory.empty()) append(worker.spec.argv, {"--memory", memory});
     if (on_gpu) {
-      // All on one GPU: each gets its part of it.
-      append(worker.spec.argv, {"--backend", "cuda", "--gpu-memory-share",
-                                absl::StrCat(kGpuMemoryShare / options_.num_workers)});
-      if (options_.num_workers > 1) worker.spec.environment = SharedGpuEnvironment(worker.name);
+      const uint32_t slot = i % num_gpus;
+      const uint32_t sharers = (options_.num_workers - slot + num_gpus - 1) / num_gpus;
+      append(worker.spec.argv, {"--backend", "cuda", "--gpu",
+                                std::to_string(options_.gpus.empty() ? 0 : options_.gpus[slot]),
+                                "--gpu-memory-share", absl::StrCat(kGpuMemoryShare / sharers)});
+      // Where any share one, all go by the network: NCCL takes two such for two hosts.
+      if (options_.num_workers > num_gpus) {
+        worker.spec.environment = SharedGpuEnvironment(worker.name);
+      }
     }
     if (!options_.random_weights.empty()) {
       append(worker.spec.argv, {"--random-weights", options_.random_weights});

@@ -40,6 +40,7 @@ struct LocalClusterOptions {
   uint32_t num_workers = 0;  // 0: two stages a pipeline
   uint32_t num_pipelines = 1;
   std::string backend = "cpu";
+  std::vector<uint32_t> gpus;  // over which workers are dealt in turn; empty: GPU 0
   std::string http;  // host:port; empty: 127.0.0.1:8000, or a free port when that is taken
   std::string grpc;  // the same, 127.0.0.1:7000
   std::string random_weights;         // a seed; empty: weights are read

@@ -33,10 +33,16 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
       ->check(CLI::Range(1u, 1024u))
       ->capture_default_str()
       ->group(group);
-  verb.add_option("--backend", options->backend,
-                  "Where workers compute: cpu, or cuda (one GPU for all)")
+  verb.add_option("--backend", options->backend, "Where workers compute: cpu, or cuda")
       ->envname("STRAIT_BACKEND")
       ->capture_default_str()
+      ->group(group);
+  verb.add_option("--gpu", options->gpus,
+                  "With --backend cuda: the GPUs, as 0,1,2,3; workers are dealt over them in turn "
+                  "(default: 0), and those on one GPU share its memory")
+      ->envname("STRAIT_GPU")
+      ->delimiter(',')
+      ->allow_extra_args(false)
       ->group(group);
   verb.add_option("--http", options->http,
                   "HOST:PORT of the HTTP API (default: 127.0.0.1:8000, or a free port)")
@@ -84,7 +90,6 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
        "How hidden states travel: auto (NCCL between GPU workers, else gRPC), grpc or nccl"},
       {"--simd", false, true,
        "portable, avx2 or avx512 (default: the widest); all give the same bits"},
-      {"--gpu", false, true, "Which GPU, with --backend cuda"},
       {"--log-level", true, true, "Of the daemons' logs: debug, info, warning, error"},
   };
   for (const Passed& flag : kPassed) {

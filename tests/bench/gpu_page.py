@@ -85,32 +85,50 @@ def hops(measured):
     """Hidden states from one NCCL rank to another, by tests/gpu_nccl.sh."""
     if not measured:
         return []
-    rows = [[f"{r['bytes']:,}", "MPS" if r["mps"] else "taking turns", r["nccl"], f"{r['bare_us']:.1f}",
+    how = lambda r: "a GPU each" if r.get("gpus", 1) > 1 else "MPS" if r["mps"] else "taking turns"
+    rows = [[f"{r['bytes']:,}", how(r), r["nccl"], f"{r['bare_us']:.1f}",
              f"{r['transport_us']:.1f}", f"{r['ratio']:.2f}"] + ([f"{r[k] / 2**20:.0f}" for k in ("taken", "stated")] if "taken" in r
                                                        else ["", ""]) for r in measured]
     return ["", "## A hop over NCCL", "",
-            "Two ranks on one GPU, which is not how they are meant to run: what counts is the ratio of a hop through "
-            "`NcclTransport` to bare sends and receives. Ranks run side by side with MPS, and take turns without. Memory: of the "
-            "four ends of its edges.", ""] + table(
+            "What counts is the ratio of a hop through `NcclTransport` to bare sends and receives, measured in turns. Two ranks on one "
+            "GPU, which is not how they are meant to run, are side by side with MPS, and take turns without; NCCL goes by a socket "
+            "between them. Memory: of the ends of edges on a GPU, two if it has one rank, else four.", ""] + table(
                 ["bytes", "ranks", "NCCL", "bare, µs", "NcclTransport, µs", "times", "GPU memory, MiB", "stated"], rows)
 
 
+def served(pipelines):
+    one = pipelines[0]["output_tokens_per_s"]
+    return table(["ranks", "prompt tokens/s", "output tokens/s", "of one rank's", "a token p50, ms", "failed"],
+                 [[r["ranks"], f"{r['prompt_tokens_per_s']:.0f}", f"{r['output_tokens_per_s']:.0f}",
+                   f"{100 * r['output_tokens_per_s'] / one:.0f} %", f"{r['tpot_p50_ms']:.1f}", r["failed"]] for r in pipelines])
+
+
 def ranks(pipelines, quarters):
-    """What pipelines of several NCCL ranks on one GPU serve, and how stages slow each other down there."""
+    """What pipelines of several NCCL ranks on one GPU serve, and what of that bare stages lose by sharing it."""
     if not pipelines:
         return []
-    one = pipelines[0]["output_tokens_per_s"]
     out = ["", "## Ranks that share the GPU", "",
            f"`strait bench`, V2-Lite shape, {pipelines[0]['concurrency']} clients, with MPS: pipelines whose stages take turns on the "
-           "same multiprocessors.", ""] + table(
-               ["ranks", "prompt tokens/s", "output tokens/s", "of one rank's", "a token p50, ms", "failed"],
-               [[r["ranks"], f"{r['prompt_tokens_per_s']:.0f}", f"{r['output_tokens_per_s']:.0f}",
-                 f"{100 * r['output_tokens_per_s'] / one:.0f} %", f"{r['tpot_p50_ms']:.1f}", r["failed"]] for r in pipelines])
-    mean = lambda n: sum(us) / len(us) if (us := [r["us"] for r in quarters if r["at_once"] == n]) else None
-    if mean(1) and mean(4):
-        out += ["", f"A bare step of a quarter of the layers takes {mean(1) / 1000:.2f} ms alone and {mean(4) / 1000:.2f} ms when four "
-                f"processes make one at once: {mean(4) / mean(1) / 4:.2f} of what taking turns would."]
+           "same multiprocessors, and whose hops go by a socket.", ""] + served(pipelines)
+
+    def mean(at_once, batch):
+        us = [r["us"] for r in quarters if r["at_once"] == at_once and r["batch"] == batch]
+        return sum(us) / len(us) / 1000 if us else None
+
+    whole, alone, shared = mean(1, 64), mean(1, 16), mean(4, 16)
+    if whole and alone and shared:
+        out += ["", f"Bare steps of a quarter of the layers: {whole:.2f} ms for 64 sequences, as one rank makes them; {alone:.2f} ms for the "
+                f"16 that each of four ranks has at a time, as many weights being read for them; {shared:.2f} ms for 16 when four processes "
+                f"make one at once. So bare stages decode {100 * 16 / shared / (64 / (4 * whole)):.0f} % of one rank's tokens: that much is "
+                "lost to sharing the GPU; the rest to hops, prompts and what they wait for each other."]
     return out
+
+
+def gpu_ranks(pipelines):
+    """The same with a GPU for each rank."""
+    return ["", "## Ranks on GPUs of their own", "",
+            f"`strait bench`, V2-Lite shape, {pipelines[0]['concurrency']} clients, a rank a GPU of one host.", ""] + served(
+                pipelines) if pipelines else []
 
 
 def memory(measured):
@@ -174,6 +192,7 @@ def page(data, attention, serve):
     out += memory(by("memory"))
     out += hops(by("nccl_hop"))
     out += ranks(by("ranks"), by("quarter"))
+    out += gpu_ranks(by("gpu_ranks"))
     out += ["", "## Multi-head latent attention", "",
             "TFLOP/s: 2 · heads · rows · (576 + 512) a new token. GB/s: cache, queries and outputs once.", ""]
     out += table(["heads", "batch × length", "µs", "TFLOP/s", "GB/s", "share of read rate"],

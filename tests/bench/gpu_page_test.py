@@ -56,11 +56,21 @@ class PageTest(unittest.TestCase):
 
     def test_ranks(self):
         run = {"bench": "ranks", "concurrency": 64, "prompt_tokens_per_s": 8000.0, "tpot_p50_ms": 12.0, "failed": 0}
-        quarter = {"bench": "quarter", "us": 3000.0, "at_once": 1}
+        quarter = {"bench": "quarter", "us": 3000.0, "at_once": 1, "batch": 64}
         text = page(DECODE, {**run, "ranks": 1, "output_tokens_per_s": 2000.0}, {**run, "ranks": 4, "output_tokens_per_s": 1500.0},
-                    quarter, {**quarter, "at_once": 4, "us": 9000.0}, {**quarter, "at_once": 4, "us": 11000.0})
+                    quarter, {**quarter, "batch": 16, "us": 2000.0}, {**quarter, "at_once": 4, "batch": 16, "us": 7000.0},
+                    {**quarter, "at_once": 4, "batch": 16, "us": 8000.0}, {**quarter, "at_once": 4, "us": 11000.0})
         self.assertIn("| 4 | 8000 | 1500 | 75 % | 12.0 | 0 |", text)
-        self.assertIn("takes 3.00 ms alone and 10.00 ms when four processes make one at once: 0.83 of", text)
+        self.assertIn(": 3.00 ms for 64 sequences", text)
+        self.assertIn("; 2.00 ms for the 16 ", text)
+        self.assertIn("; 7.50 ms for 16 when four", text)
+        self.assertIn("decode 40 % of one rank's tokens", text)
+        self.assertNotIn("GPUs of their own", text)
+
+    def test_ranks_on_gpus_of_their_own(self):
+        run = {"bench": "gpu_ranks", "concurrency": 64, "prompt_tokens_per_s": 8000.0, "tpot_p50_ms": 12.0, "failed": 0}
+        text = page(DECODE, {**run, "ranks": 1, "output_tokens_per_s": 2000.0}, {**run, "ranks": 2, "output_tokens_per_s": 3000.0})
+        self.assertIn("| 2 | 8000 | 3000 | 150 % | 12.0 | 0 |", text.split("## Ranks on GPUs of their own")[1])
 
     def test_memory(self):
         text = page(MEMORY, {**MEMORY, "rows": "fp8", "deterministic": True})
@@ -71,6 +81,7 @@ class PageTest(unittest.TestCase):
         text = page(HOP, {**HOP, "mps": False, "bytes": 2097152})
         self.assertIn("| 28,672 | MPS | 2.28.9 | 40.0 | 50.0 | 1.25 | 160 | 256 |", text)
         self.assertIn("| 2,097,152 | taking turns | 2.28.9 |", text)
+        self.assertIn("| 28,672 | a GPU each | 2.28.9 |", page({**HOP, "mps": False, "gpus": 2}))
 
     def test_serving(self):
         self.assertIn("| 16 | 9000 | 1125 | 321 | 7.25 | 9.50 |  |  | 0 |", page(serve=SERVE))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -331,6 +332,42 @@ def test_a_gpu_that_is_not_there_is_told_in_a_sentence():
     text = reply.stdout + reply.stderr
     assert "--backend cuda: " in text, text
     assert any(why in text for why in ("has no CUDA backend", "no NVIDIA driver", "no NVIDIA GPU", "no GPU 99")), text
+
+
+@pytest.mark.parametrize("gpus, workers, dealt, shares", [
+    ("0,1", 2, ["0", "1"], [0.9, 0.9]),  # one each: NCCL finds its own way between them
+    ("2,0", 3, ["2", "0", "2"], [0.45, 0.9, 0.45]),
+    (None, 2, ["0", "0"], [0.45, 0.45]),
+])
+def test_up_deals_workers_over_the_gpus_named(tmp_path, gpus, workers, dealt, shares):
+    """With a stand-in for the worker, which writes down how it was called and ends."""
+    for name in ("strait", "strait-coordinator"):
+        shutil.copy(BIN / name, tmp_path)
+    stand_in = tmp_path / "strait-worker"
+    stand_in.write_text(f"#!/bin/bash\nprintf '%s ' \"$@\" \"${{NCCL_HOSTID-}}\" >{tmp_path}/called.$$\nexit 3\n")
+    stand_in.chmod(0o755)
+    args = ["--gpu", gpus] if gpus else []
+    reply = subprocess.run([tmp_path / "strait", "up", "--model", TINY, "--random-weights", "1", "--workers", str(workers), "--backend", "cuda",
+                            *args, "--http", f"127.0.0.1:{free_port()}", "--grpc", f"127.0.0.1:{free_port()}"],
+                           capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert reply.returncode == 1, reply.stderr
+    calls = {}
+    for file in tmp_path.glob("called.*"):
+        words = file.read_text().split(" ")
+        flag = lambda name: words[words.index(name) + 1]
+        calls[flag("--name")] = (flag("--gpu"), float(flag("--gpu-memory-share")), "strait-" in file.read_text().split("--gpu-memory-share")[1])
+    shared = workers > (len(gpus.split(",")) if gpus else 1)
+    assert calls == {f"worker-{i + 1}": (dealt[i], shares[i], shared) for i in range(workers)}
+
+
+@pytest.mark.parametrize("args, says", [
+    (("--backend", "cuda", "--gpu", "1,0,1"), "--gpu names GPU 1 twice"),
+    (("--gpu", "0"), "needs --backend cuda"),
+])
+def test_gpus_that_make_no_sense_are_told_in_a_sentence(args, says):
+    reply = strait("up", "--model", TINY, "--random-weights", 1, *args)
+    assert reply.returncode == 1
+    assert says in reply.stderr, reply.stderr
 
 
 def test_fp8_activations_without_a_gpu_are_told_in_a_sentence():

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pipelines over NCCL, all ranks on one GPU: only by tests/gpu.sh, part nccl.
+"""Pipelines over NCCL, all ranks on one GPU or one each on several: only by tests/gpu.sh, part nccl.
 
 One, two and four ranks give the same tokens. A rank that is stopped in mid-step, or killed, costs the client a pause:
 its stream goes on to the end with every token once, the survivors and a spare serve again within the deadline, and so
-does a second request. Stopping needs MPS (ranks run at the same time), killing needs its absence (under MPS a death
-takes the others along): STRAIT_TEST_MPS says which of the two there is.
+does a second request. On one GPU, stopping needs MPS (ranks run at the same time), killing needs its absence (under MPS
+a death takes the others along): STRAIT_TEST_MPS says which of the two there is. STRAIT_TEST_GPUS: several, as 0,1.
 """
 import json
 import os
@@ -18,6 +18,8 @@ from harness import BACKEND, ROOT, Cluster, Daemons, strait, wait_until
 pytestmark = pytest.mark.skipif(BACKEND != "cuda" or "STRAIT_TEST_MPS" not in os.environ,
                                 reason="NOT RUN: needs a GPU and tests/gpu.sh --only nccl")
 MPS = os.environ.get("STRAIT_TEST_MPS") == "1"
+GPUS = os.environ.get("STRAIT_TEST_GPUS", "0").split(",")
+TOGETHER = MPS or len(GPUS) > 1  # ranks run at the same time
 MODEL = ROOT / "deploy/models/reference"  # 12 layers
 MEMORY = "2GiB"
 TOKENS = 600
@@ -30,9 +32,18 @@ def deterministic():
     return ["--deterministic"] if "--deterministic" in strait("up", "--help").stdout else []
 
 
-def local(rank):
-    """What `strait up` gives to workers that share a GPU."""
-    return {"NCCL_HOSTID": f"strait-test-{os.getpid()}-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+def gpus_of_up(ranks):
+    return ["--gpu", ",".join(GPUS[:ranks])] if len(GPUS) > 1 else []
+
+
+def place(rank):
+    """A worker's GPU, and what `strait up` gives to workers that share one: a spare, or all."""
+    env = {"STRAIT_GPU": GPUS[rank % len(GPUS)]}
+    if len(GPUS) == 1 or rank >= len(GPUS):
+        env["NCCL_HOSTID"] = f"strait-test-{os.getpid()}-{rank}"
+    if len(GPUS) == 1:
+        env["NCCL_IB_DISABLE"] = "1"
+    return dict(env, NCCL_SOCKET_IFNAME="lo")
 
 
 def edges(cluster):
@@ -47,11 +58,11 @@ def body(prompt, **more):
     return dict(prompt=prompt, temperature=0, ignore_eos=True, return_token_ids=True, logprobs=1, **more)
 
 
-@pytest.mark.skipif(not MPS, reason="ranks that take turns only make it slow: run with MPS")
+@pytest.mark.skipif(not TOGETHER, reason="ranks that take turns only make it slow: run with MPS")
 def test_the_same_tokens_on_1_2_and_4_ranks():
     outcomes = {}
     for ranks in (1, 2, 4):
-        with Cluster(MODEL, workers=ranks, random_weights=None, memory=MEMORY, args=deterministic()) as cluster:
+        with Cluster(MODEL, workers=ranks, random_weights=None, memory=MEMORY, args=deterministic() + gpus_of_up(ranks)) as cluster:
             outcomes[ranks] = []
             for prompt in prompts():
                 choice = cluster.complete(**body(prompt, max_tokens=50))["choices"][0]
@@ -63,11 +74,11 @@ def test_the_same_tokens_on_1_2_and_4_ranks():
             assert one[1] == many[1], f"{ranks} ranks, prompt {i}: log-probabilities differ"
 
 
-@pytest.mark.skipif(not MPS, reason="ranks that take turns only make it slow: run with MPS")
+@pytest.mark.skipif(not TOGETHER, reason="ranks that take turns only make it slow: run with MPS")
 def test_an_edge_by_grpc_gives_the_same_tokens():
     outcomes = []
     for transport in ("auto", "grpc"):
-        with Cluster(MODEL, workers=2, random_weights=None, memory=MEMORY, args=deterministic(),
+        with Cluster(MODEL, workers=2, random_weights=None, memory=MEMORY, args=deterministic() + gpus_of_up(2),
                      env={"STRAIT_TRANSPORT": transport}) as cluster:
             outcomes.append([cluster.complete(**body(p, max_tokens=30))["choices"][0]["token_ids"] for p in prompts()])
             assert [e["transport"] for e in edges(cluster)] == ["nccl" if transport == "auto" else "grpc"]
@@ -80,7 +91,7 @@ class Fault:
     def run(self, strike, mend=lambda worker: None):
         model_args = ["--cache-format", "bf16"]
         with Daemons(MODEL, stages=2, random_weights=None, memory=MEMORY, coordinator_args=model_args,
-                     worker_args=deterministic(), wait=False, worker_env=local) as cluster:
+                     worker_args=deterministic(), wait=False, worker_env=place) as cluster:
             cluster.wait_pipelines(1)
             cluster.start_worker()
             wait_until(lambda: len(cluster.status()["workers"]) == 3, what="the spare")
@@ -128,7 +139,7 @@ class Fault:
                 mend(victim)
 
 
-@pytest.mark.skipif(not MPS, reason="needs MPS: a stopped rank would keep its time slice")
+@pytest.mark.skipif(not TOGETHER, reason="needs MPS: a stopped rank would keep its time slice")
 def test_a_rank_that_is_stopped_costs_a_pause():
     Fault().run(lambda worker: worker.send_signal(signal.SIGSTOP), lambda worker: worker.send_signal(signal.SIGCONT))
 

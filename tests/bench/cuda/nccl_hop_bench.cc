@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Times a hop of hidden states through NcclTransport against bare ncclSend and ncclRecv: two
-// processes on one GPU send a step to and fro, and a hop is half of a round. The transport's time
-// includes what a worker pays: its threads on both sides, the queue to the loop, memory from the
-// arena. Beside it, the GPU memory that the transport's four ends of edges took, and what they may.
-//   cuda_nccl_hop_bench [--smoke]
+// processes send a step to and fro, and a hop is half of a round. Both take turns, a batch of rounds
+// each, so that what the machine does meanwhile meets both. The transport's time includes what a
+// worker pays: its threads on both sides, the queue to the loop, memory from the arena. Beside it, the
+// GPU memory that the transport's four ends of edges took, and what they may.
+//   cuda_nccl_hop_bench [--gpus N] [--smoke]    N: 1 (default), or 2: one each
 #include <cuda_runtime_api.h>
 #include <signal.h>
 #include <sys/socket.h>
@@ -19,6 +20,7 @@
 #include <cstring>
 #include <deque>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -39,14 +41,16 @@ constexpr unsigned kHangsAfterSeconds = 300;
 constexpr uint32_t kRowBytes = 8192;
 constexpr uint64_t kThere = 1;  // edge of stages 1 → 2
 constexpr uint64_t kBack = 3;   // edge of stages 3 → 4
-constexpr int kWarmUp = 5;
+constexpr int kWarmUp = 3;      // rounds of a batch that are not counted
 constexpr int kDueAhead = 3;
 
 struct Size {
   uint32_t tokens;
-  int rounds;
+  int batches;
+  int rounds;  // of a batch
 };
-constexpr Size kSizes[] = {{9, 200}, {128, 100}, {8192, 10}};  // 72 KiB, 1 MiB, 64 MiB
+// 72 KiB, 1 MiB, 64 MiB
+constexpr Size kSizes[] = {{9, 10, 20}, {128, 10, 10}, {8192, 4, 3}};
 
 template <class T>
 T Must(absl::StatusOr<T> value) {
@@ -63,7 +67,7 @@ void Must(const absl::Status& status) {
 // One of the two processes; rank 0 measures.
 class Side {
  public:
-  Side(int rank, int peer, NcclOffer offer) : rank_(rank), peer_(peer), offer_(std::move(offer)) {}
+  Side(int rank, int peer, NcclOffer offer) : rank(rank), offer(std::move(offer)), peer_(peer) {}
 
   void Tell(const std::string& id) {
     STRAIT_CHECK(write(peer_, id.data(), id.size()) == static_cast<ssize_t>(id.size()));
@@ -77,90 +81,180 @@ class Side {
     }
     return id;
   }
-
   // Both are here.
   void Meet() {
     Tell(std::string(limits::kNcclIdBytes, 'x'));
     (void)Hear();
   }
-  // Median microseconds of a hop, bare.
-  double Bare(const Size& size);
-  // `taken`: bytes of GPU memory that both processes' edges took.
-  double Transport(const Size& size, int64_t* taken);
+
+  const int rank;
+  const NcclOffer offer;
 
  private:
+  const int peer_;
+};
+
+class BareHop {
+ public:
+  BareHop(Side* side, const Size& size)
+      : side_(*side), bytes_(size_t{size.tokens} * kRowBytes), data_(Must(device().Take(bytes_))) {}
+  ~BareHop() {
+    (void)nccl().Abort(there_);
+    (void)nccl().Abort(back_);
+    device().FreeEvent(event_);
+    device().FreeStream(stream_);
+    device().Give(data_);
+  }
+
+  void Round() {
+    if (side_.rank == 0) {
+      Settle(there_, nccl().Send(there_, data_, bytes_, stream_));
+      Settle(back_, nccl().Receive(back_, data_, bytes_, stream_));
+    } else {
+      Settle(there_, nccl().Receive(there_, data_, bytes_, stream_));
+      Settle(back_, nccl().Send(back_, data_, bytes_, stream_));
+    }
+    Must(device().Record(event_, stream_));
+    while (!Must(device().Done(event_))) {
+    }
+  }
+
+ private:
+  NcclApi& nccl() { return *side_.offer.nccl; }
+  EdgeDevice& device() { return *side_.offer.device; }
   void Settle(NcclComm* comm, NcclCode code) {
     while (code == kNcclInProgress) {
       NcclCode state = kNcclSuccess;
-      code = offer_.nccl->AsyncError(comm, &state);
+      code = nccl().AsyncError(comm, &state);
       if (code == kNcclSuccess) code = state;
     }
     if (code == kNcclSuccess) return;
-    std::fprintf(stderr, "%s\n", offer_.nccl->Text(code).c_str());
+    std::fprintf(stderr, "%s\n", nccl().Text(code).c_str());
     std::exit(1);
   }
   // A communicator in which this process is `rank`; the one that is 1, who receives, makes the id.
   NcclComm* Join(int rank) {
     std::string id;
     if (rank == 1) {
-      STRAIT_CHECK(offer_.nccl->MakeId(&id) == kNcclSuccess);
-      Tell(id);
+      STRAIT_CHECK(nccl().MakeId(&id) == kNcclSuccess);
+      side_.Tell(id);
     } else {
-      id = Hear();
+      id = side_.Hear();
     }
     NcclComm* comm = nullptr;
-    const NcclCode begun = offer_.nccl->Init(&comm, id, rank);
+    const NcclCode begun = nccl().Init(&comm, id, rank);
     Settle(comm, begun);
     return comm;
   }
-  template <class Round>
-  double MedianHop(int rounds, Round round) {
-    std::vector<double> hops;
-    for (int i = 0; i < kWarmUp + rounds; ++i) {
-      const auto begin = Clock::now();
-      round();
-      const std::chrono::duration<double, std::micro> took = Clock::now() - begin;
-      if (i >= kWarmUp) hops.push_back(took.count() / 2);
-    }
-    std::nth_element(hops.begin(), hops.begin() + rounds / 2, hops.end());
-    return hops[static_cast<size_t>(rounds) / 2];
-  }
 
-  const int rank_;
-  const int peer_;
-  const NcclOffer offer_;
+  Side& side_;
+  const size_t bytes_;
+  // As the transport has them: one communicator each way, whose rank 0 sends.
+  NcclComm* const there_ = Join(side_.rank);
+  NcclComm* const back_ = Join(1 - side_.rank);
+  std::byte* const data_;
+  void* const stream_ = Must(device().MakeStream());
+  void* const event_ = Must(device().MakeEvent());
 };
 
-double Side::Bare(const Size& size) {
-  NcclApi& nccl = *offer_.nccl;
-  EdgeDevice& device = *offer_.device;
-  const size_t bytes = size_t{size.tokens} * kRowBytes;
-  // As the transport has them: one communicator each way, whose rank 0 sends.
-  NcclComm* const there = Join(rank_);
-  NcclComm* const back = Join(1 - rank_);
-  std::byte* const data = Must(device.Take(bytes));
-  void* const stream = Must(device.MakeStream());
-  void* const event = Must(device.MakeEvent());
-  const double hop = MedianHop(size.rounds, [&] {
-    if (rank_ == 0) {
-      Settle(there, nccl.Send(there, data, bytes, stream));
-      Settle(back, nccl.Receive(back, data, bytes, stream));
-    } else {
-      Settle(there, nccl.Receive(there, data, bytes, stream));
-      Settle(back, nccl.Send(back, data, bytes, stream));
+class TransportHop {
+ public:
+  TransportHop(Side* side, const Size& size)
+      : side_(*side),
+        tokens_(size.tokens),
+        bytes_(size_t{size.tokens} * kRowBytes),
+        transport_(Options(), side->offer, Events()) {
+    Edge edge;
+    edge.epoch = kEpoch;
+    edge.over_nccl = true;
+    edge.max_tokens = tokens_;
+    edge.from_stage_id = receives_ - 1;
+    edge.to_stage_id = receives_;
+    transport_.Expect(edge);
+    side_.Tell(ids_.PopAll(std::chrono::seconds(60)).front());
+    edge.from_stage_id = sends_;
+    edge.to_stage_id = sends_ + 1;
+    edge.nccl_id = side_.Hear();
+    transport_.Connect(edge);
+    STRAIT_CHECK(!up_.PopAll(std::chrono::seconds(60)).empty());
+  }
+  // REQUIRES: both sides are here: rank 0 has what rank 1 sent last.
+  ~TransportHop() {
+    over_ = true;
+    side_.Meet();
+    transport_.Disconnect(sends_);
+    transport_.Forget(receives_);
+  }
+
+  // Receives are posted ahead within these rounds, and none is left behind them.
+  void Expect(int rounds) { last_ = step_ + static_cast<uint64_t>(rounds); }
+  void Round() {
+    ++step_;
+    while (due_ < std::min(last_, step_ + kDueAhead)) {
+      transport_.Due(receives_, StepId{++due_}, tokens_, StepId{0});
     }
-    Must(device.Record(event, stream));
-    while (!Must(device.Done(event))) {
-    }
-  });
-  // Both are done before either leaves.
-  Meet();
-  (void)nccl.Abort(there);
-  (void)nccl.Abort(back);
-  device.FreeEvent(event);
-  device.FreeStream(stream);
-  device.Give(data);
-  return hop;
+    if (side_.rank == 0) Send();
+    std::deque<HiddenStep> here = arrived_.PopAll(std::chrono::seconds(60), kEagerHiddenWait);
+    STRAIT_CHECK(here.size() == 1 && here.front().step == StepId{step_});
+    if (side_.rank == 1) Send();
+  }
+
+ private:
+  static constexpr PipelineEpoch kEpoch{1, 1};
+
+  static NcclTransportOptions Options() {
+    NcclTransportOptions options;
+    options.hidden_row_bytes = kRowBytes;
+    return options;
+  }
+  NcclEvents Events() {
+    NcclEvents events;
+    events.transport.on_edge_up = [this](const Edge&) { up_.Push(1); };
+    events.transport.on_edge_down = [this](const Edge&, absl::Status why) {
+      if (!over_) Must(why);  // at the end, the other may be gone first
+    };
+    events.transport.on_hidden = [this](uint64_t, HiddenStep step) {
+      arrived_.Push(std::move(step));
+    };
+    events.on_id = [this](const Edge&, std::string id) { ids_.Push(std::move(id)); };
+    events.on_poisoned = [](const std::string& why) { Must(absl::InternalError(why)); };
+    return events;
+  }
+  void Send() {
+    Must(transport_.Send(sends_,
+                         {kEpoch, StepId{step_}, tokens_, transport_.Memory(sends_, bytes_)}));
+  }
+
+  Side& side_;
+  const uint32_t tokens_;
+  const size_t bytes_;
+  const uint64_t sends_ = side_.rank == 0 ? kThere : kBack;
+  const uint64_t receives_ = (side_.rank == 0 ? kBack : kThere) + 1;
+  BoundedQueue<HiddenStep> arrived_{64};
+  BoundedQueue<std::string> ids_{2};
+  BoundedQueue<int> up_{2};
+  std::atomic<bool> over_ = false;
+  uint64_t due_ = 0;
+  uint64_t step_ = 0;
+  uint64_t last_ = 0;
+  NcclTransport transport_;
+};
+
+// Adds the microseconds of a hop of each round.
+template <class Hop>
+void Batch(Hop& hop, int rounds, std::vector<double>* hops) {
+  for (int i = 0; i < kWarmUp + rounds; ++i) {
+    const auto begin = Clock::now();
+    hop.Round();
+    const std::chrono::duration<double, std::micro> took = Clock::now() - begin;
+    if (i >= kWarmUp) hops->push_back(took.count() / 2);
+  }
+}
+
+double Median(std::vector<double> values) {
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
 }
 
 int64_t FreeBytes() {
@@ -170,75 +264,48 @@ int64_t FreeBytes() {
   return static_cast<int64_t>(free);
 }
 
-double Side::Transport(const Size& size, int64_t* taken) {
-  Meet();
-  const int64_t free_before = FreeBytes();
-  Meet();
-  const size_t bytes = size_t{size.tokens} * kRowBytes;
-  constexpr PipelineEpoch kEpoch{1, 1};
-  BoundedQueue<HiddenStep> arrived(64);
-  BoundedQueue<std::string> ids(2);
-  BoundedQueue<int> up(2);
-  NcclTransportOptions options;
-  options.hidden_row_bytes = kRowBytes;
-  NcclEvents events;
-  events.transport.on_edge_up = [&](const Edge&) { up.Push(1); };
-  std::atomic<bool> over = false;
-  events.transport.on_edge_down = [&over](const Edge&, absl::Status why) {
-    if (!over) Must(why);  // at the end, the other may be gone first
-  };
-  events.transport.on_hidden = [&](uint64_t, HiddenStep step) { arrived.Push(std::move(step)); };
-  events.on_id = [&](const Edge&, std::string id) { ids.Push(std::move(id)); };
-  events.on_poisoned = [](const std::string& why) { Must(absl::InternalError(why)); };
-  NcclTransport transport(options, offer_, events);
-  const uint64_t sends = rank_ == 0 ? kThere : kBack;
-  const uint64_t receives = (rank_ == 0 ? kBack : kThere) + 1;
-  Edge edge;
-  edge.epoch = kEpoch;
-  edge.over_nccl = true;
-  edge.max_tokens = size.tokens;
-  edge.from_stage_id = receives - 1;
-  edge.to_stage_id = receives;
-  transport.Expect(edge);
-  Tell(ids.PopAll(std::chrono::seconds(60)).front());
-  edge.from_stage_id = sends;
-  edge.to_stage_id = sends + 1;
-  edge.nccl_id = Hear();
-  transport.Connect(edge);
-  STRAIT_CHECK(!up.PopAll(std::chrono::seconds(60)).empty());
+struct Measured {
+  double bare_us = 0;
+  double transport_us = 0;
+  int64_t taken =
+      0;  // bytes of this GPU's memory that the transport took, of both if they share it
+};
 
-  const auto rounds = static_cast<uint64_t>(kWarmUp + size.rounds);
-  uint64_t due = 0;
-  uint64_t step = 0;
-  const double hop = MedianHop(size.rounds, [&] {
-    ++step;
-    while (due < std::min(rounds, step + kDueAhead)) {
-      transport.Due(receives, StepId{++due}, size.tokens, StepId{0});
+Measured Measure(Side* side, const Size& size) {
+  BareHop bare(side, size);
+  std::vector<double> bare_us;
+  std::vector<double> transport_us;
+  Batch(bare, 1, &bare_us);  // NCCL has taken its memory
+  bare_us.clear();
+  side->Meet();
+  const int64_t free_before = FreeBytes();
+  side->Meet();
+  Measured measured;
+  {
+    TransportHop transport(side, size);
+    for (int batch = 0; batch < size.batches; ++batch) {
+      transport.Expect(kWarmUp + size.rounds);
+      Batch(transport, size.rounds, &transport_us);
+      side->Meet();
+      Batch(bare, size.rounds, &bare_us);
+      side->Meet();
     }
-    const auto send = [&] {
-      Must(transport.Send(sends,
-                          {kEpoch, StepId{step}, size.tokens, transport.Memory(sends, bytes)}));
-    };
-    if (rank_ == 0) send();
-    std::deque<HiddenStep> here = arrived.PopAll(std::chrono::seconds(60), kEagerHiddenWait);
-    STRAIT_CHECK(here.size() == 1 && here.front().step == StepId{step});
-    if (rank_ == 1) send();
-  });
-  // Rank 0 has what rank 1 sent last before either leaves.
-  over = true;
-  Meet();
-  *taken = free_before - FreeBytes();
-  Meet();
-  transport.Disconnect(sends);
-  transport.Forget(receives);
-  return hop;
+    measured.taken = free_before - FreeBytes();
+    side->Meet();
+  }
+  side->Meet();  // both are done before either leaves
+  measured.bare_us = Median(std::move(bare_us));
+  measured.transport_us = Median(std::move(transport_us));
+  return measured;
 }
 
-NcclOffer Open(int rank) {
-  // Two processes on one GPU join only if they seem to be on two hosts.
-  setenv("NCCL_HOSTID", ("strait-hop-" + std::to_string(rank)).c_str(), 1);
-  setenv("NCCL_SOCKET_IFNAME", "lo", 0);
-  setenv("NCCL_IB_DISABLE", "1", 0);
+NcclOffer Open(int rank, int num_gpus) {
+  if (num_gpus == 1) {
+    // Two processes on one GPU join only if they seem to be on two hosts.
+    setenv("NCCL_HOSTID", ("strait-hop-" + std::to_string(rank)).c_str(), 1);
+    setenv("NCCL_SOCKET_IFNAME", "lo", 0);
+    setenv("NCCL_IB_DISABLE", "1", 0);
+  }
   NcclOffer offer;
   auto nccl = LoadNccl("");
   if (!nccl.ok()) {
@@ -246,7 +313,7 @@ NcclOffer Open(int rank) {
     std::exit(kSkipped);
   }
   offer.nccl = *std::move(nccl);
-  offer.device = MakeCudaEdgeDevice(0);
+  offer.device = MakeCudaEdgeDevice(rank % num_gpus);
   if (const absl::Status used = offer.device->Use(); !used.ok()) {
     std::printf("SKIPPED, no GPU: %s\n", std::string(used.message()).c_str());
     std::exit(kSkipped);
@@ -254,7 +321,7 @@ NcclOffer Open(int rank) {
   return offer;
 }
 
-int Run(bool smoke) {
+int Run(int num_gpus, bool smoke) {
   int ends[2];
   STRAIT_CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, ends) == 0);
   const pid_t child = fork();  // before either has touched CUDA
@@ -262,27 +329,28 @@ int Run(bool smoke) {
   const int rank = child == 0 ? 1 : 0;
   close(ends[1 - rank]);
   alarm(kHangsAfterSeconds);
-  Side side(rank, ends[rank], Open(rank));
+  Side side(rank, ends[rank], Open(rank, num_gpus));
   const char* const mps = getenv("CUDA_MPS_PIPE_DIRECTORY") != nullptr ? "true" : "false";
   for (Size size : kSizes) {
-    if (smoke) size.rounds = 3;
-    const double bare = side.Bare(size);
-    int64_t taken = 0;
-    const double transport = side.Transport(size, &taken);
+    if (smoke) size.batches = 1;
+    const Measured hop = Measure(&side, size);
     if (rank == 1) continue;
     const size_t bytes = size_t{size.tokens} * kRowBytes;
-    const double stated = 4.0 * static_cast<double>(kNcclEdgeBytes + kArenaSteps * bytes);
+    const double ratio = hop.transport_us / hop.bare_us;
+    const int ends_here = num_gpus == 1 ? 4 : 2;
+    const double stated = ends_here * static_cast<double>(kNcclEdgeBytes + kArenaSteps * bytes);
+    const auto taken = static_cast<double>(hop.taken);
     std::printf(
-        "%9zu bytes: a hop bare %9.1f us, through NcclTransport %9.1f us, ratio %.2f; four ends of "
+        "%9zu bytes: a hop bare %9.1f us, through NcclTransport %9.1f us, ratio %.2f; %d ends of "
         "edges took %.1f MiB of %.1f stated\n",
-        bytes, bare, transport, transport / bare, static_cast<double>(taken) / (1 << 20),
+        bytes, hop.bare_us, hop.transport_us, ratio, ends_here, taken / (1 << 20),
         stated / (1 << 20));
     std::printf(
-        "JSON {\"bench\": \"nccl_hop\", \"mps\": %s, \"nccl\": \"%s\", \"bytes\": %zu, "
-        "\"bare_us\": %.1f, \"transport_us\": %.1f, \"ratio\": %.3f, \"taken\": %.0f, "
-        "\"stated\": %.0f}\n",
-        mps, NcclVersionText(LoadNccl("").value()->version()).c_str(), bytes, bare, transport,
-        transport / bare, static_cast<double>(taken), stated);
+        "JSON {\"bench\": \"nccl_hop\", \"gpus\": %d, \"mps\": %s, \"nccl\": \"%s\", "
+        "\"bytes\": %zu, \"bare_us\": %.1f, \"transport_us\": %.1f, \"ratio\": %.3f, "
+        "\"taken\": %.0f, \"stated\": %.0f}\n",
+        num_gpus, mps, NcclVersionText(LoadNccl("").value()->version()).c_str(), bytes, hop.bare_us,
+        hop.transport_us, ratio, taken, stated);
     std::fflush(stdout);
   }
   if (rank == 1) std::_Exit(0);
@@ -295,5 +363,18 @@ int Run(bool smoke) {
 }  // namespace strait
 
 int main(int argc, char** argv) {
-  return strait::Run(argc > 1 && std::strcmp(argv[1], "--smoke") == 0);
+  bool smoke = false;
+  int num_gpus = 1;
+  for (int i = 1; i < argc; ++i) {
+    const std::string_view flag = argv[i];
+    if (flag == "--smoke") {
+      smoke = true;
+    } else if (flag == "--gpus" && i + 1 < argc && (num_gpus = std::atoi(argv[++i])) >= 1 &&
+               num_gpus <= 2) {
+    } else {
+      std::fprintf(stderr, "usage: cuda_nccl_hop_bench [--gpus 1|2] [--smoke]\n");
+      return 2;
+    }
+  }
+  return strait::Run(num_gpus, smoke);
 }
