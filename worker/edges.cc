@@ -86,8 +86,8 @@ void Edges::Expect(const Edge& edge) {
   Incoming(id).Expect(edge);
 }
 
-void Edges::Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens, StepId after) {
-  Incoming(to_stage_id).Due(to_stage_id, step, num_tokens, after);
+void Edges::Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens) {
+  Incoming(to_stage_id).Due(to_stage_id, step, num_tokens);
 }
 
 void Edges::Forget(uint64_t to_stage_id) {

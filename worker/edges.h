@@ -31,7 +31,7 @@ class Edges final : public Transport {
   void Disconnect(uint64_t from_stage_id) override;
   HiddenBuffer Memory(uint64_t from_stage_id, size_t bytes) override;
   void Expect(const Edge& edge) override;
-  void Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens, StepId after) override;
+  void Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens) override;
   void Forget(uint64_t to_stage_id) override;
   void Consumed(uint64_t to_stage_id, StepId step) override;
 

@@ -349,14 +349,13 @@ class WorkerProcess::Impl {
     const uint64_t step = plan.step_id();
     const PipelineEpoch epoch = FromWire(plan.epoch());
     Hosted* hosted = Find(id);
-    const StepId after = LastStepSampledIn(plan);
     uint32_t num_rows = 0;
     const absl::Status accepted =
         hosted && hosted->stage
             ? hosted->stage->AcceptPlan(std::move(plan), MonotonicMicros(), &num_rows)
             : absl::NotFoundError(absl::StrCat("stage ", id, " is not loaded here"));
     if (num_rows > 0 && !hosted->stage->is_first()) {
-      transport_->Due(id, StepId{step}, num_rows, after);
+      transport_->Due(id, StepId{step}, num_rows);
     }
     // Aborted: of an epoch that is over. Nobody waits for an answer.
     if (accepted.ok() || absl::IsAborted(accepted)) return;

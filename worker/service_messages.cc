@@ -124,14 +124,6 @@ v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t ste
   return message;
 }
 
-StepId LastStepSampledIn(const v1::StepPlan& plan) {
-  StepId last;
-  for (const v1::SequenceStep& sequence : plan.sequences()) {
-    if (sequence.has_sampled()) last = std::max(last, StepId{sequence.sampled().step_id()});
-  }
-  return last;
-}
-
 namespace {
 
 // The edge from the last stage to the first, told to these two where there are several and grants.

@@ -34,9 +34,6 @@ v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, Pipelin
 v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
                             const absl::Status& why, uint64_t nccl_edge);
 
-// The latest step whose sampled token the plan feeds; 0: none.
-StepId LastStepSampledIn(const v1::StepPlan& plan);
-
 // InvalidArgument: no stage id, layers that the model has not, an empty pool.
 absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers);
 // InvalidArgument: indices, neighbours, nonces and addresses contradict each other.

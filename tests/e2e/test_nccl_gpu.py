@@ -114,8 +114,8 @@ class Fault:
             wait_until(lambda: len(ids) >= 50 or errors, what="a stream under way")
             assert not errors, errors
             # Rank 1 of the pipeline, whichever worker that is.
-            place = next(p for p in cluster.status()["pipelines"][0]["stages"] if p["stage_index"] == 1)
-            name = next(w["name"] for w in cluster.status()["workers"] if w["id"] == place["worker_id"])
+            stage = next(p for p in cluster.status()["pipelines"][0]["stages"] if p["stage_index"] == 1)
+            name = next(w["name"] for w in cluster.status()["workers"] if w["id"] == stage["worker_id"])
             victim = cluster.workers[int(name.split("-")[1])]
             struck = time.monotonic()
             strike(victim)

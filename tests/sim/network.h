@@ -71,7 +71,7 @@ class SimTransport : public Transport {
   void Disconnect(uint64_t from_stage_id) override;
   HiddenBuffer Memory(uint64_t, size_t bytes) override { return std::vector<std::byte>(bytes); }
   void Expect(const Edge& edge) override;
-  void Due(uint64_t, StepId, uint32_t, StepId) override {}
+  void Due(uint64_t, StepId, uint32_t) override {}
   void Forget(uint64_t to_stage_id) override;
   void Consumed(uint64_t, StepId) override {}
 

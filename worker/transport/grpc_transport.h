@@ -66,7 +66,7 @@ class GrpcTransport final : public Transport {
   // simulated one is not.
   void Expect(const Edge& edge) override;
   // A sender may send at any time: nothing is prepared for it.
-  void Due(uint64_t, StepId, uint32_t, StepId) override {}
+  void Due(uint64_t, StepId, uint32_t) override {}
   void Forget(uint64_t to_stage_id) override;
   void Consumed(uint64_t to_stage_id, StepId step) override;
 

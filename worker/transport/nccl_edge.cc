@@ -71,7 +71,7 @@ absl::Status NcclEdge::Send(HiddenStep hidden) {
   return absl::OkStatus();
 }
 
-void NcclEdge::Due(StepId step, uint32_t num_tokens, StepId after) {
+void NcclEdge::Due(StepId step, uint32_t num_tokens) {
   STRAIT_CHECK(role_ == Role::kReceive);
   if (num_tokens == 0 || num_tokens > edge_.max_tokens) {
     TellDown(absl::ResourceExhaustedError(
@@ -84,7 +84,9 @@ void NcclEdge::Due(StepId step, uint32_t num_tokens, StepId after) {
     op.hidden.epoch = edge_.epoch;
     op.hidden.step = step;
     op.hidden.num_tokens = num_tokens;
-    op.after = after;
+    // While it waits it holds multiprocessors, which the step before it needs: kernels of one block a
+    // multiprocessor would take twice as long.
+    op.after = std::exchange(due_, step);
     given_.push_back(std::move(op));
   }
   changed_.notify_one();

@@ -44,8 +44,11 @@ class NcclEdge {
   ~NcclEdge();
 
   absl::Status Send(HiddenStep hidden);
-  void Due(StepId step, uint32_t num_tokens, StepId after);
-  void Consumed(StepId step) { consumed_ = step.value; }
+  void Due(StepId step, uint32_t num_tokens);
+  void Consumed(StepId step) {
+    consumed_ = step.value;
+    changed_.notify_one();
+  }
   HiddenBuffer Memory(size_t bytes);
   // No event after this; the communicator is torn down.
   void Drop();
@@ -58,7 +61,7 @@ class NcclEdge {
   struct Op {
     HiddenStep hidden;    // a receive's memory is taken when it is posted
     HiddenBuffer staged;  // host memory that is being uploaded into hidden.data
-    StepId after;         // not posted before this step was consumed
+    StepId after;         // a receive's: not posted before this step was consumed
   };
 
   void Run();
@@ -95,6 +98,7 @@ class NcclEdge {
   std::atomic<bool> silent_ = false;  // dropped, or its end was told
   std::atomic<bool> finished_ = false;
   std::atomic<uint64_t> consumed_ = 0;  // the last step that was
+  StepId due_;                          // the last step that was told; loop thread only
   // The call that the thread is in.
   std::atomic<const char*> call_ = nullptr;
   std::atomic<uint64_t> call_since_us_ = 0;  // 0: in none

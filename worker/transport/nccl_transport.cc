@@ -139,9 +139,9 @@ void NcclTransport::Expect(const Edge& edge) {
   impl_->Open(edge, NcclEdge::Role::kReceive);
 }
 
-void NcclTransport::Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens, StepId after) {
+void NcclTransport::Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens) {
   if (NcclEdge* const edge = impl_->Find(to_stage_id, NcclEdge::Role::kReceive)) {
-    edge->Due(step, num_tokens, after);
+    edge->Due(step, num_tokens);
   }
 }
 

@@ -92,7 +92,7 @@ class NcclTransport final : public Transport {
   // Posts the receive, as soon as there is room for it and step `after` was consumed: a receive
   // that waits on the device for what this stage has yet to compute could keep it from computing,
   // as loading a kernel may wait for all that runs.
-  void Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens, StepId after) override;
+  void Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens) override;
   void Forget(uint64_t to_stage_id) override;
   void Consumed(uint64_t to_stage_id, StepId step) override;
 

@@ -59,9 +59,8 @@ class Transport {
   // Aborted. `from_stage_id` 0: whichever stage opens first. A sender of a newer epoch waits until
   // it is expected.
   virtual void Expect(const Edge& edge) = 0;
-  // A plan with rows was accepted, so hidden states of this step will come, not before all stages
-  // have run step `after` (0: whenever they like). Told in step order.
-  virtual void Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens, StepId after) = 0;
+  // A plan with rows was accepted, so hidden states of this step will come. Told in step order.
+  virtual void Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens) = 0;
   // The stage is gone: its senders are ended, nothing is expected for it any more.
   virtual void Forget(uint64_t to_stage_id) = 0;
   // All hidden states of `to_stage_id` up to `step` were computed: their memory counts no more

@@ -191,11 +191,12 @@ class TransportHop {
   void Round() {
     ++step_;
     while (due_ < std::min(last_, step_ + kDueAhead)) {
-      transport_.Due(receives_, StepId{++due_}, tokens_, StepId{0});
+      transport_.Due(receives_, StepId{++due_}, tokens_);
     }
     if (side_.rank == 0) Send();
     std::deque<HiddenStep> here = arrived_.PopAll(std::chrono::seconds(60), kEagerHiddenWait);
     STRAIT_CHECK(here.size() == 1 && here.front().step == StepId{step_});
+    transport_.Consumed(receives_, StepId{step_});
     if (side_.rank == 1) Send();
   }
 
