@@ -193,11 +193,10 @@ class TransportHop {
     while (due_ < std::min(last_, step_ + kDueAhead)) {
       transport_.Due(receives_, StepId{++due_}, tokens_);
     }
-    if (side_.rank == 0) Send();
+    if (side_.rank == 0) Send(step_ - 1);
     std::deque<HiddenStep> here = arrived_.PopAll(std::chrono::seconds(60), kEagerHiddenWait);
     STRAIT_CHECK(here.size() == 1 && here.front().step == StepId{step_});
-    transport_.Consumed(receives_, StepId{step_});
-    if (side_.rank == 1) Send();
+    if (side_.rank == 1) Send(step_);
   }
 
  private:
@@ -221,9 +220,11 @@ class TransportHop {
     events.on_poisoned = [](const std::string& why) { Must(absl::InternalError(why)); };
     return events;
   }
-  void Send() {
+  // As a worker that has computed: what is next is sent first.
+  void Send(uint64_t computed) {
     Must(transport_.Send(sends_,
                          {kEpoch, StepId{step_}, tokens_, transport_.Memory(sends_, bytes_)}));
+    if (computed > 0) transport_.Consumed(receives_, StepId{computed});
   }
 
   Side& side_;
