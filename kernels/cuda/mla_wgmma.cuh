@@ -41,9 +41,10 @@ __device__ __forceinline__ Operand Rows(uint32_t chunk) {
 }
 __host__ __device__ constexpr uint32_t RowsStep(int k) { return static_cast<uint32_t>(k) * 32; }
 
-// Columns of neighbouring chunks; step k, rows 16k..16k+15, lies at ColumnsStep(k).
-__device__ __forceinline__ Operand Columns(uint32_t chunk) {
-  return {__shfl_sync(0xffffffffu, (chunk & 0x3ffffu) / 16 | kChunkBytes / 16 << 16, 0)};
+// Columns of neighbouring chunks; step k, rows 16k..16k+15, lies at ColumnsStep(k). Chunks of more
+// rows are as much larger.
+__device__ __forceinline__ Operand Columns(uint32_t chunk, uint32_t chunk_bytes = kChunkBytes) {
+  return {__shfl_sync(0xffffffffu, (chunk & 0x3ffffu) / 16 | chunk_bytes / 16 << 16, 0)};
 }
 __host__ __device__ constexpr uint32_t ColumnsStep(int k) {
   return static_cast<uint32_t>(k) * 2048;

@@ -9,6 +9,8 @@
 // of the cache of more than twice the L2; the median of the replays, divided by the launches.
 // GB/s counts what a launch must move: each cache row once, q and out. TFLOP/s counts two per
 // multiply-add of scores and values, of rows that are seen. of_read: GB/s over the read rate.
+// Prompts of bf16 rows also go the expanded way, where the device has it: "expanded" is attention,
+// "and keys" with the product that makes keys and values, whose flops then count.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -21,6 +23,8 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cuda/gemm.h"
+#include "kernels/cuda/mha_prefill.h"
 #include "kernels/cuda/mla.h"
 
 namespace strait::cuda {
@@ -158,9 +162,10 @@ class Bench {
   Bench(const Options& options, const Device& device) : options_(options), device_(device) {}
 
   void Run(const Size& size, std::FILE* json) {
-    const std::string name = std::to_string(size.heads) + " heads, " + std::to_string(size.batch) +
-                             " x " + std::to_string(size.length) +
-                             (size.new_tokens > 1 ? ", prefill " : "");
+    const std::string name =
+        std::to_string(size.heads) + " heads, " + std::to_string(size.batch) + " x " +
+        std::to_string(size.length) +
+        (size.new_tokens > 1 ? ", prefill " + std::to_string(size.new_tokens) : "");
     if (name.find(options_.only) == std::string::npos) return;
     const int32_t blocks = (size.length + 63) / 64;
     const int64_t block_bytes = 64 * int64_t{MlaRowBytes(options_.format, 512, 64)};
@@ -262,6 +267,9 @@ class Bench {
                    options_.deterministic ? "true" : "false", us, flops / us / 1e6, gb_per_s,
                    device_.read_gb_per_s, device_.name);
     }
+    if (long_run && options_.format == MlaRowFormat::kBf16 && HasMhaPrefill()) {
+      RunExpanded(size, name, pool, block_bytes, device_segments, q, out);
+    }
     for (void* memory : {static_cast<void*>(pool), static_cast<void*>(tables),
                          static_cast<void*>(device_segments), static_cast<void*>(device_plan),
                          static_cast<void*>(q), static_cast<void*>(out), static_cast<void*>(lse),
@@ -271,6 +279,84 @@ class Bench {
   }
 
  private:
+  // The same prompt, one sequence, in the expanded form; out has room for it.
+  void RunExpanded(const Size& size, const std::string& name, const std::byte* pool,
+                   int64_t block_bytes, const MlaSegment* segments, const __nv_bfloat16* q,
+                   __nv_bfloat16* out) {
+    MhaPiece piece;
+    piece.num_tokens = size.new_tokens;
+    piece.num_keys = size.length;
+    piece.first_position = size.length - size.new_tokens;
+    const int64_t key_rows = MhaKeyRows(size.length);
+    const int64_t columns = int64_t{size.heads} * (kMhaNope + kMhaValue);
+    __nv_bfloat16* weight = Allocate<__nv_bfloat16>(columns * 512);
+    FillBf16<<<1024, 256>>>(weight, columns * 512);
+    __nv_bfloat16* keys = Allocate<__nv_bfloat16>(key_rows * columns);
+    __nv_bfloat16* rope_keys = Allocate<__nv_bfloat16>(key_rows * kMhaRope);
+    int32_t* rows = Allocate<int32_t>(key_rows);
+    Check(cudaDeviceSynchronize(), "fill");
+
+    MhaGatherParams gather;
+    gather.pieces = &piece;
+    gather.num_pieces = 1;
+    gather.segments = segments;
+    gather.blocks = pool;
+    gather.block_bytes = block_bytes;
+    gather.rows = rows;
+    gather.rope_keys = rope_keys;
+    GemmParams expand;
+    expand.x = reinterpret_cast<const __nv_bfloat16*>(pool);
+    expand.x_stride = 576;
+    expand.x_rows = rows;
+    expand.num_rows = static_cast<int32_t>(key_rows);
+    expand.weight = {weight, nullptr, static_cast<int32_t>(columns), 512, 512};
+    expand.y_bf16 = keys;
+    expand.y_stride = columns;
+    MhaPrefillParams p;
+    p.pieces = &piece;
+    p.num_pieces = 1;
+    p.num_tokens = size.new_tokens;
+    p.num_key_rows = static_cast<int32_t>(key_rows);
+    p.num_heads = size.heads;
+    p.q = q;
+    p.q_rope = q + 512;
+    p.q_token_stride = p.q_rope_token_stride = int64_t{size.heads} * 576;
+    p.q_head_stride = p.q_rope_head_stride = 576;
+    p.keys = keys;
+    p.values = keys + kMhaNope;
+    p.key_row_stride = columns;
+    p.key_head_stride = kMhaNope + kMhaValue;
+    p.rope_keys = rope_keys;
+    p.out = out;
+    p.out_stride = int64_t{size.heads} * kMhaValue;
+    p.softmax_scale = 0.1f;
+    const auto make_keys = [&](cudaStream_t stream) {
+      Check(MhaGather(gather, stream), "gather");
+      Check(Gemm(expand, stream), "expansion");
+    };
+    make_keys(nullptr);
+    const int replays = options_.smoke ? 1 : 5;
+    const double attention = Median(
+        1, replays, [&](int, cudaStream_t stream) { Check(MhaPrefill(p, stream), "launch"); });
+    const double all = Median(1, replays, [&](int, cudaStream_t stream) {
+      make_keys(stream);
+      Check(MhaPrefill(p, stream), "launch");
+    });
+    double seen = 0;
+    for (int32_t t = 0; t < size.new_tokens; ++t) seen += size.length - size.new_tokens + 1 + t;
+    const double flops = 2.0 * size.heads * seen * (kMhaNope + kMhaRope + kMhaValue);
+    const double key_flops = 2.0 * static_cast<double>(columns) * 512 * size.length;
+    std::printf("%-34s %-5s %10.1f us %8.1f TFLOP/s\n", (name + ", expanded").c_str(), "bf16",
+                attention, flops / attention / 1e6);
+    std::printf("%-34s %-5s %10.1f us %8.1f TFLOP/s\n", (name + ", and keys").c_str(), "bf16", all,
+                (flops + key_flops) / all / 1e6);
+    std::fflush(stdout);
+    for (void* memory : {static_cast<void*>(weight), static_cast<void*>(keys),
+                         static_cast<void*>(rope_keys), static_cast<void*>(rows)}) {
+      Check(cudaFree(memory), "free");
+    }
+  }
+
   const Options options_;
   const Device device_;
 };
@@ -336,6 +422,7 @@ int Main(int argc, char** argv) {
   }
   const Device device = Open(options.smoke);
   Check(PrepareMla(), "prepare");
+  Check(PrepareMhaPrefill(), "prepare");
   std::FILE* json = options.json.empty() ? nullptr : std::fopen(options.json.c_str(), "w");
   if (!options.json.empty() && json == nullptr) {
     std::perror(options.json.c_str());
@@ -343,11 +430,12 @@ int Main(int argc, char** argv) {
   }
   Bench bench(options, device);
   std::vector<Size> sizes = {
-      {128, 1, 4096},   {128, 1, 32768},     {128, 1, 131072},    {128, 16, 4096}, {128, 64, 4096},
-      {128, 128, 4096}, {128, 128, 8192},    {128, 32, 32768},    {64, 1, 131072}, {64, 16, 4096},
-      {64, 64, 4096},   {64, 128, 8192},     {64, 32, 32768},     {16, 1, 4096},   {16, 1, 32768},
-      {16, 1, 131072},  {16, 16, 4096},      {16, 64, 4096},      {16, 128, 4096}, {16, 128, 8192},
-      {16, 32, 32768},  {16, 1, 8192, 8192}, {128, 1, 8192, 8192}};
+      {128, 1, 4096},  {128, 1, 32768},     {128, 1, 131072},    {128, 16, 4096},
+      {128, 64, 4096}, {128, 128, 4096},    {128, 128, 8192},    {128, 32, 32768},
+      {64, 1, 131072}, {64, 16, 4096},      {64, 64, 4096},      {64, 128, 8192},
+      {64, 32, 32768}, {16, 1, 4096},       {16, 1, 32768},      {16, 1, 131072},
+      {16, 16, 4096},  {16, 64, 4096},      {16, 128, 4096},     {16, 128, 8192},
+      {16, 32, 32768}, {16, 1, 8192, 8192}, {16, 1, 8192, 2048}, {128, 1, 8192, 8192}};
   if (options.smoke) sizes = {{128, 1, 300}, {16, 3, 100}, {16, 1, 70, 70}};
   for (const Size& size : sizes) {
     if (options.deterministic && size.new_tokens > 1) continue;  // its partials: gigabytes

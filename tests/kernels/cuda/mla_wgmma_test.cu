@@ -17,9 +17,10 @@ namespace {
 using gpu_test::Bf16;
 using gpu_test::Buffer;
 
-// scores[64, 64] = a[64, 64] b[64, 64]^T; values[64, 256] = a[64, 64] v[64, 256].
+// scores[64, 64] = a[64, 64] b[64, 64]^T; values[64, 256] = a[64, 64] v[64, 256]; of_registers[64, 128]:
+// the first 128 columns of values, a in registers.
 __global__ void ProductKernel(const Bf16* a, const Bf16* b, const Bf16* v, float* scores,
-                              float* values) {
+                              float* values, float* of_registers) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __shared__ __align__(1024) unsigned char chunks[6][wgmma::kChunkBytes];  // a, b, v[4]
   for (int i = threadIdx.x; i < 6 * 64 * 8; i += 128) {
@@ -62,6 +63,27 @@ __global__ void ProductKernel(const Bf16* a, const Bf16* b, const Bf16* v, float
   for (int i = 0; i < 128; ++i) {
     values[(row + i / 2 % 2 * 8) * 256 + i / 4 * 8 + column + i % 2] = o[i];
   }
+  float o_half[64];
+  uint32_t a_pairs[4][4];
+  for (int k = 0; k < 4; ++k) {
+    for (int i = 0; i < 4; ++i) {
+      const int at = (threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + i % 2 * 8) * 64 + k * 16 +
+                     threadIdx.x % 4 * 2 + i / 2 * 8;
+      a_pairs[k][i] = *reinterpret_cast<const uint32_t*>(a + at);
+    }
+  }
+  wgmma::Begin();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    wgmma::MultiplyColumns(o_half, a_pairs[k], columns.At(wgmma::ColumnsStep(k)), k != 0);
+  }
+  wgmma::Commit();
+  wgmma::Wait<0>();
+  wgmma::Pin(o_half);
+  wgmma::Pin(a_pairs);
+  for (int i = 0; i < 64; ++i) {
+    of_registers[(row + i / 2 % 2 * 8) * 128 + i / 4 * 8 + column + i % 2] = o_half[i];
+  }
 #endif
 }
 
@@ -89,12 +111,16 @@ TEST_F(MlaWgmmaTest, OneTileOfScoresAndOfValues) {
   const Buffer<Bf16> device_v(gpu_test::ToBf16(v));
   const Buffer<float> device_scores(64 * 64);
   const Buffer<float> device_values(64 * 256);
+  const Buffer<float> device_of_registers(64 * 128);
   ProductKernel<<<1, 128>>>(device_a.data(), device_b.data(), device_v.data(), device_scores.data(),
-                            device_values.data());
+                            device_values.data(), device_of_registers.data());
   ASSERT_EQ(cudaGetLastError(), cudaSuccess);
   // Products of bf16 are exact in fp32; only the order of 64 additions differs.
   EXPECT_LT(gpu_test::RelativeError(device_scores.Get(), scores), 1e-5);
   EXPECT_LT(gpu_test::RelativeError(device_values.Get(), values), 1e-5);
+  std::vector<float> left;
+  for (int i = 0; i < 64 * 128; ++i) left.push_back(values[i / 128 * 256 + i % 128]);
+  EXPECT_LT(gpu_test::RelativeError(device_of_registers.Get(), left), 1e-5);
 }
 
 }  // namespace

@@ -301,6 +301,24 @@ void FewerRegisters() {}
 template <int kRegisters>
 void MoreRegisters() {}
 
+// ---- Attention of prompts ----
+inline void MultiplyColumns(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  emulator::ProductState& state = emulator::Products();
+  state.products.push_back({d, 128, false, a, 0, b, true, accumulate != 0, state.group});
+}
+template <int kRows, int kCount>
+void Pin(uint32_t (&)[kRows][kCount]) {}
+inline void LoadBox(uint32_t to, const void* map, int x, int y, int z, uint32_t barrier) {
+  emulator::TensorMap tensor;
+  std::memcpy(&tensor, map, sizeof(tensor));
+  emulator::Defer([=] {
+    const uint32_t bytes = emulator::LoadBox(tensor, {x, y, z}, to);
+    emulator::CompleteBytes(barrier, static_cast<int32_t>(bytes));
+  });
+}
+inline void ArriveSome(int id, int threads) { emulator::NamedBarrier(id, threads, false); }
+// ---- ----
+
 }  // namespace wgmma
 
 }  // namespace strait::cuda
