@@ -57,11 +57,11 @@ constexpr uint32_t kSharedBytes = kBarriersAt + 8 + kStages * 4 * 8 + 1024;
 constexpr int kTurn = 1;  // named barriers: + the group whose turn it is
 
 struct Launch {
-  TensorMap q;
-  TensorMap q_rope;
-  TensorMap keys;
-  TensorMap values;
-  TensorMap rope_keys;
+  CUtensorMap q;
+  CUtensorMap q_rope;
+  CUtensorMap keys;
+  CUtensorMap values;
+  CUtensorMap rope_keys;
   MhaPiece pieces[kMhaMaxPieces];
   int32_t num_tiles;  // of all pieces
   int32_t num_heads;
@@ -414,12 +414,9 @@ bool Aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 
 // [rows, heads, columns] of bf16, in boxes of 128 rows of 64 columns of one head.
 cudaError_t Describe(const Bf16* base, int64_t rows, int64_t heads, int64_t columns,
-                     int64_t row_stride, int64_t head_stride, TensorMap* map) {
+                     int64_t row_stride, int64_t head_stride, CUtensorMap* map) {
   return MakeTensorMap(
-      base,
-      {static_cast<uint64_t>(columns), static_cast<uint64_t>(heads), static_cast<uint64_t>(rows)},
-      {static_cast<uint64_t>(head_stride) * 2, static_cast<uint64_t>(row_stride) * 2}, {64, 1, 128},
-      map);
+      base, {{columns, heads, rows}, {head_stride * 2, row_stride * 2}, {64, 1, 128}}, map);
 }
 
 }  // namespace

@@ -28,7 +28,6 @@
 #include <cstdint>
 
 #include "kernels/cuda/mla_plan.h"
-#include "kernels/cuda/tensor_map.h"
 
 namespace strait::cuda {
 
@@ -47,8 +46,10 @@ struct MlaSegment {
   int32_t reserved = 0;
 };
 
-// Of the pool; made once, for bf16 pools of 512/64 rows.
-using MlaPoolMap = TensorMap;
+// A tensor map over the pool, opaque; made once, for bf16 pools of 512/64 rows.
+struct MlaPoolMap {
+  alignas(64) unsigned char bytes[128] = {};
+};
 
 struct MlaParams {
   const void* q_latent = nullptr;  // [num_tokens * num_heads, rank] bf16, rows 16-byte aligned

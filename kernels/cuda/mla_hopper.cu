@@ -31,6 +31,7 @@
 // A third warpgroup feeds: one thread starts bulk copies (bf16), or all widen codes (fp8).
 #include "kernels/cuda/mla_hopper_consume.cuh"
 #include "kernels/cuda/mla_hopper_feed.cuh"
+#include "kernels/cuda/tensor_map.h"
 
 namespace strait::cuda::mla {
 namespace {
@@ -120,8 +121,13 @@ namespace strait::cuda {
 
 cudaError_t MakeMlaPoolMap(const void* blocks, int64_t num_blocks, int64_t block_bytes,
                            MlaPoolMap* map) {
-  return MakeTensorMap(blocks, {576, kMlaBlockRows, static_cast<uint64_t>(num_blocks)},
-                       {1152, static_cast<uint64_t>(block_bytes)}, {64, kMlaBlockRows, 1}, map);
+  CUtensorMap tensor_map;
+  static_assert(sizeof(tensor_map) == sizeof(map->bytes));
+  const TensorShape shape = {
+      {576, kMlaBlockRows, num_blocks}, {1152, block_bytes}, {64, kMlaBlockRows, 1}};
+  const cudaError_t error = MakeTensorMap(blocks, shape, &tensor_map);
+  if (error == cudaSuccess) __builtin_memcpy(map->bytes, &tensor_map, sizeof(tensor_map));
+  return error;
 }
 
 }  // namespace strait::cuda

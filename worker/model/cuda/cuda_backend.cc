@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/gemm.h"
+#include "kernels/cuda/mha_prefill.h"
 #include "proto/limits.h"
 #include "proto/reservation.h"
 #include "proto/status_macros.h"
@@ -18,7 +19,7 @@ namespace strait {
 namespace {
 
 // Raise it with every change that may change a bit of the results.
-constexpr int kKernelRevision = 2;
+constexpr int kKernelRevision = 3;
 
 absl::Status CheckFp8Activations(const ModelConfig& config, const cuda::Device& device) {
   if (config.quantization != Quantization::kFp8Block128) {
@@ -76,7 +77,8 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
                     .deterministic = options.deterministic,
                     .row_format = options.row_format,
                     .fp8_activations = options.fp8_activations,
-                    .max_step_tokens = options.max_step_tokens};
+                    .max_step_tokens = options.max_step_tokens,
+                    .has_mha_prefill = cuda::HasMhaPrefill()};
   shared->budget = std::make_shared<MemoryBudget>(options.memory_bytes);
   return std::unique_ptr<CudaBackend>(new CudaBackend(std::move(shared)));
 }

@@ -59,6 +59,10 @@ int64_t ScaleStride(const cuda::Matrix& m) {
       Region::ScaleCount(static_cast<uint64_t>(m.rows), static_cast<uint64_t>(m.cols)));
 }
 
+int64_t AttendedStride(const ModelConfig& c) {
+  return cuda::AlignedStride(int64_t{c.num_attention_heads} * c.v_head_dim);
+}
+
 }  // namespace
 
 CudaLayers::CudaLayers(const ModelConfig& config, const CudaPool& pool,
@@ -171,7 +175,6 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   const auto rope = static_cast<int32_t>(config_.qk_rope_head_dim);
   const auto q_head = static_cast<int64_t>(PaddedQHead(config_));
   const int64_t cat = int64_t{rank} + rope;
-  const int64_t value = config_.v_head_dim;
 
   cuda::LatentAppendParams append;
   append.kv_a = ws_.kv_a;
@@ -197,12 +200,10 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   append.rope = rope;
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::LatentAppend(append, stream_));
 
-  cuda::GemmParams absorb = Product(ws_, ws_.q, heads * q_head, weights.key_up, tile.num_rows);
-  absorb.x_group_stride = q_head;
-  absorb.num_groups = heads;
-  absorb.weight_group_stride = GroupStride(weights.key_up);
-  absorb.y_group_stride = cat;
-  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(ToBf16(absorb, ws_.q_cat, heads * cat), stream_));
+  const RowRange all_rows = {0, tile.num_rows};
+  const absl::Span<const RowRange> absorbed =
+      tile.prompts == nullptr ? absl::MakeConstSpan(&all_rows, 1) : tile.prompts->absorbed_rows;
+  for (const RowRange& rows : absorbed) STRAIT_RETURN_IF_ERROR(IntoLatent(weights, rows));
 
   cuda::MlaParams mla;
   mla.q_latent = ws_.q_cat;
@@ -226,14 +227,10 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
     STRAIT_CUDA_RETURN_IF_ERROR(cuda::LaunchMla(mla, stream_));
   }
 
-  const int64_t attended_stride = cuda::AlignedStride(heads * value);
-  cuda::GemmParams up =
-      Product(ws_, ws_.o_latent, int64_t{heads} * rank, weights.value_up, tile.num_rows);
-  up.x_group_stride = rank;
-  up.num_groups = heads;
-  up.weight_group_stride = GroupStride(weights.value_up);
-  up.y_group_stride = value;
-  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(ToBf16(up, ws_.attended, attended_stride), stream_));
+  for (const RowRange& rows : absorbed) STRAIT_RETURN_IF_ERROR(OutOfLatent(weights, rows));
+  if (tile.prompts != nullptr) STRAIT_RETURN_IF_ERROR(AttendPrompts(weights, segments, tile));
+
+  const int64_t attended_stride = AttendedStride(config_);
   const bool quantized = Quantizes(ws_, tile.num_rows);
   STRAIT_RETURN_IF_ERROR(
       Quantize(quantized, ws_.attended, attended_stride, weights.o_proj.cols, tile.num_rows));
@@ -242,6 +239,87 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
           Fp8Product(ws_, quantized, ws_.attended, attended_stride, weights.o_proj, tile.num_rows),
           ws_.hidden, config_.hidden_size, true),
       stream_));
+  return absl::OkStatus();
+}
+
+absl::Status CudaLayers::IntoLatent(const DeviceLayer& weights, const RowRange& rows) {
+  const auto heads = static_cast<int32_t>(config_.num_attention_heads);
+  const auto q_head = static_cast<int64_t>(PaddedQHead(config_));
+  const int64_t cat = int64_t{config_.kv_lora_rank} + config_.qk_rope_head_dim;
+  cuda::GemmParams p =
+      Product(ws_, ws_.q + rows.begin * heads * q_head, heads * q_head, weights.key_up, rows.count);
+  p.x_group_stride = q_head;
+  p.num_groups = heads;
+  p.weight_group_stride = GroupStride(weights.key_up);
+  p.y_group_stride = cat;
+  STRAIT_CUDA_RETURN_IF_ERROR(
+      cuda::Gemm(ToBf16(p, ws_.q_cat + rows.begin * heads * cat, heads * cat), stream_));
+  return absl::OkStatus();
+}
+
+absl::Status CudaLayers::OutOfLatent(const DeviceLayer& weights, const RowRange& rows) {
+  const auto heads = static_cast<int32_t>(config_.num_attention_heads);
+  const int64_t rank = config_.kv_lora_rank;
+  const int64_t stride = AttendedStride(config_);
+  cuda::GemmParams p = Product(ws_, ws_.o_latent + rows.begin * heads * rank, heads * rank,
+                               weights.value_up, rows.count);
+  p.x_group_stride = rank;
+  p.num_groups = heads;
+  p.weight_group_stride = GroupStride(weights.value_up);
+  p.y_group_stride = config_.v_head_dim;
+  STRAIT_CUDA_RETURN_IF_ERROR(
+      cuda::Gemm(ToBf16(p, ws_.attended + rows.begin * stride, stride), stream_));
+  return absl::OkStatus();
+}
+
+absl::Status CudaLayers::AttendPrompts(const DeviceLayer& weights, const cuda::MlaSegment* segments,
+                                       const CudaTile& tile) {
+  const auto heads = static_cast<int32_t>(config_.num_attention_heads);
+  const int64_t rank = config_.kv_lora_rank;
+  const int64_t cat = rank + config_.qk_rope_head_dim;
+  const auto q_head = static_cast<int64_t>(PaddedQHead(config_));
+  for (int32_t launch = 0; launch < tile.prompts->num_launches(); ++launch) {
+    const absl::Span<const cuda::MhaPiece> pieces = tile.prompts->launch(launch);
+    const int32_t key_rows = pieces.back().first_key + cuda::MhaKeyRows(pieces.back().num_keys);
+    cuda::MhaGatherParams gather;
+    gather.pieces = pieces.data();
+    gather.num_pieces = static_cast<int32_t>(pieces.size());
+    gather.segments = segments;
+    gather.blocks = pool_.blocks;
+    gather.block_bytes = pool_.block_bytes;
+    gather.rows = ws_.key_rows;
+    gather.rope_keys = ws_.rope_keys;
+    STRAIT_CUDA_RETURN_IF_ERROR(cuda::MhaGather(gather, stream_));
+
+    cuda::GemmParams expand = Product(ws_, reinterpret_cast<const cuda::Bf16*>(pool_.blocks), cat,
+                                      weights.kv_up, key_rows);
+    expand.x_rows = ws_.key_rows;
+    STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(ToBf16(expand, ws_.keys, weights.kv_up.rows), stream_));
+
+    cuda::MhaPrefillParams p;
+    p.pieces = pieces.data();
+    p.num_pieces = static_cast<int32_t>(pieces.size());
+    p.num_tokens = tile.num_rows;
+    p.num_key_rows = key_rows;
+    p.num_heads = heads;
+    p.q = ws_.q;
+    p.q_token_stride = heads * q_head;
+    p.q_head_stride = q_head;
+    p.q_rope = ws_.q_cat + rank;
+    p.q_rope_token_stride = heads * cat;
+    p.q_rope_head_stride = cat;
+    p.keys = ws_.keys;
+    p.values = ws_.keys + cuda::kMhaNope;
+    p.key_row_stride = weights.kv_up.rows;
+    p.key_head_stride = cuda::kMhaNope + cuda::kMhaValue;
+    p.rope_keys = ws_.rope_keys;
+    p.out = ws_.attended;
+    p.out_stride = AttendedStride(config_);
+    p.state = ws_.prompt_state;
+    p.state_stride = cat / 2;
+    p.softmax_scale = softmax_scale_;
+    STRAIT_CUDA_RETURN_IF_ERROR(cuda::MhaPrefill(p, stream_));
+  }
   return absl::OkStatus();
 }
 

@@ -24,6 +24,7 @@
 #include "kernels/cuda/mla.h"
 #include "kernels/cuda/moe.h"
 #include "proto/model_config.h"
+#include "worker/model/cuda/prompt_plan.h"
 #include "worker/model/cuda/weights.h"
 #include "worker/model/cuda/workspace.h"
 
@@ -35,6 +36,8 @@ struct CudaTile {
   const int32_t* positions = nullptr;         // [num_rows]
   const int32_t* sequence_index = nullptr;    // [num_rows] into a layer's segments
   absl::Span<const cuda::MlaPlanView> plans;  // launched one after the other; together all rows
+                                              // that attend in the absorbed form
+  const PromptPlan* prompts = nullptr;        // which rows do, and how the others; null: all do
 };
 
 // The latent cache on the device.
@@ -61,6 +64,13 @@ class CudaLayers {
   absl::Status Project(const DeviceLayer& weights, const CudaTile& tile);
   absl::Status Attend(const DeviceLayer& weights, const cuda::MlaSegment* segments,
                       const CudaTile& tile);
+  // q -> attended, of rows [begin, begin + count): queries into latent space before attention,
+  // results out of it behind.
+  absl::Status IntoLatent(const DeviceLayer& weights, const RowRange& rows);
+  absl::Status OutOfLatent(const DeviceLayer& weights, const RowRange& rows);
+  // The same of the prompts, in the expanded form. After all that is absorbed.
+  absl::Status AttendPrompts(const DeviceLayer& weights, const cuda::MlaSegment* segments,
+                             const CudaTile& tile);
   absl::Status Dense(const DeviceMlp& mlp, int32_t num_rows);
   absl::Status Moe(const DeviceLayer& weights, const DeviceLayer* next, int32_t num_rows);
   // hidden -> normed, the experts' lists.

@@ -14,9 +14,9 @@ uint64_t PoolBlockBytes(const ModelConfig& c, const CudaTraits& traits) {
   return BlockBytes(traits.row_format, c.kv_lora_rank, c.qk_rope_head_dim);
 }
 
-uint64_t WeightBytes(const ModelConfig& c, LayerRange layers) {
+uint64_t WeightBytes(const ModelConfig& c, LayerRange layers, const CudaTraits& traits) {
   Region region(nullptr);
-  LayOutWeights(c, layers, region);
+  LayOutWeights(c, layers, ExpandsPrompts(c, traits), region);
   return region.end();
 }
 
@@ -31,7 +31,7 @@ CudaStageLayout LayOutStage(const ModelConfig& c, const StageSpec& spec, const C
                             std::byte* base) {
   CudaStageLayout l;
   Region region(base);
-  l.weights = LayOutWeights(c, spec.layers, region);
+  l.weights = LayOutWeights(c, spec.layers, ExpandsPrompts(c, traits), region);
   l.bytes.weights = region.end();
   l.pool = region.Take<std::byte>(uint64_t{spec.pool_blocks} * PoolBlockBytes(c, traits));
   l.bytes.pool = region.end() - l.bytes.weights;
@@ -58,14 +58,14 @@ StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
   ModelConfig longer = c;
   longer.num_hidden_layers = n + 1;
   for (LayerIndex layer = 0; layer < n; ++layer) {
-    costs.layer_bytes.push_back(WeightBytes(longer, {layer, layer + 1}));
+    costs.layer_bytes.push_back(WeightBytes(longer, {layer, layer + 1}, traits));
   }
   Region embedding(nullptr);
   embedding.TakeMatrix(c.vocab_size, c.hidden_size, false);
   costs.embedding_bytes = embedding.end();
   costs.layer_bytes.front() -= costs.embedding_bytes;
-  costs.head_bytes =
-      WeightBytes(c, {n - 1, n}) - costs.layer_bytes.back() - (n == 1 ? costs.embedding_bytes : 0);
+  costs.head_bytes = WeightBytes(c, {n - 1, n}, traits) - costs.layer_bytes.back() -
+                     (n == 1 ? costs.embedding_bytes : 0);
   costs.block_bytes =
       PoolBlockBytes(c, traits) + sizeof(uint32_t);  // and its entry in a page table
   costs.layer_workspace_bytes =

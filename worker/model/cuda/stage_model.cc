@@ -44,6 +44,7 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
   STRAIT_CUDA_RETURN_IF_ERROR(cudaSetDevice(device_));
   STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::PrepareMla());
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::PrepareMhaPrefill());
   bytes_ = LayOutStage(config_, spec_, traits, nullptr).bytes;
   STRAIT_ASSIGN_OR_RETURN(memory_, DeviceMemory::Create(bytes_.allocated()));
   CudaStageLayout layout = LayOutStage(config_, spec_, traits, memory_.data());
@@ -314,12 +315,15 @@ absl::Status CudaStageModel::Plan(const StageBatch& batch, uint32_t begin, Slot*
     }
     row += sequence.num_tokens;
   }
+  PlanPrompts(plan_sequences_, limits_.expanded_keys, &prompts_);
+  if (!prompts_.pieces.empty()) tile->prompts = &prompts_;
+  plan_views_.clear();
+  if (prompts_.absorbed.empty()) return absl::OkStatus();
   cuda::MlaPlanOptions options;
   options.num_heads = static_cast<int32_t>(config_.num_attention_heads);
   options.deterministic = limits_.deterministic;
-  cuda::CutMlaBatch(plan_sequences_.data(), static_cast<int32_t>(plan_sequences_.size()), options,
-                    limits_.mla, &plan_parts_);
-  plan_views_.clear();
+  cuda::CutMlaBatch(prompts_.absorbed.data(), static_cast<int32_t>(prompts_.absorbed.size()),
+                    options, limits_.mla, &plan_parts_);
   uint64_t used = 0;
   for (size_t part = 0; part + 1 < plan_parts_.begin.size(); ++part) {
     const int32_t first = plan_parts_.begin[part];

@@ -134,6 +134,7 @@ class CudaStageModel final : public StageModel {
   cuda::MlaPlan plan_;
   cuda::MlaParts plan_parts_;
   std::vector<cuda::MlaSequence> plan_sequences_;
+  PromptPlan prompts_;                         // of the tile under way
   std::vector<cuda::MlaPlanView> plan_views_;  // of the tile under way
 };
 

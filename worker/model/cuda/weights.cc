@@ -21,7 +21,7 @@ DeviceMlp LayOutMlp(const ModelConfig& c, uint64_t width, bool fp8, uint64_t gro
   return mlp;
 }
 
-DeviceLayer LayOutLayer(const ModelConfig& c, LayerIndex layer, Region& region) {
+DeviceLayer LayOutLayer(const ModelConfig& c, LayerIndex layer, bool expands, Region& region) {
   const bool fp8 = c.quantization == Quantization::kFp8Block128;
   const uint64_t heads = c.num_attention_heads;
   const uint64_t q_rows = heads * PaddedQHead(c);
@@ -39,6 +39,9 @@ DeviceLayer LayOutLayer(const ModelConfig& c, LayerIndex layer, Region& region) 
   d.kv_a_layernorm = region.Take<float>(c.kv_lora_rank);
   d.key_up = region.TakeMatrix(c.kv_lora_rank, c.qk_nope_head_dim, false, heads);
   d.value_up = region.TakeMatrix(c.v_head_dim, c.kv_lora_rank, false, heads);
+  if (expands) {
+    d.kv_up = region.TakeMatrix(heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank, false);
+  }
   d.o_proj = region.TakeMatrix(c.hidden_size, heads * c.v_head_dim, fp8);
   d.is_moe = c.IsMoeLayer(layer);
   if (!d.is_moe) {
@@ -79,6 +82,7 @@ absl::Status UploadLayer(Uploader& up, const ModelConfig& c, const LayerWeights&
   STRAIT_RETURN_IF_ERROR(up.Vector(a.kv_a_layernorm, to.kv_a_layernorm));
   STRAIT_RETURN_IF_ERROR(up.UpProjections(a.kv_b_proj, c.num_attention_heads, c.qk_nope_head_dim,
                                           to.key_up, to.value_up));
+  if (!to.kv_up.empty()) STRAIT_RETURN_IF_ERROR(up.Matrix(a.kv_b_proj, to.kv_up));
   STRAIT_RETURN_IF_ERROR(up.Matrix(a.o_proj, to.o_proj));
   if (!to.is_moe) return UploadMlp(up, from.mlp, to.mlp);
   to.gate_has_rest = from.moe.gate.type != WeightType::kBf16;
@@ -139,10 +143,10 @@ absl::Status CheckCudaAttention(const ModelConfig& c, const cuda::Device& device
       ": use a GPU of compute capability 8.0, 9.0 or 10.0, or --backend cpu"));
 }
 
-DeviceStage LayOutWeights(const ModelConfig& c, LayerRange layers, Region& region) {
+DeviceStage LayOutWeights(const ModelConfig& c, LayerRange layers, bool expands, Region& region) {
   DeviceStage stage;
   for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
-    stage.layers.push_back(LayOutLayer(c, layer, region));
+    stage.layers.push_back(LayOutLayer(c, layer, expands, region));
   }
   if (layers.begin == 0) stage.embed_tokens = region.TakeMatrix(c.vocab_size, c.hidden_size, false);
   if (layers.end == c.num_hidden_layers) {

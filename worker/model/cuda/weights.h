@@ -8,8 +8,9 @@
 // Errors:  Upload…: InvalidArgument: config.json announces fp8 and a tensor is not; those of CUDA.
 // Why:     bf16 and fp8 stay as stored; fp32 and fp16 become bf16. kv_b_proj is taken apart into
 //          the two matrices a head that the absorbed form multiplies with, in bf16 also where it
-//          was fp8: transposing does not keep 128 x 128 blocks whole (V3: 0.2 % of a layer). A
-//          head's rows of q are padded to 8, so that every head begins at 16 bytes.
+//          was fp8: transposing does not keep 128 x 128 blocks whole (V3: 0.2 % of a layer). For
+//          prompts in the expanded form it is there whole, too. A head's rows of q are padded to 8,
+//          so that every head begins at 16 bytes.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +46,10 @@ struct DeviceLayer {
   float* kv_a_layernorm = nullptr;  // [kv_lora_rank]
   cuda::Matrix key_up;    // of head 0: [kv_lora_rank, qk_nope_head_dim], W_UK transposed; bf16
   cuda::Matrix value_up;  // of head 0: [v_head_dim, kv_lora_rank], W_UV; bf16
-  cuda::Matrix o_proj;    // [hidden_size, heads * v_head_dim]
+  // [heads * (qk_nope_head_dim + v_head_dim), kv_lora_rank], kv_b_proj as stored, but bf16; only
+  // where prompts attend in the expanded form.
+  cuda::Matrix kv_up;
+  cuda::Matrix o_proj;  // [hidden_size, heads * v_head_dim]
 
   bool is_moe = false;
   DeviceMlp mlp;  // dense layers
@@ -78,8 +82,10 @@ absl::Status CheckCudaModel(const ModelConfig& config);
 // how much that is.
 absl::Status CheckCudaAttention(const ModelConfig& config, const cuda::Device& device);
 
-// Lays the weights of `layers` out in `region`; a region without base only measures.
-DeviceStage LayOutWeights(const ModelConfig& config, LayerRange layers, Region& region);
+// Lays the weights of `layers` out in `region`; a region without base only measures. `expands`: with
+// what the expanded form takes.
+DeviceStage LayOutWeights(const ModelConfig& config, LayerRange layers, bool expands,
+                          Region& region);
 
 // Reads, converts and copies everything that `stage` has room for.
 absl::Status UploadWeights(WeightSource& source, LayerRange layers, DeviceStage& stage,

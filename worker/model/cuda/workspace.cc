@@ -3,8 +3,11 @@
 
 #include <algorithm>
 
+#include "kernels/cuda/mha_prefill.h"
 #include "kernels/cuda/moe.h"
+#include "proto/check.h"
 #include "proto/limits.h"
+#include "worker/model/cuda/prompt_plan.h"
 #include "worker/model/cuda/weights.h"
 
 namespace strait {
@@ -94,6 +97,12 @@ CudaWorkspace LayOutWorkspace(const ModelConfig& c, LayerRange layers, const Ste
   w.q_cat = attention.Take<cuda::Bf16>(t * heads * (rank + rope));
   w.o_latent = attention.Take<cuda::Bf16>(t * heads * rank);
   w.attended = attention.Take<cuda::Bf16>(t * Padded(heads * c.v_head_dim));
+  const auto keys = static_cast<uint64_t>(limits.expanded_keys);
+  w.key_rows = attention.Take<int32_t>(keys);
+  w.rope_keys = attention.Take<cuda::Bf16>(keys * rope);
+  w.keys = w.o_latent;
+  w.prompt_state = reinterpret_cast<float*>(w.q_cat);
+  STRAIT_CHECK(keys * (c.qk_nope_head_dim + c.v_head_dim) <= t * rank);
 
   Region forward = common;
   w.activated = forward.Take<cuda::Bf16>(t * Padded(c.intermediate_size));
@@ -127,12 +136,23 @@ CudaWorkspace LayOutWorkspace(const ModelConfig& c, LayerRange layers, const Ste
   return w;
 }
 
+bool ExpandsPrompts(const ModelConfig& c, const CudaTraits& traits) {
+  return traits.has_mha_prefill && !traits.deterministic && traits.row_format == RowFormat::kBf16 &&
+         c.kv_lora_rank == 512 && c.qk_rope_head_dim == cuda::kMhaRope &&
+         c.qk_nope_head_dim == cuda::kMhaNope && c.v_head_dim == cuda::kMhaValue;
+}
+
 StepLimits MakeStepLimits(const ModelConfig& c, LayerRange layers, uint32_t pool_blocks,
                           uint32_t tile_rows, const CudaTraits& traits) {
   StepLimits limits;
   limits.tile_rows = tile_rows;
   limits.deterministic = traits.deterministic;
   limits.fp8_activations = traits.fp8_activations;
+  if (ExpandsPrompts(c, traits) && tile_rows >= static_cast<uint32_t>(kMinExpandedTokens)) {
+    // As many as o_latent has room for.
+    const uint64_t keys = uint64_t{tile_rows} * c.kv_lora_rank / (cuda::kMhaNope + cuda::kMhaValue);
+    limits.expanded_keys = static_cast<int32_t>(keys / cuda::kMhaTileKeys * cuda::kMhaTileKeys);
+  }
   const uint64_t row_bytes = uint64_t{c.vocab_size} * sizeof(float);
   limits.head_rows = static_cast<uint32_t>(
       std::clamp<uint64_t>(kCudaMaxLogitBytes / row_bytes, kCudaMinHeadRows, kCudaMaxHeadRows));

@@ -16,8 +16,8 @@
 #include "kernels/cuda/gemm.h"
 #include "kernels/cuda/mla.h"
 #include "kernels/cuda/sample.h"
-#include "proto/model_config.h"
 #include "proto/limits.h"
+#include "proto/model_config.h"
 #include "proto/reservation.h"
 #include "worker/model/cuda/region.h"
 
@@ -40,7 +40,11 @@ struct CudaTraits {
   RowFormat row_format = RowFormat::kBf16;  // of the latent cache; not kFp32
   bool fp8_activations = false;
   uint32_t max_step_tokens = kCudaMaxTileRows;  // no tile is larger
+  bool has_mha_prefill = false;                 // the device has the kernel of the expanded form
 };
+
+// Whether prompts attend in the expanded form where a tile is large enough for them.
+bool ExpandsPrompts(const ModelConfig& config, const CudaTraits& traits);
 
 // What a step can need at most.
 struct StepLimits {
@@ -50,6 +54,7 @@ struct StepLimits {
   uint64_t table_bytes = 0;   // step tables: rows, segments, page tables
   cuda::MlaPlanLimits mla;    // of one launch of attention
   uint64_t plan_bytes = 0;    // of all launches' plans
+  int32_t expanded_keys = 0;  // rows; of one launch of the expanded form
   bool deterministic = false;
   bool fp8_activations = false;
 };
@@ -81,6 +86,12 @@ struct CudaWorkspace {
   cuda::Bf16* q_cat = nullptr;       // [T, A, C]: latent, then rope
   cuda::Bf16* o_latent = nullptr;    // [T, A, R]
   cuda::Bf16* attended = nullptr;    // [T, A * v_head_dim padded]
+  // Prompts in the expanded form, when the absorbed form is through with q_cat and o_latent: keys
+  // and values lie over o_latent, sums between spans in q_cat's latent columns. X expanded_keys.
+  int32_t* key_rows = nullptr;      // [X] of the pool
+  cuda::Bf16* rope_keys = nullptr;  // [X, D]
+  cuda::Bf16* keys = nullptr;       // [X, A, nope + value]
+  float* prompt_state = nullptr;    // [T, A, kMhaStateFloats of C / 2]
 
   // --- Feed-forward ---
   cuda::Bf16* activated = nullptr;  // [T, I padded]

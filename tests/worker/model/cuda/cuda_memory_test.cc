@@ -34,11 +34,21 @@ ModelConfig Wide() {
   return config;
 }
 
+// The same with the heads of the published models.
+ModelConfig TrueHeads() {
+  ModelConfig config = Wide();
+  config.kv_lora_rank = 512;
+  config.qk_nope_head_dim = 128;
+  config.qk_rope_head_dim = 64;
+  config.v_head_dim = 128;
+  return config;
+}
+
 std::vector<ModelConfig> Models() {
   ModelConfig one_layer = OnCuda(TinyV3());
   one_layer.num_hidden_layers = 1;
-  return {OnCuda(TinyV3()), OnCuda(TinyV3Fp8()), OnCuda(TinyV2Lite()),
-          OnCuda(TinyV2()), one_layer,           Wide()};
+  return {OnCuda(TinyV3()), OnCuda(TinyV3Fp8()), OnCuda(TinyV2Lite()), OnCuda(TinyV2()), one_layer,
+          Wide(),           TrueHeads()};
 }
 
 constexpr CudaTraits kTraits[] = {
@@ -49,7 +59,9 @@ constexpr CudaTraits kTraits[] = {
     {.num_multiprocessors = 132, .row_format = RowFormat::kFp8},
     {.num_multiprocessors = 132, .deterministic = true, .row_format = RowFormat::kFp8},
     {.num_multiprocessors = 132, .fp8_activations = true},
-    {.num_multiprocessors = 132, .deterministic = true, .fp8_activations = true}};
+    {.num_multiprocessors = 132, .deterministic = true, .fp8_activations = true},
+    {.num_multiprocessors = 132, .has_mha_prefill = true},
+    {.num_multiprocessors = 132, .deterministic = true, .has_mha_prefill = true}};
 
 uint64_t Counted(const StageCosts& costs, LayerRange layers, uint64_t pool_blocks) {
   return StageFixedBytes(costs, layers) + pool_blocks * costs.block_bytes;
@@ -160,6 +172,34 @@ TEST(CudaMemoryTest, RowsOfFp8AreCountedAsTheyLie) {
     const CudaTraits traits = {.num_multiprocessors = 132, .row_format = format};
     EXPECT_EQ(LayOutStage(config, spec, traits, nullptr).bytes.pool, 1000u * 64 * row_bytes);
     EXPECT_EQ(CudaStageCosts(config, traits).block_bytes, 64u * row_bytes + 4);
+  }
+}
+
+TEST(CudaMemoryTest, TheExpandedFormTakesItsWeightAndLittleElse) {
+  const ModelConfig config = TrueHeads();
+  const uint64_t weight_bytes = uint64_t{config.num_attention_heads} * (128 + 128) * 512 * 2;
+  const StageCosts without = CudaStageCosts(config, {.num_multiprocessors = 132});
+  const StageCosts with =
+      CudaStageCosts(config, {.num_multiprocessors = 132, .has_mha_prefill = true});
+  for (LayerIndex layer = 0; layer < config.num_hidden_layers; ++layer) {
+    EXPECT_EQ(with.layer_bytes[layer], without.layer_bytes[layer] + weight_bytes);
+  }
+  for (size_t i = 0; i < with.workspace_bytes.size(); ++i) {
+    const uint64_t tile_rows = kCudaMinTileRows * (i + 1);
+    const uint64_t key_rows = tile_rows < 256 ? 0 : 2 * tile_rows;
+    EXPECT_LE(with.workspace_bytes[i],
+              without.workspace_bytes[i] + key_rows * (sizeof(int32_t) + 64 * 2));
+  }
+  // None where the form is not used.
+  for (const CudaTraits& traits :
+       {CudaTraits{.num_multiprocessors = 132, .deterministic = true},
+        CudaTraits{.num_multiprocessors = 132, .row_format = RowFormat::kFp8}}) {
+    CudaTraits on_hopper = traits;
+    on_hopper.has_mha_prefill = true;
+    EXPECT_EQ(CudaStageCosts(config, on_hopper).layer_bytes,
+              CudaStageCosts(config, traits).layer_bytes);
+    EXPECT_EQ(CudaStageCosts(config, on_hopper).workspace_bytes,
+              CudaStageCosts(config, traits).workspace_bytes);
   }
 }
 
