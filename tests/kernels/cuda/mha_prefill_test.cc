@@ -217,6 +217,12 @@ TEST_F(MhaPrefillTest, RaggedBatchesOfAllHeadCounts) {
   Check(17, {{20, 3}});
 }
 
+TEST_F(MhaPrefillTest, ManyTilesOfManyHeads) {
+  STRAIT_TRACE_SEED();
+  Check(20, {{300, 0}, {140, 520}});
+  Check(2, {{1100, 401}});
+}
+
 TEST_F(MhaPrefillTest, KeysInSpans) {
   STRAIT_TRACE_SEED();
   Check(2, {{70, 300}}, 128);
