@@ -203,7 +203,9 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   const RowRange all_rows = {0, tile.num_rows};
   const absl::Span<const RowRange> absorbed =
       tile.prompts == nullptr ? absl::MakeConstSpan(&all_rows, 1) : tile.prompts->absorbed_rows;
-  for (const RowRange& rows : absorbed) STRAIT_RETURN_IF_ERROR(IntoLatent(weights, rows));
+  for (const RowRange& rows : absorbed) {
+    STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(IntoLatent(weights, rows), stream_));
+  }
 
   cuda::MlaParams mla;
   mla.q_latent = ws_.q_cat;
@@ -227,7 +229,9 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
     STRAIT_CUDA_RETURN_IF_ERROR(cuda::LaunchMla(mla, stream_));
   }
 
-  for (const RowRange& rows : absorbed) STRAIT_RETURN_IF_ERROR(OutOfLatent(weights, rows));
+  for (const RowRange& rows : absorbed) {
+    STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(OutOfLatent(weights, rows), stream_));
+  }
   if (tile.prompts != nullptr) STRAIT_RETURN_IF_ERROR(AttendPrompts(weights, segments, tile));
 
   const int64_t attended_stride = AttendedStride(config_);
@@ -242,7 +246,7 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   return absl::OkStatus();
 }
 
-absl::Status CudaLayers::IntoLatent(const DeviceLayer& weights, const RowRange& rows) {
+cuda::GemmParams CudaLayers::IntoLatent(const DeviceLayer& weights, const RowRange& rows) const {
   const auto heads = static_cast<int32_t>(config_.num_attention_heads);
   const auto q_head = static_cast<int64_t>(PaddedQHead(config_));
   const int64_t cat = int64_t{config_.kv_lora_rank} + config_.qk_rope_head_dim;
@@ -252,12 +256,10 @@ absl::Status CudaLayers::IntoLatent(const DeviceLayer& weights, const RowRange& 
   p.num_groups = heads;
   p.weight_group_stride = GroupStride(weights.key_up);
   p.y_group_stride = cat;
-  STRAIT_CUDA_RETURN_IF_ERROR(
-      cuda::Gemm(ToBf16(p, ws_.q_cat + rows.begin * heads * cat, heads * cat), stream_));
-  return absl::OkStatus();
+  return ToBf16(p, ws_.q_cat + rows.begin * heads * cat, heads * cat);
 }
 
-absl::Status CudaLayers::OutOfLatent(const DeviceLayer& weights, const RowRange& rows) {
+cuda::GemmParams CudaLayers::OutOfLatent(const DeviceLayer& weights, const RowRange& rows) const {
   const auto heads = static_cast<int32_t>(config_.num_attention_heads);
   const int64_t rank = config_.kv_lora_rank;
   const int64_t stride = AttendedStride(config_);
@@ -267,9 +269,7 @@ absl::Status CudaLayers::OutOfLatent(const DeviceLayer& weights, const RowRange&
   p.num_groups = heads;
   p.weight_group_stride = GroupStride(weights.value_up);
   p.y_group_stride = config_.v_head_dim;
-  STRAIT_CUDA_RETURN_IF_ERROR(
-      cuda::Gemm(ToBf16(p, ws_.attended + rows.begin * stride, stride), stream_));
-  return absl::OkStatus();
+  return ToBf16(p, ws_.attended + rows.begin * stride, stride);
 }
 
 absl::Status CudaLayers::AttendPrompts(const DeviceLayer& weights, const cuda::MlaSegment* segments,

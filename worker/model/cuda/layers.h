@@ -64,11 +64,11 @@ class CudaLayers {
   absl::Status Project(const DeviceLayer& weights, const CudaTile& tile);
   absl::Status Attend(const DeviceLayer& weights, const cuda::MlaSegment* segments,
                       const CudaTile& tile);
-  // q -> attended, of rows [begin, begin + count): queries into latent space before attention,
-  // results out of it behind.
-  absl::Status IntoLatent(const DeviceLayer& weights, const RowRange& rows);
-  absl::Status OutOfLatent(const DeviceLayer& weights, const RowRange& rows);
-  // The same of the prompts, in the expanded form. After all that is absorbed.
+  // The products beside attention in the absorbed form, of some rows: queries into latent space,
+  // results out of it.
+  cuda::GemmParams IntoLatent(const DeviceLayer& weights, const RowRange& rows) const;
+  cuda::GemmParams OutOfLatent(const DeviceLayer& weights, const RowRange& rows) const;
+  // q -> attended of the prompts, in the expanded form. After all that is absorbed.
   absl::Status AttendPrompts(const DeviceLayer& weights, const cuda::MlaSegment* segments,
                              const CudaTile& tile);
   absl::Status Dense(const DeviceMlp& mlp, int32_t num_rows);
