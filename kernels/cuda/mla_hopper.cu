@@ -29,10 +29,9 @@
 // runs beside the other's products. The running maximum passes from block to block; it moves only
 // when a score passes it by 8 (a factor of 256), as weights above 1 do no harm and rescaling does.
 // A third warpgroup feeds: one thread starts bulk copies (bf16), or all widen codes (fp8).
-#include <cuda.h>
-
 #include "kernels/cuda/mla_hopper_consume.cuh"
 #include "kernels/cuda/mla_hopper_feed.cuh"
+#include "kernels/cuda/tensor_map.h"
 
 namespace strait::cuda::mla {
 namespace {
@@ -122,30 +121,13 @@ namespace strait::cuda {
 
 cudaError_t MakeMlaPoolMap(const void* blocks, int64_t num_blocks, int64_t block_bytes,
                            MlaPoolMap* map) {
-  static_assert(sizeof(CUtensorMap) == sizeof(map->bytes));
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
-                                                             12000, cudaEnableDefault, &found);
-#else
-  const cudaError_t error =
-      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
-#endif
-  if (error != cudaSuccess) return error;
-  if (entry == nullptr || found != cudaDriverEntryPointSuccess) return cudaErrorSymbolNotFound;
-  const cuuint64_t sizes[3] = {576, kMlaBlockRows, static_cast<cuuint64_t>(num_blocks)};
-  const cuuint64_t strides[2] = {1152, static_cast<cuuint64_t>(block_bytes)};
-  const cuuint32_t box[3] = {64, kMlaBlockRows, 1};
-  const cuuint32_t element_strides[3] = {1, 1, 1};
   CUtensorMap tensor_map;
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry)(
-      &tensor_map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(blocks), sizes, strides,
-      box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) return cudaErrorInvalidValue;
-  __builtin_memcpy(map->bytes, &tensor_map, sizeof(tensor_map));
-  return cudaSuccess;
+  static_assert(sizeof(tensor_map) == sizeof(map->bytes));
+  const TensorShape shape = {
+      {576, kMlaBlockRows, num_blocks}, {1152, block_bytes}, {64, kMlaBlockRows, 1}};
+  const cudaError_t error = MakeTensorMap(blocks, shape, &tensor_map);
+  if (error == cudaSuccess) __builtin_memcpy(map->bytes, &tensor_map, sizeof(tensor_map));
+  return error;
 }
 
 }  // namespace strait::cuda
