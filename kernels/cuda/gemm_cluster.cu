@@ -68,7 +68,7 @@ __device__ __forceinline__ void Feed(const GemmParams& p, const CUtensorMap& wei
     const GemmItem item = work.RowsOf(p, at.item, rank);
     const XFeeder<kTileRows> x(p, item, thread);
     for (int step = 0; step < num_steps; ++step) {
-      cluster::BarrierWait(filling.empty(), filling.parity ^ 1);
+      wgmma::BarrierWait(filling.empty(), filling.parity ^ 1);
       if (thread == 0) {
         wgmma::BarrierExpect(filling.full(), L::kWeightBytes);
         cluster::LoadBox(filling.weights() + rank * kHalf * kTileRowBytes, map, step * kStepColumns,

@@ -145,13 +145,6 @@ struct Consumer {
     }
     ring.Advance();
   }
-  __device__ __forceinline__ static void WaitFull(const Ring<L>& ring) {
-    if constexpr (kBlocks == 1) {
-      wgmma::BarrierWait(ring.full(), ring.parity);
-    } else {
-      cluster::BarrierWait(ring.full(), ring.parity);
-    }
-  }
 
   __device__ __forceinline__ void Run(uint32_t memory, int num_shares) const {
     const Work<kGated, kTileRows, kColumns, kBlocks> work(p, num_shares);
@@ -170,7 +163,7 @@ struct Consumer {
       // A warpgroup without rows gives back the stages that the other block's copies go into, too.
       if (kBlocks > 1 && group * 64 >= item.count) {
         for (int step = 0; step < num_steps; ++step) {
-          WaitFull(ring);
+          wgmma::BarrierWait(ring.full(), ring.parity);
           __syncwarp();
           ring.Advance();
           GiveBack(returned);
@@ -187,7 +180,7 @@ struct Consumer {
         for (int i = 0; i < kSums; ++i) scaled[i] = 0;
       }
       const auto multiply = [&](int accumulate) {
-        WaitFull(ring);
+        wgmma::BarrierWait(ring.full(), ring.parity);
         __syncwarp();
         wgmma::Begin();
 #pragma unroll

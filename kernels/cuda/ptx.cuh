@@ -382,25 +382,16 @@ __device__ __forceinline__ void Sync() {
       "barrier.cluster.wait.acquire;\n" ::
           : "memory");
 }
-// Arrives at this barrier's counterpart in block `rank`, which may be the own one.
+// Arrives at this barrier's counterpart in block `rank`, which may be the own one. It says that
+// copies and products before it have ended, as a wait for them showed; ordinary writes before it are
+// not for the other block: release.cluster would be a fence of the whole device, acquire.cluster
+// empty the L1, at every step.
 __device__ __forceinline__ void BarrierArrive(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n.reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(barrier),
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(barrier),
       "r"(rank)
-      : "memory");
-}
-// wgmma::BarrierWait for a barrier at which other blocks arrive.
-__device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra ready;\n"
-      "bra again;\n"
-      "ready:\n}\n" ::"r"(barrier),
-      "r"(parity)
       : "memory");
 }
 // The box of a tensor map of three dimensions at (column, row, group), to `to` and with its bytes

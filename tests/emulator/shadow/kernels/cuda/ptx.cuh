@@ -312,7 +312,6 @@ inline void BarrierArrive(uint32_t barrier, uint32_t rank) {
   emulator::CheckAlive(there);
   emulator::Arrive(there, 0);
 }
-inline void BarrierWait(uint32_t barrier, uint32_t parity) { wgmma::BarrierWait(barrier, parity); }
 // Each block's copy comes at a time of its own.
 inline void LoadBox(uint32_t to, const void* map, int column, int row, int group, uint32_t barrier,
                     uint16_t blocks) {
