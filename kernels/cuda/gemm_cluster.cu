@@ -3,9 +3,9 @@
 // Products of a bf16 weight with many rows on Hopper: clusters of two blocks that take 256 rows of x
 // times 256 columns, 128 rows each, and load the columns' weights once for both.
 //
-// Roofline: a block of gemm_hopper.cu asks L2 for 48 KiB a step of 64 k (16 of x, 32 of weights), 87
-//   flops a byte, and 4.6 TB/s of L2 hold it to 400 TFLOP/s. Here a block loads half of the weights'
-//   tile and the copy engine delivers it to both: 32 KiB a step and block, 131 flops a byte, 600
+// Roofline: a block of gemm_hopper.cu asks L2 for 48 KiB a step of 64 k (16 of x, 32 of weights), 85
+//   flops a byte, and 4.6 TB/s of L2 hold it to 390 TFLOP/s. Here a block loads half of the weights'
+//   tile and the copy engine delivers it to both: 32 KiB a step and block, 128 flops a byte, 590
 //   TFLOP/s at the same rate. The tensor core needs 1,024 cycles a step (790 TFLOP/s at the clock it
 //   holds); shared memory sees 48 KiB written and 80 read in them, as before.
 // Measured shares: tests/reports/gpu.md, written by tests/gpu.sh.
@@ -22,10 +22,10 @@
 // Order of sums: that of gemm_hopper.cu, of which a row has the same bits: k ascending, 16 at a
 // time, K never in shares.
 //
-// Why not more: with a third warpgroup of 64 rows a block would ask for 157 flops a byte, but its 512
+// Why not more: with a third warpgroup of 64 rows a block would ask for 154 flops a byte, but its 512
 // threads have 128 registers each: 160 for those who multiply and hold 128 sums, which take 200.
-// Clusters of four, two by two, would share x as well, 24 KiB a step, but four multiprocessors of a
-// kind have to be free and four blocks wait for the slowest.
+// Clusters of four, two by two, would share x as well, 24 KiB a step, but each of four blocks would
+// wait for the slowest, and four multiprocessors of one kind have to be free.
 #include "kernels/cuda/gemm_hopper_block.cuh"
 #include "kernels/cuda/gemm_launch.cuh"
 #include "kernels/cuda/tensor_map.h"
@@ -41,6 +41,7 @@ constexpr int kColumns = 256;
 constexpr int kHalf = kColumns / kBlocks;  // rows of weights that a block loads
 constexpr uint16_t kBoth = (1 << kBlocks) - 1;
 using L = HopperLayout<false, kTileRows, kColumns>;
+constexpr int kLag = L::kLag;  // at most; with less x is given on sooner, if its copies have ended
 static_assert(kHalf * kTileRowBytes * kBlocks == L::kWeightBytes);
 // The half of block 1 is `up` if the product is gated.
 static_assert(TileRowOf<true, L::kOwn>(kHalf).up && TileRowOf<true, L::kOwn>(kHalf).column == 0);
@@ -77,14 +78,14 @@ __device__ __forceinline__ void Feed(const GemmParams& p, const CUtensorMap& wei
       if (item.count > 0) x.Copy(filling.x(), step * kStepColumns, p.weight.cols);
       CommitCopies();
       filling.Advance();
-      if (++filled > L::kLag) {
-        WaitCopyGroups<L::kLag>();
+      if (++filled > kLag) {
+        WaitCopyGroups<kLag>();
         arrive();
       }
     }
   }
   WaitCopyGroups<0>();
-  for (int left = min(filled, L::kLag); left > 0; --left) arrive();
+  for (int left = min(filled, kLag); left > 0; --left) arrive();
 }
 
 #endif  // sm_90a
@@ -153,7 +154,7 @@ cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
   config.dynamicSmemBytes = L::kBytes;
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = 2;
+  config.numAttrs = 1;
   // As many as run at the same time: two blocks must find room in one cluster of multiprocessors.
   static const int most = [&] {
     int clusters = 0;
@@ -164,6 +165,7 @@ cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
   constexpr int kEach = kGated ? kColumns / 2 : kColumns;
   const int64_t units = NumItems(p, kClusterTileRows) * ((p.weight.rows + kEach - 1) / kEach);
   config.gridDim = dim3(static_cast<unsigned>(units < most ? units : most) * kBlocks);
+  config.numAttrs = 2;
   return cudaLaunchKernelEx(&config, kernel, p, weight, up);
 }
 

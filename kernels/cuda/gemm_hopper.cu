@@ -19,6 +19,10 @@
 // many blocks as there are multiprocessors take all tiles in turn; feeders run ahead into the next
 // tile while its predecessor's results are written.
 //
+// bf16 products whose items have more than 128 rows go to clusters of two such blocks
+// (gemm_cluster.cu), unless K is cut or narrower tiles fill the device better; tiles of 128 rows by
+// 256 columns are for the others: lists of experts with fewer rows, up to 128 rows, K in shares.
+//
 // Order of sums: k ascending, 16 at a time; fp8: 128 at a time, each scaled, then added. A row's
 // bits depend on K and num_splits, never on other rows.
 #include "kernels/cuda/common.cuh"
