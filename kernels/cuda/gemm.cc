@@ -21,6 +21,15 @@ constexpr int32_t kHopperDepth = 256;  // least K: below it the ring of stages d
 // What a column costs in tiles of 128 columns, in hundredths of one in tiles of 256: rows of x are
 // copied twice as often.
 constexpr int64_t kNarrowCost = 115;
+// And in the cluster kernel's tiles: two thirds of what else comes from L2, and the rest of a step.
+constexpr int64_t kClusterCost = 72;
+constexpr int32_t kClusterColumns = 256;
+// Experts with more rows than this in the mean go to it. Two blocks at kClusterCost cost 1.44 of a
+// tile of 128 rows: an expert with up to 128 rows loses 0.44 of one, one with up to 256 saves 0.56,
+// one with up to 384 saves 0.12 and with up to 512 1.12. Where the mean is 128 half of them lose, and
+// the others, which have most of the rows, save more.
+constexpr int64_t kClusterMeanRows = 128;
+constexpr GemmPlan kClusterPlan = {GemmKind::kCluster, kClusterTileRows, kClusterColumns, 1};
 
 // Rows of a tile of the few-rows kernel at most, as many as one takes when the order of sums is fixed.
 // In how large a tile a row lies changes none of its bits.
@@ -79,7 +88,13 @@ int32_t HopperSplits(const GemmParams& p, int64_t units, int32_t multiprocessors
                   static_cast<int32_t>(std::clamp<int64_t>(worth, 1, kMaxSplits)));
 }
 
-// Tiles of 256 columns use L2 better, those of 128 fill the last round better.
+// Whether the cluster kernel takes it: tensor maps want strides of 16 bytes.
+bool FitsCluster(const GemmParams& p) {
+  return p.weight.scales == nullptr && (p.num_groups == 1 || p.weight_group_stride % 8 == 0);
+}
+
+// Tiles of 256 columns use L2 better, those of 128 fill the last round better. Clusters use it best,
+// where both blocks have rows and K need not be cut.
 GemmPlan PlanHopper(const GemmParams& p, int32_t tile_rows, int32_t multiprocessors) {
   GemmPlan best = {GemmKind::kHopper, tile_rows, 0, 1};
   int64_t best_cost = 0;
@@ -97,7 +112,13 @@ GemmPlan PlanHopper(const GemmParams& p, int32_t tile_rows, int32_t multiprocess
       best_cost = cost;
     }
   }
-  return best;
+  // A list of smaller tiles is what it is.
+  if (p.tiles != nullptr || best.num_splits > 1 || !FitsCluster(p)) return best;
+  const int32_t each = p.up.empty() ? kClusterColumns : kClusterColumns / 2;
+  const int64_t units = NumItems(p, kClusterTileRows) * CeilDiv(p.weight.rows, each);
+  const int64_t cost =
+      CeilDiv(units, std::max(multiprocessors / 2, 1)) * kClusterColumns * kClusterCost;
+  return cost < best_cost ? kClusterPlan : best;
 }
 
 // One tile; K in shares only where the few of them leave the device idle.
@@ -157,6 +178,10 @@ GemmPlan PlanGemm(const GemmParams& p, bool hopper, int32_t multiprocessors) {
   if (p.x_codes != nullptr) return PlanW8A8(p, multiprocessors);
   int32_t tile = p.tile_rows;
   if (p.tiles != nullptr) {
+    if (tile == kClusterTileRows) {
+      STRAIT_CHECK(hopper && !p.fixed_order && FitsCluster(p), "tiles that no kernel takes");
+      return kClusterPlan;
+    }
     if (tile < kSmallTile || p.fixed_order) return {GemmKind::kFewRows, tile, 0, 1};
   } else {
     tile = FewRowsTileOf(p);
@@ -181,6 +206,8 @@ cudaError_t Gemm(const GemmParams& p, cudaStream_t stream) {
       return GemmTiles(planned, plan.tile_rows, stream);
     case GemmKind::kHopper:
       return GemmHopper(planned, plan.tile_rows, plan.columns, stream);
+    case GemmKind::kCluster:
+      return GemmCluster(planned, stream);
     case GemmKind::kW8A8:
       return MultipliesCodes() ? GemmW8A8(planned, stream) : cudaErrorNotSupported;
   }
@@ -208,7 +235,8 @@ int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fp8, bool 
   if (fixed_order) return mean <= 8 ? 16 : MostFewRows();
   // Reading is the limit, and Hopper's kernel reads bf16 best, though most of a tile is empty.
   if (mean <= 8 && (fp8 || !HopperProducts())) return 16;
-  return mean <= 48 ? kSmallTile : kLargeTile;
+  if (mean <= 48) return kSmallTile;
+  return mean <= kClusterMeanRows || fp8 || !HopperProducts() ? kLargeTile : kClusterTileRows;
 }
 
 bool WorthQuantizing(int64_t num_rows, bool fixed_order) {

@@ -10,11 +10,13 @@
 // Shapes:  below; products of bf16 are summed in fp32, of codes within 128 k as the tensor core
 //          does. Any of M, N, K may be odd.
 // Errors:  none but CUDA's own launch errors, returned.
-// Why:     four kernels. "Few rows" reads each weight once for up to 16 rows, through rings in
+// Why:     five kernels. "Few rows" reads each weight once for up to 16 rows, through rings in
 //          shared memory from which lanes take tensor-core fragments, warps splitting K: bound by
 //          memory. "Tiles" is the classical tiled product through shared memory, for any device;
-//          "Hopper" the same with warpgroup products, fed by warps of their own, on sm_90; "W8A8"
-//          multiplies codes of x with codes of the weight, on sm_90, for any number of rows.
+//          "Hopper" the same with warpgroup products, fed by warps of their own, on sm_90; "cluster"
+//          that with two blocks for 256 rows that load their weights once for both, for bf16 weights
+//          and as many rows; "W8A8" multiplies codes of x with codes of the weight, on sm_90, for
+//          any number of rows.
 //          Order of sums: in the few-rows kernel it is a property of K and the format alone;
 //          fixed_order uses it for any number of rows, so that a row's bits do not depend on the
 //          others. The others go through K in order, and so a row's bits depend on which of the
@@ -66,7 +68,8 @@ struct GemmParams {
   const RowTile* tiles = nullptr;      // [*num_tiles], each of at most tile_rows rows
   const int32_t* num_tiles = nullptr;  // on the device
   int32_t max_tiles = 0;               // what *num_tiles never exceeds
-  // ExpertTileRows(), or another of 8, 16, 32, 64, 128; with x_codes kCodeTileRows.
+  // ExpertTileRows(), or another of 8, 16, 32, 64, 128; with x_codes kCodeTileRows. Only
+  // ExpertTileRows() knows where kClusterTileRows may be; they are not for `portable`.
   int32_t tile_rows = 0;
 
   // Room for partial sums, for products of few rows and columns that must split K to fill the
@@ -96,6 +99,7 @@ cudaError_t GemmPair(const GemmParams& a, const GemmParams& b, cudaStream_t stre
 int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fp8, bool fixed_order);
 
 inline constexpr int32_t kCodeTileRows = 128;  // of a list's tiles with x_codes
+inline constexpr int32_t kClusterTileRows = 256;
 
 // Whether the current device has the product of codes with codes.
 bool MultipliesCodes();

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// HopperLayout and TileUnitAt: where things lie in the shared memory of the Hopper product
-// (gemm_hopper.cu), which row of a weight is which row of its tile, and in what order tiles are
-// made. Plain functions, so that a machine without a GPU can test them.
+// HopperLayout and TileUnitAt: where things lie in the shared memory of the Hopper products
+// (gemm_hopper.cu, gemm_cluster.cu), which row of a weight is which row of its tile, and in what
+// order tiles are made. Plain functions, so that a machine without a GPU can test them.
 //
 // Shapes:  a stage holds 64 k: x [kTileRows] rows, the weight's tile [kColumns] rows, both of 128
 //          bytes, their 16-byte pieces XORed with the row (mla_wgmma.cuh); with fp8 also the codes,
@@ -28,7 +28,7 @@ inline constexpr int kTileRowBytes = 128;
 inline constexpr int kMostBytes = 227 * 1024;  // that a block may have
 inline constexpr int kMaxStages = 8;
 inline constexpr int kBarrierBytes = 2 * kMaxStages * 8;
-inline constexpr int kSwath = 16;  // items whose tiles are made side by side
+inline constexpr int kSwath = 16;  // tiles of rows that are worked on side by side
 
 template <bool kFp8, int kTileRows, int kColumns>
 struct HopperLayout {
@@ -68,13 +68,14 @@ struct TileUnit {
   int share;
 };
 
-// Blocks take neighbouring indices at the same time: kSwath items by some columns, so that what
+// Blocks take neighbouring indices at the same time: kItems items by some columns, so that what
 // they read of x and of the weight is read by several of them and stays in L2.
+template <int kItems = kSwath>
 STRAIT_BOTH constexpr TileUnit TileUnitAt(int index, int num_items, int num_columns) {
   const int share = index / (num_items * num_columns);
   const int in_share = index - share * (num_items * num_columns);
-  const int first = in_share / (kSwath * num_columns) * kSwath;
-  const int width = num_items - first < kSwath ? num_items - first : kSwath;
+  const int first = in_share / (kItems * num_columns) * kItems;
+  const int width = num_items - first < kItems ? num_items - first : kItems;
   const int in_swath = in_share - first * num_columns;
   return {first + in_swath % width, in_swath / width, share};
 }

@@ -79,7 +79,7 @@ inline int64_t NumItems(const GemmParams& p, int32_t tile_rows) {
   return int64_t{p.num_groups} * ((p.num_rows + tile_rows - 1) / tile_rows);
 }
 
-enum class GemmKind { kFewRows, kTiles, kHopper, kW8A8 };
+enum class GemmKind { kFewRows, kTiles, kHopper, kCluster, kW8A8 };
 
 // How a product is made; a function of its parameters and the device alone.
 struct GemmPlan {
@@ -109,6 +109,9 @@ cudaError_t GemmTiles(const GemmParams& params, int32_t tile_rows, cudaStream_t 
 // The same on Hopper. columns: rows of weights in a tile, 128 or 256 (fp8: 128).
 cudaError_t GemmHopper(const GemmParams& params, int32_t tile_rows, int32_t columns,
                        cudaStream_t stream);
+// The same for bf16 weights, by clusters of two blocks: items, and so a list's tiles, of
+// kClusterTileRows; num_splits 1.
+cudaError_t GemmCluster(const GemmParams& params, cudaStream_t stream);
 cudaError_t GemmW8A8(const GemmParams& params, cudaStream_t stream);
 // y (+)= the shares of split_sums, in order.
 cudaError_t AddGemmShares(const GemmParams& params, int num_shares, cudaStream_t stream);

@@ -419,4 +419,49 @@ __device__ __forceinline__ void ArriveSome(int id, int threads) {
 
 }  // namespace wgmma
 
+// Clusters: blocks of one launch that run at the same time and reach each other's shared memory. What
+// is at an address of a block's own shared memory lies at the same place in the others'.
+namespace cluster {
+
+__device__ __forceinline__ uint32_t Rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+// All threads of the cluster's blocks meet; what they wrote to shared memory before is seen after it.
+__device__ __forceinline__ void Sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;\n" ::
+          : "memory");
+}
+// Arrives at this barrier's counterpart in block `rank`, which may be the own one. It says that
+// copies and products before it have ended, as a wait for them showed; ordinary writes before it are
+// not for the other block: release.cluster would be a fence of the whole device, acquire.cluster
+// empty the L1, at every step.
+__device__ __forceinline__ void BarrierArrive(uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
+}
+// The box of a tensor map of three dimensions at (column, row, group), to `to` and with its bytes
+// counted at `barrier` in every block whose bit is set in `blocks`.
+__device__ __forceinline__ void LoadBox(uint32_t to, const void* map, int column, int row,
+                                        int group, uint32_t barrier, uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(column), "r"(row), "r"(group), "r"(barrier), "h"(blocks)
+      : "memory");
+}
+// Fetches a tensor map that a LoadBox will use.
+__device__ __forceinline__ void PrefetchMap(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+}  // namespace cluster
+
 }  // namespace strait::cuda

@@ -44,7 +44,13 @@ template <class... Params, class... Args>
 cudaError_t LaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                            Args&&... args) {
   std::tuple<std::remove_cv_t<Params>...> values(static_cast<Params>(args)...);
-  return Launch(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
+  dim3 cluster;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id != cudaLaunchAttributeClusterDimension) continue;
+    const auto& size = config->attrs[i].val.clusterDim;
+    cluster = dim3(size.x, size.y, size.z);
+  }
+  return Launch(reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim, cluster,
                 config->dynamicSmemBytes, config->stream,
                 [kernel, values] { std::apply(kernel, values); });
 }

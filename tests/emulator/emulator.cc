@@ -51,6 +51,7 @@ constexpr size_t kSharedWindow = 256 << 10;  // aligned to itself: descriptors h
 constexpr int kDefaultSharedLimit = 48 << 10;
 constexpr int kMostShared = 227 << 10;
 constexpr int kNamedBarriers = 16;
+constexpr size_t kMostClusterBlocks = 2;
 constexpr int kIdleRounds = 64;  // of nobody going on, with nothing deferred: a deadlock
 
 struct Pending {
@@ -83,26 +84,40 @@ struct Barrier {
 };
 
 struct Block {
-  dim3 grid;
-  dim3 size;
   uint3 index = {};
-  const std::function<void()>* body = nullptr;
+  uint32_t rank = 0;  // in the cluster
   std::vector<Fiber> fibers;
   int live = 0;
   std::vector<Meeting> warps;
   std::vector<Meeting> warpgroups;
   Barrier barriers[kNamedBarriers];
-  std::vector<std::function<void()>> deferred;
-  uint64_t progress = 0;
 };
 
-Block* block = nullptr;
+// What runs at the same time: most often one block.
+struct Cluster {
+  dim3 grid;
+  dim3 size;  // of a block
+  const std::function<void()>* body = nullptr;
+  std::vector<Block> blocks;
+  Barrier barrier;
+  std::vector<std::function<void()>> deferred;
+  uint64_t progress = 0;
+
+  int live() const {
+    int threads = 0;
+    for (const Block& one : blocks) threads += one.live;
+    return threads;
+  }
+};
+
+Cluster* cluster = nullptr;
+Block* block = nullptr;  // of the thread that runs
 Fiber* self = nullptr;
 void* scheduler_stack = nullptr;
 
-unsigned char* SharedWindow() {
+unsigned char* SharedWindow(uint32_t rank) {
   static unsigned char* const window = [] {
-    const size_t bytes = 2 * kSharedWindow;
+    const size_t bytes = (kMostClusterBlocks + 1) * kSharedWindow;
     void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
     if (memory == MAP_FAILED) Fail("no memory below 4 GiB for shared memory");
@@ -110,7 +125,7 @@ unsigned char* SharedWindow() {
     return reinterpret_cast<unsigned char*>((address + kSharedWindow - 1) / kSharedWindow *
                                             kSharedWindow);
   }();
-  return window;
+  return window + rank * kSharedWindow;
 }
 
 char* Stack(size_t index) {
@@ -128,20 +143,33 @@ char* Stack(size_t index) {
 void ReleaseBarrier(Barrier& barrier) {
   barrier.arrived = 0;
   ++barrier.generation;
-  ++block->progress;
+  ++cluster->progress;
+}
+
+// A barrier of all threads that `live` counts.
+template <class Live>
+void MeetAt(Barrier& barrier, const Live& live) {
+  const uint64_t generation = barrier.generation;
+  if (++barrier.arrived >= live()) {
+    ReleaseBarrier(barrier);
+    return;
+  }
+  while (barrier.generation == generation) Yield();
 }
 
 void RunFiber() {
-  (*block->body)();
+  (*cluster->body)();
   if (!self->copies.empty()) Fail("a thread ended with copies that it did not wait for");
   if (!self->products.products.empty())
     Fail("a thread ended with products that it did not wait for");
   self->done = true;
   --block->live;
-  ++block->progress;
+  ++cluster->progress;
   // Threads that ended are not waited for.
   Barrier& all = block->barriers[0];
   if (all.arrived > 0 && all.arrived >= block->live) ReleaseBarrier(all);
+  Barrier& blocks = cluster->barrier;
+  if (blocks.arrived > 0 && blocks.arrived >= cluster->live()) ReleaseBarrier(blocks);
   void* unused = nullptr;
   StraitSwitchStack(&unused, scheduler_stack);
   Fail("a thread that ended went on");
@@ -167,38 +195,64 @@ std::mt19937& Random() {
 void RunDeferred(bool all) {
   std::vector<std::function<void()>> later;
   std::vector<std::function<void()>> now;
-  for (auto& work : block->deferred) {
+  for (auto& work : cluster->deferred) {
     (all || Random()() % 2 == 0 ? now : later).push_back(std::move(work));
   }
-  block->deferred = std::move(later);
+  cluster->deferred = std::move(later);
   for (auto& work : now) {
     work();
-    ++block->progress;
+    ++cluster->progress;
   }
 }
 
-void RunBlock() {
-  const size_t threads = block->fibers.size();
+void RunCluster() {
+  const size_t each = cluster->blocks[0].fibers.size();
+  const size_t threads = each * cluster->blocks.size();
   int idle = 0;
-  while (block->live > 0) {
-    const uint64_t before = block->progress;
+  while (cluster->live() > 0) {
+    const uint64_t before = cluster->progress;
     // Warps in a new order each round, now and then the threads of a warp backwards.
     const size_t shift = Random()() % threads;
     const bool backwards = Random()() % 4 == 0;
     for (size_t i = 0; i < threads; ++i) {
       const size_t at = (i + shift) % threads;
-      Fiber& fiber = block->fibers[backwards ? threads - 1 - at : at];
+      const size_t thread = backwards ? threads - 1 - at : at;
+      Block& of = cluster->blocks[thread / each];
+      Fiber& fiber = of.fibers[thread % each];
       if (fiber.done) continue;
+      block = &of;
       self = &fiber;
       StraitSwitchStack(&scheduler_stack, fiber.stack_pointer);
     }
     self = nullptr;
-    const bool stuck = block->progress == before;
-    if (!block->deferred.empty()) RunDeferred(stuck);
-    idle = block->progress == before ? idle + 1 : 0;
+    block = nullptr;
+    const bool stuck = cluster->progress == before;
+    if (!cluster->deferred.empty()) RunDeferred(stuck);
+    idle = cluster->progress == before ? idle + 1 : 0;
     if (idle > kIdleRounds) Fail("a deadlock: no thread of the block can go on");
   }
-  if (!block->deferred.empty()) Fail("copies were outstanding when their block ended");
+  if (!cluster->deferred.empty()) Fail("copies were outstanding when their block ended");
+}
+
+void MakeBlock(Block& made, uint64_t index, size_t threads) {
+  const dim3& grid = cluster->grid;
+  const dim3& size = cluster->size;
+  made.index = {static_cast<unsigned>(index % grid.x),
+                static_cast<unsigned>(index / grid.x % grid.y),
+                static_cast<unsigned>(index / grid.x / grid.y)};
+  made.fibers.resize(threads);
+  made.live = static_cast<int>(threads);
+  made.warps.resize((threads + kWarpLanes - 1) / kWarpLanes);
+  made.warpgroups.resize((threads + kWarpgroupThreads - 1) / kWarpgroupThreads);
+  for (size_t t = 0; t < threads; ++t) {
+    Fiber& fiber = made.fibers[t];
+    fiber.linear = static_cast<int>(t);
+    fiber.thread_index = {static_cast<unsigned>(t % size.x),
+                          static_cast<unsigned>(t / size.x % size.y),
+                          static_cast<unsigned>(t / size.x / size.y)};
+    Prepare(fiber, made.rank * threads + t);
+  }
+  std::memset(SharedWindow(made.rank), 0xff, kSharedWindow);
 }
 
 std::map<const void*, int>& SharedLimits() {
@@ -224,7 +278,7 @@ void Meet(Meeting& meeting, int slot, uint32_t mask, int count, void* mine, Comb
     combine(meeting.slots, mask);
     meeting.arrived = 0;
     ++meeting.generation;
-    ++block->progress;
+    ++cluster->progress;
     return;
   }
   while (meeting.generation == generation) Yield();
@@ -260,13 +314,18 @@ cudaError_t Enqueue(cudaStream_t stream, std::function<void()> work) {
   return cudaSuccess;
 }
 
-cudaError_t Launch(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes,
+cudaError_t Launch(const void* kernel, dim3 grid, dim3 size, dim3 cluster_size, size_t shared_bytes,
                    cudaStream_t stream, std::function<void()> body) {
   const size_t threads = size_t{size.x} * size.y * size.z;
   if (threads == 0 || threads > 1024 || size_t{grid.x} * grid.y * grid.z == 0 || grid.y > 65535 ||
       grid.z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
+  const size_t together = cluster_size.x;
+  if (together == 0 || together > kMostClusterBlocks || cluster_size.y * cluster_size.z != 1) {
+    return cudaErrorNotSupported;
+  }
+  if (grid.x % together != 0) return cudaErrorInvalidConfiguration;
   {
     const std::lock_guard lock(LaunchMutex());
     const auto limit = SharedLimits().find(kernel);
@@ -277,41 +336,50 @@ cudaError_t Launch(const void* kernel, dim3 grid, dim3 size, size_t shared_bytes
   }
   return Enqueue(stream, [=, body = std::move(body)] {
     const std::lock_guard lock(LaunchMutex());
-    for (uint64_t i = 0; i < uint64_t{grid.x} * grid.y * grid.z; ++i) {
-      Block running;
+    for (uint64_t i = 0; i < uint64_t{grid.x} * grid.y * grid.z; i += together) {
+      Cluster running;
       running.grid = grid;
       running.size = size;
-      running.index = {static_cast<unsigned>(i % grid.x),
-                       static_cast<unsigned>(i / grid.x % grid.y),
-                       static_cast<unsigned>(i / grid.x / grid.y)};
       running.body = &body;
-      running.fibers.resize(threads);
-      running.live = static_cast<int>(threads);
-      running.warps.resize((threads + kWarpLanes - 1) / kWarpLanes);
-      running.warpgroups.resize((threads + kWarpgroupThreads - 1) / kWarpgroupThreads);
-      for (size_t t = 0; t < threads; ++t) {
-        Fiber& fiber = running.fibers[t];
-        fiber.linear = static_cast<int>(t);
-        fiber.thread_index = {static_cast<unsigned>(t % size.x),
-                              static_cast<unsigned>(t / size.x % size.y),
-                              static_cast<unsigned>(t / size.x / size.y)};
-        Prepare(fiber, t);
+      running.blocks.resize(together);
+      cluster = &running;
+      for (uint32_t rank = 0; rank < together; ++rank) {
+        running.blocks[rank].rank = rank;
+        MakeBlock(running.blocks[rank], i + rank, threads);
       }
-      std::memset(SharedWindow(), 0xff, kSharedWindow);
-      block = &running;
-      RunBlock();
-      block = nullptr;
+      RunCluster();
+      cluster = nullptr;
     }
   });
 }
 
 uint3 ThreadIndex() { return self->thread_index; }
 uint3 BlockIndex() { return block->index; }
-dim3 BlockSize() { return block->size; }
-dim3 GridSize() { return block->grid; }
-unsigned char* DynamicSharedMemory() { return SharedWindow(); }
+dim3 BlockSize() { return cluster->size; }
+dim3 GridSize() { return cluster->grid; }
+unsigned char* DynamicSharedMemory() { return SharedWindow(block->rank); }
 
-void Progress() { ++block->progress; }
+uint32_t ClusterRank() { return block->rank; }
+
+void SyncCluster() {
+  MeetAt(cluster->barrier, [] { return cluster->live(); });
+}
+
+uint32_t AddressInBlock(uint32_t shared_address, uint32_t rank) {
+  if (rank >= cluster->blocks.size()) Fail("a block that its cluster does not have");
+  const auto own = reinterpret_cast<uintptr_t>(SharedWindow(block->rank));
+  if (shared_address - own >= kSharedWindow) Fail("an address of another block's shared memory");
+  return static_cast<uint32_t>(shared_address - own +
+                               reinterpret_cast<uintptr_t>(SharedWindow(rank)));
+}
+
+void CheckAlive(uint32_t shared_address) {
+  const uintptr_t rank =
+      (shared_address - reinterpret_cast<uintptr_t>(SharedWindow(0))) / kSharedWindow;
+  if (cluster->blocks[rank].live == 0) Fail("the shared memory of a block that has ended");
+}
+
+void Progress() { ++cluster->progress; }
 
 void Yield() {
   Fiber* const me = self;
@@ -331,13 +399,7 @@ void NamedBarrier(int id, int threads, bool wait) {
 }
 
 void SyncThreads() {
-  Barrier& barrier = block->barriers[0];
-  const uint64_t generation = barrier.generation;
-  if (++barrier.arrived >= block->live) {
-    ReleaseBarrier(barrier);
-    return;
-  }
-  while (barrier.generation == generation) Yield();
+  MeetAt(block->barriers[0], [] { return block->live; });
 }
 
 void MeetWarp(uint32_t mask, void* mine, Combine combine) {
@@ -352,7 +414,7 @@ void MeetWarpgroup(void* mine, Combine combine) {
        self->linear % kWarpgroupThreads, 0, kWarpgroupThreads, mine, combine);
 }
 
-void Defer(std::function<void()> work) { block->deferred.push_back(std::move(work)); }
+void Defer(std::function<void()> work) { cluster->deferred.push_back(std::move(work)); }
 
 void AddCopy(std::function<void()> work) {
   self->copies.push_back({std::move(work), self->copy_group});

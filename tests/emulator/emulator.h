@@ -6,11 +6,13 @@
 //
 // Thread:  a launch runs to its end in one thread, that which waits for its stream; launches of
 //          several threads take turns.
-// Shapes:  blocks one after the other, each thread of a block a fiber with its own stack; whoever
-//          waits lets the others run, in an order that changes from round to round.
+// Shapes:  blocks (clusters) one after the other, each thread of a block a fiber with its own stack;
+//          whoever waits lets the others run, in an order that changes from round to round. The blocks
+//          of a cluster run together, each with a shared memory of its own.
 // Errors:  what is undefined on a GPU and visible here ends the process with a line that names it:
 //          a deadlock, lanes that meet in different operations, copies outstanding at a block's end.
-// Limits:  blocks that wait for blocks behind them hang; no clusters.
+// Limits:  blocks that wait for blocks behind them hang. Clusters of two blocks, neighbours in x, else
+//          cudaErrorNotSupported; their kernels have no static shared memory: there is one of it.
 // Why:     asynchronous work (streams, copies, warpgroup products) is done as late as the code
 //          allows, and shared memory begins as NaN, so that a missing wait gives wrong results here
 //          every time, not sometimes.
@@ -28,8 +30,8 @@ inline constexpr int kWarpLanes = 32;
 inline constexpr int kWarpgroupThreads = 128;
 
 // ---- Launching ----
-// `body` is called once for each thread of the grid.
-cudaError_t Launch(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+// `body` is called once for each thread of the grid. cluster: its blocks.
+cudaError_t Launch(const void* kernel, dim3 grid, dim3 block, dim3 cluster, size_t shared_bytes,
                    cudaStream_t stream, std::function<void()> body);
 // `work` in the stream's order (stream.h), or when the graph that is being captured is replayed.
 cudaError_t Enqueue(cudaStream_t stream, std::function<void()> work);
@@ -60,6 +62,14 @@ using Combine = void (*)(void* const* slots, uint32_t mask);
 void MeetWarp(uint32_t mask, void* mine, Combine combine);
 // The same for the 128 threads of a warpgroup; the mask is 0.
 void MeetWarpgroup(void* mine, Combine combine);
+
+// ---- Of the cluster, a block by default ----
+uint32_t ClusterRank();
+void SyncCluster();
+// Where what lies at `shared_address` of this block lies in block `rank` of its cluster.
+uint32_t AddressInBlock(uint32_t shared_address, uint32_t rank);
+// Fails if the block to which the address belongs has ended: nobody may reach into it any more.
+void CheckAlive(uint32_t shared_address);
 
 // Runs some time later, at the latest when nobody can go on without it.
 void Defer(std::function<void()> work);

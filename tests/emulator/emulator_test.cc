@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Defends: the emulator shows the mistakes that a GPU only sometimes shows: a missing wait, lanes
-// that part, threads that wait for ever, memory beyond an allocation.
+// that part, threads that wait for ever, memory beyond an allocation, a block of a cluster that ends
+// while another still reaches into it.
 #include "tests/emulator/emulator.h"
 
 #include <gtest/gtest.h>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "kernels/cuda/ptx.cuh"
+#include "kernels/cuda/tensor_map.h"
 
 namespace strait::emulator {
 namespace {
@@ -126,6 +128,91 @@ TEST(EmulatorTest, ACopyIsThereAfterTheWaitAndNotBefore) {
   const Numbers hasty(64);
   ASSERT_EQ(RunTwo(CopyAndRead<false>, 1, hasty.data()), cudaSuccess);
   EXPECT_NE(hasty.Get()[0], 4);
+}
+
+template <class... Params, class... Args>
+cudaError_t RunCluster(void (*kernel)(Params...), unsigned blocks, unsigned cluster, Args... args) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(64);
+  config.dynamicSmemBytes = 32 << 10;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+struct Map {
+  CUtensorMap map;
+};
+
+constexpr int kBoxBytes = 8 * 128;
+
+// Each block of a cluster has one row of the map's [1, 2, 64] pairs of bytes brought to both blocks,
+// and writes what it then has, after the wait for both rows or before it. kMeet: they end
+// together; otherwise the second at once.
+template <bool kWait, bool kMeet>
+__global__ void Exchange(Map map, int* numbers) {
+  auto* const shared = cuda::DynamicShared<unsigned char>();
+  const uint32_t memory = cuda::SharedAddress(shared);
+  const uint32_t barrier = memory + 2 * kBoxBytes;
+  const uint32_t rank = cuda::cluster::Rank();
+  if (threadIdx.x == 0) cuda::wgmma::BarrierInit(barrier, 2);
+  cuda::cluster::Sync();
+  if (!kMeet) {
+    if (rank == 1) return;
+    for (int rounds = 0; rounds < 4; ++rounds) __syncthreads();
+  }
+  if (threadIdx.x == 0) {
+    cuda::wgmma::BarrierExpect(barrier, 2 * 128);
+    cuda::cluster::LoadBox(memory + rank * kBoxBytes, &map, 0, static_cast<int>(rank), 0, barrier,
+                           3);
+    cuda::cluster::BarrierArrive(barrier, 1 - rank);
+  }
+  if (kWait) cuda::wgmma::BarrierWait(barrier, 0);
+  if (threadIdx.x == 0) {
+    for (int row = 0; row < 2; ++row) {
+      std::memcpy(numbers + blockIdx.x * 2 + row, shared + row * kBoxBytes, sizeof(int));
+    }
+  }
+  if (!kWait && kMeet) cuda::wgmma::BarrierWait(barrier, 0);
+  if (kMeet) cuda::cluster::Sync();
+}
+
+class EmulatedCluster : public testing::Test {
+ protected:
+  // Rows of 32 numbers: the first ones of both are 0 and 32.
+  EmulatedCluster() : from_(64), to_(8) {
+    const cuda::TensorShape shape = {{64, 2, 1}, {128, 256}, {64, 1, 1}};
+    EXPECT_EQ(cuda::MakeTensorMap(from_.data(), shape, &map_.map), cudaSuccess);
+  }
+
+  const Numbers from_;
+  const Numbers to_;
+  Map map_;
+};
+
+TEST_F(EmulatedCluster, BlocksLoadForEachOther) {
+  ASSERT_EQ(RunCluster(Exchange<true, true>, 4, 2, map_, to_.data()), cudaSuccess);
+  EXPECT_EQ(to_.Get(), (std::vector<int>{0, 32, 0, 32, 0, 32, 0, 32}));
+}
+
+TEST_F(EmulatedCluster, WhatIsNotWaitedForIsNotThere) {
+  ASSERT_EQ(RunCluster(Exchange<false, true>, 4, 2, map_, to_.data()), cudaSuccess);
+  EXPECT_NE(to_.Get(), (std::vector<int>{0, 32, 0, 32, 0, 32, 0, 32}));
+}
+
+TEST_F(EmulatedCluster, ABlockThatEndsIsNotReachedInto) {
+  EXPECT_DEATH((void)RunCluster(Exchange<false, false>, 2, 2, map_, to_.data()),
+               "block that has ended");
+}
+
+TEST_F(EmulatedCluster, OnlyPairsAreClusters) {
+  EXPECT_EQ(RunCluster(Exchange<true, true>, 4, 4, map_, to_.data()), cudaErrorNotSupported);
+  EXPECT_EQ(RunCluster(Exchange<true, true>, 3, 2, map_, to_.data()),
+            cudaErrorInvalidConfiguration);
 }
 
 TEST(EmulatorTest, LaunchesThatNoGpuTakesAreRefused) {

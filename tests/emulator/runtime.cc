@@ -150,6 +150,17 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
              ? strait::emulator::SetSharedLimit(kernel, value)
              : cudaSuccess;
 }
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*,
+                                           const cudaLaunchConfig_t* config) {
+  unsigned blocks = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) {
+      blocks = config->attrs[i].val.clusterDim.x;
+    }
+  }
+  *clusters = strait::emulator::kMultiprocessors / static_cast<int>(blocks);
+  return cudaSuccess;
+}
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
   const std::lock_guard lock(strait::emulator::mutex);
   *total_bytes = strait::emulator::kMemoryBytes;

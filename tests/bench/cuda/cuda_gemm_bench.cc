@@ -6,9 +6,12 @@
 //
 // Prints shape, time, GB/s of weights and its share of the read rate, TFLOP/s and its share of the
 // matrix rate, both rates measured in this run; then the same as a JSON line each. What goes
-// through the Hopper kernel is measured through the portable one too, and with fp8 weights with x as
-// codes (W8A8), quantizing it included: the share is still of the rate of bf16, of which there is
-// twice as much.
+// through a Hopper kernel is measured through the portable one too, what clusters make also by single
+// blocks with tiles of 256 and of 128 columns; and with fp8 weights with x as codes (W8A8), quantizing
+// it included: the share is still of the rate of bf16, of which there is twice as much. Of products by
+// clusters the time that a launch takes the host is said, in which it makes their tensor maps.
+#include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -52,6 +55,8 @@ constexpr Shape kShapes[] = {
     {"v2-lite experts up, 256 tokens", 1536, 1408, 2048, false, true, 64},
     {"v2-lite experts down, 256 tokens", 1536, 2048, 1408, false, false, 64},
     {"v2-lite experts up, 2048 tokens", 12288, 1408, 2048, false, true, 64},
+    {"v2-lite experts down, 2048 tokens", 12288, 2048, 1408, false, false, 64},
+    {"v2-lite o_proj", 2048, 2048, 2048, false, false, 0},
     {"v2-lite experts up, 8192 tokens", 49152, 1408, 2048, false, true, 64},
     {"v2-lite experts down, 8192 tokens", 49152, 2048, 1408, false, false, 64},
     {"v3 q_b_proj", 1, 24576, 1536, true, false, 0},
@@ -113,6 +118,72 @@ void Report(const Shape& s, const Limits& limits, const char* way, double us, si
       rate / limits.read_rate, flops / 1e12, matrix_share);
 }
 
+// The rows of a shape's experts in tiles; nothing if it has none.
+class TileList {
+ public:
+  TileList(const Shape& s, int32_t tile_rows) : tile_rows_(tile_rows) {
+    if (s.experts == 0) return;
+    std::vector<cuda::RowTile> tiles;
+    for (int32_t e = 0; e < s.experts; ++e) {
+      const int32_t each = s.rows / s.experts;
+      for (int32_t i = 0; i < each; i += tile_rows) {
+        tiles.push_back({e, e * each + i, std::min(tile_rows, each - i)});
+      }
+    }
+    count_ = static_cast<int32_t>(tiles.size());
+    const size_t bytes = tiles.size() * sizeof(cuda::RowTile);
+    tiles_ = static_cast<cuda::RowTile*>(Take(bytes, 0));
+    device_count_ = static_cast<int32_t*>(Take(sizeof(count_), 0));
+    Check(cudaMemcpy(tiles_, tiles.data(), bytes, cudaMemcpyHostToDevice), "tiles");
+    Check(cudaMemcpy(device_count_, &count_, sizeof(count_), cudaMemcpyHostToDevice), "count");
+  }
+  ~TileList() {
+    (void)cudaFree(tiles_);
+    (void)cudaFree(device_count_);
+  }
+  TileList(const TileList&) = delete;
+  TileList& operator=(const TileList&) = delete;
+
+  void Set(cuda::GemmParams* p) const {
+    if (tiles_ == nullptr) return;
+    p->tiles = tiles_;
+    p->num_tiles = device_count_;
+    p->max_tiles = count_;
+    p->tile_rows = tile_rows_;
+  }
+
+ private:
+  const int32_t tile_rows_;
+  int32_t count_ = 0;
+  cuda::RowTile* tiles_ = nullptr;
+  int32_t* device_count_ = nullptr;
+};
+
+// What launches cost the host, from its clock: with tensor maps and without, into a graph, so that no
+// queue fills and nothing runs.
+void HostTime(const Shape& s, const cuda::GemmParams& p) {
+  constexpr int kLaunches = 200;
+  cudaStream_t stream = nullptr;
+  Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+  double us[2] = {};
+  for (const bool clusters : {false, true}) {
+    Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
+    const auto start = std::chrono::steady_clock::now();
+    for (int i = 0; i < kLaunches; ++i) {
+      Check(clusters ? cuda::GemmCluster(p, stream) : cuda::GemmHopper(p, 128, 256, stream),
+            "launch");
+    }
+    const std::chrono::duration<double, std::micro> took = std::chrono::steady_clock::now() - start;
+    us[clusters ? 1 : 0] = took.count() / kLaunches;
+    cudaGraph_t graph = nullptr;
+    Check(cudaStreamEndCapture(stream, &graph), "capture");
+    Check(cudaGraphDestroy(graph), "graph");
+  }
+  Check(cudaStreamDestroy(stream), "stream");
+  std::printf("%-44s host: a launch %.2f us by clusters, %.2f us by blocks\n", s.name, us[1],
+              us[0]);
+}
+
 void Run(const Shape& s, const Limits& limits, size_t l2_bytes) {
   const int64_t stride = cuda::AlignedStride(s.k);
   const int64_t groups = s.experts > 0 ? s.experts : 1;
@@ -135,30 +206,15 @@ void Run(const Shape& s, const Limits& limits, size_t l2_bytes) {
   const int32_t scale_cols = (s.k + 127) / 128;
   auto* const x_scales = static_cast<float*>(
       Take(static_cast<size_t>(s.rows) * static_cast<size_t>(scale_cols) * 4, 0));
-  std::vector<cuda::RowTile> tiles;
   const int32_t tile_rows =
       s.experts > 0 ? cuda::ExpertTileRows(s.rows, s.experts, s.fp8, false) : 0;
   // Tiles of codes are as large: the benchmark's experts with less would not take them.
   const bool coded =
       s.fp8 && cuda::MultipliesCodes() &&
       (s.experts > 0 ? tile_rows == cuda::kCodeTileRows : cuda::WorthQuantizing(s.rows, false));
-  for (int32_t e = 0; e < s.experts; ++e) {
-    const int32_t each = s.rows / s.experts;
-    for (int32_t i = 0; i < each; i += tile_rows) {
-      tiles.push_back({e, e * each + i, std::min(tile_rows, each - i)});
-    }
-  }
-  void* d_tiles = nullptr;
-  void* d_count = nullptr;
-  if (s.experts > 0) {
-    d_tiles = Take(tiles.size() * sizeof(cuda::RowTile), 0);
-    d_count = Take(4, 0);
-    const auto count = static_cast<int32_t>(tiles.size());
-    Check(cudaMemcpy(d_tiles, tiles.data(), tiles.size() * sizeof(cuda::RowTile),
-                     cudaMemcpyHostToDevice),
-          "tiles");
-    Check(cudaMemcpy(d_count, &count, 4, cudaMemcpyHostToDevice), "count");
-  }
+  const TileList own_tiles(s, tile_rows);
+  // What takes no tiles as large as clusters do.
+  const TileList small_tiles(s, std::min(tile_rows, 128));
   const auto params = [&](int i) {
     cuda::GemmParams p;
     p.x = x;
@@ -175,29 +231,40 @@ void Run(const Shape& s, const Limits& limits, size_t l2_bytes) {
     p.weight_group_stride = s.n * stride;
     p.scale_group_stride = num_scales / groups;
     p.num_groups = static_cast<int32_t>(groups);
-    if (s.experts > 0) {
-      p.tiles = static_cast<const cuda::RowTile*>(d_tiles);
-      p.num_tiles = static_cast<const int32_t*>(d_count);
-      p.max_tiles = static_cast<int32_t>(tiles.size());
-      p.tile_rows = tile_rows;
-    }
+    own_tiles.Set(&p);
     p.y_bf16 = static_cast<cuda::Bf16*>(y);
     p.y_stride = s.n;
     return p;
   };
   // With and without, where the plan tells them apart.
   const bool hopper = limits.matrix_rate > 0;
-  const auto kind = [&](bool allowed) {
-    return cuda::PlanGemm(params(0), allowed, cuda::Multiprocessors()).kind;
+  const auto portable_params = [&](int i) {
+    cuda::GemmParams p = params(i);
+    small_tiles.Set(&p);
+    p.portable = true;
+    return p;
   };
-  for (const bool portable : {false, true}) {
-    if (portable && (!hopper || kind(true) == kind(false))) continue;
-    const double us = GraphUs([&](int i, cudaStream_t stream) {
-      cuda::GemmParams p = params(i);
-      p.portable = portable;
-      Check(cuda::Gemm(p, stream), "Gemm");
+  const auto measure = [&](const char* way, const auto& launch) {
+    Report(s, limits, way, GraphUs(launch), read_bytes);
+  };
+  measure("", [&](int i, cudaStream_t stream) { Check(cuda::Gemm(params(i), stream), "Gemm"); });
+  const auto kind = hopper ? cuda::PlanGemm(params(0), true, cuda::Multiprocessors()).kind
+                           : cuda::GemmKind::kTiles;
+  if (kind == cuda::GemmKind::kCluster) {
+    for (const int32_t columns : {256, 128}) {
+      measure(columns == 256 ? ", blocks of 256" : ", blocks of 128",
+              [&](int i, cudaStream_t stream) {
+                cuda::GemmParams p = params(i);
+                small_tiles.Set(&p);
+                Check(cuda::GemmHopper(p, 128, columns, stream), "GemmHopper");
+              });
+    }
+    HostTime(s, params(0));
+  }
+  if (hopper && kind != cuda::PlanGemm(portable_params(0), false, cuda::Multiprocessors()).kind) {
+    measure(", portable", [&](int i, cudaStream_t stream) {
+      Check(cuda::Gemm(portable_params(i), stream), "Gemm");
     });
-    Report(s, limits, portable ? ", portable" : "", us, read_bytes);
   }
   if (coded) {
     const double us = GraphUs([&](int i, cudaStream_t stream) {
@@ -218,10 +285,9 @@ void Run(const Shape& s, const Limits& limits, size_t l2_bytes) {
     Report(s, limits, ", W8A8", us, read_bytes);
   }
   for (void* data : weights) Check(cudaFree(data), "cudaFree");
-  for (void* data :
-       {static_cast<void*>(scales), static_cast<void*>(x), static_cast<void*>(split), y,
-        static_cast<void*>(codes), static_cast<void*>(x_scales), d_tiles, d_count}) {
-    if (data != nullptr) Check(cudaFree(data), "cudaFree");
+  for (void* data : {static_cast<void*>(scales), static_cast<void*>(x), static_cast<void*>(split),
+                     y, static_cast<void*>(codes), static_cast<void*>(x_scales)}) {
+    Check(cudaFree(data), "cudaFree");
   }
 }
 
@@ -240,6 +306,7 @@ int Main(bool smoke, const char* only) {
   if (smoke) {
     Run({"smoke", 3, 40, 72, false, true, 0}, limits, 1024);
     Run({"smoke", 130, 40, 264, false, true, 0}, limits, 1024);
+    Run({"smoke", 600, 40, 264, false, true, 2}, limits, 1024);
     Run({"smoke", 130, 40, 264, true, false, 0}, limits, 1024);
     return 0;
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // ExpertRows: tokens dealt to experts as a product by a list takes them, raggedly: to an expert none, a
-// few, or more than a tile of rows. Behind the list's end there are wild tiles.
+// few, or more than a tile of 128 rows, or the numbers given. Behind the list's end there are wild tiles.
 #pragma once
 
 #include <algorithm>
@@ -16,10 +16,14 @@ namespace strait::gpu_test {
 class ExpertRows {
  public:
   ExpertRows(kernel_test::Rng& rng, int num_experts, int64_t num_tokens, int32_t tile_rows)
-      : num_experts_(num_experts), tile_rows_(tile_rows) {
+      : ExpertRows(rng, Ragged(num_experts), num_tokens, tile_rows) {}
+
+  ExpertRows(kernel_test::Rng& rng, const std::vector<int>& counts, int64_t num_tokens,
+             int32_t tile_rows)
+      : num_experts_(static_cast<int>(counts.size())), tile_rows_(tile_rows) {
     std::vector<cuda::RowTile> tiles;
-    for (int e = 0; e < num_experts; ++e) {
-      const int count = e % 3 == 0 ? 0 : e % 3 == 1 ? 3 : 150;
+    for (int e = 0; e < num_experts_; ++e) {
+      const int count = counts[static_cast<size_t>(e)];
       begin_.push_back(rows());
       for (int i = 0; i < count; i += tile_rows) {
         tiles.push_back({e, begin_.back() + i, std::min(tile_rows, count - i)});
@@ -67,6 +71,12 @@ class ExpertRows {
   }
 
  private:
+  static std::vector<int> Ragged(int num_experts) {
+    std::vector<int> counts;
+    for (int e = 0; e < num_experts; ++e) counts.push_back(e % 3 == 0 ? 0 : e % 3 == 1 ? 3 : 150);
+    return counts;
+  }
+
   const int num_experts_;
   const int32_t tile_rows_;
   std::vector<int32_t> token_of_;

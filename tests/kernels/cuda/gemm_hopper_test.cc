@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Defends: every form of the Hopper product is the reference's, whatever the number of rows,
+// Defends: every form of the Hopper products is the reference's, whatever the number of rows,
 // columns and k, with rows gathered, experts without rows, K split, outputs of any alignment; what
 // lies beside a matrix, a row or an item is neither read nor written; a row's bits do not depend on
-// the rows beside it; a block that makes many tiles makes each as it would alone.
+// the rows beside it, nor on whether one block or a cluster made it; a block that makes many tiles
+// makes each as it would alone.
+#include <algorithm>
+#include <utility>
+
 #include "kernels/cuda/gemm_internal.h"
 #include "tests/kernels/cuda/device_matrix.h"
 #include "tests/kernels/cuda/expert_rows.h"
@@ -30,10 +34,20 @@ struct Form {
 };
 
 constexpr Form kForms[] = {
-    {WeightType::kBf16, 64, 128},    {WeightType::kBf16, 64, 256},
-    {WeightType::kBf16, 128, 128},   {WeightType::kBf16, 128, 256},
-    {WeightType::kFp8E4m3, 64, 128}, {WeightType::kFp8E4m3, 128, 128},
+    {WeightType::kBf16, 64, 128},
+    {WeightType::kBf16, 64, 256},
+    {WeightType::kBf16, 128, 128},
+    {WeightType::kBf16, 128, 256},
+    {WeightType::kFp8E4m3, 64, 128},
+    {WeightType::kFp8E4m3, 128, 128},
+    {WeightType::kBf16, cuda::kClusterTileRows, 256},
 };
+
+cudaError_t Multiply(const cuda::GemmParams& p, const Form& form) {
+  return form.tile_rows == cuda::kClusterTileRows
+             ? cuda::GemmCluster(p, nullptr)
+             : cuda::GemmHopper(p, form.tile_rows, form.columns, nullptr);
+}
 
 class CudaGemmHopperTest : public gpu_test::GpuTest {
  protected:
@@ -47,10 +61,11 @@ class CudaGemmHopperTest : public gpu_test::GpuTest {
     if (major != 9) GTEST_SKIP() << "SKIPPED: Hopper's instructions, on another GPU";
   }
 
-  // Rows of x, NaN between them and in 128 rows after them.
+  // Rows of x, NaN between them and in as many rows after them as a tile has.
   static std::vector<Bf16> WithNanAfter(const std::vector<float>& x, int64_t k, int64_t stride) {
     std::vector<Bf16> padded = gpu_test::PaddedRows(x, k, stride);
-    padded.insert(padded.end(), static_cast<size_t>(128 * stride), __float2bfloat16(NAN));
+    padded.insert(padded.end(), static_cast<size_t>(cuda::kClusterTileRows * stride),
+                  __float2bfloat16(NAN));
     return padded;
   }
 
@@ -72,9 +87,11 @@ TEST_F(CudaGemmHopperTest, DenseOfAnyShape) {
                                      {127, 255, 1000},
                                      {128, 256, 256},
                                      {129, 384, 136},
+                                     {257, 255, 130},
                                      {300, 514, 1416},
                                      {300, 300, 40}}) {
       for (const int32_t splits : {1, 3}) {
+        if (splits > 1 && form.tile_rows == cuda::kClusterTileRows) continue;
         SCOPED_TRACE(testing::Message() << rows << " x " << n << " x " << k << " type "
                                         << static_cast<int>(form.type) << " tile " << form.tile_rows
                                         << " x " << form.columns << " splits " << splits);
@@ -98,10 +115,10 @@ TEST_F(CudaGemmHopperTest, DenseOfAnyShape) {
           p.y_fp32 = y.data();
           p.y_bf16 = nullptr;
           p.y_stride = y_stride;
-          ASSERT_EQ(cuda::GemmHopper(p, form.tile_rows, form.columns, nullptr), cudaSuccess);
+          ASSERT_EQ(Multiply(p, form), cudaSuccess);
           EXPECT_LT(RelativeError(Dense(y.Get(), rows, n, y_stride), expected), kFp32Bound);
           p.accumulate = true;
-          ASSERT_EQ(cuda::GemmHopper(p, form.tile_rows, form.columns, nullptr), cudaSuccess);
+          ASSERT_EQ(Multiply(p, form), cudaSuccess);
           std::vector<float> twice = expected;
           for (float& value : twice) value *= 2;
           EXPECT_LT(RelativeError(Dense(y.Get(), rows, n, y_stride), twice), kFp32Bound);
@@ -110,7 +127,7 @@ TEST_F(CudaGemmHopperTest, DenseOfAnyShape) {
           p.accumulate = false;
           p.y_fp32 = nullptr;
           p.y_bf16 = y_bf16.data();
-          ASSERT_EQ(cuda::GemmHopper(p, form.tile_rows, form.columns, nullptr), cudaSuccess);
+          ASSERT_EQ(Multiply(p, form), cudaSuccess);
           EXPECT_LT(RelativeError(Dense(y_bf16.Get(), rows, n, y_stride), expected), kBf16Bound);
         }
       }
@@ -140,7 +157,7 @@ TEST_F(CudaGemmHopperTest, GatedOfAnyShape) {
       p.up = up.matrix();
       p.y_bf16 = y.data();
       p.y_stride = y_stride;
-      ASSERT_EQ(cuda::GemmHopper(p, form.tile_rows, form.columns, nullptr), cudaSuccess);
+      ASSERT_EQ(Multiply(p, form), cudaSuccess);
       const std::vector<float> expected =
           Gated(Expected(x, rows, gate.stored()), Expected(x, rows, up.stored()));
       EXPECT_LT(RelativeError(Dense(y.Get(), rows, n, y_stride), expected), kBf16Bound);
@@ -176,7 +193,7 @@ TEST_F(CudaGemmHopperTest, ExpertsByAList) {
       const Buffer<Bf16> y(rows * n);
       p.y_bf16 = y.data();
       p.up = gated ? up.matrix() : cuda::Matrix{};
-      ASSERT_EQ(cuda::GemmHopper(p, form.tile_rows, form.columns, nullptr), cudaSuccess);
+      ASSERT_EQ(Multiply(p, form), cudaSuccess);
       list.ForEach(x, k, gpu_test::ToFloat(y.Get()), n,
                    [&](int e, int64_t count, const std::vector<float>& own_x,
                        const std::vector<float>& own_y) {
@@ -205,11 +222,89 @@ TEST_F(CudaGemmHopperTest, AnEmptyListWritesNothing) {
   p.tiles = tiles.data();
   p.num_tiles = count.data();
   p.max_tiles = 4;
-  p.tile_rows = 128;
   p.y_bf16 = y.data();
   p.y_stride = 64;
-  ASSERT_EQ(cuda::GemmHopper(p, 128, 256, nullptr), cudaSuccess);
-  EXPECT_TRUE(Dense(y.Get(), 0, 64, 64).empty());
+  for (const Form& form : kForms) {
+    p.tile_rows = form.tile_rows;
+    if (form.type == WeightType::kBf16) {
+      ASSERT_EQ(Multiply(p, form), cudaSuccess);
+    }
+    EXPECT_TRUE(Dense(y.Get(), 0, 64, 64).empty());
+  }
+}
+
+// Lists whose last tiles leave a block of the cluster without rows, with one, or a warpgroup of it.
+TEST_F(CudaGemmHopperTest, AClusterGivesTheBitsOfOneBlock) {
+  STRAIT_TRACE_SEED();
+  const std::vector<int> counts = {0, 1, 64, 65, 127, 0, 128, 129, 192, 193, 256, 257, 385, 600, 0};
+  const auto experts = static_cast<int>(counts.size());
+  const int64_t tokens = 500;
+  for (const auto& [n, k] : {std::pair<int64_t, int64_t>{300, 136}, {77, 1000}, {512, 64}}) {
+    const DeviceMatrices gate(rng_, WeightType::kBf16, n, k, experts);
+    const DeviceMatrices up(rng_, WeightType::kBf16, n, k, experts);
+    const int64_t x_stride = cuda::AlignedStride(k) + 8;
+    const Buffer<Bf16> x(WithNanAfter(RoundedToBf16(RandomFloats(rng_, tokens * k)), k, x_stride));
+    // The same tokens in tiles of both sizes.
+    kernel_test::Rng same = rng_;
+    const gpu_test::ExpertRows blocks(rng_, counts, tokens, 128);
+    const gpu_test::ExpertRows clusters(same, counts, tokens, cuda::kClusterTileRows);
+    for (const bool gated : {true, false}) {
+      SCOPED_TRACE(testing::Message() << n << " x " << k << " gated " << gated);
+      cuda::GemmParams p;
+      p.x = x.data();
+      p.x_stride = x_stride;
+      p.weight = gate.matrix();
+      p.up = gated ? up.matrix() : cuda::Matrix{};
+      p.weight_group_stride = gate.group_stride();
+      p.y_stride = n;
+      const Buffer<Bf16> of_blocks(blocks.rows() * n);
+      const Buffer<Bf16> of_clusters(blocks.rows() * n);
+      blocks.Set(&p);
+      p.y_bf16 = of_blocks.data();
+      ASSERT_EQ(cuda::GemmHopper(p, 128, 256, nullptr), cudaSuccess);
+      clusters.Set(&p);
+      p.y_bf16 = of_clusters.data();
+      ASSERT_EQ(cuda::GemmCluster(p, nullptr), cudaSuccess);
+      const std::vector<float> expected = gpu_test::ToFloat(of_blocks.Get());
+      EXPECT_TRUE(kernel_test::SameBits(gpu_test::ToFloat(of_clusters.Get()), expected));
+      EXPECT_TRUE(std::none_of(expected.begin(), expected.end(), [](float v) { return v != v; }));
+    }
+  }
+}
+
+TEST_F(CudaGemmHopperTest, ClustersOfSeveralGroups) {
+  STRAIT_TRACE_SEED();
+  const int groups = 3;
+  const int64_t rows = 270;
+  const int64_t n = 260;
+  const int64_t k = 256;
+  const DeviceMatrices w(rng_, WeightType::kBf16, n, k, groups);
+  const std::vector<float> x = RoundedToBf16(RandomFloats(rng_, groups * rows * k));
+  const Buffer<Bf16> dx(WithNanAfter(x, k, k));
+  const Buffer<float> y(groups * rows * n);
+  cuda::GemmParams p;
+  p.x = dx.data();
+  p.x_stride = k;
+  p.x_group_stride = rows * k;
+  p.num_rows = static_cast<int32_t>(rows);
+  p.weight = w.matrix();
+  p.num_groups = groups;
+  p.weight_group_stride = w.group_stride();
+  p.y_fp32 = y.data();
+  p.y_stride = n;
+  p.y_group_stride = rows * n;
+  ASSERT_EQ(cuda::GemmCluster(p, nullptr), cudaSuccess);
+  const std::vector<float> all = y.Get();
+  for (int g = 0; g < groups; ++g) {
+    const std::vector<float> own(x.begin() + g * rows * k, x.begin() + (g + 1) * rows * k);
+    EXPECT_LT(RelativeError({all.begin() + g * rows * n, all.begin() + (g + 1) * rows * n},
+                            Expected(own, rows, w.stored(g))),
+              kFp32Bound)
+        << "group " << g;
+  }
+  EXPECT_EQ(cuda::ExpertTileRows(int64_t{2048} * 6, 64, false, false), cuda::kClusterTileRows);
+  EXPECT_EQ(cuda::ExpertTileRows(int64_t{2048} * 6, 64, true, false), 128);
+  EXPECT_EQ(cuda::ExpertTileRows(int64_t{1024} * 6, 64, false, false), 128);
 }
 
 TEST_F(CudaGemmHopperTest, ARowsBitsDoNotDependOnOthers) {
@@ -232,7 +327,7 @@ TEST_F(CudaGemmHopperTest, ARowsBitsDoNotDependOnOthers) {
       p.weight = w.matrix();
       p.y_fp32 = y.data();
       p.y_stride = n;
-      ASSERT_EQ(cuda::GemmHopper(p, form.tile_rows, form.columns, nullptr), cudaSuccess);
+      ASSERT_EQ(Multiply(p, form), cudaSuccess);
       if (all.empty()) all = y.Get();
       EXPECT_TRUE(kernel_test::SameBits(y.Get(), {all.end() - rows * n, all.end()}))
           << rows << " rows, type " << static_cast<int>(form.type) << " tile " << form.tile_rows

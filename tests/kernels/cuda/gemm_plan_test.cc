@@ -18,18 +18,20 @@ namespace {
 constexpr int32_t kMultiprocessors = 132;
 
 using hopper_gemm::HopperLayout;
+using hopper_gemm::kSwath;
 using hopper_gemm::TileRow;
 using hopper_gemm::TileRowOf;
 using hopper_gemm::TileUnit;
 using hopper_gemm::TileUnitAt;
 
-TEST(CudaGemmPlanTest, EveryTileIsMadeOnce) {
+template <int kItems>
+void CheckEveryTileIsMadeOnce() {
   for (const int items : {1, 2, 15, 16, 17, 33, 64}) {
     for (const int columns : {1, 3, 8, 56}) {
       for (const int shares : {1, 2, 5}) {
         std::set<std::tuple<int, int, int>> seen;
         for (int i = 0; i < items * columns * shares; ++i) {
-          const TileUnit unit = TileUnitAt(i, items, columns);
+          const TileUnit unit = TileUnitAt<kItems>(i, items, columns);
           ASSERT_TRUE(unit.item >= 0 && unit.item < items) << unit.item;
           ASSERT_TRUE(unit.column >= 0 && unit.column < columns) << unit.column;
           ASSERT_TRUE(unit.share >= 0 && unit.share < shares) << unit.share;
@@ -40,7 +42,12 @@ TEST(CudaGemmPlanTest, EveryTileIsMadeOnce) {
   }
 }
 
-// What a round of blocks reads: few different row tiles and few different column tiles.
+TEST(CudaGemmPlanTest, EveryTileIsMadeOnce) {
+  CheckEveryTileIsMadeOnce<kSwath>();
+  CheckEveryTileIsMadeOnce<kSwath / 2>();
+}
+
+// What a round of blocks or clusters reads: few different row tiles and few different column tiles.
 TEST(CudaGemmPlanTest, NeighboursShareWhatTheyRead) {
   std::set<int> items;
   std::set<int> columns;
@@ -50,6 +57,15 @@ TEST(CudaGemmPlanTest, NeighboursShareWhatTheyRead) {
     columns.insert(unit.column);
   }
   EXPECT_LE(items.size(), 16u);
+  EXPECT_LE(columns.size(), 9u);
+  items.clear();
+  columns.clear();
+  for (int i = 0; i < kMultiprocessors / 2; ++i) {
+    const TileUnit unit = TileUnitAt<kSwath / 2>(i, 32, 64);
+    items.insert(unit.item);
+    columns.insert(unit.column);
+  }
+  EXPECT_LE(items.size(), 8u);
   EXPECT_LE(columns.size(), 9u);
 }
 
@@ -195,19 +211,58 @@ TEST(CudaGemmPlanTest, CodesHaveOneKernel) {
   EXPECT_TRUE(WorthQuantizingExperts(8, 256, true));
 }
 
-TEST(CudaGemmPlanTest, ManyRowsTakeTheHopperKernelWhereItMay) {
+GemmPlan PlanOf(const GemmParams& p, bool hopper = true) {
+  return PlanGemm(p, hopper, kMultiprocessors);
+}
+
+TEST(CudaGemmPlanTest, ManyRowsTakeTheHopperKernelsWhereTheyMay) {
   const GemmParams p = Product(2048, 3072, 2048, false, false, false);
-  EXPECT_EQ(PlanGemm(p, true, kMultiprocessors).kind, GemmKind::kHopper);
-  EXPECT_EQ(PlanGemm(p, false, kMultiprocessors).kind, GemmKind::kTiles);
-  // 192 tiles of 256 columns make two rounds of 132 blocks, the second half empty; 384 of 128 three.
-  EXPECT_EQ(PlanGemm(p, true, kMultiprocessors).columns, 128);
-  EXPECT_EQ(
-      PlanGemm(Product(8192, 3072, 2048, false, false, false), true, kMultiprocessors).columns,
-      256);
-  EXPECT_EQ(PlanGemm(Product(8192, 3072, 2048, true, false, false), true, kMultiprocessors).columns,
-            128);
-  EXPECT_EQ(PlanGemm(Product(2048, 512, 128, false, false, false), true, kMultiprocessors).kind,
-            GemmKind::kTiles);
+  EXPECT_EQ(PlanOf(p).kind, GemmKind::kCluster);
+  EXPECT_EQ(PlanOf(p, false).kind, GemmKind::kTiles);
+  EXPECT_EQ(PlanOf(Product(8192, 3072, 2048, false, true, false)).kind, GemmKind::kCluster);
+  EXPECT_EQ(PlanOf(Product(2048, 512, 128, false, false, false)).kind, GemmKind::kTiles);
+  // Codes of weights are widened by the feeders of one block.
+  const GemmPlan codes = PlanOf(Product(8192, 3072, 2048, true, false, false));
+  EXPECT_EQ(codes.kind, GemmKind::kHopper);
+  EXPECT_EQ(codes.columns, 128);
+  // 48 tiles of 128 columns fill a third of the device in one round, 24 of 256 less, 12 clusters too.
+  const GemmPlan few = PlanOf(Product(300, 2048, 2048, false, false, false));
+  EXPECT_EQ(few.kind, GemmKind::kHopper);
+  EXPECT_EQ(few.columns, 128);
+  // Up to 128 rows would leave one block of a cluster idle: two rounds of 79 clusters, one of blocks.
+  const GemmPlan one = PlanOf(Product(128, 20000, 2048, false, false, false));
+  EXPECT_EQ(one.kind, GemmKind::kHopper);
+  EXPECT_EQ(one.columns, 256);
+}
+
+// With a list the tiles are given, and with room for partial sums K is cut where that pays.
+TEST(CudaGemmPlanTest, AClusterTakesWhatFitsIt) {
+  static const RowTile tiles = {};
+  GemmParams list = Product(0, 1408, 2048, false, true, false);
+  list.tiles = &tiles;
+  list.max_tiles = 200;
+  list.num_groups = 66;
+  list.weight_group_stride = int64_t{1408} * 2048;
+  for (const int32_t rows : {64, 128, kClusterTileRows}) {
+    list.tile_rows = rows;
+    const GemmPlan plan = PlanOf(list);
+    EXPECT_EQ(plan.kind, rows == kClusterTileRows ? GemmKind::kCluster : GemmKind::kHopper);
+    EXPECT_EQ(plan.tile_rows, rows);
+  }
+  EXPECT_DEATH((void)PlanOf(list, false), "no kernel takes");
+  float room = 0;
+  GemmParams narrow = Product(300, 576, 7168, false, false, false);
+  narrow.split_sums = &room;
+  narrow.split_capacity = 8 << 20;
+  EXPECT_EQ(PlanOf(narrow).kind, GemmKind::kHopper);
+  EXPECT_GT(PlanOf(narrow).num_splits, 1);
+  // Rows of a group that do not begin at 16 bytes have no tensor map.
+  GemmParams groups = Product(2048, 4096, 2048, false, false, false);
+  groups.num_groups = 4;
+  groups.weight_group_stride = int64_t{4096} * 2048;
+  EXPECT_EQ(PlanOf(groups).kind, GemmKind::kCluster);
+  groups.weight_group_stride += 4;
+  EXPECT_EQ(PlanOf(groups).kind, GemmKind::kHopper);
 }
 
 }  // namespace

@@ -129,7 +129,8 @@ TEST_F(CudaMoeTest, ListsHoldEveryChoiceOnceInOrder) {
                                                              {3, 4, 12, 8, 0},
                                                              {700, 3, 12, 64, 1},
                                                              {257, 8, 256, 16, 1},
-                                                             {2048, 6, 64, 128, 2}}) {
+                                                             {2048, 6, 64, 128, 2},
+                                                             {2048, 6, 64, 256, 2}}) {
     std::vector<int32_t> ids;
     for (int t = 0; t < tokens; ++t) {
       std::set<int32_t> own;

@@ -321,4 +321,33 @@ inline void ArriveSome(int id, int threads) { emulator::NamedBarrier(id, threads
 
 }  // namespace wgmma
 
+namespace cluster {
+
+inline uint32_t Rank() { return emulator::ClusterRank(); }
+inline void Sync() { emulator::SyncCluster(); }
+inline void BarrierArrive(uint32_t barrier, uint32_t rank) {
+  const uint32_t there = emulator::AddressInBlock(barrier, rank);
+  emulator::CheckAlive(there);
+  emulator::Arrive(there, 0);
+}
+// Each block's copy comes at a time of its own.
+inline void LoadBox(uint32_t to, const void* map, int column, int row, int group, uint32_t barrier,
+                    uint16_t blocks) {
+  emulator::TensorMap tensor;
+  std::memcpy(&tensor, map, sizeof(tensor));
+  for (uint32_t rank = 0; blocks >> rank != 0; ++rank) {
+    if ((blocks >> rank & 1) == 0) continue;
+    const uint32_t there = emulator::AddressInBlock(to, rank);
+    const uint32_t barrier_there = emulator::AddressInBlock(barrier, rank);
+    emulator::Defer([=] {
+      emulator::CheckAlive(there);
+      const uint32_t bytes = emulator::LoadBox(tensor, {column, row, group}, there);
+      emulator::CompleteBytes(barrier_there, static_cast<int32_t>(bytes));
+    });
+  }
+}
+inline void PrefetchMap(const void*) {}
+
+}  // namespace cluster
+
 }  // namespace strait::cuda
