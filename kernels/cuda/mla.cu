@@ -62,13 +62,15 @@ __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const MlaParams p) 
   __shared__ float4 sums[kMergeWarps][32];
   __shared__ float warp_weights[kMergeWarps];
   StartNext();
-  WaitForEarlier();
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int num_merges = p.plan.counts[0];
   const int num_units = p.plan.counts[1];
+  // Blocks without work make room at once; one waits, or this kernel might end before those before.
+  if (blockIdx.x == 0 && num_units == 0) WaitForEarlier();
   for (int unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
     const MlaMerge merge = p.plan.merges[FindMerge(p.plan.merges, num_merges, unit)];
+    WaitForEarlier();
     const int local = unit - merge.first_unit;
     const int warps = merge.warps;
     const int share = warp % warps;  // which of the warps that share these columns

@@ -68,6 +68,7 @@ class Consumer {
       float out[128];
 #pragma unroll
       for (int i = 0; i < 128; ++i) out[i] = 0;
+      WaitForEarlier();
       LoadQuery(p_, work, s_);
       const int count = work.block_end - work.block_begin;
       for (int i = 0; i < count; i += 2) {

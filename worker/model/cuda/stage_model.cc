@@ -310,6 +310,8 @@ absl::Status CudaStageModel::Plan(const StageBatch& batch, uint32_t begin, Slot*
       one.first_token = static_cast<int32_t>(from - begin);
       one.num_tokens = static_cast<int32_t>(to - from);
       one.first_position = static_cast<int32_t>(sequence.first_position + (from - row));
+      // Steps before have ended: copies of this step's tables lie between.
+      one.settled_rows = static_cast<int32_t>(sequence.first_position);
       plan_sequences_.push_back(one);
     }
     row += sequence.num_tokens;
