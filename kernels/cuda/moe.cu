@@ -15,7 +15,13 @@ namespace {
 __global__ void __launch_bounds__(32) RouteTokens(const RouterParams p) {
   auto* const memory = DynamicShared<float>();
   StartNext();
+  moe::SetBias(p, memory);
   WaitForEarlier();
+  const float* const logits = p.logits + int64_t{blockIdx.x} * p.n_routed_experts;
+#pragma unroll 4
+  for (int32_t e = threadIdx.x; e < p.n_routed_experts; e += 32) {
+    moe::LogitAt(memory, e) = logits[e];
+  }
   moe::RouteToken(p, blockIdx.x, memory);
 }
 

@@ -292,7 +292,7 @@ absl::Status CudaLayers::ChooseExperts(const DeviceLayer& weights,
   all.gate = weights.gate;
   if (weights.gate_has_rest) all.gate_rest = weights.gate_rest;
   all.logits = ws_.router_logits;
-  all.arrived = ws_.arrived;
+  all.handed = ws_.handed;
   all.router = router;
   all.lists = lists;
   // Its sums are in another order than the products' that more tokens need.
