@@ -21,6 +21,7 @@
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm_few_rows_piece.cuh"
 #include "kernels/cuda/gemm_launch.cuh"
+#include "kernels/cuda/latent_append.cuh"
 
 namespace strait::cuda {
 namespace {
@@ -310,6 +311,23 @@ __global__ void __launch_bounds__(kWarps * 32, BlocksEach(kTokenTiles))
   }
 }
 
+// A product, and beside it the first blocks of a LatentAppend.
+template <int kTokenTiles>
+__global__ void __launch_bounds__(kWarps * 32, BlocksEach(kTokenTiles))
+    FewRowsBeside(const __grid_constant__ LatentAppendParams append,
+                  const __grid_constant__ GemmParams p, const int append_parts,
+                  const int append_blocks) {
+  static_assert(kWarps * 32 == latent::kThreads);
+  auto* const memory = DynamicShared<unsigned char>();
+  const int block = blockIdx.x;
+  if (block < append_blocks) {
+    StartNext();
+    latent::AppendPart(append, block / append_parts, block % append_parts);
+  } else {
+    Block<false, false, kTokenTiles>(p, block - append_blocks, gridDim.x - append_blocks, memory);
+  }
+}
+
 // Blocks that run at once.
 template <int kTokenTiles>
 int64_t ResidentBlocks() {
@@ -327,10 +345,15 @@ int SharedBytes(bool gated) {
          SumBytes<kTokenTiles>(gated);
 }
 
+template <int kTokenTiles>
+unsigned NumBlocks(const GemmParams& p) {
+  return static_cast<unsigned>(
+      std::min<int64_t>(NumUnits<kTokenTiles>(p), ResidentBlocks<kTokenTiles>()));
+}
+
 template <bool kFp8, bool kGated, int kTokenTiles>
 cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(
-      std::min<int64_t>(NumUnits<kTokenTiles>(p), ResidentBlocks<kTokenTiles>())));
+  const dim3 grid(NumBlocks<kTokenTiles>(p));
   const auto kernel = FewRows<kFp8, kGated, kTokenTiles>;
   return LaunchWithShared(kernel, grid, kWarps * 32, SharedBytes<kFp8, kTokenTiles>(kGated), stream,
                           p);
@@ -377,6 +400,20 @@ cudaError_t GemmFewRowsPair(const GemmParams& a, const GemmParams& b, int32_t ti
     constexpr int kTokenTiles = decltype(tiles)::value;
     return a.weight.scales != nullptr ? LaunchPair<true, kTokenTiles>(a, b, stream)
                                       : LaunchPair<false, kTokenTiles>(a, b, stream);
+  });
+}
+
+cudaError_t GemmFewRowsBeside(const LatentAppendParams& append, const GemmParams& p,
+                              int32_t tile_rows, cudaStream_t stream) {
+  if (append.rank > latent::kThreads * latent::kHeld) return cudaErrorInvalidValue;
+  const int parts = latent::AppendParts(append);
+  const int append_blocks = static_cast<int>(append.num_tokens) * parts;
+  return WithTokenTiles(tile_rows, [&](auto tiles) {
+    constexpr int kTokenTiles = decltype(tiles)::value;
+    const dim3 grid(NumBlocks<kTokenTiles>(p) + static_cast<unsigned>(append_blocks));
+    return LaunchWithShared(FewRowsBeside<kTokenTiles>, grid, kWarps * 32,
+                            SharedBytes<false, kTokenTiles>(false), stream, append, p, parts,
+                            append_blocks);
   });
 }
 

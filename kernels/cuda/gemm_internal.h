@@ -7,6 +7,8 @@
 
 namespace strait::cuda {
 
+struct LatentAppendParams;
+
 // What a block works on, known to the device.
 struct GemmItem {
   int32_t group;
@@ -104,6 +106,9 @@ cudaError_t GemmFewRows(const GemmParams& params, int32_t tile_rows, cudaStream_
 // Neither gated nor by a list, of the same weight format and number of rows and groups.
 cudaError_t GemmFewRowsPair(const GemmParams& a, const GemmParams& b, int32_t tile_rows,
                             cudaStream_t stream);
+// Not gated, of bf16, all rows in one tile.
+cudaError_t GemmFewRowsBeside(const LatentAppendParams& append, const GemmParams& p,
+                              int32_t tile_rows, cudaStream_t stream);
 // tile_rows: 64 or 128. num_splits is the caller's.
 cudaError_t GemmTiles(const GemmParams& params, int32_t tile_rows, cudaStream_t stream);
 // The same on Hopper. columns: rows of weights in a tile, 128 or 256 (fp8: 128).

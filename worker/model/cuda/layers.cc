@@ -195,14 +195,14 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   append.num_heads = heads;
   append.rank = rank;
   append.rope = rope;
-  STRAIT_CUDA_RETURN_IF_ERROR(cuda::LatentAppend(append, stream_));
 
   cuda::GemmParams absorb = Product(ws_, ws_.q, heads * q_head, weights.key_up, tile.num_rows);
   absorb.x_group_stride = q_head;
   absorb.num_groups = heads;
   absorb.weight_group_stride = GroupStride(weights.key_up);
   absorb.y_group_stride = cat;
-  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(ToBf16(absorb, ws_.q_cat, heads * cat), stream_));
+  STRAIT_CUDA_RETURN_IF_ERROR(
+      cuda::LatentAppendBeside(append, ToBf16(absorb, ws_.q_cat, heads * cat), stream_));
 
   cuda::MlaParams mla;
   mla.q_latent = ws_.q_cat;
