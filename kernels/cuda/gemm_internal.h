@@ -22,8 +22,14 @@ __device__ __forceinline__ int Clamp(int64_t value, int most) {
   return value < 0 ? 0 : value > most ? most : static_cast<int>(value);
 }
 
-__device__ __forceinline__ GemmItem ItemOf(const GemmParams& p, int32_t tile_rows, int index) {
+// from_l2: this grid has not waited for those before it, and L1 may hold what the list was once.
+__device__ __forceinline__ GemmItem ItemOf(const GemmParams& p, int32_t tile_rows, int index,
+                                           bool from_l2 = false) {
   if (p.tiles != nullptr) {
+    if (from_l2) {
+      const RowTile* const tile = p.tiles + index;
+      return {__ldcg(&tile->group), __ldcg(&tile->begin), __ldcg(&tile->count)};
+    }
     if (index >= *p.num_tiles) return {0, 0, 0};
     const RowTile tile = p.tiles[index];
     return {tile.group, tile.begin, tile.count};

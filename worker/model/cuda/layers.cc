@@ -362,11 +362,10 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, const DeviceLayer* next
       cuda::Gemm(ToBf16(gated, ws_.expert_activated, width_stride), stream_));
   STRAIT_RETURN_IF_ERROR(Quantize(quantized, ws_.expert_activated, width_stride, width,
                                   choices + int64_t{num_rows} * lists.num_shared));
-  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(
-      ToBf16(
-          grouped(Fp8Product(ws_, quantized, ws_.expert_activated, width_stride, e.down_proj, 0)),
-          ws_.expert_rows, size),
-      stream_));
+  cuda::GemmParams down =
+      grouped(Fp8Product(ws_, quantized, ws_.expert_activated, width_stride, e.down_proj, 0));
+  down.list_again = !quantized;
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(ToBf16(down, ws_.expert_rows, size), stream_));
   cuda::ExpertSumParams sum;
   sum.expert_rows = ws_.expert_rows;
   sum.expert_stride = size;
