@@ -346,7 +346,7 @@ TEST_F(CudaMoeTest, OneLaunchForFewTokensIsTheSeparateOnes) {
 
 TEST_F(CudaMoeTest, SumAndNorm) {
   STRAIT_TRACE_SEED();
-  for (const int32_t dim : {300, 2048, 301}) {
+  for (const int32_t dim : {300, 2048, 7168, 301, 302, 8196}) {
     const int64_t tokens = 5;
     const int32_t picks = 3;
     const int32_t shared = 2;
