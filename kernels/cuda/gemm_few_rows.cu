@@ -348,10 +348,14 @@ int SharedBytes(bool gated) {
          SumBytes<kTokenTiles>(gated);
 }
 
+// No more blocks than units, nor than run at once; nor, once they are on half of the multiprocessors,
+// than have a unit for each team: the kernel after these, which begins early, needs room.
 template <int kTokenTiles>
 unsigned NumBlocks(const GemmParams& p) {
-  return static_cast<unsigned>(
-      std::min<int64_t>(NumUnits<kTokenTiles>(p), ResidentBlocks<kTokenTiles>()));
+  const int64_t units = NumUnits<kTokenTiles>(p);
+  const int teams = kWarps / WarpsEach(p.weight.cols, p.weight.scales != nullptr);
+  const int64_t busy = std::max<int64_t>((units + teams - 1) / teams, Multiprocessors() / 2);
+  return static_cast<unsigned>(std::min({units, busy, ResidentBlocks<kTokenTiles>()}));
 }
 
 template <bool kFp8, bool kGated, int kTokenTiles>
