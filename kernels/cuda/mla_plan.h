@@ -92,7 +92,7 @@ struct MlaSequence {
 struct MlaPlanOptions {
   int32_t num_heads = 0;
   bool deterministic = false;
-  int32_t min_split_blocks = 2;  // a stretch is not cut shorter than this
+  int32_t min_split_blocks = 1;  // a stretch is not cut shorter than this
 };
 
 struct MlaPlan {
