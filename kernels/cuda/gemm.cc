@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "kernels/cuda/gemm_internal.h"
+#include "kernels/cuda/latent.h"
 #include "proto/check.h"
 
 namespace strait::cuda {
@@ -227,6 +228,18 @@ cudaError_t GemmPair(const GemmParams& a, const GemmParams& b, cudaStream_t stre
   }
   const cudaError_t error = Gemm(a, stream);
   return error != cudaSuccess ? error : Gemm(b, stream);
+}
+
+cudaError_t LatentAppendBeside(const LatentAppendParams& append, const GemmParams& p,
+                               cudaStream_t stream) {
+  const bool plain = p.tiles == nullptr && p.up.empty() && p.weight.scales == nullptr;
+  const int32_t tile = plain && p.num_rows > 0 && p.num_rows <= kFewRows ? FewRowsTileOf(p) : 0;
+  if (tile > 0) {
+    Check(p);
+    return GemmFewRowsBeside(append, p, tile, stream);
+  }
+  const cudaError_t error = LatentAppend(append, stream);
+  return error != cudaSuccess ? error : Gemm(p, stream);
 }
 
 int32_t ExpertTileRows(int64_t num_choices, int64_t num_experts, bool fp8, bool fixed_order) {

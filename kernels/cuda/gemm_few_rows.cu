@@ -21,6 +21,7 @@
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/gemm_few_rows_piece.cuh"
 #include "kernels/cuda/gemm_launch.cuh"
+#include "kernels/cuda/latent_append.cuh"
 
 namespace strait::cuda {
 namespace {
@@ -103,17 +104,17 @@ struct Cursor {
   GemmItem item;
 
   __device__ __forceinline__ void Enter(const GemmParams& p, const Team& team, int tile_rows,
-                                        int at) {
+                                        int at, bool from_l2 = false) {
     const int units_each = (p.weight.rows + kRows - 1) / kRows;
     unit = at;
     n0 = at % units_each * kRows;
     k0 = team.warp() * kWidth;
     up = false;
-    item = ItemOf(p, tile_rows, at / units_each);
+    item = ItemOf(p, tile_rows, at / units_each, from_l2);
   }
   // To the next piece; false: the team's work is done.
   __device__ __forceinline__ bool Next(const GemmParams& p, const Team& team, int tile_rows,
-                                       int num_units, int num_teams) {
+                                       int num_units, int num_teams, bool from_l2 = false) {
     k0 += team.warps * kWidth;
     if (k0 < p.weight.cols) return true;
     if (kGated && !up) {
@@ -122,7 +123,7 @@ struct Cursor {
       return true;
     }
     if (unit + num_teams >= num_units) return false;
-    Enter(p, team, tile_rows, unit + num_teams);
+    Enter(p, team, tile_rows, unit + num_teams, from_l2);
     return true;
   }
   __device__ __forceinline__ const Matrix& matrix(const GemmParams& p) const {
@@ -144,21 +145,21 @@ class Feeder {
         num_teams_(num_teams),
         ring_(ring) {}
 
-  __device__ __forceinline__ void Start(int unit) {
-    at_.Enter(p_, team_, tile_rows_, unit);
+  __device__ __forceinline__ void Start(int unit, bool from_l2) {
+    at_.Enter(p_, team_, tile_rows_, unit, from_l2);
     Point();
     more_ = true;
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) Fill(i);
+    for (int i = 0; i < kPieces; ++i) Fill(i, from_l2);
   }
   // Asks for the next piece, if there is one; a group of copies in any case.
-  __device__ __forceinline__ void Fill(int slot) {
+  __device__ __forceinline__ void Fill(int slot, bool from_l2 = false) {
     if (more_) {
       CopyPiece<kFp8>(ring_ + slot * Piece<kFp8>::kBytes, rows_.w0, rows_.w1, at_.k0,
                       p_.weight.cols);
       const int unit = at_.unit;
       const bool up = at_.up;
-      more_ = at_.Next(p_, team_, tile_rows_, num_units_, num_teams_);
+      more_ = at_.Next(p_, team_, tile_rows_, num_units_, num_teams_, from_l2);
       if (more_ && (at_.unit != unit || at_.up != up)) Point();
     }
     CommitCopies();
@@ -204,18 +205,21 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
       reinterpret_cast<float(*)[kTileRows][kRows + 1]>(memory + kWarps * kPieces * kPieceBytes) +
       team.index() * team.warps;
   const int units_each = (p.weight.rows + kRows - 1) / kRows;
-  // Which weights a team reads first is known early unless a list says it: reading begins before
-  // the kernel before has ended.
-  const bool early = p.tiles == nullptr;
-  StartNext();
+  // Which weights a team reads first is known early unless a new list says it: reading begins before
+  // the kernel before has ended. By a list the next kernel begins when this one's turn has come: it
+  // may go by the same one, which is whole then.
+  const bool by_list = p.tiles != nullptr;
+  const bool early = !by_list || p.list_again;
+  if (!by_list) StartNext();
   if (!early) WaitForEarlier();
-  const int num_units = early
-                            ? p.num_groups * ((p.num_rows + kTileRows - 1) / kTileRows) * units_each
-                            : *p.num_tiles * units_each;
+  const int num_units =
+      units_each *
+      (by_list ? __ldcg(p.num_tiles) : p.num_groups * ((p.num_rows + kTileRows - 1) / kTileRows));
   Feeder<kFp8, kGated, kPieces> feeder(p, team, kTileRows, num_units, num_teams,
                                        SharedAddress(ring));
-  if (first < num_units) feeder.Start(first);
+  if (first < num_units) feeder.Start(first, by_list && early);
   if (early) WaitForEarlier();
+  if (by_list) StartNext();
   if (first >= num_units) return;
   Cursor<kFp8, kGated> at;
   at.Enter(p, team, kTileRows, first);
@@ -310,6 +314,23 @@ __global__ void __launch_bounds__(kWarps * 32, BlocksEach(kTokenTiles))
   }
 }
 
+// A product, and beside it the first blocks of a LatentAppend.
+template <int kTokenTiles>
+__global__ void __launch_bounds__(kWarps * 32, BlocksEach(kTokenTiles))
+    FewRowsBeside(const __grid_constant__ LatentAppendParams append,
+                  const __grid_constant__ GemmParams p, const int append_parts,
+                  const int append_blocks) {
+  static_assert(kWarps * 32 == latent::kThreads);
+  auto* const memory = DynamicShared<unsigned char>();
+  const int block = blockIdx.x;
+  if (block < append_blocks) {
+    StartNext();
+    latent::AppendPart(append, block / append_parts, block % append_parts);
+  } else {
+    Block<false, false, kTokenTiles>(p, block - append_blocks, gridDim.x - append_blocks, memory);
+  }
+}
+
 // Blocks that run at once.
 template <int kTokenTiles>
 int64_t ResidentBlocks() {
@@ -327,10 +348,19 @@ int SharedBytes(bool gated) {
          SumBytes<kTokenTiles>(gated);
 }
 
+// No more blocks than units, nor than run at once; nor, once they are on half of the multiprocessors,
+// than have a unit for each team: the kernel after these, which begins early, needs room.
+template <int kTokenTiles>
+unsigned NumBlocks(const GemmParams& p) {
+  const int64_t units = NumUnits<kTokenTiles>(p);
+  const int teams = kWarps / WarpsEach(p.weight.cols, p.weight.scales != nullptr);
+  const int64_t busy = std::max<int64_t>((units + teams - 1) / teams, Multiprocessors() / 2);
+  return static_cast<unsigned>(std::min({units, busy, ResidentBlocks<kTokenTiles>()}));
+}
+
 template <bool kFp8, bool kGated, int kTokenTiles>
 cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(
-      std::min<int64_t>(NumUnits<kTokenTiles>(p), ResidentBlocks<kTokenTiles>())));
+  const dim3 grid(NumBlocks<kTokenTiles>(p));
   const auto kernel = FewRows<kFp8, kGated, kTokenTiles>;
   return LaunchWithShared(kernel, grid, kWarps * 32, SharedBytes<kFp8, kTokenTiles>(kGated), stream,
                           p);
@@ -377,6 +407,20 @@ cudaError_t GemmFewRowsPair(const GemmParams& a, const GemmParams& b, int32_t ti
     constexpr int kTokenTiles = decltype(tiles)::value;
     return a.weight.scales != nullptr ? LaunchPair<true, kTokenTiles>(a, b, stream)
                                       : LaunchPair<false, kTokenTiles>(a, b, stream);
+  });
+}
+
+cudaError_t GemmFewRowsBeside(const LatentAppendParams& append, const GemmParams& p,
+                              int32_t tile_rows, cudaStream_t stream) {
+  if (append.rank > latent::kThreads * latent::kHeld) return cudaErrorInvalidValue;
+  const int parts = latent::AppendParts(append);
+  const int append_blocks = static_cast<int>(append.num_tokens) * parts;
+  return WithTokenTiles(tile_rows, [&](auto tiles) {
+    constexpr int kTokenTiles = decltype(tiles)::value;
+    const dim3 grid(NumBlocks<kTokenTiles>(p) + static_cast<unsigned>(append_blocks));
+    return LaunchWithShared(FewRowsBeside<kTokenTiles>, grid, kWarps * 32,
+                            SharedBytes<false, kTokenTiles>(false), stream, append, p, parts,
+                            append_blocks);
   });
 }
 

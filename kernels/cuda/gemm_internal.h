@@ -7,6 +7,8 @@
 
 namespace strait::cuda {
 
+struct LatentAppendParams;
+
 // What a block works on, known to the device.
 struct GemmItem {
   int32_t group;
@@ -20,8 +22,14 @@ __device__ __forceinline__ int Clamp(int64_t value, int most) {
   return value < 0 ? 0 : value > most ? most : static_cast<int>(value);
 }
 
-__device__ __forceinline__ GemmItem ItemOf(const GemmParams& p, int32_t tile_rows, int index) {
+// from_l2: this grid has not waited for those before it, and L1 may hold what the list was once.
+__device__ __forceinline__ GemmItem ItemOf(const GemmParams& p, int32_t tile_rows, int index,
+                                           bool from_l2 = false) {
   if (p.tiles != nullptr) {
+    if (from_l2) {
+      const RowTile* const tile = p.tiles + index;
+      return {__ldcg(&tile->group), __ldcg(&tile->begin), __ldcg(&tile->count)};
+    }
     if (index >= *p.num_tiles) return {0, 0, 0};
     const RowTile tile = p.tiles[index];
     return {tile.group, tile.begin, tile.count};
@@ -104,6 +112,9 @@ cudaError_t GemmFewRows(const GemmParams& params, int32_t tile_rows, cudaStream_
 // Neither gated nor by a list, of the same weight format and number of rows and groups.
 cudaError_t GemmFewRowsPair(const GemmParams& a, const GemmParams& b, int32_t tile_rows,
                             cudaStream_t stream);
+// Not gated, of bf16, all rows in one tile.
+cudaError_t GemmFewRowsBeside(const LatentAppendParams& append, const GemmParams& p,
+                              int32_t tile_rows, cudaStream_t stream);
 // tile_rows: 64 or 128. num_splits is the caller's.
 cudaError_t GemmTiles(const GemmParams& params, int32_t tile_rows, cudaStream_t stream);
 // The same on Hopper. columns: rows of weights in a tile, 128 or 256 (fp8: 128).

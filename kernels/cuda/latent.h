@@ -7,7 +7,7 @@
 //
 // Stream:  the parameter; asynchronous.
 // Shapes:  below; pairs of a rope part are (2i, 2i + 1), as in kernels/rope.h.
-// Errors:  CUDA's launch errors.
+// Errors:  CUDA's launch errors; cudaErrorInvalidValue beyond a rank of 512.
 // Why:     angles are float64 products of the position and the fp32 inverse frequency, as on the
 //          CPU; sine and cosine of them by CUDA's float64 functions, within 2 units of the last
 //          place of float64. A cache row is rounded once, from fp32.
@@ -20,6 +20,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cuda/gemm.h"
 #include "kernels/cuda/matrix.h"
 #include "kernels/cuda/mla.h"
 
@@ -63,6 +64,10 @@ struct LatentAppendParams {
 };
 
 cudaError_t LatentAppend(const LatentAppendParams& params, cudaStream_t stream);
+
+// The same and a product, in one launch where that is of few rows. Neither reads what the other writes.
+cudaError_t LatentAppendBeside(const LatentAppendParams& params, const GemmParams& product,
+                               cudaStream_t stream);
 
 // In place of a token id: it is sampled_ids[index], which the host does not know yet.
 constexpr int32_t LateTokenId(uint32_t index) { return -1 - static_cast<int32_t>(index); }

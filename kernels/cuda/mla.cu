@@ -16,6 +16,7 @@ namespace {
 constexpr int kMergeThreads = 512;
 constexpr int kMergeWarps = kMergeThreads / 32;
 constexpr int kMergeColumns = 128;  // of one warp: four a lane
+constexpr int kMergeAhead = 4;      // partials of a warp
 
 __device__ __forceinline__ void StoreOut(const MlaParams& p, int64_t row, int column, float4 v) {
   const int64_t at = row * p.rank + column;
@@ -62,11 +63,12 @@ __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const MlaParams p) 
   __shared__ float4 sums[kMergeWarps][32];
   __shared__ float warp_weights[kMergeWarps];
   StartNext();
-  WaitForEarlier();
   const int warp = threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   const int num_merges = p.plan.counts[0];
   const int num_units = p.plan.counts[1];
+  // Blocks without work make room at once; one waits, or this kernel might end before those before.
+  if (blockIdx.x == 0 && num_units == 0) WaitForEarlier();
   for (int unit = blockIdx.x; unit < num_units; unit += gridDim.x) {
     const MlaMerge merge = p.plan.merges[FindMerge(p.plan.merges, num_merges, unit)];
     const int local = unit - merge.first_unit;
@@ -78,6 +80,19 @@ __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const MlaParams p) 
     const bool inside = column < p.rank && row < merge.num_rows;
     const float* lse = p.partial_lse + static_cast<int64_t>(merge.first_partial) * kMlaTileRows +
                        min(row, merge.num_rows - 1);
+    const int64_t partial_stride = static_cast<int64_t>(kMlaTileRows) * p.rank;
+    const float* from = p.partial_out + merge.first_partial * partial_stride +
+                        static_cast<int64_t>(row) * p.rank + column;
+    WaitForEarlier();
+    // The first partials go out before the maximum, which their weights wait for, is known.
+    float4 ahead[kMergeAhead];
+#pragma unroll
+    for (int i = 0; i < kMergeAhead; ++i) {
+      const int s = share + i * warps;
+      ahead[i] = inside && s < merge.num_partials
+                     ? *reinterpret_cast<const float4*>(from + s * partial_stride)
+                     : make_float4(0, 0, 0, 0);
+    }
     float max = NegInf();
     for (int s = lane; s < merge.num_partials; s += 32) max = fmaxf(max, lse[s * kMlaTileRows]);
 #pragma unroll
@@ -85,13 +100,18 @@ __global__ void __launch_bounds__(kMergeThreads) MergeKernel(const MlaParams p) 
       max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, offset));
     }
     const float base = max == NegInf() ? 0.0f : max;
-    const int64_t partial_stride = static_cast<int64_t>(kMlaTileRows) * p.rank;
-    const float* from = p.partial_out + merge.first_partial * partial_stride +
-                        static_cast<int64_t>(row) * p.rank + column;
     float4 sum = make_float4(0, 0, 0, 0);
     float weights = 0;
+#pragma unroll
+    for (int i = 0; i < kMergeAhead; ++i) {
+      const int s = share + i * warps;
+      if (s >= merge.num_partials) break;
+      const float weight = Exp2((lse[s * kMlaTileRows] - base) * kLog2e);
+      weights = __fadd_rn(weights, weight);
+      if (inside) AddWeighted(sum, weight, ahead[i]);
+    }
 #pragma unroll 8
-    for (int s = share; s < merge.num_partials; s += warps) {
+    for (int s = share + kMergeAhead * warps; s < merge.num_partials; s += warps) {
       const float weight = Exp2((lse[s * kMlaTileRows] - base) * kLog2e);
       weights = __fadd_rn(weights, weight);
       if (inside) {

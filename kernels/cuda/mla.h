@@ -12,7 +12,9 @@
 //          to 16 bytes (512/64: 656 bytes); rank and the scales' offset are multiples of 16.
 // Stream:  launches on the one given, allocates nothing, synchronizes nothing: may be captured.
 //          Kernels begin early and wait for the one before them (programmatic launch), so the
-//          launches of a stream stay in order.
+//          launches of a stream stay in order. Before they wait they read the plan, segments, page
+//          tables and settled rows: what a copy in the stream, or anything that kernels do not
+//          begin before the end of, left there.
 //          A captured launch may be replayed with another plan of the same limits in its buffer.
 // Errors:  cudaErrorInvalidValue: a shape that no path takes; else what the launch returned.
 // Limits:  rank <= 512, rope <= 64 (portable path); Hopper path: 512 and 64 exactly.

@@ -29,6 +29,10 @@
 // runs beside the other's products. The running maximum passes from block to block; it moves only
 // when a score passes it by 8 (a factor of 256), as weights above 1 do no harm and rescaling does.
 // A third warpgroup feeds: one thread starts bulk copies (bf16), or all widen codes (fp8).
+//
+// One new token of a short context is bound by latency. The plan, tables and settled cache blocks are
+// there before the kernel's turn: when it comes, the first blocks lie in shared memory, and only q and
+// the block that holds the new row are still to be read.
 #include "kernels/cuda/mla_hopper_consume.cuh"
 #include "kernels/cuda/mla_hopper_feed.cuh"
 #include "kernels/cuda/tensor_map.h"
@@ -43,6 +47,12 @@ __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constan
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool kBf16 = kFormat == MlaRowFormat::kBf16;
   auto* const raw = DynamicShared<unsigned char>();
+  StartNext();
+  // Blocks without work make room at once; one waits, or this kernel might end before those before.
+  if (p.plan.work_begin[blockIdx.x] == p.plan.work_begin[blockIdx.x + 1]) {
+    if (blockIdx.x == 0) WaitForEarlier();
+    return;
+  }
   Shared s;
   const uint32_t start = SharedAddress(raw);
   s.address = (start + 1023) / 1024 * 1024;
@@ -57,8 +67,6 @@ __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constan
     wgmma::FenceBarrierInit();
   }
   __syncthreads();
-  StartNext();
-  WaitForEarlier();
   if (threadIdx.x >= kConsumers) {
     if constexpr (kBf16) {
       wgmma::FewerRegisters<24>();

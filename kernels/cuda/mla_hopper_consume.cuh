@@ -9,19 +9,26 @@ namespace strait::cuda::mla::hopper {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// q into shared memory by the consumers; rows behind the tile's last are zeros.
+// Where 16 bytes of q lie in shared memory.
+__device__ __forceinline__ uint32_t QueryPiece(const Shared& s, int row, int piece) {
+  return s.query() + piece / 8 * wgmma::kChunkBytes +
+         wgmma::PieceOffset(static_cast<uint32_t>(row), piece % 8);
+}
+
+// q into shared memory by the consumers; rows behind the tile's last are zeros, before their turn.
 __device__ __forceinline__ void LoadQuery(const MlaParams& p, const MlaWork& work,
                                           const Shared& s) {
-#pragma unroll 6
-  for (int i = threadIdx.x; i < kMlaTileRows * kChunks * 8; i += kConsumers) {
-    const int row = i / (kChunks * 8);
-    const int piece = i % (kChunks * 8);
-    const uint32_t to = s.query() + piece / 8 * wgmma::kChunkBytes +
-                        wgmma::PieceOffset(static_cast<uint32_t>(row), piece % 8);
-    if (row >= work.num_rows) {
-      wgmma::StorePiece(to, make_uint4(0, 0, 0, 0));
-      continue;
-    }
+  constexpr int kPieces = kChunks * 8;
+  const int pieces = work.num_rows * kPieces;
+  for (int i = pieces + threadIdx.x; i < kMlaTileRows * kPieces; i += kConsumers) {
+    wgmma::StorePiece(QueryPiece(s, i / kPieces, i % kPieces), make_uint4(0, 0, 0, 0));
+  }
+  WaitForEarlier();
+#pragma unroll 3
+  for (int i = threadIdx.x; i < pieces; i += kConsumers) {
+    const int row = i / kPieces;
+    const int piece = i % kPieces;
+    const uint32_t to = QueryPiece(s, row, piece);
     const int64_t q_row = work.first_row + row;
     const __nv_bfloat16* from = piece < 64 ? static_cast<const __nv_bfloat16*>(p.q_latent) +
                                                  q_row * p.q_latent_stride + piece * 8

@@ -32,6 +32,7 @@ __device__ __forceinline__ void FeedBf16(const MlaParams& p, const Shared& s) {
       }
       const uint32_t id = __shfl_sync(0xffffffffu, pages, at);
       if (lane == 0) {
+        if (block >= work.settled_blocks) WaitForEarlier();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           constexpr int kFirst[3] = {0, kHalfChunks, kChunks};
@@ -88,6 +89,7 @@ __device__ __forceinline__ void FeedFp8(const MlaParams& p, const Shared& s) {
     int block = work.block_begin;
     const std::byte* now = rows_of(block, present);
     const std::byte* next = rows_of(block + 1, present - kMlaBlockRows);
+    WaitForEarlier();
     uint4 codes[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

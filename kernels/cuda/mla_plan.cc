@@ -81,6 +81,7 @@ std::vector<Unit> MakeUnits(const MlaSequence* sequences, int32_t num_sequences,
       work.num_rows = std::min(rows - row, kMlaTileRows);
       work.row_in_sequence = row;
       work.first_position = sequence.first_position;
+      work.settled_blocks = sequence.settled_rows / kMlaBlockRows;
       const int32_t seen = sequence.first_position + (row_end - 1) / options.num_heads + 1;
       work.cache_rows = sequence.num_rows < 0 ? seen : sequence.num_rows;
       const int32_t num_blocks = CeilDiv(work.cache_rows, kMlaBlockRows);

@@ -36,8 +36,9 @@ struct alignas(16) MlaWork {
   int32_t cache_rows = 0;       // rows that the tile's last token may see; 0: none
   int32_t block_begin = 0;      // of the page table
   int32_t block_end = 0;
-  int32_t partial = -1;  // slot of the partial result; -1: this is the whole result
-  int32_t reserved[3] = {};
+  int32_t partial = -1;        // slot of the partial result; -1: this is the whole result
+  int32_t settled_blocks = 0;  // leading blocks of the page table, of settled rows alone
+  int32_t reserved[2] = {};
 };
 
 // One split tile: partials [first_partial, first_partial + num_partials) in cache order.
@@ -85,12 +86,13 @@ struct MlaSequence {
   int32_t first_position = 0;  // of the first new token
   int32_t num_rows = -1;       // rows in its segment, where rows do not follow positions; -1: row
                                // p holds position p, up to the last new token
+  int32_t settled_rows = 0;    // leading rows that nothing in flight writes: mla.h, Stream
 };
 
 struct MlaPlanOptions {
   int32_t num_heads = 0;
   bool deterministic = false;
-  int32_t min_split_blocks = 2;  // a stretch is not cut shorter than this
+  int32_t min_split_blocks = 1;  // a stretch is not cut shorter than this
 };
 
 struct MlaPlan {

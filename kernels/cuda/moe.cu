@@ -15,7 +15,13 @@ namespace {
 __global__ void __launch_bounds__(32) RouteTokens(const RouterParams p) {
   auto* const memory = DynamicShared<float>();
   StartNext();
+  moe::SetBias(p, memory);
   WaitForEarlier();
+  const float* const logits = p.logits + int64_t{blockIdx.x} * p.n_routed_experts;
+#pragma unroll 4
+  for (int32_t e = threadIdx.x; e < p.n_routed_experts; e += 32) {
+    moe::LogitAt(memory, e) = logits[e];
+  }
   moe::RouteToken(p, blockIdx.x, memory);
 }
 
@@ -102,67 +108,127 @@ __global__ void __launch_bounds__(kListThreads) ListExperts(const ExpertListsPar
 
 constexpr int kSumThreads = 512;
 
-// kPair: two neighbouring columns at a time; dim and strides are even.
-template <bool kPair>
-__global__ void __launch_bounds__(kSumThreads) SumExperts(const ExpertSumParams p) {
-  constexpr int kColumns = kPair ? 2 : 1;
-  __shared__ float shared[kSumThreads / 32];
-  auto* const weights = DynamicShared<float>();  // [num_experts_per_tok]
-  auto* const rows = reinterpret_cast<const Bf16**>(
-      weights + (p.num_experts_per_tok + 1) / 2 * 2);  // [num_experts_per_tok + num_shared]
-  StartNext();
-  if (p.norm_weight != nullptr && threadIdx.x == 0) {
-    PrefetchToL2(p.norm_weight, p.dim / 4 * 16);
-  }
-  WaitForEarlier();
-  const int64_t token = blockIdx.x;
+// Where a token's rows lie, and what they are multiplied with; then a barrier.
+__device__ __forceinline__ void FindRows(const ExpertSumParams& p, int64_t token, float* weights,
+                                         const Bf16** rows) {
   for (int32_t j = threadIdx.x; j < p.num_experts_per_tok + p.num_shared; j += kSumThreads) {
     if (j < p.num_experts_per_tok) {
       const int64_t choice = token * p.num_experts_per_tok + j;
       weights[j] = p.expert_weights[choice];
       rows[j] = p.expert_rows + p.row_of[choice] * p.expert_stride;
     } else {  // those of shared experts lie behind all choices
+      weights[j] = 1.0f;
       rows[j] = p.expert_rows + (p.num_tokens * j + token) * p.expert_stride;
     }
   }
   __syncthreads();
+}
+
+struct SumShared {
+  float* weights;     // [num_experts_per_tok + num_shared]
+  const Bf16** rows;  // the same
+  __device__ explicit SumShared(const ExpertSumParams& p)
+      : weights(DynamicShared<float>()),
+        rows(reinterpret_cast<const Bf16**>(weights +
+                                            (p.num_experts_per_tok + p.num_shared + 1) / 2 * 2)) {}
+};
+
+size_t SumSharedBytes(const ExpertSumParams& p) {
+  const int32_t rows = p.num_experts_per_tok + p.num_shared;
+  return sizeof(float) * (rows + 1) + sizeof(void*) * rows;
+}
+
+// Any number of columns.
+__global__ void __launch_bounds__(kSumThreads) SumExperts(const ExpertSumParams p) {
+  __shared__ float shared[kSumThreads / 32];
+  const SumShared s(p);
+  StartNext();
+  WaitForEarlier();
+  const int64_t token = blockIdx.x;
+  FindRows(p, token, s.weights, s.rows);
   float* const y = p.y + token * p.dim;
   float squares = 0;
-  for (int i = threadIdx.x * kColumns; i < p.dim; i += kSumThreads * kColumns) {
-    float sum[kColumns] = {};
-#pragma unroll 8
+  for (int i = threadIdx.x; i < p.dim; i += kSumThreads) {
+    float sum = 0;
     for (int32_t j = 0; j < p.num_experts_per_tok + p.num_shared; ++j) {
-      const bool routed = j < p.num_experts_per_tok;
-      float value[kColumns];
-      if (kPair) {
-        const auto pair = *reinterpret_cast<const __nv_bfloat162*>(rows[j] + i);
-        value[0] = __low2float(pair);
-        value[kColumns - 1] = __high2float(pair);
-      } else {
-        value[0] = __bfloat162float(rows[j][i]);
-      }
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        sum[c] = routed ? fmaf(weights[j], value[c], sum[c]) : sum[c] + value[c];
-      }
+      sum = fmaf(s.weights[j], __bfloat162float(s.rows[j][i]), sum);
     }
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const float value = y[i + c] + sum[c];
-      y[i + c] = value;
-      squares = fmaf(value, value, squares);
-    }
+    y[i] += sum;
+    squares = fmaf(y[i], y[i], squares);
   }
   if (p.norm_weight == nullptr) return;
   const float mean = BlockSum<kSumThreads>(squares, shared) / static_cast<float>(p.dim);
   const float scale = rsqrtf(mean + p.eps);
   Bf16* const normed = p.normed + token * p.normed_stride;
-  // Each thread reads what it wrote.
-  for (int i = threadIdx.x * kColumns; i < p.dim; i += kSumThreads * kColumns) {
+  for (int i = threadIdx.x; i < p.dim; i += kSumThreads) {
+    normed[i] = __float2bfloat16(y[i] * scale * p.norm_weight[i]);
+  }
+}
+
+constexpr int kSumVecs = 4;  // of four columns, a thread
+
+__device__ __forceinline__ uint2 PackFour(float a, float b, float c, float d) {
+  const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(a, b), __floats2bfloat162_rn(c, d)};
+  uint2 four;
+  memcpy(&four, pairs, sizeof(four));
+  return four;
+}
+
+// The token stays in registers: columns a multiple of four, as strides are, and as many as fit. Of one
+// token the trips to L2 are the cost: y goes out with where the rows are, the norm's weights before.
+__global__ void __launch_bounds__(kSumThreads) SumExpertsHeld(const ExpertSumParams p) {
+  __shared__ float shared[kSumThreads / 32];
+  const SumShared s(p);
+  const int64_t token = blockIdx.x;
+  StartNext();
+  float4 weight[kSumVecs];
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      normed[i + c] = __float2bfloat16(y[i + c] * scale * p.norm_weight[i + c]);
+  for (int n = 0; n < kSumVecs; ++n) {
+    const int i = (n * kSumThreads + threadIdx.x) * 4;
+    weight[n] = p.norm_weight != nullptr && i < p.dim
+                    ? *reinterpret_cast<const float4*>(p.norm_weight + i)
+                    : make_float4(0, 0, 0, 0);
+  }
+  WaitForEarlier();
+  float4 y[kSumVecs];
+#pragma unroll
+  for (int n = 0; n < kSumVecs; ++n) {
+    const int i = (n * kSumThreads + threadIdx.x) * 4;
+    y[n] = i < p.dim ? *reinterpret_cast<const float4*>(p.y + token * p.dim + i)
+                     : make_float4(0, 0, 0, 0);
+  }
+  FindRows(p, token, s.weights, s.rows);
+  float squares = 0;
+#pragma unroll
+  for (int n = 0; n < kSumVecs; ++n) {
+    const int i = (n * kSumThreads + threadIdx.x) * 4;
+    if (i >= p.dim) break;
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 8
+    for (int32_t j = 0; j < p.num_experts_per_tok + p.num_shared; ++j) {
+      const uint2 four = *reinterpret_cast<const uint2*>(s.rows[j] + i);
+      const float by = s.weights[j];
+      sum.x = fmaf(by, __uint_as_float(four.x << 16), sum.x);
+      sum.y = fmaf(by, __uint_as_float(four.x & 0xffff0000u), sum.y);
+      sum.z = fmaf(by, __uint_as_float(four.y << 16), sum.z);
+      sum.w = fmaf(by, __uint_as_float(four.y & 0xffff0000u), sum.w);
     }
+    float4& v = y[n];
+    v = make_float4(v.x + sum.x, v.y + sum.y, v.z + sum.z, v.w + sum.w);
+    squares = fmaf(v.x, v.x, fmaf(v.y, v.y, fmaf(v.z, v.z, fmaf(v.w, v.w, squares))));
+    *reinterpret_cast<float4*>(p.y + token * p.dim + i) = v;
+  }
+  if (p.norm_weight == nullptr) return;
+  const float mean = BlockSum<kSumThreads>(squares, shared) / static_cast<float>(p.dim);
+  const float scale = rsqrtf(mean + p.eps);
+#pragma unroll
+  for (int n = 0; n < kSumVecs; ++n) {
+    const int i = (n * kSumThreads + threadIdx.x) * 4;
+    if (i >= p.dim) break;
+    const float4 v = y[n];
+    const float4 w = weight[n];
+    *reinterpret_cast<uint2*>(p.normed + token * p.normed_stride + i) =
+        PackFour(v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w);
   }
 }
 
@@ -185,11 +251,11 @@ cudaError_t ExpertLists(const ExpertListsParams& p, cudaStream_t stream) {
 
 cudaError_t ExpertSum(const ExpertSumParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
-  const int32_t rows = p.num_experts_per_tok + p.num_shared;
-  const size_t bytes = sizeof(float) * (p.num_experts_per_tok + 1) + sizeof(void*) * rows;
-  const bool pair = p.dim % 2 == 0 && p.expert_stride % 2 == 0;
-  return LaunchChained(pair ? SumExperts<true> : SumExperts<false>,
-                       dim3(static_cast<unsigned>(p.num_tokens)), kSumThreads, bytes, stream, p);
+  const bool held = p.dim % 4 == 0 && p.dim <= kSumThreads * kSumVecs * 4 &&
+                    p.expert_stride % 4 == 0 && p.normed_stride % 4 == 0;
+  return LaunchChained(held ? SumExpertsHeld : SumExperts,
+                       dim3(static_cast<unsigned>(p.num_tokens)), kSumThreads, SumSharedBytes(p),
+                       stream, p);
 }
 
 }  // namespace strait::cuda

@@ -54,6 +54,8 @@ constexpr int64_t MaxExpertTiles(int64_t num_tokens, int64_t num_experts_per_tok
 
 cudaError_t ExpertLists(const ExpertListsParams& params, cudaStream_t stream);
 
+inline constexpr int32_t kMaxChooseTokens = 4;
+
 // All of it for a few tokens in one launch, from the residual to the lists: a norm, the router's
 // product, Router and ExpertLists. Logits are sums in another order than the products'.
 struct ChooseExpertsParams {
@@ -64,10 +66,16 @@ struct ChooseExpertsParams {
   int64_t normed_stride = 0;
   Matrix gate;                 // [n_routed_experts, dim] bf16
   Matrix gate_rest;            // the same, added; may be empty
-  float* logits = nullptr;     // [num_tokens, n_routed_experts] scratch; the router's are not read
-  int32_t* arrived = nullptr;  // one number, 0 before and after
+  float* logits = nullptr;     // [num_tokens, n_routed_experts] out; the router's are not read
+  uint64_t* handed = nullptr;  // [num_tokens, n_routed_experts] 0 before and after
   RouterParams router;
   ExpertListsParams lists;
+  // What is read after it whatever it chooses: memory that it lets come into L2 meanwhile.
+  struct Later {
+    const void* from = nullptr;  // 16-byte aligned
+    int64_t bytes = 0;           // a multiple of 16
+  };
+  Later later[2];
 };
 
 // Whether it is made for this many tokens of this shape.

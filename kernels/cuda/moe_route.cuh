@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// RouteToken: a warp chooses one token's experts. Scores lie in shared memory, the best are taken one
-// by one by warp-wide comparison (greater value first, then lower id).
+// RouteToken: a warp chooses one token's experts. Scores lie in shared memory, a lane's own are those
+// of experts lane, lane + 32, ...; the best are taken one by one by warp-wide comparison (greater value
+// first, then lower id). Each lane knows the best of its own, so that only the lane whose expert was
+// taken looks again: a pick is two reductions and one lane's few loads, without a barrier.
 #pragma once
 
 #include "kernels/cuda/common.cuh"
@@ -18,39 +20,42 @@ __device__ __forceinline__ uint32_t OrderOf(float value) {
   return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
 }
 
-// Index of the best of values[0, count), the same in all lanes; count if all are NaN.
-__device__ __forceinline__ int32_t WarpBest(const float* values, int32_t count) {
+// Takes the best `picks` of values[0, count) out of the running: they become NaN. Stops when all are. A
+// lane reads and writes its own alone.
+__device__ inline void StrikeBest(float* values, int32_t count, int32_t picks) {
+  const int32_t lane = threadIdx.x % 32;
   uint32_t best = 0;
   int32_t index = count;
-  for (int32_t i = threadIdx.x % 32; i < count; i += 32) {
-    const uint32_t order = OrderOf(values[i]);
-    if (order > best) {
-      best = order;
-      index = i;
+  const auto look = [&] {
+    best = 0;
+    index = count;
+#pragma unroll 4
+    for (int32_t i = lane; i < count; i += 32) {
+      const uint32_t order = OrderOf(values[i]);
+      if (order > best) {
+        best = order;
+        index = i;
+      }
     }
+  };
+  look();
+  for (int32_t i = 0; i < picks; ++i) {
+    const uint32_t most = __reduce_max_sync(kFullWarp, best);
+    if (most == 0) return;
+    const auto taken = static_cast<int32_t>(
+        __reduce_min_sync(kFullWarp, static_cast<uint32_t>(best == most ? index : count)));
+    if (index != taken) continue;
+    values[taken] = NAN;
+    look();
   }
-  const uint32_t most = __reduce_max_sync(kFullWarp, best);
-  const bool mine = best == most && most > 0;
-  return static_cast<int32_t>(
-      __reduce_min_sync(kFullWarp, static_cast<uint32_t>(mine ? index : count)));
 }
 
-// Takes it out of the running.
-__device__ __forceinline__ void Strike(float* values, int32_t index) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) values[index] = NAN;
-  __syncwarp();
-}
-
-// A lane's own numbers: e = lane, lane + 32, ...
-__device__ inline void Scores(const RouterParams& p, const float* logits, float* scores) {
+// Logits become scores; a lane its own.
+__device__ inline void Score(const RouterParams& p, float* scores) {
   const int32_t n = p.n_routed_experts;
   const int32_t lane = threadIdx.x % 32;
   float most = kNever;
-  for (int32_t e = lane; e < n; e += 32) {
-    scores[e] = __ldcg(&logits[e]);
-    most = fmaxf(most, scores[e]);
-  }
+  for (int32_t e = lane; e < n; e += 32) most = fmaxf(most, scores[e]);
   if (p.scoring == RouterScoring::kSigmoid) {
     for (int32_t e = lane; e < n; e += 32) scores[e] = 1.0f / (1.0f + expf(-scores[e]));
     return;
@@ -86,10 +91,8 @@ __device__ inline void LimitGroups(const RouterParams& p, float* choice, float* 
     groups[g] = two ? first + second : first;
   }
   __syncwarp();
-  for (int32_t i = 0; i < p.topk_group; ++i) {
-    const int32_t best = WarpBest(groups, p.n_group);
-    if (best < p.n_group) Strike(groups, best);
-  }
+  StrikeBest(groups, p.n_group, p.topk_group);
+  __syncwarp();
   const float outside = p.method == RouterMethod::kNoauxTc ? kNever : 0.0f;
   for (int32_t e = threadIdx.x % 32; e < p.n_routed_experts; e += 32) {
     if (!isnan(groups[e / size])) choice[e] = outside;
@@ -106,29 +109,36 @@ __device__ __forceinline__ int32_t* PickedIds(const RouterParams& p, float* memo
   return reinterpret_cast<int32_t*>(memory + 2 * p.n_routed_experts + p.n_group);
 }
 
-// `memory` [RouteFloats] in shared memory, of this warp alone. Logits may come from other blocks of
-// the same kernel.
+// What RouteToken finds in `memory` [RouteFloats], in shared memory, of this warp alone; a lane writes
+// its own experts' logits and, which may be read early, what is added to their scores for the choice.
+__device__ __forceinline__ float& LogitAt(float* memory, int32_t expert) { return memory[expert]; }
+__device__ inline void SetBias(const RouterParams& p, float* memory) {
+#pragma unroll 4
+  for (int32_t e = threadIdx.x % 32; e < p.n_routed_experts; e += 32) {
+    memory[p.n_routed_experts + e] = p.correction_bias != nullptr ? p.correction_bias[e] : 0.0f;
+  }
+}
+
 __device__ inline void RouteToken(const RouterParams& p, int64_t token, float* memory) {
   const int32_t lane = threadIdx.x % 32;
   float* const scores = memory;
   float* const choice = scores + p.n_routed_experts;
   float* const groups = choice + p.n_routed_experts;
-  Scores(p, p.logits + token * p.n_routed_experts, scores);
+  Score(p, scores);
   for (int32_t e = lane; e < p.n_routed_experts; e += 32) {
-    const float value = scores[e] + (p.correction_bias ? p.correction_bias[e] : 0.0f);
+    const float value = scores[e] + choice[e];
     choice[e] = isnan(value) ? kNever : value;  // from here on, NaN is what was struck
   }
-  __syncwarp();
-  if (p.method != RouterMethod::kGreedy) LimitGroups(p, choice, groups);
-  const int32_t picks = p.num_experts_per_tok;
-  for (int32_t i = 0; i < picks; ++i) {
-    Strike(choice, WarpBest(choice, p.n_routed_experts));
+  if (p.method != RouterMethod::kGreedy) {
+    __syncwarp();
+    LimitGroups(p, choice, groups);
   }
+  const int32_t picks = p.num_experts_per_tok;
+  StrikeBest(choice, p.n_routed_experts, picks);
   // What was struck, ascending: each lane counts those before its own.
   int32_t* const ids = PickedIds(p, memory);
   float* const weights = p.expert_weights + token * picks;
   int32_t taken = 0;
-  float sum = 0;
   for (int32_t begin = 0; begin < p.n_routed_experts && taken < picks; begin += 32) {
     const int32_t e = begin + lane;
     const bool mine = e < p.n_routed_experts && isnan(choice[e]);
@@ -138,8 +148,9 @@ __device__ inline void RouteToken(const RouterParams& p, int64_t token, float* m
     taken += __popc(all);
   }
   __syncwarp();
-  for (int32_t j = 0; j < picks; ++j) sum += scores[ids[j]];
   const bool normalize = p.norm_topk_prob && p.scoring == RouterScoring::kSigmoid;
+  float sum = 0;
+  for (int32_t j = 0; normalize && j < picks; ++j) sum += scores[ids[j]];
   for (int32_t j = lane; j < picks; j += 32) {
     const float score = scores[ids[j]];
     p.expert_ids[token * picks + j] = ids[j];

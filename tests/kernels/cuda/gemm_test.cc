@@ -243,6 +243,12 @@ TEST_F(CudaGemmTest, ExpertsByAList) {
                                kBf16Bound)
                          << "expert " << e;
                    });
+      const Buffer<Bf16> again(rows * n);
+      p.y_bf16 = again.data();
+      p.list_again = true;  // how early the list is read changes nothing
+      ASSERT_EQ(cuda::Gemm(p, nullptr), cudaSuccess);
+      EXPECT_TRUE(
+          kernel_test::SameBits(gpu_test::ToFloat(again.Get()), gpu_test::ToFloat(y.Get())));
     }
   }
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Defends: norm, rotation, the cache row (bf16 and fp8) and the embedding are the reference's for
-// odd sizes, and a row goes where its page table says and nowhere else.
+// odd sizes, and a row goes where its page table says and nowhere else. Beside a product, in one launch
+// or two, it and the product leave the bits that they leave alone.
 #include "kernels/cuda/latent.h"
 
 #include <cuda_fp8.h>
@@ -243,6 +244,40 @@ TEST_F(CudaLatentTest, AppendRotatesNormsAndRounds) {
       }
       EXPECT_TRUE(std::all_of(blocks.begin(), blocks.end(), [](uint8_t b) { return b == 0xff; }))
           << "bytes outside the rows were written";
+
+      for (const int32_t rows : {7, 40}) {  // one launch, two
+        SCOPED_TRACE(testing::Message() << "beside a product of " << rows << " rows");
+        const int32_t groups = 3;
+        const int32_t columns = 70;
+        const gpu_test::DeviceMatrices weight(rng_, WeightType::kBf16, columns, 136, groups);
+        const Buffer<Bf16> x(gpu_test::ToBf16(RandomFloats(rng_, rows * groups * 136)));
+        const Buffer<Bf16> alone(rows * groups * columns);
+        const Buffer<Bf16> beside(rows * groups * columns);
+        cuda::GemmParams product;
+        product.x = x.data();
+        product.x_stride = groups * 136;
+        product.x_group_stride = 136;
+        product.num_rows = rows;
+        product.weight = weight.matrix();
+        product.num_groups = groups;
+        product.weight_group_stride = weight.group_stride();
+        product.y_stride = groups * columns;
+        product.y_group_stride = columns;
+        product.y_bf16 = alone.data();
+        ASSERT_EQ(cuda::Gemm(product, nullptr), cudaSuccess);
+        product.y_bf16 = beside.data();
+        const Buffer<Bf16> q_rope_beside(tokens * heads * rope);
+        const Buffer<uint8_t> blocks_beside(num_blocks * block_bytes);
+        cuda::LatentAppendParams other = p;
+        other.q_rope = q_rope_beside.data();
+        other.blocks = reinterpret_cast<std::byte*>(blocks_beside.data());
+        ASSERT_EQ(cuda::LatentAppendBeside(other, product, nullptr), cudaSuccess);
+        EXPECT_EQ(blocks_beside.Get(), d_blocks.Get());
+        EXPECT_TRUE(kernel_test::SameBits(gpu_test::ToFloat(q_rope_beside.Get()),
+                                          gpu_test::ToFloat(d_q_rope.Get())));
+        EXPECT_TRUE(kernel_test::SameBits(gpu_test::ToFloat(beside.Get()),
+                                          gpu_test::ToFloat(alone.Get())));
+      }
     }
   }
 }

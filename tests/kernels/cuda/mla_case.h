@@ -124,7 +124,8 @@ class Case {
     for (size_t s = 0; s < tokens_.size(); ++s) {
       const bool follow = !tokens_[s].empty && !shape_.positions;
       sequences.push_back({static_cast<int32_t>(s), token, tokens_[s].num_tokens,
-                           tokens_[s].first_position, follow ? -1 : rows_[s]});
+                           tokens_[s].first_position, follow ? -1 : rows_[s],
+                           follow ? tokens_[s].first_position : 0});
       token += tokens_[s].num_tokens;
       max_rows = std::max(max_rows, rows_[s]);
     }

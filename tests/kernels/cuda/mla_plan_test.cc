@@ -26,7 +26,7 @@ struct Batch {
 
   void Add(int32_t tokens, int32_t first_position, int32_t num_rows = -1) {
     const int32_t index = static_cast<int32_t>(sequences.size());
-    sequences.push_back({index, num_tokens, tokens, first_position, num_rows});
+    sequences.push_back({index, num_tokens, tokens, first_position, num_rows, first_position});
     num_tokens += tokens;
     max_rows = std::max(max_rows, std::max(first_position + tokens, num_rows));
   }
@@ -85,6 +85,7 @@ void ExpectWhole(const Batch& batch, int32_t heads, const MlaPlan& plan) {
         EXPECT_EQ(work.num_rows, rows);
         EXPECT_EQ(work.row_in_sequence, row);
         EXPECT_EQ(work.first_position, s.first_position);
+        EXPECT_EQ(work.settled_blocks, s.settled_rows / kMlaBlockRows);
         EXPECT_GE(work.cache_rows, seen);
         EXPECT_LE(work.cache_rows, std::max(s.num_rows, s.first_position + s.num_tokens));
         if (stretches.size() == 1) {

@@ -211,7 +211,8 @@ TEST_F(CudaMoeTest, OneLaunchForFewTokensIsTheSeparateOnes) {
                          {3, 40, 1, true, kCases[1]},
                          {2, 7168, 1, false, kCases[4]},
                          {4, 264, 0, false, kCases[5]},
-                         {4, 5000, 2, true, kCases[2]}}) {
+                         {4, 5000, 2, true, kCases[2]},
+                         {1, 8192, 1, true, kCases[6]}}) {
     SCOPED_TRACE(testing::Message() << s.tokens << " tokens, " << s.how.experts << " experts, "
                                     << s.dim << " columns");
     const Case& c = s.how;
@@ -223,6 +224,7 @@ TEST_F(CudaMoeTest, OneLaunchForFewTokensIsTheSeparateOnes) {
     const Buffer<float> bias(RandomFloats(rng_, c.experts, 0.1f));
     const gpu_test::DeviceMatrices gate(rng_, WeightType::kBf16, c.experts, s.dim);
     const gpu_test::DeviceMatrices rest(rng_, WeightType::kBf16, c.experts, s.dim);
+    const Buffer<Bf16> later(100'000);  // several pieces, the last one short
     struct Out {
       Out(const Shape& s, int64_t choices, int64_t stride)
           : normed(s.tokens * stride),
@@ -244,7 +246,8 @@ TEST_F(CudaMoeTest, OneLaunchForFewTokensIsTheSeparateOnes) {
     };
     const Out one(s, choices, stride);
     const Out apart(s, choices, stride);
-    const Buffer<int32_t> arrived(std::vector<int32_t>{0});
+    const std::vector<uint64_t> zeros(static_cast<size_t>(s.tokens * c.experts));
+    const Buffer<uint64_t> handed(zeros);
     const auto params = [&](const Out& out) {
       cuda::ChooseExpertsParams p;
       p.x = x.data();
@@ -254,8 +257,9 @@ TEST_F(CudaMoeTest, OneLaunchForFewTokensIsTheSeparateOnes) {
       p.normed_stride = stride;
       p.gate = gate.matrix();
       if (s.rest) p.gate_rest = rest.matrix();
+      p.later[1] = {later.data(), 200'000};
       p.logits = out.logits.data();
-      p.arrived = arrived.data();
+      p.handed = handed.data();
       p.router.logits = out.logits.data();
       p.router.correction_bias = c.method == RouterMethod::kNoauxTc ? bias.data() : nullptr;
       p.router.scoring = c.scoring;
@@ -283,9 +287,9 @@ TEST_F(CudaMoeTest, OneLaunchForFewTokensIsTheSeparateOnes) {
     };
     cuda::ChooseExpertsParams p = params(one);
     ASSERT_TRUE(cuda::CanChooseExperts(p));
-    for (int i = 0; i < 2; ++i) {  // it leaves `arrived` as it was
+    for (int i = 0; i < 2; ++i) {  // it leaves `handed` as it was
       ASSERT_EQ(cuda::ChooseExperts(p, nullptr), cudaSuccess);
-      EXPECT_EQ(arrived.Get()[0], 0);
+      EXPECT_EQ(handed.Get(), zeros);
     }
     p = params(apart);
     cuda::RmsNormParams norm;
@@ -345,7 +349,7 @@ TEST_F(CudaMoeTest, OneLaunchForFewTokensIsTheSeparateOnes) {
 
 TEST_F(CudaMoeTest, SumAndNorm) {
   STRAIT_TRACE_SEED();
-  for (const int32_t dim : {300, 2048, 301}) {
+  for (const int32_t dim : {300, 2048, 7168, 301, 302, 8196}) {
     const int64_t tokens = 5;
     const int32_t picks = 3;
     const int32_t shared = 2;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/model/cuda/layers.h"
 
+#include <algorithm>
+
 #include "kernels/cuda/norm.h"
 #include "kernels/cuda/quantize.h"
 #include "kernels/rope.h"
@@ -52,7 +54,16 @@ cuda::GemmParams ToFp32(cuda::GemmParams p, float* y, int64_t y_stride, bool acc
   return p;
 }
 
+constexpr int64_t kLaterBytes = 12 << 20;  // of a matrix: two leave half of Hopper's L2 alone
+
 int64_t GroupStride(const cuda::Matrix& m) { return int64_t{m.rows} * m.stride; }
+
+// The matrices of groups [first, first + count).
+cuda::ChooseExpertsParams::Later Later(const cuda::Matrix& m, int64_t first, int64_t count) {
+  const int64_t bytes = GroupStride(m) * (m.scales != nullptr ? 1 : 2);
+  return {static_cast<const std::byte*>(m.data) + first * bytes,
+          std::min(count * bytes, kLaterBytes)};
+}
 
 int64_t ScaleStride(const cuda::Matrix& m) {
   return static_cast<int64_t>(
@@ -198,13 +209,18 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   append.num_heads = heads;
   append.rank = rank;
   append.rope = rope;
-  STRAIT_CUDA_RETURN_IF_ERROR(cuda::LatentAppend(append, stream_));
 
   const RowRange all_rows = {0, tile.num_rows};
-  const absl::Span<const RowRange> absorbed =
-      tile.prompts == nullptr ? absl::MakeConstSpan(&all_rows, 1) : tile.prompts->absorbed_rows;
-  for (const RowRange& rows : absorbed) {
-    STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(IntoLatent(weights, rows), stream_));
+  absl::Span<const RowRange> absorbed = absl::MakeConstSpan(&all_rows, 1);
+  if (tile.prompts == nullptr) {
+    STRAIT_CUDA_RETURN_IF_ERROR(
+        cuda::LatentAppendBeside(append, IntoLatent(weights, all_rows), stream_));
+  } else {
+    absorbed = tile.prompts->absorbed_rows;
+    STRAIT_CUDA_RETURN_IF_ERROR(cuda::LatentAppend(append, stream_));
+    for (const RowRange& rows : absorbed) {
+      STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(IntoLatent(weights, rows), stream_));
+    }
   }
 
   cuda::MlaParams mla;
@@ -370,9 +386,11 @@ absl::Status CudaLayers::ChooseExperts(const DeviceLayer& weights,
   all.gate = weights.gate;
   if (weights.gate_has_rest) all.gate_rest = weights.gate_rest;
   all.logits = ws_.router_logits;
-  all.arrived = ws_.arrived;
+  all.handed = ws_.handed;
   all.router = router;
   all.lists = lists;
+  all.later[0] = Later(weights.experts.gate_proj, experts, lists.num_shared);
+  all.later[1] = Later(weights.experts.up_proj, experts, lists.num_shared);
   // Its sums are in another order than the products' that more tokens need.
   if (!ws_.fixed_order && cuda::CanChooseExperts(all)) {
     STRAIT_CUDA_RETURN_IF_ERROR(cuda::ChooseExperts(all, stream_));
@@ -440,11 +458,10 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, const DeviceLayer* next
       cuda::Gemm(ToBf16(gated, ws_.expert_activated, width_stride), stream_));
   STRAIT_RETURN_IF_ERROR(Quantize(quantized, ws_.expert_activated, width_stride, width,
                                   choices + int64_t{num_rows} * lists.num_shared));
-  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(
-      ToBf16(
-          grouped(Fp8Product(ws_, quantized, ws_.expert_activated, width_stride, e.down_proj, 0)),
-          ws_.expert_rows, size),
-      stream_));
+  cuda::GemmParams down =
+      grouped(Fp8Product(ws_, quantized, ws_.expert_activated, width_stride, e.down_proj, 0));
+  down.list_again = !quantized;
+  STRAIT_CUDA_RETURN_IF_ERROR(cuda::Gemm(ToBf16(down, ws_.expert_rows, size), stream_));
   cuda::ExpertSumParams sum;
   sum.expert_rows = ws_.expert_rows;
   sum.expert_stride = size;

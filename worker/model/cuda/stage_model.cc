@@ -5,6 +5,7 @@
 #include <cstring>
 #include <utility>
 
+#include "kernels/cuda/moe.h"
 #include "kernels/rope.h"
 #include "proto/check.h"
 #include "proto/log.h"
@@ -64,7 +65,11 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
                cuda::kMlaBlockRows * cuda::MlaRowBytes(pool_.format, rank, rope));
   // A row's padding is never read as a number, but zeros are kinder to debug.
   STRAIT_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(pool_.blocks, 0, bytes_.pool, stream_));
-  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(ws_.arrived, 0, sizeof(*ws_.arrived), stream_));
+  const size_t handed = size_t{cuda::kMaxChooseTokens} * config_.n_routed_experts;
+  if (handed > 0) {
+    STRAIT_CUDA_RETURN_IF_ERROR(
+        cudaMemsetAsync(ws_.handed, 0, handed * sizeof(*ws_.handed), stream_));
+  }
   if (pool_.format == cuda::MlaRowFormat::kBf16 &&
       cuda::MlaAutoPath(pool_.format, rank, rope) == cuda::MlaPath::kHopper) {
     STRAIT_CUDA_RETURN_IF_ERROR(
@@ -311,6 +316,8 @@ absl::Status CudaStageModel::Plan(const StageBatch& batch, uint32_t begin, Slot*
       one.first_token = static_cast<int32_t>(from - begin);
       one.num_tokens = static_cast<int32_t>(to - from);
       one.first_position = static_cast<int32_t>(sequence.first_position + (from - row));
+      // Steps before have ended: copies of this step's tables lie between.
+      one.settled_rows = static_cast<int32_t>(sequence.first_position);
       plan_sequences_.push_back(one);
     }
     row += sequence.num_tokens;

@@ -79,7 +79,7 @@ CudaWorkspace LayOutWorkspace(const ModelConfig& c, LayerRange layers, const Ste
   w.split_sums = region.Take<float>(limits.deterministic ? 0 : kCudaSplitFloats);
   if (limits.fp8_activations) LayOutCodes(c, t, region, &w);
   w.cos_sin = region.Take<float>(t * rope);
-  w.arrived = region.Take<int32_t>(1);
+  w.handed = region.Take<uint64_t>(uint64_t{cuda::kMaxChooseTokens} * c.n_routed_experts);
   w.tables = region.Take<std::byte>(limits.table_bytes);
   w.plan = region.Take<std::byte>(limits.plan_bytes);
   const auto partial_rows = static_cast<uint64_t>(limits.mla.max_partials) * cuda::kMlaTileRows;

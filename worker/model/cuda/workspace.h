@@ -70,7 +70,7 @@ struct CudaWorkspace {
   uint8_t* x_codes = nullptr;    // [most elements of padded rows]
   float* x_scales = nullptr;     // [most of their scales]
   float* cos_sin = nullptr;      // [T, D]
-  int32_t* arrived = nullptr;    // [1], 0 between kernels
+  uint64_t* handed = nullptr;    // [kMaxChooseTokens, E], 0 between kernels
   std::byte* tables = nullptr;   // [StepLimits::table_bytes]
   std::byte* plan = nullptr;     // [StepLimits::plan_bytes]
   float* partial_out = nullptr;  // [max_partials, 64, R]
