@@ -68,11 +68,10 @@ struct GemmParams {
   const RowTile* tiles = nullptr;      // [*num_tiles], each of at most tile_rows rows
   const int32_t* num_tiles = nullptr;  // on the device
   int32_t max_tiles = 0;               // what *num_tiles never exceeds
-  // ExpertTileRows(), or another of 8, 16, 32, 64, 128; with x_codes kCodeTileRows. Only
-  // ExpertTileRows() knows where kClusterTileRows may be; they are not for `portable`.
   // The launch right before this one is Gemm's by the same list: it is read while that one ends.
   bool list_again = false;
-  // ExpertTileRows(), or another of 8, 16, 32, 64, 128; with x_codes kCodeTileRows.
+  // ExpertTileRows(), or another of 8, 16, 32, 64, 128; with x_codes kCodeTileRows. Only
+  // ExpertTileRows() knows where kClusterTileRows may be; they are not for `portable`.
   int32_t tile_rows = 0;
 
   // Room for partial sums, for products of few rows and columns that must split K to fill the
