@@ -60,7 +60,6 @@ class OneLayer {
     std::vector<float> inv_freq(config_.qk_rope_head_dim / 2);
     RopeInverseFrequencies(RopeConfigOf(config_), inv_freq.data());
     inv_freq_.emplace(inv_freq);
-    EXPECT_EQ(cudaMemset(ws_.arrived, 0, sizeof(*ws_.arrived)), cudaSuccess);
     pool_.blocks = pool_memory_.data();
     pool_.block_bytes = kBlockBytes;
     EXPECT_EQ(cuda::MakeMlaPoolMap(pool_.blocks, kPoolBlocks, kBlockBytes, &pool_.map),
