@@ -70,6 +70,10 @@ struct GemmParams {
   int32_t max_tiles = 0;               // what *num_tiles never exceeds
   // The launch right before this one is Gemm's by the same list: it is read while that one ends.
   bool list_again = false;
+  // The list's first tiles, where the host knows them: `known`, then the groups and rows after it, as
+  // many rows each. Reading their weights begins before the list is there.
+  RowTile known = {};
+  int32_t num_known = 0;
   // ExpertTileRows(), or another of 8, 16, 32, 64, 128; with x_codes kCodeTileRows. Only
   // ExpertTileRows() knows where kClusterTileRows may be; they are not for `portable`.
   int32_t tile_rows = 0;

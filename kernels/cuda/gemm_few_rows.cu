@@ -104,17 +104,17 @@ struct Cursor {
   GemmItem item;
 
   __device__ __forceinline__ void Enter(const GemmParams& p, const Team& team, int tile_rows,
-                                        int at, bool from_l2 = false) {
+                                        int at, bool early = false) {
     const int units_each = (p.weight.rows + kRows - 1) / kRows;
     unit = at;
     n0 = at % units_each * kRows;
     k0 = team.warp() * kWidth;
     up = false;
-    item = ItemOf(p, tile_rows, at / units_each, from_l2);
+    item = ItemOf(p, tile_rows, at / units_each, early);
   }
   // To the next piece; false: the team's work is done.
   __device__ __forceinline__ bool Next(const GemmParams& p, const Team& team, int tile_rows,
-                                       int num_units, int num_teams, bool from_l2 = false) {
+                                       int num_units, int num_teams, bool early = false) {
     k0 += team.warps * kWidth;
     if (k0 < p.weight.cols) return true;
     if (kGated && !up) {
@@ -123,7 +123,7 @@ struct Cursor {
       return true;
     }
     if (unit + num_teams >= num_units) return false;
-    Enter(p, team, tile_rows, unit + num_teams, from_l2);
+    Enter(p, team, tile_rows, unit + num_teams, early);
     return true;
   }
   __device__ __forceinline__ const Matrix& matrix(const GemmParams& p) const {
@@ -145,21 +145,22 @@ class Feeder {
         num_teams_(num_teams),
         ring_(ring) {}
 
-  __device__ __forceinline__ void Start(int unit, bool from_l2) {
-    at_.Enter(p_, team_, tile_rows_, unit, from_l2);
+  __device__ __forceinline__ void Start(int unit, bool early) {
+    at_.Enter(p_, team_, tile_rows_, unit, early);
     Point();
     more_ = true;
 #pragma unroll
-    for (int i = 0; i < kPieces; ++i) Fill(i, from_l2);
+    for (int i = 0; i < kPieces; ++i) Fill(i, early);
   }
+  __device__ __forceinline__ void SetUnits(int num_units) { num_units_ = num_units; }
   // Asks for the next piece, if there is one; a group of copies in any case.
-  __device__ __forceinline__ void Fill(int slot, bool from_l2 = false) {
+  __device__ __forceinline__ void Fill(int slot, bool early = false) {
     if (more_) {
       CopyPiece<kFp8>(ring_ + slot * Piece<kFp8>::kBytes, rows_.w0, rows_.w1, at_.k0,
                       p_.weight.cols);
       const int unit = at_.unit;
       const bool up = at_.up;
-      more_ = at_.Next(p_, team_, tile_rows_, num_units_, num_teams_, from_l2);
+      more_ = at_.Next(p_, team_, tile_rows_, num_units_, num_teams_, early);
       if (more_ && (at_.unit != unit || at_.up != up)) Point();
     }
     CommitCopies();
@@ -173,7 +174,7 @@ class Feeder {
   const GemmParams& p_;
   const Team& team_;
   const int tile_rows_;
-  const int num_units_;
+  int num_units_;
   const int num_teams_;
   const uint32_t ring_;
   Cursor<kFp8, kGated> at_;
@@ -209,17 +210,25 @@ __device__ __forceinline__ void Block(const GemmParams& p, int block, int num_bl
   // the kernel before has ended. By a list the next kernel begins when this one's turn has come: it
   // may go by the same one, which is whole then.
   const bool by_list = p.tiles != nullptr;
-  const bool early = !by_list || p.list_again;
+  // A unit of a known tile, of which a ring does not hold all that a warp takes: what comes after the
+  // unit need not be known yet.
+  const int least_pieces = k_end / Piece<kFp8>::kWidth / team.warps * (kGated ? 2 : 1);
+  const bool known = by_list && first < p.num_known * units_each && least_pieces > kPieces;
+  const bool early = !by_list || p.list_again || known;
   if (!by_list) StartNext();
   if (!early) WaitForEarlier();
-  const int num_units =
-      units_each *
-      (by_list ? __ldcg(p.num_tiles) : p.num_groups * ((p.num_rows + kTileRows - 1) / kTileRows));
+  int num_units = units_each * p.num_known;
+  if (!by_list) num_units = units_each * p.num_groups * ((p.num_rows + kTileRows - 1) / kTileRows);
+  if (by_list && !known) num_units = units_each * __ldcg(p.num_tiles);
   Feeder<kFp8, kGated, kPieces> feeder(p, team, kTileRows, num_units, num_teams,
                                        SharedAddress(ring));
   if (first < num_units) feeder.Start(first, by_list && early);
   if (early) WaitForEarlier();
   if (by_list) StartNext();
+  if (known) {
+    num_units = units_each * __ldcg(p.num_tiles);
+    feeder.SetUnits(num_units);
+  }
   if (first >= num_units) return;
   Cursor<kFp8, kGated> at;
   at.Enter(p, team, kTileRows, first);

@@ -22,11 +22,14 @@ __device__ __forceinline__ int Clamp(int64_t value, int most) {
   return value < 0 ? 0 : value > most ? most : static_cast<int>(value);
 }
 
-// from_l2: this grid has not waited for those before it, and L1 may hold what the list was once.
+// early: this grid has not waited for those before it, and L1 may hold what the list was once.
 __device__ __forceinline__ GemmItem ItemOf(const GemmParams& p, int32_t tile_rows, int index,
-                                           bool from_l2 = false) {
+                                           bool early = false) {
   if (p.tiles != nullptr) {
-    if (from_l2) {
+    if (early) {
+      if (index < p.num_known) {
+        return {p.known.group + index, p.known.begin + index * p.known.count, p.known.count};
+      }
       const RowTile* const tile = p.tiles + index;
       return {__ldcg(&tile->group), __ldcg(&tile->begin), __ldcg(&tile->count)};
     }

@@ -74,14 +74,17 @@ __global__ void __launch_bounds__(kListThreads) ListExperts(const ExpertListsPar
     first_tile += TilesOf(counts[e], p.tile_rows);
   }
   AddUp(begin, first_tile, sums);
-  if (shared) {  // every token goes to each of these
+  const int32_t shared_tiles = TilesOf(p.num_tokens, p.tile_rows);  // of one such expert
+  if (shared) {  // every token goes to each of these; their rows lie last, their tiles first
     const int32_t before = expert - p.n_routed_experts;
     begin += before * p.num_tokens;
-    first_tile += before * TilesOf(p.num_tokens, p.tile_rows);
+    first_tile = before * shared_tiles;
+  } else {
+    first_tile += p.num_shared * shared_tiles;
   }
   const int32_t count = shared ? p.num_tokens : counts[expert];
   const int32_t num_tiles = TilesOf(count, p.tile_rows);
-  if (blockIdx.x + 1 == gridDim.x && threadIdx.x == 0) *p.num_tiles = first_tile + num_tiles;
+  if (expert + 1 == p.n_routed_experts && threadIdx.x == 0) *p.num_tiles = first_tile + num_tiles;
   for (int32_t i = threadIdx.x; i < num_tiles; i += kListThreads) {
     p.tiles[first_tile + i] = {expert, begin + i * p.tile_rows,
                                min(p.tile_rows, count - i * p.tile_rows)};

@@ -39,8 +39,8 @@ struct ExpertListsParams {
   // [num_tokens * (num_experts_per_tok + num_shared)] token of a grouped row, out: rows of routed
   // experts, then for each shared one all tokens in order.
   int32_t* token_of = nullptr;
-  int32_t* row_of = nullptr;     // [num_tokens, num_experts_per_tok] grouped row of a choice, out
-  RowTile* tiles = nullptr;      // [MaxExpertTiles()] out
+  int32_t* row_of = nullptr;  // [num_tokens, num_experts_per_tok] grouped row of a choice, out
+  RowTile* tiles = nullptr;   // [MaxExpertTiles()] shared experts', then the others' in order, out
   int32_t* num_tiles = nullptr;  // out
 };
 

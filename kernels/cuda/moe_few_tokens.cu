@@ -224,16 +224,14 @@ __device__ __forceinline__ void ListChoices(const ExpertListsParams& p, int32_t 
     p.token_of[less + before] = lane / p.num_experts_per_tok;
     p.row_of[lane] = less + before;
   }
-  if (first) p.tiles[__popc(lower & firsts)] = {id, less, __popc(same)};
-  const int32_t routed_tiles = __popc(firsts);
+  if (first) p.tiles[p.num_shared + __popc(lower & firsts)] = {id, less, __popc(same)};
   for (int32_t i = lane; i < p.num_shared * p.num_tokens; i += 32) {
     p.token_of[num_choices + i] = i % p.num_tokens;
   }
   for (int32_t s = lane; s < p.num_shared; s += 32) {
-    p.tiles[routed_tiles + s] = {p.n_routed_experts + s, num_choices + s * p.num_tokens,
-                                 p.num_tokens};
+    p.tiles[s] = {p.n_routed_experts + s, num_choices + s * p.num_tokens, p.num_tokens};
   }
-  if (lane == 0) *p.num_tiles = routed_tiles + p.num_shared;
+  if (lane == 0) *p.num_tiles = p.num_shared + __popc(firsts);
 }
 
 template <int kTokens>

@@ -194,7 +194,8 @@ class Bench {
 
     std::vector<MlaSequence> sequences;
     for (int32_t s = 0; s < size.batch; ++s) {
-      sequences.push_back({s, s * size.new_tokens, size.new_tokens, size.length - size.new_tokens});
+      const int32_t before = size.length - size.new_tokens;
+      sequences.push_back({s, s * size.new_tokens, size.new_tokens, before, -1, before});
     }
     const int32_t tokens = size.batch * size.new_tokens;
     const MlaPlanLimits limits = MaxMlaPlan(device_.multiprocessors, size.batch, tokens, size.heads,

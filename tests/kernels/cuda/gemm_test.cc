@@ -6,6 +6,8 @@
 // on the other rows.
 #include "kernels/cuda/gemm.h"
 
+#include <algorithm>
+
 #include "tests/kernels/cuda/device_matrix.h"
 #include "tests/kernels/cuda/expert_rows.h"
 #include "tests/kernels/cuda/gemm_reference.h"
@@ -250,6 +252,46 @@ TEST_F(CudaGemmTest, ExpertsByAList) {
       EXPECT_TRUE(
           kernel_test::SameBits(gpu_test::ToFloat(again.Get()), gpu_test::ToFloat(y.Get())));
     }
+  }
+}
+
+// Deep enough that a ring begins with known tiles before it has seen the list.
+TEST_F(CudaGemmTest, KnownTilesChangeNoBit) {
+  STRAIT_TRACE_SEED();
+  const int64_t n = 40;
+  const int32_t rows = 7;
+  for (const WeightType type : {WeightType::kBf16, WeightType::kFp8E4m3}) {
+    const int64_t k = type == WeightType::kBf16 ? 2048 : 4096;
+    const DeviceMatrices gate(rng_, type, n, k, 4);
+    const DeviceMatrices up(rng_, type, n, k, 4);
+    const Buffer<Bf16> x(gpu_test::ToBf16(RandomFloats(rng_, rows * k)));
+    const Buffer<cuda::RowTile> tiles(
+        std::vector<cuda::RowTile>{{2, 3, 2}, {3, 5, 2}, {0, 0, 1}, {1, 1, 2}, {1 << 30, 0, 8}});
+    const Buffer<int32_t> num_tiles(std::vector<int32_t>{4});
+    cuda::GemmParams p;
+    p.x = x.data();
+    p.x_stride = k;
+    p.weight = gate.matrix();
+    p.up = up.matrix();
+    p.num_groups = 4;
+    p.weight_group_stride = gate.group_stride();
+    p.scale_group_stride = gate.scale_group_stride();
+    p.tiles = tiles.data();
+    p.num_tiles = num_tiles.data();
+    p.max_tiles = 5;
+    p.tile_rows = 8;
+    p.y_stride = n;
+    const Buffer<Bf16> listed(rows * n);
+    p.y_bf16 = listed.data();
+    ASSERT_EQ(cuda::Gemm(p, nullptr), cudaSuccess);
+    const Buffer<Bf16> known(rows * n);
+    p.y_bf16 = known.data();
+    p.known = {2, 3, 2};
+    p.num_known = 2;
+    ASSERT_EQ(cuda::Gemm(p, nullptr), cudaSuccess);
+    const std::vector<float> expected = gpu_test::ToFloat(listed.Get());
+    EXPECT_FALSE(std::any_of(expected.begin(), expected.end(), [](float y) { return y != y; }));
+    EXPECT_TRUE(kernel_test::SameBits(gpu_test::ToFloat(known.Get()), expected));
   }
 }
 

@@ -183,7 +183,8 @@ TEST_F(CudaMoeTest, ListsHoldEveryChoiceOnceInOrder) {
     ASSERT_LE(num_tiles, max_tiles);
     const std::vector<cuda::RowTile> tiles = d_tiles.Get();
     size_t at = 0;
-    for (int32_t e = 0; e < experts + shared; ++e) {
+    for (int32_t i = 0; i < experts + shared; ++i) {
+      const int32_t e = i < shared ? experts + i : i - shared;  // shared experts' tiles come first
       for (int32_t row = begin[static_cast<size_t>(e)]; row < begin[static_cast<size_t>(e) + 1];
            row += tile) {
         ASSERT_LT(at, static_cast<size_t>(num_tiles));

@@ -454,6 +454,10 @@ absl::Status CudaLayers::Moe(const DeviceLayer& weights, const DeviceLayer* next
       grouped(Fp8Product(ws_, quantized, ws_.normed, hidden_stride_, e.gate_proj, 0));
   gated.up = e.up_proj;
   gated.x_rows = ws_.token_of;
+  if (num_rows <= lists.tile_rows) {  // a shared expert is one tile
+    gated.known = {experts, static_cast<int32_t>(choices), num_rows};
+    gated.num_known = lists.num_shared;
+  }
   STRAIT_CUDA_RETURN_IF_ERROR(
       cuda::Gemm(ToBf16(gated, ws_.expert_activated, width_stride), stream_));
   STRAIT_RETURN_IF_ERROR(Quantize(quantized, ws_.expert_activated, width_stride, width,
