@@ -70,12 +70,6 @@ struct ChooseExpertsParams {
   uint64_t* handed = nullptr;  // [num_tokens, n_routed_experts] 0 before and after
   RouterParams router;
   ExpertListsParams lists;
-  // What is read after it whatever it chooses: memory that it lets come into L2 meanwhile.
-  struct Later {
-    const void* from = nullptr;  // 16-byte aligned
-    int64_t bytes = 0;           // a multiple of 16
-  };
-  Later later[2];
 };
 
 // Whether it is made for this many tokens of this shape.

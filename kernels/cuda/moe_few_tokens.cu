@@ -5,7 +5,6 @@
 //
 // Limit: latency: the launches that it replaces cost more than their work. The router's matrix is read
 // once (V2-Lite 0.26 MB, V3 3.7 MB), before the kernel before has ended, as are the norm's weights.
-// Memory has nothing to do meanwhile: the shared experts' first weights come into L2.
 // What is left, from the turn of the kernel to its end, one token:
 //   x from L2, all of a thread's loads at once       1 trip
 //   sum of squares, then the logit, over the block   2 barriers
@@ -258,21 +257,6 @@ __device__ __forceinline__ void ChooseFromLogits(const ChooseExpertsParams& p, f
   ListChoices(p.lists, valid ? ids[lane % picks] : router.n_routed_experts);
 }
 
-constexpr int64_t kLaterBytes = 4096;  // asked for at once
-
-// All threads of the blocks that make logits.
-__device__ __forceinline__ void AskForLater(const ChooseExpertsParams& p) {
-  const int64_t threads = int64_t{blockDim.x} * (gridDim.x - 1);
-  for (const ChooseExpertsParams::Later& later : p.later) {
-    // Neighbouring pieces by different blocks.
-    int64_t at = (int64_t{threadIdx.x} * (gridDim.x - 1) + blockIdx.x) * kLaterBytes;
-    for (; at < later.bytes; at += threads * kLaterBytes) {
-      PrefetchToL2(static_cast<const char*>(later.from) + at,
-                   static_cast<uint32_t>(min(kLaterBytes, later.bytes - at)));
-    }
-  }
-}
-
 // Grid: an expert each, then the block that chooses.
 template <int kTokens>
 __global__ void __launch_bounds__(kMaxThreads)
@@ -280,7 +264,6 @@ __global__ void __launch_bounds__(kMaxThreads)
   auto* const scratch = DynamicShared<float>();
   StartNext();
   if (blockIdx.x + 1 < gridDim.x) {
-    AskForLater(p);
     MakeLogits<kTokens>(p, static_cast<int>(blockIdx.x));
   } else {
     ChooseFromLogits<kTokens>(p, scratch);

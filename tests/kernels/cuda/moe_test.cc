@@ -225,7 +225,6 @@ TEST_F(CudaMoeTest, OneLaunchForFewTokensIsTheSeparateOnes) {
     const Buffer<float> bias(RandomFloats(rng_, c.experts, 0.1f));
     const gpu_test::DeviceMatrices gate(rng_, WeightType::kBf16, c.experts, s.dim);
     const gpu_test::DeviceMatrices rest(rng_, WeightType::kBf16, c.experts, s.dim);
-    const Buffer<Bf16> later(100'000);  // several pieces, the last one short
     struct Out {
       Out(const Shape& s, int64_t choices, int64_t stride)
           : normed(s.tokens * stride),
@@ -258,7 +257,6 @@ TEST_F(CudaMoeTest, OneLaunchForFewTokensIsTheSeparateOnes) {
       p.normed_stride = stride;
       p.gate = gate.matrix();
       if (s.rest) p.gate_rest = rest.matrix();
-      p.later[1] = {later.data(), 200'000};
       p.logits = out.logits.data();
       p.handed = handed.data();
       p.router.logits = out.logits.data();

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/model/cuda/layers.h"
 
-#include <algorithm>
-
 #include "kernels/cuda/norm.h"
 #include "kernels/cuda/quantize.h"
 #include "kernels/rope.h"
@@ -54,16 +52,7 @@ cuda::GemmParams ToFp32(cuda::GemmParams p, float* y, int64_t y_stride, bool acc
   return p;
 }
 
-constexpr int64_t kLaterBytes = 12 << 20;  // of a matrix: two leave half of Hopper's L2 alone
-
 int64_t GroupStride(const cuda::Matrix& m) { return int64_t{m.rows} * m.stride; }
-
-// The matrices of groups [first, first + count).
-cuda::ChooseExpertsParams::Later Later(const cuda::Matrix& m, int64_t first, int64_t count) {
-  const int64_t bytes = GroupStride(m) * (m.scales != nullptr ? 1 : 2);
-  return {static_cast<const std::byte*>(m.data) + first * bytes,
-          std::min(count * bytes, kLaterBytes)};
-}
 
 int64_t ScaleStride(const cuda::Matrix& m) {
   return static_cast<int64_t>(
@@ -389,8 +378,6 @@ absl::Status CudaLayers::ChooseExperts(const DeviceLayer& weights,
   all.handed = ws_.handed;
   all.router = router;
   all.lists = lists;
-  all.later[0] = Later(weights.experts.gate_proj, experts, lists.num_shared);
-  all.later[1] = Later(weights.experts.up_proj, experts, lists.num_shared);
   // Its sums are in another order than the products' that more tokens need.
   if (!ws_.fixed_order && cuda::CanChooseExperts(all)) {
     STRAIT_CUDA_RETURN_IF_ERROR(cuda::ChooseExperts(all, stream_));
