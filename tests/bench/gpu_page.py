@@ -182,7 +182,7 @@ def page(data, attention, serve):
     for r in filter(plain, by("prefill")):
         out += ["", f"Prefill of {r['tokens']} tokens, {name(r)}, {r['layers']} layers: {r['us'] / 1000:.0f} ms, "
                 f"{1e6 * r['tokens'] / r['us']:.0f} tokens/s" + (
-                    f"; {r['tflops']:.0f} TFLOP/s as done (every token attends in the absorbed form), "
+                    f"; {r['tflops']:.0f} TFLOP/s as done (tokens attend in the {'expanded' if r.get('expanded') else 'absorbed'} form), "
                     f"{100 * r['matrix_share']:.0f} % of what the tensor cores do with operands in shared memory, in the same run." if "tflops" in r else ".")]
     out += serving(serve, decode)
     out += projection([r for r in decode if name(r) == "v3"])

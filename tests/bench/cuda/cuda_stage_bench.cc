@@ -28,6 +28,7 @@
 #include "proto/reservation.h"
 #include "tests/bench/cuda/limits.h"
 #include "worker/model/cuda/cuda_backend.h"
+#include "worker/model/cuda/prompt_plan.h"
 #include "worker/model/cuda/stage_layout.h"
 
 namespace strait::bench {
@@ -83,9 +84,11 @@ double TouchedBytes(const ModelConfig& c, LayerRange layers, double batch) {
   return bytes;
 }
 
-// Multiplications and additions of one prompt of `tokens` through the layers, as they are done: every
-// token attends in the absorbed form.
-double PrefillFlops(const ModelConfig& c, LayerRange layers, double tokens) {
+// Multiplications and additions of one prompt of `tokens` through the layers, as they are done: tiles
+// attend in the expanded form, which makes keys of the whole prefix anew, where `limits` has room for
+// them, else every token in the absorbed form. Half of the pairs are not seen and are not counted.
+double PrefillFlops(const ModelConfig& c, LayerRange layers, const StepLimits& limits,
+                    uint32_t tokens) {
   const double hidden = c.hidden_size;
   const double heads = c.num_attention_heads;
   const double q = heads * c.qk_head_dim();
@@ -95,14 +98,22 @@ double PrefillFlops(const ModelConfig& c, LayerRange layers, double tokens) {
   for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
     weights += c.q_lora_rank > 0 ? c.q_lora_rank * (hidden + q) : hidden * q;
     weights += hidden * row + heads * c.v_head_dim * hidden;
-    weights += heads * rank * (c.qk_nope_head_dim + c.v_head_dim);
     weights += c.IsMoeLayer(layer)
                    ? hidden * c.n_routed_experts + 3 * hidden * c.moe_intermediate_size *
                                                        (c.num_experts_per_tok + c.n_shared_experts)
                    : 3 * hidden * c.intermediate_size;
   }
-  const double seen = tokens * (tokens + 1) / 2;
-  return 2 * weights * tokens + 2 * seen * heads * (row + rank) * layers.size();
+  double attention = 0;  // of a layer
+  for (uint32_t begin = 0; begin < tokens; begin += limits.tile_rows) {
+    const uint32_t end = std::min(tokens, begin + limits.tile_rows);
+    const bool expanded =
+        limits.expanded_keys > 0 && end - begin >= static_cast<uint32_t>(kMinExpandedTokens);
+    const double seen = (1.0 + begin + end) / 2 * (end - begin);
+    attention += seen * heads * (expanded ? c.qk_head_dim() + c.v_head_dim : row + rank);
+    attention +=
+        heads * rank * (c.qk_nope_head_dim + c.v_head_dim) * (expanded ? end : end - begin);
+  }
+  return 2 * weights * tokens + 2 * attention * layers.size();
 }
 
 // Sequences of `rows` new tokens each behind `context` cached ones, with blocks of their own.
@@ -238,13 +249,8 @@ int Main(Options o) {
   StageSpec spec;
   spec.layers = o.layers;
   spec.pool_blocks = static_cast<uint32_t>(most * o.layers.size());
-  const CudaStageBytes stated = LayOutStage(config, spec,
-                                            {.num_multiprocessors = device.num_multiprocessors,
-                                             .deterministic = o.deterministic,
-                                             .row_format = o.rows,
-                                             .fp8_activations = o.fp8_activations},
-                                            nullptr)
-                                    .bytes;
+  const CudaStageLayout layout = LayOutStage(config, spec, backend->traits(), nullptr);
+  const CudaStageBytes& stated = layout.bytes;
   const uint64_t free_before = FreeBytes();
   const auto begin = std::chrono::steady_clock::now();
   auto model = Must(backend->Load(spec, {}));
@@ -287,15 +293,15 @@ int Main(Options o) {
   if (o.prefill > 0) {
     const Batch batch(1, 0, o.prefill, o.layers, last);
     const double us = StepUs(*model, batch.get(), config, 3, 1);
-    const double flops_s = PrefillFlops(config, o.layers, o.prefill) / us * 1e6;
+    const double flops_s = PrefillFlops(config, o.layers, layout.limits, o.prefill) / us * 1e6;
     const double matrix_share = flops_s / matrix_rate;
     std::printf("prefill %u tokens: %.1f us, %.0f tokens/s, %.0f TFLOP/s, %.1f %% of products\n",
                 o.prefill, us, o.prefill / us * 1e6, flops_s / 1e12, 100 * matrix_share);
     std::printf(
         "JSON {\"bench\":\"prefill\",\"config\":\"%s\",\"layers\":%u,\"tokens\":%u,"
-        "%s,\"us\":%.1f,\"tflops\":%.1f,\"matrix_share\":%.4f}\n",
+        "%s,\"us\":%.1f,\"tflops\":%.1f,\"matrix_share\":%.4f,\"expanded\":%s}\n",
         o.config.c_str(), o.layers.size(), o.prefill, mode.c_str(), us, flops_s / 1e12,
-        matrix_share);
+        matrix_share, layout.limits.expanded_keys > 0 ? "true" : "false");
   }
   const uint64_t taken = free_before - std::min(free_before, FreeBytes());
   std::printf("GPU memory taken %.2f GiB of %.2f stated\n", static_cast<double>(taken) / kGiB,

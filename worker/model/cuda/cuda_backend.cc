@@ -132,7 +132,7 @@ std::string CudaBackend::numerics_id() const {
                       shared_->traits.deterministic ? "/deterministic" : "");
 }
 
-int CudaBackend::num_multiprocessors() const { return shared_->device.num_multiprocessors; }
+const CudaTraits& CudaBackend::traits() const { return shared_->traits; }
 StageCosts CudaBackend::stage_costs() const { return CudaStageCosts(config(), shared_->traits); }
 
 }  // namespace strait

@@ -31,6 +31,7 @@
 #include "proto/workspace.h"
 #include "worker/backend.h"
 #include "worker/checkpoint/weights.h"
+#include "worker/model/cuda/workspace.h"
 
 namespace strait {
 
@@ -69,7 +70,7 @@ class CudaBackend final : public Backend {
   const ModelConfig& config() const;
   // How the memory of its stages is counted; for the coordinator.
   StageCosts stage_costs() const;
-  int num_multiprocessors() const;
+  const CudaTraits& traits() const;
 
   struct Shared;  // what stages keep alive
 

@@ -133,13 +133,7 @@ TEST_F(CudaBackendTest, AStageTakesWhatItSaysAndAStepNothing) {
     StageSpec spec;
     spec.layers = {0, config.num_hidden_layers};
     spec.pool_blocks = 100'000;
-    const CudaStageBytes stated =
-        LayOutStage(config, spec,
-                    {.num_multiprocessors = backend->num_multiprocessors(),
-                     .deterministic = deterministic,
-                     .row_format = rows},
-                    nullptr)
-            .bytes;
+    const CudaStageBytes stated = LayOutStage(config, spec, backend->traits(), nullptr).bytes;
     ASSERT_GT(stated.total(), uint64_t{256} << 20);
     {  // what CUDA itself takes at first
       const auto model = backend->Load(spec, {});
