@@ -16,8 +16,8 @@ usage: tests/gpu.sh [options]
   --pack FOLDER      only builds, and puts the programs with the libraries they need there: for a GPU machine that
                      cannot build. There: tests/gpu.sh --programs FOLDER
   --programs FOLDER  builds nothing, uses the programs of --pack
-  --only PART        one of unit, exactness, same-tokens, disconnects, nccl, bench, sanitizer; may be repeated
-                     (default: all but sanitizer)
+  --only PART        one of unit, exactness, same-tokens, disconnects, nccl (ranks that share a GPU; with more GPUs
+                     also a rank on each), bench, sanitizer; may be repeated (default: all but sanitizer)
   --cases LIST       of the benchmarks, e.g. "gemm v3" (default: gemm mla v2-lite v3 price rows serve)
   --jobs N           end-to-end tests at once, where pytest-xdist is there (default: 4)
 End-to-end parts need pytest and httpx (tests/run.sh installs them), nccl also nvidia-cuda-mps-control. gpu.json is written by
@@ -102,17 +102,17 @@ if wanted sanitizer; then
   command -v compute-sanitizer >/dev/null || strait_fail "no compute-sanitizer: it is part of the CUDA Toolkit"
   sanitize() {  # tool, test
     local filter=()
-    case $2 in cuda_gemm_*) filter=('--gtest_filter=*AMatrixAHead:*ExpertsByAList') ;; esac
+    case $2 in cuda_gemm_*) filter=('--gtest_filter=*AMatrixAHead:*ExpertsByAList:*ClustersOfSeveralGroups') ;; esac
     compute-sanitizer --tool "$1" --error-exitcode 9 "$programs/tests/$2" ${filter[@]+"${filter[@]}"} \
       >"$out/$1-$2.log" 2>&1
     echo $? >"$out/$1-$2.rc"
   }
   checks=()
   for name in cuda_latent_test cuda_moe_test cuda_gemm_test cuda_gemm_hopper_test cuda_gemm_w8a8_test \
-    cuda_quantize_test cuda_sample_test; do
+    cuda_quantize_test cuda_sample_test cuda_mha_prefill_test; do
     checks+=("memcheck $name")
     # What mbarriers order, racecheck does not see.
-    case $name in cuda_gemm_hopper_test | cuda_gemm_w8a8_test) continue ;; esac
+    case $name in cuda_gemm_hopper_test | cuda_gemm_w8a8_test | cuda_mha_prefill_test) continue ;; esac
     checks+=("racecheck $name")
   done
   for check in "${checks[@]}"; do sanitize $check & done

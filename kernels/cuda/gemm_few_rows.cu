@@ -5,8 +5,8 @@
 // A unit of work is 16 outputs of up to 8 * kTokenTiles rows. A team of warps takes pieces of K,
 // 128 wide, or 256 of fp8, in turn, and their sums are added in order at the end; all eight warps
 // of a block are a team, or two, four or eight teams work on as many units, so that with 11
-// pieces (K = 1,408) not five warps of eight sit out every second turn. As many blocks as run at
-// once take all units. Each warp has a ring of pieces in shared memory, which it fills by
+// pieces (K = 1,408) not five warps of eight sit out every second turn. At most as many blocks as
+// run at once take all units; fewer where each team then still has one (NumBlocks). Each warp has a ring of pieces in shared memory, which it fills by
 // asynchronous copies, of the next units too, while it multiplies the oldest: 96 KiB and more of
 // a multiprocessor are on their way, whatever the sums wait for. Weights are the tensor core's A
 // operand: a lane copies and reads 16 contiguous bytes of two rows of W, and reads as many of one

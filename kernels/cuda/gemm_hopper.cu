@@ -3,9 +3,9 @@
 // Products of a weight with many rows on Hopper: tiles of 128 (or 64) rows by 256 (or 128) columns,
 // two warpgroups that multiply and one that feeds them through a ring of stages of 64 k.
 //
-// Roofline: a tile of 128 x 256 asks for 87 flops a byte that comes from L2: at 5.5 TB/s of L2 about
-//   480 TFLOP/s if nothing were shared; neighbouring blocks read the same lines at about the same
-//   time. The tensor core needs 1,024 cycles a step (790 TFLOP/s at the clock it holds), and its
+// Roofline: a tile of 128 x 256 asks for 85 flops a byte that comes from L2: at the 4.6 TB/s that it
+//   gives about 390 TFLOP/s, and somewhat more as neighbouring blocks read the same lines at about
+//   the same time. The tensor core needs 1,024 cycles a step (790 TFLOP/s at the clock it holds), and its
 //   operands 48 KiB in shared memory, written once and read once by each warpgroup: 60 % of what
 //   shared memory gives. With few rows: bound by reading the weights; a block has kLag stages of
 //   them on their way, 64 to 128 KiB.

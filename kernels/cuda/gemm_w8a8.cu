@@ -10,7 +10,7 @@
 //
 // Roofline: the tensor core needs 512 cycles a stage (1,979 TFLOP/s at its full clock). Shared memory
 //   gives 24 KiB to each warpgroup and takes 32 KiB meanwhile: 640 cycles at 128 bytes a cycle. A tile
-//   asks for 128 flops a byte from L2: about 700 TFLOP/s at 5.5 TB/s, which is the limit to hit; a
+//   asks for 128 flops a byte from L2: about 590 TFLOP/s at 4.6 TB/s, which is the limit to hit; a
 //   larger tile would need more registers for two sums an output than there are. With few rows: bound
 //   by reading weights, kLag stages of 16 KiB a block on their way; the tensor core's time for 128
 //   rows is still less than that.

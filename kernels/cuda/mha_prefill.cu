@@ -7,6 +7,7 @@
 //   from L2: 128 flops a byte, so 4.7 TB/s at 600 TFLOP/s. A tile costs 2,560 cycles of products and
 //   1,024 of exponentials, which hide behind the other warpgroup's products; shared memory moves
 //   288 KiB for it (two reads of keys and values, q, the copy itself), 2,300 cycles.
+// Measured shares: tests/reports/gpu.md, written by tests/gpu.sh.
 //
 // Two consumer warpgroups hold 64 tokens each: scores, weights and sums stay in registers, the
 // weights are the second product's left operand as they are. A group asks for the scores of the next

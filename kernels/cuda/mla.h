@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Multi-head latent attention on NVIDIA GPUs, absorbed form, over paged latent blocks; one kernel
-// for decoding (1 to 4 tokens a sequence) and for prefill (a chunk against its cached prefix):
+// for decoding (1 to 4 tokens a sequence) and for prefill (a chunk against its cached prefix; long
+// prompts on Hopper: mha_prefill.h):
 //   o_latent[t, h, :] = softmax(scale * (q_latent . latent + q_rope . rope_key)) latent
 // A token at position p sees the rows at positions <= p of its sequence.
 //

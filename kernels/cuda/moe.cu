@@ -2,7 +2,7 @@
 //
 // Router: one warp a token (moe_route.cuh). Lists: one block an expert; each counts all choices, finds
 // where its own begin, and writes them in order of choice; then the shared experts, which every token
-// goes to. Sum: one block a token, and the norm of what comes out, if wanted.
+// goes to: their rows last, their tiles first. Sum: one block a token, and the norm of what comes out, if wanted.
 #include <cub/block/block_scan.cuh>
 
 #include "kernels/cuda/common.cuh"

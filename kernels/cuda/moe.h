@@ -8,8 +8,8 @@
 // Errors:  CUDA's launch errors; cudaErrorInvalidValue beyond kMaxRouterExperts.
 // Limits:  kMaxRouterExperts.
 // Why:     nothing goes back to the host: grids are sized by what a step can need at most, blocks
-//          beyond the lists' ends return at once. Lists are in a fixed order (ascending expert, then
-//          token), made without atomics that decide an order.
+//          beyond the lists' ends return at once. Rows lie by ascending expert, then token; tiles
+//          too, but the shared experts' come first. No atomics decide an order.
 //
 // Intensity: the router works on n_routed_experts numbers a token: bound by the launch. The sum
 // reads num_experts_per_tok rows a token: bound by memory.
@@ -54,7 +54,7 @@ constexpr int64_t MaxExpertTiles(int64_t num_tokens, int64_t num_experts_per_tok
 
 cudaError_t ExpertLists(const ExpertListsParams& params, cudaStream_t stream);
 
-inline constexpr int32_t kMaxChooseTokens = 4;
+inline constexpr int32_t kMaxChooseTokens = 4;  // of ChooseExperts
 
 // All of it for a few tokens in one launch, from the residual to the lists: a norm, the router's
 // product, Router and ExpertLists. Logits are sums in another order than the products'.

@@ -182,7 +182,7 @@ def page(data, attention, serve):
     for r in filter(plain, by("prefill")):
         out += ["", f"Prefill of {r['tokens']} tokens, {name(r)}, {r['layers']} layers: {r['us'] / 1000:.0f} ms, "
                 f"{1e6 * r['tokens'] / r['us']:.0f} tokens/s" + (
-                    f"; {r['tflops']:.0f} TFLOP/s as done (tokens attend in the {'expanded' if r.get('expanded') else 'absorbed'} form), "
+                    f"; {r['tflops']:.0f} TFLOP/s as done, attention in the {'expanded' if r.get('expanded') else 'absorbed'} form, "
                     f"{100 * r['matrix_share']:.0f} % of what the tensor cores do with operands in shared memory, in the same run." if "tflops" in r else ".")]
     out += serving(serve, decode)
     out += projection([r for r in decode if name(r) == "v3"])
@@ -193,12 +193,20 @@ def page(data, attention, serve):
     out += hops(by("nccl_hop"))
     out += ranks(by("ranks"), by("quarter"))
     out += gpu_ranks(by("gpu_ranks"))
+    expanded = [r for r in attention if r.get("form") == "expanded"]
+    attention = [r for r in attention if "form" not in r]
     out += ["", "## Multi-head latent attention", "",
-            "TFLOP/s: 2 · heads · rows · (576 + 512) a new token. GB/s: cache, queries and outputs once.", ""]
+            "In the absorbed form. TFLOP/s: 2 · heads · rows · (576 + 512) a new token. GB/s: cache, queries and outputs once.", ""]
     out += table(["heads", "batch × length", "µs", "TFLOP/s", "GB/s", "share of read rate"],
-                 [[r["heads"], f"{r['batch']} × {r['length']:,}" + (" prefill" if r["new_tokens"] > 1 else ""), f"{r['us']:.1f}",
+                 [[r["heads"], f"{r['batch']} × {r['length']:,}" + (f", {r['new_tokens']:,} new" if r["new_tokens"] > 1 else ""), f"{r['us']:.1f}",
                    f"{r['tflops']:.0f}", f"{r['gb_per_s']:.0f}", f"{100 * r['gb_per_s'] / r['read_gb_per_s']:.0f} %"]
                   for r in attention])
+    if expanded:
+        out += ["", "Prompts in the expanded form, alone and with the keys and values made from the cache. TFLOP/s: 2 · heads · pairs · "
+                "(192 + 128), and 2 · 512 · 256 a head and key.", ""] + table(
+                    ["heads", "length", "µs", "TFLOP/s", "with keys, µs", "TFLOP/s"],
+                    [[r["heads"], f"{r['length']:,}, {r['new_tokens']:,} new", f"{r['us']:.1f}", f"{r['tflops']:.0f}",
+                      f"{r['with_keys_us']:.1f}", f"{r['with_keys_tflops']:.0f}"] for r in expanded])
     out += ["", "## Products", ""]
     out += table(["product", "rows × n × k", "weights", "µs", "GB/s", "share of read rate", "TFLOP/s", "share of matrix rate"],
                  [[r["name"], f"{r['rows']} × {r['n']} × {r['k']}", "fp8" if r["fp8"] else "bf16", f"{r['us']:.1f}",

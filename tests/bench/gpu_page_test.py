@@ -23,15 +23,19 @@ SERVE = {"model": "v2-lite", "prompt_tokens": 1024, "output_tokens": 128, "runs"
      "ttft_ms": {"p50": 321.0, "p99": 400.0}, "tpot_ms": {"p50": 7.25, "p99": 9.5}}]}
 
 
+EXPANDED = {"form": "expanded", "heads": 16, "length": 8192, "new_tokens": 2048, "us": 204.3, "tflops": 735.9, "with_keys_us": 329.5,
+            "with_keys_tflops": 560.6}
+
+
 def page(*results, serve=None):
-    return gpu_page.page({"gpu": "GPU", "results": [LIMITS, GEMM, *results]}, [MLA], serve)
+    return gpu_page.page({"gpu": "GPU", "results": [LIMITS, GEMM, *results]}, [MLA, EXPANDED], serve)
 
 
 class PageTest(unittest.TestCase):
     def test_steps(self):
         text = page(DECODE, PREFILL)
         self.assertIn("| v3, 2 layers | 16 | 32768 | 4.00 | 3.00 | 75 % | 4000 |", text)
-        self.assertIn("Prefill of 4096 tokens, v3, 2 layers: 90 ms, 45511 tokens/s; 400 TFLOP/s as done ", text)
+        self.assertIn("Prefill of 4096 tokens, v3, 2 layers: 90 ms, 45511 tokens/s; 400 TFLOP/s as done, attention in the absorbed form", text)
         for section in ("Serving", "What --deterministic costs", "fp8 cache rows", "A stage's memory", "A hop over NCCL"):
             self.assertNotIn("## " + section, text)
 
@@ -46,6 +50,11 @@ class PageTest(unittest.TestCase):
         self.assertNotIn("0.75", price.split("## What --deterministic costs")[1])
         self.assertIn("| v3, 2 layers | decode 16 × 32,768 | 4.00 | 3.00 | 0.75 |", rows)
         self.assertIn("| v3, 2 layers | prefill of 4,096 | 90.00 | 99.00 | 1.10 |", rows)
+
+    def test_attention_in_both_forms(self):
+        text = page(DECODE)
+        self.assertIn("| 128 | 1 × 4,096 | 18.0 | 63 |", text)
+        self.assertIn("| 16 | 8,192, 2,048 new | 204.3 | 736 | 329.5 | 561 |", text)
 
     def test_rows_of_before_there_was_a_choice(self):
         old = {k: v for k, v in DECODE.items() if k != "rows"}

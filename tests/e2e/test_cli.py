@@ -344,7 +344,7 @@ def test_up_deals_workers_over_the_gpus_named(tmp_path, gpus, workers, dealt, sh
     for name in ("strait", "strait-coordinator"):
         shutil.copy(BIN / name, tmp_path)
     stand_in = tmp_path / "strait-worker"
-    stand_in.write_text(f"#!/bin/bash\nprintf '%s ' \"$@\" \"${{NCCL_HOSTID-}}\" >{tmp_path}/called.$$\nexit 3\n")
+    stand_in.write_text(f"#!/bin/bash\nprintf '%s ' \"$@\" \"${{NCCL_HOSTID-}}\" >{tmp_path}/half.$$\nmv {tmp_path}/half.$$ {tmp_path}/called.$$\nexit 3\n")
     stand_in.chmod(0o755)
     args = ["--gpu", gpus] if gpus else []
     reply = subprocess.run([tmp_path / "strait", "up", "--model", TINY, "--random-weights", "1", "--workers", str(workers), "--backend", "cuda",

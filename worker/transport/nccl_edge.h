@@ -5,7 +5,7 @@
 //
 // Owns:    its thread, communicator, stream, events, arena.
 // Borrows: the context; it outlives the edge.
-// Thread:  Send, Due, Memory, Drop: loop thread. Watch: watchdog. All of NCCL and the device: its
+// Thread:  Send, Due, Consumed, Memory, Drop: loop thread. Watch: watchdog. All of NCCL and the device: its
 //          own thread, which never holds mu_ meanwhile.
 // Errors:  told once by on_edge_down, and never after Drop. Send: Aborted (epoch),
 //          ResourceExhausted, Unavailable (it broke).

@@ -21,8 +21,8 @@
 namespace strait {
 namespace {
 
-// Blocks of an edge's kernels at most: a receive that was posted ahead holds them while it waits,
-// and the layers run on what is left.
+// Blocks of an edge's kernels at most: a send holds them beside the layers, a receive that waits beside
+// other stages of the GPU.
 constexpr int kMaxBlocks = 4;
 
 // ncclConfig_t as of 2.18; later versions take missing members for unset, by `size` and `version`.

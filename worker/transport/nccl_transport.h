@@ -12,7 +12,7 @@
 //          one that still has not after abort_timeout cannot be got rid of inside this process:
 //          on_poisoned.
 // Limits:  NcclTransportOptions; kArenaSteps of the largest step in device memory at either end of
-//          an edge, kOpsPosted at once on its stream; kDataQueueBytes wait to be sent.
+//          an edge, kOpsPosted sends at once on its stream, one receive; kDataQueueBytes wait to be sent.
 // Why:     no word goes with a step: both ends know its rows from the same StepPlan, and steps
 //          follow each other in plan order. Ends that disagreed would hang till the deadline or
 //          hand on wrong rows; but that takes two different plans, which the coordinator sees in
@@ -36,7 +36,8 @@
 
 namespace strait {
 
-// kMaxStepsBegun that the stage computes with, and one on its way.
+// Of the sending end: kMaxStepsBegun that the stage has begun, and one on its way. The receiving end
+// has one receive posted, and takes fewer.
 inline constexpr size_t kArenaSteps = kMaxStepsBegun + 1;
 inline constexpr size_t kOpsPosted = 4;
 // What an end of an edge takes of the device besides its arena, at most: the communicator's buffers,
@@ -89,9 +90,9 @@ class NcclTransport final : public Transport {
   HiddenBuffer Memory(uint64_t from_stage_id, size_t bytes) override;
   // Makes an id, tells it by on_id, and waits for the sender.
   void Expect(const Edge& edge) override;
-  // Posts the receive, as soon as there is room for it and step `after` was consumed: a receive
-  // that waits on the device for what this stage has yet to compute could keep it from computing,
-  // as loading a kernel may wait for all that runs.
+  // Posts the receive when the step told before it was consumed and there is room: one that waits
+  // holds multiprocessors, and could keep this stage from computing what it waits for, as loading a
+  // kernel may wait for all that runs.
   void Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens) override;
   void Forget(uint64_t to_stage_id) override;
   void Consumed(uint64_t to_stage_id, StepId step) override;

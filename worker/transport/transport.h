@@ -64,7 +64,7 @@ class Transport {
   // The stage is gone: its senders are ended, nothing is expected for it any more.
   virtual void Forget(uint64_t to_stage_id) = 0;
   // All hidden states of `to_stage_id` up to `step` were computed: their memory counts no more
-  // against the receiving side's bound.
+  // against the receiving side's bound. Over NCCL the next step's receive is posted then.
   virtual void Consumed(uint64_t to_stage_id, StepId step) = 0;
 };
 

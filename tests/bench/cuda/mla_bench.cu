@@ -269,7 +269,7 @@ class Bench {
                    device_.read_gb_per_s, device_.name);
     }
     if (long_run && options_.format == MlaRowFormat::kBf16 && HasMhaPrefill()) {
-      RunExpanded(size, name, pool, block_bytes, device_segments, q, out);
+      RunExpanded(size, name, pool, block_bytes, device_segments, q, out, json);
     }
     for (void* memory : {static_cast<void*>(pool), static_cast<void*>(tables),
                          static_cast<void*>(device_segments), static_cast<void*>(device_plan),
@@ -283,7 +283,7 @@ class Bench {
   // The same prompt, one sequence, in the expanded form; out has room for it.
   void RunExpanded(const Size& size, const std::string& name, const std::byte* pool,
                    int64_t block_bytes, const MlaSegment* segments, const __nv_bfloat16* q,
-                   __nv_bfloat16* out) {
+                   __nv_bfloat16* out, std::FILE* json) {
     MhaPiece piece;
     piece.num_tokens = size.new_tokens;
     piece.num_keys = size.length;
@@ -352,6 +352,14 @@ class Bench {
     std::printf("%-34s %-5s %10.1f us %8.1f TFLOP/s\n", (name + ", and keys").c_str(), "bf16", all,
                 (flops + key_flops) / all / 1e6);
     std::fflush(stdout);
+    if (json != nullptr) {
+      std::fprintf(json,
+                   "{\"form\": \"expanded\", \"heads\": %d, \"length\": %d, \"new_tokens\": %d, "
+                   "\"us\": %.2f, \"tflops\": %.2f, \"with_keys_us\": %.2f, "
+                   "\"with_keys_tflops\": %.2f}\n",
+                   size.heads, size.length, size.new_tokens, attention, flops / attention / 1e6,
+                   all, (flops + key_flops) / all / 1e6);
+    }
     for (void* memory : {static_cast<void*>(weight), static_cast<void*>(keys),
                          static_cast<void*>(rope_keys), static_cast<void*>(rows)}) {
       Check(cudaFree(memory), "free");

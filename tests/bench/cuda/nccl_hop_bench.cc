@@ -4,7 +4,7 @@
 // processes send a step to and fro, and a hop is half of a round. Both take turns, a batch of rounds
 // each, so that what the machine does meanwhile meets both. The transport's time includes what a
 // worker pays: its threads on both sides, the queue to the loop, memory from the arena. Beside it, the
-// GPU memory that the transport's four ends of edges took, and what they may.
+// GPU memory that the transport's ends of edges took, four on one GPU or two on each, and what they may.
 //   cuda_nccl_hop_bench [--gpus N] [--smoke]    N: 1 (default), or 2: one each
 #include <cuda_runtime_api.h>
 #include <signal.h>
@@ -186,7 +186,7 @@ class TransportHop {
     transport_.Forget(receives_);
   }
 
-  // Receives are posted ahead within these rounds, and none is left behind them.
+  // Steps are told ahead within these rounds, and none is left behind them.
   void Expect(int rounds) { last_ = step_ + static_cast<uint64_t>(rounds); }
   void Round() {
     ++step_;

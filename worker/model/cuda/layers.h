@@ -37,7 +37,8 @@ struct CudaTile {
   const int32_t* sequence_index = nullptr;    // [num_rows] into a layer's segments
   absl::Span<const cuda::MlaPlanView> plans;  // launched one after the other; together all rows
                                               // that attend in the absorbed form
-  const PromptPlan* prompts = nullptr;        // which rows do, and how the others; null: all do
+  const PromptPlan* prompts = nullptr;        // which rows attend in the absorbed form, and how the
+                                              // others; null: all are absorbed
 };
 
 // The latent cache on the device.
