@@ -68,7 +68,8 @@ struct GemmParams {
   const RowTile* tiles = nullptr;      // [*num_tiles], each of at most tile_rows rows
   const int32_t* num_tiles = nullptr;  // on the device
   int32_t max_tiles = 0;               // what *num_tiles never exceeds
-  // The launch right before this one is Gemm's by the same list: it is read while that one ends.
+  // The launch right before this one is Gemm's by the same list, of few rows as this one: the list is
+  // read while that one ends.
   bool list_again = false;
   // The list's first tiles, where the host knows them: `known`, then the groups and rows after it, as
   // many rows each. Reading their weights begins before the list is there.
