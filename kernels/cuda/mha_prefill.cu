@@ -56,7 +56,7 @@ class Consumer {
     Begin(out);
     const auto count = static_cast<uint32_t>(work_.num_tiles);
     if (count > 0) {
-      if (group_ == 1 && count > 1) wgmma::ArriveSome(kTurn + 0, kConsumers);
+      if (group_ == 1 && count > 1) ArriveSome(kTurn + 0, kConsumers);
       float scores[64];
       uint32_t weights[8][4];
       wgmma::BarrierWait(s_.query_full(), 0);
@@ -74,7 +74,7 @@ class Consumer {
         SyncSome(kTurn + group_, kConsumers);
         AskScores(i, scores);
         AskValues(i - 1, weights, out);
-        if (group_ == 0 || i + 1 < count) wgmma::ArriveSome(kTurn + 1 - group_, kConsumers);
+        if (group_ == 0 || i + 1 < count) ArriveSome(kTurn + 1 - group_, kConsumers);
         wgmma::Wait<1>();
         wgmma::Pin(scores);
         Release(s_.keys_empty(i));
