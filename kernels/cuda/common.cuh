@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/matrix.h"
 #include "kernels/cuda/ptx.cuh"
 
@@ -16,18 +17,8 @@ namespace strait::cuda {
 
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 
-// Whether the current device can begin a kernel before its predecessor has ended.
-inline bool ChainsLaunches() {
-  static const bool chains = [] {
-    int device = 0;
-    int major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-               cudaSuccess &&
-           major >= 9;
-  }();
-  return chains;
-}
+// Whether the device can begin a kernel before its predecessor has ended.
+inline bool ChainsLaunches() { return ComputeCapabilityMajor() >= 9; }
 
 // Launches a kernel that may, where the device can, begin while the one before it drains.
 template <class... Params, class... Args>

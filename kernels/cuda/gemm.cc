@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/gemm_internal.h"
 #include "kernels/cuda/latent.h"
 #include "proto/check.h"
@@ -132,25 +133,12 @@ GemmPlan PlanW8A8(const GemmParams& p, int32_t multiprocessors) {
   return plan;
 }
 
-// Major compute capability of the device that was current at the first call; 0 without one.
-int Major() {
-  static const int major = [] {
-    int device = 0;
-    int value = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
-      return 0;
-    }
-    return value;
-  }();
-  return major;
-}
-
 // Whether the device has the Hopper kernel and nobody asked for the portable ones.
 bool HopperProducts() {
   static const bool available = [] {
     const char* const wanted = std::getenv("STRAIT_CUDA_GEMM");
-    return Major() == 9 && (wanted == nullptr || std::string_view(wanted) != "portable");
+    return ComputeCapabilityMajor() == 9 &&
+           (wanted == nullptr || std::string_view(wanted) != "portable");
   }();
   return available;
 }
@@ -161,7 +149,10 @@ bool UsesHopper(const GemmParams& p) { return HopperProducts() && !p.portable; }
 
 bool MultipliesCodes() { return HopperProducts(); }
 
-bool DeepGemmRings() { return Major() == 0 || Major() == 9 || Major() == 10; }
+bool DeepGemmRings() {
+  const int major = ComputeCapabilityMajor();
+  return major == 0 || major == 9 || major == 10;
+}
 
 int Multiprocessors() {
   static const int multiprocessors = [] {

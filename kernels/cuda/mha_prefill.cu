@@ -307,13 +307,7 @@ cudaError_t Describe(const Bf16* base, int64_t rows, int64_t heads, int64_t colu
 
 }  // namespace
 
-bool HasMhaPrefill() {
-  int device = 0;
-  int major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major == 9;
-}
+bool HasMhaPrefill() { return ComputeCapabilityMajor() == 9; }
 
 cudaError_t PrepareMhaPrefill() {
   if (!HasMhaPrefill()) return cudaSuccess;

@@ -98,7 +98,7 @@ struct MhaPrefillParams {
 // Once a device, before the first launch.
 cudaError_t PrepareMhaPrefill();
 
-// Whether the current device has the kernel.
+// Whether the device has the kernel.
 bool HasMhaPrefill();
 
 cudaError_t MhaPrefill(const MhaPrefillParams& params, cudaStream_t stream);
