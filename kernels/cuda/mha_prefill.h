@@ -30,6 +30,7 @@
 
 namespace strait::cuda {
 
+inline constexpr int32_t kMhaRank = 512;  // of cache rows
 inline constexpr int32_t kMhaNope = 128;
 inline constexpr int32_t kMhaRope = 64;
 inline constexpr int32_t kMhaValue = 128;
