@@ -25,7 +25,6 @@ constexpr int32_t kHopperDepth = 256;  // least K: below it the ring of stages d
 constexpr int64_t kNarrowCost = 115;
 // And in the cluster kernel's tiles: two thirds of what else comes from L2, and the rest of a step.
 constexpr int64_t kClusterCost = 72;
-constexpr int32_t kClusterColumns = 256;
 // Experts with more rows than this in the mean go to it. Two blocks at kClusterCost cost 1.44 of a
 // tile of 128 rows: an expert with up to 128 rows loses 0.44 of one, one with up to 256 saves 0.56,
 // one with up to 384 saves 0.12 and with up to 512 1.12. Where the mean is 128 half of them lose, and
