@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What several kernels share: launches that overlap the end of the kernel before, warp and block
-// sums in a fixed order, e4m3 codes widened to bf16.
+// sums in a fixed order, pairs of bf16, e4m3 codes widened to them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -57,6 +57,14 @@ __device__ __forceinline__ float BlockSum(float value, float* shared) {
   for (int warp = 0; warp < kWarps; ++warp) sum += shared[warp];
   __syncthreads();
   return sum;
+}
+
+// Two floats rounded to bf16, `low` in the lower half.
+__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
 }
 
 __device__ __forceinline__ uint32_t TimesTwoTo120(uint32_t pair) {

@@ -29,8 +29,8 @@ namespace strait::cuda {
 namespace {
 
 using mla::kLog2e;
+using mla::kMaxSlack;
 using mla::NegInf;
-using mla::PackBf16;
 using mla::Rescale;
 
 using namespace mha;  // NOLINT: its own parts
