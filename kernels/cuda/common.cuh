@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What several kernels share: launches that overlap the end of the kernel before, warp and block
-// sums in a fixed order, e4m3 codes widened to bf16.
+// sums in a fixed order, pairs of bf16, e4m3 codes widened to them.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/matrix.h"
 #include "kernels/cuda/ptx.cuh"
 
@@ -16,18 +17,8 @@ namespace strait::cuda {
 
 inline constexpr unsigned kFullWarp = 0xffffffffu;
 
-// Whether the current device can begin a kernel before its predecessor has ended.
-inline bool ChainsLaunches() {
-  static const bool chains = [] {
-    int device = 0;
-    int major = 0;
-    return cudaGetDevice(&device) == cudaSuccess &&
-           cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-               cudaSuccess &&
-           major >= 9;
-  }();
-  return chains;
-}
+// Whether the device can begin a kernel before its predecessor has ended.
+inline bool ChainsLaunches() { return ComputeCapabilityMajor() >= 9; }
 
 // Launches a kernel that may, where the device can, begin while the one before it drains.
 template <class... Params, class... Args>
@@ -66,6 +57,14 @@ __device__ __forceinline__ float BlockSum(float value, float* shared) {
   for (int warp = 0; warp < kWarps; ++warp) sum += shared[warp];
   __syncthreads();
   return sum;
+}
+
+// Two floats rounded to bf16, `low` in the lower half.
+__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  uint32_t bits;
+  memcpy(&bits, &pair, sizeof(bits));
+  return bits;
 }
 
 __device__ __forceinline__ uint32_t TimesTwoTo120(uint32_t pair) {

@@ -100,4 +100,16 @@ std::string OpenDevice(int index, Device* device) {
   return problem;
 }
 
+int ComputeCapabilityMajor() {
+  static const int major = [] {
+    int device = 0;
+    int value = 0;
+    const bool known =
+        cudaGetDevice(&device) == cudaSuccess &&
+        cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess;
+    return known ? value : 0;
+  }();
+  return major;
+}
+
 }  // namespace strait::cuda

@@ -49,4 +49,7 @@ DriverFacts LookAtDevice(int index);
 // Both: fills `device`, or returns what is wrong.
 std::string OpenDevice(int index, Device* device);
 
+// Major compute capability of the device that was current at the first call; 0 without one.
+int ComputeCapabilityMajor();
+
 }  // namespace strait::cuda

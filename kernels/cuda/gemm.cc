@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/gemm_internal.h"
 #include "kernels/cuda/latent.h"
 #include "proto/check.h"
@@ -24,7 +25,6 @@ constexpr int32_t kHopperDepth = 256;  // least K: below it the ring of stages d
 constexpr int64_t kNarrowCost = 115;
 // And in the cluster kernel's tiles: two thirds of what else comes from L2, and the rest of a step.
 constexpr int64_t kClusterCost = 72;
-constexpr int32_t kClusterColumns = 256;
 // Experts with more rows than this in the mean go to it. Two blocks at kClusterCost cost 1.44 of a
 // tile of 128 rows: an expert with up to 128 rows loses 0.44 of one, one with up to 256 saves 0.56,
 // one with up to 384 saves 0.12 and with up to 512 1.12. Where the mean is 128 half of them lose, and
@@ -132,25 +132,12 @@ GemmPlan PlanW8A8(const GemmParams& p, int32_t multiprocessors) {
   return plan;
 }
 
-// Major compute capability of the device that was current at the first call; 0 without one.
-int Major() {
-  static const int major = [] {
-    int device = 0;
-    int value = 0;
-    if (cudaGetDevice(&device) != cudaSuccess ||
-        cudaDeviceGetAttribute(&value, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
-      return 0;
-    }
-    return value;
-  }();
-  return major;
-}
-
 // Whether the device has the Hopper kernel and nobody asked for the portable ones.
 bool HopperProducts() {
   static const bool available = [] {
     const char* const wanted = std::getenv("STRAIT_CUDA_GEMM");
-    return Major() == 9 && (wanted == nullptr || std::string_view(wanted) != "portable");
+    return ComputeCapabilityMajor() == 9 &&
+           (wanted == nullptr || std::string_view(wanted) != "portable");
   }();
   return available;
 }
@@ -161,7 +148,10 @@ bool UsesHopper(const GemmParams& p) { return HopperProducts() && !p.portable; }
 
 bool MultipliesCodes() { return HopperProducts(); }
 
-bool DeepGemmRings() { return Major() == 0 || Major() == 9 || Major() == 10; }
+bool DeepGemmRings() {
+  const int major = ComputeCapabilityMajor();
+  return major == 0 || major == 9 || major == 10;
+}
 
 int Multiprocessors() {
   static const int multiprocessors = [] {

@@ -37,7 +37,7 @@ using namespace hopper_gemm;  // NOLINT: its own parts
 
 constexpr int kBlocks = 2;
 constexpr int kTileRows = kClusterTileRows / kBlocks;
-constexpr int kColumns = 256;
+constexpr int kColumns = kClusterColumns;
 constexpr int kHalf = kColumns / kBlocks;  // rows of weights that a block loads
 constexpr uint16_t kBoth = (1 << kBlocks) - 1;
 using L = HopperLayout<false, kTileRows, kColumns>;

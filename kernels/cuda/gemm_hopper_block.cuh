@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What the blocks of both Hopper products (gemm_hopper.cu, gemm_cluster.cu) are made of: their ring
-// of stages, what they work through, the copies of x, and the warpgroups that multiply.
+// of stages, what they work through, the copies of x, and the warpgroups that multiply. Codes times
+// codes (gemm_w8a8.cu) have the ring and the warpgroups' sizes from here.
 //
 // Shapes:  a block's tile is kTileRows rows of x by kColumns rows of weights (gemm_hopper_layout.h).
 //          kBlocks blocks, neighbours in the grid, take the tiles of one item of kTileRows * kBlocks

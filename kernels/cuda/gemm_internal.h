@@ -68,6 +68,8 @@ STRAIT_BOTH constexpr int WarpsEach(int k, bool fp8) {
   return best;
 }
 
+inline constexpr int32_t kClusterColumns = 256;  // rows of weights in a tile of the cluster kernel
+
 inline constexpr int kGemmStep = 64;  // elements of K that the tiled kernels take at a time
 
 // Steps of K that one block makes: all, unless the product is split; whole fp8 scales.
@@ -124,7 +126,7 @@ cudaError_t GemmTiles(const GemmParams& params, int32_t tile_rows, cudaStream_t 
 cudaError_t GemmHopper(const GemmParams& params, int32_t tile_rows, int32_t columns,
                        cudaStream_t stream);
 // The same for bf16 weights, by clusters of two blocks: items, and so a list's tiles, of
-// kClusterTileRows; num_splits 1.
+// kClusterTileRows; num_splits 1. REQUIRES: with several groups, weight_group_stride a multiple of 8.
 cudaError_t GemmCluster(const GemmParams& params, cudaStream_t stream);
 cudaError_t GemmW8A8(const GemmParams& params, cudaStream_t stream);
 // y (+)= the shares of split_sums, in order.

@@ -20,14 +20,15 @@
 // form of tile, and rows of a product never meet.
 // Why one form: what a smaller tile would save of the tensor core's time, nothing waits for.
 #include "kernels/cuda/common.cuh"
-#include "kernels/cuda/gemm_hopper_layout.h"
-#include "kernels/cuda/gemm_hopper_write.cuh"
+#include "kernels/cuda/gemm_hopper_block.cuh"
 #include "kernels/cuda/gemm_launch.cuh"
-#include "kernels/cuda/mla_wgmma.cuh"
 
 namespace strait::cuda {
 namespace {
 
+using hopper_gemm::kConsumers;
+using hopper_gemm::kFeeders;
+using hopper_gemm::kThreads;
 using hopper_gemm::kTileRowBytes;
 using hopper_gemm::TilePlace;
 using hopper_gemm::TileRow;
@@ -35,49 +36,26 @@ using hopper_gemm::TileRowOf;
 using hopper_gemm::TileUnit;
 using hopper_gemm::TileUnitAt;
 
-constexpr int kConsumers = 256;
-constexpr int kFeeders = 128;
-constexpr int kThreads = kConsumers + kFeeders;
 constexpr int kTileRows = kCodeTileRows;
 constexpr int kColumns = 128;            // rows of weights in a tile; gated: 64 of each
 constexpr int kStepCodes = kScaleBlock;  // of K, a stage
 static_assert(kStepCodes == kTileRowBytes && kStepCodes == 2 * kGemmStep);
 
-constexpr int kXBytes = kTileRows * kTileRowBytes;
-constexpr int kStageBytes = kXBytes + kColumns * kTileRowBytes;
-constexpr int kStages = 6;
-// Steps whose copies are on their way: a consumer gives a stage back when it has started the next
-// one's products, so the feeder can be at most two stages short of the ring ahead.
-constexpr int kLag = kStages - 2;
-constexpr int kSharedBytes = kStages * kStageBytes + 2 * kStages * 8 + 1024;
-static_assert(kStageBytes % 1024 == 0 && kSharedBytes <= hopper_gemm::kMostBytes);
-static_assert(kLag * kColumns * kTileRowBytes >= 64 << 10, "weights on their way");
+// Shared memory, as HopperLayout has it.
+struct L {
+  static constexpr int kXBytes = kTileRows * kTileRowBytes;
+  static constexpr int kWeightBytes = kColumns * kTileRowBytes;
+  static constexpr int kStageBytes = kXBytes + kWeightBytes;
+  static constexpr int kStages = 6;
+  static constexpr int kLag = kStages - 2;
+  static constexpr int kBytes = kStages * kStageBytes + hopper_gemm::kBarrierBytes + 1024;
+  static_assert(kStageBytes % 1024 == 0 && kBytes <= hopper_gemm::kMostBytes);
+  static_assert(kLag * kWeightBytes >= 64 << 10, "weights on their way");
+};
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// A stage of the ring and how often the ring has come round.
-struct Ring {
-  uint32_t memory;  // 1,024-byte aligned
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ explicit Ring(uint32_t memory_in) : memory(memory_in) {}
-  __device__ __forceinline__ void Advance() {
-    if (++stage == kStages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-  __device__ __forceinline__ uint32_t x() const { return memory + stage * kStageBytes; }
-  __device__ __forceinline__ uint32_t weights() const { return x() + kXBytes; }
-  __device__ __forceinline__ uint32_t full() const {
-    return memory + kStages * kStageBytes + stage * 8;
-  }
-  __device__ __forceinline__ uint32_t empty() const { return Empty(stage); }
-  __device__ __forceinline__ uint32_t Empty(int of_stage) const {
-    return memory + kStages * (kStageBytes + 8) + of_stage * 8;
-  }
-};
+using Ring = hopper_gemm::Ring<L>;
 
 // What a block works through, the same for feeders and consumers.
 template <bool kGated>
@@ -169,14 +147,14 @@ struct Feeder {
         }
         CommitCopies();
         filling.Advance();
-        if (++filled > kLag) {
-          WaitCopyGroups<kLag>();
+        if (++filled > L::kLag) {
+          WaitCopyGroups<L::kLag>();
           Arrive();
         }
       }
     }
     WaitCopyGroups<0>();
-    for (int left = min(filled, kLag); left > 0; --left) Arrive();
+    for (int left = min(filled, L::kLag); left > 0; --left) Arrive();
   }
 };
 
@@ -186,12 +164,13 @@ struct Consumer {
   using Sums = float[kSums];
 
   const GemmParams& p;
-  Ring ring;         // the stage to read next
-  int returned = 0;  // the next to be given back
+  Ring ring;      // the stage to read next
+  Ring returned;  // the next to be given back
   const int group = threadIdx.x / 128;
   const int lane = threadIdx.x % 32;
 
-  __device__ Consumer(const GemmParams& params, uint32_t memory) : p(params), ring(memory) {}
+  __device__ Consumer(const GemmParams& params, uint32_t memory)
+      : p(params), ring(memory), returned(memory) {}
 
   // The scales of 128 k: of this thread's two rows of x, of the weights.
   struct Scales {
@@ -201,8 +180,8 @@ struct Consumer {
   };
 
   __device__ __forceinline__ void GiveBack() {
-    if (lane == 0) wgmma::BarrierArrive(ring.Empty(returned));
-    returned = returned + 1 == kStages ? 0 : returned + 1;
+    if (lane == 0) wgmma::BarrierArrive(returned.empty());
+    returned.Advance();
   }
 
   // Starts the next stage's products.
@@ -213,7 +192,7 @@ struct Consumer {
     wgmma::Begin();
 #pragma unroll
     for (int k = 0; k < kStepCodes / 32; ++k) {
-      const uint32_t offset = ring.stage * kStageBytes + wgmma::RowsStep(k);
+      const uint32_t offset = ring.stage * L::kStageBytes + wgmma::RowsStep(k);
       wgmma::MultiplyCodes(part, x.At(offset), weights.At(offset), k != 0);
     }
     wgmma::Commit();
@@ -241,7 +220,7 @@ struct Consumer {
     const int warp = static_cast<int>(threadIdx.x) / 32 % 4;
     const TilePlace place = {group * 64 + warp * 16 + lane / 4, lane % 4 * 2};
     const wgmma::Operand x = wgmma::Rows(memory + group * 64 * kTileRowBytes);
-    const wgmma::Operand weights = wgmma::Rows(memory + kXBytes);
+    const wgmma::Operand weights = wgmma::Rows(memory + L::kXBytes);
     const int scale_cols = (p.weight.cols + kScaleBlock - 1) / kScaleBlock;
     for (int unit = blockIdx.x; unit < work.num_units; unit += gridDim.x) {
       const TileUnit at = TileUnitAt(unit, work.num_items, work.num_columns);
@@ -306,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const uint32_t memory = (SharedAddress(DynamicShared<unsigned char>()) + 1023) / 1024 * 1024;
   if (threadIdx.x == 0) {
     Ring ring(memory);
-    for (int stage = 0; stage < kStages; ++stage) {
+    for (int stage = 0; stage < L::kStages; ++stage) {
       wgmma::BarrierInit(ring.full(), kFeeders);
       wgmma::BarrierInit(ring.empty(), kConsumers / 32);
       ring.Advance();
@@ -335,7 +314,7 @@ cudaError_t Launch(const GemmParams& p, cudaStream_t stream) {
   const int64_t units = NumItems(p, kTileRows) * ((p.weight.rows + kEach - 1) / kEach) * shares;
   const dim3 grid(static_cast<unsigned>(units < Multiprocessors() ? units : Multiprocessors()));
   const cudaError_t error =
-      LaunchWithShared(CodeTiles<kGated>, grid, kThreads, kSharedBytes, stream, p, shares);
+      LaunchWithShared(CodeTiles<kGated>, grid, kThreads, L::kBytes, stream, p, shares);
   return error != cudaSuccess || shares == 1 ? error : AddGemmShares(p, shares, stream);
 }
 

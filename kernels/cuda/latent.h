@@ -65,7 +65,8 @@ struct LatentAppendParams {
 
 cudaError_t LatentAppend(const LatentAppendParams& params, cudaStream_t stream);
 
-// The same and a product, in one launch where that is of few rows. Neither reads what the other writes.
+// The same and a product, in one launch where that is of few rows (in gemm.cc, which chooses the
+// product's kernel). Neither reads what the other writes.
 cudaError_t LatentAppendBeside(const LatentAppendParams& params, const GemmParams& product,
                                cudaStream_t stream);
 

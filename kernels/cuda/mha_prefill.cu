@@ -30,8 +30,8 @@ namespace strait::cuda {
 namespace {
 
 using mla::kLog2e;
+using mla::kMaxSlack;
 using mla::NegInf;
-using mla::PackBf16;
 using mla::Rescale;
 
 using namespace mha;  // NOLINT: its own parts
@@ -57,7 +57,7 @@ class Consumer {
     Begin(out);
     const auto count = static_cast<uint32_t>(work_.num_tiles);
     if (count > 0) {
-      if (group_ == 1 && count > 1) wgmma::ArriveSome(kTurn + 0, kConsumers);
+      if (group_ == 1 && count > 1) ArriveSome(kTurn + 0, kConsumers);
       float scores[64];
       uint32_t weights[8][4];
       wgmma::BarrierWait(s_.query_full(), 0);
@@ -75,7 +75,7 @@ class Consumer {
         SyncSome(kTurn + group_, kConsumers);
         AskScores(i, scores);
         AskValues(i - 1, weights, out);
-        if (group_ == 0 || i + 1 < count) wgmma::ArriveSome(kTurn + 1 - group_, kConsumers);
+        if (group_ == 0 || i + 1 < count) ArriveSome(kTurn + 1 - group_, kConsumers);
         wgmma::Wait<1>();
         wgmma::Pin(scores);
         Release(s_.keys_empty(i));
@@ -308,13 +308,7 @@ cudaError_t Describe(const Bf16* base, int64_t rows, int64_t heads, int64_t colu
 
 }  // namespace
 
-bool HasMhaPrefill() {
-  int device = 0;
-  int major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-         major == 9;
-}
+bool HasMhaPrefill() { return ComputeCapabilityMajor() == 9; }
 
 cudaError_t PrepareMhaPrefill() {
   if (!HasMhaPrefill()) return cudaSuccess;

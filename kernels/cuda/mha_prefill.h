@@ -30,6 +30,7 @@
 
 namespace strait::cuda {
 
+inline constexpr int32_t kMhaRank = 512;  // of cache rows
 inline constexpr int32_t kMhaNope = 128;
 inline constexpr int32_t kMhaRope = 64;
 inline constexpr int32_t kMhaValue = 128;
@@ -98,7 +99,7 @@ struct MhaPrefillParams {
 // Once a device, before the first launch.
 cudaError_t PrepareMhaPrefill();
 
-// Whether the current device has the kernel.
+// Whether the device has the kernel.
 bool HasMhaPrefill();
 
 cudaError_t MhaPrefill(const MhaPrefillParams& params, cudaStream_t stream);

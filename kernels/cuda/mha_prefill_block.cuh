@@ -17,7 +17,6 @@ inline constexpr int kConsumers = 256;
 inline constexpr int kTileTokens = 128;
 inline constexpr int kGroupTokens = 64;
 inline constexpr int kHeadsTogether = 8;
-inline constexpr float kMaxSlack = 8.0f;
 
 // A chunk: 128 rows of 64 columns. q and keys: two of them, and one of rope; values: two.
 inline constexpr uint32_t kChunkBytes = 128 * wgmma::kChunkRowBytes;

@@ -7,6 +7,7 @@
 // mostly from L2; a plan that is not deterministic has at most two a multiprocessor.
 // Order: warp w of W takes partials w, w + W, ..., each weighted, then added; the warps' sums are
 // added from the left. A partial that saw no row adds an exact zero.
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/mla_device.cuh"
 
 namespace strait::cuda {
@@ -156,13 +157,8 @@ cudaError_t PrepareMla() {
 }
 
 MlaPath MlaAutoPath(MlaRowFormat, int32_t rank, int32_t rope) {
-  int device = 0;
-  int major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess) {
-    return MlaPath::kPortable;
-  }
-  return major == 9 && rank == 512 && rope == 64 ? MlaPath::kHopper : MlaPath::kPortable;
+  const bool hopper = ComputeCapabilityMajor() == 9 && rank == 512 && rope == 64;
+  return hopper ? MlaPath::kHopper : MlaPath::kPortable;
 }
 
 cudaError_t LaunchMla(const MlaParams& params, cudaStream_t stream) {

@@ -3,12 +3,12 @@
 // What the attention kernels of mla.h share on the device.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "kernels/cuda/common.cuh"
 #include "kernels/cuda/mla.h"
 #include "kernels/cuda/ptx.cuh"
 
@@ -16,17 +16,14 @@ namespace strait::cuda::mla {
 
 inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
+// By how much (powers of two) a score passes a Hopper kernel's running maximum before that moves.
+inline constexpr float kMaxSlack = 8.0f;
 
 __device__ __forceinline__ float NegInf() { return __int_as_float(0xff800000); }
 
 // The factor that brings sums relative to the maximum `from` to the maximum `to` (powers of two).
 __device__ __forceinline__ float Rescale(float from, float to) {
   return from == to ? 1.0f : Exp2(from - to);
-}
-
-__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
 // Position of the token that row `row` of the tile belongs to; rows behind the tile's last: -1,

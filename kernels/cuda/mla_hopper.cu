@@ -33,6 +33,7 @@
 // One new token of a short context is bound by latency. The plan, tables and settled cache blocks are
 // there before the kernel's turn: when it comes, the first blocks lie in shared memory, and only q and
 // the block that holds the new row are still to be read.
+#include "kernels/cuda/device.h"
 #include "kernels/cuda/mla_hopper_consume.cuh"
 #include "kernels/cuda/mla_hopper_feed.cuh"
 #include "kernels/cuda/tensor_map.h"
@@ -95,18 +96,13 @@ __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constan
 }  // namespace
 
 cudaError_t PrepareHopper() {
-  int device = 0;
-  int major = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error != cudaSuccess || major != 9) return error;
+  if (ComputeCapabilityMajor() != 9) return cudaSuccess;
   for (const auto kernel : {HopperKernel<MlaRowFormat::kBf16>, HopperKernel<MlaRowFormat::kFp8>}) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(kSharedBytes));
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
     if (error != cudaSuccess) return error;
   }
-  return error;
+  return cudaSuccess;
 }
 
 cudaError_t LaunchHopper(const MlaParams& params, cudaStream_t stream) {

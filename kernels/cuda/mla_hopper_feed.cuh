@@ -45,8 +45,8 @@ __device__ __forceinline__ void FeedBf16(const MlaParams& p, const Shared& s) {
           wgmma::BarrierExpect(full, (kFirst[half + 1] - kFirst[half]) * wgmma::kChunkBytes);
 #pragma unroll
           for (int chunk = kFirst[half]; chunk < kFirst[half + 1]; ++chunk) {
-            wgmma::LoadChunk(s.tile(tile) + chunk * wgmma::kChunkBytes, &p.pool_map, chunk * 64,
-                             static_cast<int>(id), full);
+            wgmma::LoadBox(s.tile(tile) + chunk * wgmma::kChunkBytes, &p.pool_map, chunk * 64, 0,
+                           static_cast<int>(id), full);
           }
         }
       }

@@ -15,7 +15,6 @@ inline constexpr int kHalfChunks = 4;   // the columns of a group's half of the 
 inline constexpr int kWeightChunk = 8;  // rope columns, then weights
 inline constexpr uint32_t kTileBytes = kChunks * wgmma::kChunkBytes;
 inline constexpr uint32_t kNumTiles = 2;
-inline constexpr float kMaxSlack = 8.0f;
 
 // Offsets from a 1,024-byte boundary.
 inline constexpr uint32_t kQueryAt = 0;

@@ -16,7 +16,6 @@ namespace strait::cuda::mla {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr unsigned kFullWarp = 0xffffffffu;
 constexpr int kPad = 8;  // bf16 behind each row in shared memory: no bank conflicts
 constexpr int kScoreStride = kMlaBlockRows + kPad;
 

@@ -170,13 +170,6 @@ __global__ void __launch_bounds__(kSumThreads) SumExperts(const ExpertSumParams 
 
 constexpr int kSumVecs = 4;  // of four columns, a thread
 
-__device__ __forceinline__ uint2 PackFour(float a, float b, float c, float d) {
-  const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(a, b), __floats2bfloat162_rn(c, d)};
-  uint2 four;
-  memcpy(&four, pairs, sizeof(four));
-  return four;
-}
-
 // The token stays in registers: columns a multiple of four, as strides are, and as many as fit. Of one
 // token the trips to L2 are the cost: y goes out with where the rows are, the norm's weights before.
 __global__ void __launch_bounds__(kSumThreads) SumExpertsHeld(const ExpertSumParams p) {
@@ -231,7 +224,8 @@ __global__ void __launch_bounds__(kSumThreads) SumExpertsHeld(const ExpertSumPar
     const float4 v = y[n];
     const float4 w = weight[n];
     *reinterpret_cast<uint2*>(p.normed + token * p.normed_stride + i) =
-        PackFour(v.x * scale * w.x, v.y * scale * w.y, v.z * scale * w.z, v.w * scale * w.w);
+        make_uint2(PackBf16(v.x * scale * w.x, v.y * scale * w.y),
+                   PackBf16(v.z * scale * w.z, v.w * scale * w.w));
   }
 }
 

@@ -45,10 +45,7 @@ __device__ __forceinline__ void AddProducts(const uint4& a, const uint4& b, floa
 }
 
 __device__ __forceinline__ uint32_t NormPair(float a, float b, float scale, float wa, float wb) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(a * scale * wa, b * scale * wb);
-  uint32_t bits;
-  memcpy(&bits, &pair, 4);
-  return bits;
+  return PackBf16(a * scale * wa, b * scale * wb);
 }
 
 __device__ __forceinline__ uint4 NormVec(const float4 (&x)[2], float scale, const float4 (&w)[2]) {

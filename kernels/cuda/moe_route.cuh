@@ -54,12 +54,12 @@ __device__ inline void StrikeBest(float* values, int32_t count, int32_t picks) {
 __device__ inline void Score(const RouterParams& p, float* scores) {
   const int32_t n = p.n_routed_experts;
   const int32_t lane = threadIdx.x % 32;
-  float most = kNever;
-  for (int32_t e = lane; e < n; e += 32) most = fmaxf(most, scores[e]);
   if (p.scoring == RouterScoring::kSigmoid) {
     for (int32_t e = lane; e < n; e += 32) scores[e] = 1.0f / (1.0f + expf(-scores[e]));
     return;
   }
+  float most = kNever;
+  for (int32_t e = lane; e < n; e += 32) most = fmaxf(most, scores[e]);
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2) {
     most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, offset));

@@ -86,6 +86,10 @@ __device__ __forceinline__ void WaitCopyGroups() {
 __device__ __forceinline__ void SyncSome(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// Counts as one of the `threads` that meet at barrier `id` without waiting for them.
+__device__ __forceinline__ void ArriveSome(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // Asks for these bytes to be brought into L2; 16-byte aligned. Before sm_90 nothing.
 __device__ __forceinline__ void PrefetchToL2(const void* from, uint32_t bytes) {
@@ -309,13 +313,13 @@ __device__ __forceinline__ void NamedArrive() {
   asm volatile("bar.arrive %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
-// One chunk of a [blocks, 64, columns] tensor map.
-__device__ __forceinline__ void LoadChunk(uint32_t to, const void* map, int column, int block,
-                                          uint32_t barrier) {
+// A box of a tensor map of three dimensions, innermost first.
+__device__ __forceinline__ void LoadBox(uint32_t to, const void* map, int x, int y, int z,
+                                        uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
-      "l"(map), "r"(column), "r"(0), "r"(block), "r"(barrier)
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
 }
 
@@ -366,7 +370,6 @@ __device__ __forceinline__ void MoreRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- Attention of prompts ----
 // d[64, 128] (+)= A[64, 16] B[16, 128]: B Columns, A in registers, bf16 pairs, lower one first. a[i]
 // of thread t: row t / 32 * 16 + t % 32 / 4 + i % 2 * 8, k t % 4 * 2 + i / 2 * 8 and the next. They
 // may not change before the product is waited for.
@@ -393,7 +396,7 @@ __device__ __forceinline__ void MultiplyColumns(float (&d)[64], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
-// The same for registers that products read.
+// Pin for registers that products read: not changed before, not kept elsewhere after.
 template <int kRows, int kCount>
 __device__ __forceinline__ void Pin(uint32_t (&a)[kRows][kCount]) {
 #pragma unroll
@@ -402,22 +405,6 @@ __device__ __forceinline__ void Pin(uint32_t (&a)[kRows][kCount]) {
     for (int k = 0; k < kCount; ++k) asm volatile("" : "+r"(a[i][k])::"memory");
   }
 }
-
-// A box of a tensor map of three dimensions, innermost first.
-__device__ __forceinline__ void LoadBox(uint32_t to, const void* map, int x, int y, int z,
-                                        uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
-      : "memory");
-}
-
-// Counts as one of the `threads` that meet at barrier `id` without waiting for them.
-__device__ __forceinline__ void ArriveSome(int id, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-// ---- ----
 
 }  // namespace wgmma
 

@@ -47,38 +47,38 @@ class CudaLatentTest : public gpu_test::GpuTest {
 TEST_F(CudaLatentTest, RmsNorm) {
   STRAIT_TRACE_SEED();
   for (const int dim : {36, 72, 100, 301, 2048, 7168, 9000}) {
-      const int64_t rows = 5;
-      const std::vector<float> x = RandomFloats(rng_, rows * dim, 3.0f);
-      const std::vector<float> weight = RandomFloats(rng_, dim);
-      const Buffer<float> dx(x);
-      const Buffer<float> dw(weight);
-      const int64_t stride = cuda::AlignedStride(dim);
-      const Buffer<Bf16> y(rows * stride);
-      cuda::RmsNormParams p;
-      p.x = dx.data();
-      p.x_stride = dim;
-      p.weight = dw.data();
-      p.eps = 1e-5f;
-      p.y = y.data();
-      p.y_stride = stride;
-      p.num_rows = rows;
-      p.dim = dim;
-      ASSERT_EQ(cuda::RmsNorm(p, nullptr), cudaSuccess);
-      std::vector<float> expected(static_cast<size_t>(rows * dim));
-      RmsNormParams r;
-      r.x = x.data();
-      r.weight = weight.data();
-      r.eps = 1e-5f;
-      r.y = expected.data();
-      r.x_stride = r.y_stride = r.dim = dim;
-      r.num_rows = rows;
-      reference::RmsNorm(r);
-      const std::vector<float> padded = gpu_test::ToFloat(y.Get());
-      std::vector<float> got;
-      for (int64_t t = 0; t < rows; ++t) {
-        got.insert(got.end(), padded.begin() + t * stride, padded.begin() + t * stride + dim);
-      }
-      EXPECT_TRUE(Near(got, expected, kOneRounding)) << dim;
+    const int64_t rows = 5;
+    const std::vector<float> x = RandomFloats(rng_, rows * dim, 3.0f);
+    const std::vector<float> weight = RandomFloats(rng_, dim);
+    const Buffer<float> dx(x);
+    const Buffer<float> dw(weight);
+    const int64_t stride = cuda::AlignedStride(dim);
+    const Buffer<Bf16> y(rows * stride);
+    cuda::RmsNormParams p;
+    p.x = dx.data();
+    p.x_stride = dim;
+    p.weight = dw.data();
+    p.eps = 1e-5f;
+    p.y = y.data();
+    p.y_stride = stride;
+    p.num_rows = rows;
+    p.dim = dim;
+    ASSERT_EQ(cuda::RmsNorm(p, nullptr), cudaSuccess);
+    std::vector<float> expected(static_cast<size_t>(rows * dim));
+    RmsNormParams r;
+    r.x = x.data();
+    r.weight = weight.data();
+    r.eps = 1e-5f;
+    r.y = expected.data();
+    r.x_stride = r.y_stride = r.dim = dim;
+    r.num_rows = rows;
+    reference::RmsNorm(r);
+    const std::vector<float> padded = gpu_test::ToFloat(y.Get());
+    std::vector<float> got;
+    for (int64_t t = 0; t < rows; ++t) {
+      got.insert(got.end(), padded.begin() + t * stride, padded.begin() + t * stride + dim);
+    }
+    EXPECT_TRUE(Near(got, expected, kOneRounding)) << dim;
   }
 }
 
@@ -86,129 +86,169 @@ struct Sizes {
   int32_t heads, nope, rope, rank;
 };
 
+constexpr Sizes kSizes[] = {
+    {6, 20, 24, 48}, {16, 128, 64, 512}, {5, 16, 8, 64}, {128, 128, 64, 512}};
+constexpr cuda::MlaRowFormat kFormats[] = {cuda::MlaRowFormat::kBf16, cuda::MlaRowFormat::kFp8};
+constexpr int64_t kTokens = 7;
+constexpr int64_t kNumBlocks = 9;
+constexpr float kScaling = 1.25f;
+
+std::vector<uint32_t> FarPages() {
+  std::vector<uint32_t> pages(163'001 / 64 + 1, 0xffffffffu);
+  pages[163'000 / 64] = 4;
+  return pages;
+}
+
+// What a step appends: tokens of two sequences, one with a far position.
+struct Step {
+  Step(kernel_test::Rng& rng, const Sizes& sizes, cuda::MlaRowFormat format_in)
+      : heads(sizes.heads),
+        nope(sizes.nope),
+        rope(sizes.rope),
+        rank(sizes.rank),
+        format(format_in),
+        kv(RandomFloats(rng, kTokens * kv_stride, 2.0f)),
+        norm(RandomFloats(rng, rank)),
+        q(gpu_test::RoundedToBf16(RandomFloats(rng, kTokens * heads * q_head))) {
+    RopeConfig config;
+    config.qk_rope_head_dim = rope;
+    RopeInverseFrequencies(config, inv_freq.data());
+    d_inv_freq.Put(inv_freq);
+    std::vector<cuda::MlaSegment> segments(2);
+    segments[0].page_table = d_pages[0].data();
+    segments[1].page_table = d_pages[1].data();
+    d_segments.Put(segments);
+  }
+
+  // Fills d_cos_sin, which the append reads.
+  cudaError_t MakeRopeTable() const {
+    cuda::RopeTableParams p;
+    p.positions = d_positions.data();
+    p.inv_freq = d_inv_freq.data();
+    p.attention_scaling = kScaling;
+    p.cos_sin = d_cos_sin.data();
+    p.num_tokens = kTokens;
+    p.dim = rope;
+    return cuda::RopeTable(p, nullptr);
+  }
+
+  const int32_t heads, nope, rope, rank;
+  const cuda::MlaRowFormat format;
+  const int64_t kv_stride = rank + rope + 3;
+  const int64_t q_head = nope + rope + 4;
+  const int32_t row_bytes = cuda::MlaRowBytes(format, rank, rope);
+  const int64_t block_bytes = 64 * row_bytes;
+  const std::vector<int32_t> positions = {0, 1, 62, 63, 64, 163'000, 163'001};
+  const std::vector<int32_t> sequence = {0, 0, 0, 0, 0, 1, 1};
+  const std::vector<uint32_t> pages[2] = {{7, 2}, FarPages()};
+  const std::vector<float> kv, norm, q;
+  std::vector<float> inv_freq = std::vector<float>(static_cast<size_t>(rope / 2));
+
+  const Buffer<uint32_t> d_pages[2] = {Buffer<uint32_t>(pages[0]), Buffer<uint32_t>(pages[1])};
+  Buffer<cuda::MlaSegment> d_segments{2};
+  const Buffer<float> d_kv{kv};
+  const Buffer<float> d_norm{norm};
+  const Buffer<Bf16> d_q{gpu_test::ToBf16(q)};
+  Buffer<float> d_inv_freq{rope / 2};
+  const Buffer<int32_t> d_positions{positions};
+  const Buffer<int32_t> d_sequence{sequence};
+  const Buffer<float> d_cos_sin{kTokens * rope};
+};
+
+// What an append leaves.
+struct Appended {
+  explicit Appended(const Step& step)
+      : q_rope(kTokens * step.heads * step.rope), blocks(kNumBlocks * step.block_bytes) {}
+  const Buffer<Bf16> q_rope;
+  const Buffer<uint8_t> blocks;
+};
+
+cuda::LatentAppendParams ParamsOf(const Step& step, const Appended& to) {
+  cuda::LatentAppendParams p;
+  p.kv_a = step.d_kv.data();
+  p.kv_a_stride = step.kv_stride;
+  p.norm_weight = step.d_norm.data();
+  p.cos_sin = step.d_cos_sin.data();
+  p.q = step.d_q.data();
+  p.q_token_stride = step.heads * step.q_head;
+  p.q_head_stride = step.q_head;
+  p.q_rope_offset = step.nope;
+  p.q_rope = to.q_rope.data();
+  p.q_rope_stride = step.rope;
+  p.positions = step.d_positions.data();
+  p.sequence_index = step.d_sequence.data();
+  p.segments = step.d_segments.data();
+  p.blocks = reinterpret_cast<std::byte*>(to.blocks.data());
+  p.block_bytes = step.block_bytes;
+  p.format = step.format;
+  p.num_tokens = kTokens;
+  p.num_heads = step.heads;
+  p.rank = step.rank;
+  p.rope = step.rope;
+  return p;
+}
+
 TEST_F(CudaLatentTest, AppendRotatesNormsAndRounds) {
   STRAIT_TRACE_SEED();
-  for (const auto& [heads, nope, rope, rank] :
-       {Sizes{6, 20, 24, 48}, {16, 128, 64, 512}, {5, 16, 8, 64}, {128, 128, 64, 512}}) {
-    for (const auto format : {cuda::MlaRowFormat::kBf16, cuda::MlaRowFormat::kFp8}) {
+  for (const Sizes& sizes : kSizes) {
+    for (const auto format : kFormats) {
+      const auto& [heads, nope, rope, rank] = sizes;
       SCOPED_TRACE(testing::Message()
                    << heads << " heads, rank " << rank << ", format " << static_cast<int>(format));
-      const int64_t tokens = 7;
-      const int64_t kv_stride = rank + rope + 3;
-      const int64_t q_head = nope + rope + 4;
-      const std::vector<float> kv = RandomFloats(rng_, tokens * kv_stride, 2.0f);
-      const std::vector<float> norm = RandomFloats(rng_, rank);
-      const std::vector<float> q =
-          gpu_test::RoundedToBf16(RandomFloats(rng_, tokens * heads * q_head));
-      std::vector<float> inv_freq(static_cast<size_t>(rope / 2));
-      RopeConfig config;
-      config.qk_rope_head_dim = rope;
-      RopeInverseFrequencies(config, inv_freq.data());
-      // Two sequences, one with a far position.
-      const std::vector<int32_t> positions = {0, 1, 62, 63, 64, 163'000, 163'001};
-      const std::vector<int32_t> sequence = {0, 0, 0, 0, 0, 1, 1};
-      std::vector<uint32_t> table0 = {7, 2};
-      std::vector<uint32_t> table1(163'001 / 64 + 1, 0xffffffffu);
-      table1[163'000 / 64] = 4;
-      const int64_t num_blocks = 9;
-      const int32_t row_bytes = cuda::MlaRowBytes(format, rank, rope);
-      const int64_t block_bytes = 64 * row_bytes;
-      const Buffer<uint32_t> d_table0(table0);
-      const Buffer<uint32_t> d_table1(table1);
-      std::vector<cuda::MlaSegment> segments(2);
-      segments[0].page_table = d_table0.data();
-      segments[1].page_table = d_table1.data();
-      const Buffer<cuda::MlaSegment> d_segments(segments);
-      const Buffer<float> d_kv(kv);
-      const Buffer<float> d_norm(norm);
-      const Buffer<Bf16> d_q(gpu_test::ToBf16(q));
-      const Buffer<float> d_freq(inv_freq);
-      const Buffer<int32_t> d_positions(positions);
-      const Buffer<int32_t> d_sequence(sequence);
-      const Buffer<float> d_cos_sin(tokens * rope);
-      const Buffer<Bf16> d_q_rope(tokens * heads * rope);
-      const Buffer<uint8_t> d_blocks(num_blocks * block_bytes);
-
-      cuda::RopeTableParams table;
-      table.positions = d_positions.data();
-      table.inv_freq = d_freq.data();
-      table.attention_scaling = 1.25f;
-      table.cos_sin = d_cos_sin.data();
-      table.num_tokens = tokens;
-      table.dim = rope;
-      ASSERT_EQ(cuda::RopeTable(table, nullptr), cudaSuccess);
-      std::vector<float> cos_sin(static_cast<size_t>(tokens * rope));
+      const Step step(rng_, sizes, format);
+      ASSERT_EQ(step.MakeRopeTable(), cudaSuccess);
+      std::vector<float> cos_sin(static_cast<size_t>(kTokens * rope));
       RopeTableParams r;
-      r.positions = positions.data();
-      r.inv_freq = inv_freq.data();
-      r.attention_scaling = 1.25f;
-      r.num_tokens = tokens;
+      r.positions = step.positions.data();
+      r.inv_freq = step.inv_freq.data();
+      r.attention_scaling = kScaling;
+      r.num_tokens = kTokens;
       r.dim = rope;
       r.cos_sin = cos_sin.data();
       reference::RopeTable(r);
       // Float64 angles: the same to a rounding of fp32, at position 163,001 too.
-      EXPECT_TRUE(kernel_test::Within(d_cos_sin.Get(), cos_sin, 1.25 * 0x1p-23));
+      EXPECT_TRUE(kernel_test::Within(step.d_cos_sin.Get(), cos_sin, 1.25 * 0x1p-23));
 
-      cuda::LatentAppendParams p;
-      p.kv_a = d_kv.data();
-      p.kv_a_stride = kv_stride;
-      p.norm_weight = d_norm.data();
-      p.cos_sin = d_cos_sin.data();
-      p.q = d_q.data();
-      p.q_token_stride = heads * q_head;
-      p.q_head_stride = q_head;
-      p.q_rope_offset = nope;
-      p.q_rope = d_q_rope.data();
-      p.q_rope_stride = rope;
-      p.positions = d_positions.data();
-      p.sequence_index = d_sequence.data();
-      p.segments = d_segments.data();
-      p.blocks = reinterpret_cast<std::byte*>(d_blocks.data());
-      p.block_bytes = block_bytes;
-      p.format = format;
-      p.num_tokens = tokens;
-      p.num_heads = heads;
-      p.rank = rank;
-      p.rope = rope;
-      ASSERT_EQ(cuda::LatentAppend(p, nullptr), cudaSuccess);
+      const Appended appended(step);
+      ASSERT_EQ(cuda::LatentAppend(ParamsOf(step, appended), nullptr), cudaSuccess);
 
-      std::vector<float> q_rope(static_cast<size_t>(tokens * heads * rope));
+      std::vector<float> q_rope(static_cast<size_t>(kTokens * heads * rope));
       RopeParams rotate;
       rotate.cos_sin = cos_sin.data();
-      rotate.num_tokens = tokens;
+      rotate.num_tokens = kTokens;
       rotate.dim = rope;
       rotate.num_heads = heads;
-      rotate.x = q.data() + nope;
-      rotate.x_token_stride = heads * q_head;
-      rotate.x_head_stride = q_head;
+      rotate.x = step.q.data() + nope;
+      rotate.x_token_stride = heads * step.q_head;
+      rotate.x_head_stride = step.q_head;
       rotate.y = q_rope.data();
       rotate.y_token_stride = heads * rope;
       rotate.y_head_stride = rope;
       reference::Rope(rotate);
-      EXPECT_TRUE(Near(gpu_test::ToFloat(d_q_rope.Get()), q_rope, kOneRounding * 1.01));
+      EXPECT_TRUE(Near(gpu_test::ToFloat(appended.q_rope.Get()), q_rope, kOneRounding * 1.01));
 
-      std::vector<float> latent(static_cast<size_t>(tokens * rank));
+      std::vector<float> latent(static_cast<size_t>(kTokens * rank));
       RmsNormParams n;
-      n.x = kv.data();
-      n.x_stride = kv_stride;
-      n.weight = norm.data();
+      n.x = step.kv.data();
+      n.x_stride = step.kv_stride;
+      n.weight = step.norm.data();
       n.y = latent.data();
       n.y_stride = n.dim = rank;
-      n.num_rows = tokens;
+      n.num_rows = kTokens;
       reference::RmsNorm(n);
-      std::vector<float> key(static_cast<size_t>(tokens * rope));
+      std::vector<float> key(static_cast<size_t>(kTokens * rope));
       rotate.num_heads = 1;
-      rotate.x = kv.data() + rank;
-      rotate.x_token_stride = rotate.x_head_stride = kv_stride;
+      rotate.x = step.kv.data() + rank;
+      rotate.x_token_stride = rotate.x_head_stride = step.kv_stride;
       rotate.y = key.data();
       rotate.y_token_stride = rotate.y_head_stride = rope;
       reference::Rope(rotate);
 
-      std::vector<uint8_t> blocks = d_blocks.Get();
-      for (int64_t t = 0; t < tokens; ++t) {
-        const std::vector<uint32_t>& pages = sequence[t] == 0 ? table0 : table1;
-        uint8_t* row =
-            blocks.data() + pages[positions[t] / 64] * block_bytes + positions[t] % 64 * row_bytes;
+      std::vector<uint8_t> blocks = appended.blocks.Get();
+      for (int64_t t = 0; t < kTokens; ++t) {
+        const std::vector<uint32_t>& pages = step.pages[step.sequence[t]];
+        uint8_t* row = blocks.data() + pages[step.positions[t] / 64] * step.block_bytes +
+                       step.positions[t] % 64 * step.row_bytes;
         std::vector<float> got(static_cast<size_t>(rank));
         const auto expected = latent.begin() + t * rank;
         if (format == cuda::MlaRowFormat::kBf16) {
@@ -244,39 +284,49 @@ TEST_F(CudaLatentTest, AppendRotatesNormsAndRounds) {
       }
       EXPECT_TRUE(std::all_of(blocks.begin(), blocks.end(), [](uint8_t b) { return b == 0xff; }))
           << "bytes outside the rows were written";
+    }
+  }
+}
 
+TEST_F(CudaLatentTest, BesideAProductBothLeaveTheirBits) {
+  STRAIT_TRACE_SEED();
+  const int32_t groups = 3;
+  const int32_t columns = 70;
+  const int32_t k = 136;
+  for (const Sizes& sizes : kSizes) {
+    for (const auto format : kFormats) {
+      const Step step(rng_, sizes, format);
+      ASSERT_EQ(step.MakeRopeTable(), cudaSuccess);
+      const Appended alone(step);
+      ASSERT_EQ(cuda::LatentAppend(ParamsOf(step, alone), nullptr), cudaSuccess);
       for (const int32_t rows : {7, 40}) {  // one launch, two
-        SCOPED_TRACE(testing::Message() << "beside a product of " << rows << " rows");
-        const int32_t groups = 3;
-        const int32_t columns = 70;
-        const gpu_test::DeviceMatrices weight(rng_, WeightType::kBf16, columns, 136, groups);
-        const Buffer<Bf16> x(gpu_test::ToBf16(RandomFloats(rng_, rows * groups * 136)));
-        const Buffer<Bf16> alone(rows * groups * columns);
-        const Buffer<Bf16> beside(rows * groups * columns);
+        SCOPED_TRACE(testing::Message()
+                     << sizes.heads << " heads, rank " << sizes.rank << ", format "
+                     << static_cast<int>(format) << ", a product of " << rows << " rows");
+        const gpu_test::DeviceMatrices weight(rng_, WeightType::kBf16, columns, k, groups);
+        const Buffer<Bf16> x(gpu_test::ToBf16(RandomFloats(rng_, rows * groups * k)));
+        const Buffer<Bf16> y_alone(rows * groups * columns);
+        const Buffer<Bf16> y_beside(rows * groups * columns);
         cuda::GemmParams product;
         product.x = x.data();
-        product.x_stride = groups * 136;
-        product.x_group_stride = 136;
+        product.x_stride = groups * k;
+        product.x_group_stride = k;
         product.num_rows = rows;
         product.weight = weight.matrix();
         product.num_groups = groups;
         product.weight_group_stride = weight.group_stride();
         product.y_stride = groups * columns;
         product.y_group_stride = columns;
-        product.y_bf16 = alone.data();
+        product.y_bf16 = y_alone.data();
         ASSERT_EQ(cuda::Gemm(product, nullptr), cudaSuccess);
-        product.y_bf16 = beside.data();
-        const Buffer<Bf16> q_rope_beside(tokens * heads * rope);
-        const Buffer<uint8_t> blocks_beside(num_blocks * block_bytes);
-        cuda::LatentAppendParams other = p;
-        other.q_rope = q_rope_beside.data();
-        other.blocks = reinterpret_cast<std::byte*>(blocks_beside.data());
-        ASSERT_EQ(cuda::LatentAppendBeside(other, product, nullptr), cudaSuccess);
-        EXPECT_EQ(blocks_beside.Get(), d_blocks.Get());
-        EXPECT_TRUE(kernel_test::SameBits(gpu_test::ToFloat(q_rope_beside.Get()),
-                                          gpu_test::ToFloat(d_q_rope.Get())));
-        EXPECT_TRUE(kernel_test::SameBits(gpu_test::ToFloat(beside.Get()),
-                                          gpu_test::ToFloat(alone.Get())));
+        product.y_bf16 = y_beside.data();
+        const Appended beside(step);
+        ASSERT_EQ(cuda::LatentAppendBeside(ParamsOf(step, beside), product, nullptr), cudaSuccess);
+        EXPECT_EQ(beside.blocks.Get(), alone.blocks.Get());
+        EXPECT_TRUE(kernel_test::SameBits(gpu_test::ToFloat(beside.q_rope.Get()),
+                                          gpu_test::ToFloat(alone.q_rope.Get())));
+        EXPECT_TRUE(kernel_test::SameBits(gpu_test::ToFloat(y_beside.Get()),
+                                          gpu_test::ToFloat(y_alone.Get())));
       }
     }
   }

@@ -285,21 +285,67 @@ TEST_F(MhaPrefillTest, GatherListsRowsAndRopeKeys) {
 }
 
 TEST_F(MhaPrefillTest, WrongShapesAreRefused) {
+  constexpr int32_t kTokens = 4;
+  constexpr int32_t kKeyRows = kMhaTileKeys + 4;
+  const Buffer<Bf16> q(kTokens * kMhaNope);
+  const Buffer<Bf16> q_rope(kTokens * kMhaRope);
+  const Buffer<Bf16> pairs(kKeyRows * kPairColumns);
+  const Buffer<Bf16> rope_keys(kKeyRows * kMhaRope);
+  const Buffer<Bf16> out(kTokens * kMhaValue);
   MhaPiece piece;
-  piece.num_tokens = 4;
-  piece.num_keys = 4;
+  piece.num_tokens = kTokens;
+  piece.first_key = kMhaTileKeys;
+  piece.num_keys = kKeyRows - kMhaTileKeys;
   MhaPrefillParams p;
   p.pieces = &piece;
   p.num_pieces = 1;
-  p.num_tokens = 3;
-  p.num_key_rows = 4;
+  p.num_tokens = kTokens;
+  p.num_key_rows = kKeyRows;
   p.num_heads = 1;
-  EXPECT_EQ(MhaPrefill(p, nullptr), cudaErrorInvalidValue);  // tokens that q does not have
-  p.num_tokens = 4;
-  piece.ends = false;
-  EXPECT_EQ(MhaPrefill(p, nullptr), cudaErrorInvalidValue);  // no room for the state
-  p.num_pieces = kMhaMaxPieces + 1;
-  EXPECT_EQ(MhaPrefill(p, nullptr), cudaErrorInvalidValue);
+  p.q = q.data();
+  p.q_token_stride = p.q_head_stride = kMhaNope;
+  p.q_rope = q_rope.data();
+  p.q_rope_token_stride = p.q_rope_head_stride = kMhaRope;
+  p.keys = pairs.data();
+  p.values = pairs.data() + kMhaNope;
+  p.key_row_stride = p.key_head_stride = kPairColumns;
+  p.rope_keys = rope_keys.data();
+  p.out = out.data();
+  p.out_stride = kMhaValue;
+  ASSERT_EQ(MhaPrefill(p, nullptr), cudaSuccess);  // what each change below makes wrong
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+
+  struct Change {
+    const char* name;
+    void (*make)(MhaPrefillParams& p, MhaPiece& piece);
+  };
+  for (const Change& change : {
+           Change{"pieces below zero", [](auto&p, auto&) { p.num_pieces = -1; }},
+           {"too many pieces", [](auto&p, auto&) { p.num_pieces = kMhaMaxPieces + 1; }},
+           {"no heads", [](auto&p, auto&) { p.num_heads = 0; }},
+           {"odd rows of out", [](auto&p, auto&) { ++p.out_stride; }},
+           {"odd rows of state", [](auto&p, auto&) { ++p.state_stride; }},
+           {"q not aligned", [](auto&p, auto&) { ++p.q; }},
+           {"q_rope not aligned", [](auto&p, auto&) { ++p.q_rope; }},
+           {"keys not aligned", [](auto&p, auto&) { ++p.keys; }},
+           {"values not aligned", [](auto&p, auto&) { ++p.values; }},
+           {"rope_keys not aligned", [](auto&p, auto&) { ++p.rope_keys; }},
+           {"fewer tokens than the piece has", [](auto&p, auto&) { --p.num_tokens; }},
+           {"tokens beyond q", [](auto&, auto&piece) { ++piece.first_token; }},
+           {"keys beyond the rows", [](auto&p, auto&) { --p.num_key_rows; }},
+           {"a piece of more keys than rows", [](auto&, auto&piece) { ++piece.num_keys; }},
+           {"keys within a tile", [](auto&, auto&piece) { piece.first_key -= 64; }},
+           {"no tokens", [](auto&, auto&piece) { piece.num_tokens = 0; }},
+           {"no keys", [](auto&, auto&piece) { piece.num_keys = 0; }},
+           {"no state to go on from", [](auto&, auto&piece) { piece.begins = false; }},
+           {"no room for the state", [](auto&, auto&piece) { piece.ends = false; }},
+       }) {
+    MhaPrefillParams changed = p;
+    MhaPiece changed_piece = piece;
+    changed.pieces = &changed_piece;
+    change.make(changed, changed_piece);
+    EXPECT_EQ(MhaPrefill(changed, nullptr), cudaErrorInvalidValue) << change.name;
+  }
 }
 
 }  // namespace

@@ -139,7 +139,7 @@ CudaWorkspace LayOutWorkspace(const ModelConfig& c, LayerRange layers, const Ste
 bool ExpandsPrompts(const ModelConfig& c, const CudaTraits& traits) {
   return traits.has_mha_prefill && !traits.deterministic && traits.row_format == RowFormat::kBf16 &&
          traits.max_step_tokens >= static_cast<uint32_t>(kMinExpandedTokens) &&
-         c.kv_lora_rank == 512 && c.qk_rope_head_dim == cuda::kMhaRope &&
+         c.kv_lora_rank == cuda::kMhaRank && c.qk_rope_head_dim == cuda::kMhaRope &&
          c.qk_nope_head_dim == cuda::kMhaNope && c.v_head_dim == cuda::kMhaValue;
 }
 

@@ -199,6 +199,7 @@ void WaitCopyGroups() {
 }
 
 inline void SyncSome(int id, int threads) { emulator::NamedBarrier(id, threads, true); }
+inline void ArriveSome(int id, int threads) { emulator::NamedBarrier(id, threads, false); }
 
 inline void PrefetchToL2(const void*, uint32_t bytes) {
   if (bytes % 16 != 0) emulator::Fail("a prefetch of bytes that are not a multiple of 16");
@@ -276,11 +277,11 @@ void NamedArrive() {
   emulator::NamedBarrier(kId, kThreads, false);
 }
 
-inline void LoadChunk(uint32_t to, const void* map, int column, int block, uint32_t barrier) {
+inline void LoadBox(uint32_t to, const void* map, int x, int y, int z, uint32_t barrier) {
   emulator::TensorMap tensor;
   std::memcpy(&tensor, map, sizeof(tensor));
   emulator::Defer([=] {
-    const uint32_t bytes = emulator::LoadBox(tensor, {column, 0, block}, to);
+    const uint32_t bytes = emulator::LoadBox(tensor, {x, y, z}, to);
     emulator::CompleteBytes(barrier, static_cast<int32_t>(bytes));
   });
 }
@@ -301,23 +302,12 @@ void FewerRegisters() {}
 template <int kRegisters>
 void MoreRegisters() {}
 
-// ---- Attention of prompts ----
 inline void MultiplyColumns(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
   emulator::ProductState& state = emulator::Products();
   state.products.push_back({d, 128, false, a, 0, b, true, accumulate != 0, state.group});
 }
 template <int kRows, int kCount>
 void Pin(uint32_t (&)[kRows][kCount]) {}
-inline void LoadBox(uint32_t to, const void* map, int x, int y, int z, uint32_t barrier) {
-  emulator::TensorMap tensor;
-  std::memcpy(&tensor, map, sizeof(tensor));
-  emulator::Defer([=] {
-    const uint32_t bytes = emulator::LoadBox(tensor, {x, y, z}, to);
-    emulator::CompleteBytes(barrier, static_cast<int32_t>(bytes));
-  });
-}
-inline void ArriveSome(int id, int threads) { emulator::NamedBarrier(id, threads, false); }
-// ---- ----
 
 }  // namespace wgmma
 
