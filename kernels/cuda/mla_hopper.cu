@@ -10,15 +10,7 @@
 //   128 heads or more, several tokens, prefill: tiles share blocks in L2; bound by the products,
 //   and by the shared memory that feeds them: 2,176 cycles of products a block against 2,368 of
 //   shared memory traffic (q and keys 1,152, weights and values 640, the copy itself 576).
-// Measured, H200, bf16, medians of mla_bench, reading at 4,660 GB/s in the same run; one new token:
-//   heads  batch x length      us   TFLOP/s   GB/s  of read
-//     128    1 x 131,072     92.0      397   1,644    0.35
-//     128  128 x   4,096    321.4      454   1,990    0.43
-//      64    1 x 131,072     64.4      283   2,345    0.50
-//      64   32 x  32,768    333.2      438   3,639    0.78
-//      16    1 x 131,072     62.8       73   2,406    0.51
-//      16   32 x  32,768    297.8      123   4,061    0.87
-//   prefill of 8,192 tokens: 16 heads 2,690 us, 434 TFLOP/s; 128 heads 20,071 us, 466 TFLOP/s.
+// Measured shares: tests/reports/gpu.md, written by tests/gpu.sh.
 // At 128 heads each block leaves L2 once for each of its two tiles, 3.9 TB/s in all, and a tile's
 // buffer waits for that copy: likely what holds it; sharing the copy between two thread blocks
 // would halve it. fp8: 0.27 of the read rate at 16 heads; widening the codes holds it.
