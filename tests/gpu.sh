@@ -17,7 +17,7 @@ usage: tests/gpu.sh [options]
                      cannot build. There: tests/gpu.sh --programs FOLDER
   --programs FOLDER  builds nothing, uses the programs of --pack
   --only PART        one of unit, exactness, same-tokens, disconnects, nccl (ranks that share a GPU; with more GPUs
-                     also a rank on each), bench, sanitizer; may be repeated (default: all but sanitizer)
+                     also one on each of up to four), bench, sanitizer; may be repeated (default: all but sanitizer)
   --cases LIST       of the benchmarks, e.g. "gemm v3" (default: gemm mla v2-lite v3 price rows serve)
   --jobs N           end-to-end tests at once, where pytest-xdist is there (default: 4)
 End-to-end parts need pytest and httpx (tests/run.sh installs them), nccl also nvidia-cuda-mps-control. gpu.json is written by
@@ -41,6 +41,11 @@ while [ $# -gt 0 ]; do
   shift
 done
 parts="${parts:-unit exactness same-tokens disconnects nccl bench}"
+known() {  # what, its name, all that there are
+  case " $3 " in *" $2 "*) ;; *) echo "tests/gpu.sh: there is no $1 $2, only: $3" >&2; exit 2 ;; esac
+}
+for part in $parts; do known part "$part" "unit exactness same-tokens disconnects nccl bench sanitizer"; done
+for case in $cases; do known case "$case" "gemm mla v2-lite v3 price rows serve"; done
 wanted() { case " $parts " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 failed=
 fail() { failed="$failed $1"; strait_say "FAILED: $1${2:+ ($2)}"; }
@@ -63,6 +68,7 @@ if [ -n "$pack" ]; then
   strait_say "Packed: $(du -sh "$pack" | cut -f1) in $pack"
   exit 0
 fi
+[ -x "$programs/tests/cuda_device_test" ] || strait_fail "$programs has no tests/cuda_device_test: make it with --pack"
 programs="$(realpath "$programs")"
 mkdir -p "$out" && out="$(realpath "$out")"
 [ -d "$programs/lib" ] && export LD_LIBRARY_PATH="$programs/lib:${LD_LIBRARY_PATH:-}"
@@ -70,6 +76,7 @@ export STRAIT_SOURCE_DIR="$STRAIT_ROOT"
 "$programs/tests/cuda_device_test" >"$out/device.log" 2>&1 || fail device
 gpu="$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>/dev/null | head -n 1)"
 [ -n "$gpu" ] || strait_fail "no NVIDIA GPU here (nvidia-smi finds none)"
+gpu="$(nvidia-smi -L | grep -c '^GPU') x $gpu"
 strait_say "GPU: $gpu"
 
 # ---- Unit tests: each kernel against its reference, the golden checkpoints in one process ----
@@ -201,7 +208,6 @@ if wanted bench; then
           "$programs/bin/strait" bench --model $models/v2-lite --random-weights 1 --backend cuda --workers 1 \
           --concurrency 1,16,64 --prompt-tokens 1024 --output-tokens 128 --requests 64 --warmup 4 \
           --json "$out/serve.json" </dev/null || return ;;
-        *) echo "tests/gpu.sh: there is no case $case" >&2; return 2 ;;
       esac
     done
   }

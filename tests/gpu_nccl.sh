@@ -40,7 +40,11 @@ print("JSON", json.dumps({"bench": sys.argv[2], "ranks": int(sys.argv[3]), "tpot
 PYTHON
 }
 
-num_gpus="$(nvidia-smi -L | grep -c '^GPU')"
+if [ -n "${CUDA_VISIBLE_DEVICES-}" ]; then
+  num_gpus="$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .)"
+else
+  num_gpus="$(nvidia-smi -L | grep -c '^GPU')"
+fi
 if [ "$num_gpus" -gt 1 ]; then
   all="$(seq -s, 0 $((num_gpus > 4 ? 3 : num_gpus - 1)))"
   part gpus 0 "$all"

@@ -45,7 +45,7 @@ struct Flags {
   std::optional<uint64_t> random_weights;
   uint64_t memory_bytes = 0;
   double gpu_memory_share = 0.9;
-  uint32_t gpu = 0;
+  std::optional<uint32_t> gpu;  // none: 0
   uint32_t threads = 0;
   LogFlags log;
   bool insecure = false;
@@ -99,7 +99,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_
                                                      std::optional<StageCosts>* costs) {
   if (flags.backend == "cuda") {
     GpuBackendOptions options;
-    options.device = static_cast<int>(flags.gpu);
+    options.device = static_cast<int>(flags.gpu.value_or(0));
     options.memory_bytes = flags.memory_bytes;
     options.memory_share = flags.gpu_memory_share;
     options.deterministic = flags.deterministic;
@@ -111,6 +111,9 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_
     *memory_bytes = made.memory_bytes;
     *costs = std::move(made.stage_costs);
     return std::move(made.backend);
+  }
+  if (flags.gpu) {
+    return absl::InvalidArgumentError("--gpu (STRAIT_GPU) needs --backend cuda");
   }
   if (flags.fp8_activations) {
     return absl::InvalidArgumentError(
@@ -152,7 +155,7 @@ absl::StatusOr<NcclOffer> MakeNcclOffer(const Flags& flags) {
     return offer;
   }
   offer.nccl = *std::move(nccl);
-  offer.device = MakeGpuEdgeDevice(static_cast<int>(flags.gpu));
+  offer.device = MakeGpuEdgeDevice(static_cast<int>(flags.gpu.value_or(0)));
   Log(LogLevel::kInfo, "NCCL", {{"version", NcclVersionText(offer.nccl->version())}});
   return offer;
 }
@@ -238,7 +241,9 @@ int main(int argc, char** argv) {
       "host:port under which other workers reach --listen; default: the address it is bound to");
   AddFlag(app, "--backend", flags.backend, "Where to compute: cpu, or cuda on an NVIDIA GPU")
       ->check(CLI::IsMember({"cpu", "cuda"}));
-  AddFlag(app, "--gpu", flags.gpu, "Which GPU, of those that CUDA_VISIBLE_DEVICES leaves");
+  AddFlag(app, "--gpu", flags.gpu,
+          "With --backend cuda: which GPU, one number, of those that CUDA_VISIBLE_DEVICES leaves; "
+          "default: 0");
   AddFlag(app, "--gpu-memory-share", flags.gpu_memory_share,
           "Without --memory: part of the GPU's memory for weights, cache, workspace and NCCL edges")
       ->check(CLI::Range(0.0, 1.0));
@@ -246,9 +251,10 @@ int main(int argc, char** argv) {
           "Bytes for weights, cache, workspace and NCCL edges, e.g. 8GiB; default: 80 % of the "
           "available memory, on a GPU see --gpu-memory-share")
       ->transform(CLI::AsSizeValue(false));
-  AddFlag(app, "--max-step-tokens", flags.max_step_tokens,
-          "On a GPU: rows that go through the layers at once, for which workspace is set apart; the "
-          "coordinator's larger steps go in parts")
+  AddFlag(
+      app, "--max-step-tokens", flags.max_step_tokens,
+      "On a GPU: rows that go through the layers at once, for which workspace is set apart; the "
+      "coordinator's larger steps go in parts")
       ->check(CLI::Range(1u, limits::kMaxStepTokens));
   AddFlag(app, "--threads", flags.threads, "Threads that compute; 0: one for each available core");
   AddFlag(app, "--simd", flags.simd,

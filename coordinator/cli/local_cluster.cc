@@ -101,13 +101,28 @@ absl::StatusOr<std::unique_ptr<LocalCluster>> LocalCluster::Start(LocalClusterOp
     return absl::InvalidArgumentError(
         absl::StrCat("--gpu names GPU ", *twice, " twice: name each once, workers share them"));
   }
+  const auto& worker_args = options.worker_args;
+  if (options.backend != "cuda" &&
+      std::find(worker_args.begin(), worker_args.end(), "--fp8-activations") != worker_args.end()) {
+    return absl::InvalidArgumentError(
+        "--fp8-activations needs --backend cuda: the CPU computes with fp32 activations");
+  }
   if (options.backend != "cuda" && CacheFormat(options) == "fp8") {
     return absl::InvalidArgumentError(
         "--cache-format fp8 needs --backend cuda: CPU workers keep fp32 or bf16 cache rows");
   }
   if (options.num_pipelines == 0)
     return absl::InvalidArgumentError("--pipelines must be at least 1");
-  if (options.num_workers == 0) options.num_workers = 2 * options.num_pipelines;
+  if (options.num_workers == 0) {
+    options.num_workers = options.backend == "cuda"
+                              ? std::max(options.num_pipelines, static_cast<uint32_t>(gpus.size()))
+                              : 2 * options.num_pipelines;
+  }
+  if (options.num_workers < gpus.size()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--gpu names ", gpus.size(), " GPUs, --workers is ", options.num_workers,
+                     ": a worker has one GPU. Name fewer GPUs or start more workers"));
+  }
   if (options.num_workers % options.num_pipelines != 0) {
     const uint32_t below = options.num_workers / options.num_pipelines * options.num_pipelines;
     return absl::InvalidArgumentError(absl::StrCat(

@@ -77,7 +77,7 @@ def fp8_rows(steps):
 
 def fp8_activations(steps):
     found = pairs(steps, lambda r: r.get("fp8_activations") and r.get("rows", "bf16") == "bf16")
-    return ["", "## fp8 activations", "", "The same stage with --fp8-activations, and without it or --deterministic.",
+    return ["", "## fp8 activations", "", "The same stage with --fp8-activations, and with neither it nor --deterministic.",
             ""] + side_by_side(found) if found else []
 
 
@@ -173,7 +173,8 @@ def page(data, attention, serve):
            "twice the L2.", "",
            "## A stage's step", "",
            "The floor is the time to read the weights that the step touches and the cache rows once, at that rate. Random "
-           "weights and tokens.", ""]
+           "weights and tokens. Layers that do not begin or end the model are timed with their hidden states' way through host "
+           "memory, in and out.", ""]
     decode = list(filter(plain, by("decode")))
     out += table(["model", "batch", "context", "ms", "floor, ms", "share of floor", "tokens/s"],
                  [[f"{name(r)}, {r['layers']} layers", r["batch"], r["context"], f"{r['us'] / 1000:.2f}",

@@ -338,6 +338,8 @@ def test_a_gpu_that_is_not_there_is_told_in_a_sentence():
     ("0,1", 2, ["0", "1"], [0.9, 0.9]),  # one each: NCCL finds its own way between them
     ("2,0", 3, ["2", "0", "2"], [0.45, 0.9, 0.45]),
     (None, 2, ["0", "0"], [0.45, 0.45]),
+    ("0,1", None, ["0", "1"], [0.9, 0.9]),  # as many workers as GPUs
+    (None, None, ["0"], [0.9]),
 ])
 def test_up_deals_workers_over_the_gpus_named(tmp_path, gpus, workers, dealt, shares):
     """With a stand-in for the worker, which writes down how it was called and ends."""
@@ -346,8 +348,8 @@ def test_up_deals_workers_over_the_gpus_named(tmp_path, gpus, workers, dealt, sh
     stand_in = tmp_path / "strait-worker"
     stand_in.write_text(f"#!/bin/bash\nprintf '%s ' \"$@\" \"${{NCCL_HOSTID-}}\" >{tmp_path}/half.$$\nmv {tmp_path}/half.$$ {tmp_path}/called.$$\nexit 3\n")
     stand_in.chmod(0o755)
-    args = ["--gpu", gpus] if gpus else []
-    reply = subprocess.run([tmp_path / "strait", "up", "--model", TINY, "--random-weights", "1", "--workers", str(workers), "--backend", "cuda",
+    args = (["--gpu", gpus] if gpus else []) + (["--workers", str(workers)] if workers else [])
+    reply = subprocess.run([tmp_path / "strait", "up", "--model", TINY, "--random-weights", "1", "--backend", "cuda",
                             *args, "--http", f"127.0.0.1:{free_port()}", "--grpc", f"127.0.0.1:{free_port()}"],
                            capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     assert reply.returncode == 1, reply.stderr
@@ -356,18 +358,26 @@ def test_up_deals_workers_over_the_gpus_named(tmp_path, gpus, workers, dealt, sh
         words = file.read_text().split(" ")
         flag = lambda name: words[words.index(name) + 1]
         calls[flag("--name")] = (flag("--gpu"), float(flag("--gpu-memory-share")), "strait-" in file.read_text().split("--gpu-memory-share")[1])
-    shared = workers > (len(gpus.split(",")) if gpus else 1)
-    assert calls == {f"worker-{i + 1}": (dealt[i], shares[i], shared) for i in range(workers)}
+    shared = len(dealt) > (len(gpus.split(",")) if gpus else 1)
+    assert calls == {f"worker-{i + 1}": (gpu, shares[i], shared) for i, gpu in enumerate(dealt)}
 
 
 @pytest.mark.parametrize("args, says", [
     (("--backend", "cuda", "--gpu", "1,0,1"), "--gpu names GPU 1 twice"),
     (("--gpu", "0"), "needs --backend cuda"),
+    (("--backend", "cuda", "--gpu", "0,1,2", "--workers", 2), "--gpu names 3 GPUs, --workers is 2"),
 ])
 def test_gpus_that_make_no_sense_are_told_in_a_sentence(args, says):
     reply = strait("up", "--model", TINY, "--random-weights", 1, *args)
     assert reply.returncode == 1
     assert says in reply.stderr, reply.stderr
+
+
+def test_a_worker_with_a_gpu_and_without_cuda_is_refused_with_the_fix():
+    worker = subprocess.run([program("strait-worker"), "--model", str(TINY), "--random-weights", "1", "--gpu", "0"],
+                            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, env=clean_env())
+    assert worker.returncode == 1
+    assert "--gpu (STRAIT_GPU) needs --backend cuda" in worker.stdout + worker.stderr
 
 
 def test_fp8_activations_without_a_gpu_are_told_in_a_sentence():
