@@ -26,25 +26,24 @@ absl::Status CheckOption(const char* name, uint64_t value, uint64_t least, uint6
 
 absl::Status ValidateOptions(const CoreOptions& options, const ModelShape& model) {
   const uint64_t num_layers = model.layer_weight_bytes.size();
+  STRAIT_RETURN_IF_ERROR(CheckOption("--pipelines", options.num_pipelines, 1, limits::kMaxWorkers));
+  STRAIT_RETURN_IF_ERROR(CheckOption(
+      "--stages (of strait up: --workers over --pipelines; a stage has a layer at least)",
+      options.num_stages, 1, std::min<uint64_t>(num_layers, limits::kMaxStagesPerPipeline)));
   STRAIT_RETURN_IF_ERROR(
-      CheckOption("num_pipelines", options.num_pipelines, 1, limits::kMaxWorkers));
+      CheckOption("--max-step-tokens", options.max_step_tokens, 1, limits::kMaxStepTokens));
   STRAIT_RETURN_IF_ERROR(
-      CheckOption("num_stages", options.num_stages, 1,
-                  std::min<uint64_t>(num_layers, limits::kMaxStagesPerPipeline)));
-  STRAIT_RETURN_IF_ERROR(
-      CheckOption("max_step_tokens", options.max_step_tokens, 1, limits::kMaxStepTokens));
-  STRAIT_RETURN_IF_ERROR(
-      CheckOption("prefill_chunk", options.prefill_chunk, 1, limits::kMaxStepTokens));
+      CheckOption("--prefill-chunk", options.prefill_chunk, 1, limits::kMaxStepTokens));
   // Every resident may have to be closed in one step.
   STRAIT_RETURN_IF_ERROR(
-      CheckOption("max_running", options.max_running, 1, limits::kMaxStepSequences));
-  STRAIT_RETURN_IF_ERROR(CheckOption("max_waiting", options.max_waiting, 1, 1u << 20));
+      CheckOption("--max-running", options.max_running, 1, limits::kMaxStepSequences));
+  STRAIT_RETURN_IF_ERROR(CheckOption("--max-waiting", options.max_waiting, 1, 1u << 20));
   STRAIT_RETURN_IF_ERROR(
       CheckOption("steps_in_flight", options.steps_in_flight, 0, limits::kMaxStepsInFlight));
   STRAIT_RETURN_IF_ERROR(
-      CheckOption("grant_depth", options.grant_depth, 1, limits::kMaxGrantDepth));
-  STRAIT_RETURN_IF_ERROR(
-      CheckOption("heartbeat_timeout_us", options.heartbeat_timeout_us, 10'000, 3'600'000'000));
+      CheckOption("--grant-depth", options.grant_depth, 1, limits::kMaxGrantDepth));
+  STRAIT_RETURN_IF_ERROR(CheckOption("--heartbeat-timeout, in microseconds,",
+                                     options.heartbeat_timeout_us, 10'000, 3'600'000'000));
   STRAIT_RETURN_IF_ERROR(CheckOption("the model's vocab_size", model.vocab_size, 1, 1u << 31));
   STRAIT_RETURN_IF_ERROR(
       CheckOption("the model's max_positions", model.max_positions, 1, 1u << 30));
