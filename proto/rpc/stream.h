@@ -113,16 +113,18 @@ class StreamBase : public Reactor {
   }
 
   // Ends the stream with `why`; queued messages are dropped. A write in flight is waited for by the
-  // server's end, so that the peer sees `why`: see Abort.
+  // server's end, so that the peer sees `why`: see Abort. If the peer was the first to end it, its
+  // status remains, and a client waits for it no longer.
   void Close(absl::Status why) {
-    bool finish;
+    bool finish = false;
     {
       std::lock_guard lock(mu_);
-      if (closing_) return;
-      closing_ = true;
-      local_status_ = std::move(why);
-      outgoing_.clear();
-      finish = MaybeFinish();
+      if (!closing_) {
+        closing_ = true;
+        local_status_ = std::move(why);
+        outgoing_.clear();
+        finish = MaybeFinish();
+      }
       ++starting_;
     }
     OnLocalClose();
@@ -160,6 +162,8 @@ class StreamBase : public Reactor {
 
   virtual void TryCancel() = 0;
   virtual void OnLocalClose() = 0;
+  // Reads on, for nobody, if that is needed for the call to end. Only in a reaction.
+  virtual void Drain() = 0;
   virtual void Finished() = 0;  // called once, when no write is in flight and none will be
   virtual void Released() = 0;  // an outside party (the call, the alarm) lets go
 
@@ -189,26 +193,31 @@ class StreamBase : public Reactor {
       return;
     }
     if (!heard_.exchange(true)) alarm_.Cancel();
+    bool ends;
     {
       std::lock_guard lock(mu_);
-      if (closing_) return;
+      ends = closing_;
     }
-    const bool more = events_.on_message(std::exchange(incoming_, In()));
+    const bool more = !ends && events_.on_message(std::exchange(incoming_, In()));
     {
       std::lock_guard lock(mu_);
-      if (closing_) return;
-      if (!more && !std::exchange(resume_early_, false)) {
-        paused_ = true;
-        return;
+      ends = closing_;
+      if (!ends) {
+        if (!more && !std::exchange(resume_early_, false)) {
+          paused_ = true;
+          return;
+        }
+        ++starting_;
       }
-      ++starting_;
     }
+    if (ends) return Drain();
     this->StartRead(&incoming_);
     EndStarting();
   }
 
   void WriteDone(bool ok) {
     bool next = false;
+    bool unread = false;
     bool finish;
     {
       std::lock_guard lock(mu_);
@@ -218,6 +227,7 @@ class StreamBase : public Reactor {
       if (!ok) {
         closing_ = true;
         outgoing_.clear();
+        unread = std::exchange(paused_, false);
       }
       if (!closing_ && !outgoing_.empty()) {
         BeginWrite();
@@ -226,6 +236,7 @@ class StreamBase : public Reactor {
       finish = MaybeFinish();
     }
     if (next) this->StartWrite(&writing_message_.message);
+    if (unread) Drain();
     if (finish) Finished();
   }
 
@@ -343,6 +354,8 @@ class ClientStream final : public StreamBase<grpc::ClientBidiReactor<Out, In>, I
  private:
   void TryCancel() override { context_.TryCancel(); }
   void OnLocalClose() override { context_.TryCancel(); }
+  // A call whose peer has ended it ends here when all that the peer sent before has been read.
+  void Drain() override { this->StartRead(&this->incoming_); }
   void Finished() override { this->RemoveHold(); }
   void Released() override {
     std::lock_guard lock(this->mu_);
@@ -395,6 +408,7 @@ class ServerStream final : public StreamBase<grpc::ServerBidiReactor<In, Out>, I
  private:
   void TryCancel() override { context_->TryCancel(); }
   void OnLocalClose() override {}
+  void Drain() override {}
   void Finished() override {
     absl::Status status;
     {

@@ -132,6 +132,33 @@ class StreamTest : public testing::Test {
   std::shared_ptr<Server> at_server_;
 };
 
+// It once hung: a write that failed was taken for the end of the stream, nothing was read any more,
+// and gRPC tells a call's end only when all that came before has been read.
+TEST_F(StreamTest, EndIsToldThoughMessagesBeforeItWereNotRead) {
+  for (const bool destroyed : {false, true}) {
+    seen_.read_on = false;  // after the first
+    Connect();
+    v1::ToWorker message;
+    message.mutable_welcome()->set_worker_id(1);
+    for (int i = 0; i < 5; ++i) ASSERT_TRUE(at_server_->Send(message).ok());
+    (void)seen_.Next();
+    while (at_server_->queued_bytes() > 0) std::this_thread::sleep_for(1ms);
+    at_server_->Close(absl::UnavailableError("the server stops"));
+    // Until a write has failed.
+    while (client_->Send(Beat(1)).ok()) std::this_thread::sleep_for(1ms);
+    if (!destroyed) {
+      const absl::Status end = seen_.End();
+      EXPECT_EQ(end.code(), absl::StatusCode::kUnavailable) << end;
+      EXPECT_EQ(end.message(), "the server stops");
+    }
+    client_.reset();
+    at_server_.reset();
+    (void)seen_.ends.PopAll(0s);
+    (void)service_.seen.ends.PopAll(20s);
+    seen_.read_on = true;
+  }
+}
+
 TEST_F(StreamTest, KeepsOrderBothWays) {
   Connect();
   constexpr int kMessages = 2000;
