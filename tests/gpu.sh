@@ -25,7 +25,10 @@ bench, of that run's cases and hops: for gpu_page.py run nccl and all cases into
 USAGE
 }
 
-out=build/gpu pack= programs= parts= jobs=4 cases="gemm mla v2-lite v3 price rows serve"
+out=build/gpu pack= programs= parts= jobs=4
+all_parts="unit exactness same-tokens disconnects nccl bench"  # by default; and sanitizer
+all_cases="gemm mla v2-lite v3 price rows serve"
+cases="$all_cases"
 need_value() { [ $# -ge 2 ] || { echo "tests/gpu.sh: $1 needs a value" >&2; exit 2; }; }
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -40,12 +43,12 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-parts="${parts:-unit exactness same-tokens disconnects nccl bench}"
+parts="${parts:-$all_parts}"
 known() {  # what, its name, all that there are
   case " $3 " in *" $2 "*) ;; *) echo "tests/gpu.sh: there is no $1 $2, only: $3" >&2; exit 2 ;; esac
 }
-for part in $parts; do known part "$part" "unit exactness same-tokens disconnects nccl bench sanitizer"; done
-for case in $cases; do known case "$case" "gemm mla v2-lite v3 price rows serve"; done
+for part in $parts; do known part "$part" "$all_parts sanitizer"; done
+for case in $cases; do known case "$case" "$all_cases"; done
 wanted() { case " $parts " in *" $1 "*) return 0 ;; *) return 1 ;; esac; }
 failed=
 fail() { failed="$failed $1"; strait_say "FAILED: $1${2:+ ($2)}"; }

@@ -59,6 +59,29 @@ std::string CacheFormat(const LocalClusterOptions& options) {
   return CoordinatorFlag(options, "--cache-format", "STRAIT_CACHE_FORMAT");
 }
 
+absl::Status CheckGpus(std::vector<uint32_t> gpus) {
+  std::sort(gpus.begin(), gpus.end());
+  const auto twice = std::adjacent_find(gpus.begin(), gpus.end());
+  if (twice == gpus.end()) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("--gpu names GPU ", *twice, " twice: name each once, workers share them"));
+}
+
+absl::Status CheckNeedsNoGpu(const LocalClusterOptions& options) {
+  if (!options.gpus.empty())
+    return absl::InvalidArgumentError("--gpu (STRAIT_GPU) needs --backend cuda");
+  const auto& args = options.worker_args;
+  if (std::find(args.begin(), args.end(), "--fp8-activations") != args.end()) {
+    return absl::InvalidArgumentError(
+        "--fp8-activations needs --backend cuda: the CPU computes with fp32 activations");
+  }
+  if (CacheFormat(options) == "fp8") {
+    return absl::InvalidArgumentError(
+        "--cache-format fp8 needs --backend cuda: CPU workers keep fp32 or bf16 cache rows");
+  }
+  return absl::OkStatus();
+}
+
 // `given`, or the default port of loopback, or a free one when that is taken.
 absl::StatusOr<std::string> ChooseAddress(const std::string& given, uint16_t default_port,
                                           std::string_view what, uint16_t not_this,
@@ -92,35 +115,18 @@ absl::StatusOr<std::unique_ptr<LocalCluster>> LocalCluster::Start(LocalClusterOp
     return absl::InvalidArgumentError(
         absl::StrCat("--backend ", options.backend, " is unknown: use cpu or cuda"));
   }
-  if (options.backend != "cuda" && !options.gpus.empty()) {
-    return absl::InvalidArgumentError("--gpu (STRAIT_GPU) needs --backend cuda");
-  }
-  std::vector<uint32_t> gpus = options.gpus;
-  std::sort(gpus.begin(), gpus.end());
-  if (const auto twice = std::adjacent_find(gpus.begin(), gpus.end()); twice != gpus.end()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--gpu names GPU ", *twice, " twice: name each once, workers share them"));
-  }
-  const auto& worker_args = options.worker_args;
-  if (options.backend != "cuda" &&
-      std::find(worker_args.begin(), worker_args.end(), "--fp8-activations") != worker_args.end()) {
-    return absl::InvalidArgumentError(
-        "--fp8-activations needs --backend cuda: the CPU computes with fp32 activations");
-  }
-  if (options.backend != "cuda" && CacheFormat(options) == "fp8") {
-    return absl::InvalidArgumentError(
-        "--cache-format fp8 needs --backend cuda: CPU workers keep fp32 or bf16 cache rows");
-  }
+  const bool on_gpu = options.backend == "cuda";
+  STRAIT_RETURN_IF_ERROR(on_gpu ? CheckGpus(options.gpus) : CheckNeedsNoGpu(options));
+  if (on_gpu && options.gpus.empty()) options.gpus = {0};
   if (options.num_pipelines == 0)
     return absl::InvalidArgumentError("--pipelines must be at least 1");
+  const auto num_gpus = static_cast<uint32_t>(options.gpus.size());
   if (options.num_workers == 0) {
-    options.num_workers = options.backend == "cuda"
-                              ? std::max(options.num_pipelines, static_cast<uint32_t>(gpus.size()))
-                              : 2 * options.num_pipelines;
+    options.num_workers = std::max((on_gpu ? 1 : 2) * options.num_pipelines, num_gpus);
   }
-  if (options.num_workers < gpus.size()) {
+  if (options.num_workers < num_gpus) {
     return absl::InvalidArgumentError(
-        absl::StrCat("--gpu names ", gpus.size(), " GPUs, --workers is ", options.num_workers,
+        absl::StrCat("--gpu names ", num_gpus, " GPUs, --workers is ", options.num_workers,
                      ": a worker has one GPU. Name fewer GPUs or start more workers"));
   }
   if (options.num_workers % options.num_pipelines != 0) {
@@ -215,7 +221,7 @@ absl::Status LocalCluster::Launch() {
                                                  kMemoryShare / options_.num_workers);
     if (share > 0) memory = std::to_string(share);
   }
-  const auto num_gpus = static_cast<uint32_t>(std::max<size_t>(options_.gpus.size(), 1));
+  const auto num_gpus = static_cast<uint32_t>(options_.gpus.size());
   for (uint32_t i = 0; i < options_.num_workers; ++i) {
     Process worker;
     worker.name = absl::StrCat("worker-", i + 1);
@@ -233,13 +239,11 @@ absl::Status LocalCluster::Launch() {
     if (on_gpu) {
       const uint32_t slot = i % num_gpus;
       const uint32_t sharers = (options_.num_workers - slot + num_gpus - 1) / num_gpus;
-      append(worker.spec.argv, {"--backend", "cuda", "--gpu",
-                                std::to_string(options_.gpus.empty() ? 0 : options_.gpus[slot]),
+      append(worker.spec.argv, {"--backend", "cuda", "--gpu", std::to_string(options_.gpus[slot]),
                                 "--gpu-memory-share", absl::StrCat(kGpuMemoryShare / sharers)});
       // Where any share one, all go by the network: NCCL takes two such for two hosts.
-      if (options_.num_workers > num_gpus) {
-        worker.spec.environment = SharedGpuEnvironment(worker.name);
-      }
+      const bool any_share = options_.num_workers > num_gpus;
+      if (any_share) worker.spec.environment = SharedGpuEnvironment(worker.name);
     }
     if (!options_.random_weights.empty()) {
       append(worker.spec.argv, {"--random-weights", options_.random_weights});

@@ -37,8 +37,8 @@ inline constexpr uint16_t kDefaultGrpcPort = 7000;
 
 struct LocalClusterOptions {
   std::string model;
-  uint32_t num_workers =
-      0;  // 0: two stages a pipeline; on GPUs a worker each, one a pipeline at least
+  // 0: two stages a pipeline; on GPUs a worker each, and one a pipeline at least.
+  uint32_t num_workers = 0;
   uint32_t num_pipelines = 1;
   std::string backend = "cpu";
   std::vector<uint32_t> gpus;  // over which workers are dealt in turn; empty: GPU 0

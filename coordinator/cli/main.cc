@@ -25,8 +25,7 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
   const std::string group = "Cluster";
   verb.add_option("--workers", options->num_workers,
                   "Worker processes: pipelines times stages (default: 2 a pipeline; with --backend "
-                  "cuda one a "
-                  "GPU, and at least one a pipeline)")
+                  "cuda one a GPU, and at least one a pipeline)")
       ->envname("STRAIT_WORKERS")
       ->check(CLI::Range(1u, 1024u))
       ->group(group);
