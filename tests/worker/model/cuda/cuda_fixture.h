@@ -22,6 +22,15 @@ inline ModelConfig OnCuda(ModelConfig config) {
   return config;
 }
 
+// With the heads of the published models, which may attend in the expanded form.
+inline ModelConfig WithTrueHeads(ModelConfig config) {
+  config.kv_lora_rank = 512;
+  config.qk_nope_head_dim = 128;
+  config.qk_rope_head_dim = 64;
+  config.v_head_dim = 128;
+  return config;
+}
+
 inline std::unique_ptr<CudaBackend> MakeCuda(const CudaBackendOptions& options,
                                              std::unique_ptr<WeightSource> weights) {
   auto backend = CudaBackend::Create(options, std::move(weights));

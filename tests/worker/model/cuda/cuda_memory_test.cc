@@ -34,15 +34,7 @@ ModelConfig Wide() {
   return config;
 }
 
-// The same with the heads of the published models.
-ModelConfig TrueHeads() {
-  ModelConfig config = Wide();
-  config.kv_lora_rank = 512;
-  config.qk_nope_head_dim = 128;
-  config.qk_rope_head_dim = 64;
-  config.v_head_dim = 128;
-  return config;
-}
+ModelConfig TrueHeads() { return WithTrueHeads(Wide()); }
 
 std::vector<ModelConfig> Models() {
   ModelConfig one_layer = OnCuda(TinyV3());

@@ -28,14 +28,10 @@ constexpr uint32_t kPoolBlocks = 40;
 constexpr LayerRange kLayers = {0, 1};
 
 ModelConfig TrueHeads() {
-  ModelConfig config = OnCuda(TinyV2Lite());
+  ModelConfig config = WithTrueHeads(TinyV2Lite());
   config.num_hidden_layers = 1;
   config.hidden_size = 256;
   config.num_attention_heads = 2;
-  config.kv_lora_rank = 512;
-  config.qk_nope_head_dim = 128;
-  config.qk_rope_head_dim = 64;
-  config.v_head_dim = 128;
   return config;
 }
 
