@@ -21,7 +21,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 
 namespace strait {
 
@@ -51,8 +51,8 @@ struct SequenceSpec {
 
 struct RequestSpec {
   std::vector<SequenceSpec> sequences;  // admitted or refused together
-  uint64_t timeout_us = 0;              // 0: the server's default; over it the request ends DeadlineExceeded
-  std::string client_id;                // x-request-id, for the log
+  uint64_t timeout_us = 0;  // 0: the server's default; over it the request ends DeadlineExceeded
+  std::string client_id;    // x-request-id, for the log
 };
 
 struct TokenInfo {

@@ -22,14 +22,14 @@
 #include "coordinator/text/chat_template.h"
 #include "coordinator/text/tokenizer.h"
 #include "coordinator/text/tokenizer_config.h"
-#include "proto/log.h"
-#include "proto/model_config.h"
-#include "proto/reservation.h"
+#include "proto/base/log.h"
+#include "proto/base/status_macros.h"
+#include "proto/model/model_config.h"
+#include "proto/model/reservation.h"
+#include "proto/model/stage_memory.h"
 #include "proto/rpc/address.h"
 #include "proto/rpc/process.h"
-#include "proto/status_macros.h"
-#include "proto/version.h"
-#include "proto/workspace.h"
+#include "proto/wire/version.h"
 
 namespace strait {
 namespace {

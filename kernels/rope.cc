@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "kernels/float64_math.h"
-#include "proto/check.h"
+#include "proto/base/check.h"
 
 namespace strait {
 namespace {

@@ -29,7 +29,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 #include "worker/hidden_buffer.h"
 
 namespace strait {

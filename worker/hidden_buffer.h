@@ -16,7 +16,7 @@
 #include <vector>
 
 #include "absl/types/span.h"
-#include "proto/check.h"
+#include "proto/base/check.h"
 
 namespace strait {
 

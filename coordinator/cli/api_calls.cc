@@ -4,8 +4,8 @@
 #include <chrono>
 
 #include "absl/strings/str_cat.h"
-#include "proto/json.h"
-#include "proto/status_macros.h"
+#include "proto/base/json.h"
+#include "proto/base/status_macros.h"
 
 namespace strait::cli {
 

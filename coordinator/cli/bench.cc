@@ -17,9 +17,9 @@
 #include "coordinator/cli/drive.h"
 #include "coordinator/cli/measure.h"
 #include "coordinator/cli/mix.h"
-#include "proto/json.h"
-#include "proto/status_macros.h"
-#include "proto/version.h"
+#include "proto/base/json.h"
+#include "proto/base/status_macros.h"
+#include "proto/wire/version.h"
 
 namespace strait::cli {
 namespace {

@@ -16,7 +16,7 @@
 #include "absl/status/status.h"
 #include "coordinator/cli/child.h"
 #include "coordinator/cli/local_cluster.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 
 namespace strait::cli {
 

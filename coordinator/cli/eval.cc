@@ -13,7 +13,7 @@
 #include "absl/strings/str_cat.h"
 #include "coordinator/cli/commands.h"
 #include "coordinator/cli/eval_report.h"
-#include "proto/status_macros.h"
+#include "proto/base/status_macros.h"
 
 namespace strait::cli {
 namespace {

@@ -6,8 +6,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
-#include "proto/status_macros.h"
+#include "proto/base/check.h"
+#include "proto/base/status_macros.h"
 
 namespace strait::cli {
 namespace {

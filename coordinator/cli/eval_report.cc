@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/version.h"
+#include "proto/wire/version.h"
 
 namespace strait::cli {
 namespace {

@@ -13,7 +13,7 @@
 #include "coordinator/cli/eval_run.h"
 #include "coordinator/cli/eval_stats.h"
 #include "coordinator/cli/eval_text.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 
 namespace strait::cli {
 

@@ -13,8 +13,8 @@
 #include "absl/strings/str_cat.h"
 #include "coordinator/cli/api_calls.h"
 #include "coordinator/cli/eval_server.h"
-#include "proto/status_macros.h"
-#include "proto/text.h"
+#include "proto/base/status_macros.h"
+#include "proto/base/text.h"
 
 namespace strait::cli {
 namespace {

@@ -19,7 +19,7 @@
 #include "absl/status/statusor.h"
 #include "coordinator/cli/eval_windows.h"
 #include "coordinator/cli/http_client.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 
 namespace strait::cli {
 

@@ -15,8 +15,8 @@
 #include "absl/strings/str_cat.h"
 #include "coordinator/cli/child.h"
 #include "coordinator/text/utf8.h"
-#include "proto/json.h"
-#include "proto/status_macros.h"
+#include "proto/base/json.h"
+#include "proto/base/status_macros.h"
 
 extern char** environ;
 

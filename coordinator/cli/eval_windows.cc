@@ -5,7 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/text/utf8.h"
-#include "proto/check.h"
+#include "proto/base/check.h"
 
 namespace strait::cli {
 

@@ -9,8 +9,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/cli/commands.h"
-#include "proto/json.h"
-#include "proto/status_macros.h"
+#include "proto/base/json.h"
+#include "proto/base/status_macros.h"
 
 namespace strait::cli {
 namespace {

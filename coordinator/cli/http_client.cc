@@ -18,9 +18,9 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "proto/json.h"
-#include "proto/status_macros.h"
-#include "proto/text.h"
+#include "proto/base/json.h"
+#include "proto/base/status_macros.h"
+#include "proto/base/text.h"
 
 namespace strait::cli {
 namespace {

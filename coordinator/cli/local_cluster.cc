@@ -17,9 +17,9 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "coordinator/cli/status_json.h"
-#include "proto/json.h"
-#include "proto/machine.h"
-#include "proto/status_macros.h"
+#include "proto/base/json.h"
+#include "proto/base/machine.h"
+#include "proto/base/status_macros.h"
 
 namespace strait::cli {
 namespace {

@@ -26,7 +26,7 @@
 #include "coordinator/cli/child.h"
 #include "coordinator/cli/http_client.h"
 #include "coordinator/cli/terminal.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 
 namespace strait::cli {
 

@@ -7,7 +7,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "coordinator/cli/commands.h"
-#include "proto/version.h"
+#include "proto/wire/version.h"
 
 namespace strait::cli {
 

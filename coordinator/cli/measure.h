@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "proto/json.h"
+#include "proto/base/json.h"
 
 namespace strait::cli {
 

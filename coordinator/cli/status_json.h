@@ -7,8 +7,8 @@
 #include <string_view>
 #include <vector>
 
-#include "proto/json.h"
-#include "proto/limits.h"
+#include "proto/base/json.h"
+#include "proto/base/limits.h"
 
 namespace strait::cli {
 

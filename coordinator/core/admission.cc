@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "proto/limits.h"
-#include "proto/reservation.h"
-#include "proto/status_macros.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
+#include "proto/model/reservation.h"
 
 namespace strait {
 namespace {

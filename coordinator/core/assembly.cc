@@ -8,8 +8,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/core/cluster.h"
-#include "proto/check.h"
-#include "proto/epoch_wire.h"
+#include "proto/base/check.h"
+#include "proto/wire/epoch_wire.h"
 
 namespace strait {
 

@@ -5,11 +5,11 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
-#include "proto/epoch_wire.h"
-#include "proto/limits.h"
-#include "proto/status_macros.h"
-#include "proto/version.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
+#include "proto/wire/epoch_wire.h"
+#include "proto/wire/version.h"
 
 namespace strait {
 namespace {

@@ -8,10 +8,10 @@
 #include "coordinator/core/admission.h"
 #include "coordinator/core/router.h"
 #include "coordinator/core/state.h"
-#include "proto/check.h"
-#include "proto/limits.h"
-#include "proto/reservation.h"
-#include "proto/status_macros.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
+#include "proto/model/reservation.h"
 
 namespace strait {
 namespace {

@@ -9,7 +9,7 @@
 // Errors:  what a worker or client does wrong becomes a message (a refusal, a new epoch, an
 //          eviction); a report that contradicts the accounting evicts the worker and replays its
 //          sequences.
-// Limits:  CoreOptions; proto/limits.h.
+// Limits:  CoreOptions; proto/base/limits.h.
 // Why:     the server (coordinator/service) and the simulator (tests/sim) run this same code.
 #pragma once
 
@@ -22,7 +22,7 @@
 
 #include "absl/status/status.h"
 #include "coordinator/engine.h"
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
 
 namespace strait {
@@ -62,7 +62,7 @@ struct CoreOptions {
   uint64_t edge_secret = 0;
 };
 
-// What Core must know of the model; made from proto/model_config.h by the server, invented by the
+// What Core must know of the model; made from proto/model/model_config.h by the server, invented by the
 // simulator.
 struct ModelShape {
   uint32_t vocab_size = 0;
@@ -72,7 +72,8 @@ struct ModelShape {
   uint64_t embedding_bytes = 0;              // with the first layer
   uint64_t head_bytes = 0;                   // with the last: norm and head
   uint64_t block_bytes = 0;                  // one latent block of one layer
-  std::vector<uint64_t> workspace_bytes;     // WorkspaceSizes of proto/workspace.h; empty: none
+  std::vector<uint64_t>
+      workspace_bytes;  // WorkspaceSizes of proto/model/stage_memory.h; empty: none
   uint64_t fingerprint = 0;
 };
 

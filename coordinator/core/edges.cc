@@ -2,8 +2,8 @@
 #include "coordinator/core/edges.h"
 
 #include "absl/strings/str_cat.h"
-#include "proto/limits.h"
-#include "proto/text.h"
+#include "proto/base/limits.h"
+#include "proto/base/text.h"
 
 namespace strait {
 namespace {

@@ -14,7 +14,7 @@
 #include <string>
 #include <utility>
 
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
 
 namespace strait {

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
+#include "proto/base/check.h"
 
 namespace strait {
 

@@ -6,10 +6,10 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
-#include "proto/model_config.h"
-#include "proto/reservation.h"
-#include "proto/workspace.h"
+#include "proto/base/check.h"
+#include "proto/model/model_config.h"
+#include "proto/model/reservation.h"
+#include "proto/model/stage_memory.h"
 
 namespace strait {
 namespace {

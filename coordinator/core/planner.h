@@ -18,8 +18,8 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "coordinator/core/core.h"
-#include "proto/ids.h"
-#include "proto/workspace.h"
+#include "proto/base/ids.h"
+#include "proto/model/stage_memory.h"
 
 namespace strait {
 

@@ -8,8 +8,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/core/scheduler.h"
-#include "proto/check.h"
-#include "proto/status_macros.h"
+#include "proto/base/check.h"
+#include "proto/base/status_macros.h"
 
 namespace strait {
 namespace {

@@ -5,10 +5,10 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
-#include "proto/limits.h"
-#include "proto/reservation.h"
-#include "proto/tables_digest.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+#include "proto/model/reservation.h"
+#include "proto/wire/tables_digest.h"
 
 namespace strait {
 

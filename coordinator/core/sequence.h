@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "coordinator/engine.h"
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
 
 namespace strait {

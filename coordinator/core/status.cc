@@ -6,9 +6,9 @@
 
 #include "coordinator/core/core.h"
 #include "coordinator/core/state.h"
-#include "proto/json.h"
-#include "proto/limits.h"
-#include "proto/version.h"
+#include "proto/base/json.h"
+#include "proto/base/limits.h"
+#include "proto/wire/version.h"
 
 namespace strait {
 namespace {

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
+#include "proto/base/check.h"
 
 namespace strait {
 

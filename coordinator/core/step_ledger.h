@@ -19,7 +19,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
 
 namespace strait {
@@ -46,7 +46,7 @@ struct StepRecord {
   uint32_t num_rows = 0;
   bool decodes = false;        // has rows of sequences past their prefill
   uint64_t columns_after = 0;  // of latent blocks held after it, see scheduler.h
-  uint64_t tables_digest = 0;  // proto/tables_digest.h
+  uint64_t tables_digest = 0;  // proto/wire/tables_digest.h
   std::vector<WantedResult> wanted;
   std::vector<GrantedRow> granted;         // in plan order
   std::vector<TokenId> granted_ids_first;  // that the first stage fed for them, once it reported

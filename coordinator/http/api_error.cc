@@ -3,7 +3,7 @@
 
 #include "coordinator/http/json_writer.h"
 #include "coordinator/text/detokenizer.h"
-#include "proto/text.h"
+#include "proto/base/text.h"
 
 namespace strait {
 namespace {

@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "coordinator/http/api_error.h"
-#include "proto/check.h"
+#include "proto/base/check.h"
 
 namespace strait {
 namespace {

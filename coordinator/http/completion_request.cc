@@ -9,7 +9,7 @@
 
 #include "coordinator/http/fields.h"
 #include "coordinator/http/request_input.h"
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 
 namespace strait {
 namespace {

@@ -5,7 +5,7 @@
 //
 // Thread:  plain data; the parsers are pure but for the clock-free randomness of a missing seed.
 // Errors:  ApiError, naming the field, the value and the bound.
-// Limits:  proto/limits.h ("One request"), kMax… below, the model's context and vocabulary.
+// Limits:  proto/base/limits.h ("One request"), kMax… below, the model's context and vocabulary.
 // Why:     what would change the answer and is not supported (tools, response_format, suffix …) is
 //          refused; all else that is unknown is ignored.
 #pragma once

@@ -13,8 +13,8 @@
 #include <utility>
 
 #include "coordinator/http/api_error.h"
-#include "proto/check.h"
-#include "proto/log.h"
+#include "proto/base/check.h"
+#include "proto/base/log.h"
 
 namespace strait {
 namespace {

@@ -17,7 +17,7 @@
 #include <string_view>
 
 #include "coordinator/http/api_error.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 
 namespace strait {
 

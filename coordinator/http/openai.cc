@@ -13,8 +13,8 @@
 #include "coordinator/http/fields.h"
 #include "coordinator/http/json_writer.h"
 #include "coordinator/http/request_input.h"
-#include "proto/text.h"
-#include "proto/version.h"
+#include "proto/base/text.h"
+#include "proto/wire/version.h"
 
 namespace strait {
 namespace {

@@ -7,7 +7,7 @@
 // Borrows: the engine, which outlives it and every server that uses it.
 // Thread:  Handle, OnRejected, SetDraining: any.
 // Errors:  answers, in OpenAI's JSON shape.
-// Limits:  kMaxRequestIdBytes, kMaxTimeoutMs; the rest in completion_request.h and proto/limits.h.
+// Limits:  kMaxRequestIdBytes, kMaxTimeoutMs; the rest in completion_request.h and proto/base/limits.h.
 #pragma once
 
 #include <atomic>

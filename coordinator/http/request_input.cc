@@ -4,7 +4,7 @@
 #include <optional>
 #include <utility>
 
-#include "proto/text.h"
+#include "proto/base/text.h"
 
 namespace strait {
 namespace {

@@ -17,8 +17,8 @@
 #include "coordinator/http/api_error.h"
 #include "coordinator/http/fields.h"
 #include "coordinator/http/served_model.h"
-#include "proto/ids.h"
-#include "proto/json.h"
+#include "proto/base/ids.h"
+#include "proto/base/json.h"
 
 namespace strait {
 

@@ -12,7 +12,7 @@
 
 #include "coordinator/text/chat_template.h"
 #include "coordinator/text/tokenizer.h"
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 
 namespace strait {
 

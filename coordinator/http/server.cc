@@ -9,8 +9,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/http/connection.h"
-#include "proto/check.h"
-#include "proto/log.h"
+#include "proto/base/check.h"
+#include "proto/base/log.h"
 
 namespace strait {
 namespace {

@@ -9,13 +9,13 @@
 
 #include "absl/strings/str_cat.h"
 #include "grpcpp/grpcpp.h"
-#include "proto/limits.h"
-#include "proto/log.h"
+#include "proto/base/limits.h"
+#include "proto/base/log.h"
+#include "proto/base/status_macros.h"
+#include "proto/base/text.h"
 #include "proto/rpc/address.h"
 #include "proto/rpc/channel.h"
-#include "proto/status_macros.h"
-#include "proto/text.h"
-#include "proto/version.h"
+#include "proto/wire/version.h"
 #include "strait/v1/cluster.grpc.pb.h"
 
 namespace strait {

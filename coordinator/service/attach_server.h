@@ -22,7 +22,7 @@
 #include <string>
 
 #include "absl/status/status.h"
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 #include "proto/rpc/stream.h"
 #include "strait/v1/cluster.pb.h"
 

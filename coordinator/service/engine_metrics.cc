@@ -4,7 +4,7 @@
 #include <string_view>
 
 #include "absl/strings/str_cat.h"
-#include "proto/text.h"
+#include "proto/base/text.h"
 
 namespace strait {
 namespace {

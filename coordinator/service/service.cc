@@ -13,9 +13,9 @@
 #include "absl/strings/str_cat.h"
 #include "coordinator/service/engine_metrics.h"
 #include "coordinator/service/loop_queue.h"
-#include "proto/log.h"
+#include "proto/base/log.h"
+#include "proto/base/status_macros.h"
 #include "proto/rpc/clock.h"
-#include "proto/status_macros.h"
 
 namespace strait {
 namespace {
@@ -335,7 +335,7 @@ class CoordinatorService::Impl {
   bool stop_ = false;
   uint64_t published_us_ = 0;
   std::unordered_map<WorkerId, std::shared_ptr<WorkerStream>> streams_;
-  uint32_t last_nccl_version_ = 0;  // that a worker told
+  uint32_t last_nccl_version_ = 0;                                          // that a worker told
   std::vector<std::pair<uint64_t, std::shared_ptr<WorkerStream>>> ending_;  // (abort at, stream)
   std::unordered_map<RequestId, std::shared_ptr<RequestListener>> listeners_;
 

@@ -9,8 +9,8 @@
 #include "coordinator/text/jinja_parser.h"
 #include "coordinator/text/jinja_renderer.h"
 #include "coordinator/text/utf8.h"
-#include "proto/status_macros.h"
-#include "proto/text.h"
+#include "proto/base/status_macros.h"
+#include "proto/base/text.h"
 
 namespace strait {
 

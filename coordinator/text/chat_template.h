@@ -22,7 +22,7 @@
 
 #include "absl/status/statusor.h"
 #include "coordinator/text/tokenizer_config.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 
 namespace strait {
 

@@ -8,8 +8,8 @@
 #include "absl/strings/str_cat.h"
 #include "coordinator/text/chat_template.h"
 #include "coordinator/text/utf8.h"
-#include "proto/status_macros.h"
-#include "proto/text.h"
+#include "proto/base/status_macros.h"
+#include "proto/base/text.h"
 
 namespace strait::jinja {
 namespace {

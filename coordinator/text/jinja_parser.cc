@@ -9,8 +9,8 @@
 #include "coordinator/text/chat_template.h"
 #include "coordinator/text/jinja_builtins.h"
 #include "coordinator/text/jinja_lexer.h"
-#include "proto/status_macros.h"
-#include "proto/text.h"
+#include "proto/base/status_macros.h"
+#include "proto/base/text.h"
 
 namespace strait::jinja {
 namespace {

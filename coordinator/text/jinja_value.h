@@ -21,7 +21,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 
 namespace strait::jinja {
 

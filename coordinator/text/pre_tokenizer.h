@@ -19,7 +19,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "coordinator/text/regex.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 
 namespace strait {
 

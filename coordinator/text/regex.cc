@@ -13,9 +13,9 @@
 #include "absl/strings/str_format.h"
 #include "coordinator/text/unicode_additions.h"
 #include "coordinator/text/utf8.h"
-#include "proto/check.h"
-#include "proto/status_macros.h"
-#include "proto/text.h"
+#include "proto/base/check.h"
+#include "proto/base/status_macros.h"
+#include "proto/base/text.h"
 
 namespace strait {
 namespace {

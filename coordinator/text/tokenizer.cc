@@ -11,9 +11,9 @@
 #include "coordinator/text/tokenizer_file.h"
 #include "coordinator/text/unicode_additions.h"
 #include "coordinator/text/utf8.h"
-#include "proto/json.h"
-#include "proto/status_macros.h"
-#include "proto/text.h"
+#include "proto/base/json.h"
+#include "proto/base/status_macros.h"
+#include "proto/base/text.h"
 
 namespace strait {
 namespace {

@@ -5,9 +5,9 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/json.h"
-#include "proto/status_macros.h"
-#include "proto/text.h"
+#include "proto/base/json.h"
+#include "proto/base/status_macros.h"
+#include "proto/base/text.h"
 
 namespace strait {
 namespace {

@@ -8,9 +8,9 @@
 #include "coordinator/text/byte_level.h"
 #include "coordinator/text/tokenizer.h"
 #include "coordinator/text/utf8.h"
-#include "proto/json.h"
-#include "proto/status_macros.h"
-#include "proto/text.h"
+#include "proto/base/json.h"
+#include "proto/base/status_macros.h"
+#include "proto/base/text.h"
 
 namespace strait {
 namespace {

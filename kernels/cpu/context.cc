@@ -6,7 +6,7 @@
 
 #include "absl/status/status.h"
 #include "kernels/cpu/level.h"
-#include "proto/check.h"
+#include "proto/base/check.h"
 
 namespace strait::cpu {
 namespace {

@@ -8,7 +8,7 @@
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/level.h"
 #include "kernels/float64_math.h"
-#include "proto/check.h"
+#include "proto/base/check.h"
 
 namespace strait::cpu {
 namespace {

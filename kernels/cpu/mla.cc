@@ -6,7 +6,7 @@
 #include "kernels/cpu/gemm.h"
 #include "kernels/cpu/kernels.h"
 #include "kernels/cpu/level.h"
-#include "proto/check.h"
+#include "proto/base/check.h"
 
 namespace strait::cpu {
 namespace {

@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #endif
 
-#include "proto/check.h"
+#include "proto/base/check.h"
 
 namespace strait::cpu {
 namespace {

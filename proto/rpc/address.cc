@@ -6,8 +6,8 @@
 #include <charconv>
 
 #include "absl/strings/str_cat.h"
-#include "proto/status_macros.h"
-#include "proto/text.h"
+#include "proto/base/status_macros.h"
+#include "proto/base/text.h"
 
 namespace strait::rpc {
 namespace {

@@ -5,7 +5,7 @@
 
 #include "grpcpp/ext/proto_server_reflection_plugin.h"
 #include "grpcpp/health_check_service_interface.h"
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 
 namespace strait::rpc {
 namespace {

@@ -4,7 +4,7 @@
 // that pings more often than its server allows is cut off ("Too many pings").
 //
 // Thread:  any.
-// Limits:  control messages proto/limits.h kMaxControlMessageBytes, data kMaxDataMessageBytes.
+// Limits:  control messages proto/base/limits.h kMaxControlMessageBytes, data kMaxDataMessageBytes.
 #pragma once
 
 #include <memory>
@@ -21,7 +21,7 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, Traffic t
 
 // Sets limits and keepalive, and adds health checking and reflection. `*port` receives the bound port after
 // BuildAndStart (0: the address was taken or is invalid).
-void ConfigureServer(grpc::ServerBuilder& builder, const std::string& listen_address, Traffic traffic,
-                     int* port);
+void ConfigureServer(grpc::ServerBuilder& builder, const std::string& listen_address,
+                     Traffic traffic, int* port);
 
 }  // namespace strait::rpc

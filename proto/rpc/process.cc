@@ -9,7 +9,7 @@
 #include <cstdlib>
 #include <utility>
 
-#include "proto/log.h"
+#include "proto/base/log.h"
 
 namespace strait {
 namespace {

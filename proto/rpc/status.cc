@@ -3,8 +3,8 @@
 
 #include <string>
 
-#include "proto/limits.h"
-#include "proto/text.h"
+#include "proto/base/limits.h"
+#include "proto/base/text.h"
 
 namespace strait::rpc {
 

@@ -37,7 +37,7 @@
 #include "grpcpp/grpcpp.h"
 #include "grpcpp/support/client_callback.h"
 #include "grpcpp/support/server_callback.h"
-#include "proto/check.h"
+#include "proto/base/check.h"
 #include "proto/rpc/clock.h"
 #include "proto/rpc/status.h"
 

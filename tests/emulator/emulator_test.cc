@@ -9,8 +9,8 @@
 
 #include <vector>
 
-#include "kernels/cuda/ptx.cuh"
-#include "kernels/cuda/tensor_map.h"
+#include "kernels/cuda/device/ptx.cuh"
+#include "kernels/cuda/device/tensor_map.h"
 
 namespace strait::emulator {
 namespace {

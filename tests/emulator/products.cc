@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "tests/emulator/device_language.h"
-#include "tests/emulator/shadow/kernels/cuda/ptx.cuh"
+#include "tests/emulator/shadow/kernels/cuda/device/ptx.cuh"
 
 namespace strait::emulator {
 namespace {

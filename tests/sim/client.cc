@@ -6,8 +6,8 @@
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/core/sequence.h"
-#include "proto/limits.h"
-#include "proto/reservation.h"
+#include "proto/base/limits.h"
+#include "proto/model/reservation.h"
 #include "tests/sim/hash_model.h"
 
 namespace strait::sim {

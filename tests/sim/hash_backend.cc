@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
-#include "proto/limits.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
 #include "tests/sim/hash_model.h"
 #include "tests/worker/stage/held_batch.h"
 

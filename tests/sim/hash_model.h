@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 #include "worker/backend.h"
 
 namespace strait::sim {

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 
 namespace strait::sim {
 

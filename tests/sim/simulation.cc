@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 #include "tests/sim/client.h"
 #include "tests/sim/gate.h"
 #include "tests/sim/hash_model.h"

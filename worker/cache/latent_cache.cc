@@ -2,9 +2,9 @@
 #include "worker/cache/latent_cache.h"
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
-#include "proto/status_macros.h"
-#include "proto/tables_digest.h"
+#include "proto/base/check.h"
+#include "proto/base/status_macros.h"
+#include "proto/wire/tables_digest.h"
 
 namespace strait {
 

@@ -18,8 +18,8 @@
 
 #include "absl/status/status.h"
 #include "absl/types/span.h"
-#include "proto/ids.h"
-#include "proto/reservation.h"
+#include "proto/base/ids.h"
+#include "proto/model/reservation.h"
 
 namespace strait {
 
@@ -58,7 +58,7 @@ class LatentCache {
   void Close(SequenceId id);
   void CloseAll();
   // Blocks for rows [0, length) of every layer. REQUIRES: resident, length not below length(id),
-  // and blocks enough: BlocksOfSequence of proto/reservation.h says how many that are.
+  // and blocks enough: BlocksOfSequence of proto/model/reservation.h says how many that are.
   void Grow(SequenceId id, uint32_t length);
 
   bool resident(SequenceId id) const { return sequences_.count(id) > 0; }

@@ -8,7 +8,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 
 namespace strait {
 namespace {

@@ -10,10 +10,10 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "proto/json.h"
-#include "proto/limits.h"
-#include "proto/status_macros.h"
-#include "proto/text.h"
+#include "proto/base/json.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
+#include "proto/base/text.h"
 
 namespace strait {
 namespace {

@@ -26,7 +26,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "kernels/weight.h"
-#include "proto/model_config.h"
+#include "proto/model/model_config.h"
 #include "worker/checkpoint/safetensors.h"
 
 namespace strait {

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "proto/status_macros.h"
+#include "proto/base/status_macros.h"
 #include "worker/checkpoint/checkpoint.h"
 #include "worker/checkpoint/safetensors.h"
 
@@ -59,8 +59,8 @@ class Reader {
     buffer_.resize(bytes);
     uint64_t have = 0;
     while (have < bytes) {
-      const ssize_t n = pread(fd_, buffer_.data() + have, bytes - have,
-                              static_cast<off_t>(begin + have));
+      const ssize_t n =
+          pread(fd_, buffer_.data() + have, bytes - have, static_cast<off_t>(begin + have));
       if (n < 0 && errno == EINTR) continue;
       if (n <= 0) {
         return absl::DataLossError(
@@ -102,8 +102,8 @@ absl::Status AddFile(const std::string& path, Digest* digest) {
       continue;
     }
     STRAIT_RETURN_IF_ERROR(reader.Sample(entry->begin, kSampleBytes, digest));
-    const uint64_t middle = std::min(std::max(entry->bytes / 2, kSampleBytes),
-                                     entry->bytes - kSampleBytes);
+    const uint64_t middle =
+        std::min(std::max(entry->bytes / 2, kSampleBytes), entry->bytes - kSampleBytes);
     STRAIT_RETURN_IF_ERROR(reader.Sample(entry->begin + middle, kSampleBytes, digest));
   }
   return absl::OkStatus();

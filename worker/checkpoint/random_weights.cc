@@ -10,8 +10,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
-#include "proto/status_macros.h"
+#include "proto/base/check.h"
+#include "proto/base/status_macros.h"
 #include "worker/checkpoint/prefault.h"
 #include "worker/checkpoint/tensor_provider.h"
 #include "worker/checkpoint/weights.h"

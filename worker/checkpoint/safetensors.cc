@@ -15,9 +15,9 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "proto/limits.h"
-#include "proto/status_macros.h"
-#include "proto/text.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
+#include "proto/base/text.h"
 #include "worker/checkpoint/safetensors_header.h"
 
 namespace strait {

@@ -6,7 +6,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 
 namespace strait {
 namespace {

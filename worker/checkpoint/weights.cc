@@ -6,8 +6,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
-#include "proto/status_macros.h"
+#include "proto/base/check.h"
+#include "proto/base/status_macros.h"
 #include "worker/checkpoint/checkpoint.h"
 #include "worker/checkpoint/prefault.h"
 #include "worker/checkpoint/tensor_provider.h"

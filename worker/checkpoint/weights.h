@@ -22,8 +22,8 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/weight.h"
-#include "proto/ids.h"
-#include "proto/model_config.h"
+#include "proto/base/ids.h"
+#include "proto/model/model_config.h"
 
 namespace strait {
 

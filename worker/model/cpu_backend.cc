@@ -10,12 +10,12 @@
 #include "kernels/cache.h"
 #include "kernels/cpu/context.h"
 #include "kernels/cpu/kernels.h"
-#include "proto/check.h"
-#include "proto/status_macros.h"
+#include "proto/base/check.h"
+#include "proto/base/status_macros.h"
 #include "worker/model/cpu_layer.h"
+#include "worker/model/cpu_workspace.h"
 #include "worker/model/logits.h"
 #include "worker/model/memory.h"
-#include "worker/model/workspace.h"
 
 namespace strait {
 namespace {
@@ -40,7 +40,8 @@ namespace {
 class CpuStageModel final : public StageModel {
  public:
   CpuStageModel(std::shared_ptr<CpuBackend::Shared> shared, const StageSpec& spec,
-                StageWeights weights, Mapping pool, Workspace workspace, MemoryBudget::Share share)
+                StageWeights weights, Mapping pool, CpuWorkspace workspace,
+                MemoryBudget::Share share)
       : shared_(std::move(shared)),
         config_(shared_->config()),
         context_(*shared_->context),
@@ -75,7 +76,7 @@ class CpuStageModel final : public StageModel {
   const StageSpec spec_;
   const StageWeights weights_;
   const Mapping pool_;
-  Workspace ws_;
+  CpuWorkspace ws_;
   const MemoryBudget::Share share_;
   CpuLayers layers_;
 
@@ -273,7 +274,7 @@ absl::StatusOr<std::unique_ptr<StageModel>> CpuBackend::Load(
                             MemoryBudget::Take(shared_->budget, bytes_with(weights.bytes), what));
   }
   STRAIT_ASSIGN_OR_RETURN(Mapping pool, Mapping::Create(pool_bytes, "latent cache"));
-  STRAIT_ASSIGN_OR_RETURN(Workspace workspace, CreateWorkspace(config, weights.bytes));
+  STRAIT_ASSIGN_OR_RETURN(CpuWorkspace workspace, CreateCpuWorkspace(config, weights.bytes));
   return std::make_unique<CpuStageModel>(shared_, spec, std::move(weights), std::move(pool),
                                          std::move(workspace), std::move(share));
 }

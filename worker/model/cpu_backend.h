@@ -9,7 +9,7 @@
 //          kernels' threads): Begin computes, one step at a time.
 // Errors:  Create: InvalidArgument (fp8 rows), those of the kernels' context. Load: InvalidArgument
 //          (layers), ResourceExhausted (bytes needed and available), those of the weights.
-// Limits:  weights, pools and workspaces (proto/workspace.h) of all stages within memory_bytes.
+// Limits:  weights, pools and workspaces (proto/model/stage_memory.h) of all stages within memory_bytes.
 // Why:     no bit depends on batch, chunks, threads, instruction set or stages (DESIGN:
 //          determinism), so none of these is in numerics_id.
 #pragma once
@@ -22,8 +22,8 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/cpu/simd_level.h"
-#include "proto/model_config.h"
-#include "proto/reservation.h"
+#include "proto/model/model_config.h"
+#include "proto/model/reservation.h"
 #include "worker/backend.h"
 #include "worker/checkpoint/weights.h"
 

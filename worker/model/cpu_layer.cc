@@ -36,7 +36,7 @@ void Activate(cpu::Context& context, float* gate, const float* up, int64_t width
 }  // namespace
 
 CpuLayers::CpuLayers(cpu::Context& context, const ModelConfig& config, const CacheLayout& layout,
-                     std::byte* blocks, Workspace& workspace)
+                     std::byte* blocks, CpuWorkspace& workspace)
     : context_(context),
       config_(config),
       layout_(layout),

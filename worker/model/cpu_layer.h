@@ -18,9 +18,9 @@
 #include "kernels/cpu/context.h"
 #include "kernels/gemm.h"
 #include "kernels/rope.h"
-#include "proto/model_config.h"
+#include "proto/model/model_config.h"
 #include "worker/checkpoint/weights.h"
-#include "worker/model/workspace.h"
+#include "worker/model/cpu_workspace.h"
 
 namespace strait {
 
@@ -35,7 +35,7 @@ struct Tile {
 class CpuLayers {
  public:
   CpuLayers(cpu::Context& context, const ModelConfig& config, const CacheLayout& layout,
-            std::byte* blocks, Workspace& workspace);
+            std::byte* blocks, CpuWorkspace& workspace);
 
   // `page_tables` [sequences of the batch]: this layer's.
   void Run(const LayerWeights& weights, const uint32_t* const* page_tables, const Tile& tile,
@@ -57,7 +57,7 @@ class CpuLayers {
   const ModelConfig& config_;
   const CacheLayout layout_;
   std::byte* const blocks_;
-  Workspace& ws_;
+  CpuWorkspace& ws_;
   const RopeConfig rope_;
   std::vector<float> inv_freq_;  // [qk_rope_head_dim / 2], constant
   const float rope_scaling_;

@@ -7,8 +7,8 @@
 
 #include "kernels/moe.h"
 #include "kernels/rope.h"
-#include "proto/check.h"
-#include "proto/model_config.h"
+#include "proto/base/check.h"
+#include "proto/model/model_config.h"
 
 namespace strait {
 

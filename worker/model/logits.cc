@@ -7,7 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/cpu/kernels.h"
-#include "proto/check.h"
+#include "proto/base/check.h"
 #include "worker/model/token_counts.h"
 
 namespace strait {

@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/text.h"
+#include "proto/base/text.h"
 
 namespace strait {
 

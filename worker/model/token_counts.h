@@ -10,7 +10,7 @@
 
 #include "absl/types/span.h"
 #include "kernels/sample.h"
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 
 namespace strait {
 

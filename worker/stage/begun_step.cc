@@ -4,9 +4,9 @@
 #include <algorithm>
 #include <string>
 
-#include "proto/check.h"
-#include "proto/limits.h"
-#include "proto/text.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+#include "proto/base/text.h"
 
 namespace strait {
 namespace {

@@ -4,10 +4,10 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
-#include "proto/limits.h"
-#include "proto/reservation.h"
-#include "proto/status_macros.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
+#include "proto/model/reservation.h"
 #include "worker/stage/sampling_check.h"
 
 namespace strait {

@@ -9,7 +9,7 @@
 //          (gap in steps, sequence unknown or resident twice, positions that do not follow, a
 //          grant that this stage cannot follow), ResourceExhausted (a limit, blocks). It changes
 //          nothing.
-// Limits:  proto/limits.h: kMaxStepTokens, kMaxStepSequences, kMaxCacheOps, kMaxTopLogprobs,
+// Limits:  proto/base/limits.h: kMaxStepTokens, kMaxStepSequences, kMaxCacheOps, kMaxTopLogprobs,
 //          kMaxSequencesResident; the pool.
 // Why:     what passes here cannot fail for its own reasons when it runs, however much later that
 //          is.
@@ -22,7 +22,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
 #include "worker/backend.h"
 

@@ -4,8 +4,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
-#include "proto/limits.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
 
 namespace strait {
 

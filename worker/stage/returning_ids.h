@@ -16,7 +16,7 @@
 
 #include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
 #include "worker/stage/stage.h"
 

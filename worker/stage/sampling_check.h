@@ -11,7 +11,7 @@
 #include <cstdint>
 
 #include "absl/status/statusor.h"
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 #include "strait/v1/cluster.pb.h"
 #include "worker/backend.h"
 

@@ -11,7 +11,7 @@
 //          FailedPrecondition (gap in steps, sequence unknown, positions that do not follow),
 //          ResourceExhausted (a limit). What a refused plan means is the caller's: the worker
 //          reports it and the coordinator bumps the epoch.
-// Limits:  proto/limits.h: kMaxStepsInFlight plans and hidden steps waiting; the first stage runs
+// Limits:  proto/base/limits.h: kMaxStepsInFlight plans and hidden steps waiting; the first stage runs
 //          no further ahead of the ids that come back than so many steps. kMaxStepsBegun steps are
 //          begun and not finished.
 // Why:     plans are validated against the state that all plans before them leave behind, so a
@@ -31,7 +31,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
 #include "worker/backend.h"
 

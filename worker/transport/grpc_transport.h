@@ -24,7 +24,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 #include "worker/transport/transport.h"
 
 namespace strait {

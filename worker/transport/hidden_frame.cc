@@ -5,9 +5,9 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
-#include "proto/limits.h"
-#include "proto/status_macros.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
 #include "xxhash.h"
 
 namespace strait {

@@ -5,11 +5,11 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/limits.h"
-#include "proto/log.h"
+#include "proto/base/limits.h"
+#include "proto/base/log.h"
+#include "proto/base/status_macros.h"
 #include "proto/rpc/clock.h"
 #include "proto/rpc/stream.h"
-#include "proto/status_macros.h"
 #include "worker/transport/grpc_transport.h"
 
 namespace strait {

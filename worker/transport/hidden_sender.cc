@@ -7,7 +7,7 @@
 #include "absl/strings/str_cat.h"
 #include "grpcpp/generic/generic_stub.h"
 #include "grpcpp/grpcpp.h"
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 #include "proto/rpc/channel.h"
 #include "proto/rpc/clock.h"
 #include "proto/rpc/stream.h"

@@ -7,11 +7,11 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
-#include "proto/limits.h"
-#include "proto/log.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+#include "proto/base/log.h"
+#include "proto/base/status_macros.h"
 #include "proto/rpc/clock.h"
-#include "proto/status_macros.h"
 
 namespace strait {
 namespace {

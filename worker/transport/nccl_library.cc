@@ -9,8 +9,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
-#include "proto/limits.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
 
 // What is declared here again must be what NCCL declares, where its header can be read.
 #if __has_include(<nccl.h>) && __has_include(<cuda_runtime.h>)

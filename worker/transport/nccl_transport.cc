@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
+#include "proto/base/check.h"
 #include "proto/rpc/clock.h"
 #include "worker/transport/nccl_edge.h"
 

@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "proto/check.h"
+#include "proto/base/check.h"
 
 namespace strait {
 

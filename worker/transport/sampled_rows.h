@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 #include "worker/stage/stage.h"
 
 namespace strait {

@@ -3,8 +3,8 @@
 
 #include <utility>
 
-#include "proto/check.h"
-#include "proto/status_macros.h"
+#include "proto/base/check.h"
+#include "proto/base/status_macros.h"
 
 namespace strait {
 namespace {

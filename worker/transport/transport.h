@@ -19,7 +19,7 @@
 #include <string>
 
 #include "absl/status/status.h"
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 #include "worker/stage/stage.h"
 
 namespace strait {

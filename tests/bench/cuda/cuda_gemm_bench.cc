@@ -18,9 +18,9 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/device.h"
-#include "kernels/cuda/gemm_internal.h"
-#include "kernels/cuda/quantize.h"
+#include "kernels/cuda/device/device.h"
+#include "kernels/cuda/gemm/gemm_internal.h"
+#include "kernels/cuda/rowwise/quantize.h"
 #include "tests/bench/cuda/limits.h"
 
 namespace strait::bench {

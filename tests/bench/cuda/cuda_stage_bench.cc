@@ -24,8 +24,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "proto/model_config.h"
-#include "proto/reservation.h"
+#include "proto/model/model_config.h"
+#include "proto/model/reservation.h"
 #include "tests/bench/cuda/limits.h"
 #include "worker/model/cuda/cuda_backend.h"
 #include "worker/model/cuda/prompt_plan.h"

@@ -5,7 +5,7 @@
 // the clock, depends on them.
 #include <cuda_runtime.h>
 
-#include "kernels/cuda/mla_wgmma.cuh"
+#include "kernels/cuda/attention/mla_wgmma.cuh"
 #include "tests/bench/cuda/limits.h"
 
 namespace strait::bench {

@@ -23,9 +23,9 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/gemm.h"
-#include "kernels/cuda/mha_prefill.h"
-#include "kernels/cuda/mla.h"
+#include "kernels/cuda/attention/mha_prefill.h"
+#include "kernels/cuda/attention/mla.h"
+#include "kernels/cuda/gemm/gemm.h"
 
 namespace strait::cuda {
 namespace {

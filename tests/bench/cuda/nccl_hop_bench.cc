@@ -24,8 +24,8 @@
 #include <thread>
 #include <vector>
 
-#include "proto/check.h"
-#include "proto/limits.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
 #include "proto/rpc/queue.h"
 #include "worker/transport/nccl_device.h"
 #include "worker/transport/nccl_library.h"

@@ -16,10 +16,10 @@
 #include <vector>
 
 #include "coordinator/core/core.h"
-#include "proto/limits.h"
-#include "proto/reservation.h"
-#include "proto/tables_digest.h"
-#include "proto/version.h"
+#include "proto/base/limits.h"
+#include "proto/model/reservation.h"
+#include "proto/wire/tables_digest.h"
+#include "proto/wire/version.h"
 
 namespace strait {
 

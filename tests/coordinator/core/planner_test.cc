@@ -10,7 +10,7 @@
 #include <functional>
 #include <random>
 
-#include "proto/reservation.h"
+#include "proto/model/reservation.h"
 #include "tests/coordinator/core/harness.h"
 
 namespace strait {

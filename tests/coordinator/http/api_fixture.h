@@ -9,7 +9,7 @@
 
 #include "coordinator/http/openai.h"
 #include "gtest/gtest.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 #include "tests/coordinator/http/byte_tokenizer.h"
 #include "tests/coordinator/http/fake_engine.h"
 #include "tests/coordinator/http/recording_responder.h"

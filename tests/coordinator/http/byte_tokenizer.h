@@ -10,7 +10,7 @@
 
 #include "coordinator/http/served_model.h"
 #include "gtest/gtest.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 
 namespace strait {
 

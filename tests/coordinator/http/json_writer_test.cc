@@ -10,7 +10,7 @@
 #include <random>
 
 #include "gtest/gtest.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 
 namespace strait {
 namespace {

@@ -15,7 +15,7 @@
 
 #include "coordinator/http/message.h"
 #include "gtest/gtest.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 
 namespace strait {
 

@@ -16,7 +16,7 @@
 #include "gtest/gtest.h"
 #include "tests/sim/hash_backend.h"
 #include "tests/sim/oracle.h"
-#include "worker/service.h"
+#include "worker/service/service.h"
 
 namespace strait {
 

@@ -9,9 +9,9 @@
 #include "gmock/gmock.h"
 #include "grpcpp/grpcpp.h"
 #include "gtest/gtest.h"
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 #include "proto/rpc/channel.h"
-#include "proto/version.h"
+#include "proto/wire/version.h"
 #include "strait/v1/cluster.grpc.pb.h"
 #include "tests/coordinator/service/cluster_fixture.h"
 

@@ -9,7 +9,7 @@
 #include "coordinator/text/tokenizer.h"
 #include "coordinator/text/tokenizer_config.h"
 #include "gtest/gtest.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 
 namespace strait::testing {
 

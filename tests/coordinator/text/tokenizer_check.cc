@@ -11,7 +11,7 @@
 
 #include "coordinator/text/detokenizer.h"
 #include "coordinator/text/tokenizer.h"
-#include "proto/json.h"
+#include "proto/base/json.h"
 
 namespace strait {
 namespace {

@@ -8,7 +8,7 @@
 
 #include <string>
 
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 #include "strait/v1/cluster.pb.h"
 
 namespace strait::rpc {

@@ -9,7 +9,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 #include "proto/rpc/channel.h"
 #include "proto/rpc/queue.h"
 #include "strait/v1/cluster.grpc.pb.h"

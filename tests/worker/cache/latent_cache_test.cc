@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Defends: blocks are neither lost nor owned twice, a sequence holds exactly what
-// proto/reservation.h says, and the same calls give the same block ids.
+// proto/model/reservation.h says, and the same calls give the same block ids.
 #include "worker/cache/latent_cache.h"
 
 #include <gtest/gtest.h>
@@ -11,8 +11,8 @@
 #include <set>
 #include <vector>
 
-#include "proto/limits.h"
-#include "proto/tables_digest.h"
+#include "proto/base/limits.h"
+#include "proto/wire/tables_digest.h"
 
 namespace strait {
 namespace {

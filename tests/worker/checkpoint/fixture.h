@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "proto/model_config.h"
+#include "proto/model/model_config.h"
 
 namespace strait::testing {
 

@@ -12,7 +12,7 @@
 #include <random>
 
 #include "absl/strings/str_cat.h"
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 #include "tests/worker/checkpoint/fixture.h"
 
 namespace strait {

@@ -16,7 +16,7 @@
 
 #include "tests/worker/model/test_pipeline.h"
 #include "tests/worker/model/tiny_models.h"
-#include "worker/model/workspace.h"
+#include "worker/model/cpu_workspace.h"
 
 namespace strait {
 namespace {
@@ -146,13 +146,13 @@ TEST(WorkspaceTest, IsASmallPartOfTheWeights) {
   config.num_experts_per_tok = 6;
   config.vocab_size = 102400;
   for (const uint64_t weight_bytes : {uint64_t{600} << 20, uint64_t{1} << 30, uint64_t{30} << 30}) {
-    const auto workspace = CreateWorkspace(config, weight_bytes);
+    const auto workspace = CreateCpuWorkspace(config, weight_bytes);
     ASSERT_TRUE(workspace.ok());
     EXPECT_LE(workspace->memory.bytes(), weight_bytes / 20) << weight_bytes;
     EXPECT_GE(workspace->tile_rows, kMinTileRows);
   }
-  EXPECT_EQ(CreateWorkspace(config, uint64_t{30} << 30)->tile_rows, kMaxTileRows);
-  EXPECT_EQ(CreateWorkspace(config, 1)->tile_rows, kMinTileRows);
+  EXPECT_EQ(CreateCpuWorkspace(config, uint64_t{30} << 30)->tile_rows, kMaxTileRows);
+  EXPECT_EQ(CreateCpuWorkspace(config, 1)->tile_rows, kMinTileRows);
 }
 
 // ---- Logits that are no numbers ----

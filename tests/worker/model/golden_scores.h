@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "proto/json.h"
+#include "proto/base/json.h"
 #include "tests/worker/model/test_pipeline.h"
 
 namespace strait {

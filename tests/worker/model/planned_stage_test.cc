@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "coordinator/core/planner.h"
-#include "proto/workspace.h"
+#include "proto/model/stage_memory.h"
 #include "tests/worker/model/tiny_models.h"
 #include "worker/model/cpu_backend.h"
-#include "worker/model/workspace.h"
+#include "worker/model/cpu_workspace.h"
 
 namespace strait {
 namespace {
@@ -49,7 +49,7 @@ uint32_t LoadAsPlanned(const ModelConfig& config, RowFormat format, uint32_t num
     const auto model = (*backend)->Load({stage.layers, stage.pool_blocks}, {});
     EXPECT_TRUE(model.ok()) << model.status();
     if (!model.ok()) continue;
-    const auto workspace = CreateWorkspace(config, (*model)->weight_bytes());
+    const auto workspace = CreateCpuWorkspace(config, (*model)->weight_bytes());
     EXPECT_TRUE(workspace.ok()) << workspace.status();
     EXPECT_LE((*model)->weight_bytes() + (*model)->cache_bytes() + workspace->memory.bytes(),
               memory);

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "kernels/reference/kernels.h"
-#include "proto/model_config.h"
+#include "proto/model/model_config.h"
 #include "worker/checkpoint/weights.h"
 
 namespace strait {

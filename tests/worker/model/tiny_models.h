@@ -3,7 +3,7 @@
 // Small models of every form that the backend knows, with sizes that nothing divides.
 #pragma once
 
-#include "proto/model_config.h"
+#include "proto/model/model_config.h"
 
 namespace strait {
 

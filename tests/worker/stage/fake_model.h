@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 #include "strait/v1/cluster.pb.h"
 #include "tests/worker/stage/held_batch.h"
 #include "tests/worker/stage/plans.h"

@@ -6,7 +6,7 @@
 
 #include <vector>
 
-#include "proto/check.h"
+#include "proto/base/check.h"
 #include "worker/backend.h"
 
 namespace strait {

@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "proto/ids.h"
+#include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
 
 namespace strait {

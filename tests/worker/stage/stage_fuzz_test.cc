@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "proto/reservation.h"
+#include "proto/model/reservation.h"
 #include "tests/worker/stage/fake_model.h"
 #include "worker/stage/stage.h"
 

@@ -11,8 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "proto/reservation.h"
-#include "proto/tables_digest.h"
+#include "proto/model/reservation.h"
+#include "proto/wire/tables_digest.h"
 #include "tests/worker/stage/fake_model.h"
 
 namespace strait {

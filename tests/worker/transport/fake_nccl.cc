@@ -4,7 +4,7 @@
 #include <cstring>
 #include <utility>
 
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 
 namespace strait {
 

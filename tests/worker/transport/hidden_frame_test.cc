@@ -7,7 +7,7 @@
 #include <random>
 
 #include "gtest/gtest.h"
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 #include "xxhash.h"
 
 namespace strait {

@@ -16,7 +16,7 @@
 #include <thread>
 #include <utility>
 
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 #include "proto/rpc/queue.h"
 #include "tests/worker/transport/fake_nccl.h"
 #include "worker/transport/nccl_transport.h"

@@ -5,11 +5,11 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/cuda/gemm.h"
-#include "kernels/cuda/mha_prefill.h"
-#include "proto/limits.h"
-#include "proto/reservation.h"
-#include "proto/status_macros.h"
+#include "kernels/cuda/attention/mha_prefill.h"
+#include "kernels/cuda/gemm/gemm.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
+#include "proto/model/reservation.h"
 #include "worker/model/cuda/stage_layout.h"
 #include "worker/model/cuda/stage_model.h"
 #include "worker/model/cuda/weights.h"

@@ -24,14 +24,14 @@
 #include <string>
 
 #include "absl/status/statusor.h"
-#include "kernels/cuda/device.h"
-#include "proto/limits.h"
-#include "proto/model_config.h"
-#include "proto/reservation.h"
-#include "proto/workspace.h"
+#include "kernels/cuda/device/device.h"
+#include "proto/base/limits.h"
+#include "proto/model/model_config.h"
+#include "proto/model/reservation.h"
+#include "proto/model/stage_memory.h"
 #include "worker/backend.h"
 #include "worker/checkpoint/weights.h"
-#include "worker/model/cuda/workspace.h"
+#include "worker/model/cuda/cuda_workspace.h"
 
 namespace strait {
 
@@ -42,7 +42,7 @@ struct CudaBackendOptions {
   bool deterministic = false;
   RowFormat row_format = RowFormat::kBf16;  // or kFp8
   // Products of fp8 weights with many rows, deterministic with any number, read activations as e4m3
-  // codes (kernels/cuda/gemm.h, W8A8).
+  // codes (kernels/cuda/gemm/gemm.h, W8A8).
   bool fp8_activations = false;
   // Workspaces are made for steps of so many rows; larger ones go through the layers in parts.
   uint32_t max_step_tokens = limits::kMaxStepTokens;

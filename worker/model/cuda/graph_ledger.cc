@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "proto/check.h"
+#include "proto/base/check.h"
 
 namespace strait {
 

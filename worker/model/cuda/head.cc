@@ -6,11 +6,11 @@
 #include <cstring>
 #include <utility>
 
-#include "kernels/cuda/norm.h"
+#include "kernels/cuda/rowwise/norm.h"
 #include "kernels/sample.h"
-#include "proto/check.h"
-#include "proto/limits.h"
-#include "proto/status_macros.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
 #include "worker/model/token_counts.h"
 
 namespace strait {

@@ -16,11 +16,11 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "proto/model_config.h"
+#include "proto/model/model_config.h"
 #include "worker/backend.h"
+#include "worker/model/cuda/cuda_workspace.h"
 #include "worker/model/cuda/pinned.h"
 #include "worker/model/cuda/weights.h"
-#include "worker/model/cuda/workspace.h"
 
 namespace strait {
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/model/cuda/layers.h"
 
-#include "kernels/cuda/norm.h"
-#include "kernels/cuda/quantize.h"
+#include "kernels/cuda/rowwise/norm.h"
+#include "kernels/cuda/rowwise/quantize.h"
 #include "kernels/rope.h"
-#include "proto/status_macros.h"
+#include "proto/base/status_macros.h"
 #include "worker/model/cuda/status.h"
 #include "worker/model/kernel_names.h"
 

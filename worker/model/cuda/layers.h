@@ -19,14 +19,14 @@
 
 #include "absl/status/status.h"
 #include "absl/types/span.h"
-#include "kernels/cuda/gemm.h"
-#include "kernels/cuda/latent.h"
-#include "kernels/cuda/mla.h"
-#include "kernels/cuda/moe.h"
-#include "proto/model_config.h"
+#include "kernels/cuda/attention/latent.h"
+#include "kernels/cuda/attention/mla.h"
+#include "kernels/cuda/gemm/gemm.h"
+#include "kernels/cuda/moe/moe.h"
+#include "proto/model/model_config.h"
+#include "worker/model/cuda/cuda_workspace.h"
 #include "worker/model/cuda/prompt_plan.h"
 #include "worker/model/cuda/weights.h"
-#include "worker/model/cuda/workspace.h"
 
 namespace strait {
 

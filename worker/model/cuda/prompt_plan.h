@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// PromptPlan says which sequences of a tile attend in the expanded form (kernels/cuda/mha_prefill.h)
+// PromptPlan says which sequences of a tile attend in the expanded form (kernels/cuda/attention/mha_prefill.h)
 // and in which launches; the others attend in the absorbed form.
 //
 // Thread:  a pure function of its arguments.
@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "absl/types/span.h"
-#include "kernels/cuda/mha_prefill.h"
-#include "kernels/cuda/mla_plan.h"
+#include "kernels/cuda/attention/mha_prefill.h"
+#include "kernels/cuda/attention/mla_plan.h"
 
 namespace strait {
 

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/cuda/matrix.h"
+#include "kernels/cuda/gemm/matrix.h"
 
 namespace strait {
 

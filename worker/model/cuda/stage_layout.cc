@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
-#include "proto/limits.h"
-#include "proto/reservation.h"
+#include "proto/base/limits.h"
+#include "proto/model/reservation.h"
 
 namespace strait {
 namespace {
@@ -39,7 +39,7 @@ CudaStageLayout LayOutStage(const ModelConfig& c, const StageSpec& spec, const C
   l.limits =
       MakeStepLimits(c, spec.layers, spec.pool_blocks,
                      TileRowsOf(CudaStageCosts(c, traits), spec.layers, l.bytes.weights), traits);
-  l.workspace = LayOutWorkspace(c, spec.layers, l.limits, region);
+  l.workspace = LayOutCudaWorkspace(c, spec.layers, l.limits, region);
   l.bytes.graphs = kCudaGraphBytes + spec.layers.size() * kCudaGraphBytesEachLayer;
   l.bytes.workspace = region.end() - l.bytes.weights - l.bytes.pool + l.bytes.graphs;
   return l;
@@ -78,7 +78,7 @@ StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
     for (const LayerRange none : {LayerRange{0, 0}, LayerRange{n, n}}) {
       Region region(nullptr);
       region.Take<float>(c.qk_rope_head_dim / 2);
-      LayOutWorkspace(c, none, MakeStepLimits(c, none, 0, rows, traits), region);
+      LayOutCudaWorkspace(c, none, MakeStepLimits(c, none, 0, rows, traits), region);
       // And rounding where the page tables end.
       (none.end == n ? costs.last_workspace_bytes : costs.workspace_bytes)
           .push_back(region.end() + Region::kAlign + kCudaGraphBytes);

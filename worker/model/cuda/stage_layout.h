@@ -14,11 +14,11 @@
 #include <cstdint>
 #include <string>
 
-#include "proto/model_config.h"
-#include "proto/workspace.h"
+#include "proto/model/model_config.h"
+#include "proto/model/stage_memory.h"
 #include "worker/backend.h"
+#include "worker/model/cuda/cuda_workspace.h"
 #include "worker/model/cuda/weights.h"
-#include "worker/model/cuda/workspace.h"
 
 namespace strait {
 

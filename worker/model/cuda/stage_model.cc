@@ -5,12 +5,12 @@
 #include <cstring>
 #include <utility>
 
-#include "kernels/cuda/moe.h"
+#include "kernels/cuda/moe/moe.h"
 #include "kernels/rope.h"
-#include "proto/check.h"
-#include "proto/log.h"
-#include "proto/reservation.h"
-#include "proto/status_macros.h"
+#include "proto/base/check.h"
+#include "proto/base/log.h"
+#include "proto/base/status_macros.h"
+#include "proto/model/reservation.h"
 #include "worker/model/cuda/status.h"
 #include "worker/model/kernel_names.h"
 

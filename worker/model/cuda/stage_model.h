@@ -19,7 +19,7 @@
 #include <optional>
 #include <vector>
 
-#include "kernels/cuda/mla_plan.h"
+#include "kernels/cuda/attention/mla_plan.h"
 #include "worker/backend.h"
 #include "worker/model/cuda/graph_ledger.h"
 #include "worker/model/cuda/head.h"

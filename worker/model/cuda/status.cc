@@ -5,7 +5,7 @@
 #include <cstdlib>
 
 #include "absl/strings/str_cat.h"
-#include "proto/log.h"
+#include "proto/base/log.h"
 
 namespace strait {
 

@@ -5,10 +5,10 @@
 #include <limits>
 #include <utility>
 
-#include "kernels/cuda/latent.h"
-#include "proto/check.h"
-#include "proto/reservation.h"
-#include "proto/status_macros.h"
+#include "kernels/cuda/attention/latent.h"
+#include "proto/base/check.h"
+#include "proto/base/status_macros.h"
+#include "proto/model/reservation.h"
 #include "worker/model/cuda/region.h"
 
 namespace strait {

@@ -6,7 +6,7 @@
 // Owns:    pinned host memory.     Borrows: the device region that mirrors it, and other StepTables.
 // Thread:  loop thread; Fill only when its last copy has been made. What another one has brought
 //          there is used by the stream before.
-// Limits:  StepLimits::table_bytes: a batch within proto/limits.h whose blocks are the pool's.
+// Limits:  StepLimits::table_bytes: a batch within proto/base/limits.h whose blocks are the pool's.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,7 +17,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "kernels/cuda/mla.h"
+#include "kernels/cuda/attention/mla.h"
 #include "worker/backend.h"
 #include "worker/model/cuda/pinned.h"
 

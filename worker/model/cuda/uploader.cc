@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "proto/check.h"
-#include "proto/status_macros.h"
+#include "proto/base/check.h"
+#include "proto/base/status_macros.h"
 #include "worker/model/cuda/region.h"
 #include "worker/model/cuda/status.h"
 

@@ -17,7 +17,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "kernels/cuda/matrix.h"
+#include "kernels/cuda/gemm/matrix.h"
 #include "kernels/weight.h"
 #include "worker/checkpoint/weights.h"
 

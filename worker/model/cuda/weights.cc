@@ -4,9 +4,9 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/cuda/mla.h"
-#include "proto/limits.h"
-#include "proto/status_macros.h"
+#include "kernels/cuda/attention/mla.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
 #include "worker/model/cuda/uploader.h"
 
 namespace strait {

@@ -4,7 +4,7 @@
 //
 // Borrows: device memory, which outlives every kernel that reads it.
 // Thread:  loader thread.
-// Shapes:  at each member; matrices are [out, in] with padded rows (kernels/cuda/matrix.h).
+// Shapes:  at each member; matrices are [out, in] with padded rows (kernels/cuda/gemm/matrix.h).
 // Errors:  Upload…: InvalidArgument: config.json announces fp8 and a tensor is not; those of CUDA.
 // Why:     bf16 and fp8 stay as stored; fp32 and fp16 become bf16. kv_b_proj is taken apart into
 //          the two matrices a head that the absorbed form multiplies with, in bf16 also where it
@@ -21,9 +21,9 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "kernels/cuda/device.h"
-#include "kernels/cuda/matrix.h"
-#include "proto/model_config.h"
+#include "kernels/cuda/device/device.h"
+#include "kernels/cuda/gemm/matrix.h"
+#include "proto/model/model_config.h"
 #include "worker/checkpoint/weights.h"
 #include "worker/model/cuda/region.h"
 

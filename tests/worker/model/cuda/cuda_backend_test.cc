@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
-#include "kernels/cuda/gemm.h"
-#include "proto/model_config.h"
-#include "proto/reservation.h"
+#include "kernels/cuda/gemm/gemm.h"
+#include "proto/model/model_config.h"
+#include "proto/model/reservation.h"
 #include "tests/worker/model/cuda/cuda_fixture.h"
 #include "worker/model/cuda/stage_layout.h"
 

@@ -8,7 +8,7 @@
 
 #include <vector>
 
-#include "proto/limits.h"
+#include "proto/base/limits.h"
 #include "tests/worker/model/cuda/cuda_fixture.h"
 #include "tests/worker/model/test_pipeline.h"
 

@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "coordinator/core/planner.h"
-#include "proto/reservation.h"
+#include "proto/model/reservation.h"
 #include "tests/worker/model/cuda/cuda_fixture.h"
 #include "worker/model/cuda/graph_ledger.h"
 #include "worker/model/cuda/stage_layout.h"

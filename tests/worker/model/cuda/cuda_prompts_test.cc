@@ -9,9 +9,9 @@
 #include <optional>
 #include <vector>
 
-#include "kernels/cuda/mha_prefill.h"
+#include "kernels/cuda/attention/mha_prefill.h"
 #include "kernels/rope.h"
-#include "proto/reservation.h"
+#include "proto/model/reservation.h"
 #include "tests/kernels/cuda/gpu_test.h"
 #include "tests/worker/model/cuda/cuda_fixture.h"
 #include "worker/model/cuda/layers.h"
@@ -146,7 +146,7 @@ class OneLayer {
     Region region(base);
     weights_ = LayOutWeights(config_, kLayers, true, region);
     limits_ = MakeStepLimits(config_, kLayers, kPoolBlocks, kTileRows, traits_);
-    ws_ = LayOutWorkspace(config_, kLayers, limits_, region);
+    ws_ = LayOutCudaWorkspace(config_, kLayers, limits_, region);
     return region.end();
   }
 

@@ -9,7 +9,7 @@
 
 #include <string>
 
-#include "kernels/cuda/device.h"
+#include "kernels/cuda/device/device.h"
 #include "tests/worker/model/cuda/trap.h"
 
 namespace strait {

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Multi-head latent attention on NVIDIA GPUs, absorbed form, over paged latent blocks; one kernel
+// for decoding (1 to 4 tokens a sequence) and for prefill (a chunk against its cached prefix; long
+// prompts on Hopper: mha_prefill.h):
+//   o_latent[t, h, :] = softmax(scale * (q_latent . latent + q_rope . rope_key)) latent
+// A token at position p sees the rows at positions <= p of its sequence.
+//
+// Borrows: every pointer, until the stream has passed the launch.
+// Thread:  any; a launch reads no state of the process but the device's attributes.
+// Shapes:  a block is 64 rows. Row, bf16: latent[rank] rope_key[rope], padded to 16 bytes.
+//          Row, fp8: rank e4m3 codes, one fp32 scale for each 128 codes begun, rope bf16, padded
+//          to 16 bytes (512/64: 656 bytes); rank and the scales' offset are multiples of 16.
+// Stream:  launches on the one given, allocates nothing, synchronizes nothing: may be captured.
+//          Kernels begin early and wait for the one before them (programmatic launch), so the
+//          launches of a stream stay in order. Before they wait they read the plan, segments, page
+//          tables and settled rows: what a copy in the stream, or anything that kernels do not
+//          begin before the end of, left there.
+//          A captured launch may be replayed with another plan of the same limits in its buffer.
+// Errors:  cudaErrorInvalidValue: a shape that no path takes; else what the launch returned.
+// Limits:  rank <= 512, rope <= 64 (portable path); Hopper path: 512 and 64 exactly.
+// Why:     the plan is made on the host, which knows all lengths before the step, so no device
+//          time goes into scheduling, and one plan serves all layers of equal lengths.
+//          Deterministic plans cut at multiples of 1,024 rows whatever the batch (the CPU kernel's
+//          spans): a token's result is then a function of its sequence alone.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/cuda/attention/mla_plan.h"
+
+namespace strait::cuda {
+
+enum class MlaRowFormat : int32_t { kBf16, kFp8 };
+enum class MlaPath : int32_t { kAuto, kPortable, kHopper };
+
+// What one sequence has in one layer. One segment a sequence today, at full rank; segments of
+// lower rank or another format become more entries a sequence.
+struct MlaSegment {
+  const uint32_t* page_table = nullptr;      // [blocks] device; entries not needed may be anything
+  const int32_t* block_positions = nullptr;  // [blocks] device: position of a block's first row;
+                                             // null: block i starts at position 64 * i
+  int32_t num_rows = 0;  // rows present; may be INT32_MAX when positions alone limit what is seen
+  int32_t rank = 0;      // latent columns stored
+  MlaRowFormat format = MlaRowFormat::kBf16;
+  int32_t reserved = 0;
+};
+
+// A tensor map over the pool, opaque; made once, for bf16 pools of 512/64 rows.
+struct MlaPoolMap {
+  alignas(64) unsigned char bytes[128] = {};
+};
+
+struct MlaParams {
+  const void* q_latent = nullptr;  // [num_tokens * num_heads, rank] bf16, rows 16-byte aligned
+  int64_t q_latent_stride = 0;     // elements between rows (heads); a multiple of 8
+  const void* q_rope = nullptr;    // [num_tokens * num_heads, rope] bf16, 16-byte aligned
+  int64_t q_rope_stride = 0;       // concatenated q: q_latent + 512, both strides 576
+  const MlaSegment* segments = nullptr;  // [num_sequences] device, this layer's
+  const std::byte* blocks = nullptr;     // device: block id begins at blocks + id * block_bytes
+  int64_t block_bytes = 0;               // a multiple of 16, at least 64 rows
+  MlaPoolMap pool_map;                   // of MakeMlaPoolMap; not read for fp8 nor portable
+  MlaPlanView plan;                      // device pointers, see mla_plan.h
+  float* partial_out = nullptr;          // [plan limits.max_partials, 64, rank] fp32 workspace
+  float* partial_lse = nullptr;          // [plan limits.max_partials, 64] fp32 workspace
+  void* out = nullptr;         // [num_tokens * num_heads, rank] bf16 or fp32, dense, every row
+                               // of the plan is written; no visible row: zeros
+  float* lse = nullptr;        // [num_tokens * num_heads] natural log; may be null; none: -inf
+  float* block_lse = nullptr;  // [num_tokens * num_heads, block_lse_stride]; may be null: for each
+  int64_t block_lse_stride = 0;  // block of the tile, its own log-sum-exp, -inf where none is seen
+  float softmax_scale = 1.0f;
+  int32_t num_heads = 0;
+  int32_t rank = 0;                           // kv_lora_rank
+  int32_t rope = 0;                           // qk_rope_head_dim
+  MlaRowFormat format = MlaRowFormat::kBf16;  // of all segments
+  bool out_fp32 = false;
+  MlaPath path = MlaPath::kAuto;
+};
+
+// The bytes of a row, and where an fp8 row's scales and rope key begin.
+__host__ __device__ constexpr int32_t MlaScalesOffset(int32_t rank) {
+  return (rank + 15) / 16 * 16;
+}
+__host__ __device__ constexpr int32_t MlaRopeOffset(MlaRowFormat format, int32_t rank) {
+  return format == MlaRowFormat::kBf16 ? rank * 2 : MlaScalesOffset(rank) + (rank + 127) / 128 * 4;
+}
+__host__ __device__ constexpr int32_t MlaRowBytes(MlaRowFormat format, int32_t rank, int32_t rope) {
+  return (MlaRopeOffset(format, rank) + rope * 2 + 15) / 16 * 16;
+}
+
+// Describes a pool of num_blocks blocks of 64 bf16 rows of 512 + 64 columns. Host only.
+cudaError_t MakeMlaPoolMap(const void* blocks, int64_t num_blocks, int64_t block_bytes,
+                           MlaPoolMap* map);
+
+// Once a device, before the first launch or capture: raises shared memory limits.
+cudaError_t PrepareMla();
+
+// The path that kAuto takes on the current device.
+MlaPath MlaAutoPath(MlaRowFormat format, int32_t rank, int32_t rope);
+
+// Shared memory that the portable path takes of a thread block; the Hopper path's fits wherever it
+// runs.
+int64_t MlaPortableSharedBytes(int32_t rank, int32_t rope);
+
+// Attention of every tile of the plan, then the merge of those that were split.
+cudaError_t LaunchMla(const MlaParams& params, cudaStream_t stream);
+
+}  // namespace strait::cuda

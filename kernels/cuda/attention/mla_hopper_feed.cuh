@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The warpgroup of the Hopper attention kernel that brings cache blocks into shared memory.
+#pragma once
+
+#include "kernels/cuda/attention/mla_hopper_shared.cuh"
+
+namespace strait::cuda::mla::hopper {
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// One warp; lane 0 starts the copies, all lanes read the page table ahead.
+__device__ __forceinline__ void FeedBf16(const MlaParams& p, const Shared& s) {
+  const int lane = threadIdx.x % 32;
+  uint32_t tile = 0;
+  const int end = p.plan.work_begin[blockIdx.x + 1];
+  for (int w = p.plan.work_begin[blockIdx.x]; w < end; ++w) {
+    const MlaWork work = p.plan.work[w];
+    const MlaSegment segment = p.segments[work.sequence];
+    const int cache_rows = CacheRows(work, segment);
+    const int present_end = min(work.block_end, (cache_rows + kMlaBlockRows - 1) / kMlaBlockRows);
+    const auto page = [&](int first) {
+      return first + lane < present_end ? segment.page_table[first + lane] : 0u;
+    };
+    uint32_t pages = page(work.block_begin);
+    uint32_t next_pages = page(work.block_begin + 32);
+    for (int block = work.block_begin; block < work.block_end; ++block, ++tile) {
+      const int at = (block - work.block_begin) % 32;
+      if (at == 0 && block != work.block_begin) {
+        pages = next_pages;
+        next_pages = page(block + 32);
+      }
+      const uint32_t id = __shfl_sync(0xffffffffu, pages, at);
+      if (lane == 0) {
+        if (block >= work.settled_blocks) WaitForEarlier();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          constexpr int kFirst[3] = {0, kHalfChunks, kChunks};
+          const uint32_t full = s.full(tile, half);
+          wgmma::BarrierWait(s.empty(tile, half), FullParity(tile) ^ 1);
+          if (block >= present_end) {
+            wgmma::BarrierArrive(full);
+            continue;
+          }
+          wgmma::BarrierExpect(full, (kFirst[half + 1] - kFirst[half]) * wgmma::kChunkBytes);
+#pragma unroll
+          for (int chunk = kFirst[half]; chunk < kFirst[half + 1]; ++chunk) {
+            wgmma::LoadBox(s.tile(tile) + chunk * wgmma::kChunkBytes, &p.pool_map, chunk * 64, 0,
+                           static_cast<int>(id), full);
+          }
+        }
+      }
+      __syncwarp();
+    }
+  }
+}
+
+constexpr int kFp8RowBytes = MlaRowBytes(MlaRowFormat::kFp8, 512, 64);
+constexpr int kFp8RopeAt = MlaRopeOffset(MlaRowFormat::kFp8, 512);
+
+// 16 codes of a row; none of a row that is not present.
+__device__ __forceinline__ uint4 Codes(const std::byte* row, bool present) {
+  if (!present) return make_uint4(0, 0, 0, 0);
+  return *reinterpret_cast<const uint4*>(row);
+}
+
+// A warpgroup; a warp takes 16 rows, a lane 16 codes of a row. Four rows are always on their way,
+// those of the next block too: no more, as a register that does not fit waits for its load. Rope
+// columns are copied as they are.
+__device__ __forceinline__ void FeedFp8(const MlaParams& p, const Shared& s) {
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32 % 4;
+  const uint32_t chunk = lane / 4 * wgmma::kChunkBytes;
+  const uint32_t piece = lane % 4 * 2;
+  const uint32_t swap = lane / 4 % 2;  // neighbours in the next chunk use the other banks
+  uint32_t tile = 0;
+  const int end = p.plan.work_begin[blockIdx.x + 1];
+  for (int w = p.plan.work_begin[blockIdx.x]; w < end; ++w) {
+    const MlaWork& work = p.plan.work[w];
+    const MlaSegment& segment = p.segments[work.sequence];
+    const uint32_t* page_table = segment.page_table;
+    const int block_end = work.block_end;
+    // of this warp's rows in the stretch: how many there are from a block on
+    int present = CacheRows(work, segment) - work.block_begin * kMlaBlockRows - warp * 16;
+    const auto rows_of = [&](int block, int present_there) -> const std::byte* {
+      if (block >= block_end || present_there <= 0) return nullptr;
+      return p.blocks + page_table[block] * p.block_bytes + warp * 16 * kFp8RowBytes;
+    };
+    int block = work.block_begin;
+    const std::byte* now = rows_of(block, present);
+    const std::byte* next = rows_of(block + 1, present - kMlaBlockRows);
+    WaitForEarlier();
+    uint4 codes[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      codes[i] = Codes(now + i * kFp8RowBytes + lane * 16, now != nullptr && i < present);
+    }
+    for (; block < block_end; ++block, ++tile) {
+      const int now_present = now != nullptr ? present : 0;
+      const int next_present = next != nullptr ? present - kMlaBlockRows : 0;
+      const std::byte* after = rows_of(block + 2, present - 2 * kMlaBlockRows);
+      if (lane == 0 && after != nullptr) {
+        PrefetchToL2(after, min(present - 2 * kMlaBlockRows, 16) * kFp8RowBytes);
+      }
+      float scales[2] = {0, 0};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = i * 8 + lane / 4;
+        if (row < now_present) {
+          scales[i] =
+              *reinterpret_cast<const float*>(now + row * kFp8RowBytes + 512 + lane % 4 * 4);
+        }
+      }
+      wgmma::BarrierWait(s.empty(tile, 0), FullParity(tile) ^ 1);
+      wgmma::BarrierWait(s.empty(tile, 1), FullParity(tile) ^ 1);
+      const uint32_t to = s.tile(tile);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = i * 4 + lane / 8;
+        const uint32_t rope_to =
+            to + kWeightChunk * wgmma::kChunkBytes + wgmma::PieceOffset(warp * 16 + row, lane % 8);
+        if (row < now_present) {
+          wgmma::CopyPiece(rope_to, now + row * kFp8RowBytes + kFp8RopeAt + lane % 8 * 16);
+        } else {
+          wgmma::StorePiece(rope_to, make_uint4(0, 0, 0, 0));
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 16; ++i) {
+        const uint32_t row = warp * 16 + i;
+        const float scale = __shfl_sync(0xffffffffu, scales[i / 8], i % 8 * 4 + lane / 8);
+        uint4 low;
+        uint4 high;
+        WidenRow16(codes[i % 4], scale, low, high);
+        codes[i % 4] =
+            i < 12 ? Codes(now + (i + 4) * kFp8RowBytes + lane * 16, i + 4 < now_present)
+                   : Codes(next + (i - 12) * kFp8RowBytes + lane * 16, i - 12 < next_present);
+        wgmma::StorePiece(to + chunk + wgmma::PieceOffset(row, piece + swap), swap ? high : low);
+        wgmma::StorePiece(to + chunk + wgmma::PieceOffset(row, piece + 1 - swap),
+                          swap ? low : high);
+      }
+      wgmma::WaitCopies();
+      wgmma::FenceProxy();
+      wgmma::BarrierArrive(s.full(tile, 0));
+      wgmma::BarrierArrive(s.full(tile, 1));
+      now = next;
+      next = after;
+      present -= kMlaBlockRows;
+    }
+  }
+}
+
+#endif  // sm_90a
+
+}  // namespace strait::cuda::mla::hopper

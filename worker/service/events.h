@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The events of a worker's loop: what other threads have to tell it.
+//
+// Thread:  plain values, made on any thread, handled on the loop thread.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <variant>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "strait/v1/cluster.pb.h"
+#include "worker/service/link.h"
+#include "worker/service/loader.h"
+#include "worker/stage/stage.h"
+#include "worker/transport/transport.h"
+
+namespace strait {
+
+struct Control {
+  LinkSession session;
+  v1::ToWorker message;
+};
+struct Detached {
+  LinkSession session;
+  absl::Status why;
+};
+struct EdgeUp {
+  Edge edge;
+};
+struct EdgeDown {
+  Edge edge;
+  absl::Status why;
+};
+struct NcclIdMade {
+  Edge edge;
+  std::string id;
+};
+struct Hidden {
+  uint64_t to_stage_id;
+  HiddenStep step;
+};
+struct Sampled {
+  uint64_t to_stage_id;
+  SampledStep step;
+};
+struct Loaded {
+  LoadJob job;
+  absl::StatusOr<std::unique_ptr<StageModel>> model;
+};
+struct StopLoop {};
+// What the loop thread takes from its queue, one at a time.
+using Event = std::variant<Control, Detached, EdgeUp, EdgeDown, NcclIdMade, Hidden, Sampled, Loaded,
+                           StopLoop>;
+
+}  // namespace strait

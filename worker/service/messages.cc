@@ -1,0 +1,210 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/service/messages.h"
+
+#include <unistd.h>
+
+#include <random>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
+#include "proto/rpc/address.h"
+#include "proto/rpc/status.h"
+#include "proto/wire/epoch_wire.h"
+#include "proto/wire/version.h"
+#include "worker/transport/nccl_transport.h"
+
+namespace strait {
+namespace {
+
+v1::FromWorker StateMessage(uint64_t stage_id, v1::StageState::State state) {
+  v1::FromWorker message;
+  message.mutable_stage_state()->set_stage_id(stage_id);
+  message.mutable_stage_state()->set_state(state);
+  return message;
+}
+
+}  // namespace
+
+v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
+                    const std::string& data_address) {
+  v1::Hello hello;
+  hello.set_wire_version(kWireVersion);
+  hello.set_name(options.name);
+  hello.set_data_address(data_address);
+  hello.set_memory_bytes(options.memory_bytes);
+  hello.set_model_fingerprint(options.model_fingerprint);
+  hello.set_weights_fingerprint(options.weights_fingerprint);
+  hello.set_cache_row_bytes(options.cache_row_bytes);
+  if (options.stage_costs) {
+    const StageCosts& costs = *options.stage_costs;
+    v1::StageCosts& told = *hello.mutable_stage_costs();
+    told.mutable_layer_bytes()->Add(costs.layer_bytes.begin(), costs.layer_bytes.end());
+    told.set_embedding_bytes(costs.embedding_bytes);
+    told.set_head_bytes(costs.head_bytes);
+    told.set_block_bytes(costs.block_bytes);
+    told.mutable_workspace_bytes()->Add(costs.workspace_bytes.begin(), costs.workspace_bytes.end());
+    told.mutable_last_workspace_bytes()->Add(costs.last_workspace_bytes.begin(),
+                                             costs.last_workspace_bytes.end());
+    told.set_layer_workspace_bytes(costs.layer_workspace_bytes);
+    if (options.nccl.nccl) {  // its edges may be on the device
+      told.set_edge_bytes(kNcclEdgeBytes);
+      told.set_edge_row_bytes(kArenaSteps * backend.hidden_row_bytes());
+    }
+  }
+  hello.set_numerics_id(backend.numerics_id());
+  hello.set_backend(options.backend_name);
+  hello.set_num_threads(options.num_threads);
+  std::random_device random;
+  hello.set_instance(uint64_t{random()} << 32 | random());
+  hello.set_process_id(static_cast<uint32_t>(getpid()));
+  if (options.nccl.nccl) hello.set_nccl_version(options.nccl.nccl->version());
+  hello.set_nccl_problem(options.nccl.problem);
+  return hello;
+}
+
+v1::FromWorker ProgressMessage(uint64_t stage_id, uint64_t bytes_loaded, uint64_t bytes_total) {
+  v1::FromWorker message;
+  v1::LoadProgress& progress = *message.mutable_load_progress();
+  progress.set_stage_id(stage_id);
+  progress.set_bytes_loaded(bytes_loaded);
+  progress.set_bytes_total(bytes_total);
+  return message;
+}
+
+v1::FromWorker LoadedMessage(uint64_t stage_id, const StageModel& model) {
+  v1::FromWorker message = StateMessage(stage_id, v1::StageState::LOADED);
+  message.mutable_stage_state()->set_weight_bytes(model.weight_bytes());
+  message.mutable_stage_state()->set_pool_blocks(model.spec().pool_blocks);
+  return message;
+}
+
+v1::FromWorker ActiveMessage(uint64_t stage_id, PipelineEpoch epoch) {
+  v1::FromWorker message = StateMessage(stage_id, v1::StageState::ACTIVE);
+  ToWire(epoch, message.mutable_stage_state()->mutable_epoch());
+  return message;
+}
+
+v1::FromWorker UnloadedMessage(uint64_t stage_id) {
+  return StateMessage(stage_id, v1::StageState::UNLOADED);
+}
+
+v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id) {
+  v1::FromWorker message;
+  v1::EdgeId& id = *message.mutable_edge_id();
+  id.set_stage_id(stage_id);
+  ToWire(epoch, id.mutable_epoch());
+  id.set_nccl_id(std::move(nccl_id));
+  return message;
+}
+
+v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch,
+                             uint64_t nccl_edge) {
+  v1::FromWorker message = StateMessage(stage_id, v1::StageState::FAILED);
+  v1::StageState& state = *message.mutable_stage_state();
+  state.set_error_code(static_cast<uint32_t>(why.code()));
+  state.set_error_message(std::string(rpc::Bounded(why).message()));
+  ToWire(epoch, state.mutable_epoch());
+  state.set_failed_nccl_edge(nccl_edge);
+  return message;
+}
+
+v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
+                            const absl::Status& why, uint64_t nccl_edge) {
+  v1::FromWorker message;
+  v1::StageReport& report = *message.mutable_report();
+  report.set_stage_id(stage_id);
+  report.set_step_id(step_id);
+  ToWire(epoch, report.mutable_epoch());
+  report.set_error_code(static_cast<uint32_t>(why.code()));
+  report.set_error_message(std::string(rpc::Bounded(why).message()));
+  report.set_failed_nccl_edge(nccl_edge);
+  return message;
+}
+
+namespace {
+
+// The edge from the last stage to the first, told to these two where there are several and grants.
+absl::Status CheckSampledEdge(const v1::ActivateStage& activate) {
+  const bool edge = activate.grants() && activate.num_stages() > 1;
+  const bool from = edge && activate.stage_index() + 1 == activate.num_stages();
+  const bool to = edge && activate.stage_index() == 0;
+  if (from != (activate.first_stage_id() != 0) || from == activate.first_data_address().empty() ||
+      to != (activate.last_stage_id() != 0) ||
+      (from || to) != (activate.sampled_edge_nonce() != 0)) {
+    return absl::InvalidArgumentError(
+        "with grants the last of several stages has an edge to the first, with a nonce that is "
+        "not 0; without, there is none");
+  }
+  return from ? rpc::ParseHostPort(activate.first_data_address()).status() : absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers) {
+  if (load.stage_id() == 0) return absl::InvalidArgumentError("a stage id is positive");
+  if (load.layer_begin() >= load.layer_end() || load.layer_end() > num_layers) {
+    return absl::InvalidArgumentError(absl::StrCat("layers [", load.layer_begin(), ", ",
+                                                   load.layer_end(), ") are not of this ",
+                                                   num_layers, "-layer model"));
+  }
+  if (load.pool_blocks() == 0) return absl::InvalidArgumentError("a pool has blocks");
+  return absl::OkStatus();
+}
+
+absl::Status CheckActivate(const v1::ActivateStage& activate) {
+  const bool last = activate.stage_index() + 1 == activate.num_stages();
+  if (activate.num_stages() > limits::kMaxStagesPerPipeline ||
+      activate.stage_index() >= activate.num_stages()) {
+    return absl::InvalidArgumentError(absl::StrCat("stage index ", activate.stage_index(), " of ",
+                                                   activate.num_stages(), " stages"));
+  }
+  if (last != (activate.next_stage_id() == 0) || last != activate.next_data_address().empty()) {
+    return absl::InvalidArgumentError("every stage but the last has a next one");
+  }
+  const bool first = activate.stage_index() == 0;
+  if (first != (activate.previous_stage_id() == 0) || first != (activate.edge_nonce() == 0) ||
+      last != (activate.next_edge_nonce() == 0)) {
+    return absl::InvalidArgumentError(
+        "an edge has a stage at either end and a nonce that is not 0; where there is no edge, "
+        "there is neither");
+  }
+  if (!last) {
+    STRAIT_RETURN_IF_ERROR(rpc::ParseHostPort(activate.next_data_address()).status());
+  }
+  const bool over_nccl = activate.edge_over_nccl() || !activate.next_nccl_id().empty();
+  if ((first && activate.edge_over_nccl()) || (last && !activate.next_nccl_id().empty()) ||
+      (!activate.next_nccl_id().empty() &&
+       activate.next_nccl_id().size() != limits::kNcclIdBytes)) {
+    return absl::InvalidArgumentError("an NCCL edge is an edge, and its id has 128 bytes");
+  }
+  if (over_nccl &&
+      (activate.max_step_tokens() == 0 || activate.max_step_tokens() > limits::kMaxStepTokens)) {
+    return absl::InvalidArgumentError(absl::StrCat("steps of at most ", activate.max_step_tokens(),
+                                                   " tokens, must be 1 to ",
+                                                   limits::kMaxStepTokens));
+  }
+  return CheckSampledEdge(activate);
+}
+
+std::optional<Edge> OutgoingEdge(const v1::ActivateStage& activate) {
+  Edge edge{.from_stage_id = activate.stage_id(), .epoch = FromWire(activate.epoch())};
+  if (activate.next_stage_id() != 0) {
+    edge.to_stage_id = activate.next_stage_id();
+    edge.peer_address = activate.next_data_address();
+    edge.nonce = activate.next_edge_nonce();
+    edge.over_nccl = !activate.next_nccl_id().empty();
+    edge.nccl_id = activate.next_nccl_id();
+    edge.max_tokens = activate.max_step_tokens();
+    return edge;
+  }
+  if (activate.first_stage_id() == 0) return std::nullopt;
+  edge.to_stage_id = activate.first_stage_id();
+  edge.peer_address = activate.first_data_address();
+  edge.nonce = activate.sampled_edge_nonce();
+  edge.sampled = true;
+  return edge;
+}
+
+}  // namespace strait

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The messages that a worker sends to its coordinator, made from typed values; and what a LoadStage
+// and an ActivateStage must be in themselves.
+//
+// Thread:  pure functions, but MakeHello, which draws the instance.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "proto/base/ids.h"
+#include "strait/v1/cluster.pb.h"
+#include "worker/backend.h"
+#include "worker/service/service.h"
+#include "worker/transport/transport.h"
+
+namespace strait {
+
+v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
+                    const std::string& data_address);
+v1::FromWorker ProgressMessage(uint64_t stage_id, uint64_t bytes_loaded, uint64_t bytes_total);
+v1::FromWorker LoadedMessage(uint64_t stage_id, const StageModel& model);
+v1::FromWorker ActiveMessage(uint64_t stage_id, PipelineEpoch epoch);
+v1::FromWorker UnloadedMessage(uint64_t stage_id);
+v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id);
+// Answers a request of the coordinator that failed; `epoch` of an activation.
+// `nccl_edge`: the stage that the NCCL edge ends at that is what failed; 0: none.
+v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch,
+                             uint64_t nccl_edge);
+// The stage cannot go on in this epoch. `step_id` 0: no step's fault, an edge broke.
+v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
+                            const absl::Status& why, uint64_t nccl_edge);
+
+// InvalidArgument: no stage id, layers that the model has not, an empty pool.
+absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers);
+// InvalidArgument: indices, neighbours, nonces and addresses contradict each other.
+absl::Status CheckActivate(const v1::ActivateStage& activate);
+// What the stage connects: to the next one, or the last to the first if it hands ids back.
+// REQUIRES: CheckActivate passed.
+std::optional<Edge> OutgoingEdge(const v1::ActivateStage& activate);
+
+}  // namespace strait

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// WorkerProcess is a worker: it attaches to a coordinator, hosts the stages that it is told to,
+// and runs their steps.
+//
+// Owns:    stages, the transport, the link to the coordinator, a loader thread.
+// Borrows: the Backend; it outlives the process.
+// Thread:  Run is the loop thread and owns all state; RPC and loader threads only enqueue. Stop:
+//          any.
+// Errors:  what the coordinator asks wrongly is answered by StageState FAILED or a StageReport
+//          with an error; what a peer does wrongly breaks that edge. Losing the coordinator drops
+//          every stage: the worker attaches again with nothing.
+// Limits:  kMaxHostedStages; kEventQueue events waiting, then streams are read no further.
+// Why:     loads run on a thread of their own, so that the other stages of this worker go on
+//          stepping. The loop does not sleep while a step computes: it handles what comes, begins
+//          the next step as soon as it may, and tells of an end within microseconds.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "proto/model/stage_memory.h"
+#include "worker/backend.h"
+#include "worker/transport/nccl_api.h"
+
+namespace strait {
+
+inline constexpr size_t kMaxHostedStages = 64;
+inline constexpr size_t kEventQueue = 8192;
+
+struct WorkerOptions {
+  std::string coordinator_address = "127.0.0.1:7000";
+  std::string listen_address = "127.0.0.1:0";  // of the data server
+  std::string advertise_address;               // what other workers dial; empty: the bound address
+  std::string name = "worker";
+  std::string backend_name = "cpu";
+  uint64_t memory_bytes = 0;
+  uint32_t num_threads = 1;
+  uint64_t model_fingerprint = 0;
+  uint64_t weights_fingerprint = 0;       // worker/checkpoint/fingerprint.h
+  uint32_t cache_row_bytes = 0;           // of one token in one layer
+  std::optional<StageCosts> stage_costs;  // absent: as on the CPU
+  NcclOffer nccl;
+};
+
+class WorkerProcess {
+ public:
+  // Unavailable: the data address is taken.
+  static absl::StatusOr<std::unique_ptr<WorkerProcess>> Create(WorkerOptions options,
+                                                               Backend* backend);
+  ~WorkerProcess();
+
+  // Returns after Stop, or when the coordinator says Shutdown.
+  void Run();
+  void Stop();
+
+  // Whether a load is under way that the destructor would wait for.
+  bool loading() const;
+  const std::string& data_address() const;
+
+ private:
+  class Impl;
+  explicit WorkerProcess(std::unique_ptr<Impl> impl);
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace strait
