@@ -193,7 +193,7 @@ void Cluster::Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker, ui
   load->set_stage_id(slot.stage_id);
   load->set_layer_begin(slot.layers.begin);
   load->set_layer_end(slot.layers.end);
-  load->set_pool_blocks(slot.pool_blocks);
+  load->set_cache_bytes(slot.pool_blocks * context_->model.block_bytes);
   context_->Send(std::move(out));
 }
 

@@ -287,11 +287,11 @@ void Cluster::OnStageState(Worker* worker, const v1::StageState& state, uint64_t
       if (slot->state != StageSlot::State::kLoading) {
         return Evict(id, absl::FailedPreconditionError("says LOADED twice"), now_us);
       }
-      if (state.pool_blocks() != slot->pool_blocks) {
+      if (state.cache_bytes() != slot->pool_blocks * context_->model.block_bytes) {
         return Evict(id,
-                     absl::FailedPreconditionError(
-                         absl::StrCat("took a pool of ", state.pool_blocks(),
-                                      " latent blocks, not the ", slot->pool_blocks, " asked for")),
+                     absl::FailedPreconditionError(absl::StrCat(
+                         "took ", state.cache_bytes(), " bytes of latent blocks, not the ",
+                         slot->pool_blocks * context_->model.block_bytes, " asked for")),
                      now_us);
       }
       worker->load_failures = 0;

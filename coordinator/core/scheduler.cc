@@ -22,7 +22,7 @@ void Scheduler::Start(std::vector<uint32_t> layers_of_stages, uint32_t capacity_
   capacity_ = capacity_columns;
   links_proven_ = false;
   times_.assign(num_stages_, {});
-  ledger_.Start(std::move(layers_of_stages));
+  ledger_.Start(std::move(layers_of_stages), context_->model.block_bytes);
 }
 
 void Scheduler::Stop(const absl::Status& why) {

@@ -9,7 +9,8 @@
 
 namespace strait {
 
-void StepLedger::Start(std::vector<uint32_t> layers_of_stages) {
+void StepLedger::Start(std::vector<uint32_t> layers_of_stages, uint64_t block_bytes) {
+  block_bytes_ = block_bytes;
   Stop();
   layers_ = std::move(layers_of_stages);
   reported_.assign(layers_.size(), 0);
@@ -41,11 +42,11 @@ absl::StatusOr<const StepRecord*> StepLedger::CheckReport(uint32_t stage_index,
                      due > last_step_ ? "none" : absl::StrCat("step ", due)));
   }
   const StepRecord& record = records_[due - records_.front().id.value];
-  const uint64_t blocks = record.columns_after * layers_[stage_index];
-  if (report.blocks_used() != blocks) {
-    return absl::FailedPreconditionError(absl::StrCat("reports ", report.blocks_used(),
-                                                      " latent blocks used after step ", due,
-                                                      ", the plans make ", blocks));
+  const uint64_t bytes = record.columns_after * layers_[stage_index] * block_bytes_;
+  if (report.cache_bytes() != bytes) {
+    return absl::FailedPreconditionError(absl::StrCat("reports ", report.cache_bytes(),
+                                                      " bytes of latent blocks after step ", due,
+                                                      ", the plans make ", bytes));
   }
   if (report.tables_digest() != record.tables_digest) {
     return absl::FailedPreconditionError(

@@ -55,7 +55,7 @@ struct StepRecord {
 class StepLedger {
  public:
   // Of every stage in order: its number of layers.
-  void Start(std::vector<uint32_t> layers_of_stages);
+  void Start(std::vector<uint32_t> layers_of_stages, uint64_t block_bytes);
   void Stop();
 
   // The plan is on its way to all stages. REQUIRES: record.id == next_step().
@@ -86,7 +86,8 @@ class StepLedger {
   uint64_t reported(uint32_t stage_index) const { return reported_[stage_index]; }
 
  private:
-  std::vector<uint32_t> layers_;    // of each stage
+  std::vector<uint32_t> layers_;  // of each stage
+  uint64_t block_bytes_ = 0;
   std::vector<uint64_t> reported_;  // last step of each stage
   std::deque<StepRecord> records_;  // ids follow each other
   uint64_t last_step_ = 0;

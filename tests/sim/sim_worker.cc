@@ -102,7 +102,7 @@ void SimWorker::SendState(uint64_t stage_id, v1::StageState::State state, Pipeli
   const auto it = stages_.find(stage_id);
   if (state == v1::StageState::LOADED) {
     out->set_weight_bytes(it->second.stage->model().weight_bytes());
-    out->set_pool_blocks(it->second.stage->model().spec().pool_blocks);
+    out->set_cache_bytes(it->second.stage->model().spec().pool_blocks * backend_.block_bytes());
   }
   Send(std::move(message));
 }
@@ -164,7 +164,8 @@ void SimWorker::OnLoad(const v1::LoadStage& load) {
   stages_[id];
   RunAfter(world_->Random(100, scenario_->load_us_max), [this, load, id, stream = stream_] {
     if (stream != stream_ || !stages_.contains(id)) return;  // dropped while it loaded
-    const StageSpec spec{{load.layer_begin(), load.layer_end()}, load.pool_blocks()};
+    const StageSpec spec{{load.layer_begin(), load.layer_end()},
+                         static_cast<uint32_t>(load.cache_bytes() / backend_.block_bytes())};
     absl::StatusOr<std::unique_ptr<StageModel>> model =
         backend_.Load(spec, [this, id](uint64_t done, uint64_t total) {
           v1::FromWorker message;
@@ -179,9 +180,7 @@ void SimWorker::OnLoad(const v1::LoadStage& load) {
       stages_.erase(id);
       return SendState(id, v1::StageState::FAILED, {}, model.status());
     }
-    stages_[id].stage = std::make_unique<Stage>(id, *std::move(model), backend_.num_layers(),
-                                                backend_.hidden_row_bytes(), backend_.vocab_size(),
-                                                backend_.max_positions());
+    stages_[id].stage = std::make_unique<Stage>(id, *std::move(model), StageTraitsOf(backend_));
     SendState(id, v1::StageState::LOADED, {}, absl::OkStatus());
   });
 }
@@ -386,7 +385,7 @@ bool SimWorker::Lie(v1::StageReport* report) {
   if (kind >= 3 && sampled == nullptr) return false;  // next time
   switch (kind) {
     case 0:
-      report->set_blocks_used(report->blocks_used() + 1);
+      report->set_cache_bytes(report->cache_bytes() + 1);
       break;
     case 1:
       report->set_step_id(report->step_id() + world_->Random(1, 3));

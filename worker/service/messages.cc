@@ -3,6 +3,7 @@
 
 #include <unistd.h>
 
+#include <limits>
 #include <random>
 #include <utility>
 
@@ -73,10 +74,10 @@ v1::FromWorker ProgressMessage(uint64_t stage_id, uint64_t bytes_loaded, uint64_
   return message;
 }
 
-v1::FromWorker LoadedMessage(uint64_t stage_id, const StageModel& model) {
+v1::FromWorker LoadedMessage(uint64_t stage_id, const StageModel& model, uint64_t block_bytes) {
   v1::FromWorker message = StateMessage(stage_id, v1::StageState::LOADED);
   message.mutable_stage_state()->set_weight_bytes(model.weight_bytes());
-  message.mutable_stage_state()->set_pool_blocks(model.spec().pool_blocks);
+  message.mutable_stage_state()->set_cache_bytes(model.spec().pool_blocks * block_bytes);
   return message;
 }
 
@@ -142,14 +143,19 @@ absl::Status CheckSampledEdge(const v1::ActivateStage& activate) {
 
 }  // namespace
 
-absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers) {
+absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers, uint64_t block_bytes) {
   if (load.stage_id() == 0) return absl::InvalidArgumentError("a stage id is positive");
   if (load.layer_begin() >= load.layer_end() || load.layer_end() > num_layers) {
     return absl::InvalidArgumentError(absl::StrCat("layers [", load.layer_begin(), ", ",
                                                    load.layer_end(), ") are not of this ",
                                                    num_layers, "-layer model"));
   }
-  if (load.pool_blocks() == 0) return absl::InvalidArgumentError("a pool has blocks");
+  if (load.cache_bytes() < block_bytes || load.cache_bytes() % block_bytes != 0 ||
+      load.cache_bytes() / block_bytes > std::numeric_limits<BlockId>::max()) {
+    return absl::InvalidArgumentError(absl::StrCat("a cache of ", load.cache_bytes(),
+                                                   " bytes is no whole number of latent blocks of ",
+                                                   block_bytes, " bytes"));
+  }
   return absl::OkStatus();
 }
 

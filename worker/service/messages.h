@@ -22,7 +22,7 @@ namespace strait {
 v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
                     const std::string& data_address);
 v1::FromWorker ProgressMessage(uint64_t stage_id, uint64_t bytes_loaded, uint64_t bytes_total);
-v1::FromWorker LoadedMessage(uint64_t stage_id, const StageModel& model);
+v1::FromWorker LoadedMessage(uint64_t stage_id, const StageModel& model, uint64_t block_bytes);
 v1::FromWorker ActiveMessage(uint64_t stage_id, PipelineEpoch epoch);
 v1::FromWorker UnloadedMessage(uint64_t stage_id);
 v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id);
@@ -34,8 +34,8 @@ v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, Pipelin
 v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
                             const absl::Status& why, uint64_t nccl_edge);
 
-// InvalidArgument: no stage id, layers that the model has not, an empty pool.
-absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers);
+// InvalidArgument: no stage id, layers that the model has not, a cache that is no whole number of blocks.
+absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers, uint64_t block_bytes);
 // InvalidArgument: indices, neighbours, nonces and addresses contradict each other.
 absl::Status CheckActivate(const v1::ActivateStage& activate);
 // What the stage connects: to the next one, or the last to the first if it hands ids back.

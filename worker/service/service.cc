@@ -232,16 +232,14 @@ class WorkerProcess::Impl {
       return;
     }
     std::unique_ptr<StageModel> model = std::move(*loaded.model);
-    v1::FromWorker message = LoadedMessage(id, *model);
+    v1::FromWorker message = LoadedMessage(id, *model, backend_->block_bytes());
     Log(LogLevel::kInfo, "stage loaded",
         {{"stage", id},
          {"layer_begin", model->spec().layers.begin},
          {"layer_end", model->spec().layers.end},
          {"weight_bytes", model->weight_bytes()},
          {"cache_bytes", model->cache_bytes()}});
-    hosted->stage = std::make_unique<Stage>(id, std::move(model), backend_->num_layers(),
-                                            backend_->hidden_row_bytes(), backend_->vocab_size(),
-                                            backend_->max_positions());
+    hosted->stage = std::make_unique<Stage>(id, std::move(model), StageTraitsOf(*backend_));
     Tell(std::move(message));
   }
 
@@ -257,7 +255,7 @@ class WorkerProcess::Impl {
         return absl::ResourceExhaustedError(
             absl::StrCat("this worker hosts ", kMaxHostedStages, " stages already"));
       }
-      return CheckLoad(load, backend_->num_layers());
+      return CheckLoad(load, backend_->num_layers(), backend_->block_bytes());
     }();
     if (!valid.ok()) {
       TellFailed(id, valid);
@@ -268,11 +266,12 @@ class WorkerProcess::Impl {
         {{"stage", id},
          {"layer_begin", load.layer_begin()},
          {"layer_end", load.layer_end()},
-         {"pool_blocks", load.pool_blocks()}});
+         {"cache_bytes", load.cache_bytes()}});
     loader_->Enqueue({.session = session_,
                       .stage_id = id,
                       .spec = {.layers = {load.layer_begin(), load.layer_end()},
-                               .pool_blocks = load.pool_blocks()}});
+                               .pool_blocks = static_cast<uint32_t>(load.cache_bytes() /
+                                                                    backend_->block_bytes())}});
   }
 
   void OnUnload(uint64_t id) {

@@ -37,23 +37,19 @@ struct WaitingHidden {
 }  // namespace
 
 struct Stage::State {
-  State(uint64_t id, std::unique_ptr<StageModel> stage_model, uint32_t layers_total,
-        uint32_t row_bytes, uint32_t vocab, uint32_t positions)
+  State(uint64_t id, std::unique_ptr<StageModel> stage_model, const StageTraits& stage_traits)
       : stage_id(id),
         model(std::move(stage_model)),
-        num_layers_total(layers_total),
-        hidden_row_bytes(row_bytes),
-        vocab_size(vocab),
-        max_positions(positions),
+        traits(stage_traits),
         cache(model->spec().layers.size(), model->spec().pool_blocks),
         ledger(Shape(false)) {}
 
   StageShape Shape(bool takes_grants) const {
-    return {model->spec().layers.size(), model->spec().pool_blocks, vocab_size, max_positions,
-            takes_grants};
+    return {model->spec().layers.size(), model->spec().pool_blocks, traits.vocab_size,
+            traits.max_positions, takes_grants};
   }
   bool is_first() const { return model->spec().layers.begin == 0; }
-  bool is_last() const { return model->spec().layers.end == num_layers_total; }
+  bool is_last() const { return model->spec().layers.end == traits.num_layers; }
   // Whether sampled ids come back to it, or go back from it, over an edge.
   bool takes_ids() const { return grants && is_first() && !is_last(); }
   bool gives_ids() const { return grants && is_last() && !is_first(); }
@@ -75,10 +71,7 @@ struct Stage::State {
   // Constant after construction.
   const uint64_t stage_id;
   const std::unique_ptr<StageModel> model;
-  const uint32_t num_layers_total;
-  const uint32_t hidden_row_bytes;
-  const uint32_t vocab_size;
-  const uint32_t max_positions;
+  const StageTraits traits;
 
   // Of the epoch.
   PipelineEpoch epoch;
@@ -94,10 +87,16 @@ struct Stage::State {
   uint64_t last_end_us = 0;           // of a step
 };
 
-Stage::Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, uint32_t num_layers_total,
-             uint32_t hidden_row_bytes, uint32_t vocab_size, uint32_t max_positions)
-    : state_(std::make_unique<State>(stage_id, std::move(model), num_layers_total, hidden_row_bytes,
-                                     vocab_size, max_positions)) {}
+StageTraits StageTraitsOf(const Backend& backend) {
+  return {.num_layers = backend.num_layers(),
+          .hidden_row_bytes = backend.hidden_row_bytes(),
+          .vocab_size = backend.vocab_size(),
+          .max_positions = backend.max_positions(),
+          .block_bytes = backend.block_bytes()};
+}
+
+Stage::Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, const StageTraits& traits)
+    : state_(std::make_unique<State>(stage_id, std::move(model), traits)) {}
 
 Stage::~Stage() { state_->DropBegun(); }
 
@@ -125,7 +124,7 @@ absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t
   if (s.is_first() != (stage_index == 0) || s.is_last() != (stage_index + 1 == num_stages)) {
     return absl::InvalidArgumentError(absl::StrCat(
         "stage ", s.stage_id, " has layers ", layers.begin, " to ", layers.end, " of ",
-        s.num_layers_total, ", it cannot be number ", stage_index, " of ", num_stages));
+        s.traits.num_layers, ", it cannot be number ", stage_index, " of ", num_stages));
   }
   s.DropBegun();
   s.epoch = epoch;
@@ -220,10 +219,10 @@ absl::Status Stage::AcceptHidden(HiddenStep hidden, uint64_t now_us) {
     return absl::InvalidArgumentError(
         absl::StrCat(where, hidden.num_tokens, " rows, must be 1 to ", limits::kMaxStepTokens));
   }
-  if (hidden.data.size() != uint64_t{hidden.num_tokens} * s.hidden_row_bytes) {
+  if (hidden.data.size() != uint64_t{hidden.num_tokens} * s.traits.hidden_row_bytes) {
     return absl::InvalidArgumentError(
         absl::StrCat(where, hidden.data.size(), " bytes, ", hidden.num_tokens, " rows have ",
-                     uint64_t{hidden.num_tokens} * s.hidden_row_bytes));
+                     uint64_t{hidden.num_tokens} * s.traits.hidden_row_bytes));
   }
   if (s.hiddens.size() >= limits::kMaxStepsInFlight) {
     return absl::ResourceExhaustedError(
@@ -255,7 +254,7 @@ absl::Status Stage::AcceptSampled(SampledStep sampled) {
     return absl::InvalidArgumentError(
         absl::StrCat("sampled ids of step ", sampled.step.value, ": this stage takes none"));
   }
-  STRAIT_RETURN_IF_ERROR(s.returning.Check(sampled, s.vocab_size));
+  STRAIT_RETURN_IF_ERROR(s.returning.Check(sampled, s.traits.vocab_size));
   const std::vector<SequenceId> sequences = s.returning.Take(sampled.step);
   for (size_t i = 0; i < sequences.size(); ++i) {
     const auto resident = s.residents.find(sequences[i]);
@@ -372,12 +371,12 @@ absl::Status Stage::State::Begin(WaitingPlan plan, const HiddenMemory& memory, B
   STRAIT_CHECK(row == step->num_tokens && logits.size() == step->num_logits);
   // The promise to the coordinator: what is held is what the reservation says.
   STRAIT_CHECK(plan.checked.blocks_after == cache.blocks_used());
-  step->report.set_blocks_used(cache.blocks_used());
+  step->report.set_cache_bytes(cache.blocks_used() * traits.block_bytes);
   step->report.set_tables_digest(cache.Digest());
   if (row == 0) return absl::OkStatus();
 
   if (!is_last()) {
-    const size_t bytes = size_t{row} * hidden_row_bytes;
+    const size_t bytes = size_t{row} * traits.hidden_row_bytes;
     step->hidden_out = memory ? memory(bytes) : HiddenBuffer(std::vector<std::byte>(bytes));
     STRAIT_CHECK(step->hidden_out.size() == bytes);
   }
@@ -458,7 +457,7 @@ StepOutput Stage::FinishNext(const std::function<uint64_t()>& clock) {
     output.report = std::move(step.report);
     return output;
   }
-  if (s.is_last()) FillResults(results, s.vocab_size, &step);
+  if (s.is_last()) FillResults(results, s.traits.vocab_size, &step);
   if (!s.begun.empty()) FillLateIds(&s.begun.front());
   if (step.is_on_model && !s.is_last()) {
     output.hidden = HiddenStep{s.epoch, step.id(), step.num_tokens, std::move(step.hidden_out)};

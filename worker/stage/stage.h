@@ -60,10 +60,19 @@ struct StepOutput {
   std::optional<SampledStep> sampled;
 };
 
+// What a stage must know of the whole model and of its backend.
+struct StageTraits {
+  uint32_t num_layers = 0;        // of the whole model
+  uint32_t hidden_row_bytes = 0;  // of one token on an edge
+  uint32_t vocab_size = 0;
+  uint32_t max_positions = 0;
+  uint64_t block_bytes = 0;  // of a latent block of one layer
+};
+StageTraits StageTraitsOf(const Backend& backend);
+
 class Stage {
  public:
-  Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, uint32_t num_layers_total,
-        uint32_t hidden_row_bytes, uint32_t vocab_size, uint32_t max_positions);
+  Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, const StageTraits& traits);
   ~Stage();
 
   // Enters an epoch: drops all sequences, plans, hidden states and, once the model has done with

@@ -64,7 +64,8 @@ class Harness {
     absl::Status why;
   };
 
-  Harness(CoreOptions options, ModelShape model) : core(std::move(options), std::move(model)) {}
+  Harness(CoreOptions options, ModelShape model)
+      : block_bytes(model.block_bytes), core(std::move(options), std::move(model)) {}
 
   // The Hello of the next worker.
   v1::Hello MakeHello(uint64_t memory_bytes) const {
@@ -154,7 +155,7 @@ class Harness {
       digest.Add(sequence, length);
       blocks += BlocksOfSequence(length, layers);
     }
-    report.set_blocks_used(static_cast<uint32_t>(blocks));
+    report.set_cache_bytes(blocks * block_bytes);
     report.set_tables_digest(digest.Value());
     return report;
   }
@@ -192,6 +193,7 @@ class Harness {
     if (!sound.ok()) problems.push_back(sound.ToString());
   }
 
+  const uint64_t block_bytes;
   Core core;
   uint64_t now_us = 1'000'000;
   uint64_t last_request = 0;
@@ -235,7 +237,7 @@ class Harness {
       if (!answer_loads) return;
       state.set_stage_id(load.stage_id());
       state.set_state(v1::StageState::LOADED);
-      state.set_pool_blocks(load.pool_blocks());
+      state.set_cache_bytes(load.cache_bytes());
       Answer(m.worker, state);
     } else if (m.message.has_activate_stage()) {
       const v1::ActivateStage& activate = m.message.activate_stage();

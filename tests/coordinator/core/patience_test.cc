@@ -66,7 +66,7 @@ TEST(PatienceTest, AFinishedStepForgivesEveryStage) {
 
 // Columns of a pool that holds `layers` layers.
 uint32_t Columns(const v1::LoadStage& load) {
-  return load.pool_blocks() / (load.layer_end() - load.layer_begin());
+  return load.cache_bytes() / SmallModel().block_bytes / (load.layer_end() - load.layer_begin());
 }
 
 // The bug: a stand-in's pool bounded all who came after it.
@@ -160,7 +160,7 @@ TEST(PatienceTest, APauseOfTheCoordinatorBlamesNobody) {
     v1::StageState* state = message.mutable_stage_state();
     state->set_stage_id(h.StageOf(worker).load.stage_id());
     state->set_state(what);
-    state->set_pool_blocks(h.StageOf(worker).load.pool_blocks());
+    state->set_cache_bytes(h.StageOf(worker).load.cache_bytes());
     *state->mutable_epoch() = h.StageOf(worker).epoch;
     h.core.OnWorkerMessage(worker, message, h.now_us);
     h.Pump();

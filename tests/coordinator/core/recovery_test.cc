@@ -122,7 +122,8 @@ TEST(RecoveryTest, SilenceEvicts) {
 
 TEST(RecoveryTest, WhoContradictsThePlansIsEvictedAndNamed) {
   const std::vector<std::pair<std::string, std::function<void(v1::StageReport*)>>> lies = {
-      {"latent blocks used", [](v1::StageReport* r) { r->set_blocks_used(r->blocks_used() + 4); }},
+      {"bytes of latent blocks",
+       [](v1::StageReport* r) { r->set_cache_bytes(r->cache_bytes() + 4); }},
       {"other sequences or lengths", [](v1::StageReport* r) { r->set_tables_digest(1); }},
       {"due is step 1", [](v1::StageReport* r) { r->set_step_id(2); }},
       {"token id 100, the vocabulary has 100",

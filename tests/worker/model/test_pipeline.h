@@ -34,9 +34,8 @@ class TestPipeline {
       spec.pool_blocks = static_cast<uint32_t>(BlocksOfSequence(sequence_tokens, end - begin));
       auto model = backend_->Load(spec, {});
       EXPECT_TRUE(model.ok()) << model.status();
-      auto stage = std::make_unique<Stage>(stages_.size(), *std::move(model),
-                                           backend_->num_layers(), backend_->hidden_row_bytes(),
-                                           backend_->vocab_size(), backend_->max_positions());
+      auto stage =
+          std::make_unique<Stage>(stages_.size(), *std::move(model), StageTraitsOf(*backend_));
       EXPECT_TRUE(stage
                       ->Activate({1, 1}, static_cast<uint32_t>(stages_.size()),
                                  static_cast<uint32_t>(ends.size()))

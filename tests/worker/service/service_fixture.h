@@ -166,7 +166,7 @@ class WorkerTest : public testing::Test {
     load.set_stage_id(id);
     load.set_layer_begin(begin);
     load.set_layer_end(end);
-    load.set_pool_blocks(blocks);
+    load.set_cache_bytes(blocks * shape_.block_bytes);
     coordinator_.Send(message);
   }
   static v1::ToWorker Activation(uint64_t id, uint64_t counter, uint32_t index, uint32_t stages) {
@@ -214,7 +214,7 @@ class WorkerTest : public testing::Test {
           ASSERT_TRUE(message.has_report()) << message.ShortDebugString();
           ASSERT_EQ(message.report().error_code(), 0u) << message.ShortDebugString();
           EXPECT_EQ(message.report().step_id(), step);
-          EXPECT_EQ(message.report().blocks_used(), 3u);
+          EXPECT_EQ(message.report().cache_bytes(), 3 * shape_.block_bytes);
           reported.insert(message.report().stage_id());
           if (message.report().stage_id() != 2) continue;
           ASSERT_EQ(message.report().results_size(), 1);

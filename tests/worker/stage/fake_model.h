@@ -141,6 +141,13 @@ class FakeModel : public StageModel {
   std::vector<LogitsResult> before_;  // of the last step that is done
 };
 
+// Of a latent block, as a fake stage counts it; and how many a report tells of.
+inline constexpr uint64_t kFakeBlockBytes = 1000;
+inline uint64_t BlocksHeld(const v1::StageReport& report) {
+  EXPECT_EQ(report.cache_bytes() % kFakeBlockBytes, 0u);
+  return report.cache_bytes() / kFakeBlockBytes;
+}
+
 // A stage with its fake.
 struct FakeStage {
   static constexpr uint64_t kStageId = 5;
@@ -149,8 +156,12 @@ struct FakeStage {
   FakeStage(LayerRange layers, uint32_t num_layers, uint32_t pool_blocks) {
     auto owned = std::make_unique<FakeModel>(layers, pool_blocks, num_layers);
     model = owned.get();
-    stage = std::make_unique<Stage>(kStageId, std::move(owned), num_layers, kFakeHiddenRowBytes,
-                                    kFakeVocab, kMaxPositions);
+    stage = std::make_unique<Stage>(kStageId, std::move(owned),
+                                    StageTraits{.num_layers = num_layers,
+                                                .hidden_row_bytes = kFakeHiddenRowBytes,
+                                                .vocab_size = kFakeVocab,
+                                                .max_positions = kMaxPositions,
+                                                .block_bytes = kFakeBlockBytes});
   }
 
   v1::StepPlan Plan(uint64_t step) const {

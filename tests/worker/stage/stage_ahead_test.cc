@@ -206,8 +206,8 @@ TEST(StageAheadTest, AStepWithoutRowsIsDoneWhenItIsTheOldest) {
   EXPECT_TRUE(f.stage->Done());
   const StepOutput second = f.Finish();
   // Each tells what was held after it, though the second was begun before the first ended.
-  EXPECT_EQ(first.report.blocks_used(), BlocksOfSequence(3, 2));
-  EXPECT_EQ(second.report.blocks_used(), 0u);
+  EXPECT_EQ(BlocksHeld(first.report), BlocksOfSequence(3, 2));
+  EXPECT_EQ(BlocksHeld(second.report), 0u);
   EXPECT_NE(first.report.tables_digest(), second.report.tables_digest());
   EXPECT_EQ(first.report.results_size(), 1) << "of a sequence that is closed by now";
 }

@@ -76,7 +76,7 @@ class StageFuzzTest : public testing::TestWithParam<uint32_t> {
     for (const auto& [id, tokens] : journal_) {
       blocks += BlocksOfSequence(static_cast<uint32_t>(tokens.size()), kLayers);
     }
-    ASSERT_EQ(out.report.blocks_used(), blocks);
+    ASSERT_EQ(BlocksHeld(out.report), blocks);
     ASSERT_TRUE(f_.stage->CheckIntegrity().ok()) << f_.stage->CheckIntegrity();
   }
 

@@ -151,7 +151,7 @@ TEST(StageGrantsTest, AnEndedSequenceHoldsUpNothing) {
     EXPECT_THAT(second.report.granted_ids(), ElementsAre(0));
     ASSERT_TRUE(p.first.stage->Ready());
     const StepOutput third = p.first.Run();
-    EXPECT_EQ(third.report.blocks_used(), 2u);
+    EXPECT_EQ(BlocksHeld(third.report), 2u);
     // The ids come late, of a sequence that is gone; the other's is kept.
     out = p.Follow(std::move(out));
     ASSERT_TRUE(p.first.stage->AcceptSampled(*out.sampled).ok());

@@ -103,7 +103,7 @@ TEST(StageTest, RunsAPromptAndDecodesReportingWhatItHolds) {
   EXPECT_EQ(out.report.stage_id(), FakeStage::kStageId);
   EXPECT_EQ(out.report.step_id(), 1u);
   EXPECT_EQ(out.report.epoch().counter(), 1u);
-  EXPECT_EQ(out.report.blocks_used(), BlocksOfSequence(70, 2));
+  EXPECT_EQ(BlocksHeld(out.report), BlocksOfSequence(70, 2));
   EXPECT_EQ(out.report.compute_us(), 10u);
   TablesDigest digest;
   digest.Add({3}, 70);
@@ -124,14 +124,14 @@ TEST(StageTest, RunsAPromptAndDecodesReportingWhatItHolds) {
     ASSERT_TRUE(f.stage->AcceptPlan(plan, 0).ok());
     out = f.Run();
     ASSERT_EQ(out.report.results(0).sampled().token_id(), FakeHash({0, 2}, tokens) % kFakeVocab);
-    ASSERT_EQ(out.report.blocks_used(), BlocksOfSequence(static_cast<uint32_t>(tokens.size()), 2));
+    ASSERT_EQ(BlocksHeld(out.report), BlocksOfSequence(static_cast<uint32_t>(tokens.size()), 2));
     ASSERT_TRUE(f.stage->CheckIntegrity().ok()) << f.stage->CheckIntegrity();
   }
   plan = f.Plan(200);
   AddClose(&plan, 3);
   ASSERT_TRUE(f.stage->AcceptPlan(plan, 0).ok());
   out = f.Run();
-  EXPECT_EQ(out.report.blocks_used(), 0u);
+  EXPECT_EQ(BlocksHeld(out.report), 0u);
   EXPECT_EQ(out.report.tables_digest(), TablesDigest().Value());
 }
 
@@ -332,7 +332,7 @@ TEST(StageTest, EntersEpochsOnlyForwardAndWhereItsLayersFit) {
   plan.mutable_epoch()->set_term(2);
   plan.mutable_epoch()->set_counter(0);
   EXPECT_TRUE(f.stage->AcceptPlan(plan, 0).ok());
-  EXPECT_EQ(f.Run().report.blocks_used(), BlocksOfSequence(100, 2));
+  EXPECT_EQ(BlocksHeld(f.Run().report), BlocksOfSequence(100, 2));
 }
 
 TEST(StageTest, WaitsForHiddenStatesInWhateverOrderTheyCome) {
@@ -470,8 +470,8 @@ TEST(StageTest, BlocksMayBeUsedToTheLastOne) {
   AddOpen(&plan, 2);
   AddRows(&plan, 2, 0, Tokens(65));
   ASSERT_TRUE(f.stage->AcceptPlan(plan, 0).ok());
-  EXPECT_EQ(f.Run().report.blocks_used(), 4u);
-  EXPECT_EQ(f.Run().report.blocks_used(), 4u);
+  EXPECT_EQ(BlocksHeld(f.Run().report), 4u);
+  EXPECT_EQ(BlocksHeld(f.Run().report), 4u);
 }
 
 TEST(StageTest, AFailedStepStopsTheEpoch) {

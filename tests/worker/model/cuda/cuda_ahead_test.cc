@@ -38,9 +38,7 @@ class CudaAheadTest : public CudaTest {
     spec.pool_blocks = 5 * layers.size();  // few: a block is soon another sequence's
     auto model = backend_->Load(spec, {});
     EXPECT_TRUE(model.ok()) << model.status();
-    auto stage = std::make_unique<Stage>(1, *std::move(model), backend_->num_layers(),
-                                         backend_->hidden_row_bytes(), backend_->vocab_size(),
-                                         backend_->max_positions());
+    auto stage = std::make_unique<Stage>(1, *std::move(model), StageTraitsOf(*backend_));
     EXPECT_TRUE(stage->Activate(kEpoch, index, num_stages).ok());
     return stage;
   }
