@@ -46,8 +46,9 @@ struct CacheAppendParams {
   int64_t latent_stride = 0;
   const float* rope_key = nullptr;  // [num_tokens, qk_rope_head_dim] fp32, rotated
   int64_t rope_key_stride = 0;
-  const int32_t* positions = nullptr;            // [num_tokens]
-  const int32_t* sequence_index = nullptr;       // [num_tokens] row of page_tables
+  const int32_t* positions = nullptr;       // [num_tokens]
+  const int32_t* sequence_index = nullptr;  // [num_tokens] row of page_tables
+  const uint8_t* is_cached = nullptr;  // [num_sequences] not 0: its rows are there, none is written
   const uint32_t* const* page_tables = nullptr;  // [num_sequences][position/64] block ids
   std::byte* blocks = nullptr;                   // the pool
   CacheLayout layout;

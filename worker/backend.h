@@ -69,7 +69,7 @@ struct BatchSequence {
   // none.
   absl::Span<const TokenId> tokens;
   // [layers of the stage]: physical blocks of that layer by position / 64, covering this batch's
-  // last row. Entries beyond are absent.
+  // last row at least.
   absl::Span<const absl::Span<const BlockId>> page_tables;
   uint32_t prompt_tokens = 0;
   const SamplingParams* sampling = nullptr;
@@ -77,6 +77,8 @@ struct BatchSequence {
   // samples, by its index in `logits` of the step begun before, which is not finished. If the
   // sequence is sampled, it has no penalties, for these need its tokens.
   std::optional<uint32_t> token_of_request;
+  // These rows are in the cache already: they attend to what is stored and are not written again.
+  bool is_cached = false;
 };
 
 // Logits wanted at one row of the batch, last stage only.

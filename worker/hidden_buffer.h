@@ -58,6 +58,16 @@ class HiddenBuffer {
   HiddenIn in() const { return {{data(), size()}, on_device()}; }
   HiddenOut out() { return {{data(), size()}, on_device()}; }
 
+  // Keeps the first `bytes`. REQUIRES: no more than size().
+  void Shrink(size_t bytes) {
+    STRAIT_CHECK(bytes <= size());
+    if (device_ != nullptr) {
+      device_bytes_ = bytes;
+    } else {
+      host_.resize(bytes);
+    }
+  }
+
   // REQUIRES: host memory.
   std::vector<std::byte>& host() {
     STRAIT_CHECK(device_ == nullptr);

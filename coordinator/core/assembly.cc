@@ -200,6 +200,8 @@ void Cluster::Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker, ui
 void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
   pipeline->state = Pipeline::State::kActivating;
   pipeline->since_us = now_us;
+  pipeline->first_edge_id = last_edge_id_ + 1;
+  last_edge_id_ += pipeline->slots.size();
   for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
     StageSlot& slot = pipeline->slots[i];
     slot.state = StageSlot::State::kActivating;
@@ -247,12 +249,14 @@ void Cluster::TellActivate(Pipeline* pipeline, uint32_t slot_index) {
       activate->set_next_edge_nonce(
           EdgeNonce(context_->options.edge_secret, pipeline->epoch, next.stage_id));
       activate->set_next_nccl_id(next.nccl_id);
+      activate->set_next_edge_id(pipeline->first_edge_id + i);
     }
     if (i > 0) {
       activate->set_previous_stage_id(pipeline->slots[i - 1].stage_id);
       activate->set_edge_nonce(
           EdgeNonce(context_->options.edge_secret, pipeline->epoch, slot.stage_id));
       activate->set_edge_over_nccl(slot.edge.over_nccl);
+      activate->set_edge_id(pipeline->first_edge_id + i - 1);
     }
     if (context_->options.grants()) SetGrants(*pipeline, i, activate);
     context_->Send(std::move(out));
@@ -269,6 +273,7 @@ void Cluster::SetGrants(const Pipeline& pipeline, uint32_t stage_index,
   if (pipeline.slots.size() == 1 || (stage_index > 0 && !to_first)) return;
   activate->set_sampled_edge_nonce(
       EdgeNonce(context_->options.edge_secret, pipeline.epoch, first.stage_id));
+  activate->set_sampled_edge_id(pipeline.first_edge_id + pipeline.slots.size() - 1);
   if (!to_first) return activate->set_last_stage_id(last.stage_id);
   activate->set_first_stage_id(first.stage_id);
   activate->set_first_data_address(FindWorker(first.worker)->data_address);

@@ -102,6 +102,7 @@ struct Pipeline {
 
   PipelineId id;
   PipelineEpoch epoch;
+  uint64_t first_edge_id = 0;
   State state = State::kAssembling;
   std::vector<StageSlot> slots;
   bool served = false;           // was active once
@@ -190,6 +191,7 @@ class Cluster {
   std::map<WorkerId, Worker> workers_;
   Pipelines pipelines_;
   uint32_t num_active_ = 0;
+  uint64_t last_edge_id_ = 0;
   uint64_t last_stage_id_ = 0;
   uint64_t last_pipeline_id_ = 0;
   uint64_t last_epoch_counter_ = 0;

@@ -95,6 +95,7 @@ void CacheAppend(Context& context, const CacheAppendParams& p) {
   const int64_t width = layout.kv_lora_rank + layout.qk_rope_head_dim;
   ForRows(context, p.num_tokens, width, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
+      if (p.is_cached != nullptr && p.is_cached[p.sequence_index[t]] != 0) continue;
       const int64_t position = p.positions[t];
       const uint32_t block = p.page_tables[p.sequence_index[t]][position / kCacheBlockTokens];
       std::byte* row =

@@ -80,6 +80,7 @@ void Rope(const RopeParams& p) {
 void CacheAppend(const CacheAppendParams& p) {
   const CacheLayout& layout = p.layout;
   for (int64_t t = 0; t < p.num_tokens; ++t) {
+    if (p.is_cached != nullptr && p.is_cached[p.sequence_index[t]] != 0) continue;
     std::byte* row =
         p.blocks + RowOffset(layout, p.page_tables[p.sequence_index[t]], p.positions[t]);
     std::memset(row, 0, static_cast<size_t>(layout.row_bytes));

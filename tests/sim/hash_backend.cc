@@ -126,7 +126,12 @@ void HashStage::Compute(const StageBatch& batch, absl::Span<const std::byte> hid
       uint64_t h = first ? Embed(sequence.tokens[position], position) : hidden[row];
       for (LayerIndex layer = spec_.layers.begin; layer < spec_.layers.end; ++layer) {
         const absl::Span<const BlockId> table = sequence.page_tables[layer - spec_.layers.begin];
-        *Row(table, position) = CacheRow(h, layer, position);
+        const uint64_t stored = CacheRow(h, layer, position);
+        if (sequence.is_cached) {
+          STRAIT_CHECK(*Row(table, position) == stored, "a row that was kept is another one");
+        } else {
+          *Row(table, position) = stored;
+        }
         uint64_t attended = 0;
         for (uint32_t block = 0; block <= position; block += limits::kBlockTokens) {
           const uint64_t* rows = Row(table, block);

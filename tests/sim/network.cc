@@ -4,7 +4,15 @@
 #include <algorithm>
 #include <utility>
 
+#include "proto/base/limits.h"
+
 namespace strait::sim {
+
+std::string FakeNcclId(uint64_t edge_id) {
+  std::string id = "nccl " + std::to_string(edge_id);
+  id.resize(limits::kNcclIdBytes);
+  return id;
+}
 
 void Network::Break(const LinkPtr& link, const absl::Status& why) {
   if (link->state == Link::State::kDown) return;
@@ -52,6 +60,10 @@ void SimTransport::Kill() {
 
 void SimTransport::Connect(const Edge& edge) {
   Disconnect(edge.from_stage_id);
+  // What travels is the simulator's, but who is told what is as with NCCL.
+  if (edge.over_nccl && edge.nccl_id != FakeNcclId(edge.id)) {
+    network_->world_->Violation("a stage is told the NCCL id of another edge");
+  }
   auto link = std::make_shared<Link>();
   link->edge = edge;
   link->from = this;
@@ -73,22 +85,22 @@ void SimTransport::Connect(const Edge& edge) {
 void SimTransport::Arrive(const LinkPtr& link) {
   link->to = this;
   const auto it = expected_.find(link->edge.to_stage_id);
-  if (it == expected_.end() || it->second.epoch < link->edge.epoch) {
+  if (it == expected_.end() || it->second.id < link->edge.id) {
     if (link->state == Link::State::kParked) return;
     link->state = Link::State::kParked;  // until it is expected
     incoming_.push_back(link);
     return;
   }
-  const Expected& expected = it->second;
-  if (expected.epoch > link->edge.epoch ||
-      (expected.from_stage_id != 0 && expected.from_stage_id != link->edge.from_stage_id)) {
+  const Edge& expected = it->second;
+  if (expected.id != link->edge.id || expected.nonce != link->edge.nonce ||
+      expected.from_stage_id != link->edge.from_stage_id) {
     return network_->Break(link, absl::AbortedError("not expected any more"));
   }
   if (link->state != Link::State::kParked) incoming_.push_back(link);
   link->state = Link::State::kUp;
   SimTransport* from = link->from;
   from->run_(network_->Delay(), [from, link] {
-    if (link->state == Link::State::kUp) from->events_.on_edge_up(link->edge);
+    if (link->state == Link::State::kUp) from->events_.on_edge_up(link->edge, {});
   });
 }
 
@@ -137,13 +149,15 @@ void SimTransport::Disconnect(uint64_t from_stage_id) {
 
 void SimTransport::Expect(const Edge& edge) {
   const uint64_t to_stage_id = edge.to_stage_id;
-  const PipelineEpoch epoch = edge.epoch;
-  expected_[to_stage_id] = {epoch, edge.from_stage_id};
+  expected_[to_stage_id] = edge;
+  if (edge.over_nccl) {
+    run_(0, [this, edge] { events_.on_nccl_id(edge, FakeNcclId(edge.id)); });
+  }
   const std::vector<LinkPtr> links = incoming_;
   for (const LinkPtr& link : links) {
     if (link->edge.to_stage_id != to_stage_id || link->state == Link::State::kDown) continue;
-    if (link->edge.epoch < epoch) {
-      network_->Break(link, absl::AbortedError("an older epoch"));
+    if (link->edge.id < edge.id) {
+      network_->Break(link, absl::AbortedError("an older edge"));
     } else if (link->state == Link::State::kParked) {
       Arrive(link);
     }

@@ -19,6 +19,9 @@ namespace strait::sim {
 
 class SimTransport;
 
+// What the receiving end of an edge makes of it where it is NCCL: known to whoever knows the edge.
+std::string FakeNcclId(uint64_t edge_id);
+
 // One opened edge.
 struct Link {
   enum class State { kDialing, kParked, kUp, kDown };
@@ -69,11 +72,9 @@ class SimTransport : public Transport {
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
   absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
   void Disconnect(uint64_t from_stage_id) override;
-  HiddenBuffer Memory(uint64_t, size_t bytes) override { return std::vector<std::byte>(bytes); }
   void Expect(const Edge& edge) override;
-  void Due(uint64_t, StepId, uint32_t) override {}
   void Forget(uint64_t to_stage_id) override;
-  void Consumed(uint64_t, StepId) override {}
+  void Consumed(uint64_t, PipelineEpoch, StepId) override {}
 
   const std::string& address() const { return address_; }
   // The process is gone: peers learn it after a while.
@@ -81,10 +82,6 @@ class SimTransport : public Transport {
 
  private:
   friend class Network;
-  struct Expected {
-    PipelineEpoch epoch;
-    uint64_t from_stage_id = 0;
-  };
   void Arrive(const LinkPtr& link);
   // `deliver` runs at the other end, in its time and in order.
   absl::Status Carry(uint64_t from_stage_id,
@@ -95,9 +92,9 @@ class SimTransport : public Transport {
   const TransportEvents events_;
   const RunAfter run_;
   bool alive_ = true;
-  std::map<uint64_t, LinkPtr> outgoing_;   // by from_stage_id
-  std::map<uint64_t, Expected> expected_;  // by to_stage_id
-  std::vector<LinkPtr> incoming_;          // parked and up
+  std::map<uint64_t, LinkPtr> outgoing_;  // by from_stage_id
+  std::map<uint64_t, Edge> expected_;     // by to_stage_id
+  std::vector<LinkPtr> incoming_;         // parked and up
 };
 
 }  // namespace strait::sim

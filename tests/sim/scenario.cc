@@ -72,6 +72,7 @@ Scenario MakeScenario(World* world) {
   s.compute_us_max = w.Pick({100, 1'000, 3'000});
   s.rows_ahead = static_cast<uint32_t>(w.Pick({0, 4, 40, 1'000, 1'000}));
   s.load_us_max = w.Pick({1'000, 100'000, 400'000});
+  s.orphan_timeout_us = w.Pick({1'000'000, 60'000'000});
   s.slow_message_chance = w.Pick({0.0, 0.0, 0.002, 0.02});
 
   if (w.Chance(0.75)) {

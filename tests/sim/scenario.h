@@ -35,6 +35,7 @@ struct Scenario {
   uint64_t compute_us_max = 0;
   uint32_t rows_ahead = 0;  // of steps that a backend takes ahead; 0: none
   uint64_t load_us_max = 0;
+  uint64_t orphan_timeout_us = 0;  // of a worker without its coordinator
   double slow_message_chance = 0;  // of a delay a hundred times as long
 
   uint32_t num_faults = 0;

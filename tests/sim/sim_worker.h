@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// SimWorker is a worker process in virtual time: the real Stage between a simulated stream to the
-// coordinator and a simulated Transport. It does what worker/service does.
+// SimWorker is a worker process in virtual time: the real WorkerCore between a simulated stream to the
+// coordinator, a simulated Transport and a HashBackend. It is what worker/service is: an adapter.
 //
-// Owns:    its stages, its backend.
+// Owns:    its core, its backend.
 // Borrows: World, Network, the Control that carries its stream.
 // Thread:  the simulator's; its own time stands still while it is stalled, and while a backend
 //          computes that takes no step ahead. One that does is a device beside it.
@@ -21,7 +21,7 @@
 #include "tests/sim/network.h"
 #include "tests/sim/scenario.h"
 #include "tests/sim/world.h"
-#include "worker/stage/stage.h"
+#include "worker/core/worker_core.h"
 
 namespace strait::sim {
 
@@ -36,14 +36,14 @@ class Control {
   virtual void FromWorker(SimWorker* worker, v1::FromWorker message, bool lie) = 0;
 };
 
-class SimWorker {
+class SimWorker final : private WorkerPorts {
  public:
   SimWorker(World* world, Network* network, Control* control, const Scenario* scenario,
             uint64_t instance, uint64_t memory_bytes, uint64_t weights);
 
   v1::Hello Hello() const;
   void Receive(const v1::ToWorker& message);  // in its own time
-  void StreamEnded();                         // likewise: drops everything and dials again
+  void StreamEnded();                         // likewise: keeps its stages and dials again
 
   // ---- Faults ----
   void Kill();
@@ -66,36 +66,30 @@ class SimWorker {
   // Begun while another one was; and ids that went from one to the other without the host.
   uint64_t steps_ahead() const { return steps_ahead_; }
   uint64_t late_ids() const { return backend_.late_ids; }
-  absl::Status CheckIntegrity() const;
-  // Latent blocks held by stages of this epoch counter or a newer one.
-  uint64_t BlocksHeld() const;
+  absl::Status CheckIntegrity() const { return core_.CheckIntegrity(); }
+  // Latent blocks held by all stages.
+  uint64_t BlocksHeld() const { return core_.BlocksHeld(); }
 
  private:
-  struct Hosted {
-    std::unique_ptr<Stage> stage;  // null while it loads
-    v1::ActivateStage active;      // the last activation
-    bool up = false;               // its ACTIVE is out
-  };
+  // ---- WorkerPorts ----
+  void Tell(v1::FromWorker message) override;
+  void DropCoordinator(absl::Status why) override;
+  void Shutdown() override {}
+  void Load(const LoadOrder& order) override;
+  void CancelLoads(uint64_t) override {}  // the core knows an answer that it does not want
+  void RowsDue(uint64_t, PipelineEpoch, StepId, uint32_t) override {}
+  void Note(LogLevel level, std::string_view what, std::initializer_list<LogField> fields) override;
 
-  void Send(v1::FromWorker message, bool lie = false);
-  void SendState(uint64_t stage_id, v1::StageState::State state, PipelineEpoch epoch,
-                 const absl::Status& error, uint64_t failed_nccl_edge = 0);
-  void SendError(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
-                 const absl::Status& error, uint64_t failed_nccl_edge = 0);
+  TransportEvents EventsOfTransport();
   void Heartbeat(uint64_t stream);
-  void OnLoad(const v1::LoadStage& load);
-  void OnActivate(const v1::ActivateStage& activate);
-  void OnUnload(uint64_t stage_id);
-  void OnStep(const v1::StepPlan& plan);
-  void OnEdgeUp(const Edge& edge);
-  void OnEdgeDown(const Edge& edge, const absl::Status& why);
-  void OnHidden(uint64_t stage_id, HiddenStep hidden);
-  void OnSampled(uint64_t stage_id, SampledStep sampled);
+  void Orphaned(uint64_t stream);
   void Drain();  // does what has arrived, then computes, as far as it is free
   void TryRun();
   // The device has done the oldest step of the stage, if it is still that epoch's.
-  void StepEnds(uint64_t stage_id, uint64_t stream, PipelineEpoch epoch);
-  void Finish(uint64_t stage_id, Hosted& hosted);
+  void StepEnds(uint64_t stage_id, PipelineEpoch epoch);
+  // A refusal of what an honest cluster sends is a bug of one of the two.
+  void CheckTold(const v1::FromWorker& message);
+  void CheckSound();
   static void VoidNan(v1::StageReport* report);
   bool Lie(v1::StageReport* report);
 
@@ -106,6 +100,7 @@ class SimWorker {
   const uint64_t memory_bytes_;
   HashBackend backend_;
   SimTransport transport_;
+  WorkerCore core_;
 
   bool alive_ = true;
   std::deque<std::function<void()>> inbox_;
@@ -114,7 +109,6 @@ class SimWorker {
   uint64_t device_free_us_ = 0;
   uint64_t stream_ = 0;  // counts its streams
   uint64_t heartbeat_interval_us_ = 0;
-  std::map<uint64_t, Hosted> stages_;
   bool lie_next_ = false;
   bool lied_ = false;
   uint64_t steps_ahead_ = 0;

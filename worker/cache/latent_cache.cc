@@ -87,6 +87,20 @@ void LatentCache::Grow(SequenceId id, uint32_t length) {
   }
 }
 
+void LatentCache::Cut(SequenceId id, uint32_t length) {
+  const auto it = sequences_.find(id);
+  STRAIT_CHECK(it != sequences_.end(), "the sequence is not resident");
+  Sequence& sequence = it->second;
+  STRAIT_CHECK(length <= sequence.length, "a cut does not lengthen");
+  sequence.length = length;
+  const uint32_t num_blocks = BlocksPerLayer(length);
+  for (uint32_t layer = 0; layer < num_layers_; ++layer) {
+    std::vector<BlockId>& table = sequence.tables[layer];
+    for (; table.size() > num_blocks; table.pop_back()) pool_.Give(table.back());
+    sequence.views[layer] = table;
+  }
+}
+
 uint32_t LatentCache::length(SequenceId id) const {
   const auto it = sequences_.find(id);
   STRAIT_CHECK(it != sequences_.end(), "the sequence is not resident");

@@ -61,6 +61,9 @@ class LatentCache {
   // and blocks enough: BlocksOfSequence of proto/model/reservation.h says how many that are.
   void Grow(SequenceId id, uint32_t length);
 
+  // Blocks beyond rows [0, length) are free afterwards. REQUIRES: resident, length not above length(id).
+  void Cut(SequenceId id, uint32_t length);
+
   bool resident(SequenceId id) const { return sequences_.count(id) > 0; }
   uint32_t length(SequenceId id) const;  // REQUIRES: resident
   uint32_t num_sequences() const { return static_cast<uint32_t>(sequences_.size()); }

@@ -84,6 +84,7 @@ class CpuStageModel final : public StageModel {
   std::vector<int32_t> positions_;            // [rows]
   std::vector<int32_t> sequence_index_;       // [rows]
   std::vector<int32_t> token_ids_;            // [rows], first stage only
+  std::vector<uint8_t> is_cached_;            // [sequences]
   std::vector<const uint32_t*> page_tables_;  // [layers, sequences]
 
   bool begun_ = false;
@@ -94,6 +95,7 @@ void CpuStageModel::ListRows(const StageBatch& batch) {
   positions_.clear();
   sequence_index_.clear();
   token_ids_.clear();
+  is_cached_.clear();
   page_tables_.resize(batch.sequences.size() * spec_.layers.size());
   for (size_t index = 0; index < batch.sequences.size(); ++index) {
     const BatchSequence& sequence = batch.sequences[index];
@@ -101,6 +103,7 @@ void CpuStageModel::ListRows(const StageBatch& batch) {
     STRAIT_CHECK(sequence.num_tokens > 0 && end <= config_.max_position_embeddings);
     STRAIT_CHECK(sequence.tokens.size() == end && !sequence.token_of_request);
     STRAIT_CHECK(sequence.page_tables.size() == spec_.layers.size());
+    is_cached_.push_back(sequence.is_cached);
     for (uint32_t position = sequence.first_position; position < end; ++position) {
       positions_.push_back(static_cast<int32_t>(position));
       sequence_index_.push_back(static_cast<int32_t>(index));
@@ -108,7 +111,7 @@ void CpuStageModel::ListRows(const StageBatch& batch) {
     }
     for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer) {
       const absl::Span<const BlockId> table = sequence.page_tables[layer];
-      STRAIT_CHECK(table.size() == BlocksPerLayer(end));
+      STRAIT_CHECK(table.size() >= BlocksPerLayer(end));
       for (const BlockId block : table) STRAIT_CHECK(block < spec_.pool_blocks);
       page_tables_[layer * batch.sequences.size() + index] = table.data();
     }
@@ -131,6 +134,7 @@ absl::Status CpuStageModel::Begin(const StageBatch& batch, HiddenIn in, HiddenOu
     tile.num_rows = std::min(ws_.tile_rows, batch.num_tokens - begin);
     tile.positions = positions_.data() + begin;
     tile.sequence_index = sequence_index_.data() + begin;
+    tile.is_cached = is_cached_.data();
     float* const hidden =
         is_last() ? ws_.hidden : reinterpret_cast<float*>(hidden_out.data() + begin * row_bytes);
     if (is_first()) {

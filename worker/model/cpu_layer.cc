@@ -163,6 +163,7 @@ void CpuLayers::Attend(const AttentionWeights& weights, const uint32_t* const* p
   append.rope_key_stride = layout_.kv_lora_rank + dim;
   append.positions = tile.positions;
   append.sequence_index = tile.sequence_index;
+  append.is_cached = tile.is_cached;
   append.page_tables = page_tables;
   append.blocks = blocks_;
   append.layout = layout_;

@@ -30,6 +30,7 @@ struct Tile {
   uint32_t num_rows = 0;
   const int32_t* positions = nullptr;       // [num_rows]
   const int32_t* sequence_index = nullptr;  // [num_rows] row of page_tables
+  const uint8_t* is_cached = nullptr;       // [sequences of the batch]
 };
 
 class CpuLayers {

@@ -13,9 +13,9 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "strait/v1/cluster.pb.h"
+#include "worker/hidden_step.h"
 #include "worker/service/link.h"
 #include "worker/service/loader.h"
-#include "worker/stage/stage.h"
 #include "worker/transport/transport.h"
 
 namespace strait {
@@ -30,6 +30,7 @@ struct Detached {
 };
 struct EdgeUp {
   Edge edge;
+  HiddenMemory memory;
 };
 struct EdgeDown {
   Edge edge;
@@ -48,7 +49,7 @@ struct Sampled {
   SampledStep step;
 };
 struct Loaded {
-  LoadJob job;
+  LoadOrder order;
   absl::StatusOr<std::unique_ptr<StageModel>> model;
 };
 struct StopLoop {};

@@ -39,15 +39,19 @@ uint64_t ResidentBytes() {
   return resident * static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
 }
 
-ControlLink::ControlLink(std::string coordinator_address, v1::Hello hello, Events events)
-    : coordinator_address_(std::move(coordinator_address)),
-      hello_(std::move(hello)),
-      events_(std::move(events)) {}
+ControlLink::ControlLink(std::string coordinator_address, Events events)
+    : coordinator_address_(std::move(coordinator_address)), events_(std::move(events)) {}
 
 ControlLink::~ControlLink() { Stop(); }
 
-void ControlLink::Start() {
-  thread_ = std::thread([this] { Run(); });
+void ControlLink::Dial(v1::Hello hello) {
+  {
+    std::lock_guard lock(mu_);
+    hello_ = std::move(hello);
+    may_dial_ = true;
+  }
+  changed_.notify_all();
+  if (!thread_.joinable()) thread_ = std::thread([this] { Run(); });
 }
 
 void ControlLink::Stop() {
@@ -102,6 +106,7 @@ void ControlLink::Run() {
       logged_us = now_us;
     }
     changed_.wait_for(lock, backoff, [this] { return stop_; });
+    changed_.wait(lock, [this] { return stop_ || may_dial_; });
     if (stop_) return;
     backoff = std::min(backoff * 2, kMaxBackoff);
   }
@@ -144,7 +149,10 @@ absl::Status ControlLink::Serve() {
     stream_ = stream;
   }
   v1::FromWorker hello;
-  *hello.mutable_hello() = hello_;
+  {
+    std::lock_guard lock(mu_);
+    *hello.mutable_hello() = hello_;
+  }
   (void)stream->Send(
       std::move(hello));  // fails only when the stream has ended, which is seen below
 
@@ -179,6 +187,8 @@ absl::Status ControlLink::Serve() {
     changed_.wait_for(lock, interval, [this] { return stop_ || ended_ || !drop_.ok(); });
   }
   const bool welcomed = welcomed_;
+  // A Hello that was heard is not said again: the loop makes the next one when it hears of the end.
+  if (welcomed) may_dial_ = false;
   absl::Status status = ended_ ? end_status_ : absl::CancelledError("the worker stops");
   stream_.reset();
   lock.unlock();

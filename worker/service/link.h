@@ -40,10 +40,12 @@ class ControlLink {
     std::function<void(LinkSession, absl::Status)> on_ended;
   };
 
-  ControlLink(std::string coordinator_address, v1::Hello hello, Events events);
+  ControlLink(std::string coordinator_address, Events events);
   ~ControlLink();
 
-  void Start();
+  // Dials with this Hello. After on_ended it dials again when it is called anew: what the worker says of
+  // itself may have changed.
+  void Dial(v1::Hello hello);
   absl::Status Send(LinkSession session, v1::FromWorker message);
   void Resume();
   // Ends the current session; the link dials again.
@@ -60,7 +62,6 @@ class ControlLink {
   std::shared_ptr<Stream> Current();
 
   const std::string coordinator_address_;
-  const v1::Hello hello_;
   const Events events_;
 
   std::atomic<uint64_t> heard_us_ = 0;  // when the coordinator was last heard
@@ -68,6 +69,8 @@ class ControlLink {
   std::mutex mu_;  // gRPC threads tell the link's thread
   std::condition_variable changed_;
   bool stop_ = false;                // guarded by mu_
+  v1::Hello hello_;                  // guarded by mu_
+  bool may_dial_ = false;            // guarded by mu_: hello_ is the one to say
   bool ended_ = false;               // guarded by mu_: the current stream has
   absl::Status end_status_;          // guarded by mu_
   absl::Status drop_;                // guarded by mu_: not ok, the link's thread ends the stream

@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "proto/rpc/clock.h"
-#include "worker/service/service.h"
 
 namespace strait {
 namespace {
@@ -19,36 +18,36 @@ StageLoader::StageLoader(Backend* backend, Progress progress, Done done)
     : backend_(backend),
       progress_(std::move(progress)),
       done_(std::move(done)),
-      jobs_(kMaxHostedStages),
+      orders_(kMaxHostedStages),
       thread_([this] { Run(); }) {}
 
 StageLoader::~StageLoader() {
   stop_ = true;
-  jobs_.Push({});  // wakes the thread
+  orders_.Push({});  // wakes the thread
   thread_.join();
 }
 
-void StageLoader::Enqueue(LoadJob job) { jobs_.Push(std::move(job)); }
+void StageLoader::Enqueue(LoadOrder order) { orders_.Push(std::move(order)); }
 
 void StageLoader::Run() {
   while (true) {
-    for (const LoadJob& job : jobs_.PopAll(kIdleWait)) {
+    for (const LoadOrder& order : orders_.PopAll(kIdleWait)) {
       if (stop_) return;
-      if (job.session < least_session_) {
-        done_(job, absl::CancelledError("the session that wanted the stage has ended"));
+      if (order.serial <= cancelled_) {
+        done_(order, absl::CancelledError("nobody wants the stage any more"));
         continue;
       }
       busy_ = true;
       std::atomic<uint64_t> told_us = 0;
-      auto loaded = backend_->Load(job.spec, [&](uint64_t bytes, uint64_t total) {
+      auto loaded = backend_->Load(order.spec, [&](uint64_t bytes, uint64_t total) {
         uint64_t last_us = told_us;
         const uint64_t now_us = MonotonicMicros();
         if (bytes < total && now_us < last_us + kProgressPeriodUs) return;
         // One of several loading threads tells.
-        if (told_us.compare_exchange_strong(last_us, now_us)) progress_(job, bytes, total);
+        if (told_us.compare_exchange_strong(last_us, now_us)) progress_(order, bytes, total);
       });
       busy_ = false;
-      done_(job, std::move(loaded));
+      done_(order, std::move(loaded));
     }
     if (stop_) return;
   }

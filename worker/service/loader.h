@@ -3,7 +3,7 @@
 // StageLoader loads stages one after the other on a thread of its own.
 //
 // Borrows: the Backend.
-// Thread:  Enqueue, CancelBefore: loop thread. `done` and `progress` are called on the loader's
+// Thread:  Enqueue, CancelUpTo: loop thread. `done` and `progress` are called on the loader's
 //          thread (progress on any) and must only enqueue. The destructor waits for the load under
 //          way.
 #pragma once
@@ -16,27 +16,21 @@
 
 #include "absl/status/statusor.h"
 #include "proto/rpc/queue.h"
-#include "worker/backend.h"
+#include "worker/core/worker_core.h"
 
 namespace strait {
 
-struct LoadJob {
-  uint64_t session = 0;
-  uint64_t stage_id = 0;
-  StageSpec spec;
-};
-
 class StageLoader {
  public:
-  using Progress = std::function<void(const LoadJob&, uint64_t done, uint64_t total)>;
-  using Done = std::function<void(const LoadJob&, absl::StatusOr<std::unique_ptr<StageModel>>)>;
+  using Progress = std::function<void(const LoadOrder&, uint64_t done, uint64_t total)>;
+  using Done = std::function<void(const LoadOrder&, absl::StatusOr<std::unique_ptr<StageModel>>)>;
 
   StageLoader(Backend* backend, Progress progress, Done done);
   ~StageLoader();
 
-  void Enqueue(LoadJob job);
-  // Jobs of older sessions that wait are answered Cancelled instead of loaded.
-  void CancelBefore(uint64_t session) { least_session_ = session; }
+  void Enqueue(LoadOrder order);
+  // Orders up to this serial that wait are answered Cancelled instead of loaded.
+  void CancelUpTo(uint64_t serial) { cancelled_ = serial; }
   bool busy() const { return busy_; }
 
  private:
@@ -45,10 +39,10 @@ class StageLoader {
   Backend* const backend_;
   const Progress progress_;
   const Done done_;
-  std::atomic<uint64_t> least_session_ = 0;
+  std::atomic<uint64_t> cancelled_ = 0;
   std::atomic<bool> busy_ = false;
   std::atomic<bool> stop_ = false;
-  BoundedQueue<LoadJob> jobs_;
+  BoundedQueue<LoadOrder> orders_;
   std::thread thread_;
 };
 

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// WorkerProcess is a worker: it attaches to a coordinator, hosts the stages that it is told to,
-// and runs their steps.
+// WorkerProcess is a worker: a WorkerCore, which decides, with the threads, sockets and clock that it
+// needs.
 //
-// Owns:    stages, the transport, the link to the coordinator, a loader thread.
+// Owns:    the core, the transport, the link to the coordinator, a loader thread.
 // Borrows: the Backend; it outlives the process.
 // Thread:  Run is the loop thread and owns all state; RPC and loader threads only enqueue. Stop:
 //          any.
-// Errors:  what the coordinator asks wrongly is answered by StageState FAILED or a StageReport
-//          with an error; what a peer does wrongly breaks that edge. Losing the coordinator drops
-//          every stage: the worker attaches again with nothing.
-// Limits:  kMaxHostedStages; kEventQueue events waiting, then streams are read no further.
+// Errors:  as WorkerCore.
+// Limits:  kEventQueue events waiting, then streams are read no further.
 // Why:     loads run on a thread of their own, so that the other stages of this worker go on
 //          stepping. The loop does not sleep while a step computes: it handles what comes, begins
 //          the next step as soon as it may, and tells of an end within microseconds.
@@ -25,11 +23,11 @@
 #include "absl/status/statusor.h"
 #include "proto/model/stage_memory.h"
 #include "worker/backend.h"
+#include "worker/core/worker_core.h"
 #include "worker/transport/nccl_api.h"
 
 namespace strait {
 
-inline constexpr size_t kMaxHostedStages = 64;
 inline constexpr size_t kEventQueue = 8192;
 
 struct WorkerOptions {
@@ -45,6 +43,7 @@ struct WorkerOptions {
   uint32_t cache_row_bytes = 0;           // of one token in one layer
   std::optional<StageCosts> stage_costs;  // absent: as on the CPU
   NcclOffer nccl;
+  WorkerCoreOptions core;
 };
 
 class WorkerProcess {

@@ -82,6 +82,16 @@ void FillResults(absl::Span<const LogitsResult> results, uint32_t vocab_size, Be
   }
 }
 
+void MarkFinished(const BegunStep& begun) {
+  for (size_t i = 0; i < begun.residents.size(); ++i) {
+    const v1::SequenceStep& step = begun.plan.sequences(static_cast<int>(i));
+    const uint32_t rows =
+        step.has_sampled() ? 1 : static_cast<uint32_t>(step.literals().ids_size());
+    Resident& resident = *begun.residents[i];
+    resident.finished = std::max(resident.finished, step.first_position() + rows);
+  }
+}
+
 void FillLateIds(BegunStep* begun) {
   for (const BegunStep::LateId& late : begun->late_ids) {
     const v1::SequenceStep& step = begun->plan.sequences(static_cast<int>(late.sequence_index));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // BegunStep is a step from its Begin to its report: what the model still uses of it, and what is
-// said of it when it is done. Resident is what a stage knows of a sequence besides its blocks.
+// said of it when it is done.
 //
 // Owns:    hidden states on both sides; its sequences' residents, also when a step begun behind it
 //          has closed them.
@@ -19,20 +19,9 @@
 #include "strait/v1/cluster.pb.h"
 #include "worker/backend.h"
 #include "worker/hidden_buffer.h"
+#include "worker/stage/residents.h"
 
 namespace strait {
-
-struct Resident {
-  std::vector<TokenId> tokens;  // [length]
-  uint32_t prompt_tokens = 0;
-  SamplingParams sampling;
-  // What a step sampled, where it is known: on the last stage, and on the first once it came back.
-  TokenId sampled = 0;
-  StepId sampled_by;
-  // On the last stage: the latest step begun that samples it, and by which of its requests.
-  StepId asked_of;
-  uint32_t asked_request = 0;
-};
 
 struct BegunStep {
   // A granted row whose id was not known when the step began.
@@ -43,8 +32,10 @@ struct BegunStep {
 
   v1::StepPlan plan;
   uint32_t num_tokens = 0;
+  uint32_t num_tokens_on = 0;  // the leading ones, which go on to the next stage
   uint32_t num_logits = 0;
-  std::vector<std::shared_ptr<Resident>> residents;  // of the plan's sequences
+  // Of the plan's leading sequences: those that go through this stage.
+  std::vector<std::shared_ptr<Resident>> residents;
   std::vector<LateId> late_ids;
   HiddenBuffer hidden_in;
   HiddenBuffer hidden_out;
@@ -65,6 +56,8 @@ std::string BoundedMessage(const absl::Status& status);
 // What the model answered, into the step's report and residents. REQUIRES: a result for each
 // request.
 void FillResults(absl::Span<const LogitsResult> results, uint32_t vocab_size, BegunStep* step);
+// The step is done: what it stored outlives the epoch.
+void MarkFinished(const BegunStep& step);
 // The step before it is done, so its late ids are known: into its report and residents.
 void FillLateIds(BegunStep* step);
 

@@ -7,7 +7,7 @@
 // Thread:  loop thread only.
 // Errors:  Check names step, sequence and number: InvalidArgument (malformed), FailedPrecondition
 //          (gap in steps, sequence unknown or resident twice, positions that do not follow, a
-//          grant that this stage cannot follow), ResourceExhausted (a limit, blocks). It changes
+//          grant that this stage cannot follow, rows that it does not have), ResourceExhausted (a limit, blocks). It changes
 //          nothing.
 // Limits:  proto/base/limits.h: kMaxStepTokens, kMaxStepSequences, kMaxCacheOps, kMaxTopLogprobs,
 //          kMaxSequencesResident; the pool.
@@ -34,12 +34,15 @@ struct StageShape {
   uint32_t pool_blocks = 0;
   uint32_t vocab_size = 0;
   uint32_t max_positions = 0;
+  uint32_t stage_index = 0;
+  uint32_t num_stages = 1;
   bool grants = false;  // what a step samples is known where it is fed again
 };
 
 class PlanLedger {
  public:
-  explicit PlanLedger(const StageShape& shape) : shape_(shape) {}
+  // `left`: rows of sequences that an earlier epoch left here; the first plan names each.
+  PlanLedger(const StageShape& shape, const absl::flat_hash_map<SequenceId, uint32_t>& left);
 
   struct Sequence {
     uint32_t length = 0;
@@ -50,12 +53,18 @@ class PlanLedger {
   // A plan that passed, and what it changes.
   struct CheckedPlan {
     v1::StepPlan plan;
-    uint32_t num_tokens = 0;
+    uint32_t num_tokens = 0;     // that go through this stage
+    uint32_t num_tokens_on = 0;  // of these, the leading ones that go through the next one too
+    uint32_t num_stored = 0;     // of these, those that are new to the cache
+    size_t num_sequences = 0;    // the plan's leading ones, whose rows go through this stage
     std::vector<SamplingParams> sampling;  // of its OpenSequence ops, in order
     // Absent value: closed.
     absl::flat_hash_map<SequenceId, std::optional<Sequence>> changes;
+    size_t num_left_named = 0;  // of those that an earlier epoch left
     uint64_t blocks_after = 0;
     uint32_t sequences_after = 0;
+    uint64_t num_planned = 0;   // rows of all its sequences
+    uint32_t least_stages = 0;  // of its sequences so far
   };
 
   // REQUIRES: the caller checked stage_id and epoch.
@@ -67,15 +76,26 @@ class PlanLedger {
 
  private:
   const Sequence* Find(const CheckedPlan& checked, SequenceId id) const;
+  // Rows that an earlier epoch left of it, if the plan is the epoch's first and has not named it.
+  std::optional<uint32_t> Left(const CheckedPlan& checked, SequenceId id) const;
+  absl::StatusOr<uint32_t> CheckKept(const v1::OpenSequence& open, uint32_t left) const;
   absl::Status CheckOpen(const v1::OpenSequence& open, CheckedPlan* checked) const;
   absl::Status CheckClose(const v1::CloseSequence& close, CheckedPlan* checked) const;
   absl::Status CheckSequence(const v1::SequenceStep& step, CheckedPlan* checked) const;
-  absl::Status CheckLogits(const v1::SequenceStep& step, uint32_t num_tokens) const;
+  // Of how many tokens the step is, and that they are some.
+  absl::StatusOr<uint32_t> CheckTokens(const v1::SequenceStep& step, const Sequence& before,
+                                       const CheckedPlan& checked) const;
+  // Through how many stages its rows go: no more than those of the sequence before it.
+  absl::StatusOr<uint32_t> CheckStages(const v1::SequenceStep& step,
+                                       const CheckedPlan& checked) const;
+  absl::Status CheckLogits(const v1::SequenceStep& step, uint32_t num_tokens,
+                           uint32_t stages) const;
 
   StageShape shape_;
   StepId next_step_{1};
   uint64_t blocks_ = 0;
   absl::flat_hash_map<SequenceId, Sequence> sequences_;
+  absl::flat_hash_map<SequenceId, uint32_t> left_;  // empty after the first plan
 };
 
 }  // namespace strait

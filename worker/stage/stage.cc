@@ -13,7 +13,6 @@
 #include "proto/base/limits.h"
 #include "proto/base/status_macros.h"
 #include "proto/model/reservation.h"
-#include "worker/cache/latent_cache.h"
 #include "worker/stage/begun_step.h"
 #include "worker/stage/plan_ledger.h"
 #include "worker/stage/returning_ids.h"
@@ -41,12 +40,17 @@ struct Stage::State {
       : stage_id(id),
         model(std::move(stage_model)),
         traits(stage_traits),
-        cache(model->spec().layers.size(), model->spec().pool_blocks),
-        ledger(Shape(false)) {}
+        residents(model->spec().layers.size(), model->spec().pool_blocks),
+        ledger(Shape(), {}) {}
 
-  StageShape Shape(bool takes_grants) const {
-    return {model->spec().layers.size(), model->spec().pool_blocks, traits.vocab_size,
-            traits.max_positions, takes_grants};
+  StageShape Shape() const {
+    return {.num_layers = model->spec().layers.size(),
+            .pool_blocks = model->spec().pool_blocks,
+            .vocab_size = traits.vocab_size,
+            .max_positions = traits.max_positions,
+            .stage_index = stage_index,
+            .num_stages = num_stages,
+            .grants = grants};
   }
   bool is_first() const { return model->spec().layers.begin == 0; }
   bool is_last() const { return model->spec().layers.end == traits.num_layers; }
@@ -61,7 +65,10 @@ struct Stage::State {
   bool MayGoAhead(const WaitingPlan& next) const;
 
   void ApplyCacheOps(const v1::StepPlan& plan, absl::Span<SamplingParams> opened);
-  // The rows of a sequence, their blocks, and what of the model's batch they are.
+  // Rows that are new here: their tokens and blocks.
+  void StoreRows(const v1::SequenceStep& step, Resident& resident, BatchSequence* sequence,
+                 BegunStep* begun);
+  // The rows of a sequence, and what of the model's batch they are.
   BatchSequence AppendRows(const v1::SequenceStep& step, BegunStep* begun);
   absl::Status Begin(WaitingPlan plan, const HiddenMemory& memory, BegunStep* step);
   void Fail();
@@ -77,23 +84,16 @@ struct Stage::State {
   PipelineEpoch epoch;
   bool failed = false;
   bool grants = false;
-  LatentCache cache;
-  PlanLedger ledger;  // ahead of `cache` by the plans that wait
-  absl::flat_hash_map<SequenceId, std::shared_ptr<Resident>> residents;
+  uint32_t stage_index = 0;
+  uint32_t num_stages = 1;
+  Residents residents;
+  PlanLedger ledger;  // ahead of `residents` by the plans that wait
   std::deque<WaitingPlan> plans;
   std::deque<WaitingHidden> hiddens;  // in step order; the i-th belongs to the i-th plan with rows
   ReturningIds returning;             // to the first of several stages
   std::deque<BegunStep> begun;        // oldest first
   uint64_t last_end_us = 0;           // of a step
 };
-
-StageTraits StageTraitsOf(const Backend& backend) {
-  return {.num_layers = backend.num_layers(),
-          .hidden_row_bytes = backend.hidden_row_bytes(),
-          .vocab_size = backend.vocab_size(),
-          .max_positions = backend.max_positions(),
-          .block_bytes = backend.block_bytes()};
-}
 
 Stage::Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, const StageTraits& traits)
     : state_(std::make_unique<State>(stage_id, std::move(model), traits)) {}
@@ -106,7 +106,8 @@ PipelineEpoch Stage::epoch() const { return state_->epoch; }
 bool Stage::is_first() const { return state_->is_first(); }
 bool Stage::is_last() const { return state_->is_last(); }
 size_t Stage::num_begun() const { return state_->begun.size(); }
-uint32_t Stage::blocks_used() const { return state_->cache.blocks_used(); }
+uint32_t Stage::blocks_used() const { return state_->residents.cache().blocks_used(); }
+std::vector<HeldRows> Stage::held() const { return state_->residents.left(); }
 
 absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages,
                              bool grants) {
@@ -131,11 +132,14 @@ absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t
   s.failed = false;
   s.plans.clear();
   s.hiddens.clear();
-  s.residents.clear();
   s.returning.Clear();
-  s.cache.CloseAll();
+  s.residents.Leave();
   s.grants = grants || num_stages == 1;
-  s.ledger = PlanLedger(s.Shape(s.grants));
+  s.stage_index = stage_index;
+  s.num_stages = num_stages;
+  absl::flat_hash_map<SequenceId, uint32_t> left;
+  for (const HeldRows& held : s.residents.left()) left.emplace(held.id, held.rows);
+  s.ledger = PlanLedger(s.Shape(), left);
   return absl::OkStatus();
 }
 
@@ -257,10 +261,10 @@ absl::Status Stage::AcceptSampled(SampledStep sampled) {
   STRAIT_RETURN_IF_ERROR(s.returning.Check(sampled, s.traits.vocab_size));
   const std::vector<SequenceId> sequences = s.returning.Take(sampled.step);
   for (size_t i = 0; i < sequences.size(); ++i) {
-    const auto resident = s.residents.find(sequences[i]);
-    if (resident == s.residents.end()) continue;  // closed meanwhile
-    resident->second->sampled = sampled.tokens[i];
-    resident->second->sampled_by = sampled.step;
+    const std::shared_ptr<Resident> resident = s.residents.Find(sequences[i]);
+    if (resident == nullptr) continue;  // closed meanwhile
+    resident->sampled = sampled.tokens[i];
+    resident->sampled_by = sampled.step;
   }
   return absl::OkStatus();
 }
@@ -281,7 +285,7 @@ bool Stage::State::MayGoAhead(const WaitingPlan& next) const {
   if (!is_last()) return true;
   for (const v1::SequenceStep& step : next.checked.plan.sequences()) {
     if (!step.has_sampled() || !WantsSample(step)) continue;
-    const Resident& resident = *residents.at(SequenceId{step.sequence_id()});
+    const Resident& resident = *residents.Find(SequenceId{step.sequence_id()});
     const bool known = resident.sampled_by.value == step.sampled().step_id();
     if (!known && resident.sampling.needs_tokens()) return false;
   }
@@ -292,27 +296,22 @@ void Stage::State::ApplyCacheOps(const v1::StepPlan& plan, absl::Span<SamplingPa
   size_t num_opened = 0;
   for (const v1::CacheOp& op : plan.cache_ops()) {
     if (op.has_open()) {
-      const SequenceId id{op.open().sequence_id()};
-      cache.Open(id);
-      auto resident = std::make_shared<Resident>();
-      resident->prompt_tokens = op.open().prompt_tokens();
-      resident->sampling = std::move(opened[num_opened++]);
-      residents[id] = std::move(resident);
+      const v1::OpenSequence& open = op.open();
+      const uint32_t kept =
+          open.kept_rows().empty() ? 0 : open.kept_rows(static_cast<int>(stage_index));
+      residents.Open(open, std::move(opened[num_opened++]), kept);
     } else {
       const SequenceId id{op.close().sequence_id()};
-      cache.Close(id);
-      residents.erase(id);
+      residents.Close(id);
       returning.Closed(id);
     }
   }
 }
 
-BatchSequence Stage::State::AppendRows(const v1::SequenceStep& step, BegunStep* begun) {
-  const SequenceId id{step.sequence_id()};
-  const std::shared_ptr<Resident>& shared = residents.at(id);
-  Resident& resident = *shared;
+void Stage::State::StoreRows(const v1::SequenceStep& step, Resident& resident,
+                             BatchSequence* sequence, BegunStep* begun) {
   STRAIT_CHECK(resident.tokens.size() == step.first_position());
-  BatchSequence sequence;
+  const SequenceId id{step.sequence_id()};
   if (step.has_literals()) {
     const auto& ids = step.literals().ids();
     resident.tokens.insert(resident.tokens.end(), ids.begin(), ids.end());
@@ -325,7 +324,7 @@ BatchSequence Stage::State::AppendRows(const v1::SequenceStep& step, BegunStep* 
       token = resident.sampled;
     } else if (resident.asked_of == of) {
       token = kUnknownToken;
-      sequence.token_of_request = resident.asked_request;
+      sequence->token_of_request = resident.asked_request;
       begun->late_ids.push_back({begun->residents.size(), begun->report.granted_ids_size()});
     } else {
       STRAIT_CHECK(returning.Revoked(id), "a granted row began before its id was here");
@@ -333,28 +332,44 @@ BatchSequence Stage::State::AppendRows(const v1::SequenceStep& step, BegunStep* 
     resident.tokens.push_back(token);
     begun->report.add_granted_ids(token);
   }
-  cache.Grow(id, static_cast<uint32_t>(resident.tokens.size()));
+  residents.cache().Grow(id, static_cast<uint32_t>(resident.tokens.size()));
+  sequence->num_tokens = static_cast<uint32_t>(resident.tokens.size()) - step.first_position();
+  begun->report.set_rows_stored(begun->report.rows_stored() + sequence->num_tokens);
+}
+
+BatchSequence Stage::State::AppendRows(const v1::SequenceStep& step, BegunStep* begun) {
+  const SequenceId id{step.sequence_id()};
+  const std::shared_ptr<Resident> resident = residents.Find(id);
+  BatchSequence sequence;
   sequence.id = id;
   sequence.first_position = step.first_position();
-  sequence.num_tokens = static_cast<uint32_t>(resident.tokens.size()) - step.first_position();
-  sequence.tokens = resident.tokens;
-  sequence.page_tables = cache.PageTables(id);
-  sequence.prompt_tokens = resident.prompt_tokens;
-  sequence.sampling = &resident.sampling;
-  begun->residents.push_back(shared);
+  sequence.is_cached = resident->tokens.size() > step.first_position();
+  if (sequence.is_cached) {
+    sequence.num_tokens = static_cast<uint32_t>(step.literals().ids_size());
+  } else {
+    StoreRows(step, *resident, &sequence, begun);
+  }
+  const uint32_t end = sequence.first_position + sequence.num_tokens;
+  sequence.tokens = absl::MakeConstSpan(resident->tokens).subspan(0, end);
+  sequence.page_tables = residents.cache().PageTables(id);
+  sequence.prompt_tokens = resident->prompt_tokens;
+  sequence.sampling = &resident->sampling;
+  begun->residents.push_back(resident);
   return sequence;
 }
 
 absl::Status Stage::State::Begin(WaitingPlan plan, const HiddenMemory& memory, BegunStep* step) {
   step->plan = std::move(plan.checked.plan);
   step->num_tokens = plan.checked.num_tokens;
+  step->num_tokens_on = plan.checked.num_tokens_on;
   step->num_logits = plan.num_logits;
   std::vector<BatchSequence> sequences;
   std::vector<LogitsRequest> logits;
   sequences.reserve(static_cast<size_t>(step->plan.sequences_size()));
   ApplyCacheOps(step->plan, absl::MakeSpan(plan.checked.sampling));
   uint32_t row = 0;
-  for (const v1::SequenceStep& wire : step->plan.sequences()) {
+  for (size_t i = 0; i < plan.checked.num_sequences; ++i) {
+    const v1::SequenceStep& wire = step->plan.sequences(static_cast<int>(i));
     sequences.push_back(AppendRows(wire, step));
     for (const v1::LogitsWanted& wanted : wire.logits()) {
       if (!is_last()) break;
@@ -369,7 +384,10 @@ absl::Status Stage::State::Begin(WaitingPlan plan, const HiddenMemory& memory, B
     row += sequences.back().num_tokens;
   }
   STRAIT_CHECK(row == step->num_tokens && logits.size() == step->num_logits);
+  STRAIT_CHECK(step->report.rows_stored() == plan.checked.num_stored);
+  step->report.set_rows_computed(row);
   // The promise to the coordinator: what is held is what the reservation says.
+  const LatentCache& cache = residents.cache();
   STRAIT_CHECK(plan.checked.blocks_after == cache.blocks_used());
   step->report.set_cache_bytes(cache.blocks_used() * traits.block_bytes);
   step->report.set_tables_digest(cache.Digest());
@@ -457,10 +475,12 @@ StepOutput Stage::FinishNext(const std::function<uint64_t()>& clock) {
     output.report = std::move(step.report);
     return output;
   }
+  MarkFinished(step);
   if (s.is_last()) FillResults(results, s.traits.vocab_size, &step);
   if (!s.begun.empty()) FillLateIds(&s.begun.front());
-  if (step.is_on_model && !s.is_last()) {
-    output.hidden = HiddenStep{s.epoch, step.id(), step.num_tokens, std::move(step.hidden_out)};
+  if (step.is_on_model && step.num_tokens_on > 0) {
+    output.hidden = HiddenStep{s.epoch, step.id(), step.num_tokens_on, std::move(step.hidden_out)};
+    output.hidden->data.Shrink(size_t{step.num_tokens_on} * s.traits.hidden_row_bytes);
   }
   if (s.gives_ids()) {
     std::vector<TokenId> sampled = SampledTokens(step);
@@ -471,21 +491,7 @@ StepOutput Stage::FinishNext(const std::function<uint64_t()>& clock) {
 }
 
 absl::Status Stage::CheckIntegrity() const {
-  const State& s = *state_;
-  STRAIT_RETURN_IF_ERROR(s.cache.CheckIntegrity());
-  if (s.residents.size() != s.cache.num_sequences()) {
-    return absl::InternalError(absl::StrCat(s.residents.size(), " residents, ",
-                                            s.cache.num_sequences(), " with page tables"));
-  }
-  if (s.failed)
-    return absl::OkStatus();  // the step that failed left tokens that were never computed
-  for (const auto& [id, resident] : s.residents) {
-    if (!s.cache.resident(id) || s.cache.length(id) != resident->tokens.size()) {
-      return absl::InternalError(absl::StrCat("sequence ", id.value, " has ",
-                                              resident->tokens.size(), " tokens and other tables"));
-    }
-  }
-  return absl::OkStatus();
+  return state_->residents.CheckIntegrity(!state_->failed);
 }
 
 }  // namespace strait

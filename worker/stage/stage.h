@@ -14,7 +14,9 @@
 // Limits:  proto/base/limits.h: kMaxStepsInFlight plans and hidden steps waiting; the first stage runs
 //          no further ahead of the ids that come back than so many steps. kMaxStepsBegun steps are
 //          begun and not finished.
-// Why:     plans are validated against the state that all plans before them leave behind, so a
+// Why:     what a step wrote stays when an epoch ends, if the step was finished: rows follow from
+//          tokens alone. Of a step that was begun, failed or never came, the rows go.
+//          Plans are validated against the state that all plans before them leave behind, so a
 //          plan is accepted or refused on arrival, before its hidden states exist. A granted row
 //          is a row in this reckoning, whatever becomes of its sequence: so all stages agree on
 //          lengths and blocks without a word, and revoking means only that nothing waits for it.
@@ -34,28 +36,16 @@
 #include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
 #include "worker/backend.h"
+#include "worker/hidden_step.h"
+#include "worker/stage/residents.h"
 
 namespace strait {
 
-// Hidden states of one whole step, as they arrive from or leave for another stage.
-struct HiddenStep {
-  PipelineEpoch epoch;
-  StepId step;
-  uint32_t num_tokens = 0;
-  HiddenBuffer data;  // [num_tokens, hidden_row_bytes]
-};
-
-// What a step sampled, on its way from the last stage to the first.
-struct SampledStep {
-  PipelineEpoch epoch;
-  StepId step;
-  std::vector<TokenId> tokens;  // of the sequences that wanted a sample, in plan order
-};
-
 struct StepOutput {
   v1::StageReport report;
-  std::optional<HiddenStep> hidden;  // for the next stage; absent on the last, on failure, and for
-                                     // a step without rows
+  std::optional<HiddenStep>
+      hidden;  // for the next stage; absent on the last, on failure, and where
+               // no row goes on
   // For the first stage: from the last of several, of a step that samples, in an epoch with grants.
   std::optional<SampledStep> sampled;
 };
@@ -68,21 +58,31 @@ struct StageTraits {
   uint32_t max_positions = 0;
   uint64_t block_bytes = 0;  // of a latent block of one layer
 };
-StageTraits StageTraitsOf(const Backend& backend);
+inline StageTraits StageTraitsOf(const Backend& backend) {
+  return {.num_layers = backend.num_layers(),
+          .hidden_row_bytes = backend.hidden_row_bytes(),
+          .vocab_size = backend.vocab_size(),
+          .max_positions = backend.max_positions(),
+          .block_bytes = backend.block_bytes()};
+}
 
 class Stage {
  public:
   Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, const StageTraits& traits);
   ~Stage();
 
-  // Enters an epoch: drops all sequences, plans, hidden states and, once the model has done with
-  // them, steps that are begun. Aborted if `epoch` is not newer.
+  // Enters an epoch: drops plans, hidden states and, once the model has done with them, steps that
+  // are begun. Sequences keep the rows of finished steps, until the epoch's first plan says what
+  // becomes of them. Aborted if `epoch` is not newer.
   // `grants`: plans may refer to sampled tokens, and where there are several stages the last one
   // hands them to the first. A pipeline of one stage takes grants in any case.
   absl::Status Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages,
                         bool grants = false);
 
-  // `num_rows`, if given, becomes the rows of an accepted plan.
+  // What it kept, by rising id, and nobody has said yet what becomes of it.
+  std::vector<HeldRows> held() const;
+
+  // `num_rows`, if given, becomes the rows of an accepted plan that go through this stage.
   absl::Status AcceptPlan(v1::StepPlan plan, uint64_t now_us, uint32_t* num_rows = nullptr);
   absl::Status AcceptHidden(HiddenStep hidden, uint64_t now_us);
   // First of several stages: ids come for every step that samples and was run here, in step order;

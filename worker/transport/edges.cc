@@ -19,15 +19,15 @@ void EndProcess(const std::string& why) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Edges>> Edges::Create(
-    GrpcTransportOptions options, const NcclOffer& offer, TransportEvents events,
-    std::function<void(const Edge&, std::string nccl_id)> on_nccl_id) {
+absl::StatusOr<std::unique_ptr<Edges>> Edges::Create(GrpcTransportOptions options,
+                                                     const NcclOffer& offer,
+                                                     TransportEvents events) {
   NcclTransportOptions nccl_options;
   nccl_options.hidden_row_bytes = options.hidden_row_bytes;
   STRAIT_ASSIGN_OR_RETURN(auto grpc, GrpcTransport::Create(std::move(options), events));
   std::unique_ptr<NcclTransport> nccl;
   if (offer.nccl) {
-    NcclEvents nccl_events{events, std::move(on_nccl_id), EndProcess};
+    NcclEvents nccl_events{events, EndProcess};
     nccl = std::make_unique<NcclTransport>(nccl_options, offer, std::move(nccl_events));
   }
   return std::unique_ptr<Edges>(new Edges(std::move(events), std::move(grpc), std::move(nccl)));
@@ -71,13 +71,9 @@ void Edges::Disconnect(uint64_t from_stage_id) {
   nccl_outgoing_.erase(from_stage_id);
 }
 
-HiddenBuffer Edges::Memory(uint64_t from_stage_id, size_t bytes) {
-  return Outgoing(from_stage_id).Memory(from_stage_id, bytes);
-}
-
 void Edges::Expect(const Edge& edge) {
   const uint64_t id = edge.to_stage_id;
-  // gRPC ends older edges with a word to their senders, and keeps parked ones of this epoch.
+  // gRPC ends older edges with a word to their senders, and keeps a parked one that is this.
   if (edge.over_nccl || nccl_incoming_.contains(id)) Forget(id);
   if (edge.over_nccl) {
     if (!CanNccl(edge)) return;
@@ -86,8 +82,8 @@ void Edges::Expect(const Edge& edge) {
   Incoming(id).Expect(edge);
 }
 
-void Edges::Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens) {
-  Incoming(to_stage_id).Due(to_stage_id, step, num_tokens);
+void Edges::Due(uint64_t to_stage_id, PipelineEpoch epoch, StepId step, uint32_t num_tokens) {
+  if (nccl_incoming_.contains(to_stage_id)) nccl_->Due(to_stage_id, epoch, step, num_tokens);
 }
 
 void Edges::Forget(uint64_t to_stage_id) {
@@ -95,8 +91,8 @@ void Edges::Forget(uint64_t to_stage_id) {
   nccl_incoming_.erase(to_stage_id);
 }
 
-void Edges::Consumed(uint64_t to_stage_id, StepId step) {
-  Incoming(to_stage_id).Consumed(to_stage_id, step);
+void Edges::Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId step) {
+  Incoming(to_stage_id).Consumed(to_stage_id, epoch, step);
 }
 
 }  // namespace strait

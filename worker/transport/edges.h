@@ -5,7 +5,7 @@
 // Owns:    a GrpcTransport, and an NcclTransport where the worker offers NCCL.
 // Thread:  as Transport.
 // Errors:  Create: the GrpcTransport's. An NCCL edge without NCCL is told like one that broke.
-// Why:     a stage may change its transport with its epoch; what it had before is dropped in both.
+// Why:     a stage may change its transport with its edge; what it had before is dropped in both.
 #pragma once
 
 #include <memory>
@@ -21,19 +21,19 @@ namespace strait {
 class Edges final : public Transport {
  public:
   // `offer.nccl` may be null. An abort of NCCL that hangs ends the process (kPoisonedExit).
-  static absl::StatusOr<std::unique_ptr<Edges>> Create(
-      GrpcTransportOptions options, const NcclOffer& offer, TransportEvents events,
-      std::function<void(const Edge&, std::string nccl_id)> on_nccl_id);
+  static absl::StatusOr<std::unique_ptr<Edges>> Create(GrpcTransportOptions options,
+                                                       const NcclOffer& offer,
+                                                       TransportEvents events);
 
   void Connect(const Edge& edge) override;
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
   absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
   void Disconnect(uint64_t from_stage_id) override;
-  HiddenBuffer Memory(uint64_t from_stage_id, size_t bytes) override;
   void Expect(const Edge& edge) override;
-  void Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens) override;
   void Forget(uint64_t to_stage_id) override;
-  void Consumed(uint64_t to_stage_id, StepId step) override;
+  void Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId step) override;
+  // A plan was accepted: so many rows of this step will come. Receives over NCCL are posted by it.
+  void Due(uint64_t to_stage_id, PipelineEpoch epoch, StepId step, uint32_t num_tokens);
 
   int port() const { return grpc_->port(); }
   // How long the loop should turn before it sleeps.

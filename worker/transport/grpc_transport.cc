@@ -160,16 +160,15 @@ void GrpcTransport::Disconnect(uint64_t from_stage_id) {
   impl_->sampled_sender.Disconnect(from_stage_id);
 }
 void GrpcTransport::Expect(const Edge& edge) {
-  (edge.sampled ? impl_->sampled_receiver : impl_->receiver)
-      .Expect(edge.to_stage_id, edge.epoch, edge.from_stage_id, edge.nonce);
+  (edge.sampled ? impl_->sampled_receiver : impl_->receiver).Expect(edge);
 }
 void GrpcTransport::Forget(uint64_t to_stage_id) {
   impl_->receiver.Forget(to_stage_id);
   impl_->sampled_receiver.Forget(to_stage_id);
 }
-void GrpcTransport::Consumed(uint64_t to_stage_id, StepId step) {
-  impl_->receiver.Consumed(to_stage_id, step);
-  impl_->sampled_receiver.Consumed(to_stage_id, step);
+void GrpcTransport::Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId step) {
+  impl_->receiver.Consumed(to_stage_id, epoch, step);
+  impl_->sampled_receiver.Consumed(to_stage_id, epoch, step);
 }
 int GrpcTransport::port() const { return impl_->port; }
 

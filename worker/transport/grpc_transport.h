@@ -1,19 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// GrpcTransport carries hidden states over gRPC streams: one stream and one connection per edge
-// and epoch.
+// GrpcTransport carries hidden states over gRPC streams: one stream and one connection an edge.
 //
 // Owns:    a data server (StageTransport, health, reflection), outgoing streams, a watchdog
 //          thread.
 // Thread:  as Transport; Expect, Forget, Consumed: loop thread. The destructor waits for the last
 //          callback.
 // Errors:  Create: Unavailable (the address is taken), InvalidArgument. A sender that contradicts
-//          itself is ended with InvalidArgument or DataLoss, one of an older epoch with Aborted,
+//          itself is ended with InvalidArgument or DataLoss, one of an older edge with Aborted,
 //          one that nobody expects in time with FailedPrecondition, one that does not show its
 //          edge's nonce with PermissionDenied; each is counted, and other edges do not notice.
 // Limits:  GrpcTransportOptions; kMaxIncomingStreams, kMaxParkedOpens.
-// Why:     a sender may open before the receiver has entered its epoch: it is parked (not read
-//          from), so nothing has to be kept for an epoch that may never come.
+// Why:     a sender may open before the receiver was told of its edge: it is parked (not read
+//          from), so nothing has to be kept for an edge that may never be.
 #pragma once
 
 #include <chrono>
@@ -36,7 +35,7 @@ struct GrpcTransportOptions {
   std::string listen_address = "127.0.0.1:0";
   uint32_t hidden_row_bytes = 0;
   // From dialling to the peer's acceptance; also how long an unexpected sender is parked. Long,
-  // because a peer enters an epoch between two steps.
+  // because a peer is activated between two steps.
   std::chrono::milliseconds accept_timeout{30'000};
   // A write, or a step that arrived in part, that makes no progress for this long breaks the edge.
   std::chrono::milliseconds stall_timeout{30'000};
@@ -61,14 +60,11 @@ class GrpcTransport final : public Transport {
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
   absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
   void Disconnect(uint64_t from_stage_id) override;
-  HiddenBuffer Memory(uint64_t, size_t bytes) override { return std::vector<std::byte>(bytes); }
   // And only a sender that shows the edge's nonce: this port is open to all who reach it, as a
   // simulated one is not.
   void Expect(const Edge& edge) override;
-  // A sender may send at any time: nothing is prepared for it.
-  void Due(uint64_t, StepId, uint32_t) override {}
   void Forget(uint64_t to_stage_id) override;
-  void Consumed(uint64_t to_stage_id, StepId step) override;
+  void Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId step) override;
 
   int port() const;  // that the data server listens on
   TransportStats Stats() const;

@@ -16,7 +16,7 @@ namespace {
 // Protobuf tags: field number << 3 | wire type (0: varint, 2: length and bytes).
 constexpr uint64_t kOpenTag = (1 << 3) | 2;
 constexpr uint64_t kChunkTag = (2 << 3) | 2;
-constexpr uint64_t kPayloadTag = (5 << 3) | 2;
+constexpr uint64_t kPayloadTag = (7 << 3) | 2;
 constexpr size_t kMaxOpenBytes = 4096;
 
 void AppendVarint(std::string* out, uint64_t value) {
@@ -120,6 +120,12 @@ absl::Status ParseChunk(Cursor& cursor, HiddenChunkHeader* chunk) {
       case 4 << 3:
         chunk->checksum = value;
         break;
+      case 5 << 3:
+        chunk->epoch.term = value;
+        break;
+      case 6 << 3:
+        chunk->epoch.counter = value;
+        break;
       case kPayloadTag:
         if (value != cursor.remaining())
           return Malformed("the payload's length is not what follows");
@@ -153,6 +159,8 @@ grpc::ByteBuffer EncodeChunk(const std::shared_ptr<const HiddenStep>& step, uint
   AppendField(&inner, 2, step->num_tokens);
   AppendField(&inner, 3, offset);
   AppendField(&inner, 4, XXH3_64bits(payload, payload_bytes));
+  AppendField(&inner, 5, step->epoch.term);
+  AppendField(&inner, 6, step->epoch.counter);
   AppendVarint(&inner, kPayloadTag);
   AppendVarint(&inner, payload_bytes);
   std::string head;

@@ -23,11 +23,12 @@
 #include "grpcpp/support/byte_buffer.h"
 #include "grpcpp/support/slice.h"
 #include "strait/v1/transfer.pb.h"
-#include "worker/stage/stage.h"
+#include "worker/hidden_step.h"
 
 namespace strait {
 
 struct HiddenChunkHeader {
+  PipelineEpoch epoch;
   uint64_t step_id = 0;
   uint32_t num_tokens = 0;
   uint64_t offset_bytes = 0;

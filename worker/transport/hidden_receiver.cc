@@ -22,6 +22,10 @@ constexpr auto kOpenTimeout = 10s;
 constexpr size_t kReplyQueueMessages = 1024;
 constexpr size_t kReplyQueueBytes = 64 << 10;
 
+// The order in which steps come over an edge.
+using StepKey = std::pair<PipelineEpoch, uint64_t>;
+StepKey KeyOf(const HiddenStep& step) { return {step.epoch, step.step.value}; }
+
 }  // namespace
 
 struct HiddenReceiver::Incoming {
@@ -31,7 +35,7 @@ struct HiddenReceiver::Incoming {
   uint64_t to_stage_id = 0;
   uint64_t from_stage_id = 0;
   uint64_t nonce = 0;
-  PipelineEpoch epoch;
+  uint64_t edge_id = 0;
   uint64_t parked_since_us = 0;  // guarded by mu_ of the receiver
   std::atomic<bool> opened = false;
   std::atomic<bool> admitted = false;  // chunks may come
@@ -39,18 +43,18 @@ struct HiddenReceiver::Incoming {
   // Read reactions only:
   HiddenStep partial;
   uint64_t partial_bytes = 0;  // of the whole step; 0: none begun
-  StepId last_step;
+  StepKey last_step;
   // When the partial step last grew; 0: none. For the watchdog.
   std::atomic<uint64_t> partial_grew_us = 0;
 
   std::mutex mu;
-  std::deque<std::pair<StepId, uint64_t>> outstanding;  // guarded by mu: delivered, not consumed
-  uint64_t outstanding_bytes = 0;                       // guarded by mu
+  std::deque<std::pair<StepKey, uint64_t>> outstanding;  // guarded by mu: delivered, not consumed
+  uint64_t outstanding_bytes = 0;                        // guarded by mu
 
   Edge AsEdge() const {
-    return {.from_stage_id = from_stage_id,
+    return {.id = edge_id,
+            .from_stage_id = from_stage_id,
             .to_stage_id = to_stage_id,
-            .epoch = epoch,
             .peer_address = peer};
   }
 };
@@ -119,7 +123,7 @@ bool HiddenReceiver::OnMessage(const IncomingPtr& incoming, const grpc::ByteBuff
   uint64_t waiting;
   {
     std::lock_guard lock(incoming->mu);
-    incoming->outstanding.emplace_back(incoming->partial.step, incoming->partial_bytes);
+    incoming->outstanding.emplace_back(KeyOf(incoming->partial), incoming->partial_bytes);
     incoming->outstanding_bytes += incoming->partial_bytes;
     waiting = incoming->outstanding_bytes;
   }
@@ -135,8 +139,8 @@ absl::Status HiddenReceiver::CheckOpen(const v1::HiddenOpen& open) const {
         "the sender's rows have ", open.hidden_size(), " elements of ", open.element_bytes(),
         " bytes, this worker's ", hidden_row_bytes_ / sizeof(float), " of ", sizeof(float)));
   }
-  if (open.to_stage_id() == 0 || open.from_stage_id() == 0) {
-    return absl::InvalidArgumentError("an open names both stages");
+  if (open.to_stage_id() == 0 || open.from_stage_id() == 0 || open.edge_id() == 0) {
+    return absl::InvalidArgumentError("an open names the edge and both of its stages");
   }
   return absl::OkStatus();
 }
@@ -145,7 +149,7 @@ void HiddenReceiver::OnOpen(const IncomingPtr& incoming, const v1::HiddenOpen& o
   incoming->to_stage_id = open.to_stage_id();
   incoming->from_stage_id = open.from_stage_id();
   incoming->nonce = open.edge_nonce();
-  incoming->epoch = {open.epoch().term(), open.epoch().counter()};
+  incoming->edge_id = open.edge_id();
   incoming->opened = true;
   absl::Status admitted;
   {
@@ -157,7 +161,7 @@ void HiddenReceiver::OnOpen(const IncomingPtr& incoming, const v1::HiddenOpen& o
         parked_.push_back(incoming);
         return;
       }
-      admitted = absl::ResourceExhaustedError("too many senders wait for their epoch");
+      admitted = absl::ResourceExhaustedError("too many senders wait to be expected");
     }
   }
   if (admitted.ok()) {
@@ -170,20 +174,20 @@ void HiddenReceiver::OnOpen(const IncomingPtr& incoming, const v1::HiddenOpen& o
 
 absl::Status HiddenReceiver::Admit(const IncomingPtr& incoming) {
   auto it = expected_.find(incoming->to_stage_id);
-  if (it == expected_.end() || it->second.epoch < incoming->epoch) {
+  if (it == expected_.end() || it->second.edge_id < incoming->edge_id) {
     return absl::UnavailableError("not expected yet");
   }
   Expectation& expected = it->second;
-  if (incoming->epoch < expected.epoch) {
-    return absl::AbortedError(absl::StrCat("stage ", incoming->to_stage_id, " is in epoch ",
-                                           ToString(expected.epoch), ", the sender in ",
-                                           ToString(incoming->epoch)));
+  if (incoming->edge_id < expected.edge_id) {
+    return absl::AbortedError(absl::StrCat("stage ", incoming->to_stage_id, " expects edge ",
+                                           expected.edge_id, ", the sender's is ",
+                                           incoming->edge_id, ", an older one"));
   }
   // Before anything that the sender could change: a stranger neither takes the edge nor learns more.
   if (incoming->nonce != expected.nonce) {
     return absl::PermissionDeniedError(absl::StrCat(
         "the sender does not know the nonce of the edge to stage ", incoming->to_stage_id,
-        " in epoch ", ToString(expected.epoch), ": its coordinator is another, or it has none"));
+        ", number ", expected.edge_id, ": its coordinator is another, or it has none"));
   }
   if (expected.from_stage_id != 0 && expected.from_stage_id != incoming->from_stage_id) {
     return absl::FailedPreconditionError(absl::StrCat("stage ", incoming->to_stage_id,
@@ -192,8 +196,8 @@ absl::Status HiddenReceiver::Admit(const IncomingPtr& incoming) {
   }
   if (expected.opened) {
     return absl::FailedPreconditionError(absl::StrCat("the edge to stage ", incoming->to_stage_id,
-                                                      " was opened before in epoch ",
-                                                      ToString(expected.epoch)));
+                                                      " was opened before: number ",
+                                                      expected.edge_id));
   }
   expected.opened = true;
   expected.from_stage_id = incoming->from_stage_id;
@@ -216,15 +220,18 @@ absl::Status HiddenReceiver::OnChunk(Incoming& incoming, const HiddenFrame& fram
   HiddenStep& partial = incoming.partial;
   if (incoming.partial_bytes == 0) {
     if (chunk.num_tokens == 0) return absl::InvalidArgumentError("a step without tokens");
-    if (chunk.step_id <= incoming.last_step.value) {
-      return absl::InvalidArgumentError(absl::StrCat("step ", chunk.step_id, " after step ",
-                                                     incoming.last_step.value, ": ids must rise"));
+    if (StepKey(chunk.epoch, chunk.step_id) <= incoming.last_step) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("step ", chunk.step_id, " of epoch ", ToString(chunk.epoch), " after step ",
+                       incoming.last_step.second, " of ", ToString(incoming.last_step.first),
+                       ": they must rise"));
     }
-    partial.epoch = incoming.epoch;
+    partial.epoch = chunk.epoch;
     partial.step = StepId{chunk.step_id};
     partial.num_tokens = chunk.num_tokens;
     incoming.partial_bytes = uint64_t{chunk.num_tokens} * hidden_row_bytes_;
-  } else if (chunk.step_id != partial.step.value || chunk.num_tokens != partial.num_tokens) {
+  } else if (chunk.epoch != partial.epoch || chunk.step_id != partial.step.value ||
+             chunk.num_tokens != partial.num_tokens) {
     return absl::InvalidArgumentError(absl::StrCat(
         "a chunk of step ", chunk.step_id, " (", chunk.num_tokens, " tokens) inside step ",
         partial.step.value, " (", partial.num_tokens, " tokens)"));
@@ -241,7 +248,7 @@ absl::Status HiddenReceiver::OnChunk(Incoming& incoming, const HiddenFrame& fram
   bytes_received_ += chunk.payload_bytes;
   *complete = partial.data.size() == incoming.partial_bytes;
   incoming.partial_grew_us = *complete ? 0 : MonotonicMicros();
-  if (*complete) incoming.last_step = partial.step;
+  if (*complete) incoming.last_step = KeyOf(partial);
   return absl::OkStatus();
 }
 
@@ -267,18 +274,18 @@ void HiddenReceiver::OnEnd(const IncomingPtr& incoming, absl::Status status) {
   }
 }
 
-void HiddenReceiver::Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id,
-                            uint64_t nonce) {
+void HiddenReceiver::Expect(const Edge& edge) {
+  const uint64_t to_stage_id = edge.to_stage_id;
   std::vector<std::pair<IncomingPtr, absl::Status>> settled;
   {
     std::lock_guard lock(mu_);
     Expectation& expected = expected_[to_stage_id];
     if (expected.current) {
       settled.emplace_back(expected.current,
-                           absl::AbortedError(absl::StrCat("stage ", to_stage_id, " entered epoch ",
-                                                           ToString(epoch))));
+                           absl::AbortedError(absl::StrCat("stage ", to_stage_id, " expects edge ",
+                                                           edge.id, " instead")));
     }
-    expected = {.epoch = epoch, .from_stage_id = from_stage_id, .nonce = nonce};
+    expected = {.edge_id = edge.id, .from_stage_id = edge.from_stage_id, .nonce = edge.nonce};
     std::erase_if(parked_, [&](const IncomingPtr& incoming) {
       if (incoming->to_stage_id != to_stage_id) return false;
       absl::Status admitted = Admit(incoming);
@@ -312,7 +319,7 @@ void HiddenReceiver::Forget(uint64_t to_stage_id) {
   }
 }
 
-void HiddenReceiver::Consumed(uint64_t to_stage_id, StepId step) {
+void HiddenReceiver::Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId step) {
   IncomingPtr incoming;
   {
     std::lock_guard lock(mu_);
@@ -324,7 +331,8 @@ void HiddenReceiver::Consumed(uint64_t to_stage_id, StepId step) {
   {
     std::lock_guard lock(incoming->mu);
     const bool full = incoming->outstanding_bytes >= receive_bytes_max_;
-    while (!incoming->outstanding.empty() && incoming->outstanding.front().first <= step) {
+    while (!incoming->outstanding.empty() &&
+           incoming->outstanding.front().first <= StepKey(epoch, step.value)) {
       incoming->outstanding_bytes -= incoming->outstanding.front().second;
       incoming->outstanding.pop_front();
     }
@@ -343,8 +351,8 @@ void HiddenReceiver::CheckDeadlines(uint64_t now_us) {
       if (incoming->parked_since_us + accept_us > now_us) return false;
       ended.emplace_back(
           incoming, absl::FailedPreconditionError(absl::StrCat(
-                        "stage ", incoming->to_stage_id, " did not enter epoch ",
-                        ToString(incoming->epoch), " within ", accept_timeout_.count(), " ms")));
+                        "stage ", incoming->to_stage_id, " did not expect edge ", incoming->edge_id,
+                        " within ", accept_timeout_.count(), " ms")));
       return true;
     });
     opens_refused_ += ended.size();

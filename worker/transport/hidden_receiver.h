@@ -40,9 +40,9 @@ class HiddenReceiver {
   grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Accept(
       grpc::CallbackServerContext* context);
 
-  void Expect(uint64_t to_stage_id, PipelineEpoch epoch, uint64_t from_stage_id, uint64_t nonce);
+  void Expect(const Edge& edge);
   void Forget(uint64_t to_stage_id);
-  void Consumed(uint64_t to_stage_id, StepId step);
+  void Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId step);
   void CheckDeadlines(uint64_t now_us);
   // Ends every stream; no event comes of it.
   void Stop();
@@ -56,10 +56,10 @@ class HiddenReceiver {
   struct Incoming;
   using IncomingPtr = std::shared_ptr<Incoming>;
   struct Expectation {
-    PipelineEpoch epoch;
+    uint64_t edge_id = 0;
     uint64_t from_stage_id = 0;
     uint64_t nonce = 0;
-    bool opened = false;  // a sender was let in; an edge is never opened twice in an epoch
+    bool opened = false;  // a sender was let in; an edge is never opened twice
     IncomingPtr current;  // null again when it ended
   };
 

@@ -27,7 +27,7 @@ struct EdgeState {
   std::atomic<bool> silent = false;  // dropped by us, or its end was told
 
   void TellUp() {
-    if (!silent && !up.exchange(true)) events->on_edge_up(edge);
+    if (!silent && !up.exchange(true)) events->on_edge_up(edge, {});
   }
   void TellDown(absl::Status why) {
     if (!silent.exchange(true)) events->on_edge_down(edge, std::move(why));
@@ -92,8 +92,7 @@ void HiddenSender::Connect(const Edge& edge) {
   v1::HiddenOpen open;
   open.set_to_stage_id(edge.to_stage_id);
   open.set_from_stage_id(edge.from_stage_id);
-  open.mutable_epoch()->set_term(edge.epoch.term);
-  open.mutable_epoch()->set_counter(edge.epoch.counter);
+  open.set_edge_id(edge.id);
   open.set_edge_nonce(edge.nonce);
   open.set_element_bytes(sizeof(float));
   open.set_hidden_size(hidden_row_bytes_ / sizeof(float));
@@ -115,16 +114,12 @@ absl::Status HiddenSender::Send(uint64_t from_stage_id, HiddenStep hidden) {
     outgoing = it->second;
   }
   const Edge& edge = outgoing->state->edge;
-  if (hidden.epoch != edge.epoch) {
-    return absl::AbortedError(absl::StrCat("the edge is of epoch ", ToString(edge.epoch),
-                                           ", the step of ", ToString(hidden.epoch)));
-  }
   STRAIT_CHECK(hidden.data.size() == uint64_t{hidden.num_tokens} * hidden_row_bytes_);
   STRAIT_CHECK(!hidden.data.on_device(), "gRPC carries host memory");
   const uint64_t total = hidden.data.size();
   // Whole or not at all: the loop thread is the only sender, so the room cannot shrink meanwhile.
   const uint64_t chunks = (total + limits::kHiddenChunkBytes - 1) / limits::kHiddenChunkBytes;
-  constexpr uint64_t kHeadBytes = 64;
+  constexpr uint64_t kHeadBytes = 96;
   if (outgoing->stream->queued_bytes() + total + chunks * kHeadBytes > limits::kDataQueueBytes) {
     return absl::ResourceExhaustedError(absl::StrCat(
         "stage ", edge.to_stage_id, " does not read: ", outgoing->stream->queued_bytes(),

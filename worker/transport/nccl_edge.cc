@@ -46,10 +46,6 @@ NcclEdge::~NcclEdge() {
 
 absl::Status NcclEdge::Send(HiddenStep hidden) {
   STRAIT_CHECK(role_ == Role::kSend);
-  if (hidden.epoch != edge_.epoch) {
-    return absl::AbortedError(absl::StrCat("the edge is of epoch ", ToString(edge_.epoch),
-                                           ", the step of ", ToString(hidden.epoch)));
-  }
   const uint64_t bytes = uint64_t{hidden.num_tokens} * context_->options.hidden_row_bytes;
   STRAIT_CHECK(hidden.data.size() == bytes);
   if (hidden.num_tokens == 0 || hidden.num_tokens > edge_.max_tokens) {
@@ -71,7 +67,7 @@ absl::Status NcclEdge::Send(HiddenStep hidden) {
   return absl::OkStatus();
 }
 
-void NcclEdge::Due(StepId step, uint32_t num_tokens) {
+void NcclEdge::Due(PipelineEpoch epoch, StepId step, uint32_t num_tokens) {
   STRAIT_CHECK(role_ == Role::kReceive);
   if (num_tokens == 0 || num_tokens > edge_.max_tokens) {
     TellDown(absl::ResourceExhaustedError(
@@ -81,7 +77,7 @@ void NcclEdge::Due(StepId step, uint32_t num_tokens) {
   {
     std::lock_guard lock(mu_);
     Op op;
-    op.hidden.epoch = edge_.epoch;
+    op.hidden.epoch = epoch;
     op.hidden.step = step;
     op.hidden.num_tokens = num_tokens;
     // While it waits it holds multiprocessors, which the step before it needs: kernels of one block a
@@ -148,7 +144,7 @@ void NcclEdge::Run() {
 absl::Status NcclEdge::Serve() {
   STRAIT_RETURN_IF_ERROR(Prepare());
   STRAIT_RETURN_IF_ERROR(MakeCommunicator());
-  if (role_ == Role::kSend && !silent_) context_->events.transport.on_edge_up(edge_);
+  if (role_ == Role::kSend && !silent_) context_->events.transport.on_edge_up(edge_, {});
   patient_since_us_ = moved_us_ = MonotonicMicros();
   for (;;) {
     {
@@ -188,7 +184,7 @@ absl::Status NcclEdge::MakeCommunicator() {
   if (role_ == Role::kReceive) {
     const NcclCode code = Call("ncclGetUniqueId", [&] { return nccl.MakeId(&id); });
     if (code != kNcclSuccess) return Error("ncclGetUniqueId", code);
-    if (!silent_) context_->events.on_id(edge_, id);
+    if (!silent_) context_->events.transport.on_nccl_id(edge_, id);
   }
   const int rank = role_ == Role::kSend ? 0 : 1;
   NcclCode code = Call("ncclCommInitRankConfig", [&] { return nccl.Init(&comm_, id, rank); });

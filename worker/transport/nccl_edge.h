@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// NcclEdge is one end of one NCCL edge in one epoch: a thread that makes the communicator, posts
+// NcclEdge is one end of one NCCL edge: a thread that makes the communicator, posts
 // sends or receives in step order, sees them done, and tears the communicator down.
 //
 // Owns:    its thread, communicator, stream, events, arena.
 // Borrows: the context; it outlives the edge.
 // Thread:  Send, Due, Consumed, Memory, Drop: loop thread. Watch: watchdog. All of NCCL and the device: its
 //          own thread, which never holds mu_ meanwhile.
-// Errors:  told once by on_edge_down, and never after Drop. Send: Aborted (epoch),
-//          ResourceExhausted, Unavailable (it broke).
+// Errors:  told once by on_edge_down, and never after Drop. Send: ResourceExhausted, Unavailable (it broke).
 // Why:     a thread of its own, because a call into NCCL can hang however it was meant: then it is
 //          this edge that hangs, and the watchdog and the other edges go on.
 #pragma once
@@ -44,7 +43,7 @@ class NcclEdge {
   ~NcclEdge();
 
   absl::Status Send(HiddenStep hidden);
-  void Due(StepId step, uint32_t num_tokens);
+  void Due(PipelineEpoch epoch, StepId step, uint32_t num_tokens);
   void Consumed(StepId step) {
     consumed_ = step.value;
     changed_.notify_one();

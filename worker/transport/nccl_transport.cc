@@ -102,8 +102,16 @@ class NcclTransport::Impl {
 
 NcclTransport::NcclTransport(NcclTransportOptions options, const NcclOffer& offer,
                              NcclEvents events)
-    : impl_(std::make_unique<Impl>(options, offer, std::move(events))) {
+    : impl_(std::make_unique<Impl>(options, offer, WithMemory(std::move(events)))) {
   STRAIT_CHECK(offer.nccl != nullptr && offer.device != nullptr && options.hidden_row_bytes > 0);
+}
+
+NcclEvents NcclTransport::WithMemory(NcclEvents events) {
+  events.transport.on_edge_up = [this, tell = std::move(events.transport.on_edge_up)](
+                                    const Edge& edge, const HiddenMemory&) {
+    tell(edge, [this, from = edge.from_stage_id](size_t bytes) { return Memory(from, bytes); });
+  };
+  return events;
 }
 
 NcclTransport::~NcclTransport() = default;
@@ -139,13 +147,14 @@ void NcclTransport::Expect(const Edge& edge) {
   impl_->Open(edge, NcclEdge::Role::kReceive);
 }
 
-void NcclTransport::Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens) {
+void NcclTransport::Due(uint64_t to_stage_id, PipelineEpoch epoch, StepId step,
+                        uint32_t num_tokens) {
   if (NcclEdge* const edge = impl_->Find(to_stage_id, NcclEdge::Role::kReceive)) {
-    edge->Due(step, num_tokens);
+    edge->Due(epoch, step, num_tokens);
   }
 }
 
-void NcclTransport::Consumed(uint64_t to_stage_id, StepId step) {
+void NcclTransport::Consumed(uint64_t to_stage_id, PipelineEpoch, StepId step) {
   if (NcclEdge* const edge = impl_->Find(to_stage_id, NcclEdge::Role::kReceive)) {
     edge->Consumed(step);
   }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // NcclTransport carries hidden states from device to device, through one NCCL communicator of two
-// ranks an edge and epoch.
+// ranks an edge. An edge is of one epoch: an operation without its match cannot be taken back, so the
+// coordinator gives NCCL edges new ids with every epoch.
 //
 // Owns:    an NcclEdge (a thread, a communicator, a stream, device memory) for every edge, those of
 //          dropped edges until they are torn down; a watchdog thread.
@@ -65,8 +66,6 @@ inline constexpr std::chrono::microseconds kEagerHiddenWait{2'000};
 
 struct NcclEvents {
   TransportEvents transport;
-  // The id of the communicator of an edge that was expected.
-  std::function<void(const Edge&, std::string nccl_id)> on_id;
   // NCCL hangs for good. The process should end; if this returns, the edge stays as it is.
   std::function<void(const std::string& why)> on_poisoned;
 };
@@ -86,18 +85,22 @@ class NcclTransport final : public Transport {
   // Internal: sampled ids go over gRPC.
   absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
   void Disconnect(uint64_t from_stage_id) override;
-  // On the device; in host memory while there is no room, then it is copied before it is sent.
-  HiddenBuffer Memory(uint64_t from_stage_id, size_t bytes) override;
-  // Makes an id, tells it by on_id, and waits for the sender.
+  // Makes an id, tells it by on_nccl_id, and waits for the sender.
   void Expect(const Edge& edge) override;
+  // A plan with rows was accepted, so hidden states of this step will come. Told in step order.
   // Posts the receive when the step told before it was consumed and there is room: one that waits
   // holds multiprocessors, and could keep this stage from computing what it waits for, as loading a
   // kernel may wait for all that runs.
-  void Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens) override;
+  void Due(uint64_t to_stage_id, PipelineEpoch epoch, StepId step, uint32_t num_tokens);
   void Forget(uint64_t to_stage_id) override;
-  void Consumed(uint64_t to_stage_id, StepId step) override;
+  void Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId step) override;
 
  private:
+  // Tells where hidden states go with each edge that comes up.
+  NcclEvents WithMemory(NcclEvents events);
+  // On the device; in host memory while there is no room, then it is copied before it is sent.
+  HiddenBuffer Memory(uint64_t from_stage_id, size_t bytes);
+
   class Impl;
   const std::unique_ptr<Impl> impl_;
 };

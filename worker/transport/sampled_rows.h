@@ -9,7 +9,7 @@
 #include <cstdint>
 
 #include "proto/base/ids.h"
-#include "worker/stage/stage.h"
+#include "worker/hidden_step.h"
 
 namespace strait {
 

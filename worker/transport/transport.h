@@ -12,6 +12,9 @@
 //          on_edge_down; a dead peer never blocks a caller. Both sides of a broken edge tell it.
 // Limits:  kDataQueueBytes waiting per edge, then Send answers ResourceExhausted; as many bytes
 //          delivered and not consumed on the receiving side, then it reads no more.
+// Why:     an edge has an id of its own and knows no pipeline epoch: steps carry theirs, and what
+//          is left of an older one is refused by the stage. So an edge whose ends stay survives the
+//          failure of another stage.
 #pragma once
 
 #include <cstdint>
@@ -20,15 +23,15 @@
 
 #include "absl/status/status.h"
 #include "proto/base/ids.h"
-#include "worker/stage/stage.h"
+#include "worker/hidden_step.h"
 
 namespace strait {
 
-// One direction of one pipeline edge in one epoch.
+// One direction of one pipeline edge.
 struct Edge {
+  uint64_t id = 0;  // given by the coordinator; rises, never reused
   uint64_t from_stage_id = 0;
   uint64_t to_stage_id = 0;
-  PipelineEpoch epoch;
   std::string peer_address;  // data address of the receiver
   uint64_t nonce = 0;        // the receiver lets in only who shows the nonce that it was told
   bool sampled = false;      // from the last stage to the first: carries sampled ids
@@ -38,10 +41,14 @@ struct Edge {
 };
 
 struct TransportEvents {
-  std::function<void(const Edge&)> on_edge_up;  // the receiver accepted
+  // The receiver accepted. `memory` is where hidden states for Send should be written, loop thread
+  // only, while the edge is connected; empty: host memory.
+  std::function<void(const Edge&, HiddenMemory memory)> on_edge_up;
   std::function<void(const Edge&, absl::Status)> on_edge_down;
   std::function<void(uint64_t to_stage_id, HiddenStep)> on_hidden;  // verified, whole
   std::function<void(uint64_t to_stage_id, SampledStep)> on_sampled;
+  // Of an edge that was expected over NCCL: the id of the communicator that the sender must be told.
+  std::function<void(const Edge&, std::string nccl_id)> on_nccl_id;
 };
 
 class Transport {
@@ -53,19 +60,14 @@ class Transport {
   // Over an edge that is `sampled`.
   virtual absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) = 0;
   virtual void Disconnect(uint64_t from_stage_id) = 0;
-  // Memory for hidden states of `from_stage_id` that Send is given next, where they are sent from.
-  virtual HiddenBuffer Memory(uint64_t from_stage_id, size_t bytes) = 0;
-  // Whom the receiving side lets in: only this edge, in its epoch. Older ones are ended with
-  // Aborted. `from_stage_id` 0: whichever stage opens first. A sender of a newer epoch waits until
-  // it is expected.
+  // Whom the receiving side lets in: only this edge. Senders of older ones are ended with Aborted;
+  // a sender of a newer one waits until it is expected. `from_stage_id` 0: whichever opens first.
   virtual void Expect(const Edge& edge) = 0;
-  // A plan with rows was accepted, so hidden states of this step will come. Told in step order.
-  virtual void Due(uint64_t to_stage_id, StepId step, uint32_t num_tokens) = 0;
   // The stage is gone: its senders are ended, nothing is expected for it any more.
   virtual void Forget(uint64_t to_stage_id) = 0;
-  // All hidden states of `to_stage_id` up to `step` were computed: their memory counts no more
-  // against the receiving side's bound. Over NCCL the next step's receive is posted then.
-  virtual void Consumed(uint64_t to_stage_id, StepId step) = 0;
+  // All that came for `to_stage_id` up to this step of this epoch was used or refused: its memory
+  // counts no more against the receiving side's bound.
+  virtual void Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId step) = 0;
 };
 
 }  // namespace strait

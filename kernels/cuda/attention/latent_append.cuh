@@ -52,7 +52,12 @@ __device__ inline void AppendPart(const LatentAppendParams& p, int64_t token, in
   }
   // A step's tables are there before its first kernel begins.
   const int32_t position = p.positions[token];
-  const uint32_t block = p.segments[p.sequence_index[token]].page_table[position / kMlaBlockRows];
+  const MlaSegment& segment = p.segments[p.sequence_index[token]];
+  if (segment.is_cached != 0) {
+    WaitForEarlier();
+    return;
+  }
+  const uint32_t block = segment.page_table[position / kMlaBlockRows];
   float weight[kHeld];
 #pragma unroll
   for (int n = 0; n < kHeld; ++n) {

@@ -46,7 +46,8 @@ struct MlaSegment {
   int32_t num_rows = 0;  // rows present; may be INT32_MAX when positions alone limit what is seen
   int32_t rank = 0;      // latent columns stored
   MlaRowFormat format = MlaRowFormat::kBf16;
-  int32_t reserved = 0;
+  // Not 0: the new rows are in the cache already, and LatentAppend writes none (latent.h).
+  int32_t is_cached = 0;
 };
 
 // A tensor map over the pool, opaque; made once, for bf16 pools of 512/64 rows.

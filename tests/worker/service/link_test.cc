@@ -74,7 +74,7 @@ TEST(ControlLinkTest, AnAnswerToTheFirstMessageIsNeverLost) {
   std::atomic<int> sessions = 0;
   for (auto& link : links) {
     link = std::make_unique<ControlLink>(
-        "127.0.0.1:" + std::to_string(coordinator.port), v1::Hello(),
+        "127.0.0.1:" + std::to_string(coordinator.port),
         ControlLink::Events{.on_message =
                                 [&](LinkSession session, v1::ToWorker) {
                                   v1::FromWorker answer;
@@ -83,7 +83,11 @@ TEST(ControlLinkTest, AnAnswerToTheFirstMessageIsNeverLost) {
                                   link->Drop(absl::CancelledError("the next session, please"));
                                   return true;
                                 },
-                            .on_ended = [&](LinkSession, absl::Status) { ++sessions; }});
+                            .on_ended =
+                                [&](LinkSession, absl::Status) {
+                                  ++sessions;
+                                  link->Dial(v1::Hello());
+                                }});
   }
   // Threads that take the processors away between two instructions of a link's thread.
   std::atomic<bool> over = false;
@@ -94,7 +98,7 @@ TEST(ControlLinkTest, AnAnswerToTheFirstMessageIsNeverLost) {
       }
     });
   }
-  for (auto& link : links) link->Start();
+  for (auto& link : links) link->Dial(v1::Hello());
   int count = 0;
   while (count < kLinks * kSessions) {
     auto some = answered.PopAll(30s);

@@ -39,6 +39,7 @@ class NcclWorkerTest : private Fakes, public WorkerTest {
     v1::ActivateStage& to = *second.mutable_activate_stage();
     to.set_previous_stage_id(1);
     to.set_edge_nonce(70 + counter);
+    to.set_edge_id(70 + counter);
     to.set_edge_over_nccl(true);
     to.set_max_step_tokens(16);
     coordinator_.Send(second);
@@ -55,6 +56,7 @@ class NcclWorkerTest : private Fakes, public WorkerTest {
         from.set_next_stage_id(2);
         from.set_next_data_address(worker_->data_address());
         from.set_next_edge_nonce(70 + counter);
+        from.set_next_edge_id(70 + counter);
         from.set_next_nccl_id(id);
         from.set_max_step_tokens(16);
         coordinator_.Send(first);
@@ -105,6 +107,7 @@ TEST_F(NcclWorkerTest, SetUpThatFailsIsNamed) {
   from.set_next_stage_id(2);
   from.set_next_data_address(worker_->data_address());
   from.set_next_edge_nonce(71);
+  from.set_next_edge_id(71);
   from.set_next_nccl_id(std::string(limits::kNcclIdBytes, 'x'));
   from.set_max_step_tokens(16);
   coordinator_.Send(first);
@@ -132,6 +135,7 @@ TEST_F(WorkerTest, WithoutNcclTheEdgeIsNamedAtOnce) {
   v1::ToWorker second = Activation(2, 1, 1, 2);
   second.mutable_activate_stage()->set_previous_stage_id(1);
   second.mutable_activate_stage()->set_edge_nonce(71);
+  second.mutable_activate_stage()->set_edge_id(71);
   second.mutable_activate_stage()->set_edge_over_nccl(true);
   second.mutable_activate_stage()->set_max_step_tokens(16);
   coordinator_.Send(second);

@@ -73,11 +73,13 @@ TEST_F(WorkerTest, RefusesWhatMakesNoSense) {
   v1::ToWorker nowhere = Activation(1, 1, 0, 2);
   nowhere.mutable_activate_stage()->set_next_stage_id(2);
   nowhere.mutable_activate_stage()->set_next_edge_nonce(7);
+  nowhere.mutable_activate_stage()->set_next_edge_id(kEdge);
   nowhere.mutable_activate_stage()->set_next_data_address("no address");
   coordinator_.Send(nowhere);
   ExpectState(1, v1::StageState::FAILED, absl::StatusCode::kInvalidArgument);
   v1::ToWorker open = Activation(1, 1, 0, 2);  // an edge that anyone could open
   open.mutable_activate_stage()->set_next_stage_id(2);
+  open.mutable_activate_stage()->set_next_edge_id(kEdge);
   open.mutable_activate_stage()->set_next_data_address("127.0.0.1:1");
   coordinator_.Send(open);
   ExpectState(1, v1::StageState::FAILED, absl::StatusCode::kInvalidArgument);
@@ -96,6 +98,7 @@ TEST_F(WorkerTest, TheEdgeOfSampledIdsIsToldWholeOrNotAtAll) {
   using Spoil = std::function<void(v1::ActivateStage*)>;
   for (const Spoil& spoil : {
            Spoil([](auto* a) { a->set_sampled_edge_nonce(0); }),  // an edge that anyone could open
+           Spoil([](auto* a) { a->set_sampled_edge_id(0); }),
            Spoil([](auto* a) { a->set_last_stage_id(0); }),
            Spoil([](auto* a) { a->set_grants(false); }),
            Spoil([](auto* a) { a->set_first_stage_id(1); }),
@@ -106,9 +109,11 @@ TEST_F(WorkerTest, TheEdgeOfSampledIdsIsToldWholeOrNotAtAll) {
     activate->set_next_stage_id(2);
     activate->set_next_data_address("127.0.0.1:1");
     activate->set_next_edge_nonce(7);
+    activate->set_next_edge_id(kEdge);
     activate->set_grants(true);
     activate->set_last_stage_id(2);
     activate->set_sampled_edge_nonce(8);
+    activate->set_sampled_edge_id(kEdge + 1);
     spoil(activate);
     coordinator_.Send(message);
     ExpectState(1, v1::StageState::FAILED, absl::StatusCode::kInvalidArgument);
@@ -124,6 +129,7 @@ TEST_F(WorkerTest, ErrorMessagesAreBounded) {
   v1::ToWorker nowhere = Activation(1, 1, 0, 2);
   nowhere.mutable_activate_stage()->set_next_stage_id(2);
   nowhere.mutable_activate_stage()->set_next_edge_nonce(7);
+  nowhere.mutable_activate_stage()->set_next_edge_id(kEdge);
   nowhere.mutable_activate_stage()->set_next_data_address(std::string(1 << 20, '\x1b'));
   coordinator_.Send(nowhere);
   const v1::FromWorker answer = coordinator_.Answer();
@@ -139,6 +145,7 @@ TEST_F(WorkerTest, ActivationFailsWhenTheNextStageIsNotThere) {
   v1::ToWorker activation = Activation(1, 1, 0, 2);
   activation.mutable_activate_stage()->set_next_stage_id(2);
   activation.mutable_activate_stage()->set_next_edge_nonce(7);
+  activation.mutable_activate_stage()->set_next_edge_id(kEdge);
   activation.mutable_activate_stage()->set_next_data_address("127.0.0.1:1");
   coordinator_.Send(activation);
   ExpectState(1, v1::StageState::FAILED, absl::StatusCode::kUnavailable);
@@ -229,11 +236,27 @@ TEST_F(WorkerAheadTest, AStageGoesWithWhatIsBegun) {
   EXPECT_EQ(backend_.used_bytes(), 0u);
 }
 
-TEST_F(WorkerAheadTest, ALostCoordinatorDropsWhatIsBegun) {
-  coordinator_.End(absl::AbortedError("evicted by the test"));
-  coordinator_.Welcome();
-  Load(kStage, 0, 6);  // the id is free again, and so is the memory
-  ExpectState(kStage, v1::StageState::LOADED);
+// What was begun when the coordinator was lost ends as it may; the rows of it are not told, as nobody
+// knows whether they are right.
+TEST_F(WorkerAheadTest, ALostCoordinatorLeavesTheStageAndItsFinishedRows) {
+  coordinator_.End(absl::AbortedError("the stream breaks"));
+  const v1::Hello hello = coordinator_.Welcome();
+  ASSERT_EQ(hello.held_stages_size(), 1);
+  EXPECT_EQ(hello.held_stages(0).stage_id(), kStage);
+  coordinator_.Send(Activation(kStage, 2, 0, 1));
+  v1::FromWorker active = coordinator_.Answer();
+  ASSERT_EQ(active.stage_state().state(), v1::StageState::ACTIVE) << active.ShortDebugString();
+  ASSERT_EQ(active.stage_state().held_size(), 1);
+  EXPECT_EQ(active.stage_state().held(0).sequence_id(), 9u);
+  EXPECT_EQ(active.stage_state().held(0).rows(), 0u);
+  backend_.done = true;
+  coordinator_.Send(Plan(kStage, 2, 1, {5, 6, 7, 8}, 0, true));
+  EXPECT_EQ(coordinator_.Answer().report().error_code(), 0u);
+  // Again, when it is finished.
+  coordinator_.Send(Activation(kStage, 3, 0, 1));
+  active = coordinator_.Answer();
+  ASSERT_EQ(active.stage_state().held_size(), 1) << active.ShortDebugString();
+  EXPECT_EQ(active.stage_state().held(0).rows(), 4u);
 }
 
 TEST_F(WorkerTest, BrokenEdgeIsToldOnce) {
@@ -260,16 +283,46 @@ TEST_F(WorkerTest, BrokenEdgeIsToldOnce) {
   ExpectState(2, v1::StageState::FAILED, absl::StatusCode::kNotFound);
 }
 
-TEST_F(WorkerTest, AttachesAgainWithNothing) {
+TEST_F(WorkerTest, AttachesAgainWithItsStages) {
   const v1::Hello before = coordinator_.Welcome();
-  Load(1, 0, 3);
+  EXPECT_EQ(before.held_stages_size(), 0);
+  Load(1, 0, 3, 600);
   ExpectState(1, v1::StageState::LOADED);
-  coordinator_.End(absl::AbortedError("evicted by the test"));
+  coordinator_.End(absl::AbortedError("the stream breaks"));
   const v1::Hello after = coordinator_.Welcome();
   EXPECT_EQ(after.instance(), before.instance());
   EXPECT_EQ(after.data_address(), before.data_address());
-  Load(1, 0, 3);  // the id is free again
+  EXPECT_EQ(after.term(), 1u);
+  ASSERT_EQ(after.held_stages_size(), 1);
+  EXPECT_EQ(after.held_stages(0).stage_id(), 1u);
+  EXPECT_EQ(after.held_stages(0).layer_begin(), 0u);
+  EXPECT_EQ(after.held_stages(0).layer_end(), 3u);
+  EXPECT_EQ(after.held_stages(0).cache_bytes(), 600 * shape_.block_bytes);
+  Load(1, 0, 3);
+  ExpectState(1, v1::StageState::FAILED, absl::StatusCode::kAlreadyExists);
+  coordinator_.Send(Activation(1, 1, 0, 2));
+  ExpectState(1, v1::StageState::FAILED, absl::StatusCode::kInvalidArgument);  // it is there
+}
+
+TEST_F(WorkerTest, ACoordinatorOfAnotherTermGetsAnEmptyWorker) {
+  coordinator_.Welcome();
+  Load(1, 0, 3);
   ExpectState(1, v1::StageState::LOADED);
+  coordinator_.End(absl::AbortedError("the coordinator is replaced"));
+  coordinator_.term = 2;
+  EXPECT_EQ(coordinator_.Welcome().held_stages_size(), 1);
+  Load(1, 0, 3);  // the id is free, and so is the memory
+  ExpectState(1, v1::StageState::LOADED);
+}
+
+TEST_F(WorkerTest, OrphanedStagesGoInTime) {
+  coordinator_.Welcome();
+  Load(1, 0, 3);
+  ExpectState(1, v1::StageState::LOADED);
+  coordinator_.End(absl::AbortedError("the stream breaks"));
+  EXPECT_TRUE(coordinator_.Next().has_hello());  // it dials, and nobody welcomes it
+  for (int i = 0; i < 30'000 && backend_.used_bytes() > 0; ++i) std::this_thread::sleep_for(1ms);
+  EXPECT_EQ(backend_.used_bytes(), 0u);
 }
 
 TEST_F(WorkerTest, SilenceOfTheCoordinatorEndsTheSession) {

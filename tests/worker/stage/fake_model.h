@@ -88,7 +88,12 @@ class FakeModel : public StageModel {
       num_rows += sequence.num_tokens;
       for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer) {
         for (uint32_t p = sequence.first_position; p < sequence.tokens.size(); ++p) {
-          Row(sequence, layer, p) = FakeRow(spec_.layers.begin + layer, sequence.tokens[p], p);
+          const uint64_t row = FakeRow(spec_.layers.begin + layer, sequence.tokens[p], p);
+          if (sequence.is_cached) {
+            EXPECT_EQ(Row(sequence, layer, p), row) << "a row that was kept is another one";
+          } else {
+            Row(sequence, layer, p) = row;
+          }
         }
       }
     }

@@ -325,10 +325,10 @@ TEST(StageTest, EntersEpochsOnlyForwardAndWhereItsLayersFit) {
   EXPECT_EQ(out.hidden->data.size(), 100 * kFakeHiddenRowBytes);
   EXPECT_EQ(out.report.results_size(), 0);
   ASSERT_TRUE(f.stage->AcceptPlan(f.Plan(2), 0).ok());
-  // A newer epoch starts empty, at step 1.
+  // A newer epoch starts at step 1, with the rows of finished steps.
   ASSERT_TRUE(f.stage->Activate({2, 0}, 0, 2).ok());
   EXPECT_FALSE(f.stage->Ready());
-  EXPECT_EQ(f.stage->blocks_used(), 0u);
+  EXPECT_EQ(f.stage->blocks_used(), BlocksOfSequence(100, 2));
   plan.mutable_epoch()->set_term(2);
   plan.mutable_epoch()->set_counter(0);
   EXPECT_TRUE(f.stage->AcceptPlan(plan, 0).ok());

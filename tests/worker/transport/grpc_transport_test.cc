@@ -2,106 +2,21 @@
 //
 // Defends: hidden states arrive whole, verified and in order, or the edge is told to be down; a
 // peer that lies, stalls or dies is ended and counted, and disturbs nobody else.
-#include "worker/transport/grpc_transport.h"
-
 #include <algorithm>
-#include <random>
 #include <thread>
 
 #include "gmock/gmock.h"
 #include "grpcpp/grpcpp.h"
 #include "gtest/gtest.h"
 #include "proto/rpc/channel.h"
-#include "proto/rpc/queue.h"
 #include "strait/v1/transfer.grpc.pb.h"
+#include "tests/worker/transport/grpc_node.h"
 #include "xxhash.h"
 
 namespace strait {
 namespace {
 
-using std::chrono_literals::operator""ms;
-using std::chrono_literals::operator""s;
 using testing::HasSubstr;
-
-constexpr uint32_t kRowBytes = 256;
-constexpr PipelineEpoch kEpoch{.term = 1, .counter = 5};
-constexpr uint64_t kFrom = 11;
-constexpr uint64_t kTo = 12;
-
-struct Event {
-  enum Kind { kUp, kDown, kHidden } kind;
-  Edge edge;
-  absl::Status status;
-  uint64_t to_stage_id = 0;
-  HiddenStep hidden;
-};
-
-// A transport and what it told.
-class Node {
- public:
-  explicit Node(GrpcTransportOptions options = {}) {
-    if (options.hidden_row_bytes == 0) options.hidden_row_bytes = kRowBytes;
-    auto made = GrpcTransport::Create(
-        options,
-        {.on_edge_up =
-             [this](const Edge& edge) { events_.Push({.kind = Event::kUp, .edge = edge}); },
-         .on_edge_down =
-             [this](const Edge& edge, absl::Status status) {
-               events_.Push({.kind = Event::kDown, .edge = edge, .status = std::move(status)});
-             },
-         .on_hidden =
-             [this](uint64_t to, HiddenStep hidden) {
-               events_.Push(
-                   {.kind = Event::kHidden, .to_stage_id = to, .hidden = std::move(hidden)});
-             }});
-    EXPECT_TRUE(made.ok()) << made.status();
-    transport = std::move(*made);
-  }
-  std::string address() const { return "127.0.0.1:" + std::to_string(transport->port()); }
-  Event Next(std::chrono::microseconds timeout = 30s) {
-    if (ready_.empty()) ready_ = events_.PopAll(timeout);
-    if (ready_.empty()) {
-      ADD_FAILURE() << "no event";
-      return {.kind = Event::kDown, .status = absl::InternalError("no event")};
-    }
-    Event event = std::move(ready_.front());
-    ready_.pop_front();
-    return event;
-  }
-  bool Silent(std::chrono::microseconds timeout) {
-    if (ready_.empty()) ready_ = events_.PopAll(timeout);
-    return ready_.empty();
-  }
-
- private:
-  BoundedQueue<Event> events_{1 << 20};
-  std::deque<Event> ready_;
-
- public:
-  std::unique_ptr<GrpcTransport> transport;  // its callbacks end first
-};
-
-Edge EdgeTo(const Node& node, PipelineEpoch epoch = kEpoch, uint64_t nonce = 0) {
-  return {.from_stage_id = kFrom,
-          .to_stage_id = kTo,
-          .epoch = epoch,
-          .peer_address = node.address(),
-          .nonce = nonce};
-}
-
-HiddenStep Step(uint64_t id, uint32_t tokens, PipelineEpoch epoch = kEpoch) {
-  HiddenStep step{.epoch = epoch, .step = StepId{id}, .num_tokens = tokens};
-  step.data = std::vector<std::byte>(size_t{tokens} * kRowBytes);
-  std::mt19937_64 random(id * 1000 + tokens);
-  for (auto& byte : step.data.host()) byte = static_cast<std::byte>(random());
-  return step;
-}
-
-void Open(Node& from, Node& to) {
-  to.transport->Expect({kFrom, kTo, kEpoch});
-  from.transport->Connect(EdgeTo(to));
-  ASSERT_EQ(from.Next().kind, Event::kUp);
-}
 
 TEST(GrpcTransport, StepsArriveWholeAndInOrder) {
   Node from, to;
@@ -128,17 +43,17 @@ TEST(GrpcTransport, SenderMayOpenBeforeItIsExpected) {
   from.transport->Connect(EdgeTo(to));
   ASSERT_TRUE(from.transport->Send(kFrom, Step(1, 5)).ok());
   EXPECT_TRUE(to.Silent(100ms));
-  // An older epoch is expected first: the sender goes on waiting.
-  to.transport->Expect({kFrom, kTo, {1, 4}});
+  // An older edge is expected first: the sender goes on waiting.
+  to.transport->Expect({kEdge - 1, kFrom, kTo});
   EXPECT_TRUE(from.Silent(100ms));
-  to.transport->Expect({kFrom, kTo, kEpoch});
+  to.transport->Expect({kEdge, kFrom, kTo});
   EXPECT_EQ(from.Next().kind, Event::kUp);
   EXPECT_EQ(to.Next().hidden.step.value, 1u);
 }
 
-TEST(GrpcTransport, OlderEpochIsAborted) {
+TEST(GrpcTransport, OlderEdgeIsAborted) {
   Node from, to;
-  to.transport->Expect({kFrom, kTo, {2, 0}});
+  to.transport->Expect({kEdge + 1, kFrom, kTo});
   from.transport->Connect(EdgeTo(to));
   Event event = from.Next();
   ASSERT_EQ(event.kind, Event::kDown);
@@ -146,34 +61,17 @@ TEST(GrpcTransport, OlderEpochIsAborted) {
   EXPECT_EQ(to.transport->Stats().opens_refused, 1u);
 }
 
-TEST(GrpcTransport, EpochThatMovesOnEndsTheOldEdge) {
-  Node from, to;
-  Open(from, to);
-  const PipelineEpoch next{1, 6};
-  to.transport->Expect({kFrom, kTo, next});
-  Event event = from.Next();
-  ASSERT_EQ(event.kind, Event::kDown);
-  EXPECT_EQ(event.status.code(), absl::StatusCode::kAborted);
-  EXPECT_TRUE(to.Silent(50ms));  // its own doing: nothing to tell
-  EXPECT_FALSE(from.transport->Send(kFrom, Step(1, 1)).ok());
-  from.transport->Connect(EdgeTo(to, next));
-  ASSERT_EQ(from.Next().kind, Event::kUp);
-  EXPECT_EQ(from.transport->Send(kFrom, Step(1, 1)).code(), absl::StatusCode::kAborted);
-  ASSERT_TRUE(from.transport->Send(kFrom, Step(1, 1, next)).ok());
-  EXPECT_EQ(to.Next().hidden.epoch, next);
-}
-
 TEST(GrpcTransport, OnlyTheExpectedStageIsLetInAndOnce) {
   Node from, to, other;
-  to.transport->Expect({99, kTo, kEpoch});
+  to.transport->Expect({kEdge, 99, kTo});
   from.transport->Connect(EdgeTo(to));
   EXPECT_EQ(from.Next().status.code(), absl::StatusCode::kFailedPrecondition);
-  to.transport->Expect({0, kTo, {1, 6}});
-  from.transport->Connect(EdgeTo(to, {1, 6}));
+  to.transport->Expect({kEdge + 1, 0, kTo});
+  from.transport->Connect(EdgeTo(to, kEdge + 1));
   EXPECT_EQ(from.Next().kind, Event::kUp);
-  other.transport->Connect(EdgeTo(to, {1, 6}));
+  other.transport->Connect(EdgeTo(to, kEdge + 1));
   EXPECT_EQ(other.Next().status.code(), absl::StatusCode::kFailedPrecondition);
-  ASSERT_TRUE(from.transport->Send(kFrom, Step(1, 1, {1, 6})).ok());
+  ASSERT_TRUE(from.transport->Send(kFrom, Step(1, 1)).ok());
   EXPECT_EQ(to.Next().kind, Event::kHidden);
 }
 
@@ -181,13 +79,13 @@ TEST(GrpcTransport, OnlyTheExpectedStageIsLetInAndOnce) {
 // and the stage that it belonged to was refused and blamed.
 TEST(GrpcTransport, AStrangerCannotTakeAnEdge) {
   Node from, to, stranger;
-  to.transport->Expect({kFrom, kTo, kEpoch, "", 0xfeed});
+  to.transport->Expect({kEdge, kFrom, kTo, "", 0xfeed});
   for (const uint64_t guess : {0, 1}) {
-    stranger.transport->Connect(EdgeTo(to, kEpoch, guess));
+    stranger.transport->Connect(EdgeTo(to, kEdge, guess));
     EXPECT_EQ(stranger.Next().status.code(), absl::StatusCode::kPermissionDenied);
   }
   EXPECT_EQ(to.transport->Stats().opens_refused, 2u);
-  from.transport->Connect(EdgeTo(to, kEpoch, 0xfeed));
+  from.transport->Connect(EdgeTo(to, kEdge, 0xfeed));
   ASSERT_EQ(from.Next().kind, Event::kUp);
   ASSERT_TRUE(from.transport->Send(kFrom, Step(1, 3)).ok());
   EXPECT_EQ(to.Next().hidden.step.value, 1u);
@@ -195,11 +93,11 @@ TEST(GrpcTransport, AStrangerCannotTakeAnEdge) {
 
 TEST(GrpcTransport, AStrangerWhoWaitsIsNotTakenForTheSender) {
   Node from, to, stranger;
-  stranger.transport->Connect(EdgeTo(to, kEpoch, 1));
+  stranger.transport->Connect(EdgeTo(to, kEdge, 1));
   EXPECT_TRUE(stranger.Silent(100ms));  // parked, first in the row
-  from.transport->Connect(EdgeTo(to, kEpoch, 0xfeed));
+  from.transport->Connect(EdgeTo(to, kEdge, 0xfeed));
   EXPECT_TRUE(from.Silent(100ms));
-  to.transport->Expect({kFrom, kTo, kEpoch, "", 0xfeed});
+  to.transport->Expect({kEdge, kFrom, kTo, "", 0xfeed});
   EXPECT_EQ(from.Next().kind, Event::kUp);
   EXPECT_EQ(stranger.Next().status.code(), absl::StatusCode::kPermissionDenied);
   EXPECT_TRUE(to.Silent(50ms));
@@ -208,7 +106,7 @@ TEST(GrpcTransport, AStrangerWhoWaitsIsNotTakenForTheSender) {
 TEST(GrpcTransport, NobodyThereIsToldOnce) {
   Node from;
   from.transport->Connect(
-      {.from_stage_id = kFrom, .to_stage_id = kTo, .epoch = kEpoch, .peer_address = "127.0.0.1:1"});
+      {.id = kEdge, .from_stage_id = kFrom, .to_stage_id = kTo, .peer_address = "127.0.0.1:1"});
   Event event = from.Next();
   ASSERT_EQ(event.kind, Event::kDown);
   EXPECT_EQ(event.status.code(), absl::StatusCode::kUnavailable);
@@ -225,7 +123,7 @@ TEST(GrpcTransport, DeathOfEitherEndIsToldToTheOther) {
   Event event = to.Next();
   ASSERT_EQ(event.kind, Event::kDown);
   EXPECT_EQ(event.edge.from_stage_id, kFrom);
-  EXPECT_EQ(event.edge.epoch, kEpoch);
+  EXPECT_EQ(event.edge.id, kEdge);
 
   Node from;
   {
@@ -253,7 +151,7 @@ TEST(GrpcTransport, ReceiverThatConsumesNothingIsReadNoFurther) {
   }
   EXPECT_EQ(seen, 8);
   while (seen < kSteps) {
-    to.transport->Consumed(kTo, StepId{static_cast<uint64_t>(seen)});
+    to.transport->Consumed(kTo, kEpoch, StepId{static_cast<uint64_t>(seen)});
     ASSERT_EQ(to.Next().hidden.step.value, static_cast<uint64_t>(++seen));
   }
 }
@@ -324,16 +222,16 @@ TEST(GrpcTransport, TakenAddressNamesTheFlag) {
 class Hostile : public testing::Test {
  protected:
   void SetUp() override {
-    node_.transport->Expect({kFrom, kTo, kEpoch});
+    node_.transport->Expect({kEdge, kFrom, kTo});
     stub_ = v1::StageTransport::NewStub(rpc::MakeChannel(node_.address(), rpc::Traffic::kData));
   }
   void TearDown() override {
     // Whatever happened, an honest sender is served.
-    node_.transport->Expect({kFrom, kTo, {1, 6}});
+    node_.transport->Expect({kEdge + 1, kFrom, kTo});
     Node honest;
-    honest.transport->Connect(EdgeTo(node_, {1, 6}));
+    honest.transport->Connect(EdgeTo(node_, kEdge + 1));
     ASSERT_EQ(honest.Next().kind, Event::kUp);
-    ASSERT_TRUE(honest.transport->Send(kFrom, Step(1, 3, {1, 6})).ok());
+    ASSERT_TRUE(honest.transport->Send(kFrom, Step(1, 3)).ok());
     Event event = node_.Next();
     while (event.kind == Event::kDown) event = node_.Next();
     ASSERT_EQ(event.kind, Event::kHidden);
@@ -345,8 +243,7 @@ class Hostile : public testing::Test {
     v1::HiddenOpen& open = *message.mutable_open();
     open.set_to_stage_id(kTo);
     open.set_from_stage_id(kFrom);
-    open.mutable_epoch()->set_term(kEpoch.term);
-    open.mutable_epoch()->set_counter(kEpoch.counter);
+    open.set_edge_id(kEdge);
     open.set_hidden_size(kRowBytes / 4);
     open.set_element_bytes(4);
     return message;
@@ -432,9 +329,9 @@ TEST_F(Hostile, OversizedMessage) {
   auto chunk = GoodChunk(1, 8192, 0, limits::kHiddenChunkBytes + (128 << 10));
   EXPECT_EQ(Outcome({GoodOpen(), chunk}), absl::StatusCode::kResourceExhausted);
 }
-TEST_F(Hostile, OlderEpoch) {
+TEST_F(Hostile, OlderEdge) {
   auto open = GoodOpen();
-  open.mutable_open()->mutable_epoch()->set_counter(kEpoch.counter - 1);
+  open.mutable_open()->set_edge_id(kEdge - 1);
   EXPECT_EQ(Outcome({open}), absl::StatusCode::kAborted);
 }
 
@@ -442,7 +339,7 @@ TEST(GrpcTransport, PartOfAStepIsNotWaitedForForever) {
   GrpcTransportOptions options;
   options.stall_timeout = 300ms;
   Node node(options);
-  node.transport->Expect({kFrom, kTo, kEpoch});
+  node.transport->Expect({kEdge, kFrom, kTo});
   auto stub = v1::StageTransport::NewStub(rpc::MakeChannel(node.address(), rpc::Traffic::kData));
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + 20s);
@@ -450,8 +347,7 @@ TEST(GrpcTransport, PartOfAStepIsNotWaitedForForever) {
   v1::HiddenMessage open;
   open.mutable_open()->set_to_stage_id(kTo);
   open.mutable_open()->set_from_stage_id(kFrom);
-  open.mutable_open()->mutable_epoch()->set_term(kEpoch.term);
-  open.mutable_open()->mutable_epoch()->set_counter(kEpoch.counter);
+  open.mutable_open()->set_edge_id(kEdge);
   open.mutable_open()->set_hidden_size(kRowBytes / 4);
   open.mutable_open()->set_element_bytes(4);
   ASSERT_TRUE(stream->Write(open));

@@ -84,11 +84,11 @@ TEST(HiddenFrame, ReadsWhatTheProtoSaysInAnySlices) {
 
     v1::HiddenMessage open;
     open.mutable_open()->set_to_stage_id(3);
-    open.mutable_open()->mutable_epoch()->set_counter(9);
+    open.mutable_open()->set_edge_id(9);
     frame = HiddenFrame::Parse(Buffer(open.SerializeAsString(), piece));
     ASSERT_TRUE(frame.ok());
     ASSERT_TRUE(frame->is_open());
-    EXPECT_EQ(frame->open().epoch().counter(), 9u);
+    EXPECT_EQ(frame->open().edge_id(), 9u);
   }
 }
 

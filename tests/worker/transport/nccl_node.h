@@ -11,7 +11,9 @@
 #include <algorithm>
 #include <chrono>
 #include <deque>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <utility>
@@ -31,6 +33,7 @@ inline constexpr uint32_t kMaxTokens = 64;
 inline constexpr uint64_t kFrom = 3;
 inline constexpr uint64_t kTo = 4;
 inline constexpr PipelineEpoch kEpoch{1, 5};
+inline constexpr uint64_t kEdge = 5;
 
 struct Event {
   enum Kind { kNone, kUp, kDown, kHidden, kId, kPoisoned } kind = kNone;
@@ -53,7 +56,13 @@ class Node {
     fabric->loop_thread = std::this_thread::get_id();
     options.hidden_row_bytes = kRowBytes;
     NcclEvents events;
-    events.transport.on_edge_up = [this](const Edge& edge) { Put({Event::kUp, edge}); };
+    events.transport.on_edge_up = [this](const Edge& edge, HiddenMemory memory) {
+      {
+        std::lock_guard lock(mu_);
+        memory_[edge.from_stage_id] = std::move(memory);
+      }
+      Put({Event::kUp, edge});
+    };
     events.transport.on_edge_down = [this](const Edge& edge, absl::Status why) {
       Put({Event::kDown, edge, std::move(why)});
     };
@@ -63,7 +72,7 @@ class Node {
       event.hidden = std::move(step);
       Put(std::move(event));
     };
-    events.on_id = [this](const Edge& edge, std::string id) {
+    events.transport.on_nccl_id = [this](const Edge& edge, std::string id) {
       Event event{Event::kId, edge};
       event.text = std::move(id);
       Put(std::move(event));
@@ -92,7 +101,13 @@ class Node {
   }
   absl::Status Send(uint64_t step, uint32_t tokens, uint64_t from = kFrom,
                     PipelineEpoch epoch = kEpoch) {
-    HiddenBuffer data = transport->Memory(from, size_t{tokens} * kRowBytes);
+    HiddenMemory memory;
+    {
+      std::lock_guard lock(mu_);
+      memory = memory_[from];
+    }
+    const size_t bytes = size_t{tokens} * kRowBytes;
+    HiddenBuffer data = memory ? memory(bytes) : HiddenBuffer(std::vector<std::byte>(bytes));
     for (size_t i = 0; i < data.size(); ++i) data.data()[i] = Pattern(step, i);
     return transport->Send(from, {epoch, StepId{step}, tokens, std::move(data)});
   }
@@ -103,6 +118,8 @@ class Node {
 
  private:
   void Put(Event event) { queue_.Push(std::move(event)); }
+  std::mutex mu_;
+  std::map<uint64_t, HiddenMemory> memory_;  // guarded by mu_, by from_stage_id
   BoundedQueue<Event> queue_{1 << 20};
   std::deque<Event> ready_;
 
@@ -110,11 +127,11 @@ class Node {
   std::unique_ptr<NcclTransport> transport;  // ends before what its events use
 };
 
-inline Edge EdgeOf(uint64_t from, uint64_t to, PipelineEpoch epoch = kEpoch) {
+inline Edge EdgeOf(uint64_t from, uint64_t to, uint64_t id = kEdge) {
   Edge edge;
   edge.from_stage_id = from;
   edge.to_stage_id = to;
-  edge.epoch = epoch;
+  edge.id = id;
   edge.over_nccl = true;
   edge.max_tokens = kMaxTokens;
   return edge;
@@ -122,12 +139,12 @@ inline Edge EdgeOf(uint64_t from, uint64_t to, PipelineEpoch epoch = kEpoch) {
 
 // The control channel's part: the receiver's id is told to the sender.
 inline void Open(Node& from, Node& to, uint64_t from_id = kFrom, uint64_t to_id = kTo,
-                 PipelineEpoch epoch = kEpoch) {
-  to.transport->Expect(EdgeOf(from_id, to_id, epoch));
+                 uint64_t edge_id = kEdge) {
+  to.transport->Expect(EdgeOf(from_id, to_id, edge_id));
   const Event id = to.Next();
   ASSERT_EQ(id.kind, Event::kId) << id.status;
   ASSERT_EQ(id.text.size(), limits::kNcclIdBytes);
-  Edge edge = EdgeOf(from_id, to_id, epoch);
+  Edge edge = EdgeOf(from_id, to_id, edge_id);
   edge.nccl_id = id.text;
   from.transport->Connect(edge);
   const Event up = from.Next();

@@ -19,6 +19,7 @@ using testing::HasSubstr;
 
 constexpr uint32_t kRowBytes = 256;
 constexpr PipelineEpoch kEpoch{.term = 1, .counter = 5};
+constexpr uint64_t kEdge = 5;
 constexpr uint64_t kFirst = 11;
 constexpr uint64_t kLast = 12;
 constexpr uint64_t kNonce = 77;
@@ -37,7 +38,8 @@ class Node {
   Node() {
     auto made = GrpcTransport::Create(
         {.hidden_row_bytes = kRowBytes},
-        {.on_edge_up = [this](const Edge& edge) { Push({.kind = Event::kUp, .edge = edge}); },
+        {.on_edge_up = [this](const Edge& edge,
+                              HiddenMemory) { Push({.kind = Event::kUp, .edge = edge}); },
          .on_edge_down =
              [this](const Edge& edge, absl::Status status) {
                Push({.kind = Event::kDown, .edge = edge, .status = std::move(status)});
@@ -75,9 +77,9 @@ class Node {
 
 // From the node's stage `from` to stage `to` on `node`.
 Edge EdgeTo(const Node& node, uint64_t from, uint64_t to, bool sampled, uint64_t nonce = kNonce) {
-  return {.from_stage_id = from,
+  return {.id = kEdge,
+          .from_stage_id = from,
           .to_stage_id = to,
-          .epoch = kEpoch,
           .peer_address = "127.0.0.1:" + std::to_string(node.transport->port()),
           .nonce = nonce,
           .sampled = sampled};
@@ -97,7 +99,7 @@ TEST(SampledEdge, TheRingOfTwoStagesCarriesBothKinds) {
     HiddenStep hidden{kEpoch, StepId{step}, 2, std::vector<std::byte>(2 * kRowBytes)};
     ASSERT_TRUE(first.transport->Send(kFirst, std::move(hidden)).ok());
     EXPECT_EQ(last.Next().kind, Event::kHidden);
-    last.transport->Consumed(kLast, StepId{step});
+    last.transport->Consumed(kLast, kEpoch, StepId{step});
     const auto token = static_cast<TokenId>(step * 1'000'000'007);
     ASSERT_TRUE(last.transport->SendSampled(kLast, {kEpoch, StepId{step}, {token, 1}}).ok());
     const Event event = first.Next();
@@ -106,14 +108,14 @@ TEST(SampledEdge, TheRingOfTwoStagesCarriesBothKinds) {
     EXPECT_EQ(event.sampled.step.value, step);
     EXPECT_EQ(event.sampled.epoch, kEpoch);
     EXPECT_THAT(event.sampled.tokens, ElementsAre(token, 1));
-    first.transport->Consumed(kFirst, StepId{step});
+    first.transport->Consumed(kFirst, kEpoch, StepId{step});
   }
   // Ids must rise, as everywhere: both ends hear of the break.
   ASSERT_TRUE(last.transport->SendSampled(kLast, {kEpoch, StepId{3}, {1}}).ok());
   EXPECT_EQ(first.Next().kind, Event::kDown);
   const Event down = last.Next();
   EXPECT_EQ(down.kind, Event::kDown);
-  EXPECT_THAT(std::string(down.status.message()), HasSubstr("ids must rise"));
+  EXPECT_THAT(std::string(down.status.message()), HasSubstr("they must rise"));
   EXPECT_EQ(first.transport->Stats().frames_refused, 1u);
 }
 

@@ -59,11 +59,12 @@ absl::Status StepTables::Fill(const StageBatch& batch, const StageSpec& spec,
     }
     for (uint32_t layer = 0; layer < num_layers; ++layer) {
       const absl::Span<const BlockId> table = sequence.page_tables[layer];
-      STRAIT_CHECK(table.size() == BlocksPerLayer(end));
+      STRAIT_CHECK(table.size() >= BlocksPerLayer(end));
       cuda::MlaSegment& segment = segments[uint64_t{layer} * num_sequences_ + index];
       segment = {};
       segment.page_table = reinterpret_cast<const uint32_t*>(device_ + offset(pages + page));
       segment.num_rows = std::numeric_limits<int32_t>::max();
+      segment.is_cached = sequence.is_cached;
       for (const BlockId block : table) {
         STRAIT_CHECK(block < spec.pool_blocks);
         pages[page++] = block;

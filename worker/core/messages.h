@@ -3,7 +3,7 @@
 // The messages that a worker sends to its coordinator, made from typed values; and what a LoadStage
 // and an ActivateStage must be in themselves.
 //
-// Thread:  pure functions, but MakeHello, which draws the instance.
+// Thread:  pure functions.
 #pragma once
 
 #include <cstdint>
@@ -14,16 +14,15 @@
 #include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
 #include "worker/backend.h"
-#include "worker/service/service.h"
+#include "worker/stage/stage.h"
 #include "worker/transport/transport.h"
 
 namespace strait {
 
-v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
-                    const std::string& data_address);
 v1::FromWorker ProgressMessage(uint64_t stage_id, uint64_t bytes_loaded, uint64_t bytes_total);
 v1::FromWorker LoadedMessage(uint64_t stage_id, const StageModel& model, uint64_t block_bytes);
-v1::FromWorker ActiveMessage(uint64_t stage_id, PipelineEpoch epoch);
+// With what the stage holds of earlier epochs.
+v1::FromWorker ActiveMessage(const Stage& stage);
 v1::FromWorker UnloadedMessage(uint64_t stage_id);
 v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id);
 // Answers a request of the coordinator that failed; `epoch` of an activation.
@@ -38,6 +37,9 @@ v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t ste
 absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers, uint64_t block_bytes);
 // InvalidArgument: indices, neighbours, nonces and addresses contradict each other.
 absl::Status CheckActivate(const v1::ActivateStage& activate);
+// From which stage it takes what: hidden states from the one before, or the first sampled ids of the last.
+// REQUIRES: CheckActivate passed.
+std::optional<Edge> IncomingEdge(const v1::ActivateStage& activate);
 // What the stage connects: to the next one, or the last to the first if it hands ids back.
 // REQUIRES: CheckActivate passed.
 std::optional<Edge> OutgoingEdge(const v1::ActivateStage& activate);

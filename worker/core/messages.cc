@@ -1,10 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "worker/service/messages.h"
-
-#include <unistd.h>
+#include "worker/core/messages.h"
 
 #include <limits>
-#include <random>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -13,8 +10,6 @@
 #include "proto/rpc/address.h"
 #include "proto/rpc/status.h"
 #include "proto/wire/epoch_wire.h"
-#include "proto/wire/version.h"
-#include "worker/transport/nccl_transport.h"
 
 namespace strait {
 namespace {
@@ -27,43 +22,6 @@ v1::FromWorker StateMessage(uint64_t stage_id, v1::StageState::State state) {
 }
 
 }  // namespace
-
-v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
-                    const std::string& data_address) {
-  v1::Hello hello;
-  hello.set_wire_version(kWireVersion);
-  hello.set_name(options.name);
-  hello.set_data_address(data_address);
-  hello.set_memory_bytes(options.memory_bytes);
-  hello.set_model_fingerprint(options.model_fingerprint);
-  hello.set_weights_fingerprint(options.weights_fingerprint);
-  hello.set_cache_row_bytes(options.cache_row_bytes);
-  if (options.stage_costs) {
-    const StageCosts& costs = *options.stage_costs;
-    v1::StageCosts& told = *hello.mutable_stage_costs();
-    told.mutable_layer_bytes()->Add(costs.layer_bytes.begin(), costs.layer_bytes.end());
-    told.set_embedding_bytes(costs.embedding_bytes);
-    told.set_head_bytes(costs.head_bytes);
-    told.set_block_bytes(costs.block_bytes);
-    told.mutable_workspace_bytes()->Add(costs.workspace_bytes.begin(), costs.workspace_bytes.end());
-    told.mutable_last_workspace_bytes()->Add(costs.last_workspace_bytes.begin(),
-                                             costs.last_workspace_bytes.end());
-    told.set_layer_workspace_bytes(costs.layer_workspace_bytes);
-    if (options.nccl.nccl) {  // its edges may be on the device
-      told.set_edge_bytes(kNcclEdgeBytes);
-      told.set_edge_row_bytes(kArenaSteps * backend.hidden_row_bytes());
-    }
-  }
-  hello.set_numerics_id(backend.numerics_id());
-  hello.set_backend(options.backend_name);
-  hello.set_num_threads(options.num_threads);
-  std::random_device random;
-  hello.set_instance(uint64_t{random()} << 32 | random());
-  hello.set_process_id(static_cast<uint32_t>(getpid()));
-  if (options.nccl.nccl) hello.set_nccl_version(options.nccl.nccl->version());
-  hello.set_nccl_problem(options.nccl.problem);
-  return hello;
-}
 
 v1::FromWorker ProgressMessage(uint64_t stage_id, uint64_t bytes_loaded, uint64_t bytes_total) {
   v1::FromWorker message;
@@ -81,9 +39,14 @@ v1::FromWorker LoadedMessage(uint64_t stage_id, const StageModel& model, uint64_
   return message;
 }
 
-v1::FromWorker ActiveMessage(uint64_t stage_id, PipelineEpoch epoch) {
-  v1::FromWorker message = StateMessage(stage_id, v1::StageState::ACTIVE);
-  ToWire(epoch, message.mutable_stage_state()->mutable_epoch());
+v1::FromWorker ActiveMessage(const Stage& stage) {
+  v1::FromWorker message = StateMessage(stage.stage_id(), v1::StageState::ACTIVE);
+  ToWire(stage.epoch(), message.mutable_stage_state()->mutable_epoch());
+  for (const HeldRows& held : stage.held()) {
+    v1::HeldSequence* told = message.mutable_stage_state()->add_held();
+    told->set_sequence_id(held.id.value);
+    told->set_rows(held.rows);
+  }
   return message;
 }
 
@@ -133,10 +96,11 @@ absl::Status CheckSampledEdge(const v1::ActivateStage& activate) {
   const bool to = edge && activate.stage_index() == 0;
   if (from != (activate.first_stage_id() != 0) || from == activate.first_data_address().empty() ||
       to != (activate.last_stage_id() != 0) ||
-      (from || to) != (activate.sampled_edge_nonce() != 0)) {
+      (from || to) != (activate.sampled_edge_nonce() != 0) ||
+      (from || to) != (activate.sampled_edge_id() != 0)) {
     return absl::InvalidArgumentError(
-        "with grants the last of several stages has an edge to the first, with a nonce that is "
-        "not 0; without, there is none");
+        "with grants the last of several stages has an edge to the first, with an id and a nonce "
+        "that are not 0; without, there is none");
   }
   return from ? rpc::ParseHostPort(activate.first_data_address()).status() : absl::OkStatus();
 }
@@ -171,10 +135,11 @@ absl::Status CheckActivate(const v1::ActivateStage& activate) {
   }
   const bool first = activate.stage_index() == 0;
   if (first != (activate.previous_stage_id() == 0) || first != (activate.edge_nonce() == 0) ||
-      last != (activate.next_edge_nonce() == 0)) {
+      last != (activate.next_edge_nonce() == 0) || first != (activate.edge_id() == 0) ||
+      last != (activate.next_edge_id() == 0)) {
     return absl::InvalidArgumentError(
-        "an edge has a stage at either end and a nonce that is not 0; where there is no edge, "
-        "there is neither");
+        "an edge has a stage at either end, an id and a nonce that are not 0; where there is no "
+        "edge, there is none of them");
   }
   if (!last) {
     STRAIT_RETURN_IF_ERROR(rpc::ParseHostPort(activate.next_data_address()).status());
@@ -194,9 +159,28 @@ absl::Status CheckActivate(const v1::ActivateStage& activate) {
   return CheckSampledEdge(activate);
 }
 
+std::optional<Edge> IncomingEdge(const v1::ActivateStage& activate) {
+  Edge edge{.to_stage_id = activate.stage_id()};
+  if (activate.previous_stage_id() != 0) {
+    edge.id = activate.edge_id();
+    edge.from_stage_id = activate.previous_stage_id();
+    edge.nonce = activate.edge_nonce();
+    edge.over_nccl = activate.edge_over_nccl();
+    edge.max_tokens = activate.max_step_tokens();
+    return edge;
+  }
+  if (activate.last_stage_id() == 0) return std::nullopt;
+  edge.id = activate.sampled_edge_id();
+  edge.from_stage_id = activate.last_stage_id();
+  edge.nonce = activate.sampled_edge_nonce();
+  edge.sampled = true;
+  return edge;
+}
+
 std::optional<Edge> OutgoingEdge(const v1::ActivateStage& activate) {
-  Edge edge{.from_stage_id = activate.stage_id(), .epoch = FromWire(activate.epoch())};
+  Edge edge{.from_stage_id = activate.stage_id()};
   if (activate.next_stage_id() != 0) {
+    edge.id = activate.next_edge_id();
     edge.to_stage_id = activate.next_stage_id();
     edge.peer_address = activate.next_data_address();
     edge.nonce = activate.next_edge_nonce();
@@ -206,6 +190,7 @@ std::optional<Edge> OutgoingEdge(const v1::ActivateStage& activate) {
     return edge;
   }
   if (activate.first_stage_id() == 0) return std::nullopt;
+  edge.id = activate.sampled_edge_id();
   edge.to_stage_id = activate.first_stage_id();
   edge.peer_address = activate.first_data_address();
   edge.nonce = activate.sampled_edge_nonce();

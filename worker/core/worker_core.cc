@@ -1,0 +1,420 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/core/worker_core.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
+#include "proto/base/text.h"
+#include "proto/rpc/status.h"
+#include "proto/wire/epoch_wire.h"
+#include "worker/core/messages.h"
+
+namespace strait {
+
+WorkerCore::Hosted* WorkerCore::Find(uint64_t stage_id) {
+  const auto it = hosted_.find(stage_id);
+  return it == hosted_.end() ? nullptr : &it->second;
+}
+
+const WorkerCore::Hosted* WorkerCore::Find(uint64_t stage_id) const {
+  const auto it = hosted_.find(stage_id);
+  return it == hosted_.end() ? nullptr : &it->second;
+}
+
+WorkerCore::Hosted* WorkerCore::FindByEdge(uint64_t stage_id, End Hosted::*end, const Edge& edge) {
+  Hosted* const hosted = Find(stage_id);
+  if (hosted == nullptr || !(hosted->*end).edge || (hosted->*end).edge->id != edge.id) {
+    return nullptr;
+  }
+  return hosted;
+}
+
+// ---------------------------------------------------------------- the coordinator
+
+void WorkerCore::FillHello(v1::Hello* hello) const {
+  hello->clear_held_stages();
+  hello->set_term(term_);
+  for (const auto& [id, hosted] : hosted_) {
+    if (hosted.stage == nullptr) continue;
+    const StageModel& model = hosted.stage->model();
+    v1::HeldStage* held = hello->add_held_stages();
+    held->set_stage_id(id);
+    held->set_layer_begin(model.spec().layers.begin);
+    held->set_layer_end(model.spec().layers.end);
+    held->set_cache_bytes(model.spec().pool_blocks * traits_.block_bytes);
+    held->set_weight_bytes(model.weight_bytes());
+  }
+}
+
+void WorkerCore::OnWelcome(const v1::Welcome& welcome) {
+  attached_ = true;
+  // Stages of another coordinator's are not this one's business; it asks for none of them.
+  if (welcome.term() != term_) DropStages();
+  term_ = welcome.term();
+}
+
+void WorkerCore::OnDetached(uint64_t now_us) {
+  attached_ = false;
+  detached_us_ = now_us;
+  ports_->CancelLoads(last_serial_);
+  for (auto it = hosted_.begin(); it != hosted_.end();) {
+    it = it->second.stage == nullptr ? hosted_.erase(it) : std::next(it);
+  }
+}
+
+void WorkerCore::OnTick(uint64_t now_us) {
+  if (attached_ || hosted_.empty() || now_us < detached_us_ + options_.orphan_timeout_us) return;
+  ports_->Note(LogLevel::kWarning, "no coordinator came back: the stages go",
+               {{"stages", hosted_.size()}, {"after_us", now_us - detached_us_}});
+  DropStages();
+}
+
+void WorkerCore::OnMessage(v1::ToWorker message, uint64_t now_us) {
+  switch (message.message_case()) {
+    case v1::ToWorker::kStep:
+      return OnPlan(std::move(*message.mutable_step()), now_us);
+    case v1::ToWorker::kLoadStage:
+      return OnLoad(message.load_stage());
+    case v1::ToWorker::kActivateStage:
+      return OnActivate(message.activate_stage());
+    case v1::ToWorker::kUnloadStage:
+      return OnUnload(message.unload_stage().stage_id());
+    case v1::ToWorker::kShutdown:
+      ports_->Note(
+          LogLevel::kInfo, "the coordinator asks to stop",
+          {{"reason", PrintableText(message.shutdown().reason(), limits::kMaxErrorMessageBytes)}});
+      return ports_->Shutdown();
+    default:
+      return ports_->DropCoordinator(
+          absl::InvalidArgumentError("the coordinator sent a message of unknown kind"));
+  }
+}
+
+void WorkerCore::OnLoad(const v1::LoadStage& load) {
+  const uint64_t id = load.stage_id();
+  const absl::Status valid = [&]() -> absl::Status {
+    if (hosted_.contains(id)) {
+      return absl::AlreadyExistsError(absl::StrCat("stage ", id, " is here already"));
+    }
+    if (hosted_.size() >= kMaxHostedStages) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("this worker hosts ", kMaxHostedStages, " stages already"));
+    }
+    return CheckLoad(load, traits_.num_layers, traits_.block_bytes);
+  }();
+  if (!valid.ok()) return TellFailed(id, valid);
+  const LoadOrder order = {
+      .serial = ++last_serial_,
+      .stage_id = id,
+      .spec = {.layers = {load.layer_begin(), load.layer_end()},
+               .pool_blocks = static_cast<uint32_t>(load.cache_bytes() / traits_.block_bytes)}};
+  hosted_[id].load_serial = order.serial;
+  ports_->Note(LogLevel::kInfo, "loading stage",
+               {{"stage", id},
+                {"layer_begin", load.layer_begin()},
+                {"layer_end", load.layer_end()},
+                {"cache_bytes", load.cache_bytes()}});
+  ports_->Load(order);
+}
+
+void WorkerCore::OnLoaded(const LoadOrder& order,
+                          absl::StatusOr<std::unique_ptr<StageModel>> model) {
+  const uint64_t id = order.stage_id;
+  Hosted* const hosted = Find(id);
+  if (hosted == nullptr || hosted->stage != nullptr || hosted->load_serial != order.serial) return;
+  if (hosted->unload_when_loaded) {
+    model = absl::CancelledError("unloaded");
+    hosted_.erase(id);
+    return ports_->Tell(UnloadedMessage(id));
+  }
+  if (!model.ok()) {
+    hosted_.erase(id);
+    return TellFailed(id, model.status());
+  }
+  v1::FromWorker message = LoadedMessage(id, **model, traits_.block_bytes);
+  ports_->Note(LogLevel::kInfo, "stage loaded",
+               {{"stage", id},
+                {"layer_begin", (*model)->spec().layers.begin},
+                {"layer_end", (*model)->spec().layers.end},
+                {"weight_bytes", (*model)->weight_bytes()},
+                {"cache_bytes", (*model)->cache_bytes()}});
+  hosted->stage = std::make_unique<Stage>(id, *std::move(model), traits_);
+  ports_->Tell(std::move(message));
+}
+
+void WorkerCore::OnUnload(uint64_t stage_id) {
+  Hosted* const hosted = Find(stage_id);
+  if (hosted == nullptr) {
+    return TellFailed(stage_id,
+                      absl::NotFoundError(absl::StrCat("stage ", stage_id, " is not here")));
+  }
+  if (hosted->stage == nullptr) {
+    hosted->unload_when_loaded = true;
+    return;
+  }
+  ForgetEdges(stage_id);
+  hosted_.erase(stage_id);
+  ports_->Note(LogLevel::kInfo, "stage unloaded", {{"stage", stage_id}});
+  ports_->Tell(UnloadedMessage(stage_id));
+}
+
+// ---------------------------------------------------------------- epochs and edges
+
+void WorkerCore::OnActivate(const v1::ActivateStage& activate) {
+  const uint64_t id = activate.stage_id();
+  const PipelineEpoch epoch = FromWire(activate.epoch());
+  Hosted* const hosted = Find(id);
+  const absl::Status valid = [&]() -> absl::Status {
+    if (hosted == nullptr || hosted->stage == nullptr) {
+      return absl::FailedPreconditionError(absl::StrCat("stage ", id, " is not loaded"));
+    }
+    return CheckActivate(activate);
+  }();
+  if (!valid.ok()) return TellFailed(id, valid, epoch);
+  const PipelineEpoch before = hosted->stage->epoch();
+  const absl::Status entered = hosted->stage->Activate(epoch, activate.stage_index(),
+                                                       activate.num_stages(), activate.grants());
+  if (!entered.ok()) return TellFailed(id, entered, epoch);
+  if (std::exchange(hosted->activating, false)) {
+    TellFailed(id, absl::AbortedError("a newer epoch came"), before);
+  }
+  Enter(id, *hosted, activate);
+}
+
+void WorkerCore::Enter(uint64_t stage_id, Hosted& hosted, const v1::ActivateStage& activate) {
+  hosted.is_stuck = false;
+  SetIncoming(stage_id, hosted, IncomingEdge(activate));
+  const bool is_up = SetOutgoing(stage_id, hosted, OutgoingEdge(activate));
+  // What came for older epochs is refused now, or was dropped.
+  transport_->Consumed(stage_id, hosted.stage->epoch(), StepId{0});
+  hosted.activating = !is_up;
+  if (is_up) TellActive(hosted);
+}
+
+void WorkerCore::SetIncoming(uint64_t stage_id, Hosted& hosted, const std::optional<Edge>& next) {
+  if (hosted.in.Continues(next)) return;
+  const bool had_one = hosted.in.edge.has_value();
+  hosted.in = {.edge = next};
+  if (next) {
+    transport_->Expect(*next);
+  } else if (had_one) {
+    transport_->Forget(stage_id);
+  }
+}
+
+bool WorkerCore::SetOutgoing(uint64_t stage_id, Hosted& hosted, const std::optional<Edge>& next) {
+  if (hosted.out.Continues(next)) return hosted.out.is_up;
+  const bool had_one = hosted.out.edge.has_value();
+  hosted.out = {.edge = next};
+  hosted.memory = {};
+  if (next) {
+    transport_->Connect(*next);
+  } else if (had_one) {
+    transport_->Disconnect(stage_id);
+  }
+  return !next;
+}
+
+void WorkerCore::ForgetEdges(uint64_t stage_id) {
+  transport_->Disconnect(stage_id);
+  transport_->Forget(stage_id);
+}
+
+void WorkerCore::OnEdgeUp(const Edge& edge, HiddenMemory memory) {
+  Hosted* const hosted = FindByEdge(edge.from_stage_id, &Hosted::out, edge);
+  if (hosted == nullptr || hosted->out.is_down) return;
+  hosted->out.is_up = true;
+  hosted->memory = std::move(memory);
+  if (std::exchange(hosted->activating, false)) TellActive(*hosted);
+}
+
+void WorkerCore::OnEdgeDown(const Edge& edge, const absl::Status& why) {
+  const uint64_t nccl_edge = edge.over_nccl ? edge.to_stage_id : 0;
+  if (Hosted* const from = FindByEdge(edge.from_stage_id, &Hosted::out, edge)) {
+    from->out.is_up = false;
+    from->out.is_down = true;
+    if (std::exchange(from->activating, false)) {
+      from->is_stuck = true;
+      TellFailed(edge.from_stage_id, why, from->stage->epoch(), nccl_edge);
+    } else {
+      TellStuck(*from, 0, why, nccl_edge);
+    }
+  }
+  if (Hosted* const to = FindByEdge(edge.to_stage_id, &Hosted::in, edge)) {
+    to->in.is_down = true;
+    TellStuck(*to, 0, why, to->in.edge->over_nccl ? edge.to_stage_id : 0);
+  }
+}
+
+void WorkerCore::OnNcclId(const Edge& edge, std::string nccl_id) {
+  const Hosted* const hosted = FindByEdge(edge.to_stage_id, &Hosted::in, edge);
+  if (hosted == nullptr) return;
+  ports_->Tell(EdgeIdMessage(edge.to_stage_id, hosted->stage->epoch(), std::move(nccl_id)));
+}
+
+void WorkerCore::OnHidden(uint64_t to_stage_id, HiddenStep hidden, uint64_t now_us) {
+  Hosted* const hosted = Find(to_stage_id);
+  if (hosted == nullptr || hosted->stage == nullptr) return;
+  const StepId step = hidden.step;
+  const PipelineEpoch epoch = hidden.epoch;
+  const absl::Status accepted = hosted->stage->AcceptHidden(std::move(hidden), now_us);
+  if (accepted.ok()) return;
+  transport_->Consumed(to_stage_id, epoch, step);
+  // Aborted: of an epoch that is over.
+  if (!absl::IsAborted(accepted)) TellStuck(*hosted, step.value, accepted);
+}
+
+void WorkerCore::OnSampled(uint64_t to_stage_id, SampledStep sampled) {
+  Hosted* const hosted = Find(to_stage_id);
+  if (hosted == nullptr || hosted->stage == nullptr) return;
+  const StepId step = sampled.step;
+  const PipelineEpoch epoch = sampled.epoch;
+  const absl::Status accepted = hosted->stage->AcceptSampled(std::move(sampled));
+  transport_->Consumed(to_stage_id, epoch, step);
+  if (!accepted.ok() && !absl::IsAborted(accepted)) TellStuck(*hosted, step.value, accepted);
+}
+
+// ---------------------------------------------------------------- steps
+
+void WorkerCore::OnPlan(v1::StepPlan plan, uint64_t now_us) {
+  const uint64_t id = plan.stage_id();
+  const uint64_t step = plan.step_id();
+  const PipelineEpoch epoch = FromWire(plan.epoch());
+  Hosted* const hosted = Find(id);
+  if (hosted == nullptr || hosted->stage == nullptr) {
+    return ports_->Tell(
+        StuckMessage(id, epoch, step,
+                     absl::NotFoundError(absl::StrCat("stage ", id, " is not loaded here")), 0));
+  }
+  uint32_t num_rows = 0;
+  const absl::Status accepted = hosted->stage->AcceptPlan(std::move(plan), now_us, &num_rows);
+  if (num_rows > 0 && !hosted->stage->is_first()) {
+    ports_->RowsDue(id, epoch, StepId{step}, num_rows);
+  }
+  // Aborted: of an epoch that is over. Nobody waits for an answer.
+  if (accepted.ok() || absl::IsAborted(accepted)) return;
+  TellStuck(*hosted, step, accepted);
+}
+
+std::optional<uint64_t> WorkerCore::NextReady() const {
+  auto it = hosted_.upper_bound(last_begun_);
+  for (size_t i = 0; i < hosted_.size(); ++i, ++it) {
+    if (it == hosted_.end()) it = hosted_.begin();
+    if (it->second.stage != nullptr && it->second.stage->Ready()) return it->first;
+  }
+  return std::nullopt;
+}
+
+void WorkerCore::BeginStep(uint64_t stage_id, const Clock& clock) {
+  Hosted& hosted = *Find(stage_id);
+  last_begun_ = stage_id;
+  hosted.stage->BeginNext(clock, hosted.memory);
+}
+
+std::optional<uint64_t> WorkerCore::NextDone(bool* any_begun) const {
+  *any_begun = false;
+  for (const auto& [id, hosted] : hosted_) {
+    if (hosted.stage == nullptr || hosted.stage->num_begun() == 0) continue;
+    *any_begun = true;
+    if (hosted.stage->Done()) return id;
+  }
+  return std::nullopt;
+}
+
+void WorkerCore::FinishStep(uint64_t stage_id, const Clock& clock) {
+  Hosted& hosted = *Find(stage_id);
+  Stage& stage = *hosted.stage;
+  StepOutput output = stage.FinishNext(clock);
+  const auto step = StepId{output.report.step_id()};
+  absl::Status sent;
+  // First what the next stage waits for.
+  if (output.hidden) sent = transport_->Send(stage_id, *std::move(output.hidden));
+  if (output.sampled) sent = transport_->SendSampled(stage_id, *std::move(output.sampled));
+  if (output.report.error_code() != 0) {
+    hosted.is_stuck = true;
+    ports_->Note(
+        LogLevel::kError, "step failed",
+        {{"stage", stage_id},
+         {"step", step.value},
+         {"why", rpc::FromWire(output.report.error_code(), output.report.error_message())}});
+  }
+  v1::FromWorker message;
+  *message.mutable_report() = std::move(output.report);
+  ports_->Tell(std::move(message));
+  if (!stage.is_first()) transport_->Consumed(stage_id, stage.epoch(), step);
+  if (!sent.ok()) {
+    hosted.out.is_down = true;
+    TellStuck(hosted, 0, sent,
+              hosted.out.edge && hosted.out.edge->over_nccl ? hosted.out.edge->to_stage_id : 0);
+  }
+}
+
+void WorkerCore::DropStages() {
+  for (const auto& [id, hosted] : hosted_) ForgetEdges(id);
+  ports_->CancelLoads(last_serial_);
+  hosted_.clear();
+}
+
+// ---------------------------------------------------------------- telling
+
+void WorkerCore::TellActive(const Hosted& hosted) {
+  const Stage& stage = *hosted.stage;
+  ports_->Note(LogLevel::kInfo, "stage active",
+               {{"stage", stage.stage_id()}, {"epoch", ToString(stage.epoch())}});
+  ports_->Tell(ActiveMessage(stage));
+}
+
+void WorkerCore::TellFailed(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch,
+                            uint64_t nccl_edge) {
+  ports_->Note(LogLevel::kWarning, "stage request failed",
+               {{"stage", stage_id}, {"why", rpc::Bounded(why)}});
+  ports_->Tell(FailedMessage(stage_id, why, epoch, nccl_edge));
+}
+
+void WorkerCore::TellStuck(Hosted& hosted, uint64_t step, const absl::Status& why,
+                           uint64_t nccl_edge) {
+  if (std::exchange(hosted.is_stuck, true)) return;
+  const Stage& stage = *hosted.stage;
+  ports_->Note(LogLevel::kWarning, "stage cannot go on",
+               {{"stage", stage.stage_id()},
+                {"epoch", ToString(stage.epoch())},
+                {"step", step},
+                {"why", rpc::Bounded(why)}});
+  ports_->Tell(StuckMessage(stage.stage_id(), stage.epoch(), step, why, nccl_edge));
+}
+
+// ---------------------------------------------------------------- what others may ask
+
+WorkerCore::HostedState WorkerCore::StateOf(uint64_t stage_id) const {
+  const Hosted* const hosted = Find(stage_id);
+  if (hosted == nullptr) return HostedState::kNone;
+  if (hosted->stage == nullptr) return HostedState::kLoading;
+  if (hosted->stage->epoch() == PipelineEpoch()) return HostedState::kLoaded;
+  if (hosted->is_stuck) return HostedState::kStuck;
+  return hosted->activating ? HostedState::kActivating : HostedState::kActive;
+}
+
+const Stage* WorkerCore::FindStage(uint64_t stage_id) const {
+  const Hosted* const hosted = Find(stage_id);
+  return hosted == nullptr ? nullptr : hosted->stage.get();
+}
+
+uint64_t WorkerCore::BlocksHeld() const {
+  uint64_t blocks = 0;
+  for (const auto& [id, hosted] : hosted_) {
+    if (hosted.stage != nullptr) blocks += hosted.stage->blocks_used();
+  }
+  return blocks;
+}
+
+absl::Status WorkerCore::CheckIntegrity() const {
+  for (const auto& [id, hosted] : hosted_) {
+    if (hosted.stage != nullptr) STRAIT_RETURN_IF_ERROR(hosted.stage->CheckIntegrity());
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace strait

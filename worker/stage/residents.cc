@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/stage/residents.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/base/check.h"
+#include "proto/base/status_macros.h"
+
+namespace strait {
+
+std::shared_ptr<Resident> Residents::Find(SequenceId id) const {
+  const auto it = residents_.find(id);
+  return it == residents_.end() ? nullptr : it->second;
+}
+
+void Residents::Open(const v1::OpenSequence& open, SamplingParams sampling, uint32_t kept_rows) {
+  const SequenceId id{open.sequence_id()};
+  auto resident = std::make_shared<Resident>();
+  const auto left = left_.find(id);
+  if (left != left_.end() && kept_rows > 0) {
+    resident->tokens = std::move(left->second->tokens);
+    STRAIT_CHECK(kept_rows <= resident->tokens.size(), "more rows are kept than are left");
+    resident->tokens.resize(kept_rows);
+    resident->finished = kept_rows;
+    cache_.Cut(id, kept_rows);
+    left_.erase(left);
+  } else {
+    STRAIT_CHECK(kept_rows == 0, "nothing is left of it");
+    Close(id);
+    cache_.Open(id);
+  }
+  resident->prompt_tokens = open.prompt_tokens();
+  resident->sampling = std::move(sampling);
+  STRAIT_CHECK(residents_.emplace(id, std::move(resident)).second, "it is resident already");
+}
+
+void Residents::Close(SequenceId id) {
+  if (residents_.erase(id) + left_.erase(id) > 0) cache_.Close(id);
+}
+
+void Residents::Leave() {
+  for (auto& [id, resident] : residents_) {
+    // A step that holds it on is over; it must not see the cut.
+    STRAIT_CHECK(resident->finished <= resident->tokens.size());
+    resident->tokens.resize(resident->finished);
+    cache_.Cut(id, resident->finished);
+    left_.emplace(id, std::move(resident));
+  }
+  residents_.clear();
+}
+
+std::vector<HeldRows> Residents::left() const {
+  std::vector<HeldRows> left;
+  left.reserve(left_.size());
+  for (const auto& [id, resident] : left_) {
+    left.push_back({id, static_cast<uint32_t>(resident->tokens.size())});
+  }
+  std::sort(left.begin(), left.end(),
+            [](const HeldRows& a, const HeldRows& b) { return a.id < b.id; });
+  return left;
+}
+
+absl::Status Residents::CheckIntegrity(bool computed) const {
+  STRAIT_RETURN_IF_ERROR(cache_.CheckIntegrity());
+  if (residents_.size() + left_.size() != cache_.num_sequences()) {
+    return absl::InternalError(absl::StrCat(residents_.size(), " residents, ", left_.size(),
+                                            " left, ", cache_.num_sequences(),
+                                            " with page tables"));
+  }
+  for (const Map* map : {&residents_, &left_}) {
+    if (!computed && map == &residents_) continue;  // tokens that never came to rows
+    for (const auto& [id, resident] : *map) {
+      if (!cache_.resident(id) || cache_.length(id) != resident->tokens.size() ||
+          resident->finished > resident->tokens.size()) {
+        return absl::InternalError(absl::StrCat(
+            "sequence ", id.value, " has ", resident->tokens.size(), " tokens and other tables"));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace strait

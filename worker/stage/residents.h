@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Residents are the sequences that a stage has rows of: those of its epoch, and those that an earlier
+// one left and of which nobody has said yet what becomes of them.
+//
+// Owns:    what the stage knows of each (token ids, sampling) and its latent blocks.
+// Thread:  loop thread only.
+// Errors:  none but CheckIntegrity's: plans were validated by PlanLedger.
+// Why:     rows of finished steps follow from the tokens alone, so an epoch's end takes nothing of
+//          them. Rows of steps that were begun and not finished go.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "proto/base/ids.h"
+#include "strait/v1/cluster.pb.h"
+#include "worker/backend.h"
+#include "worker/cache/latent_cache.h"
+
+namespace strait {
+
+struct Resident {
+  std::vector<TokenId> tokens;  // [length]
+  uint32_t finished = 0;        // rows of finished steps: what outlives the epoch
+  uint32_t prompt_tokens = 0;
+  SamplingParams sampling;
+  // What a step sampled, where it is known: on the last stage, and on the first once it came back.
+  TokenId sampled = 0;
+  StepId sampled_by;
+  // On the last stage: the latest step begun that samples it, and by which of its requests.
+  StepId asked_of;
+  uint32_t asked_request = 0;
+};
+
+// A sequence that an earlier epoch left: its positions below `rows` are in the cache.
+struct HeldRows {
+  SequenceId id;
+  uint32_t rows = 0;
+};
+
+class Residents {
+ public:
+  Residents(uint32_t num_layers, uint32_t pool_blocks) : cache_(num_layers, pool_blocks) {}
+
+  // Of this epoch; null: not resident. Shared with the steps that have it and are not finished.
+  std::shared_ptr<Resident> Find(SequenceId id) const;
+
+  // Cuts what is left of it to `kept_rows`. REQUIRES: not resident; no more than what is left.
+  void Open(const v1::OpenSequence& open, SamplingParams sampling, uint32_t kept_rows);
+  // Its blocks are free afterwards, whether it is resident or left; else nothing.
+  void Close(SequenceId id);
+  // The epoch is over: what is resident is left, with its finished rows. REQUIRES: no step is begun.
+  void Leave();
+
+  // By rising id.
+  std::vector<HeldRows> left() const;
+
+  LatentCache& cache() { return cache_; }
+  const LatentCache& cache() const { return cache_; }
+  // Blocks and tokens agree, and every sequence with blocks is resident or left. `computed`: all rows
+  // of residents were, that is, no step has failed.
+  absl::Status CheckIntegrity(bool computed) const;
+
+ private:
+  using Map = absl::flat_hash_map<SequenceId, std::shared_ptr<Resident>>;
+
+  LatentCache cache_;
+  Map residents_;
+  Map left_;
+};
+
+}  // namespace strait
