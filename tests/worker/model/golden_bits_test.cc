@@ -30,14 +30,12 @@ TEST_P(GoldenBitsTest, Checkpoint) {
                    DigestOfCheckpoint(GetParam().shape, &pipeline, 100));
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, GoldenBitsTest,
-                         testing::Values(Case{"v3-yarn", RowFormat::kFp32},
-                                         Case{"v3-odd", RowFormat::kFp32},
-                                         Case{"v2-lite", RowFormat::kFp32},
-                                         Case{"v2", RowFormat::kFp32},
-                                         Case{"v3-fp8", RowFormat::kFp32},
-                                         Case{"v3-yarn", RowFormat::kBf16},
-                                         Case{"v2-lite", RowFormat::kBf16}));
+INSTANTIATE_TEST_SUITE_P(
+    Shapes, GoldenBitsTest,
+    testing::Values(Case{"v3-yarn", RowFormat::kFp32}, Case{"v3-odd", RowFormat::kFp32},
+                    Case{"v2-lite", RowFormat::kFp32}, Case{"v2", RowFormat::kFp32},
+                    Case{"v3-fp8", RowFormat::kFp32}, Case{"v3-yarn", RowFormat::kBf16},
+                    Case{"v2-lite", RowFormat::kBf16}));
 
 // A context that crosses the 1,024-row spans which attention is folded in.
 TEST(GoldenBitsLongTest, SpansOfAttention) {
