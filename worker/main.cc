@@ -47,6 +47,7 @@ struct Flags {
   double gpu_memory_share = 0.9;
   std::optional<uint32_t> gpu;  // none: 0
   uint32_t threads = 0;
+  uint32_t orphan_timeout_s = 60;
   LogFlags log;
   bool insecure = false;
   bool deterministic = false;
@@ -193,6 +194,7 @@ absl::Status Run(const Flags& flags) {
   options.nccl = std::move(nccl);
   options.model_fingerprint = ModelFingerprint(config);
   STRAIT_ASSIGN_OR_RETURN(options.weights_fingerprint, FingerprintOf(flags));
+  options.core.orphan_timeout_us = uint64_t{flags.orphan_timeout_s} * 1'000'000;
   options.cache_row_bytes = static_cast<uint32_t>(backend->block_bytes() / limits::kBlockTokens);
   STRAIT_ASSIGN_OR_RETURN(auto worker, WorkerProcess::Create(options, backend.get()));
   Log(LogLevel::kInfo, "worker started",
@@ -274,6 +276,9 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"auto", "grpc", "nccl"}));
   AddFlag(app, "--nccl-library", flags.nccl_library,
           "The NCCL library; default: libnccl.so.2 where the system finds it");
+  AddFlag(app, "--orphan-timeout", flags.orphan_timeout_s,
+          "Seconds for which stages and their cache are kept while there is no coordinator")
+      ->check(CLI::Range(0u, 86'400u));
   AddFlag(app, "--name", flags.name, "Name for people, in status and logs");
   AddSwitch(app, "--deterministic", flags.deterministic,
             "A sequence's tokens depend on the sequence alone, not on what is computed beside it. "

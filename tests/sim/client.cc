@@ -34,12 +34,15 @@ SequenceSpec Clients::MakeSequence() {
   }
   spec.max_tokens = static_cast<uint32_t>(std::min<uint64_t>(
       w.Random(1, scenario_->max_tokens_max), model.max_positions - spec.prompt.size()));
-  spec.ignore_eos = w.Chance(0.5);
+  if (scenario_->tokens_each > 0) {
+    spec.max_tokens = scenario_->tokens_each - static_cast<uint32_t>(spec.prompt.size());
+  }
+  spec.ignore_eos = scenario_->tokens_each > 0 || w.Chance(0.5);
   if (w.Chance(0.3)) spec.min_tokens = static_cast<uint32_t>(w.Random(0, spec.max_tokens));
-  if (w.Chance(0.3))
+  if (w.Chance(0.3) && scenario_->tokens_each == 0)
     spec.stop_token_ids = {static_cast<TokenId>(w.Random(0, model.vocab_size - 1))};
   spec.score_prompt = w.Chance(0.3);
-  if (w.Chance(0.1)) {
+  if (w.Chance(0.1) && scenario_->tokens_each == 0) {
     spec.max_tokens = spec.min_tokens = 0;
   }
   spec.want_logprobs = w.Chance(0.5);
@@ -57,7 +60,7 @@ RequestSpec Clients::Make(RequestId* id) {
   World& w = *world_;
   *id = RequestId{++last_id_};
   Live& live = live_[*id];
-  const uint64_t num_sequences = w.Chance(0.8) ? 1 : w.Random(2, 4);
+  const uint64_t num_sequences = scenario_->tokens_each > 0 || w.Chance(0.8) ? 1 : w.Random(2, 4);
   for (uint64_t i = 0; i < num_sequences; ++i) {
     SequenceSpec spec = MakeSequence();
     spec.choice_index = static_cast<uint32_t>(i);

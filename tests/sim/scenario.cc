@@ -85,4 +85,36 @@ Scenario MakeScenario(World* world) {
   return s;
 }
 
+Scenario MakeGroundScenario(World* world) {
+  World& w = *world;
+  Scenario s = MakeScenario(world);
+  CoreOptions& o = s.options;
+  ModelShape& m = s.model;
+  m.max_positions = 700;
+  m.layer_weight_bytes.assign(w.Random(2, 3), 3000);
+  const size_t num_layers = m.layer_weight_bytes.size();
+  o.num_pipelines = 2;
+  o.num_stages = 2;
+  o.max_step_tokens = static_cast<uint32_t>(w.Pick({64, 300}));
+  o.prefill_chunk = static_cast<uint32_t>(w.Pick({16, 64, 300}));
+  o.max_running = 16;
+  o.max_waiting = 200;
+  o.max_cache_bytes_per_stage = 0;
+  s.columns_least = static_cast<uint32_t>(w.Pick({12, 50}));
+  s.equal_memory = true;
+  const uint64_t enough = m.embedding_bytes + m.head_bytes + num_layers * 3000 +
+                          m.workspace_bytes.back() +
+                          uint64_t{s.columns_least} * num_layers * m.block_bytes;
+  s.worker_memory.assign(5, enough);
+  s.num_requests = 8;
+  s.tokens_each = 300;
+  s.cancel_chance = s.deadline_chance = s.bad_request_chance = s.nan_chance = 0;
+  s.num_faults = 3;
+  s.faults_us = w.Pick({500'000, 2'000'000});
+  s.replacement_chance = 1;
+  s.heals = true;
+  s.num_lies = 0;
+  return s;
+}
+
 }  // namespace strait::sim

@@ -26,7 +26,8 @@ struct Scenario {
   double cancel_chance = 0;
   double deadline_chance = 0;
   double bad_request_chance = 0;
-  double nan_chance = 0;  // of a sequence whose logits become NaN
+  double nan_chance = 0;     // of a sequence whose logits become NaN
+  uint32_t tokens_each = 0;  // prompt and output of every sequence, one a request; 0: any
   uint32_t prompt_tokens_max = 0;
   uint32_t max_tokens_max = 0;
 
@@ -46,5 +47,7 @@ struct Scenario {
 };
 
 Scenario MakeScenario(World* world);
+// At least two pipelines, five workers, eight sequences of 300 tokens each, three faults.
+Scenario MakeGroundScenario(World* world);
 
 }  // namespace strait::sim

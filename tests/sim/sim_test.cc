@@ -49,7 +49,7 @@ TEST(SimTest, ManySeeds) {
   uint64_t failed = 0;
   for (uint64_t seed = first; seed < first + count && failed < 20; ++seed) {
     running_seed = seed;
-    const Outcome outcome = RunSimulation(seed, false);
+    const Outcome outcome = RunSimulation(seed);
     if (!outcome.violation.empty()) {
       ++failed;
       ADD_FAILURE() << "seed " << seed << ": " << outcome.violation
@@ -63,6 +63,7 @@ TEST(SimTest, ManySeeds) {
     sum.lies_caught += outcome.lies_caught;
     sum.steps_ahead += outcome.steps_ahead;
     sum.late_ids += outcome.late_ids;
+    sum.events.Add(outcome.events);
     sum.stats.steps += outcome.stats.steps;
     sum.stats.preemptions += outcome.stats.preemptions;
     sum.stats.recoveries += outcome.stats.recoveries;
@@ -86,6 +87,7 @@ TEST(SimTest, ManySeeds) {
       static_cast<unsigned long long>(sum.stats.surplus_tokens), sum.evictions, sum.lies_caught,
       sum.lies_told, static_cast<unsigned long long>(sum.steps_ahead),
       static_cast<unsigned long long>(sum.late_ids));
+  std::printf("Events by the state of the stage that they met:\n%s\n", sum.events.Table().c_str());
   if (count < 100) return;
   // The faults must be there, or the run proves nothing.
   EXPECT_GT(sum.sequences_finished, sum.requests / 2);
@@ -103,8 +105,8 @@ TEST(SimTest, ManySeeds) {
 
 TEST(SimTest, ASeedReplays) {
   for (const uint64_t seed : {7, 8, 9}) {
-    const Outcome a = RunSimulation(seed, false);
-    const Outcome b = RunSimulation(seed, false);
+    const Outcome a = RunSimulation(seed);
+    const Outcome b = RunSimulation(seed);
     EXPECT_EQ(a.virtual_us, b.virtual_us);
     EXPECT_EQ(a.stats.steps, b.stats.steps);
     EXPECT_EQ(a.violation, b.violation);

@@ -22,12 +22,13 @@ uint32_t FakeNcclVersion(uint64_t instance) {
 }  // namespace
 
 SimWorker::SimWorker(World* world, Network* network, Control* control, const Scenario* scenario,
-                     uint64_t instance, uint64_t memory_bytes, uint64_t weights)
+                     uint64_t instance, uint64_t memory_bytes, uint64_t weights, bool check_always)
     : world_(world),
       control_(control),
       scenario_(scenario),
       instance_(instance),
       memory_bytes_(memory_bytes),
+      check_always_(check_always),
       backend_(&scenario->model, memory_bytes, weights),
       transport_(network, absl::StrCat("worker-", instance), EventsOfTransport(),
                  [this](uint64_t delay_us, std::function<void()> what) {
@@ -42,16 +43,24 @@ SimWorker::SimWorker(World* world, Network* network, Control* control, const Sce
 TransportEvents SimWorker::EventsOfTransport() {
   TransportEvents events;
   events.on_edge_up = [this](const Edge& edge, HiddenMemory memory) {
+    Count(edge.from_stage_id, SimEvent::kEdgeUp);
     core_.OnEdgeUp(edge, std::move(memory));
   };
-  events.on_edge_down = [this](const Edge& edge, absl::Status why) { core_.OnEdgeDown(edge, why); };
+  events.on_edge_down = [this](const Edge& edge, absl::Status why) {
+    Count(edge.from_stage_id, SimEvent::kEdgeDown);
+    Count(edge.to_stage_id, SimEvent::kEdgeDown);
+    core_.OnEdgeDown(edge, why);
+  };
   events.on_hidden = [this](uint64_t to, HiddenStep hidden) {
+    Count(to, SimEvent::kHidden);
     core_.OnHidden(to, std::move(hidden), world_->now_us());
   };
   events.on_sampled = [this](uint64_t to, SampledStep sampled) {
+    Count(to, SimEvent::kSampled);
     core_.OnSampled(to, std::move(sampled));
   };
   events.on_nccl_id = [this](const Edge& edge, std::string id) {
+    Count(edge.to_stage_id, SimEvent::kNcclId);
     core_.OnNcclId(edge, std::move(id));
   };
   return events;
@@ -96,8 +105,22 @@ v1::Hello SimWorker::Hello() const {
 void SimWorker::Receive(const v1::ToWorker& message) {
   if (message.has_welcome()) {
     heartbeat_interval_us_ = uint64_t{message.welcome().heartbeat_interval_ms()} * 1000;
+    CountAll(SimEvent::kAttach);
     core_.OnWelcome(message.welcome());
     return Heartbeat(stream_);
+  }
+  switch (message.message_case()) {
+    case v1::ToWorker::kLoadStage:
+      Count(message.load_stage().stage_id(), SimEvent::kLoad);
+      break;
+    case v1::ToWorker::kUnloadStage:
+      Count(message.unload_stage().stage_id(), SimEvent::kUnload);
+      break;
+    case v1::ToWorker::kActivateStage:
+      Count(message.activate_stage().stage_id(), SimEvent::kActivate);
+      break;
+    default:
+      Count(message.step().stage_id(), SimEvent::kPlan);
   }
   core_.OnMessage(message, world_->now_us());
   CheckSound();
@@ -113,6 +136,7 @@ void SimWorker::Heartbeat(uint64_t stream) {
 
 void SimWorker::StreamEnded() {
   ++stream_;
+  CountAll(SimEvent::kDetach);
   core_.OnDetached(world_->now_us());
   RunAfter(world_->Random(1'000, 50'000), [this, stream = stream_] {
     if (stream == stream_) control_->Dial(this);
@@ -122,6 +146,7 @@ void SimWorker::StreamEnded() {
 
 void SimWorker::Orphaned(uint64_t stream) {
   if (stream != stream_ || core_.attached()) return;
+  CountAll(SimEvent::kOrphan);
   core_.OnTick(world_->now_us());
   RunAfter(1'000'000, [this, stream] { Orphaned(stream); });
 }
@@ -155,7 +180,6 @@ void SimWorker::DropCoordinator(absl::Status why) {
 
 void SimWorker::Load(const LoadOrder& order) {
   RunAfter(world_->Random(100, scenario_->load_us_max), [this, order] {
-    if (core_.StateOf(order.stage_id) != WorkerCore::HostedState::kLoading) return;
     auto model = backend_.Load(order.spec, [this, &order](uint64_t done, uint64_t total) {
       v1::FromWorker message;
       message.mutable_load_progress()->set_stage_id(order.stage_id);
@@ -163,6 +187,7 @@ void SimWorker::Load(const LoadOrder& order) {
       message.mutable_load_progress()->set_bytes_total(total);
       Tell(std::move(message));
     });
+    Count(order.stage_id, SimEvent::kLoaded);
     core_.OnLoaded(order, std::move(model));
   });
 }
@@ -183,6 +208,7 @@ void SimWorker::TryRun() {
   while (const std::optional<uint64_t> id = core_.NextReady()) {
     const Stage& stage = *core_.FindStage(*id);
     steps_ahead_ += stage.num_begun() > 0;
+    Count(*id, SimEvent::kBegin);
     core_.BeginStep(*id, clock);
     CheckSound();
     device_free_us_ =
@@ -201,6 +227,7 @@ void SimWorker::StepEnds(uint64_t stage_id, PipelineEpoch epoch) {
   const auto end = [this, stage_id, epoch] {
     const Stage* const stage = core_.FindStage(stage_id);
     if (stage == nullptr || stage->epoch() != epoch || stage->num_begun() == 0) return;
+    Count(stage_id, SimEvent::kFinish);
     core_.FinishStep(stage_id, [this] { return world_->now_us(); });
     CheckSound();
   };
@@ -213,7 +240,12 @@ void SimWorker::StepEnds(uint64_t stage_id, PipelineEpoch epoch) {
   Drain();
 }
 
+void SimWorker::CountAll(SimEvent event) {
+  for (const uint64_t id : core_.stage_ids()) Count(id, event);
+}
+
 void SimWorker::CheckSound() {
+  if (!check_always_) return;
   const absl::Status sound = core_.CheckIntegrity();
   if (!sound.ok()) world_->Violation(absl::StrCat("w", instance_, ": ", sound.ToString()));
 }

@@ -17,6 +17,7 @@
 #include <string>
 
 #include "strait/v1/cluster.pb.h"
+#include "tests/sim/event_counts.h"
 #include "tests/sim/hash_backend.h"
 #include "tests/sim/network.h"
 #include "tests/sim/scenario.h"
@@ -38,8 +39,9 @@ class Control {
 
 class SimWorker final : private WorkerPorts {
  public:
+  // `check_always`: integrity after every event, not only when asked.
   SimWorker(World* world, Network* network, Control* control, const Scenario* scenario,
-            uint64_t instance, uint64_t memory_bytes, uint64_t weights);
+            uint64_t instance, uint64_t memory_bytes, uint64_t weights, bool check_always);
 
   v1::Hello Hello() const;
   void Receive(const v1::ToWorker& message);  // in its own time
@@ -66,6 +68,7 @@ class SimWorker final : private WorkerPorts {
   // Begun while another one was; and ids that went from one to the other without the host.
   uint64_t steps_ahead() const { return steps_ahead_; }
   uint64_t late_ids() const { return backend_.late_ids; }
+  const EventCounts& event_counts() const { return counts_; }
   absl::Status CheckIntegrity() const { return core_.CheckIntegrity(); }
   // Latent blocks held by all stages.
   uint64_t BlocksHeld() const { return core_.BlocksHeld(); }
@@ -93,11 +96,15 @@ class SimWorker final : private WorkerPorts {
   static void VoidNan(v1::StageReport* report);
   bool Lie(v1::StageReport* report);
 
+  void Count(uint64_t stage_id, SimEvent event) { counts_.Add(core_.StateOf(stage_id), event); }
+  void CountAll(SimEvent event);
+
   World* const world_;
   Control* const control_;
   const Scenario* const scenario_;
   const uint64_t instance_;
   const uint64_t memory_bytes_;
+  const bool check_always_;
   HashBackend backend_;
   SimTransport transport_;
   WorkerCore core_;
@@ -109,6 +116,7 @@ class SimWorker final : private WorkerPorts {
   uint64_t device_free_us_ = 0;
   uint64_t stream_ = 0;  // counts its streams
   uint64_t heartbeat_interval_us_ = 0;
+  EventCounts counts_;
   bool lie_next_ = false;
   bool lied_ = false;
   uint64_t steps_ahead_ = 0;

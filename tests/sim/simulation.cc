@@ -37,9 +37,11 @@ Overloaded(Ts...) -> Overloaded<Ts...>;
 
 class Simulation : public Control {
  public:
-  Simulation(uint64_t seed, bool trace)
-      : world_(seed, trace),
-        scenario_(MakeScenario(&world_)),
+  Simulation(uint64_t seed, const SimulationOptions& options)
+      : options_(options),
+        world_(seed, options.trace),
+        scenario_(options.shape == Shape::kAny ? MakeScenario(&world_)
+                                               : MakeGroundScenario(&world_)),
         network_(&world_, scenario_.data_delay_us_max, scenario_.slow_message_chance),
         core_(scenario_.options, scenario_.model),
         clients_(&world_, &scenario_),
@@ -87,7 +89,9 @@ class Simulation : public Control {
   void Heal();
   bool Settled() const;
   void CheckIdle();
+  void CheckSound();
 
+  const SimulationOptions options_;
   World world_;
   const Scenario scenario_;
   Network network_;
@@ -258,8 +262,7 @@ void Simulation::PumpSoon() {
 
 void Simulation::Pump() {
   const std::vector<CoreMessage> messages = core_.Take(world_.now_us());
-  const absl::Status sound = core_.CheckIntegrity();
-  if (!sound.ok()) return world_.Violation(absl::StrCat("core: ", sound.ToString()));
+  if (options_.check_always) CheckSound();
   const uint64_t no_pipeline_us = world_.now_us() - last_ready_us_;
   for (const CoreMessage& message : messages) {
     std::visit(Overloaded{
@@ -277,6 +280,18 @@ void Simulation::Pump() {
                message);
   }
   if (core_.Ready()) last_ready_us_ = world_.now_us();
+}
+
+void Simulation::CheckSound() {
+  const absl::Status sound = core_.CheckIntegrity();
+  if (!sound.ok()) world_.Violation(absl::StrCat("core: ", sound.ToString()));
+  if (options_.check_always) return;  // workers do it themselves
+  for (const auto& worker : workers_) {
+    const absl::Status status = worker->CheckIntegrity();
+    if (!status.ok()) {
+      world_.Violation(absl::StrCat("w", worker->instance(), ": ", status.ToString()));
+    }
+  }
 }
 
 void Simulation::Tick() {
@@ -299,7 +314,8 @@ void Simulation::Tick() {
 
 void Simulation::StartWorker(uint64_t memory_bytes, uint64_t weights) {
   workers_.push_back(std::make_unique<SimWorker>(&world_, &network_, this, &scenario_,
-                                                 workers_.size() + 1, memory_bytes, weights));
+                                                 workers_.size() + 1, memory_bytes, weights,
+                                                 options_.check_always));
 }
 
 void Simulation::SubmitOne() {
@@ -328,6 +344,7 @@ void Simulation::SubmitOne() {
 }
 
 void Simulation::Fault() {
+  world_.After(1'000, [this] { CheckSound(); });
   std::vector<SimWorker*> alive;
   for (const auto& worker : workers_) {
     if (worker->alive() && !worker->is_foreign()) alive.push_back(worker.get());
@@ -413,6 +430,7 @@ bool Simulation::Settled() const {
 }
 
 void Simulation::CheckIdle() {
+  CheckSound();
   const CoreStats stats = core_.Stats();
   if (stats.running + stats.waiting + stats.blocks_used != 0) {
     return world_.Violation(absl::StrCat("at idle ", stats.running, " run, ", stats.waiting,
@@ -477,6 +495,7 @@ Outcome Simulation::Run() {
   for (const auto& worker : workers_) {
     outcome_.steps_ahead += worker->steps_ahead();
     outcome_.late_ids += worker->late_ids();
+    outcome_.events.Add(worker->event_counts());
   }
   outcome_.virtual_us = world_.now_us() - begin_us;
   return outcome_;
@@ -484,6 +503,8 @@ Outcome Simulation::Run() {
 
 }  // namespace
 
-Outcome RunSimulation(uint64_t seed, bool trace) { return Simulation(seed, trace).Run(); }
+Outcome RunSimulation(uint64_t seed, const SimulationOptions& options) {
+  return Simulation(seed, options).Run();
+}
 
 }  // namespace strait::sim

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Simulation runs a whole cluster from a seed: the real Core and real Stages, clients, faults, on
+// Simulation runs a whole cluster from a seed: the real Core and WorkerCores, clients, faults, on
 // one thread in virtual time, and checks everything after every event.
 //
 // Owns:    all of it.
@@ -12,6 +12,7 @@
 #include <string>
 
 #include "coordinator/core/core.h"
+#include "tests/sim/event_counts.h"
 
 namespace strait::sim {
 
@@ -26,9 +27,22 @@ struct Outcome {
   uint32_t lies_caught = 0;
   uint64_t steps_ahead = 0;  // begun while the one before was computing
   uint64_t late_ids = 0;     // that went from one step to the next without the host
+  EventCounts events;
   uint64_t virtual_us = 0;
 };
 
-Outcome RunSimulation(uint64_t seed, bool trace);
+// What a seed decides within.
+enum class Shape {
+  kAny,     // anything, small: most clusters have few workers and short sequences
+  kGround,  // at least two pipelines, five workers, eight sequences of 300 tokens, three faults
+};
+
+struct SimulationOptions {
+  bool trace = false;
+  Shape shape = Shape::kAny;
+  bool check_always = true;  // integrity after every event; else after faults and in idle moments
+};
+
+Outcome RunSimulation(uint64_t seed, const SimulationOptions& options = {});
 
 }  // namespace strait::sim

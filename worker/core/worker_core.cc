@@ -402,6 +402,12 @@ const Stage* WorkerCore::FindStage(uint64_t stage_id) const {
   return hosted == nullptr ? nullptr : hosted->stage.get();
 }
 
+std::vector<uint64_t> WorkerCore::stage_ids() const {
+  std::vector<uint64_t> ids;
+  for (const auto& [id, hosted] : hosted_) ids.push_back(id);
+  return ids;
+}
+
 uint64_t WorkerCore::BlocksHeld() const {
   uint64_t blocks = 0;
   for (const auto& [id, hosted] : hosted_) {

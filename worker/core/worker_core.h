@@ -23,6 +23,7 @@
 #include <memory>
 #include <optional>
 #include <string_view>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -110,6 +111,7 @@ class WorkerCore {
 
   // ---- What others may ask ----
   size_t num_stages() const { return hosted_.size(); }
+  std::vector<uint64_t> stage_ids() const;
   HostedState StateOf(uint64_t stage_id) const;
   // Null: not here, or still loading.
   const Stage* FindStage(uint64_t stage_id) const;

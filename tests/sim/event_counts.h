@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// EventCounts says how often each event met a stage of a worker in each of its states: a pair that never
+// comes in thousands of seeds is a pair that nobody has tested.
+//
+// Thread:  plain value.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "worker/core/worker_core.h"
+
+namespace strait::sim {
+
+enum class SimEvent {
+  kLoad,
+  kLoaded,
+  kUnload,
+  kActivate,
+  kPlan,
+  kEdgeUp,
+  kEdgeDown,
+  kNcclId,
+  kHidden,
+  kSampled,
+  kBegin,
+  kFinish,
+  kDetach,
+  kAttach,
+  kOrphan,
+};
+inline constexpr size_t kNumSimEvents = 15;
+inline constexpr size_t kNumHostedStates = 6;
+using HostedState = WorkerCore::HostedState;
+
+class EventCounts {
+ public:
+  void Add(HostedState state, SimEvent event) {
+    ++counts_[static_cast<size_t>(state)][static_cast<size_t>(event)];
+  }
+  void Add(const EventCounts& other);
+  uint64_t count(HostedState state, SimEvent event) const {
+    return counts_[static_cast<size_t>(state)][static_cast<size_t>(event)];
+  }
+
+  // Whether an honest cluster can bring it about at all.
+  static bool Reachable(HostedState state, SimEvent event);
+  // A line a state; unreachable pairs are dashes.
+  std::string Table() const;
+  // Reachable pairs that never came.
+  std::string Missing() const;
+
+ private:
+  std::array<std::array<uint64_t, kNumSimEvents>, kNumHostedStates> counts_{};
+};
+
+}  // namespace strait::sim
