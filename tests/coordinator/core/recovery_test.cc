@@ -259,7 +259,7 @@ TEST(RecoveryTest, DeadlinesEndRequests) {
   ASSERT_TRUE(h.ended.contains(id));
   EXPECT_EQ(h.ended.at(id).status.code(), absl::StatusCode::kDeadlineExceeded);
   h.Run();
-  EXPECT_EQ(h.core.Stats().blocks_used, 0u);
+  EXPECT_EQ(h.core.Stats().cache_bytes_used, 0u);
   EXPECT_FALSE(h.workers.at(worker).evicted);
 }
 
