@@ -30,6 +30,7 @@ CoreOptions Options(uint32_t num_stages) {
 
 TEST(RecoveryTest, SurvivorsKeepTheirWeightsAndSequencesAreReplayed) {
   Harness h(Options(2), SmallModel());
+  h.tell_rows = false;
   const WorkerId first = h.Attach(kMemory);
   const WorkerId last = h.Attach(kMemory);
   const RequestId id = h.Submit(OneSequence(10, 5));
