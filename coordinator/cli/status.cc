@@ -39,11 +39,11 @@ std::string BytesCell(const json::Object& object, std::string_view key) {
   return json::Find(object, key) ? FormatBytes(Number(object, key)) : "-";
 }
 
-// "3 / 128 (2 %)"
+// "3 MiB / 128 MiB (2 %)"
 std::string UseCell(const json::Object& object, std::string_view used, std::string_view total) {
   if (!json::Find(object, total)) return "-";
   const double all = Number(object, total);
-  return absl::StrCat(Cell(object, used), " / ", Cell(object, total), " (",
+  return absl::StrCat(BytesCell(object, used), " / ", BytesCell(object, total), " (",
                       all > 0 ? static_cast<int>(100 * Number(object, used) / all) : 0, " %)");
 }
 
@@ -54,7 +54,7 @@ std::string Percent(double part, double whole) {
 std::string Describe(const json::Object& status) {
   std::vector<std::vector<std::string>> rows = {{"worker", "name", "process", "backend", "threads",
                                                  "memory", "resident", "pipeline", "stage",
-                                                 "layers", "state", "cache blocks"}};
+                                                 "layers", "state", "cache"}};
   for (const json::Object* worker : Objects(status, "workers")) {
     std::vector<std::string> common = {Cell(*worker, "id"),
                                        Cell(*worker, "name"),
@@ -79,7 +79,7 @@ std::string Describe(const json::Object& status) {
       row.insert(row.end(), {Cell(*stage, "pipeline_id"), Cell(*stage, "stage_index"),
                              absl::StrCat(Cell(*stage, "layer_begin"), "-",
                                           static_cast<int64_t>(Number(*stage, "layer_end")) - 1),
-                             state, UseCell(*stage, "blocks_used", "blocks_total")});
+                             state, UseCell(*stage, "cache_bytes_used", "cache_bytes_total")});
       rows.push_back(std::move(row));
       for (std::string& cell : common) cell.clear();  // a worker's own facts once
     }

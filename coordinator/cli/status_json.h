@@ -42,7 +42,7 @@ inline const json::Object* StageOfWorker(const json::Object& status, double stag
 }
 
 // Bytes that one token takes in each layer's cache, as the stages of the first active pipeline tell
-// by the blocks and bytes of their pools; empty when they do not tell, or not of every layer.
+// by the size of a latent block; empty when they do not tell, or not of every layer.
 inline std::vector<double> CacheBytesPerTokenByLayer(const json::Object& status) {
   for (const json::Object* pipeline : Objects(status, "pipelines")) {
     if (Text(*pipeline, "state") != "active") continue;
@@ -50,14 +50,13 @@ inline std::vector<double> CacheBytesPerTokenByLayer(const json::Object& status)
     for (const json::Object* place : Objects(*pipeline, "stages")) {
       const json::Object* stage = StageOfWorker(status, Number(*place, "stage_id"));
       if (stage == nullptr) return {};
-      const double blocks = Number(*stage, "blocks_total");
-      const double bytes = Number(*stage, "cache_bytes_total");
+      const double block = Number(*stage, "block_bytes");
       const double begin = Number(*stage, "layer_begin"), end = Number(*stage, "layer_end");
-      if (blocks <= 0 || bytes <= 0 || begin != static_cast<double>(by_layer.size()) ||
+      if (block <= 0 || begin != static_cast<double>(by_layer.size()) ||
           end <= begin || end > limits::kMaxHiddenLayers) {
         return {};
       }
-      by_layer.resize(static_cast<size_t>(end), bytes / blocks / limits::kBlockTokens);
+      by_layer.resize(static_cast<size_t>(end), block / limits::kBlockTokens);
     }
     return by_layer;
   }

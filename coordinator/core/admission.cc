@@ -11,7 +11,6 @@
 #include "absl/strings/str_cat.h"
 #include "proto/base/limits.h"
 #include "proto/base/status_macros.h"
-#include "proto/model/reservation.h"
 
 namespace strait {
 namespace {
@@ -102,17 +101,15 @@ absl::Status CheckRequest(const RequestSpec& request, const ModelShape& model) {
   return absl::OkStatus();
 }
 
-absl::Status CheckFits(const RequestSpec& request, uint32_t capacity_columns) {
+absl::Status CheckFits(const RequestSpec& request, uint64_t capacity_rows) {
   for (const SequenceSpec& spec : request.sequences) {
     // The last token is sampled, never fed.
     const uint64_t rows = spec.prompt.size() + uint64_t{spec.max_tokens} - 1;
-    const uint32_t columns = BlocksPerLayer(static_cast<uint32_t>(rows));
-    if (columns <= capacity_columns) continue;
+    if (rows <= capacity_rows) continue;
     return absl::InvalidArgumentError(absl::StrCat(
         "the prompt's ", spec.prompt.size(), " tokens and max_tokens ", spec.max_tokens, " need ",
-        columns, " latent blocks a layer, the roomiest pipeline has ", capacity_columns, " (",
-        uint64_t{capacity_columns} * limits::kBlockTokens,
-        " tokens); ask for fewer tokens or give the workers more memory"));
+        rows, " cache rows, the roomiest pipeline has ", capacity_rows,
+        "; ask for fewer tokens or give the workers more memory"));
   }
   return absl::OkStatus();
 }

@@ -16,8 +16,8 @@ namespace strait {
 // Whether every sequence of it is well formed and within the model's context.
 absl::Status CheckRequest(const RequestSpec& request, const ModelShape& model);
 
-// Whether every sequence of it, grown to its end, fits in `capacity_columns` 64-token columns of
-// latent blocks: what the roomiest pipeline holds.
-absl::Status CheckFits(const RequestSpec& request, uint32_t capacity_columns);
+// Whether every sequence of it, grown to its end, fits in `capacity_rows`: the longest sequence that
+// every stage of the roomiest pipeline can hold.
+absl::Status CheckFits(const RequestSpec& request, uint64_t capacity_rows);
 
 }  // namespace strait

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // How Cluster puts pipelines together, and what it does when one fails.
-#include <xxhash.h>
-
 #include <algorithm>
 #include <utility>
 
@@ -13,22 +11,12 @@
 
 namespace strait {
 
-namespace {
-
-// Of the edge that ends at this stage, in this epoch. Never 0.
-uint64_t EdgeNonce(uint64_t secret, PipelineEpoch epoch, uint64_t to_stage_id) {
-  const uint64_t words[] = {secret, epoch.term, epoch.counter, to_stage_id};
-  return XXH3_64bits_withSeed(words, sizeof(words), secret) | 1;
-}
-
-}  // namespace
-
-uint32_t Pipeline::capacity_columns() const {
-  uint32_t columns = slots.front().pool_blocks / slots.front().layers.size();
+uint64_t Pipeline::capacity_rows(const CachePolicy& policy) const {
+  uint64_t rows = RowsThatFit(policy, slots.front().cache_bytes, slots.front().layers);
   for (const StageSlot& slot : slots) {
-    columns = std::min(columns, slot.pool_blocks / slot.layers.size());
+    rows = std::min(rows, RowsThatFit(policy, slot.cache_bytes, slot.layers));
   }
-  return columns;
+  return rows;
 }
 
 uint32_t Pipeline::num_vacant() const {
@@ -37,9 +25,12 @@ uint32_t Pipeline::num_vacant() const {
   return vacant;
 }
 
-uint32_t Cluster::capacity_columns() const {
-  uint32_t most = 0;
-  for (const auto& [id, pipeline] : pipelines_) most = std::max(most, pipeline->capacity_columns());
+uint64_t Cluster::capacity_rows() const {
+  const CachePolicy policy = context_->model.policy();
+  uint64_t most = 0;
+  for (const auto& [id, pipeline] : pipelines_) {
+    most = std::max(most, pipeline->capacity_rows(policy));
+  }
   return most;
 }
 
@@ -99,11 +90,11 @@ void Cluster::FormPipeline(uint64_t now_us) {
   pipeline->id = PipelineId{++last_pipeline_id_};
   pipeline->epoch = {context_->options.term, ++last_epoch_counter_};
   pipeline->since_us = now_us;
-  pipeline->planned_columns = plan->capacity_columns;
+  pipeline->planned_rows = plan->capacity_rows;
   for (const StagePlan& stage : plan->stages) {
     StageSlot slot;
     slot.layers = stage.layers;
-    slot.pool_blocks = stage.pool_blocks;
+    slot.cache_bytes = stage.cache_bytes;
     pipeline->slots.push_back(slot);
   }
   pipelines_.emplace(pipeline->id, std::move(owned));
@@ -114,21 +105,21 @@ void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
   std::vector<Worker*> idle = IdleWorkers(now_us);
   if (idle.empty()) return;
   const CoreOptions& options = context_->options;
-  const uint32_t planned = pipeline->planned_columns;
+  const uint64_t planned = pipeline->planned_rows;
   std::vector<std::pair<uint32_t, Worker*>> fills;  // slot index, worker
-  std::vector<uint32_t> columns_of_fills;
-  uint32_t columns = pipeline->capacity_columns();
+  std::vector<uint64_t> rows_of_fills;
+  uint64_t rows = pipeline->capacity_rows(context_->model.policy());
   std::vector<Worker*> left = idle;
   for (uint32_t i = 0; i < pipeline->slots.size() && !left.empty(); ++i) {
     const StageSlot& slot = pipeline->slots[i];
     if (slot.state != StageSlot::State::kVacant) continue;
     // Most memory first, so the first is the roomiest.
-    const uint32_t fits =
-        StageColumns(options, context_->model, slot.layers, left.front()->memory());
-    columns = std::min(columns, fits);
+    const uint64_t fits =
+        StageRowsMax(options, context_->model, slot.layers, left.front()->memory());
+    rows = std::min(rows, fits);
     fills.emplace_back(i, left.front());
     // Not cut to what a small one elsewhere can hold: that one may be replaced, too.
-    columns_of_fills.push_back(std::min(fits, planned));
+    rows_of_fills.push_back(std::min(fits, planned));
     left.erase(left.begin());
   }
   // What the roomiest workers at hand could do with other layer ranges. Loading everything anew
@@ -147,14 +138,14 @@ void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
     std::vector<WorkerMemory> memory;
     for (const Worker* worker : all) memory.push_back(worker->memory());
     const absl::StatusOr<PipelinePlan> plan = PlanPipeline(options, context_->model, memory);
-    const uint64_t anew = plan.ok() ? plan->capacity_columns : 0;
-    if (anew > 2 * uint64_t{columns}) return Dissolve(pipeline->id);
-    if (columns == 0) pipeline->last_error = std::string(plan.status().message());
+    const uint64_t anew = plan.ok() ? plan->capacity_rows : 0;
+    if (anew > 2 * rows) return Dissolve(pipeline->id);
+    if (rows == 0) pipeline->last_error = std::string(plan.status().message());
   }
   for (size_t i = 0; i < fills.size(); ++i) {
-    if (columns_of_fills[i] == 0) continue;
+    if (rows_of_fills[i] == 0) continue;
     StageSlot& slot = pipeline->slots[fills[i].first];
-    slot.pool_blocks = columns_of_fills[i] * slot.layers.size();
+    slot.cache_bytes = StageCacheBytes(context_->model, slot.layers, rows_of_fills[i]);
     Assign(pipeline, fills[i].first, fills[i].second, now_us);
   }
 }
@@ -174,8 +165,10 @@ void Cluster::Vacate(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us) {
   const LayerRange layers = pipeline->slots[slot_index].layers;
   StageSlot vacant;
   vacant.layers = layers;
-  vacant.pool_blocks = pipeline->planned_columns * layers.size();
+  vacant.cache_bytes = StageCacheBytes(context_->model, layers, pipeline->planned_rows);
   pipeline->slots[slot_index] = vacant;
+  if (slot_index + 1 < pipeline->slots.size()) pipeline->slots[slot_index + 1].numbered = {};
+  if (slot_index == 0 || slot_index + 1 == pipeline->slots.size()) pipeline->sampled_edge = {};
 }
 
 void Cluster::Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker, uint64_t now_us) {
@@ -186,6 +179,7 @@ void Cluster::Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker, ui
   slot.state = StageSlot::State::kLoading;
   slot.worker = worker->id;
   slot.stage_id = ++last_stage_id_;
+  departed_.GiveUpPlace(pipeline->id, slot_index);
   slot.bytes_total = StageWeightBytes(context_->model, slot.layers);
   slot.load_progress_us = now_us;
   SendToWorker out{worker->id, {}};
@@ -193,110 +187,17 @@ void Cluster::Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker, ui
   load->set_stage_id(slot.stage_id);
   load->set_layer_begin(slot.layers.begin);
   load->set_layer_end(slot.layers.end);
-  load->set_cache_bytes(slot.pool_blocks * context_->model.block_bytes);
+  load->set_cache_bytes(slot.cache_bytes);
   context_->Send(std::move(out));
-}
-
-void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
-  pipeline->state = Pipeline::State::kActivating;
-  pipeline->since_us = now_us;
-  pipeline->first_edge_id = last_edge_id_ + 1;
-  last_edge_id_ += pipeline->slots.size();
-  for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
-    StageSlot& slot = pipeline->slots[i];
-    slot.state = StageSlot::State::kActivating;
-    slot.told = false;
-    slot.nccl_id.clear();
-    slot.edge =
-        i == 0 ? EdgeChoice() : edges_.Choose(EndAt(pipeline->slots[i - 1]), EndAt(slot), now_us);
-  }
-  TellActivate(pipeline, static_cast<uint32_t>(pipeline->slots.size()) - 1);
-}
-
-EdgeEnd Cluster::EndAt(const StageSlot& slot) {
-  const Worker* worker = FindWorker(slot.worker);
-  return {worker->id, &worker->name, &worker->nccl};
-}
-
-void Cluster::OnNcclFailure(const Pipeline& pipeline, uint64_t to_stage_id, const absl::Status& why,
-                            uint64_t now_us) {
-  if (to_stage_id == 0) return;
-  for (uint32_t i = 1; i < pipeline.slots.size(); ++i) {
-    const StageSlot& slot = pipeline.slots[i];
-    if (slot.stage_id != to_stage_id || !slot.edge.over_nccl) continue;
-    edges_.Avoid(pipeline.slots[i - 1].worker, slot.worker, std::string(why.message()), now_us);
-  }
-}
-
-void Cluster::TellActivate(Pipeline* pipeline, uint32_t slot_index) {
-  const auto num_stages = static_cast<uint32_t>(pipeline->slots.size());
-  // From the last: a stage that dials the next should find it in this epoch already.
-  for (uint32_t i = slot_index + 1; i-- > 0;) {
-    StageSlot& slot = pipeline->slots[i];
-    slot.told = true;
-    SendToWorker out{slot.worker, {}};
-    v1::ActivateStage* activate = out.message.mutable_activate_stage();
-    activate->set_stage_id(slot.stage_id);
-    ToWire(pipeline->epoch, activate->mutable_epoch());
-    activate->set_pipeline_id(pipeline->id.value);
-    activate->set_stage_index(i);
-    activate->set_num_stages(num_stages);
-    activate->set_max_step_tokens(context_->options.max_step_tokens);
-    if (i + 1 < num_stages) {
-      const StageSlot& next = pipeline->slots[i + 1];
-      activate->set_next_data_address(FindWorker(next.worker)->data_address);
-      activate->set_next_stage_id(next.stage_id);
-      activate->set_next_edge_nonce(
-          EdgeNonce(context_->options.edge_secret, pipeline->epoch, next.stage_id));
-      activate->set_next_nccl_id(next.nccl_id);
-      activate->set_next_edge_id(pipeline->first_edge_id + i);
-    }
-    if (i > 0) {
-      activate->set_previous_stage_id(pipeline->slots[i - 1].stage_id);
-      activate->set_edge_nonce(
-          EdgeNonce(context_->options.edge_secret, pipeline->epoch, slot.stage_id));
-      activate->set_edge_over_nccl(slot.edge.over_nccl);
-      activate->set_edge_id(pipeline->first_edge_id + i - 1);
-    }
-    if (context_->options.grants()) SetGrants(*pipeline, i, activate);
-    context_->Send(std::move(out));
-    if (slot.edge.over_nccl) return;  // the stage before needs the id that this one makes
-  }
-}
-
-void Cluster::SetGrants(const Pipeline& pipeline, uint32_t stage_index,
-                        v1::ActivateStage* activate) {
-  activate->set_grants(true);
-  const StageSlot& first = pipeline.slots.front();
-  const StageSlot& last = pipeline.slots.back();
-  const bool to_first = stage_index + 1 == pipeline.slots.size();
-  if (pipeline.slots.size() == 1 || (stage_index > 0 && !to_first)) return;
-  activate->set_sampled_edge_nonce(
-      EdgeNonce(context_->options.edge_secret, pipeline.epoch, first.stage_id));
-  activate->set_sampled_edge_id(pipeline.first_edge_id + pipeline.slots.size() - 1);
-  if (!to_first) return activate->set_last_stage_id(last.stage_id);
-  activate->set_first_stage_id(first.stage_id);
-  activate->set_first_data_address(FindWorker(first.worker)->data_address);
-}
-
-void Cluster::CompleteActivation(Pipeline* pipeline, uint64_t now_us) {
-  std::vector<uint32_t> layers;
-  for (const StageSlot& slot : pipeline->slots) {
-    if (slot.state != StageSlot::State::kActive) return;
-    layers.push_back(slot.layers.size());
-  }
-  pipeline->state = Pipeline::State::kActive;
-  pipeline->since_us = now_us;
-  pipeline->scheduler.Start(std::move(layers), pipeline->capacity_columns());
-  ++num_active_;
-  if (pipeline->served) ++context_->stats.recoveries;
-  pipeline->served = true;
 }
 
 void Cluster::Fail(Pipeline* pipeline, const absl::Status& why, uint64_t now_us) {
   if (pipeline->state == Pipeline::State::kActive) {
     --num_active_;
-    pipeline->scheduler.Stop(why);
+    std::vector<Holdings> may_hold = pipeline->scheduler.Stop(why);
+    for (size_t i = 0; i < may_hold.size(); ++i) {
+      pipeline->slots[i].may_hold = std::move(may_hold[i]);
+    }
   }
   pipeline->epoch = {context_->options.term, ++last_epoch_counter_};
   if (pipeline->state != Pipeline::State::kAssembling) pipeline->since_us = now_us;
@@ -312,16 +213,22 @@ void Cluster::Fail(Pipeline* pipeline, const absl::Status& why, uint64_t now_us)
 void Cluster::Dissolve(PipelineId id) {
   Pipeline* pipeline = pipelines_.at(id).get();
   STRAIT_CHECK(pipeline->state == Pipeline::State::kAssembling);
-  for (const StageSlot& slot : pipeline->slots) {
+  for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
+    const StageSlot& slot = pipeline->slots[i];
+    departed_.GiveUpPlace(id, i);
     if (slot.state == StageSlot::State::kVacant) continue;
     Worker* worker = FindWorker(slot.worker);
     worker->pipeline.reset();
-    worker->unloading.insert(slot.stage_id);
-    SendToWorker out{slot.worker, {}};
-    out.message.mutable_unload_stage()->set_stage_id(slot.stage_id);
-    context_->Send(std::move(out));
+    Unload(worker, slot.stage_id, {slot.layers, slot.cache_bytes});
   }
   pipelines_.erase(id);
+}
+
+void Cluster::Unload(Worker* worker, uint64_t stage_id, const StagePlan& shape) {
+  worker->unloading[stage_id] = shape;
+  SendToWorker out{worker->id, {}};
+  out.message.mutable_unload_stage()->set_stage_id(stage_id);
+  context_->Send(std::move(out));
 }
 
 void Cluster::SendStep(const Pipeline& pipeline, const v1::StepPlan& plan) {

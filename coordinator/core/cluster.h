@@ -11,19 +11,20 @@
 //          activation_timeout_us, step_timeout_us.
 // Why:     a pipeline is assembling (slots are vacant or load), activating (all are loaded) or
 //          active (all answered); every failure, whatever it was, takes it back to assembling with
-//          a new epoch.
+//          a new epoch. What its stages have of sequences stays theirs: they are asked for it when
+//          they are activated, and it is theirs still if their worker comes back in time.
 #pragma once
 
 #include <cstdint>
 #include <map>
 #include <memory>
 #include <optional>
-#include <set>
 #include <string>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "coordinator/core/context.h"
+#include "coordinator/core/departed.h"
 #include "coordinator/core/edges.h"
 #include "coordinator/core/journal.h"
 #include "coordinator/core/planner.h"
@@ -65,7 +66,7 @@ struct Worker {
   uint64_t resident_bytes = 0;
   std::optional<PipelineId> pipeline;  // absent: spare, or unloading
   uint32_t slot_index = 0;             // in the pipeline
-  std::set<uint64_t> unloading;        // stage ids
+  std::map<uint64_t, StagePlan> unloading;  // by stage id
   uint32_t load_failures = 0;
   uint64_t unfit_until_us = 0;
   std::string last_error;
@@ -75,7 +76,7 @@ struct Worker {
 struct StageSlot {
   enum class State { kVacant, kLoading, kLoaded, kActivating, kActive };
   LayerRange layers;
-  uint32_t pool_blocks = 0;
+  uint64_t cache_bytes = 0;  // of latent blocks
   State state = State::kVacant;
   WorkerId worker;        // unless vacant
   uint64_t stage_id = 0;  // of this worker's stage; never reused
@@ -85,9 +86,14 @@ struct StageSlot {
   uint64_t weight_bytes = 0;
   uint32_t errors = 0;       // since a step was finished by all stages
   uint32_t link_errors = 0;  // since every link carried something
+  uint64_t rows_computed = 0;  // since it was loaded, as it reported
+  uint64_t rows_stored = 0;
+  // What it may have of sequences; once it is active: what it told. The scheduler's while that runs.
+  Holdings may_hold;
   // Of this epoch, once it is activated:
   bool told = false;    // ActivateStage is out
   EdgeChoice edge;      // from the stage before; none at the first
+  NumberedEdge numbered;  // the same
   std::string nccl_id;  // of that edge, once this stage has made it
 
   // Whether it has not yet answered all that ActivateStage asks for.
@@ -102,20 +108,20 @@ struct Pipeline {
 
   PipelineId id;
   PipelineEpoch epoch;
-  uint64_t first_edge_id = 0;
   State state = State::kAssembling;
   std::vector<StageSlot> slots;
   bool served = false;           // was active once
   uint64_t since_us = 0;         // in this state
   uint64_t retry_at_us = 0;      // no activation before
   uint32_t failures = 0;         // since every link carried something
-  uint32_t planned_columns = 0;  // of latent blocks, what its first workers could hold
+  uint64_t planned_rows = 0;     // what its first workers could hold, see PipelinePlan::capacity_rows
   uint64_t vacant_since_us = 0;  // while a slot is vacant: since when one is, without a break
   std::string last_error;
+  NumberedEdge sampled_edge;     // from the last stage to the first, if there are several and grants
   Scheduler scheduler;
 
-  // Columns of latent blocks that its stages hold, vacant ones as planned.
-  uint32_t capacity_columns() const;
+  // The longest sequence that every stage can hold, vacant ones as planned.
+  uint64_t capacity_rows(const CachePolicy& policy) const;
   uint32_t num_vacant() const;
 };
 
@@ -138,7 +144,7 @@ class Cluster {
   const std::map<WorkerId, Worker>& workers() const { return workers_; }
   uint32_t num_active() const { return num_active_; }
   // Of the roomiest pipeline, whatever its state.
-  uint32_t capacity_columns() const;
+  uint64_t capacity_rows() const;
   // For people: why no pipeline serves, and what would help.
   std::string WhyNoPipeline() const;
   absl::Status CheckIntegrity() const;
@@ -147,6 +153,14 @@ class Cluster {
   // Whether a pipeline may consist of this worker and those that are attached.
   absl::Status CheckAgrees(const v1::Hello& hello) const;
   absl::Status CheckCosts(const v1::Hello& hello) const;
+  // Whether the stages that it says it kept can be those of this process.
+  absl::Status CheckHeldStages(const v1::Hello& hello) const;
+  absl::Status CheckHeldStage(const v1::HeldStage& held, uint64_t instance) const;
+  // Gives them their places again, or has them unloaded.
+  void TakeBack(Worker* worker, const v1::Hello& hello);
+  bool TakeBackPlace(Worker* worker, const v1::HeldStage& held);
+  // Who has this stage now, if anybody has.
+  const Worker* WorkerOfStage(uint64_t stage_id) const;
   bool IsIdle(const Worker& worker, uint64_t now_us) const;
   std::vector<Worker*> IdleWorkers(uint64_t now_us);  // most memory first, then oldest
   Worker* FindWorker(WorkerId id);
@@ -155,17 +169,21 @@ class Cluster {
 
   void OnLoadProgress(Worker* worker, const v1::LoadProgress& progress, uint64_t now_us);
   void OnStageState(Worker* worker, const v1::StageState& state, uint64_t now_us);
+  void OnActive(Worker* worker, StageSlot* slot, const v1::StageState& state, uint64_t now_us);
   void OnFailed(Worker* worker, const v1::StageState& state, uint64_t now_us);
   void OnReport(Worker* worker, const v1::StageReport& report, uint64_t now_us);
   // A stage says that it failed: the pipeline starts anew, the worker goes if it was once too
   // often.
   void OnStageError(Worker* worker, StageSlot* slot, const absl::Status& error, uint64_t now_us);
+  // Edges of it failed, or may have: all are opened anew.
+  static void RenewEdges(Pipeline* pipeline);
+  void Unload(Worker* worker, uint64_t stage_id, const StagePlan& shape);
 
   void FormPipeline(uint64_t now_us);
   void FillVacancies(Pipeline* pipeline, uint64_t now_us);
   void Consolidate(uint64_t now_us);
   void Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker, uint64_t now_us);
-  // Nobody has this place any more; who comes next may hold as much as was planned at first.
+  // Nobody has this place any more, nor its edges; who comes next may hold as much as was planned at first.
   void Vacate(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us);
   void Activate(Pipeline* pipeline, uint64_t now_us);
   // And the edge of sampled ids, at its two ends.
@@ -182,17 +200,23 @@ class Cluster {
   void Fail(Pipeline* pipeline, const absl::Status& why, uint64_t now_us);
   // Its workers unload and are idle afterwards. REQUIRES: not active.
   void Dissolve(PipelineId id);
+  // For what it did: if it comes back, its stages are loaded anew.
   void Evict(WorkerId id, absl::Status why, uint64_t now_us);
-  void Remove(WorkerId id, const absl::Status& why, uint64_t now_us);
+  // Its stream is over, and may be the only thing that is: it keeps what it has.
+  void EndStream(WorkerId id, absl::Status why, uint64_t now_us);
+  void Remove(WorkerId id, const absl::Status& why, bool may_return, uint64_t now_us);
+  // Its stages, of which no slot knows from now on.
+  void RememberStages(const Worker& worker, bool may_return);
 
   Context* const context_;
   Journal* const journal_;
   EdgeChooser edges_;
+  DepartedStages departed_;
   std::map<WorkerId, Worker> workers_;
   Pipelines pipelines_;
   uint32_t num_active_ = 0;
-  uint64_t last_edge_id_ = 0;
   uint64_t last_stage_id_ = 0;
+  uint64_t last_edge_id_ = 0;
   uint64_t last_pipeline_id_ = 0;
   uint64_t last_epoch_counter_ = 0;
   uint64_t weights_fingerprint_ = 0;  // of the workers that are attached, or were last

@@ -11,7 +11,6 @@
 #include "proto/base/check.h"
 #include "proto/base/limits.h"
 #include "proto/base/status_macros.h"
-#include "proto/model/reservation.h"
 
 namespace strait {
 namespace {
@@ -176,7 +175,7 @@ absl::Status Core::State::CheckSubmit(const RequestSpec& spec, uint64_t now_us) 
   if (cluster.num_active() == 0 && (cluster.pipelines().empty() || GraceIsOver(now_us))) {
     return NoPipeline();
   }
-  STRAIT_RETURN_IF_ERROR(CheckFits(spec, cluster.capacity_columns()));
+  STRAIT_RETURN_IF_ERROR(CheckFits(spec, cluster.capacity_rows()));
   const size_t waiting = journal.waiting().size();
   if (waiting + spec.sequences.size() > context.options.max_waiting) {
     return absl::ResourceExhaustedError(
@@ -211,7 +210,7 @@ void Core::State::EndRequest(RequestId id, std::optional<uint32_t> sequence_inde
     ending.push_back(sequence.get());
   }
   for (Sequence* sequence : ending) {
-    if (sequence->resident_in != nullptr) sequence->resident_in->Drop(sequence);
+    Scheduler::DropEverywhere(sequence);
     journal.End(sequence, reason, std::nullopt, status);
   }
 }
@@ -227,24 +226,24 @@ void Core::State::PlaceWaiting() {
     Sequence* sequence = it->second;
     ++it;
     // Preempted with a token under way: it is next, a moment later.
-    if (sequence->results_pending > 0) return;
+    if (sequence->home() != nullptr) return;
     bool held_by_any = false;
     for (size_t i = 0; i < active.size(); ++i) {
       const Scheduler& scheduler = active[i]->scheduler;
       held_by_any = held_by_any || scheduler.CanEverHold(*sequence);
-      candidates[i] = {scheduler.HasRoom(*sequence), scheduler.load(), scheduler.free_columns()};
+      candidates[i] = {scheduler.HasRoom(*sequence), scheduler.load(), scheduler.free_rows()};
     }
     if (const std::optional<size_t> choice = ChoosePipeline(candidates)) {
       active[*choice]->scheduler.Place(sequence);
     } else if (held_by_any) {
       return;  // first come, first served
     } else if (cluster.pipelines().size() == context.options.num_pipelines &&
-               BlocksPerLayer(sequence->rows_max()) > cluster.capacity_columns()) {
+               sequence->rows_max() > cluster.capacity_rows()) {
       journal.End(sequence, FinishReason::kError, std::nullopt,
                   absl::ResourceExhaustedError(absl::StrCat(
                       "the sequence may grow to ", sequence->rows_max(),
                       " rows; since its pipeline was put together anew, the roomiest has ",
-                      uint64_t{cluster.capacity_columns()} * limits::kBlockTokens)));
+                      cluster.capacity_rows())));
     }
     // Else a pipeline that does not serve now can hold it: others may pass.
   }
@@ -261,10 +260,9 @@ CoreStats Core::Stats() const {
   for (const auto& [id, pipeline] : state_->cluster.pipelines()) {
     const Scheduler& scheduler = pipeline->scheduler;
     stats.running += scheduler.num_residents();
-    if (!scheduler.started()) continue;
-    for (const StageSlot& slot : pipeline->slots) {
-      stats.blocks_used += scheduler.columns_held() * slot.layers.size();
-      stats.blocks_total += slot.pool_blocks;
+    for (const StageCache& stage : scheduler.stages()) {
+      stats.cache_bytes_used += stage.held_bytes;
+      stats.cache_bytes_total += stage.capacity_bytes;
     }
   }
   return stats;

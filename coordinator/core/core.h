@@ -3,7 +3,7 @@
 // Core decides everything: which worker serves which layers, which sequence runs where and in
 // which step, and what happens when a worker dies. Events and `now` go in, messages come out.
 //
-// Owns:    the journal of every sequence, pipelines, epochs, block accounting.
+// Owns:    the journal of every sequence, pipelines, epochs, byte accounting.
 // Thread:  loop thread only. No I/O, no clock, no randomness: the same events give the same
 //          messages.
 // Errors:  what a worker or client does wrong becomes a message (a refusal, a new epoch, an
@@ -23,6 +23,7 @@
 #include "absl/status/status.h"
 #include "coordinator/engine.h"
 #include "proto/base/ids.h"
+#include "proto/model/reservation.h"
 #include "strait/v1/cluster.pb.h"
 
 namespace strait {
@@ -75,6 +76,9 @@ struct ModelShape {
   std::vector<uint64_t>
       workspace_bytes;  // WorkspaceSizes of proto/model/stage_memory.h; empty: none
   uint64_t fingerprint = 0;
+
+  // What a sequence costs (proto/model/reservation.h).
+  CachePolicy policy() const { return {block_bytes}; }
 };
 
 // InvalidArgument names the option, its value and its bounds.
@@ -125,6 +129,8 @@ struct CoreStats {
   uint64_t prompt_tokens = 0;  // computed, replays not counted
   uint64_t generated_tokens = 0;
   uint64_t replayed_tokens = 0;
+  uint64_t recomputed_rows = 0;  // the same, times the stages that each went through again
+  uint64_t kept_rows = 0;  // that stages took along into a new epoch; each stage counts its own
   uint64_t granted_tokens = 0;  // planned before the token that they feed was known
   uint64_t surplus_tokens = 0;  // sampled for sequences that had ended
   uint64_t preemptions = 0;
@@ -135,8 +141,8 @@ struct CoreStats {
   uint32_t running = 0;
   uint32_t waiting = 0;
   uint32_t pipelines_active = 0;
-  uint64_t blocks_used = 0;
-  uint64_t blocks_total = 0;
+  uint64_t cache_bytes_used = 0;  // of latent blocks that rows hold
+  uint64_t cache_bytes_total = 0;
 };
 
 class Core {

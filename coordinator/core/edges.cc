@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "coordinator/core/edges.h"
 
+#include <xxhash.h>
+
 #include "absl/strings/str_cat.h"
 #include "proto/base/limits.h"
 #include "proto/base/text.h"
@@ -21,6 +23,18 @@ NcclSupport NcclSupportOf(const v1::Hello& hello) {
   support.problem = PrintableText(hello.nccl_problem(), limits::kMaxErrorMessageBytes);
   if (support.problem.empty()) support.problem = absl::StrCat("backend ", hello.backend());
   return support;
+}
+
+NumberedEdge NextEdge(const NumberedEdge& edge, uint64_t from_stage_id, uint64_t to_stage_id,
+                      bool over_nccl, uint64_t* last_id) {
+  const NumberedEdge same{edge.id, from_stage_id, to_stage_id, false};
+  if (edge.id != 0 && edge == same && !over_nccl) return edge;
+  return {++*last_id, from_stage_id, to_stage_id, over_nccl};
+}
+
+uint64_t EdgeNonce(uint64_t secret, uint64_t edge_id) {
+  const uint64_t words[] = {secret, edge_id};
+  return XXH3_64bits_withSeed(words, sizeof(words), secret) | 1;
 }
 
 EdgeChoice EdgeChooser::Choose(const EdgeEnd& from, const EdgeEnd& to, uint64_t now_us) const {

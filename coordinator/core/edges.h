@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // EdgeChooser says which transport the edge between two workers uses: NCCL where both can, gRPC
-// otherwise, with the reason.
+// otherwise, with the reason. NumberedEdge says which edge it is.
 //
 // Thread:  loop thread only.
 // Limits:  it remembers pairs of workers that are attached.
@@ -38,6 +38,22 @@ struct EdgeChoice {
   bool over_nccl = false;
   std::string why;  // for people
 };
+
+// An edge that two stages were told of. Its id, and the nonce made from that, outlive epochs: while the
+// same two stages are its ends, and it is gRPC, there is no need to open it anew. NCCL's must be: an
+// operation whose match is lost with an epoch cannot be taken back.
+struct NumberedEdge {
+  uint64_t id = 0;  // 0: none yet; never reused
+  uint64_t from_stage_id = 0;
+  uint64_t to_stage_id = 0;
+  bool over_nccl = false;
+  friend bool operator==(const NumberedEdge&, const NumberedEdge&) = default;
+};
+// Of the next epoch: the same, or one with the id ++*last_id.
+NumberedEdge NextEdge(const NumberedEdge& edge, uint64_t from_stage_id, uint64_t to_stage_id,
+                      bool over_nccl, uint64_t* last_id);
+// What the sender must show. Never 0.
+uint64_t EdgeNonce(uint64_t secret, uint64_t edge_id);
 
 class EdgeChooser {
  public:

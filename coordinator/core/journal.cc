@@ -52,7 +52,7 @@ Sequence* Journal::Find(SequenceId id) {
 }
 
 void Journal::Wait(Sequence* sequence) {
-  STRAIT_CHECK(sequence->resident_in == nullptr);
+  STRAIT_CHECK(!sequence->resident());
   STRAIT_CHECK(waiting_.emplace(sequence->id, sequence).second, "it waits already");
 }
 
@@ -85,7 +85,7 @@ std::optional<Journal::Finish> Journal::GiveToken(Sequence* sequence, TokenInfo 
 
 void Journal::End(Sequence* sequence, FinishReason reason, std::optional<TokenId> stop_token,
                   absl::Status status) {
-  STRAIT_CHECK(sequence->resident_in == nullptr, "a resident sequence is dropped first");
+  STRAIT_CHECK(!sequence->resident(), "a resident sequence is dropped first");
   Request* request = sequence->request;
   waiting_.erase(sequence->id);
   sequences_.erase(sequence->id);
@@ -134,8 +134,8 @@ absl::Status Journal::CheckIntegrity() const {
   size_t resident = 0;
   for (const auto& [id, sequence] : sequences_) {
     const bool waits = waiting_.contains(id);
-    resident += sequence->resident_in != nullptr;
-    if (waits == (sequence->resident_in != nullptr)) {
+    resident += sequence->resident();
+    if (waits == sequence->resident()) {
       return absl::InternalError(
           absl::StrCat("sequence ", id.value,
                        waits ? " waits and is resident" : " neither waits nor is resident"));

@@ -46,10 +46,12 @@ class Journal {
   Request* Find(RequestId id);
   Sequence* Find(SequenceId id);
 
-  // The queue, by age. A sequence is in it or resident in one Scheduler, never both.
+  // The queue, by age. A sequence is in it or resident, never both.
   const std::map<SequenceId, Sequence*>& waiting() const { return waiting_; }
   void Wait(Sequence* sequence);
   void StopWaiting(Sequence* sequence);
+  // Of a sequence that is placed now.
+  PlacementEpoch NextPlacement() { return {context_->options.term, ++last_placement_}; }
 
   // What the client gets. Both REQUIRE that it is the next in position order.
   void GiveScores(Sequence* sequence, std::vector<TokenInfo> scores);
@@ -79,6 +81,7 @@ class Journal {
  private:
   Context* const context_;
   uint64_t last_sequence_id_ = 0;
+  uint64_t last_placement_ = 0;
   absl::flat_hash_map<RequestId, std::unique_ptr<Request>> requests_;
   std::map<SequenceId, Sequence*> sequences_;
   std::map<SequenceId, Sequence*> waiting_;

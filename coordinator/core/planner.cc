@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "proto/base/check.h"
+#include "proto/base/limits.h"
 #include "proto/model/model_config.h"
 #include "proto/model/reservation.h"
 #include "proto/model/stage_memory.h"
@@ -92,7 +93,7 @@ uint64_t StageEdgeBytes(const CoreOptions& options, LayerRange layers, const Wor
   return StageEdgeBytes(*memory.costs, layers, options.max_step_tokens);
 }
 
-uint32_t StageColumns(const CoreOptions& options, const ModelShape& model, LayerRange layers,
+uint64_t StageRowsMax(const CoreOptions& options, const ModelShape& model, LayerRange layers,
                       const WorkerMemory& memory) {
   const uint64_t fixed = FixedBytes(options, model, layers, memory);
   if (fixed >= memory.bytes) return 0;
@@ -100,10 +101,16 @@ uint32_t StageColumns(const CoreOptions& options, const ModelShape& model, Layer
   if (options.max_cache_bytes_per_stage > 0) {
     cache_bytes = std::min(cache_bytes, options.max_cache_bytes_per_stage);
   }
-  const uint64_t useful = uint64_t{options.max_running} * BlocksPerLayer(model.max_positions);
-  const uint64_t addressable = std::numeric_limits<uint32_t>::max() / layers.size();
-  return static_cast<uint32_t>(
-      std::min({cache_bytes / BlockBytesOf(model, memory) / layers.size(), useful, addressable}));
+  const CachePolicy policy{BlockBytesOf(model, memory)};  // as the worker stores it
+  const uint64_t useful =
+      uint64_t{options.max_running} * BlocksPerLayer(model.max_positions) * limits::kBlockTokens;
+  const uint64_t addressable =
+      uint64_t{std::numeric_limits<BlockId>::max() / layers.size()} * limits::kBlockTokens;
+  return std::min({RowsThatFit(policy, cache_bytes, layers), useful, addressable});
+}
+
+uint64_t StageCacheBytes(const ModelShape& model, LayerRange layers, uint64_t rows) {
+  return rows / limits::kBlockTokens * ReservedBytes(model.policy(), limits::kBlockTokens, layers);
 }
 
 absl::StatusOr<PipelinePlan> PlanPipeline(const CoreOptions& options, const ModelShape& model,
@@ -115,17 +122,17 @@ absl::StatusOr<PipelinePlan> PlanPipeline(const CoreOptions& options, const Mode
     return absl::InvalidArgumentError(absl::StrCat(num_stages, " stages of ", num_layers,
                                                    " layers: every stage needs at least one"));
   }
-  // columns[s][begin][end], priced once.
+  // rows[s][begin][end], priced once.
   const auto range_index = [num_layers](uint32_t s, uint32_t begin, uint32_t end) {
     return (size_t{s} * (num_layers + 1) + begin) * (num_layers + 1) + end;
   };
-  std::vector<uint32_t> columns(size_t{num_stages} * (num_layers + 1) * (num_layers + 1), 0);
+  std::vector<uint64_t> rows(size_t{num_stages} * (num_layers + 1) * (num_layers + 1), 0);
   std::vector<uint64_t> pace(size_t{num_layers + 1} * (num_layers + 1), 0);
   for (uint32_t begin = 0; begin < num_layers; ++begin) {
     for (uint32_t end = begin + 1; end <= num_layers; ++end) {
       pace[range_index(0, begin, end)] = PaceBytes(model, {begin, end});
       for (uint32_t s = 0; s < num_stages; ++s) {
-        columns[range_index(s, begin, end)] = StageColumns(options, model, {begin, end}, memory[s]);
+        rows[range_index(s, begin, end)] = StageRowsMax(options, model, {begin, end}, memory[s]);
       }
     }
   }
@@ -133,18 +140,18 @@ absl::StatusOr<PipelinePlan> PlanPipeline(const CoreOptions& options, const Mode
   const auto index = [num_layers](uint32_t s, uint32_t end) {
     return size_t{s} * (num_layers + 1) + end;
   };
-  std::vector<uint32_t> best(size_t{num_stages} * (num_layers + 1), 0);
+  std::vector<uint64_t> best(size_t{num_stages} * (num_layers + 1), 0);
   for (uint32_t s = 0; s < num_stages; ++s) {
     for (uint32_t end = s + 1; end <= num_layers; ++end) {
       for (uint32_t begin = s == 0 ? 0 : s; begin < (s == 0 ? 1 : end); ++begin) {
-        const uint32_t before =
-            s == 0 ? std::numeric_limits<uint32_t>::max() : best[index(s - 1, begin)];
+        const uint64_t before =
+            s == 0 ? std::numeric_limits<uint64_t>::max() : best[index(s - 1, begin)];
         best[index(s, end)] =
-            std::max(best[index(s, end)], std::min(before, columns[range_index(s, begin, end)]));
+            std::max(best[index(s, end)], std::min(before, rows[range_index(s, begin, end)]));
       }
     }
   }
-  const uint32_t capacity = best[index(num_stages - 1, num_layers)];
+  const uint64_t capacity = best[index(num_stages - 1, num_layers)];
   if (capacity == 0) return CannotFit(options, model, memory);
 
   // Among splits with that capacity, the least heaviest stage.
@@ -153,7 +160,7 @@ absl::StatusOr<PipelinePlan> PlanPipeline(const CoreOptions& options, const Mode
   for (uint32_t s = 0; s < num_stages; ++s) {
     for (uint32_t end = s + 1; end <= num_layers; ++end) {
       for (uint32_t begin = s == 0 ? 0 : s; begin < (s == 0 ? 1 : end); ++begin) {
-        if (columns[range_index(s, begin, end)] < capacity) continue;
+        if (rows[range_index(s, begin, end)] < capacity) continue;
         const uint64_t before = s == 0 ? 0 : heaviest[index(s - 1, begin)];
         const uint64_t now = std::max(before, pace[range_index(0, begin, end)]);
         if (now >= heaviest[index(s, end)]) continue;
@@ -163,12 +170,12 @@ absl::StatusOr<PipelinePlan> PlanPipeline(const CoreOptions& options, const Mode
     }
   }
   PipelinePlan plan;
-  plan.capacity_columns = capacity;
+  plan.capacity_rows = capacity;
   plan.stages.resize(num_stages);
   for (uint32_t s = num_stages, end = num_layers; s-- > 0;) {
     const uint32_t begin = cut[index(s, end)];
-    // The smallest stage bounds all: more blocks elsewhere would stay empty.
-    plan.stages[s] = {{begin, end}, capacity * (end - begin)};
+    // The smallest stage bounds all: more bytes elsewhere would stay empty.
+    plan.stages[s] = {{begin, end}, StageCacheBytes(model, {begin, end}, capacity)};
     end = begin;
   }
   return plan;

@@ -6,7 +6,7 @@
 // Thread:  pure functions.
 // Errors:  ResourceExhausted says what is needed and what there is.
 // Limits:  O(stages x layers²).
-// Why:     first the smallest cache (in tokens) of all stages is made as large as it can be,
+// Why:     first the smallest cache (in rows of a sequence) of all stages is made as large as it can be,
 //          because it bounds what a pipeline holds; among the splits that reach it, the one whose
 //          heaviest stage is lightest, because that one sets the pace. More cache than max_running
 //          full contexts is of no use.
@@ -25,13 +25,13 @@ namespace strait {
 
 struct StagePlan {
   LayerRange layers;
-  uint32_t pool_blocks = 0;  // latent blocks of one layer
+  uint64_t cache_bytes = 0;  // of latent blocks
   friend bool operator==(const StagePlan&, const StagePlan&) = default;
 };
 
 struct PipelinePlan {
   std::vector<StagePlan> stages;
-  uint32_t capacity_columns = 0;  // of latent blocks: the least of pool_blocks / layers
+  uint64_t capacity_rows = 0;  // the longest sequence that every stage can hold
 };
 
 // What a worker offers, and how its stages' memory is counted. Borrows `costs`.
@@ -52,10 +52,13 @@ uint64_t StageWorkspaceBytes(const ModelShape& model, LayerRange layers,
 // And for its edges, where they lie in the memory that the worker offers.
 uint64_t StageEdgeBytes(const CoreOptions& options, LayerRange layers, const WorkerMemory& memory);
 
-// Columns of latent blocks (one block in each of its layers) that a stage with these layers can
-// hold; 0: not even one.
-uint32_t StageColumns(const CoreOptions& options, const ModelShape& model, LayerRange layers,
+// The longest sequence that a stage with these layers can hold; 0: not one row.
+uint64_t StageRowsMax(const CoreOptions& options, const ModelShape& model, LayerRange layers,
                       const WorkerMemory& memory);
+
+// Bytes of latent blocks, as the model counts them, of a stage that StageRowsMax says holds `rows`: there may
+// be more of them than one sequence has.
+uint64_t StageCacheBytes(const ModelShape& model, LayerRange layers, uint64_t rows);
 
 // One stage per entry of `memory`, in that order.
 absl::StatusOr<PipelinePlan> PlanPipeline(const CoreOptions& options, const ModelShape& model,

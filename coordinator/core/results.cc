@@ -135,8 +135,8 @@ absl::Status Scheduler::CheckGranted(const StepRecord& record,
   return absl::OkStatus();
 }
 
-absl::Status Scheduler::OnReport(uint32_t stage_index, const v1::StageReport& report,
-                                 uint64_t now_us) {
+absl::StatusOr<StageStep> Scheduler::OnReport(uint32_t stage_index, const v1::StageReport& report,
+                                              uint64_t now_us) {
   STRAIT_CHECK(started());
   STRAIT_ASSIGN_OR_RETURN(const StepRecord* record, ledger_.CheckReport(stage_index, report));
   const bool first = stage_index == 0;
@@ -156,17 +156,21 @@ absl::Status Scheduler::OnReport(uint32_t stage_index, const v1::StageReport& re
   if (last && !record->granted_ids_first.empty()) {
     STRAIT_RETURN_IF_ERROR(CheckGranted(*record, record->granted_ids_first));
   }
-  if (record->num_rows > 0) times_[stage_index].Add(report);
+  const StageStep done = record->stages[stage_index];
+  if (done.rows_computed > 0) times_[stage_index].Add(report);
   // A step that went all the way has used the links forward; its granted rows that backward.
   const bool hands_back = num_stages_ > 1 && context_->options.grants();
-  links_proven_ = links_proven_ || (last && (!hands_back || !record->granted.empty()));
+  const bool all_the_way = last && done.rows_computed > 0;
+  links_proven_ = links_proven_ || (all_the_way && (!hands_back || !record->granted.empty()));
   const StepId step = record->id;
   const std::vector<WantedResult> wanted = record->wanted;
   if (first) ledger_.FedByFirst(step, fed);
   if (last) ledger_.Sampled(step, SampledIds(report));
   ledger_.Reported(stage_index, now_us);
+  // The first plan is done there: what the stage told before it is kept, and counted, or gone.
+  if (step.value == 1) survivors_.Forget(stage_index);
   if (last) ApplyResults(wanted, report);
-  return absl::OkStatus();
+  return done;
 }
 
 void Scheduler::ApplyResults(const std::vector<WantedResult>& wanted,
@@ -177,13 +181,14 @@ void Scheduler::ApplyResults(const std::vector<WantedResult>& wanted,
       context_->stats.surplus_tokens += wanted[i].sample;
       continue;
     }
-    STRAIT_CHECK(sequence->results_pending > 0);
-    --sequence->results_pending;
-    sequence->samples_pending -= wanted[i].sample;
+    Residency* residency = sequence->Find(wanted[i].placement);
+    // Preempted meanwhile, it holds nothing, and is gone with its last result.
+    const bool resident = residency != nullptr && !residency->leaving;
+    Answered(residency, wanted[i].sample);
     const v1::SequenceResult& result = report.results(static_cast<int>(i));
     if (result.error_code() != 0) {
       // Nobody's fault but the model's and the prompt's: no other worker would do better.
-      if (sequence->resident_in != nullptr) Drop(sequence);
+      DropEverywhere(sequence);
       journal_->End(sequence, FinishReason::kError, std::nullopt,
                     absl::InternalError(absl::StrCat("the model's logits were not finite: ",
                                                      result.error_message())));
@@ -205,11 +210,10 @@ void Scheduler::ApplyResults(const std::vector<WantedResult>& wanted,
       finish = Journal::Finish{FinishReason::kLength, std::nullopt};
     }
     if (finish) {
-      // Preempted meanwhile, it waits and holds nothing.
-      if (sequence->resident_in != nullptr) Drop(sequence);
+      DropEverywhere(sequence);
       journal_->End(sequence, finish->reason, finish->stop_token, absl::OkStatus());
-    } else if (wanted[i].sample && sequence->resident_in != nullptr) {
-      MakeReady(sequence);
+    } else if (wanted[i].sample && resident) {
+      MakeReady(residency);
     }
   }
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Router picks the pipeline for a sequence: (later: the longest cached prefix, then) the least
-// load, then the most free latent blocks, then the oldest pipeline.
+// Router picks the pipeline for a sequence: the least load, then the most room, then the oldest
+// pipeline. (Later: first of all the longest cached prefix. What stages kept over an epoch is no
+// matter of routing: Scheduler::Start places it.)
 //
 // Thread:  pure function.
 // Why:     sequences are routed when they can start, not when they arrive, so a pipeline that
@@ -19,7 +20,7 @@ namespace strait {
 struct RouteCandidate {
   bool has_room = false;      // the sequence could start now
   uint64_t load = 0;          // rows that its residents still want, and one for each
-  uint32_t free_columns = 0;  // of latent blocks
+  uint64_t free_rows = 0;     // that its fullest stage could take: bytes do not compare, as layers differ
 };
 
 inline std::optional<size_t> ChoosePipeline(absl::Span<const RouteCandidate> candidates) {
@@ -28,7 +29,7 @@ inline std::optional<size_t> ChoosePipeline(absl::Span<const RouteCandidate> can
     const RouteCandidate& c = candidates[i];
     if (!c.has_room) continue;
     if (!best || c.load < candidates[*best].load ||
-        (c.load == candidates[*best].load && c.free_columns > candidates[*best].free_columns)) {
+        (c.load == candidates[*best].load && c.free_rows > candidates[*best].free_rows)) {
       best = i;
     }
   }

@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Scheduler forms the steps of one pipeline: continuous batching, chunked prefill, decode
-// micro-batches. It accounts for every latent block and checks what stages report against it.
+// micro-batches, replays. It accounts for every byte of every stage and checks what stages report
+// against it.
 //
 // Owns:    the residents' bookkeeping and the steps in flight.
-// Borrows: sequences (of the Journal).
+// Borrows: sequences (of the Journal), and changes their residencies here.
 // Thread:  loop thread only.
 // Errors:  OnReport says how a stage contradicted the plans (the caller evicts its worker);
 //          nothing is applied then.
 // Limits:  CoreOptions: max_step_tokens, prefill_chunk, max_running, grant_depth, steps_in_flight.
-// Why:     under the exact policy every layer of every stage holds the same number of blocks of a
-//          sequence: a *column* is one block in each layer. So one integer per pipeline says what
-//          is free: the capacity is that of the stage with the fewest blocks per layer.
+//
+// Survivors. What stages kept over a change of epoch is placed again before anybody else; the first
+// plan names all of it, to be kept or closed. Rows are then planned from the first that some stage
+// lacks (coordinator/core/replay.h). Between the begin of an epoch and a stage's report of the first
+// plan nobody knows whether it still has what it told: if the epoch fails then, it may have either.
 //
 // Grants. Up to grant_depth sampling steps of a sequence are in flight. Each follows the one before
 // it: its row is the token that one samples, as a literal if it came back already, else granted:
@@ -31,9 +34,12 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "coordinator/core/cache_books.h"
 #include "coordinator/core/journal.h"
 #include "coordinator/core/step_ledger.h"
+#include "coordinator/core/survivors.h"
 
 namespace strait {
 
@@ -52,30 +58,35 @@ class Scheduler {
   Scheduler(const Scheduler&) = delete;
   Scheduler& operator=(const Scheduler&) = delete;
 
-  // Every stage is empty. REQUIRES: stopped.
-  void Start(std::vector<uint32_t> layers_of_stages, uint32_t capacity_columns);
-  // Forgets steps and blocks; residents wait again. Those that fail once too often without a token
-  // in between end Unavailable because of `why`.
-  void Stop(const absl::Status& why);
-  bool started() const { return capacity_ > 0; }
+  // The stages have `survivors`; who of them can stay is placed at once.
+  // REQUIRES: stopped.
+  void Start(std::vector<StageCache> stages, Survivors survivors);
+  // Forgets steps and bytes; residents wait again. Those that fail once too often without a token
+  // in between end Unavailable because of `why`. Returns what each stage may have now.
+  std::vector<Holdings> Stop(const absl::Status& why);
+  bool started() const { return num_stages_ > 0; }
 
   // ---- Routing ----
-  uint32_t capacity() const { return capacity_; }
-  uint32_t free_columns() const { return capacity_ - reserved_; }
   bool CanEverHold(const Sequence& sequence) const;
   bool HasRoom(const Sequence& sequence) const;
+  // The longest sequence that has room. REQUIRES: started.
+  uint64_t free_rows() const { return books_.free_rows(); }
   // Rows that its residents still want, and one for each resident.
   uint64_t load() const { return unplanned_rows_ + residents_.size(); }
   // REQUIRES: HasRoom(*sequence); it waits, and no result of it is pending.
   void Place(Sequence* sequence);
-  // The sequence ended: its blocks go with the next step.
-  void Drop(Sequence* sequence);
+  // It leaves: its blocks go with the next step, and what is under way for it is in vain.
+  void Drop(Residency* residency);
+  // The sequence ended: the same wherever it lives.
+  static void DropEverywhere(Sequence* sequence);
 
   // ---- Steps ----
   // The next step, if one is worth it now; the caller adds stage and epoch, and sends it to all
   // stages.
   std::optional<v1::StepPlan> Form(uint64_t now_us);
-  absl::Status OnReport(uint32_t stage_index, const v1::StageReport& report, uint64_t now_us);
+  // What the stage did in that step.
+  absl::StatusOr<StageStep> OnReport(uint32_t stage_index, const v1::StageReport& report,
+                                     uint64_t now_us);
 
   const StepLedger& ledger() const { return ledger_; }
   // Whether every link of the pipeline has carried something in this epoch, that from the last
@@ -85,44 +96,64 @@ class Scheduler {
   const StageTimes& times(uint32_t stage_index) const { return times_[stage_index]; }
   uint32_t num_residents() const { return static_cast<uint32_t>(residents_.size()); }
   uint32_t num_prefilling() const { return static_cast<uint32_t>(prefilling_.size()); }
-  // Columns held by the stages after all steps planned so far.
-  uint64_t columns_held() const { return held_; }
-  const std::map<SequenceId, Sequence*>& residents() const { return residents_; }
+  // By stage, after all steps planned so far; empty: stopped.
+  const std::vector<StageCache>& stages() const { return books_.stages(); }
+  // The same by layer of one stage. REQUIRES: started.
+  std::vector<uint64_t> HeldByLayer(uint32_t stage_index) const;
+  const std::map<SequenceId, Residency*>& residents() const { return residents_; }
   absl::Status CheckIntegrity() const;
 
  private:
   struct Draft {
     v1::StepPlan plan;
     StepRecord record;
+    uint32_t rows_through_all = 0;  // the others are in the record's stages already
     uint32_t tokens_left = 0;
     uint32_t sequences_left = 0;
   };
   // An ended sequence whose CloseSequence is not planned yet.
   struct Closing {
     SequenceId id;
-    uint32_t columns;
+    StageRows rows;
+    uint32_t reserved_rows;
   };
   static constexpr bool kEnded = true;
 
+  // What a step may hold, and who is in it.
   uint32_t DecodeCap() const;
   bool WorthDecoding() const;
   // Another sampling step of it may be planned; REQUIRES: its rows reach up to its last token.
-  bool MayDecode(const Sequence& sequence) const;
-  void MakeReady(Sequence* sequence);
+  bool MayDecode(const Residency& residency) const;
+  void MakeReady(Residency* residency);
   // Its next row would hold up nothing.
-  bool InTime(const Sequence& sequence) const;
+  bool InTime(const Residency& residency) const;
   // Up to `most` of those that are ready, longest waiting first.
-  std::vector<Sequence*> ChooseDecodes(size_t most) const;
+  std::vector<Residency*> ChooseDecodes(size_t most) const;
+
+  // What goes into its plan (plan_rows.cc).
+  void PlanSurvivors(Draft* draft);
   void PlanCloses(Draft* draft);
   void PlanDecodes(Draft* draft);
   void PlanPrefill(Draft* draft);
-  void PlanRows(Sequence* sequence, uint32_t num_rows, Draft* draft);
-  void PlanClose(SequenceId id, uint32_t columns, bool ended, Draft* draft);
-  // Makes room for one more column of `sequence`, from the youngest down. False: it went itself.
-  bool GrowOneColumn(Sequence* sequence, Draft* draft);
-  void Preempt(Sequence* sequence, Draft* draft);
-  void Forget(Sequence* sequence);  // it leaves; its columns are the caller's
+  void PlanOpen(Residency* residency, const std::vector<uint32_t>& kept, Draft* draft);
+  void PlanRows(Residency* residency, StageRows::Chunk chunk, Draft* draft);
+  // Scores and samples of rows [begin, begin + num_rows), which end the step's sequences.
+  void PlanLogits(Residency* residency, uint32_t begin, uint32_t num_rows, Draft* draft);
+  void CountRows(const Residency& residency, StageRows::Chunk chunk, Draft* draft);
+  void PlanClose(const Closing& closing, bool ended, Draft* draft);
+  // Reserves one more row of `residency`, room for which is made from the youngest down. False: it
+  // went itself.
+  bool ReserveOneMore(Residency* residency, Draft* draft);
+  void Preempt(Residency* residency, Draft* draft);
+  // What every stage will report of it.
+  void Complete(Draft* draft) const;
 
+  void Forget(Residency* residency);  // it leaves the maps; what it reserved is the caller's
+  // A result under way for it is there, or never will be. It may be gone then.
+  static void Answered(Residency* residency, bool sampled);
+  Holdings MayBeHeld(uint32_t stage_index) const;
+
+  absl::Status CheckResident(const Residency& residency) const;
   absl::Status CheckResults(const StepRecord& record, const v1::StageReport& report) const;
   // What stages say that they fed for granted rows, against what came back.
   absl::Status CheckGranted(const StepRecord& record, absl::Span<const TokenId> ids) const;
@@ -131,21 +162,23 @@ class Scheduler {
   Context* const context_;
   Journal* const journal_;
 
-  uint32_t num_stages_ = 0;
+  uint32_t num_stages_ = 0;  // 0: stopped
   uint32_t steps_in_flight_max_ = 0;
-  uint32_t capacity_ = 0;  // columns; 0: stopped
-  uint32_t reserved_ = 0;  // columns of residents and closing ones
-  uint64_t held_ = 0;      // columns that hold rows, in every stage, after the last planned step
+  CacheBooks books_;
   uint64_t unplanned_rows_ = 0;
   uint64_t last_ticket_ = 0;
   bool links_proven_ = false;
 
-  std::map<SequenceId, Sequence*> residents_;
-  std::map<SequenceId, Sequence*> prefilling_;  // residents with rows to plan; oldest first
-  std::map<uint64_t, Sequence*> ready_;  // residents with a token to feed; longest waiting first
+  std::map<SequenceId, Residency*> residents_;
+  std::map<SequenceId, Residency*> prefilling_;  // residents with rows to plan; oldest first
+  std::map<uint64_t, Residency*> ready_;  // residents with a token to feed; longest waiting first
+  uint32_t num_uneven_ = 0;               // residents of which stages have different lengths
   std::vector<Closing> closing_;
-  bool close_now_ = false;                 // one of them has a granted row that may wait for an id
-  std::map<SequenceId, uint32_t> opened_;  // on the stages after the last planned step: rows
+  bool close_now_ = false;  // one of them has a granted row that may wait for an id
+  // What stages told, each until it has reported the first step; which names it, if `unnamed_` does not
+  // say that it is still to come.
+  Survivors survivors_;
+  std::vector<SequenceId> unnamed_;  // by rising id
   StepLedger ledger_;
   std::vector<StageTimes> times_;  // of each stage
 };

@@ -3,7 +3,54 @@
 
 #include <algorithm>
 
+#include "proto/base/check.h"
+
 namespace strait {
+
+uint32_t Sequence::rows_settled() const {
+  const bool scores = spec.score_prompt && scored + 1 < prompt_tokens;
+  // Row r scores the token of position r + 1; the last token's row samples.
+  return scores ? scored : static_cast<uint32_t>(tokens.size()) - 1;
+}
+
+const Residency* Sequence::home() const {
+  const Residency* first = nullptr;
+  for (const std::optional<Residency>& residency : residencies) {
+    if (residency && (first == nullptr || residency->epoch < first->epoch)) first = &*residency;
+  }
+  return first;
+}
+
+bool Sequence::resident() const {
+  return std::any_of(residencies.begin(), residencies.end(),
+                     [](const auto& residency) { return residency && !residency->leaving; });
+}
+
+Residency* Sequence::Find(PlacementEpoch epoch) {
+  for (std::optional<Residency>& residency : residencies) {
+    if (residency && residency->epoch == epoch) return &*residency;
+  }
+  return nullptr;
+}
+
+Residency* Sequence::AddResidency(PlacementEpoch epoch, Scheduler* scheduler) {
+  for (std::optional<Residency>& residency : residencies) {
+    if (residency) continue;
+    residency.emplace();
+    residency->epoch = epoch;
+    residency->sequence = this;
+    residency->scheduler = scheduler;
+    return &*residency;
+  }
+  STRAIT_CHECK(false, "a sequence lives in two pipelines at most");
+  return nullptr;
+}
+
+void Sequence::Remove(Residency* residency) {
+  for (std::optional<Residency>& each : residencies) {
+    if (each && &*each == residency) each.reset();
+  }
+}
 
 bool IsStop(const Sequence& sequence, TokenId token, uint32_t generated) {
   if (generated <= sequence.spec.min_tokens) return false;

@@ -3,17 +3,21 @@
 // Sequence is one token stream being grown, with its journal: every token of it and what its
 // client was already given.
 //
-// Owns:    its tokens.
+// Owns:    its tokens, its residencies.
 // Borrows: its Request (Journal owns both).
 // Thread:  loop thread only.
 // Why:     a sequence has no state on workers that cannot be made again from this: rows of the
 //          cache follow from the tokens, sampling noise from (seed, choice, position).
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
+#include "coordinator/core/residency.h"
 #include "coordinator/engine.h"
 #include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
@@ -21,7 +25,6 @@
 namespace strait {
 
 struct Request;
-class Scheduler;
 
 // Failures of its pipeline that a sequence survives without having got a token in between. A
 // sequence that kills every worker it meets must not kill them forever.
@@ -41,16 +44,23 @@ struct Sequence {
   uint32_t scored = 0;              // prompt tokens whose score the client has, from position 1 on
   uint32_t rows_computed_once = 0;  // rows below were planned before: counted as replayed
 
-  // --- Where it is: waiting (null) or resident in a pipeline ---
-  Scheduler* resident_in = nullptr;
-  uint32_t rows = 0;             // planned in this residency
-  uint32_t columns = 0;          // of latent blocks reserved there, see scheduler.h
-  bool opened = false;           // a plan with its OpenSequence is out
-  uint64_t ready_ticket = 0;     // its place among those that may decode; 0: not among them
-  uint32_t results_pending = 0;  // steps in flight that will answer for it
-  uint32_t samples_pending = 0;  // those of them that sample its next tokens, see scheduler.h
-  StepId sampled_by;             // the last of these
   uint32_t fruitless_replays = 0;
+
+  // --- Where it lives: none: it waits. Two while it moves from one pipeline to another: no code makes
+  // a second one yet, and what is true of the first alone asks for home(). ---
+  static constexpr size_t kMaxResidencies = 2;
+  std::array<std::optional<Residency>, kMaxResidencies> residencies;
+
+  // The one that was made first: its steps sample, and the journal takes its tokens. Null: it is nowhere.
+  Residency* home() { return const_cast<Residency*>(std::as_const(*this).home()); }
+  const Residency* home() const;
+  // It has blocks in a pipeline, or will have with the next plan.
+  bool resident() const;
+  // Null: no longer, or never.
+  Residency* Find(PlacementEpoch epoch);
+  // REQUIRES: fewer than kMaxResidencies.
+  Residency* AddResidency(PlacementEpoch epoch, Scheduler* scheduler);
+  void Remove(Residency* residency);
 
   uint32_t generated() const { return static_cast<uint32_t>(tokens.size()) - prompt_tokens; }
   bool score_only() const { return spec.max_tokens == 0; }
@@ -59,6 +69,9 @@ struct Sequence {
   uint32_t rows_wanted() const {
     return static_cast<uint32_t>(tokens.size()) - (score_only() ? 1 : 0);
   }
+  // Rows that stages may keep: those behind must be computed, because a token is to be sampled, or scored,
+  // from one of them. Less than rows_wanted().
+  uint32_t rows_settled() const;
   // Rows that it may ever have: the last token is never fed.
   uint32_t rows_max() const { return prompt_tokens + spec.max_tokens - 1; }
 };

@@ -3,6 +3,7 @@
 // The status as JSON; coordinator/core/README.md documents every member.
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "coordinator/core/core.h"
 #include "coordinator/core/state.h"
@@ -43,6 +44,14 @@ uint64_t Seconds(uint64_t now_us, uint64_t then_us) {
   return now_us > then_us ? (now_us - then_us) / 1'000'000 : 0;
 }
 
+template <class Epoch>
+json::Object EpochJson(const Epoch& epoch) {
+  json::Object out;
+  out["term"] = epoch.term;
+  out["counter"] = epoch.counter;
+  return out;
+}
+
 // A pipeline's place, whoever has it.
 json::Object PlaceJson(const Pipeline& pipeline, uint32_t index) {
   const StageSlot& slot = pipeline.slots[index];
@@ -67,25 +76,31 @@ json::Object PlaceJson(const Pipeline& pipeline, uint32_t index) {
 // The same, with all that its worker has in it.
 json::Object StageJson(const Pipeline& pipeline, uint32_t index, const ModelShape& model) {
   const StageSlot& slot = pipeline.slots[index];
-  const uint64_t blocks_per_layer = pipeline.scheduler.columns_held();
+  const Scheduler& scheduler = pipeline.scheduler;
   json::Object out = PlaceJson(pipeline, index);
   out["pipeline_id"] = pipeline.id.value;
   out["weight_bytes"] = slot.weight_bytes;
   out["bytes_loaded"] = slot.bytes_loaded;
   out["bytes_total"] = slot.bytes_total;
-  out["blocks_total"] = slot.pool_blocks;
-  out["blocks_used"] = blocks_per_layer * slot.layers.size();
-  out["cache_bytes_total"] = uint64_t{slot.pool_blocks} * model.block_bytes;
-  if (pipeline.scheduler.started() && pipeline.scheduler.times(index).steps > 0) {
-    const StageTimes& times = pipeline.scheduler.times(index);
+  const StageCache cache = scheduler.started() ? scheduler.stages()[index] : StageCache();
+  out["cache_bytes_total"] = slot.cache_bytes;
+  out["cache_bytes_reserved"] = cache.reserved_bytes;
+  out["cache_bytes_used"] = cache.held_bytes;
+  out["block_bytes"] = model.block_bytes;
+  out["rows_computed"] = slot.rows_computed;
+  out["rows_stored"] = slot.rows_stored;
+  if (scheduler.started() && scheduler.times(index).steps > 0) {
+    const StageTimes& times = scheduler.times(index);
     out["step_compute_us"] = static_cast<uint64_t>(times.compute_us);
     out["step_wait_us"] = static_cast<uint64_t>(times.wait_us);
   }
+  std::vector<uint64_t> held(slot.layers.size(), 0);
+  if (scheduler.started()) held = scheduler.HeldByLayer(index);
   json::Array by_layer;
   for (LayerIndex l = slot.layers.begin; l < slot.layers.end; ++l) {
     json::Object layer;
     layer["layer"] = l;
-    layer["cache_bytes"] = blocks_per_layer * model.block_bytes;
+    layer["cache_bytes"] = held[l - slot.layers.begin];
     by_layer.push_back(std::move(layer));
   }
   out["cache_bytes_by_layer"] = std::move(by_layer);
@@ -126,19 +141,16 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Cont
   return out;
 }
 
-json::Object PipelineJson(const Pipeline& pipeline, const Cluster& cluster, uint64_t now_us) {
+json::Object PipelineJson(const Pipeline& pipeline, const Cluster& cluster, const ModelShape& model,
+                          uint64_t now_us) {
   const Scheduler& scheduler = pipeline.scheduler;
   json::Object out;
   out["id"] = pipeline.id.value;
-  json::Object epoch;
-  epoch["term"] = pipeline.epoch.term;
-  epoch["counter"] = pipeline.epoch.counter;
-  out["epoch"] = std::move(epoch);
+  out["epoch"] = EpochJson(pipeline.epoch);
   out["state"] = Name(pipeline);
   out["state_s"] = Seconds(now_us, pipeline.since_us);
-  out["tokens_max"] = uint64_t{pipeline.capacity_columns()} * limits::kBlockTokens;
-  out["tokens_free"] =
-      scheduler.started() ? uint64_t{scheduler.free_columns()} * limits::kBlockTokens : 0;
+  out["tokens_max"] = pipeline.capacity_rows(model.policy());
+  out["tokens_free"] = scheduler.started() ? scheduler.free_rows() : 0;
   out["num_stages"] = pipeline.slots.size();
   out["running"] = scheduler.num_residents();
   out["prefilling"] = scheduler.num_prefilling();
@@ -168,14 +180,16 @@ json::Object SequenceJson(const Sequence& sequence,
   out["prompt_tokens"] = sequence.prompt_tokens;
   out["generated_tokens"] = sequence.generated();
   out["max_tokens"] = sequence.spec.max_tokens;
-  out["rows"] = sequence.rows;
-  if (sequence.resident_in == nullptr) {
+  const Residency* home = sequence.home();
+  const uint32_t rows = home == nullptr ? 0 : home->rows.next();
+  out["rows"] = rows;
+  if (!sequence.resident()) {
     out["state"] = "waiting";
   } else {
-    out["state"] = sequence.rows < sequence.rows_wanted() && sequence.ready_ticket == 0
-                       ? "prefilling"
-                       : "decoding";
-    out["pipeline_id"] = pipelines.at(sequence.resident_in).value;
+    out["state"] =
+        rows < sequence.rows_wanted() && home->ready_ticket == 0 ? "prefilling" : "decoding";
+    out["pipeline_id"] = pipelines.at(home->scheduler).value;
+    out["placement"] = EpochJson(home->epoch);
   }
   return out;
 }
@@ -191,6 +205,8 @@ json::Object StatsJson(const CoreStats& stats) {
   out["prompt_tokens"] = stats.prompt_tokens;
   out["generated_tokens"] = stats.generated_tokens;
   out["replayed_tokens"] = stats.replayed_tokens;
+  out["recomputed_rows"] = stats.recomputed_rows;
+  out["kept_rows"] = stats.kept_rows;
   out["granted_tokens"] = stats.granted_tokens;
   out["surplus_tokens"] = stats.surplus_tokens;
   out["preemptions"] = stats.preemptions;
@@ -201,8 +217,8 @@ json::Object StatsJson(const CoreStats& stats) {
   out["running"] = stats.running;
   out["waiting"] = stats.waiting;
   out["pipelines_active"] = stats.pipelines_active;
-  out["blocks_used"] = stats.blocks_used;
-  out["blocks_total"] = stats.blocks_total;
+  out["cache_bytes_used"] = stats.cache_bytes_used;
+  out["cache_bytes_total"] = stats.cache_bytes_total;
   return out;
 }
 
@@ -232,7 +248,7 @@ std::string Core::StatusJson(uint64_t now_us) const {
   absl::flat_hash_map<const Scheduler*, PipelineId> by_scheduler;
   for (const auto& [id, pipeline] : state.cluster.pipelines()) {
     by_scheduler.emplace(&pipeline->scheduler, id);
-    pipelines.push_back(PipelineJson(*pipeline, state.cluster, now_us));
+    pipelines.push_back(PipelineJson(*pipeline, state.cluster, state.context.model, now_us));
   }
   out["pipelines"] = std::move(pipelines);
 

@@ -8,16 +8,21 @@
 #include "proto/base/check.h"
 
 namespace strait {
+namespace {
 
-void StepLedger::Start(std::vector<uint32_t> layers_of_stages, uint64_t block_bytes) {
-  block_bytes_ = block_bytes;
+// Workers of this wire version that do not keep rows over epochs tell neither count.
+bool RowsAreUntold(const v1::StageReport& report) {
+  return report.rows_computed() == 0 && report.rows_stored() == 0;
+}
+
+}  // namespace
+
+void StepLedger::Start(uint32_t num_stages) {
   Stop();
-  layers_ = std::move(layers_of_stages);
-  reported_.assign(layers_.size(), 0);
+  reported_.assign(num_stages, 0);
 }
 
 void StepLedger::Stop() {
-  layers_.clear();
   reported_.clear();
   records_.clear();
   last_step_ = 0;
@@ -42,15 +47,22 @@ absl::StatusOr<const StepRecord*> StepLedger::CheckReport(uint32_t stage_index,
                      due > last_step_ ? "none" : absl::StrCat("step ", due)));
   }
   const StepRecord& record = records_[due - records_.front().id.value];
-  const uint64_t bytes = record.columns_after * layers_[stage_index] * block_bytes_;
-  if (report.cache_bytes() != bytes) {
-    return absl::FailedPreconditionError(absl::StrCat("reports ", report.cache_bytes(),
-                                                      " bytes of latent blocks after step ", due,
-                                                      ", the plans make ", bytes));
+  const StageStep& stage = record.stages[stage_index];
+  if (report.cache_bytes() != stage.cache_bytes) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("reports ", report.cache_bytes(), " bytes of latent blocks after step ", due,
+                     ", the plans make ", stage.cache_bytes));
   }
-  if (report.tables_digest() != record.tables_digest) {
+  if (report.tables_digest() != stage.tables_digest) {
     return absl::FailedPreconditionError(
         absl::StrCat("reports other sequences or lengths than planned after step ", due));
+  }
+  if (!RowsAreUntold(report) && (report.rows_computed() != stage.rows_computed ||
+                                 report.rows_stored() != stage.rows_stored)) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "reports ", report.rows_computed(), " rows computed and ", report.rows_stored(),
+        " stored in step ", due, ", the plan has ", stage.rows_computed, " and ",
+        stage.rows_stored));
   }
   return &record;
 }
@@ -59,7 +71,7 @@ void StepLedger::Reported(uint32_t stage_index, uint64_t now_us) {
   const uint64_t step = ++reported_[stage_index];
   STRAIT_CHECK(step <= last_step_);
   last_progress_us_ = now_us;
-  if (stage_index + 1 == layers_.size()) {
+  if (stage_index + 1 == reported_.size()) {
     decode_steps_ -= records_[step - records_.front().id.value].decodes;
   }
   const uint64_t by_all = *std::min_element(reported_.begin(), reported_.end());

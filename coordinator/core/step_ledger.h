@@ -7,7 +7,7 @@
 // Thread:  loop thread only.
 // Errors:  CheckReport says how a report contradicts the plans; the ledger is unchanged.
 // Limits:  the scheduler's steps in flight.
-// Why:     blocks and tables after a step are known when it is planned, so a stage that counts
+// Why:     bytes and tables after a step are known when it is planned, so a stage that counts
 //          otherwise is found at that very step.
 #pragma once
 
@@ -19,6 +19,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "coordinator/core/replay.h"
 #include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
 
@@ -27,6 +28,7 @@ namespace strait {
 // What the last stage must answer for one sequence of a step, in plan order.
 struct WantedResult {
   SequenceId sequence;
+  PlacementEpoch placement;   // the residency that it was planned for
   uint32_t first_scored = 0;  // position of the first token to be scored
   uint32_t num_scores = 0;
   bool sample = false;
@@ -41,21 +43,34 @@ struct GrantedRow {
   std::optional<TokenId> id;  // since that step was answered
 };
 
+// A sequence that a step closes, with what it had.
+struct ClosedRows {
+  SequenceId sequence;
+  StageRows rows;
+};
+
+// What one stage must report of a step.
+struct StageStep {
+  uint64_t cache_bytes = 0;    // held after it
+  uint64_t tables_digest = 0;  // proto/wire/tables_digest.h
+  uint32_t rows_computed = 0;
+  uint32_t rows_stored = 0;
+};
+
 struct StepRecord {
   StepId id;
   uint32_t num_rows = 0;
-  bool decodes = false;        // has rows of sequences past their prefill
-  uint64_t columns_after = 0;  // of latent blocks held after it, see scheduler.h
-  uint64_t tables_digest = 0;  // proto/wire/tables_digest.h
+  bool decodes = false;           // has rows of sequences past their prefill
+  std::vector<StageStep> stages;  // by index
   std::vector<WantedResult> wanted;
   std::vector<GrantedRow> granted;         // in plan order
   std::vector<TokenId> granted_ids_first;  // that the first stage fed for them, once it reported
+  std::vector<ClosedRows> closed;
 };
 
 class StepLedger {
  public:
-  // Of every stage in order: its number of layers.
-  void Start(std::vector<uint32_t> layers_of_stages, uint64_t block_bytes);
+  void Start(uint32_t num_stages);
   void Stop();
 
   // The plan is on its way to all stages. REQUIRES: record.id == next_step().
@@ -77,7 +92,10 @@ class StepLedger {
   void Sampled(StepId step, const absl::flat_hash_map<SequenceId, TokenId>& tokens);
 
   const std::deque<StepRecord>& records() const { return records_; }
-  // Whether the last stage has yet to answer it.
+  // Whether the stage, or the last one, has yet to answer it.
+  bool Unanswered(const StepRecord& record, uint32_t stage_index) const {
+    return record.id.value > reported_[stage_index];
+  }
   bool Unanswered(const StepRecord& record) const { return record.id.value > reported_.back(); }
   // Of the last message either way, while steps are in flight.
   uint64_t last_progress_us() const { return last_progress_us_; }
@@ -86,8 +104,6 @@ class StepLedger {
   uint64_t reported(uint32_t stage_index) const { return reported_[stage_index]; }
 
  private:
-  std::vector<uint32_t> layers_;  // of each stage
-  uint64_t block_bytes_ = 0;
   std::vector<uint64_t> reported_;  // last step of each stage
   std::deque<StepRecord> records_;  // ids follow each other
   uint64_t last_step_ = 0;

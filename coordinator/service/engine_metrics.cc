@@ -30,19 +30,24 @@ std::string EngineMetricsText(const CoreStats& stats, uint64_t workers_attached)
   gauge("strait_num_requests_waiting", "Sequences admitted and not resident.", stats.waiting);
   gauge("strait_workers_attached", "Workers attached to this coordinator.", workers_attached);
   gauge("strait_pipelines_active", "Pipelines that serve.", stats.pipelines_active);
-  gauge("strait_cache_blocks_used", "Latent blocks held by sequences, of all stages.",
-        stats.blocks_used);
-  gauge("strait_cache_blocks_total", "Latent blocks of all pools.", stats.blocks_total);
-  gauge("strait_kv_cache_usage_perc", "Share of latent blocks in use, 0 to 1.",
-        stats.blocks_total == 0
-            ? 0.0
-            : static_cast<double>(stats.blocks_used) / static_cast<double>(stats.blocks_total));
+  gauge("strait_cache_bytes_used", "Bytes of latent blocks held by sequences, of all stages.",
+        stats.cache_bytes_used);
+  gauge("strait_cache_bytes_total", "Bytes of latent blocks of all stages.",
+        stats.cache_bytes_total);
+  gauge("strait_kv_cache_usage_perc", "Share of the bytes of latent blocks in use, 0 to 1.",
+        stats.cache_bytes_total == 0 ? 0.0
+                                     : static_cast<double>(stats.cache_bytes_used) /
+                                           static_cast<double>(stats.cache_bytes_total));
   counter("strait_steps_total", "Steps planned.", stats.steps);
   counter("strait_prompt_tokens_total", "Prompt tokens computed, replays not counted.",
           stats.prompt_tokens);
   counter("strait_generation_tokens_total", "Tokens generated.", stats.generated_tokens);
   counter("strait_replayed_tokens_total", "Tokens computed again after a preemption or a failure.",
           stats.replayed_tokens);
+  counter("strait_recomputed_rows_total", "The same, each for every stage that computed it again.",
+          stats.recomputed_rows);
+  counter("strait_kept_rows_total", "Rows that stages kept when their pipeline began a new epoch.",
+          stats.kept_rows);
   counter("strait_granted_tokens_total",
           "Tokens planned before the one that they follow was known.", stats.granted_tokens);
   counter("strait_surplus_tokens_total", "Tokens sampled for sequences that had ended.",

@@ -40,7 +40,7 @@ using TokenId = uint32_t;
 struct LayerRange {
   LayerIndex begin = 0;
   LayerIndex end = 0;
-  uint32_t size() const { return end - begin; }
+  constexpr uint32_t size() const { return end - begin; }
   friend bool operator==(const LayerRange&, const LayerRange&) = default;
 };
 
@@ -53,6 +53,19 @@ struct PipelineEpoch {
 };
 
 inline std::string ToString(PipelineEpoch e) {
+  return std::to_string(e.term) + "." + std::to_string(e.counter);
+}
+
+// Incarnation of where a sequence lives: one is given each time that it is placed in a pipeline. A type
+// of its own, because a sequence may be placed anew without its pipeline's epoch moving on, and a
+// pipeline's epoch may move on while rows of its sequences stay.
+struct PlacementEpoch {
+  uint64_t term = 0;
+  uint64_t counter = 0;
+  friend auto operator<=>(const PlacementEpoch&, const PlacementEpoch&) = default;
+};
+
+inline std::string ToString(PlacementEpoch e) {
   return std::to_string(e.term) + "." + std::to_string(e.counter);
 }
 

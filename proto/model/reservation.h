@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a sequence costs in latent blocks: one pure function, used by the coordinator to reserve
-// and by the worker to allocate. Both assert, at every step, that use equals the sum over distinct
-// blocks.
+// What a sequence costs, in bytes of latent blocks: one pure function of policy, length and layers,
+// used by the coordinator to reserve and by the worker to allocate. Both assert, at every step, that
+// use equals the sum over distinct blocks.
 //
 // Thread:  pure functions.
 // Why:     no worker evicts or refuses on its own, so the coordinator must know the cost exactly.
@@ -12,6 +12,7 @@
 #include <optional>
 #include <string_view>
 
+#include "proto/base/ids.h"
 #include "proto/base/limits.h"
 
 namespace strait {
@@ -55,6 +56,38 @@ constexpr uint32_t RowBytes(RowFormat format, uint32_t rank, uint32_t rope) {
 
 constexpr uint64_t BlockBytes(RowFormat format, uint32_t rank, uint32_t rope) {
   return uint64_t{RowBytes(format, rank, rope)} * limits::kBlockTokens;
+}
+
+// How the rows of a sequence are kept. There is one policy today, exact: every row in every layer, whole,
+// in blocks of one size.
+struct CachePolicy {
+  uint64_t block_bytes = 0;  // of one latent block of one layer
+  friend bool operator==(const CachePolicy&, const CachePolicy&) = default;
+};
+
+constexpr CachePolicy ExactPolicy(RowFormat format, uint32_t rank, uint32_t rope) {
+  return {BlockBytes(format, rank, rope)};
+}
+
+// Bytes that a sequence of `length` rows holds in these layers.
+constexpr uint64_t HeldBytes(const CachePolicy& policy, uint32_t length, LayerRange layers) {
+  return BlocksOfSequence(length, layers.size()) * policy.block_bytes;
+}
+
+// Whether lengths `a` and `b` cost the same in every layer, held and reserved.
+constexpr bool CostTheSame(const CachePolicy&, uint32_t a, uint32_t b) {
+  return BlocksPerLayer(a) == BlocksPerLayer(b);
+}
+
+// The most that it holds at any length up to `length`: who grows so far must have so much. The exact
+// policy gives nothing back while a sequence grows, so it is what the length itself holds.
+constexpr uint64_t ReservedBytes(const CachePolicy& policy, uint32_t length, LayerRange layers) {
+  return HeldBytes(policy, length, layers);
+}
+
+// The longest sequence whose ReservedBytes these layers have in `bytes`.
+constexpr uint64_t RowsThatFit(const CachePolicy& policy, uint64_t bytes, LayerRange layers) {
+  return bytes / policy.block_bytes / layers.size() * limits::kBlockTokens;
 }
 
 }  // namespace strait

@@ -123,7 +123,7 @@ def memory(programs):
             status, _ = status_bytes(server)
             for worker in status["workers"]:
                 stage = worker["stages"][0]
-                block = stage["cache_bytes_total"] / stage["blocks_total"]
+                block = stage["block_bytes"]
                 expected = stage["weight_bytes"] + used[0] * block * (stage["layer_end"] - stage["layer_begin"])
                 rows.append({"worker": worker["name"], "when": what, "resident_bytes": worker["resident_bytes"],
                              "weight_bytes": stage["weight_bytes"], "expected_bytes": expected,

@@ -100,7 +100,7 @@ def settled(cluster):
         nonlocal last
         stats = cluster.status()["stats"]
         same, last = stats == last, stats
-        if stats["running"] == 0 and stats["waiting"] == 0 and stats["blocks_used"] == 0 and same:
+        if stats["running"] == 0 and stats["waiting"] == 0 and stats["cache_bytes_used"] == 0 and same:
             return stats
         time.sleep(STATUS_AGE_S)
 
@@ -122,10 +122,10 @@ def test_64_clients_that_come_and_go():
     args = ["--max-running", "24", "--prefill-chunk", "64"]
     with Cluster(workers=2, memory=str(memory_bytes), args=args) as cluster:
         stages = [w["stages"][0] for w in cluster.status()["workers"]]
-    columns = [s["blocks_total"] // (s["layer_end"] - s["layer_begin"]) for s in stages]
+    columns = [s["cache_bytes_total"] // s["block_bytes"] // (s["layer_end"] - s["layer_begin"]) for s in stages]
     memory_bytes -= max((c - 30) * (s["cache_bytes_total"] // c) for c, s in zip(columns, stages))
     with Cluster(workers=2, memory=str(memory_bytes), args=args) as cluster:
-        blocks = [w["stages"][0]["blocks_total"] for w in cluster.status()["workers"]]
+        blocks = [w["stages"][0]["cache_bytes_total"] // w["stages"][0]["block_bytes"] for w in cluster.status()["workers"]]
         greedy = check_complete(cluster)
         settled(cluster)
         outcomes, lock, memory = [], threading.Lock(), []

@@ -135,7 +135,7 @@ def test_preempted_for_want_of_blocks(shape):
     layers = json.loads((GOLDEN / shape / "config.json").read_text())["num_hidden_layers"]
     with Cluster(GOLDEN / shape, workers=1, random_weights=None, memory=str(memory), args=WHOLE + FIXED) as cluster:
         stage = cluster.status()["workers"][0]["stages"][0]
-    columns = stage["blocks_total"] // layers
+    columns = stage["cache_bytes_total"] // stage["block_bytes"] // layers
     column = stage["cache_bytes_total"] // columns + (0 if BACKEND == "cpu" else 4 * layers)
     memory -= (columns - 9) * column
     outcomes = []
@@ -144,7 +144,7 @@ def test_preempted_for_want_of_blocks(shape):
             choices = sorted(cluster.complete(model=shape, **body)["choices"], key=lambda c: c["index"])
             outcomes.append([outcome(c) for c in choices])
             status = cluster.status()
-    assert status["workers"][0]["stages"][0]["blocks_total"] == 9 * layers
+    assert status["workers"][0]["stages"][0]["cache_bytes_total"] == 9 * layers * stage["block_bytes"]
     preemptions = status["stats"]["preemptions"]
     check(outcomes[0], outcomes[1], f"{shape}, preempted")
     assert preemptions > 0, "the small pool was meant to preempt"
@@ -198,7 +198,7 @@ def test_granted_steps(alone, stages):
                 for count, _ in enumerate(s.iter_lines()):
                     if count == 7:
                         break
-            wait_until(lambda: cluster.status()["stats"]["blocks_used"] == 0, what="the cancelled stream's blocks")
+            wait_until(lambda: cluster.status()["stats"]["cache_bytes_used"] == 0, what="the cancelled stream's blocks")
             stats = cluster.status()["stats"]
             assert (stats["granted_tokens"] > 0) == (depth > 1), stats
             if depth == 1:

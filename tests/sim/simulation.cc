@@ -425,16 +425,16 @@ void Simulation::Heal() {
 bool Simulation::Settled() const {
   if (requests_left_ > 0 || !faults_over_ || clients_.num_live() > 0) return false;
   const CoreStats stats = core_.Stats();
-  if (stats.blocks_used > 0) return false;
+  if (stats.cache_bytes_used > 0) return false;
   return !scenario_.heals || stats.pipelines_active == scenario_.options.num_pipelines;
 }
 
 void Simulation::CheckIdle() {
   CheckSound();
   const CoreStats stats = core_.Stats();
-  if (stats.running + stats.waiting + stats.blocks_used != 0) {
+  if (stats.running + stats.waiting + stats.cache_bytes_used != 0) {
     return world_.Violation(absl::StrCat("at idle ", stats.running, " run, ", stats.waiting,
-                                         " wait, ", stats.blocks_used, " blocks are used"));
+                                         " wait, ", stats.cache_bytes_used, " bytes of cache are used"));
   }
   if (stats.pipelines_active < scenario_.options.num_pipelines) return;
   for (const auto& worker : workers_) {

@@ -65,9 +65,8 @@ TEST(PieceEndTest, CutsAfterLinesElseBetweenCharacters) {
 TEST(CacheBytesTest, StagesOfAnActivePipelineTell) {
   const json::Value status = Parsed(R"({"pipelines": [{"state": "loading", "stages": []},
       {"state": "active", "stages": [{"stage_id": 4}, {"stage_id": 3}]}], "workers": [{"stages": [
-        {"stage_id": 3, "layer_begin": 2, "layer_end": 3, "blocks_total": 5, "cache_bytes_total": 32000},
-        {"stage_id": 4, "layer_begin": 0, "layer_end": 2, "blocks_total": 10,
-         "cache_bytes_total": 640000}]}]})");
+        {"stage_id": 3, "layer_begin": 2, "layer_end": 3, "block_bytes": 6400},
+        {"stage_id": 4, "layer_begin": 0, "layer_end": 2, "block_bytes": 64000}]}]})");
   EXPECT_THAT(CacheBytesPerTokenByLayer(status.get_object()), ElementsAre(1000, 1000, 100));
 }
 
@@ -79,8 +78,7 @@ TEST(CacheBytesTest, WhatIsNotToldIsEmpty) {
        R"({"pipelines": [{"state": "active", "stages": [{"stage_id": 1}]}], "workers": [
                 {"stages": [{"stage_id": 1, "layer_begin": 0, "layer_end": 2}]}]})",
        R"({"pipelines": [{"state": "active", "stages": [{"stage_id": 1}]}], "workers": [{"stages": [
-                {"stage_id": 1, "layer_begin": 1, "layer_end": 2, "blocks_total": 1,
-                 "cache_bytes_total": 64}]}]})"}) {
+                {"stage_id": 1, "layer_begin": 1, "layer_end": 2, "block_bytes": 64}]}]})"}) {
     EXPECT_TRUE(CacheBytesPerTokenByLayer(Parsed(text).get_object()).empty()) << text;
   }
 }

@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Defends: an edge is NCCL where both of its workers can, its id goes from the receiver to the
-// sender and nobody else, and one whose NCCL fails does without; the status says which and why.
+// sender and nobody else, and one whose NCCL fails does without; the status says which and why. An
+// edge keeps its id while it need not be opened anew.
 #include "coordinator/core/edges.h"
 
 #include <gtest/gtest.h>
+
+#include <algorithm>
+#include <set>
 
 #include "tests/coordinator/core/harness.h"
 
@@ -114,6 +118,93 @@ TEST(EdgesTest, SetUpThatFailsIsDoneByGrpcNext) {
     EXPECT_NE(status.find("NCCL failed between w1 and w2"), std::string::npos) << status;
     EXPECT_NE(status.find("no route"), std::string::npos) << status;
   }
+}
+
+v1::StageReport Error(Harness& h, WorkerId worker, uint64_t step) {
+  v1::StageReport report;
+  report.set_stage_id(h.StageOf(worker).load.stage_id());
+  *report.mutable_epoch() = h.StageOf(worker).epoch;
+  report.set_step_id(step);
+  report.set_error_code(static_cast<uint32_t>(absl::StatusCode::kInternal));
+  return report;
+}
+
+// Ids of the edge to the second stage, of that to the third, and of the one back to the first.
+std::vector<uint64_t> EdgeIds(Harness& h, const std::vector<WorkerId>& w) {
+  const std::vector<uint64_t> ids = {Activation(h, w[1]).edge_id(), Activation(h, w[2]).edge_id(),
+                                     Activation(h, w[2]).sampled_edge_id()};
+  EXPECT_EQ(Activation(h, w[0]).edge_id(), 0u);
+  EXPECT_EQ(Activation(h, w[0]).next_edge_id(), ids[0]);
+  EXPECT_EQ(Activation(h, w[1]).next_edge_id(), ids[1]);
+  EXPECT_EQ(Activation(h, w[2]).next_edge_id(), 0u);
+  EXPECT_EQ(Activation(h, w[0]).sampled_edge_id(), ids[2]);
+  EXPECT_EQ(Activation(h, w[1]).sampled_edge_id(), 0u);
+  EXPECT_EQ(Activation(h, w[0]).next_edge_nonce(), Activation(h, w[1]).edge_nonce());
+  EXPECT_EQ(Activation(h, w[1]).next_edge_nonce(), Activation(h, w[2]).edge_nonce());
+  EXPECT_EQ(Activation(h, w[0]).sampled_edge_nonce(), Activation(h, w[2]).sampled_edge_nonce());
+  return ids;
+}
+
+TEST(EdgesTest, GrpcEdgesOutliveEpochsAsLongAsBothEndsStay) {
+  Harness h(Options(3), SmallModel());
+  std::vector<WorkerId> w;
+  for (int i = 0; i < 3; ++i) w.push_back(Attach(h, 0));
+  const std::vector<uint64_t> ids = EdgeIds(h, w);
+  const uint64_t nonce = Activation(h, w[1]).edge_nonce();
+  EXPECT_EQ(std::set<uint64_t>({0, ids[0], ids[1], ids[2]}).size(), 4u);
+  // A step fails: the edges are well.
+  const uint64_t epoch = h.StageOf(w[0]).epoch.counter();
+  h.Send(w[1], Error(h, w[1], 1));
+  h.Tick(1'000'000);
+  ASSERT_GT(h.StageOf(w[0]).epoch.counter(), epoch);
+  EXPECT_EQ(EdgeIds(h, w), ids);
+  EXPECT_EQ(Activation(h, w[1]).edge_nonce(), nonce);
+  // Another end: the edges of that stage alone.
+  h.Lose(w[2]);
+  w[2] = Attach(h, 0);
+  const std::vector<uint64_t> after = EdgeIds(h, w);
+  EXPECT_EQ(after[0], ids[0]);
+  EXPECT_GT(after[1], ids[2]);
+  EXPECT_GT(after[2], ids[2]);
+  // An edge failed, says one end of it: none is trusted.
+  h.Send(w[0], Error(h, w[0], 0));
+  h.Tick(1'000'000);
+  ASSERT_TRUE(h.core.Ready());
+  for (const uint64_t id : EdgeIds(h, w)) EXPECT_GT(id, std::max(after[1], after[2]));
+  EXPECT_NE(Activation(h, w[1]).edge_nonce(), nonce);
+  EXPECT_TRUE(h.problems.empty());
+}
+
+TEST(EdgesTest, AFailedActivationRenewsEdges) {
+  Harness h(Options(3), SmallModel());
+  std::vector<WorkerId> w;
+  h.answer_activations = false;
+  for (int i = 0; i < 3; ++i) w.push_back(Attach(h, 0));
+  const std::vector<uint64_t> ids = EdgeIds(h, w);
+  h.answer_activations = true;
+  v1::FromWorker failed;
+  failed.mutable_stage_state()->set_stage_id(h.StageOf(w[0]).load.stage_id());
+  failed.mutable_stage_state()->set_state(v1::StageState::FAILED);
+  *failed.mutable_stage_state()->mutable_epoch() = h.StageOf(w[0]).epoch;
+  failed.mutable_stage_state()->set_error_code(14);
+  h.core.OnWorkerMessage(w[0], failed, h.now_us);
+  h.Tick(1'000'000);
+  ASSERT_TRUE(h.core.Ready());
+  for (const uint64_t id : EdgeIds(h, w)) EXPECT_GT(id, ids[2]);
+}
+
+TEST(EdgesTest, NcclEdgesAreNewInEveryEpoch) {
+  Harness h(Options(3), SmallModel());
+  std::vector<WorkerId> w = {Attach(h, 22809), Attach(h, 22809), Attach(h, 0)};
+  const std::vector<uint64_t> ids = EdgeIds(h, w);
+  ASSERT_TRUE(Activation(h, w[1]).edge_over_nccl());
+  h.Send(w[2], Error(h, w[2], 1));
+  h.Tick(1'000'000);
+  ASSERT_TRUE(h.core.Ready());
+  const std::vector<uint64_t> after = EdgeIds(h, w);
+  EXPECT_GT(after[0], ids[2]);
+  EXPECT_EQ(after[1], ids[1]);
+  EXPECT_EQ(after[2], ids[2]);
 }
 
 TEST(EdgesTest, PairIsTriedAgainLaterAndForgottenWithItsWorker) {

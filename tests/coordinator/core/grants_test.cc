@@ -54,7 +54,7 @@ TEST(GrantsTest, StepsAreGrantedAsDeepAsAskedAndNoDeeper) {
     const CoreStats stats = h.core.Stats();
     EXPECT_EQ(stats.granted_tokens, depth > 1 ? 19 : 0);
     EXPECT_EQ(stats.surplus_tokens, 0u) << "nothing is granted beyond max_tokens";
-    EXPECT_EQ(stats.blocks_used, 0u);
+    EXPECT_EQ(stats.cache_bytes_used, 0u);
     EXPECT_THAT(h.problems, ElementsAre());
   }
 }
@@ -79,7 +79,7 @@ TEST(GrantsTest, AStopTokenInsideAGrantEndsItAndTheRestIsDropped) {
   h.Run();
   EXPECT_EQ(h.tokens[id].size(), 3u);
   EXPECT_EQ(h.core.Stats().surplus_tokens, 3u);
-  EXPECT_EQ(h.core.Stats().blocks_used, 0u);
+  EXPECT_EQ(h.core.Stats().cache_bytes_used, 0u);
   EXPECT_THAT(h.problems, ElementsAre());
 }
 
@@ -101,7 +101,7 @@ TEST(GrantsTest, VoidLogitsInsideAGrantEndTheirSequenceAlone) {
   h.Run();
   EXPECT_EQ(h.tokens[well].size(), 20u);
   EXPECT_FALSE(h.workers.at(worker).evicted) << h.workers.at(worker).why;
-  EXPECT_EQ(h.core.Stats().blocks_used, 0u);
+  EXPECT_EQ(h.core.Stats().cache_bytes_used, 0u);
   EXPECT_THAT(h.problems, ElementsAre());
 }
 
@@ -170,7 +170,7 @@ TEST(GrantsTest, ACancelledGrantIsRevokedAtOnce) {
   h.Run();
   EXPECT_EQ(h.tokens[RequestId{2}].size(), 60u);
   EXPECT_EQ(h.core.Stats().surplus_tokens, 2u);
-  EXPECT_EQ(h.core.Stats().blocks_used, 0u);
+  EXPECT_EQ(h.core.Stats().cache_bytes_used, 0u);
   EXPECT_THAT(h.problems, ElementsAre());
 }
 
@@ -195,7 +195,7 @@ TEST(GrantsTest, PreemptedWithTokensUnderWayItGetsThemAll) {
     ASSERT_EQ(h.tokens[id].size(), 100u);
     for (uint32_t i = 0; i < 100; ++i) EXPECT_EQ(h.tokens[id][i].position, 120 + i);
   }
-  EXPECT_EQ(h.core.Stats().blocks_used, 0u);
+  EXPECT_EQ(h.core.Stats().cache_bytes_used, 0u);
   EXPECT_THAT(h.problems, ElementsAre());
 }
 
@@ -211,7 +211,7 @@ TEST(GrantsTest, AWorkersDeathInTheMiddleOfAGrantReplaysFromTheJournal) {
   EXPECT_EQ(replay.literals().ids_size(), 6) << "prompt and the two tokens that came";
   h.Run();
   EXPECT_EQ(h.tokens[id].size(), 20u);
-  EXPECT_EQ(h.core.Stats().blocks_used, 0u);
+  EXPECT_EQ(h.core.Stats().cache_bytes_used, 0u);
   EXPECT_THAT(h.problems, ElementsAre());
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Harness drives a Core by hand: workers that load and activate at once, steps that wait until the
-// test lets a stage report them.
+// test lets a stage report them. Its workers keep rows over epochs, and note in `problems` what an
+// honest stage would refuse.
 //
 // Thread:  the test's.
 #pragma once
@@ -9,7 +10,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <variant>
@@ -55,10 +58,17 @@ class Harness {
     v1::PipelineEpoch epoch;
     bool first = false;
     bool last = false;
-    std::deque<v1::StepPlan> plans;  // not reported
-    std::map<SequenceId, uint32_t> lengths;
+    std::deque<v1::StepPlan> plans;          // not reported
+    std::map<SequenceId, uint32_t> lengths;  // rows of steps that it reported
+    std::map<SequenceId, std::vector<TokenId>> fed;  // what they are of; kUnknown: granted
+    std::set<SequenceId> told;                       // with the last ACTIVE, not named since
+    uint64_t rows_computed = 0;
+    uint64_t rows_stored = 0;
+    uint64_t rows_kept = 0;  // by the last first plan
+    LayerRange layers() const { return {load.layer_begin(), load.layer_end()}; }
   };
   struct FakeWorker {
+    v1::Hello hello;
     std::map<uint64_t, FakeStage> stages;
     bool evicted = false;
     absl::Status why;
@@ -84,15 +94,42 @@ class Harness {
   WorkerId Attach(uint64_t memory_bytes) { return Attach(MakeHello(memory_bytes)); }
   WorkerId Attach(const v1::Hello& hello) {
     const WorkerId id{++last_worker};
-    workers[id];
+    workers[id].hello = hello;
     core.OnWorkerAttached(id, hello, now_us);
     Pump();
     return id;
   }
   void Lose(WorkerId id) {
+    lost[id] = std::move(workers.at(id));
     workers.erase(id);
     core.OnWorkerLost(id, absl::UnavailableError("gone"), now_us);
     Pump();
+  }
+  // What a worker that was lost says when it comes back with its stages.
+  v1::Hello HelloAgain(WorkerId old) const {
+    const FakeWorker& worker = lost.at(old);
+    v1::Hello hello = worker.hello;
+    hello.set_term(1);
+    hello.clear_held_stages();
+    for (const auto& [id, stage] : worker.stages) {
+      v1::HeldStage* held = hello.add_held_stages();
+      held->set_stage_id(id);
+      held->set_layer_begin(stage.load.layer_begin());
+      held->set_layer_end(stage.load.layer_end());
+      held->set_cache_bytes(stage.load.cache_bytes());
+      held->set_weight_bytes(7);
+    }
+    return hello;
+  }
+  WorkerId ComeBack(WorkerId old) { return ComeBack(old, HelloAgain(old)); }
+  WorkerId ComeBack(WorkerId old, const v1::Hello& hello) {
+    const WorkerId id{++last_worker};
+    workers[id] = std::move(lost.at(old));
+    workers[id].hello = hello;
+    for (auto& [stage_id, stage] : workers[id].stages) stage.plans.clear();
+    core.OnWorkerAttached(id, hello, now_us);
+    Pump();
+    return id;
   }
   RequestId Submit(RequestSpec spec) {
     const RequestId id{++last_request};
@@ -126,13 +163,16 @@ class Harness {
     report.set_stage_id(plan.stage_id());
     *report.mutable_epoch() = plan.epoch();
     report.set_step_id(plan.step_id());
-    for (const v1::CacheOp& op : plan.cache_ops()) {
-      if (op.has_open()) stage.lengths[SequenceId{op.open().sequence_id()}] = 0;
-      if (op.has_close()) stage.lengths.erase(SequenceId{op.close().sequence_id()});
-    }
+    if (plan.step_id() == 1) stage.rows_kept = 0;
+    for (const v1::CacheOp& op : plan.cache_ops()) Do(op, plan.step_id() == 1, &stage);
+    if (!stage.told.empty()) Problem(stage, "the first plan does not name all that was told");
+    uint32_t stages_before = stage.activate.num_stages();
     for (const v1::SequenceStep& step : plan.sequences()) {
-      stage.lengths.at(SequenceId{step.sequence_id()}) +=
-          step.has_sampled() ? 1 : step.literals().ids_size();
+      const uint32_t through =
+          step.replay_stages() == 0 ? stage.activate.num_stages() : step.replay_stages();
+      if (through > stages_before) Problem(stage, "sequences do not come by falling stages");
+      stages_before = through;
+      Do(step, through, &stage, &report);
       if (step.has_sampled() && (stage.first || stage.last)) {
         const auto sampled = last_sampled.find(step.sequence_id());
         report.add_granted_ids(sampled == last_sampled.end() ? next_token : sampled->second);
@@ -149,15 +189,23 @@ class Harness {
       }
     }
     TablesDigest digest;
-    uint64_t blocks = 0;
-    const uint32_t layers = stage.load.layer_end() - stage.load.layer_begin();
+    uint64_t bytes = 0;
     for (const auto& [sequence, length] : stage.lengths) {
       digest.Add(sequence, length);
-      blocks += BlocksOfSequence(length, layers);
+      bytes += HeldBytes({block_bytes}, length, stage.layers());
     }
-    report.set_cache_bytes(blocks * block_bytes);
+    if (bytes > stage.load.cache_bytes()) Problem(stage, "its cache is too small for the plan");
+    report.set_cache_bytes(bytes);
     report.set_tables_digest(digest.Value());
     return report;
+  }
+  // What a stage has of sequences when it enters an epoch, as ACTIVE tells it.
+  static void AddHeld(const FakeStage& stage, v1::StageState* state) {
+    for (const auto& [sequence, length] : stage.lengths) {
+      v1::HeldSequence* held = state->add_held();
+      held->set_sequence_id(sequence.value);
+      held->set_rows(length);
+    }
   }
   // Of the edge that ends at this stage.
   static std::string NcclId(uint64_t stage_id) {
@@ -203,7 +251,10 @@ class Harness {
   bool answer_loads = true;
   bool answer_activations = true;
   bool answer_nccl_ids = true;
+  bool tell_rows = true;  // else as workers that drop everything with an epoch
+  std::function<void(WorkerId, v1::StageState*)> before_active;  // may change what is told
   std::map<WorkerId, FakeWorker> workers;
+  std::map<WorkerId, FakeWorker> lost;
   std::map<RequestId, std::vector<TokenInfo>> tokens;
   std::map<RequestId, std::vector<TokenInfo>> scores;
   std::map<RequestId, SequenceEnded> ended;
@@ -211,6 +262,71 @@ class Harness {
   std::vector<std::string> problems;
 
  private:
+  static constexpr TokenId kUnknown = ~TokenId{0};
+
+  void Problem(const FakeStage& stage, const std::string& what) {
+    problems.push_back("stage " + std::to_string(stage.load.stage_id()) + ": " + what);
+  }
+  // As worker/stage does it, or would refuse it.
+  void Do(const v1::CacheOp& op, bool first_plan, FakeStage* stage) {
+    const SequenceId id{op.has_open() ? op.open().sequence_id() : op.close().sequence_id()};
+    const bool was_told = stage->told.erase(id) > 0;
+    const bool has = stage->lengths.contains(id);
+    if (op.has_close()) {
+      if (!has && !first_plan) Problem(*stage, "closes what is not open");
+      stage->lengths.erase(id);
+      stage->fed.erase(id);
+      return;
+    }
+    const auto& kept = op.open().kept_rows();
+    if (has && !was_told) Problem(*stage, "opens what is open");
+    if (!kept.empty() && (!first_plan || kept.size() != int(stage->activate.num_stages()))) {
+      Problem(*stage, "kept rows are not of a first plan, or of other stages");
+    }
+    const uint32_t rows = kept.empty() ? 0 : kept.at(int(stage->activate.stage_index()));
+    if (rows > (was_told ? stage->lengths.at(id) : 0)) {
+      Problem(*stage, "keeps more rows than there are");
+    }
+    stage->lengths[id] = rows;
+    stage->fed[id].resize(rows);
+    stage->rows_kept += rows;
+  }
+  void Do(const v1::SequenceStep& step, uint32_t through, FakeStage* stage,
+          v1::StageReport* report) {
+    const SequenceId id{step.sequence_id()};
+    const uint32_t begin = step.first_position();
+    std::vector<TokenId> ids(step.literals().ids().begin(), step.literals().ids().end());
+    if (step.has_sampled()) ids = {kUnknown};
+    const auto rows = static_cast<uint32_t>(ids.size());
+    uint32_t& length = stage->lengths.at(id);
+    std::vector<TokenId>& fed = stage->fed[id];
+    const bool replays = step.replay_stages() != 0;
+    const uint32_t index = stage->activate.stage_index();
+    const bool has_all = length >= begin + rows;
+    if (rows == 0 || (!has_all && length != begin)) Problem(*stage, "rows do not follow");
+    if (replays && through < stage->activate.num_stages() && step.logits_size() > 0) {
+      Problem(*stage, "wants logits of rows that do not reach the last stage");
+    }
+    if (replays && step.has_sampled()) Problem(*stage, "replays a granted row");
+    if (replays && index + 1 == through && has_all) Problem(*stage, "the last one lacks nothing");
+    if (!replays && has_all) Problem(*stage, "has rows already, and it is no replay");
+    for (uint32_t i = 0; has_all && i < rows; ++i) {
+      if (fed[begin + i] != kUnknown && fed[begin + i] != ids[i]) {
+        Problem(*stage, "kept a row of another token");
+      }
+    }
+    if (index >= through) {
+      if (!has_all) Problem(*stage, "is left out, and lacks rows");
+      return;
+    }
+    stage->rows_computed += rows;
+    report->set_rows_computed(report->rows_computed() + rows);
+    if (has_all) return;
+    fed.insert(fed.end(), ids.begin(), ids.end());
+    length += rows;
+    stage->rows_stored += rows;
+    report->set_rows_stored(report->rows_stored() + rows);
+  }
   void Pass(uint64_t us, bool beats) {
     for (const uint64_t end_us = now_us + us; now_us < end_us;) {
       now_us = std::min(end_us, now_us + kCallGapUs);
@@ -247,7 +363,9 @@ class Harness {
       stage.first = activate.previous_stage_id() == 0;
       stage.last = activate.next_stage_id() == 0;
       stage.plans.clear();
-      stage.lengths.clear();
+      stage.told.clear();
+      if (!tell_rows) stage.lengths.clear();
+      for (const auto& [sequence, length] : stage.lengths) stage.told.insert(sequence);
       if (activate.edge_over_nccl() && answer_nccl_ids) {
         v1::FromWorker id;
         id.mutable_edge_id()->set_stage_id(activate.stage_id());
@@ -259,6 +377,8 @@ class Harness {
       state.set_stage_id(activate.stage_id());
       state.set_state(v1::StageState::ACTIVE);
       *state.mutable_epoch() = activate.epoch();
+      AddHeld(stage, &state);
+      if (before_active) before_active(m.worker, &state);
       Answer(m.worker, state);
     } else if (m.message.has_unload_stage()) {
       worker.stages.erase(m.message.unload_stage().stage_id());

@@ -94,8 +94,8 @@ TEST(MembershipTest, AWorkersStagesArePlannedAsItCountsThem) {
     *hello.mutable_stage_costs() = costs;
     h.Attach(hello);
     ASSERT_TRUE(h.core.Ready());
-    EXPECT_EQ(h.core.Stats().blocks_total,
-              (short_of > 0 ? 2 : 3) * model.layer_weight_bytes.size());
+    EXPECT_EQ(h.core.Stats().cache_bytes_total,
+              (short_of > 0 ? 2 : 3) * model.layer_weight_bytes.size() * model.block_bytes);
   }
 }
 

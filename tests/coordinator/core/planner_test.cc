@@ -22,17 +22,17 @@ CoreOptions Options() {
   return options;
 }
 
-// The best smallest capacity, by trying every split.
-uint32_t BestByTrying(const CoreOptions& options, const ModelShape& model,
+// The best smallest capacity in rows, by trying every split.
+uint64_t BestByTrying(const CoreOptions& options, const ModelShape& model,
                       const std::vector<WorkerMemory>& memory) {
   const auto num_layers = static_cast<uint32_t>(model.layer_weight_bytes.size());
-  std::function<uint32_t(size_t, uint32_t)> best = [&](size_t stage, uint32_t begin) -> uint32_t {
+  std::function<uint64_t(size_t, uint32_t)> best = [&](size_t stage, uint32_t begin) -> uint64_t {
     if (stage + 1 == memory.size()) {
-      return StageColumns(options, model, {begin, num_layers}, memory[stage]);
+      return StageRowsMax(options, model, {begin, num_layers}, memory[stage]);
     }
-    uint32_t most = 0;
+    uint64_t most = 0;
     for (uint32_t end = begin + 1; end + (memory.size() - stage - 1) <= num_layers; ++end) {
-      most = std::max(most, std::min(StageColumns(options, model, {begin, end}, memory[stage]),
+      most = std::max(most, std::min(StageRowsMax(options, model, {begin, end}, memory[stage]),
                                      best(stage + 1, end)));
     }
     return most;
@@ -58,7 +58,7 @@ TEST(PlannerTest, IsAsGoodAsTryingEverySplit) {
     std::vector<WorkerMemory> memory;
     for (uint32_t s = 0; s < num_stages; ++s) memory.push_back(2000 + random() % 12000);
 
-    const uint32_t best = BestByTrying(options, model, memory);
+    const uint64_t best = BestByTrying(options, model, memory);
     const absl::StatusOr<PipelinePlan> plan = PlanPipeline(options, model, memory);
     ASSERT_EQ(plan.ok(), best > 0) << plan.status();
     if (!plan.ok()) {
@@ -66,16 +66,16 @@ TEST(PlannerTest, IsAsGoodAsTryingEverySplit) {
       continue;
     }
     ++planned;
-    EXPECT_EQ(plan->capacity_columns, best);
+    EXPECT_EQ(plan->capacity_rows, best);
     LayerIndex next = 0;
     for (uint32_t s = 0; s < num_stages; ++s) {
       const StagePlan& stage = plan->stages[s];
       EXPECT_EQ(stage.layers.begin, next);
       EXPECT_GT(stage.layers.end, stage.layers.begin);
       next = stage.layers.end;
-      EXPECT_EQ(stage.pool_blocks, best * stage.layers.size());
+      EXPECT_EQ(stage.cache_bytes, StageCacheBytes(model, stage.layers, best));
       EXPECT_LE(StageWeightBytes(model, stage.layers) + StageWorkspaceBytes(model, stage.layers) +
-                    uint64_t{stage.pool_blocks} * model.block_bytes,
+                    stage.cache_bytes,
                 memory[s].bytes);
     }
     EXPECT_EQ(next, model.layer_weight_bytes.size());
@@ -98,7 +98,7 @@ TEST(PlannerTest, MoreCacheThanCanBeUsedIsNotTaken) {
   ModelShape model = SmallModel(4);
   const auto plan = PlanPipeline(options, model, std::vector<WorkerMemory>{1 << 30, 1 << 30});
   ASSERT_TRUE(plan.ok()) << plan.status();
-  EXPECT_EQ(plan->capacity_columns, 3 * BlocksPerLayer(model.max_positions));
+  EXPECT_EQ(plan->capacity_rows, 3 * BlocksPerLayer(model.max_positions) * limits::kBlockTokens);
   // With room to spare, the pace decides: 1000 x 2 against 1000 x 2 + 500 of head.
   EXPECT_EQ(plan->stages[0].layers, (LayerRange{0, 2}));
 }
@@ -114,10 +114,10 @@ TEST(PlannerTest, AStagesWorkspaceFollowsItsWeights) {
   for (uint64_t& bytes : model.layer_weight_bytes) bytes = 1500;
   EXPECT_EQ(StageWorkspaceBytes(model, {0, 4}), 300u) << "of 7000";
   const uint64_t fixed = 7000 + 300;
-  EXPECT_EQ(StageColumns(Options(), model, {0, 4}, fixed + 4 * 128 - 1), 0u);
-  EXPECT_EQ(StageColumns(Options(), model, {0, 4}, fixed + 4 * 128), 1u);
+  EXPECT_EQ(StageRowsMax(Options(), model, {0, 4}, fixed + 4 * 128 - 1), 0u);
+  EXPECT_EQ(StageRowsMax(Options(), model, {0, 4}, fixed + 4 * 128), 64u);
   model.workspace_bytes.clear();
-  EXPECT_EQ(StageColumns(Options(), model, {0, 4}, 7000 + 4 * 128), 1u);
+  EXPECT_EQ(StageRowsMax(Options(), model, {0, 4}, 7000 + 4 * 128), 64u);
 }
 
 // The bug: NCCL's communicators and the arenas of edges lay beside what was planned, so a GPU that
@@ -130,11 +130,11 @@ TEST(PlannerTest, EdgesAreCountedWhereAStageHasThem) {
   costs.layer_bytes = model.layer_weight_bytes;
   costs.block_bytes = model.block_bytes;
   costs.workspace_bytes = costs.last_workspace_bytes = {50};
-  const auto columns = [&](LayerRange layers, uint64_t bytes) {
-    return StageColumns(options, model, layers, {bytes, &costs});
+  const auto rows = [&](LayerRange layers, uint64_t bytes) {
+    return StageRowsMax(options, model, layers, {bytes, &costs});
   };
-  constexpr uint64_t kTwoLayers = 2000 + 50 + 2 * 128;  // and one column
-  EXPECT_EQ(columns({2, 4}, kTwoLayers), 1u);
+  constexpr uint64_t kTwoLayers = 2000 + 50 + 2 * 128;  // and one block each
+  EXPECT_EQ(rows({2, 4}, kTwoLayers), 64u);
   costs.edge_bytes = 100;
   costs.edge_row_bytes = 3;
   EXPECT_EQ(StageEdgeBytes(options, {0, 6}, {0, &costs}), 0u) << "alone, it has none";
@@ -144,8 +144,8 @@ TEST(PlannerTest, EdgesAreCountedWhereAStageHasThem) {
   EXPECT_EQ(StageEdgeBytes(options, {2, 4}, 1000), 0u) << "of a CPU worker";
   for (const auto& [layers, edges] :
        {std::pair(LayerRange{0, 2}, 148u), std::pair(LayerRange{2, 4}, 296u)}) {
-    EXPECT_EQ(columns(layers, kTwoLayers + edges - 1), 0u);
-    EXPECT_EQ(columns(layers, kTwoLayers + edges), 1u);
+    EXPECT_EQ(rows(layers, kTwoLayers + edges - 1), 0u);
+    EXPECT_EQ(rows(layers, kTwoLayers + edges), 64u);
   }
   // Three stages of two layers: 6 x 1000, 3 x 50, 6 x 128, four ends of edges.
   const std::vector<WorkerMemory> three(3, {2000, &costs});

@@ -30,6 +30,7 @@ CoreOptions Options(uint32_t num_stages) {
 
 TEST(RecoveryTest, SurvivorsKeepTheirWeightsAndSequencesAreReplayed) {
   Harness h(Options(2), SmallModel());
+  h.tell_rows = false;
   const WorkerId first = h.Attach(kMemory);
   const WorkerId last = h.Attach(kMemory);
   const RequestId id = h.Submit(OneSequence(10, 5));
@@ -259,7 +260,7 @@ TEST(RecoveryTest, DeadlinesEndRequests) {
   ASSERT_TRUE(h.ended.contains(id));
   EXPECT_EQ(h.ended.at(id).status.code(), absl::StatusCode::kDeadlineExceeded);
   h.Run();
-  EXPECT_EQ(h.core.Stats().blocks_used, 0u);
+  EXPECT_EQ(h.core.Stats().cache_bytes_used, 0u);
   EXPECT_FALSE(h.workers.at(worker).evicted);
 }
 

@@ -56,7 +56,7 @@ TEST(ResultsTest, LogitsThatAreNoNumbersEndTheirSequenceOnly) {
   h.Run();
   EXPECT_EQ(h.tokens[bad].size(), 1u);
   EXPECT_EQ(h.tokens[good].size(), 5u);
-  EXPECT_EQ(h.core.Stats().blocks_used, 0u);
+  EXPECT_EQ(h.core.Stats().cache_bytes_used, 0u);
   EXPECT_EQ(h.core.Stats().recoveries, 0u);
   EXPECT_THAT(h.problems, ElementsAre());
 }
@@ -76,7 +76,7 @@ TEST(ResultsTest, ScoresThatAreNoNumbersEndASequenceWithStepsInFlight) {
   ASSERT_TRUE(h.ended.contains(id));
   h.Run();  // what is under way for it is answered, and ignored
   EXPECT_TRUE(h.scores[id].empty());
-  EXPECT_EQ(h.core.Stats().blocks_used, 0u);
+  EXPECT_EQ(h.core.Stats().cache_bytes_used, 0u);
   EXPECT_FALSE(h.workers.at(last).evicted);
   EXPECT_THAT(h.problems, ElementsAre());
 }

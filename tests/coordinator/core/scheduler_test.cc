@@ -159,7 +159,7 @@ TEST(SchedulerTest, CancelledBlocksGoWithTheNextStep) {
   }
   EXPECT_TRUE(closes);
   h.Run();
-  EXPECT_EQ(h.core.Stats().blocks_used, 0u);
+  EXPECT_EQ(h.core.Stats().cache_bytes_used, 0u);
   EXPECT_EQ(h.ended.at(id).reason, FinishReason::kLength);
   EXPECT_THAT(h.problems, ElementsAre());
 }
@@ -177,7 +177,7 @@ TEST(SchedulerTest, RefusalsNameTheNumbers) {
   const RequestId blocks = h.Submit(OneSequence(200, 100));
   EXPECT_EQ(h.refused.at(blocks).code(), absl::StatusCode::kInvalidArgument);
   EXPECT_THAT(h.refused.at(blocks).ToString(),
-              HasSubstr("need 5 latent blocks a layer, the roomiest pipeline has 4"));
+              HasSubstr("need 299 cache rows, the roomiest pipeline has 256"));
   // The longest that fits: the last token needs no row.
   EXPECT_FALSE(h.refused.contains(h.Submit(OneSequence(157, 100))));
   h.Submit(OneSequence(10, 10));

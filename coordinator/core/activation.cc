@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How a pipeline enters an epoch: which edges it has, who is told what and when.
+#include <utility>
+
+#include "coordinator/core/cluster.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+#include "proto/wire/epoch_wire.h"
+
+namespace strait {
+
+void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
+  pipeline->state = Pipeline::State::kActivating;
+  pipeline->since_us = now_us;
+  for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
+    StageSlot& slot = pipeline->slots[i];
+    slot.state = StageSlot::State::kActivating;
+    slot.told = false;
+    slot.nccl_id.clear();
+    slot.edge = EdgeChoice();
+    if (i == 0) continue;
+    const StageSlot& previous = pipeline->slots[i - 1];
+    slot.edge = edges_.Choose(EndAt(previous), EndAt(slot), now_us);
+    slot.numbered = NextEdge(slot.numbered, previous.stage_id, slot.stage_id, slot.edge.over_nccl,
+                             &last_edge_id_);
+  }
+  if (context_->options.grants() && pipeline->slots.size() > 1) {
+    pipeline->sampled_edge =
+        NextEdge(pipeline->sampled_edge, pipeline->slots.back().stage_id,
+                 pipeline->slots.front().stage_id, /*over_nccl=*/false, &last_edge_id_);
+  }
+  TellActivate(pipeline, static_cast<uint32_t>(pipeline->slots.size()) - 1);
+}
+
+EdgeEnd Cluster::EndAt(const StageSlot& slot) {
+  const Worker* worker = FindWorker(slot.worker);
+  return {worker->id, &worker->name, &worker->nccl};
+}
+
+void Cluster::OnNcclFailure(const Pipeline& pipeline, uint64_t to_stage_id, const absl::Status& why,
+                            uint64_t now_us) {
+  if (to_stage_id == 0) return;
+  for (uint32_t i = 1; i < pipeline.slots.size(); ++i) {
+    const StageSlot& slot = pipeline.slots[i];
+    if (slot.stage_id != to_stage_id || !slot.edge.over_nccl) continue;
+    edges_.Avoid(pipeline.slots[i - 1].worker, slot.worker, std::string(why.message()), now_us);
+  }
+}
+
+void Cluster::TellActivate(Pipeline* pipeline, uint32_t slot_index) {
+  const auto num_stages = static_cast<uint32_t>(pipeline->slots.size());
+  // From the last: a stage that dials the next should find it in this epoch already.
+  for (uint32_t i = slot_index + 1; i-- > 0;) {
+    StageSlot& slot = pipeline->slots[i];
+    slot.told = true;
+    SendToWorker out{slot.worker, {}};
+    v1::ActivateStage* activate = out.message.mutable_activate_stage();
+    activate->set_stage_id(slot.stage_id);
+    ToWire(pipeline->epoch, activate->mutable_epoch());
+    activate->set_pipeline_id(pipeline->id.value);
+    activate->set_stage_index(i);
+    activate->set_num_stages(num_stages);
+    activate->set_max_step_tokens(context_->options.max_step_tokens);
+    if (i + 1 < num_stages) {
+      const StageSlot& next = pipeline->slots[i + 1];
+      activate->set_next_data_address(FindWorker(next.worker)->data_address);
+      activate->set_next_stage_id(next.stage_id);
+      activate->set_next_edge_id(next.numbered.id);
+      activate->set_next_edge_nonce(EdgeNonce(context_->options.edge_secret, next.numbered.id));
+      activate->set_next_nccl_id(next.nccl_id);
+    }
+    if (i > 0) {
+      activate->set_previous_stage_id(pipeline->slots[i - 1].stage_id);
+      activate->set_edge_id(slot.numbered.id);
+      activate->set_edge_nonce(EdgeNonce(context_->options.edge_secret, slot.numbered.id));
+      activate->set_edge_over_nccl(slot.edge.over_nccl);
+    }
+    if (context_->options.grants()) SetGrants(*pipeline, i, activate);
+    context_->Send(std::move(out));
+    if (slot.edge.over_nccl) return;  // the stage before needs the id that this one makes
+  }
+}
+
+void Cluster::SetGrants(const Pipeline& pipeline, uint32_t stage_index,
+                        v1::ActivateStage* activate) {
+  activate->set_grants(true);
+  const StageSlot& first = pipeline.slots.front();
+  const StageSlot& last = pipeline.slots.back();
+  const bool to_first = stage_index + 1 == pipeline.slots.size();
+  if (pipeline.slots.size() == 1 || (stage_index > 0 && !to_first)) return;
+  activate->set_sampled_edge_id(pipeline.sampled_edge.id);
+  activate->set_sampled_edge_nonce(
+      EdgeNonce(context_->options.edge_secret, pipeline.sampled_edge.id));
+  if (!to_first) return activate->set_last_stage_id(last.stage_id);
+  activate->set_first_stage_id(first.stage_id);
+  activate->set_first_data_address(FindWorker(first.worker)->data_address);
+}
+
+void Cluster::OnEdgeId(Worker* worker, const v1::EdgeId& id, uint64_t now_us) {
+  StageSlot* slot = SlotOf(*worker, id.stage_id());
+  if (slot == nullptr) return;  // of a stage that is given up
+  Pipeline* pipeline = PipelineOf(*worker);
+  if (FromWire(id.epoch()) < pipeline->epoch) return;  // late
+  if (FromWire(id.epoch()) != pipeline->epoch || !slot->told || !slot->edge.over_nccl ||
+      !slot->nccl_id.empty() || id.nccl_id().size() != limits::kNcclIdBytes) {
+    return Evict(worker->id,
+                 absl::FailedPreconditionError("tells an edge's NCCL id that was not asked for"),
+                 now_us);
+  }
+  slot->nccl_id = id.nccl_id();
+  TellActivate(pipeline, worker->slot_index - 1);
+}
+
+void Cluster::RenewEdges(Pipeline* pipeline) {
+  for (StageSlot& slot : pipeline->slots) slot.numbered = {};
+  pipeline->sampled_edge = {};
+}
+
+void Cluster::CompleteActivation(Pipeline* pipeline, uint64_t now_us) {
+  for (StageSlot& slot : pipeline->slots) {
+    if (slot.state != StageSlot::State::kActive) return;
+  }
+  std::vector<StageCache> stages;
+  std::vector<Holdings> told;
+  for (StageSlot& slot : pipeline->slots) {
+    stages.push_back({slot.layers, slot.cache_bytes});
+    told.push_back(std::exchange(slot.may_hold, {}));
+  }
+  Survivors survivors(std::move(told));
+  if (survivors.Ids().size() + context_->options.max_running > limits::kMaxCacheOps) {
+    // One plan cannot name them all. Only stages very far apart have so many.
+    Fail(pipeline, absl::ResourceExhaustedError("its stages kept too many sequences"), now_us);
+    return Dissolve(pipeline->id);
+  }
+  pipeline->state = Pipeline::State::kActive;
+  pipeline->since_us = now_us;
+  pipeline->scheduler.Start(std::move(stages), std::move(survivors));
+  ++num_active_;
+  if (pipeline->served) ++context_->stats.recoveries;
+  pipeline->served = true;
+}
+
+}  // namespace strait

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Who may join the cluster, and what a worker that was here before brings along.
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/core/cluster.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
+#include "proto/wire/version.h"
+
+namespace strait {
+namespace {
+
+constexpr uint64_t kMaxCostBytes = uint64_t{1} << 50;  // of one thing; sums of all stay below 2^62
+constexpr int kMaxWorkspaceSizes = 1024;
+
+StageCosts StageCostsOf(const v1::StageCosts& told) {
+  StageCosts costs;
+  costs.layer_bytes.assign(told.layer_bytes().begin(), told.layer_bytes().end());
+  costs.embedding_bytes = told.embedding_bytes();
+  costs.head_bytes = told.head_bytes();
+  costs.block_bytes = told.block_bytes();
+  costs.layer_workspace_bytes = told.layer_workspace_bytes();
+  costs.edge_bytes = told.edge_bytes();
+  costs.edge_row_bytes = told.edge_row_bytes();
+  costs.workspace_bytes.assign(told.workspace_bytes().begin(), told.workspace_bytes().end());
+  costs.last_workspace_bytes.assign(told.last_workspace_bytes().begin(),
+                                    told.last_workspace_bytes().end());
+  return costs;
+}
+
+}  // namespace
+
+void Cluster::OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us) {
+  STRAIT_CHECK(!workers_.contains(id), "worker ids are not reused");
+  const auto refuse = [&](absl::Status why) { context_->Send(EvictWorker{id, std::move(why)}); };
+  if (hello.wire_version() != kWireVersion) {
+    return refuse(absl::FailedPreconditionError(
+        absl::StrCat("worker speaks wire version ", hello.wire_version(), ", the coordinator ",
+                     kWireVersion, "; install the same release on both")));
+  }
+  if (hello.model_fingerprint() != context_->model.fingerprint) {
+    return refuse(absl::FailedPreconditionError(
+        "worker has another model than the coordinator; start both with the same checkpoint"));
+  }
+  for (const auto& [other_id, other] : workers_) {
+    if (other.instance != hello.instance()) continue;
+    // The same process on a new stream: the old one has ended, though nobody has told yet.
+    EndStream(WorkerId(other_id), absl::AbortedError("the worker attached again"), now_us);
+    break;
+  }
+  if (absl::Status agrees = CheckAgrees(hello); !agrees.ok()) return refuse(std::move(agrees));
+  if (absl::Status sound = CheckHeldStages(hello); !sound.ok()) return refuse(std::move(sound));
+  if (workers_.size() >= limits::kMaxWorkers) {
+    return refuse(absl::ResourceExhaustedError(
+        absl::StrCat(workers_.size(), " workers are attached, at most ", limits::kMaxWorkers)));
+  }
+  if (weights_fingerprint_ != hello.weights_fingerprint()) {
+    // The first of a cluster with other weights: what the earlier ones began cannot be continued.
+    journal_->EndBegun(absl::FailedPreconditionError(
+        "the workers came back with other weights; a sequence cannot go on with another model"));
+    weights_fingerprint_ = hello.weights_fingerprint();
+  }
+  Worker& worker = workers_[id];
+  worker.id = id;
+  worker.name = hello.name();
+  worker.data_address = hello.data_address();
+  worker.numerics_id = hello.numerics_id();
+  worker.backend = hello.backend();
+  worker.memory_bytes = hello.memory_bytes();
+  if (hello.has_stage_costs()) worker.costs = StageCostsOf(hello.stage_costs());
+  worker.instance = hello.instance();
+  worker.num_threads = hello.num_threads();
+  worker.process_id = hello.process_id();
+  worker.nccl = NcclSupportOf(hello);
+  worker.attached_us = worker.last_heard_us = now_us;
+  look_again_ = true;
+
+  SendToWorker out{id, {}};
+  v1::Welcome* welcome = out.message.mutable_welcome();
+  const uint64_t timeout_ms = context_->options.heartbeat_timeout_us / 1000;
+  welcome->set_worker_id(id.value);
+  welcome->set_term(context_->options.term);
+  welcome->set_heartbeat_timeout_ms(static_cast<uint32_t>(timeout_ms));
+  welcome->set_heartbeat_interval_ms(static_cast<uint32_t>(std::max<uint64_t>(1, timeout_ms / 5)));
+  context_->Send(std::move(out));
+  TakeBack(&worker, hello);
+}
+
+absl::Status Cluster::CheckCosts(const v1::Hello& hello) const {
+  if (!hello.has_stage_costs()) return absl::OkStatus();
+  const v1::StageCosts& costs = hello.stage_costs();
+  const auto too_large = [](uint64_t bytes) { return bytes > kMaxCostBytes; };
+  const auto sizes = [&](const auto& list) {
+    return !list.empty() && list.size() <= kMaxWorkspaceSizes && !too_large(*list.rbegin()) &&
+           std::is_sorted(list.begin(), list.end());
+  };
+  if (static_cast<size_t>(costs.layer_bytes_size()) != context_->model.layer_weight_bytes.size() ||
+      costs.block_bytes() < context_->model.block_bytes || too_large(costs.block_bytes()) ||
+      too_large(costs.embedding_bytes()) || too_large(costs.head_bytes()) ||
+      too_large(costs.layer_workspace_bytes()) || too_large(costs.edge_bytes()) ||
+      costs.edge_row_bytes() > kMaxCostBytes / limits::kMaxStepTokens ||
+      !sizes(costs.workspace_bytes()) || !sizes(costs.last_workspace_bytes()) ||
+      std::any_of(costs.layer_bytes().begin(), costs.layer_bytes().end(), too_large)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "worker ", hello.name(), " tells costs of its stages that are none of this model: ",
+        costs.layer_bytes_size(), " layers, ", costs.block_bytes(), " bytes a latent block, ",
+        costs.workspace_bytes_size(), " and ", costs.last_workspace_bytes_size(),
+        " sizes of a workspace; install the same release on all machines"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Cluster::CheckAgrees(const v1::Hello& hello) const {
+  const uint64_t weights = hello.weights_fingerprint();
+  const uint64_t block_bytes = uint64_t{hello.cache_row_bytes()} * limits::kBlockTokens;
+  if (!context_->options.accept_untold && (weights == 0 || block_bytes == 0)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("worker ", hello.name(), " does not tell ",
+                     weights == 0 ? "the fingerprint of its weights" : "the size of its cache rows",
+                     ": install the same release on all machines"));
+  }
+  if (block_bytes != 0 && block_bytes != context_->model.block_bytes) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("worker ", hello.name(), " stores cache rows of ", hello.cache_row_bytes(),
+                     " bytes, this coordinator reckons with ",
+                     context_->model.block_bytes / limits::kBlockTokens,
+                     ": start both with the same --cache-format (fp8 is for GPU workers alone)"));
+  }
+  // Behind the rows, of which costs are made.
+  STRAIT_RETURN_IF_ERROR(CheckCosts(hello));
+  if (!workers_.empty() && weights != weights_fingerprint_) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "worker ", hello.name(), " has weights with fingerprint ", absl::Hex(weights), ", the ",
+        workers_.size(), " worker(s) attached have ", absl::Hex(weights_fingerprint_),
+        ": a pipeline would mix two models. Start all with the same checkpoint (--model, "
+        "--random-weights), or stop the others first"));
+  }
+  return absl::OkStatus();
+}
+
+const Worker* Cluster::WorkerOfStage(uint64_t stage_id) const {
+  for (const auto& [id, worker] : workers_) {
+    if (worker.unloading.contains(stage_id)) return &worker;
+    if (!worker.pipeline) continue;
+    const Pipeline& pipeline = *pipelines_.at(*worker.pipeline);
+    if (pipeline.slots[worker.slot_index].stage_id == stage_id) return &worker;
+  }
+  return nullptr;
+}
+
+absl::Status Cluster::CheckHeldStage(const v1::HeldStage& held, uint64_t instance) const {
+  const uint64_t id = held.stage_id();
+  if (id == 0 || id > last_stage_id_) {
+    return absl::FailedPreconditionError(absl::StrCat("which there never was: the last one is ",
+                                                      last_stage_id_));
+  }
+  const auto of_another = [&](const std::string& name, uint64_t theirs) {
+    return absl::FailedPreconditionError(absl::StrCat("which was given to ", name, ", instance ",
+                                                      absl::Hex(theirs), ", this one is ",
+                                                      absl::Hex(instance)));
+  };
+  if (const Worker* worker = WorkerOfStage(id)) return of_another(worker->name, worker->instance);
+  const DepartedStage* departed = departed_.Find(id);
+  if (departed == nullptr) return absl::OkStatus();
+  if (departed->instance != instance) {
+    return of_another(departed->worker_name, departed->instance);
+  }
+  const StagePlan shape{{held.layer_begin(), held.layer_end()}, held.cache_bytes()};
+  if (shape == departed->shape) return absl::OkStatus();
+  const auto text = [](const StagePlan& s) {
+    return absl::StrCat("layers [", s.layers.begin, ", ", s.layers.end, ") and ", s.cache_bytes,
+                        " bytes of latent blocks");
+  };
+  return absl::FailedPreconditionError(
+      absl::StrCat("with ", text(shape), ", it was loaded with ", text(departed->shape)));
+}
+
+absl::Status Cluster::CheckHeldStages(const v1::Hello& hello) const {
+  if (hello.held_stages_size() > static_cast<int>(limits::kMaxHeldStages)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("worker ", hello.name(), " says that it kept ", hello.held_stages_size(),
+                     " stages, at most ", limits::kMaxHeldStages));
+  }
+  if (hello.term() != context_->options.term) return absl::OkStatus();  // of another's numbers
+  std::set<uint64_t> ids;
+  for (const v1::HeldStage& held : hello.held_stages()) {
+    absl::Status status = CheckHeldStage(held, hello.instance());
+    if (!ids.insert(held.stage_id()).second) status = absl::InvalidArgumentError("twice");
+    if (status.ok()) continue;
+    return absl::Status(status.code(),
+                        absl::StrCat("worker ", hello.name(), " says that it kept stage ",
+                                     held.stage_id(), ", ", std::string(status.message())));
+  }
+  return absl::OkStatus();
+}
+
+bool Cluster::TakeBackPlace(Worker* worker, const v1::HeldStage& held) {
+  const DepartedStage* departed = departed_.Find(held.stage_id());
+  if (departed == nullptr || !departed->pipeline || worker->pipeline) return false;
+  const auto it = pipelines_.find(*departed->pipeline);
+  if (it == pipelines_.end()) return false;
+  StageSlot& slot = it->second->slots[departed->slot_index];
+  if (slot.state != StageSlot::State::kVacant || slot.layers != departed->shape.layers) {
+    return false;
+  }
+  DepartedStage stage = departed_.Take(held.stage_id());
+  worker->pipeline = stage.pipeline;
+  worker->slot_index = stage.slot_index;
+  slot.state = StageSlot::State::kLoaded;
+  slot.worker = worker->id;
+  slot.stage_id = held.stage_id();
+  slot.cache_bytes = stage.shape.cache_bytes;
+  slot.weight_bytes = slot.bytes_loaded = slot.bytes_total = held.weight_bytes();
+  slot.may_hold = std::move(stage.may_hold);
+  slot.rows_computed = stage.rows_computed;
+  slot.rows_stored = stage.rows_stored;
+  return true;
+}
+
+void Cluster::TakeBack(Worker* worker, const v1::Hello& hello) {
+  const bool same_term = hello.term() == context_->options.term;
+  for (const v1::HeldStage& held : hello.held_stages()) {
+    if (same_term && TakeBackPlace(worker, held)) continue;
+    if (same_term && departed_.Find(held.stage_id()) != nullptr) departed_.Take(held.stage_id());
+    Unload(worker, held.stage_id(), {{held.layer_begin(), held.layer_end()}, held.cache_bytes()});
+  }
+}
+
+}  // namespace strait

@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the scheduler puts into a plan: closed and opened sequences, decodes, chunks of prompts and
+// replays, and what every stage must report of it.
+#include <algorithm>
+#include <utility>
+
+#include "coordinator/core/scheduler.h"
+#include "proto/base/check.h"
+#include "proto/wire/tables_digest.h"
+
+namespace strait {
+
+void Scheduler::PlanSurvivors(Draft* draft) {
+  for (const SequenceId id : std::exchange(unnamed_, {})) {
+    const auto it = residents_.find(id);
+    if (it != residents_.end()) {
+      const Sequence& sequence = *it->second->sequence;
+      PlanOpen(it->second, survivors_.Kept(id, sequence.rows_settled()), draft);
+    } else {
+      v1::CloseSequence* close = draft->plan.add_cache_ops()->mutable_close();
+      close->set_sequence_id(id.value);
+      close->set_ended(journal_->Find(id) == nullptr);
+    }
+  }
+}
+
+void Scheduler::PlanOpen(Residency* residency, const std::vector<uint32_t>& kept, Draft* draft) {
+  const Sequence& sequence = *residency->sequence;
+  residency->opened = true;
+  v1::OpenSequence* open = draft->plan.add_cache_ops()->mutable_open();
+  open->set_sequence_id(sequence.id.value);
+  open->set_prompt_tokens(sequence.prompt_tokens);
+  *open->mutable_sampling() = ToWire(sequence);
+  open->mutable_kept_rows()->Add(kept.begin(), kept.end());
+  for (const uint32_t rows : kept) context_->stats.kept_rows += rows;
+  books_.Hold(residency->rows);
+}
+
+void Scheduler::PlanClose(const Closing& closing, bool ended, Draft* draft) {
+  v1::CloseSequence* close = draft->plan.add_cache_ops()->mutable_close();
+  close->set_sequence_id(closing.id.value);
+  close->set_ended(ended);
+  books_.Free(closing.rows);
+  books_.Release(closing.reserved_rows);
+  draft->record.closed.push_back({closing.id, closing.rows});
+}
+
+void Scheduler::PlanCloses(Draft* draft) {
+  for (const Closing& closing : closing_) PlanClose(closing, kEnded, draft);
+  closing_.clear();
+  close_now_ = false;
+}
+
+void Scheduler::Preempt(Residency* residency, Draft* draft) {
+  ++context_->stats.preemptions;
+  Sequence* sequence = residency->sequence;
+  if (residency->opened) {
+    PlanClose({sequence->id, residency->rows, residency->reserved_rows}, !kEnded, draft);
+  } else {
+    books_.Release(residency->reserved_rows);
+  }
+  Forget(residency);
+  residency->leaving = true;
+  residency->rows = {};
+  residency->reserved_rows = 0;
+  residency->opened = false;
+  residency->ready_ticket = 0;
+  if (residency->results_pending == 0) sequence->Remove(residency);
+  journal_->Wait(sequence);
+}
+
+bool Scheduler::ReserveOneMore(Residency* residency, Draft* draft) {
+  const uint32_t from = residency->reserved_rows;
+  const uint32_t to = std::max(from, residency->rows.next() + 1);
+  while (!books_.CanReserve(from, to)) {
+    Residency* youngest = residents_.rbegin()->second;
+    // Alone, it fits: admission has seen to that.
+    STRAIT_CHECK(residents_.size() > 1, "the only resident outgrew the cache");
+    Preempt(youngest, draft);
+    if (youngest == residency) return false;
+  }
+  books_.Reserve(from, to);
+  residency->reserved_rows = to;
+  return true;
+}
+
+void Scheduler::PlanDecodes(Draft* draft) {
+  const std::vector<Residency*> chosen =
+      ChooseDecodes(std::min({DecodeCap(), draft->tokens_left, draft->sequences_left}));
+  // Oldest first, so that a victim of preemption is never one that has its rows in this step
+  // already. By id: the residency of a victim may be gone.
+  std::vector<SequenceId> ids;
+  ids.reserve(chosen.size());
+  for (const Residency* residency : chosen) ids.push_back(residency->sequence->id);
+  std::sort(ids.begin(), ids.end());
+  for (const SequenceId id : ids) {
+    const auto it = residents_.find(id);
+    if (it == residents_.end()) continue;  // a victim
+    Residency* residency = it->second;
+    if (!ReserveOneMore(residency, draft)) continue;
+    ready_.erase(residency->ready_ticket);
+    residency->ready_ticket = 0;
+    PlanRows(residency, {1, 0}, draft);
+    draft->record.decodes = true;
+  }
+}
+
+void Scheduler::PlanPrefill(Draft* draft) {
+  auto it = prefilling_.begin();
+  while (it != prefilling_.end() && draft->tokens_left > 0 && draft->sequences_left > 0) {
+    Residency* residency = it->second;
+    const uint32_t wanted = residency->sequence->rows_wanted() - residency->rows.next();
+    const StageRows::Chunk chunk = residency->rows.Cut(
+        std::min({wanted, context_->options.prefill_chunk, draft->tokens_left}));
+    unplanned_rows_ -= chunk.num_rows;
+    it = chunk.num_rows == wanted ? prefilling_.erase(it) : std::next(it);
+    PlanRows(residency, chunk, draft);
+  }
+}
+
+void Scheduler::PlanRows(Residency* residency, StageRows::Chunk chunk, Draft* draft) {
+  if (!residency->opened) PlanOpen(residency, {}, draft);
+  const Sequence& sequence = *residency->sequence;
+  const uint32_t begin = residency->rows.next();
+  const uint32_t end = begin + chunk.num_rows;
+  v1::SequenceStep* step = draft->plan.add_sequences();
+  step->set_sequence_id(sequence.id.value);
+  step->set_first_position(begin);
+  step->set_replay_stages(chunk.replay_stages);
+  if (end <= sequence.tokens.size()) {
+    step->mutable_literals()->mutable_ids()->Add(sequence.tokens.begin() + begin,
+                                                 sequence.tokens.begin() + end);
+  } else {
+    STRAIT_CHECK(chunk.num_rows == 1 && residency->samples_pending > 0);
+    step->mutable_sampled()->set_step_id(residency->sampled_by.value);
+    draft->record.granted.push_back({sequence.id, residency->sampled_by, std::nullopt});
+    ++context_->stats.granted_tokens;
+  }
+  CountRows(*residency, chunk, draft);
+  STRAIT_CHECK(end <= residency->reserved_rows, "rows beyond the reservation");
+  books_.Grow(residency->rows, chunk.num_rows);
+  num_uneven_ -= !residency->rows.even();
+  residency->rows.Advance(chunk.num_rows);
+  num_uneven_ += !residency->rows.even();
+  draft->record.num_rows += chunk.num_rows;
+  draft->tokens_left -= chunk.num_rows;
+  --draft->sequences_left;
+  PlanLogits(residency, begin, chunk.num_rows, draft);
+}
+
+void Scheduler::CountRows(const Residency& residency, StageRows::Chunk chunk, Draft* draft) {
+  uint32_t stages_through = num_stages_;
+  if (residency.rows.even()) {
+    draft->rows_through_all += chunk.num_rows;
+  } else {
+    stages_through = chunk.replay_stages == 0 ? num_stages_ : chunk.replay_stages;
+    for (uint32_t s = 0; s < stages_through; ++s) {
+      StageStep& stage = draft->record.stages[s];
+      stage.rows_computed += chunk.num_rows;
+      if (residency.rows.Stores(s)) stage.rows_stored += chunk.num_rows;
+    }
+  }
+  Sequence& sequence = *residency.sequence;
+  CoreStats& stats = context_->stats;
+  const uint32_t begin = residency.rows.next();
+  const uint32_t end = begin + chunk.num_rows;
+  const uint32_t replayed = std::min(end, std::max(begin, sequence.rows_computed_once)) - begin;
+  stats.replayed_tokens += replayed;
+  stats.recomputed_rows += uint64_t{replayed} * stages_through;
+  const uint32_t prompt_end = std::min(end, sequence.prompt_tokens);
+  stats.prompt_tokens += prompt_end - std::min(prompt_end, begin + replayed);
+  sequence.rows_computed_once = std::max(sequence.rows_computed_once, end);
+}
+
+void Scheduler::PlanLogits(Residency* residency, uint32_t begin, uint32_t num_rows, Draft* draft) {
+  const Sequence& sequence = *residency->sequence;
+  const uint32_t end = begin + num_rows;
+  v1::SequenceStep* step = draft->plan.mutable_sequences(draft->plan.sequences_size() - 1);
+  WantedResult wanted{sequence.id, residency->epoch};
+  if (sequence.spec.score_prompt) {
+    // Row r scores the token of position r + 1; a replay does not score again.
+    const uint32_t first = std::max(begin, sequence.scored) + 1;
+    const uint32_t last = std::min(end, sequence.prompt_tokens - 1);
+    for (uint32_t position = first; position <= last; ++position) {
+      v1::LogitsWanted* logits = step->add_logits();
+      logits->set_offset(position - 1 - begin);
+      logits->set_score_token(sequence.tokens[position]);
+      logits->set_num_top(sequence.spec.num_top);
+    }
+    wanted.first_scored = first;
+    wanted.num_scores = last >= first ? last - first + 1 : 0;
+    wanted.score_num_top = sequence.spec.num_top;
+  }
+  const bool samples = end == sequence.tokens.size() + residency->samples_pending;
+  if (samples) {
+    v1::LogitsWanted* logits = step->add_logits();
+    logits->set_offset(num_rows - 1);
+    logits->set_sample(true);
+    wanted.sample = true;
+    wanted.sample_num_top = sequence.spec.want_logprobs ? sequence.spec.num_top : 0;
+    logits->set_num_top(wanted.sample_num_top);
+  }
+  if (step->logits_size() == 0) return;
+  STRAIT_CHECK(step->replay_stages() == 0, "what is settled is not asked for again");
+  ++residency->results_pending;
+  draft->record.wanted.push_back(wanted);
+  if (!samples) return;
+  ++residency->samples_pending;
+  residency->sampled_by = draft->record.id;
+  MakeReady(residency);
+}
+
+void Scheduler::Complete(Draft* draft) const {
+  // What goes on to the next stage leads. Only rows without logits go through fewer stages, so
+  // results and granted rows stay in order.
+  auto* sequences = draft->plan.mutable_sequences();
+  const auto num_stages = [this](const v1::SequenceStep& step) {
+    return step.replay_stages() == 0 ? num_stages_ : step.replay_stages();
+  };
+  const auto fewer = [&](const v1::SequenceStep& a, const v1::SequenceStep& b) {
+    return num_stages(a) > num_stages(b);
+  };
+  if (!std::is_sorted(sequences->begin(), sequences->end(), fewer)) {
+    std::stable_sort(sequences->pointer_begin(), sequences->pointer_end(),
+                     [&](const auto* a, const auto* b) { return fewer(*a, *b); });
+  }
+  for (uint32_t s = 0; s < num_stages_; ++s) {
+    StageStep& stage = draft->record.stages[s];
+    stage.cache_bytes = books_.stages()[s].held_bytes;
+    stage.rows_computed += draft->rows_through_all;
+    stage.rows_stored += draft->rows_through_all;
+    if (s > 0 && num_uneven_ == 0) {
+      stage.tables_digest = draft->record.stages[0].tables_digest;
+      continue;
+    }
+    TablesDigest digest;
+    for (const auto& [id, residency] : residents_) {
+      if (residency->opened) digest.Add(id, residency->rows.at(s));
+    }
+    stage.tables_digest = digest.Value();
+  }
+}
+
+}  // namespace strait

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Residency is a sequence's life in one pipeline: which rows of it are there, what is reserved for
+// it, and which answers are under way. Where a sequence lives is no part of what it is: all of
+// this can be lost, and the sequence with its journal goes on elsewhere.
+//
+// Owns:    nothing beyond itself. Its Sequence owns it; its Scheduler changes it.
+// Borrows: its Sequence and its Scheduler, which outlive it.
+// Thread:  loop thread only.
+#pragma once
+
+#include <cstdint>
+
+#include "coordinator/core/replay.h"
+#include "proto/base/ids.h"
+
+namespace strait {
+
+struct Sequence;
+class Scheduler;
+
+struct Residency {
+  // --- Constant ---
+  PlacementEpoch epoch;
+  Sequence* sequence = nullptr;
+  Scheduler* scheduler = nullptr;
+
+  // --- What it has there ---
+  StageRows rows;  // planned
+  // Each stage has ReservedBytes of so many rows set aside for it (proto/model/reservation.h).
+  uint32_t reserved_rows = 0;
+  bool opened = false;  // a plan with its OpenSequence is out
+  // It was preempted: nothing of the above is left, and it lives only until the results under way
+  // are there.
+  bool leaving = false;
+
+  // --- What is under way ---
+  uint64_t ready_ticket = 0;     // its place among those that may decode; 0: not among them
+  uint32_t results_pending = 0;  // steps in flight that will answer for it
+  uint32_t samples_pending = 0;  // those of them that sample its next tokens, see scheduler.h
+  StepId sampled_by;             // the last of these
+};
+
+}  // namespace strait
