@@ -30,7 +30,7 @@ SimWorker::SimWorker(World* world, Network* network, Control* control, const Sce
       memory_bytes_(memory_bytes),
       check_always_(check_always),
       backend_(&scenario->model, memory_bytes, weights),
-      transport_(network, absl::StrCat("worker-", instance), EventsOfTransport(),
+      transport_(network, absl::StrCat("worker-", instance, ":1"), EventsOfTransport(),
                  [this](uint64_t delay_us, std::function<void()> what) {
                    RunAfter(delay_us, std::move(what));
                  }),
@@ -88,7 +88,7 @@ v1::Hello SimWorker::Hello() const {
   v1::Hello hello;
   hello.set_wire_version(kWireVersion);
   hello.set_name(absl::StrCat("w", instance_));
-  hello.set_data_address(absl::StrCat("worker-", instance_));
+  hello.set_data_address(absl::StrCat("worker-", instance_, ":1"));
   hello.set_memory_bytes(memory_bytes_);
   hello.set_model_fingerprint(scenario_->model.fingerprint);
   hello.set_weights_fingerprint(backend_.weights());
