@@ -272,13 +272,17 @@ class Daemons(Http):
     """A coordinator and workers, each started by hand."""
 
     def __init__(self, model=TINY, pipelines=1, stages=2, random_weights=1, threads=1, memory="1GiB",
-                 coordinator_args=(), worker_args=(), wait=True, worker_env=lambda index: {}):
+                 coordinator_args=(), worker_args=(), wait=True, worker_env=lambda index: {}, grpc=None,
+                 coordinator_of=None):
         self.dir = tempfile.mkdtemp(prefix="strait-e2e-")
         self.log_dir = self.dir
         self.model, self.pipelines, self.stages = str(model), pipelines, stages
         self.random_weights, self.threads, self.memory = random_weights, threads, memory
         self.coordinator_args, self.worker_args = list(coordinator_args), list(worker_args)
         self.wait, self.worker_env = wait, worker_env
+        self.grpc = grpc or f"127.0.0.1:{free_port()}"
+        # Where each worker, by index, finds the coordinator.
+        self.coordinator_of = coordinator_of or (lambda index: self.grpc)
         self.coordinator = None
         self.workers = []
 
@@ -288,7 +292,7 @@ class Daemons(Http):
 
     def start_worker(self, *args):
         name = f"worker-{len(self.workers)}"
-        argv = [program("strait-worker"), "--coordinator", self.grpc, "--model", self.model, "--name", name,
+        argv = [program("strait-worker"), "--coordinator", self.coordinator_of(len(self.workers)), "--model", self.model, "--name", name,
                 "--threads", str(self.threads), "--memory", self.memory]
         if self.random_weights is not None:
             argv += ["--random-weights", str(self.random_weights)]
@@ -305,7 +309,6 @@ class Daemons(Http):
 
     def __enter__(self):
         try:
-            self.grpc = f"127.0.0.1:{free_port()}"
             http = f"127.0.0.1:{free_port()}"
             self.base_url = "http://" + http
             self.coordinator = self.spawn("coordinator", [
