@@ -59,8 +59,8 @@ class Harness {
     uint64_t answered = 0;  // the counter of the last epoch that it said ACTIVE to
     bool first = false;
     bool last = false;
-    std::deque<v1::StepPlan> plans;          // not reported
-    std::map<SequenceId, uint32_t> lengths;  // rows of steps that it reported
+    std::deque<v1::StepPlan> plans;                  // not reported
+    std::map<SequenceId, uint32_t> lengths;          // rows of steps that it reported
     std::map<SequenceId, std::vector<TokenId>> fed;  // what they are of; kUnknown: granted
     std::set<SequenceId> told;                       // with the last ACTIVE, not named since
     uint64_t rows_computed = 0;

@@ -123,8 +123,7 @@ TEST(SurvivorsTest, StatusTellsRowsComputedAndStoredByStage) {
   EXPECT_EQ(UnstoredRows(h.StageOf(w[0])), kept);
   for (const WorkerId id : w) {
     EXPECT_THAT(h.core.StatusJson(h.now_us),
-                AllOf(HasSubstr("\"rows_computed\":" +
-                                std::to_string(h.StageOf(id).rows_computed)),
+                AllOf(HasSubstr("\"rows_computed\":" + std::to_string(h.StageOf(id).rows_computed)),
                       HasSubstr("\"rows_stored\":" + std::to_string(h.StageOf(id).rows_stored))));
   }
 }
@@ -146,7 +145,8 @@ TEST(SurvivorsTest, WhereNobodyIsLostNothingIsReplayed) {
   ASSERT_TRUE(h.core.Ready());
   const v1::StepPlan& plan = h.StageOf(w[0]).plans.front();
   ASSERT_EQ(plan.cache_ops_size(), 1);
-  EXPECT_THAT(plan.cache_ops(0).open().kept_rows(), ElementsAre(tokens - 1, tokens - 1, tokens - 1));
+  EXPECT_THAT(plan.cache_ops(0).open().kept_rows(),
+              ElementsAre(tokens - 1, tokens - 1, tokens - 1));
   ASSERT_EQ(plan.sequences_size(), 1);
   EXPECT_EQ(plan.sequences(0).first_position(), tokens - 1);
   EXPECT_EQ(plan.sequences(0).replay_stages(), 0u);

@@ -45,8 +45,8 @@ TEST(ReservationTest, ReservedIsTheMostThatIsHeldOnTheWay) {
   for (uint32_t length = 0; length <= 300; ++length) {
     most = std::max(most, HeldBytes(policy, length, layers));
     EXPECT_EQ(ReservedBytes(policy, length, layers), most);
-    EXPECT_EQ(CostTheSame(policy, length, length + 1), HeldBytes(policy, length, layers) ==
-                                                           HeldBytes(policy, length + 1, layers));
+    EXPECT_EQ(CostTheSame(policy, length, length + 1),
+              HeldBytes(policy, length, layers) == HeldBytes(policy, length + 1, layers));
   }
   for (const uint64_t bytes : {0u, 2'999u, 3'000u, 5'999u, 6'000u, 100'000u}) {
     const auto rows = static_cast<uint32_t>(RowsThatFit(policy, bytes, layers));
