@@ -52,8 +52,8 @@ inline std::vector<double> CacheBytesPerTokenByLayer(const json::Object& status)
       if (stage == nullptr) return {};
       const double block = Number(*stage, "block_bytes");
       const double begin = Number(*stage, "layer_begin"), end = Number(*stage, "layer_end");
-      if (block <= 0 || begin != static_cast<double>(by_layer.size()) ||
-          end <= begin || end > limits::kMaxHiddenLayers) {
+      if (block <= 0 || begin != static_cast<double>(by_layer.size()) || end <= begin ||
+          end > limits::kMaxHiddenLayers) {
         return {};
       }
       by_layer.resize(static_cast<size_t>(end), block / limits::kBlockTokens);

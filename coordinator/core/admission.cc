@@ -106,10 +106,10 @@ absl::Status CheckFits(const RequestSpec& request, uint64_t capacity_rows) {
     // The last token is sampled, never fed.
     const uint64_t rows = spec.prompt.size() + uint64_t{spec.max_tokens} - 1;
     if (rows <= capacity_rows) continue;
-    return absl::InvalidArgumentError(absl::StrCat(
-        "the prompt's ", spec.prompt.size(), " tokens and max_tokens ", spec.max_tokens, " need ",
-        rows, " cache rows, the roomiest pipeline has ", capacity_rows,
-        "; ask for fewer tokens or give the workers more memory"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("the prompt's ", spec.prompt.size(), " tokens and max_tokens ",
+                     spec.max_tokens, " need ", rows, " cache rows, the roomiest pipeline has ",
+                     capacity_rows, "; ask for fewer tokens or give the workers more memory"));
   }
   return absl::OkStatus();
 }

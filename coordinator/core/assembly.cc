@@ -271,8 +271,23 @@ absl::Status Cluster::CheckIntegrity() const {
     }
     for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
       const StageSlot& slot = pipeline->slots[i];
-      if (slot.state == StageSlot::State::kVacant) continue;
+      if (is_active && (!slot.may_hold.empty() ||
+                        pipeline->scheduler.stages()[i].capacity_bytes != slot.cache_bytes)) {
+        return absl::InternalError(
+            absl::StrCat("pipeline ", id.value, " stage ", i, ": it has ", slot.cache_bytes,
+                         " bytes of cache, its scheduler reckons with ",
+                         pipeline->scheduler.stages()[i].capacity_bytes, "; ", slot.may_hold.size(),
+                         " sequences are told of it outside"));
+      }
+      if (slot.state == StageSlot::State::kVacant) {
+        if (slot.may_hold.empty() && slot.stage_id == 0) continue;
+        return absl::InternalError(
+            absl::StrCat("pipeline ", id.value, " stage ", i, " is vacant and has rows"));
+      }
       ++slots_filled;
+      if (departed_.Find(slot.stage_id) != nullptr) {
+        return absl::InternalError(absl::StrCat("stage ", slot.stage_id, " is here and departed"));
+      }
       const auto worker = workers_.find(slot.worker);
       if (worker == workers_.end() || worker->second.pipeline != id ||
           worker->second.slot_index != i) {

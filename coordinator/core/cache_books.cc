@@ -94,10 +94,10 @@ absl::Status CacheBooks::CheckEqual(const CacheBooks& due) const {
         stage.reserved_bytes <= stage.capacity_bytes) {
       continue;
     }
-    return absl::InternalError(absl::StrCat(
-        "bytes of stage ", s, ": reserved ", stage.reserved_bytes, " (counted ",
-        due.stages_[s].reserved_bytes, "), held ", stage.held_bytes, " (counted ",
-        due.stages_[s].held_bytes, ") of ", stage.capacity_bytes));
+    return absl::InternalError(
+        absl::StrCat("bytes of stage ", s, ": reserved ", stage.reserved_bytes, " (counted ",
+                     due.stages_[s].reserved_bytes, "), held ", stage.held_bytes, " (counted ",
+                     due.stages_[s].held_bytes, ") of ", stage.capacity_bytes));
   }
   return absl::OkStatus();
 }

@@ -198,9 +198,9 @@ void Cluster::OnStageState(Worker* worker, const v1::StageState& state, uint64_t
       }
       if (state.cache_bytes() != slot->cache_bytes) {
         return Evict(id,
-                     absl::FailedPreconditionError(
-                         absl::StrCat("took ", state.cache_bytes(), " bytes of latent blocks, not the ",
-                                      slot->cache_bytes, " asked for")),
+                     absl::FailedPreconditionError(absl::StrCat("took ", state.cache_bytes(),
+                                                                " bytes of latent blocks, not the ",
+                                                                slot->cache_bytes, " asked for")),
                      now_us);
       }
       worker->load_failures = 0;
@@ -228,17 +228,17 @@ void Cluster::OnActive(Worker* worker, StageSlot* slot, const v1::StageState& st
   if (epoch != pipeline->epoch || slot->state != StageSlot::State::kActivating) {
     return Evict(worker->id,
                  absl::FailedPreconditionError(
-                     absl::StrCat("says ACTIVE in epoch ", ToString(epoch),
-                                  ", the pipeline is in ", ToString(pipeline->epoch))),
+                     absl::StrCat("says ACTIVE in epoch ", ToString(epoch), ", the pipeline is in ",
+                                  ToString(pipeline->epoch))),
                  now_us);
   }
   const absl::Status sound = CheckHeld(slot->may_hold, state.held());
   if (!sound.ok()) {
-    return Evict(worker->id,
-                 absl::Status(sound.code(),
-                              absl::StrCat("stage ", slot->stage_id, " of worker ", worker->name,
-                                           " ", std::string(sound.message()))),
-                 now_us);
+    return Evict(
+        worker->id,
+        absl::Status(sound.code(), absl::StrCat("stage ", slot->stage_id, " of worker ",
+                                                worker->name, " ", std::string(sound.message()))),
+        now_us);
   }
   slot->may_hold = Narrowed(slot->may_hold, state.held());
   slot->state = StageSlot::State::kActive;
@@ -302,11 +302,11 @@ void Cluster::OnReport(Worker* worker, const v1::StageReport& report, uint64_t n
   const absl::StatusOr<StageStep> done =
       pipeline->scheduler.OnReport(worker->slot_index, report, now_us);
   if (!done.ok()) {
-    return Evict(id,
-                 absl::Status(done.status().code(),
-                              absl::StrCat("report of step ", report.step_id(), ": ",
-                                           std::string(done.status().message()))),
-                 now_us);
+    return Evict(
+        id,
+        absl::Status(done.status().code(), absl::StrCat("report of step ", report.step_id(), ": ",
+                                                        std::string(done.status().message()))),
+        now_us);
   }
   slot->rows_computed += done->rows_computed;
   slot->rows_stored += done->rows_stored;

@@ -64,8 +64,8 @@ struct Worker {
   uint64_t attached_us = 0;
   uint64_t last_heard_us = 0;
   uint64_t resident_bytes = 0;
-  std::optional<PipelineId> pipeline;  // absent: spare, or unloading
-  uint32_t slot_index = 0;             // in the pipeline
+  std::optional<PipelineId> pipeline;       // absent: spare, or unloading
+  uint32_t slot_index = 0;                  // in the pipeline
   std::map<uint64_t, StagePlan> unloading;  // by stage id
   uint32_t load_failures = 0;
   uint64_t unfit_until_us = 0;
@@ -84,17 +84,17 @@ struct StageSlot {
   uint64_t bytes_total = 0;
   uint64_t load_progress_us = 0;  // when bytes_loaded last grew
   uint64_t weight_bytes = 0;
-  uint32_t errors = 0;       // since a step was finished by all stages
-  uint32_t link_errors = 0;  // since every link carried something
+  uint32_t errors = 0;         // since a step was finished by all stages
+  uint32_t link_errors = 0;    // since every link carried something
   uint64_t rows_computed = 0;  // since it was loaded, as it reported
   uint64_t rows_stored = 0;
   // What it may have of sequences; once it is active: what it told. The scheduler's while that runs.
   Holdings may_hold;
   // Of this epoch, once it is activated:
-  bool told = false;    // ActivateStage is out
-  EdgeChoice edge;      // from the stage before; none at the first
+  bool told = false;      // ActivateStage is out
+  EdgeChoice edge;        // from the stage before; none at the first
   NumberedEdge numbered;  // the same
-  std::string nccl_id;  // of that edge, once this stage has made it
+  std::string nccl_id;    // of that edge, once this stage has made it
 
   // Whether it has not yet answered all that ActivateStage asks for.
   bool owes_answer() const {
@@ -110,14 +110,14 @@ struct Pipeline {
   PipelineEpoch epoch;
   State state = State::kAssembling;
   std::vector<StageSlot> slots;
-  bool served = false;           // was active once
-  uint64_t since_us = 0;         // in this state
-  uint64_t retry_at_us = 0;      // no activation before
-  uint32_t failures = 0;         // since every link carried something
-  uint64_t planned_rows = 0;     // what its first workers could hold, see PipelinePlan::capacity_rows
+  bool served = false;        // was active once
+  uint64_t since_us = 0;      // in this state
+  uint64_t retry_at_us = 0;   // no activation before
+  uint32_t failures = 0;      // since every link carried something
+  uint64_t planned_rows = 0;  // what its first workers could hold, see PipelinePlan::capacity_rows
   uint64_t vacant_since_us = 0;  // while a slot is vacant: since when one is, without a break
   std::string last_error;
-  NumberedEdge sampled_edge;     // from the last stage to the first, if there are several and grants
+  NumberedEdge sampled_edge;  // from the last stage to the first, if there are several and grants
   Scheduler scheduler;
 
   // The longest sequence that every stage can hold, vacant ones as planned.

@@ -172,7 +172,8 @@ class Core {
   // JSON text: workers, layer ranges, pipelines, cache bytes by layer, sequences (documented in
   // coordinator/core/README.md).
   std::string StatusJson(uint64_t now_us) const;
-  // free + held = total in every stage; a sequence is in one place; used by tests at every tick.
+  // Of every stage: reserved and held bytes are those of its sequences by their lengths there, and
+  // within its capacity; a sequence is in one place; used by tests at every tick.
   absl::Status CheckIntegrity() const;
 
  private:

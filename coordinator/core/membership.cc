@@ -156,8 +156,8 @@ const Worker* Cluster::WorkerOfStage(uint64_t stage_id) const {
 absl::Status Cluster::CheckHeldStage(const v1::HeldStage& held, uint64_t instance) const {
   const uint64_t id = held.stage_id();
   if (id == 0 || id > last_stage_id_) {
-    return absl::FailedPreconditionError(absl::StrCat("which there never was: the last one is ",
-                                                      last_stage_id_));
+    return absl::FailedPreconditionError(
+        absl::StrCat("which there never was: the last one is ", last_stage_id_));
   }
   const auto of_another = [&](const std::string& name, uint64_t theirs) {
     return absl::FailedPreconditionError(absl::StrCat("which was given to ", name, ", instance ",
@@ -182,9 +182,9 @@ absl::Status Cluster::CheckHeldStage(const v1::HeldStage& held, uint64_t instanc
 
 absl::Status Cluster::CheckHeldStages(const v1::Hello& hello) const {
   if (hello.held_stages_size() > static_cast<int>(limits::kMaxHeldStages)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("worker ", hello.name(), " says that it kept ", hello.held_stages_size(),
-                     " stages, at most ", limits::kMaxHeldStages));
+    return absl::InvalidArgumentError(absl::StrCat("worker ", hello.name(), " says that it kept ",
+                                                   hello.held_stages_size(), " stages, at most ",
+                                                   limits::kMaxHeldStages));
   }
   if (hello.term() != context_->options.term) return absl::OkStatus();  // of another's numbers
   std::set<uint64_t> ids;

@@ -67,7 +67,7 @@ void Scheduler::Preempt(Residency* residency, Draft* draft) {
   residency->opened = false;
   residency->ready_ticket = 0;
   if (residency->results_pending == 0) sequence->Remove(residency);
-  journal_->Wait(sequence);
+  if (!sequence->resident()) journal_->Wait(sequence);
 }
 
 bool Scheduler::ReserveOneMore(Residency* residency, Draft* draft) {

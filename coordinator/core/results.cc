@@ -182,6 +182,7 @@ void Scheduler::ApplyResults(const std::vector<WantedResult>& wanted,
       continue;
     }
     Residency* residency = sequence->Find(wanted[i].placement);
+    STRAIT_CHECK(residency == sequence->home(), "no other place than its home samples or scores");
     // Preempted meanwhile, it holds nothing, and is gone with its last result.
     const bool resident = residency != nullptr && !residency->leaving;
     Answered(residency, wanted[i].sample);

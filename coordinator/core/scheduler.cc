@@ -74,6 +74,7 @@ std::vector<Holdings> Scheduler::Stop(const absl::Status& why) {
     STRAIT_CHECK(residency->results_pending == 0 && residency->samples_pending == 0);
     Forget(residency);
     sequence->Remove(residency);
+    if (sequence->resident()) continue;
     journal_->Wait(sequence);
     if (!worked_on || ++sequence->fruitless_replays <= kMaxFruitlessReplays) continue;
     journal_->End(sequence, FinishReason::kError, std::nullopt,

@@ -43,15 +43,16 @@ struct Sequence {
   std::vector<TokenId> tokens;      // prompt, then generated
   uint32_t scored = 0;              // prompt tokens whose score the client has, from position 1 on
   uint32_t rows_computed_once = 0;  // rows below were planned before: counted as replayed
+  uint32_t fruitless_replays = 0;   // failures of its pipeline since it got a token
 
-  uint32_t fruitless_replays = 0;
-
-  // --- Where it lives: none: it waits. Two while it moves from one pipeline to another: no code makes
-  // a second one yet, and what is true of the first alone asks for home(). ---
+  // --- Where it lives ---
+  // None: it waits. Two while it moves from one pipeline to another: no code makes a second one yet,
+  // and what is true of the first alone asks for home().
   static constexpr size_t kMaxResidencies = 2;
   std::array<std::optional<Residency>, kMaxResidencies> residencies;
 
-  // The one that was made first: its steps sample, and the journal takes its tokens. Null: it is nowhere.
+  // The one that was made first: its steps sample, and the journal takes their tokens. Null: it is
+  // nowhere.
   Residency* home() { return const_cast<Residency*>(std::as_const(*this).home()); }
   const Residency* home() const;
   // It has blocks in a pipeline, or will have with the next plan.
@@ -69,8 +70,8 @@ struct Sequence {
   uint32_t rows_wanted() const {
     return static_cast<uint32_t>(tokens.size()) - (score_only() ? 1 : 0);
   }
-  // Rows that stages may keep: those behind must be computed, because a token is to be sampled, or scored,
-  // from one of them. Less than rows_wanted().
+  // Rows that stages may keep over an epoch: one behind them must be computed, because a token is to
+  // be sampled, or scored, from it. Less than rows_wanted().
   uint32_t rows_settled() const;
   // Rows that it may ever have: the last token is never fed.
   uint32_t rows_max() const { return prompt_tokens + spec.max_tokens - 1; }

@@ -190,6 +190,13 @@ json::Object SequenceJson(const Sequence& sequence,
         rows < sequence.rows_wanted() && home->ready_ticket == 0 ? "prefilling" : "decoding";
     out["pipeline_id"] = pipelines.at(home->scheduler).value;
     out["placement"] = EpochJson(home->epoch);
+    if (!home->rows.even()) {
+      json::Array by_stage;
+      for (uint32_t s = 0; s < home->scheduler->stages().size(); ++s) {
+        by_stage.push_back(home->rows.at(s));
+      }
+      out["rows_by_stage"] = std::move(by_stage);
+    }
   }
   return out;
 }

@@ -49,9 +49,9 @@ absl::StatusOr<const StepRecord*> StepLedger::CheckReport(uint32_t stage_index,
   const StepRecord& record = records_[due - records_.front().id.value];
   const StageStep& stage = record.stages[stage_index];
   if (report.cache_bytes() != stage.cache_bytes) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("reports ", report.cache_bytes(), " bytes of latent blocks after step ", due,
-                     ", the plans make ", stage.cache_bytes));
+    return absl::FailedPreconditionError(absl::StrCat("reports ", report.cache_bytes(),
+                                                      " bytes of latent blocks after step ", due,
+                                                      ", the plans make ", stage.cache_bytes));
   }
   if (report.tables_digest() != stage.tables_digest) {
     return absl::FailedPreconditionError(
@@ -59,10 +59,10 @@ absl::StatusOr<const StepRecord*> StepLedger::CheckReport(uint32_t stage_index,
   }
   if (!RowsAreUntold(report) && (report.rows_computed() != stage.rows_computed ||
                                  report.rows_stored() != stage.rows_stored)) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "reports ", report.rows_computed(), " rows computed and ", report.rows_stored(),
-        " stored in step ", due, ", the plan has ", stage.rows_computed, " and ",
-        stage.rows_stored));
+    return absl::FailedPreconditionError(
+        absl::StrCat("reports ", report.rows_computed(), " rows computed and ",
+                     report.rows_stored(), " stored in step ", due, ", the plan has ",
+                     stage.rows_computed, " and ", stage.rows_stored));
   }
   return &record;
 }

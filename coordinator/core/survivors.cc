@@ -19,21 +19,20 @@ absl::Status CheckHeld(const Holdings& holdings, const HeldList& told) {
   uint64_t last_id = 0;
   for (const v1::HeldSequence& held : told) {
     if (held.sequence_id() <= last_id) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("tells sequence ", held.sequence_id(), " behind ", last_id,
-                       ", the ids of what it has must rise"));
+      return absl::InvalidArgumentError(absl::StrCat("tells sequence ", held.sequence_id(),
+                                                     " behind ", last_id,
+                                                     ", the ids of what it has must rise"));
     }
     last_id = held.sequence_id();
     const auto it = holdings.find(SequenceId{last_id});
     if (it == holdings.end()) {
-      return absl::FailedPreconditionError(
-          absl::StrCat("tells ", held.rows(), " rows of sequence ", last_id,
-                       ", which is not open there"));
+      return absl::FailedPreconditionError(absl::StrCat("tells ", held.rows(), " rows of sequence ",
+                                                        last_id, ", which is not open there"));
     }
     if (held.rows() > it->second.planned) {
-      return absl::FailedPreconditionError(
-          absl::StrCat("tells ", held.rows(), " rows of sequence ", last_id, ", at most ",
-                       it->second.planned, " were planned there"));
+      return absl::FailedPreconditionError(absl::StrCat("tells ", held.rows(), " rows of sequence ",
+                                                        last_id, ", at most ", it->second.planned,
+                                                        " were planned there"));
     }
   }
   return absl::OkStatus();

@@ -25,8 +25,9 @@ namespace strait {
 
 // What a stage may have of one sequence when it enters its next epoch.
 struct MayHold {
-  uint32_t planned = 0;    // rows at most
-  uint32_t confirmed = 0;  // rows below are of tokens that the journal had when they were last known
+  uint32_t planned = 0;  // rows at most
+  uint32_t confirmed =
+      0;  // rows below are of tokens that the journal had when they were last known
 };
 using Holdings = std::map<SequenceId, MayHold>;  // of one stage
 

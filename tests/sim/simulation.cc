@@ -434,7 +434,8 @@ void Simulation::CheckIdle() {
   const CoreStats stats = core_.Stats();
   if (stats.running + stats.waiting + stats.cache_bytes_used != 0) {
     return world_.Violation(absl::StrCat("at idle ", stats.running, " run, ", stats.waiting,
-                                         " wait, ", stats.cache_bytes_used, " bytes of cache are used"));
+                                         " wait, ", stats.cache_bytes_used,
+                                         " bytes of cache are used"));
   }
   if (stats.pipelines_active < scenario_.options.num_pipelines) return;
   for (const auto& worker : workers_) {

@@ -56,10 +56,11 @@ class Harness {
     v1::LoadStage load;
     v1::ActivateStage activate;  // the last one
     v1::PipelineEpoch epoch;
+    uint64_t answered = 0;  // the counter of the last epoch that it said ACTIVE to
     bool first = false;
     bool last = false;
-    std::deque<v1::StepPlan> plans;          // not reported
-    std::map<SequenceId, uint32_t> lengths;  // rows of steps that it reported
+    std::deque<v1::StepPlan> plans;                  // not reported
+    std::map<SequenceId, uint32_t> lengths;          // rows of steps that it reported
     std::map<SequenceId, std::vector<TokenId>> fed;  // what they are of; kUnknown: granted
     std::set<SequenceId> told;                       // with the last ACTIVE, not named since
     uint64_t rows_computed = 0;
@@ -174,8 +175,7 @@ class Harness {
       stages_before = through;
       Do(step, through, &stage, &report);
       if (step.has_sampled() && (stage.first || stage.last)) {
-        const auto sampled = last_sampled.find(step.sequence_id());
-        report.add_granted_ids(sampled == last_sampled.end() ? next_token : sampled->second);
+        report.add_granted_ids(GrantedToken(step));
       }
       if (!stage.last || step.logits().empty()) continue;
       v1::SequenceResult* result = report.add_results();
@@ -183,9 +183,12 @@ class Harness {
       for (const v1::LogitsWanted& wanted : step.logits()) {
         v1::TokenLogprob* out =
             wanted.has_sample() ? result->mutable_sampled() : result->add_scored();
-        out->set_token_id(wanted.has_sample() ? next_token : wanted.score_token());
+        const uint32_t sampled =
+            token_at ? token_at(step.sequence_id(), step.first_position() + wanted.offset() + 1)
+                     : next_token;
+        out->set_token_id(wanted.has_sample() ? sampled : wanted.score_token());
         out->set_logprob(-1);
-        if (wanted.has_sample()) last_sampled[step.sequence_id()] = next_token;
+        if (wanted.has_sample()) last_sampled[step.sequence_id()] = sampled;
       }
     }
     TablesDigest digest;
@@ -206,6 +209,18 @@ class Harness {
       held->set_sequence_id(sequence.value);
       held->set_rows(length);
     }
+  }
+  // The last one, with what the stage has.
+  void AnswerActivation(WorkerId id) {
+    FakeStage& stage = StageOf(id);
+    stage.answered = stage.activate.epoch().counter();
+    v1::StageState state;
+    state.set_stage_id(stage.activate.stage_id());
+    state.set_state(v1::StageState::ACTIVE);
+    *state.mutable_epoch() = stage.activate.epoch();
+    AddHeld(stage, &state);
+    if (before_active) before_active(id, &state);
+    Answer(id, state);
   }
   // Of the edge that ends at this stage.
   static std::string NcclId(uint64_t stage_id) {
@@ -247,6 +262,8 @@ class Harness {
   uint64_t last_request = 0;
   uint64_t last_worker = 0;
   uint32_t next_token = 50;
+  // Of a sequence at a position, if samples are to be the same whenever they are taken.
+  std::function<uint32_t(uint64_t, uint32_t)> token_at;
   std::map<uint64_t, uint32_t> last_sampled;  // by sequence
   bool answer_loads = true;
   bool answer_activations = true;
@@ -264,6 +281,11 @@ class Harness {
  private:
   static constexpr TokenId kUnknown = ~TokenId{0};
 
+  uint32_t GrantedToken(const v1::SequenceStep& step) const {
+    if (token_at) return token_at(step.sequence_id(), step.first_position());
+    const auto sampled = last_sampled.find(step.sequence_id());
+    return sampled == last_sampled.end() ? next_token : sampled->second;
+  }
   void Problem(const FakeStage& stage, const std::string& what) {
     problems.push_back("stage " + std::to_string(stage.load.stage_id()) + ": " + what);
   }
@@ -296,7 +318,7 @@ class Harness {
     const SequenceId id{step.sequence_id()};
     const uint32_t begin = step.first_position();
     std::vector<TokenId> ids(step.literals().ids().begin(), step.literals().ids().end());
-    if (step.has_sampled()) ids = {kUnknown};
+    if (step.has_sampled()) ids = {token_at ? token_at(id.value, begin) : kUnknown};
     const auto rows = static_cast<uint32_t>(ids.size());
     uint32_t& length = stage->lengths.at(id);
     std::vector<TokenId>& fed = stage->fed[id];
@@ -374,12 +396,7 @@ class Harness {
         core.OnWorkerMessage(m.worker, id, now_us);
       }
       if (!answer_activations) return;
-      state.set_stage_id(activate.stage_id());
-      state.set_state(v1::StageState::ACTIVE);
-      *state.mutable_epoch() = activate.epoch();
-      AddHeld(stage, &state);
-      if (before_active) before_active(m.worker, &state);
-      Answer(m.worker, state);
+      AnswerActivation(m.worker);
     } else if (m.message.has_unload_stage()) {
       worker.stages.erase(m.message.unload_stage().stage_id());
       state.set_stage_id(m.message.unload_stage().stage_id());

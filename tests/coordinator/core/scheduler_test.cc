@@ -136,6 +136,31 @@ TEST(SchedulerTest, OutOfBlocksTheYoungestGoesAndComesBack) {
   EXPECT_THAT(h.problems, ElementsAre());
 }
 
+// What the status tells by layer is the pure function of the length, and nothing afterwards.
+TEST(SchedulerTest, StatusTellsHeldBytesByLayer) {
+  ModelShape model = SmallModel();
+  model.max_positions = 16'384;
+  CoreOptions options = Options(2);
+  options.max_step_tokens = options.prefill_chunk = 8192;
+  Harness h(options, model);
+  for (int i = 0; i < 2; ++i) h.Attach(1'000'000);
+  for (const uint32_t length : {1u, 63u, 64u, 65u, 1000u, 8000u}) {
+    const RequestId id = h.Submit(OneSequence(length, 5));
+    for (LayerIndex layer = 0; layer < 4; ++layer) {
+      const uint64_t held = HeldBytes(model.policy(), length, {layer, layer + 1});
+      EXPECT_THAT(h.core.StatusJson(h.now_us),
+                  HasSubstr("{\"layer\":" + std::to_string(layer) +
+                            ",\"cache_bytes\":" + std::to_string(held) + "}"));
+    }
+    h.core.OnCancel(id, std::nullopt, h.now_us);
+    h.Pump();
+    h.Run();
+    EXPECT_THAT(h.core.StatusJson(h.now_us), HasSubstr("{\"layer\":3,\"cache_bytes\":0}"));
+    EXPECT_EQ(h.core.Stats().cache_bytes_used, 0u);
+  }
+  EXPECT_THAT(h.problems, ElementsAre());
+}
+
 TEST(SchedulerTest, CancelledBlocksGoWithTheNextStep) {
   Harness h(Options(1), SmallModel());
   const WorkerId worker = h.Attach(MemoryFor(8));

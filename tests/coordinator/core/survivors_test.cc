@@ -2,7 +2,7 @@
 //
 // Defends: what stages keep over an epoch is used to the last row that the journal confirms, and no
 // further; a replay costs what the lost stage makes necessary and nothing at the stages behind it;
-// whatever was told is kept or closed by the first plan; who tells what cannot be is evicted.
+// whatever was told is kept or closed by the first plan.
 #include "coordinator/core/survivors.h"
 
 #include <gmock/gmock.h>
@@ -123,8 +123,7 @@ TEST(SurvivorsTest, StatusTellsRowsComputedAndStoredByStage) {
   EXPECT_EQ(UnstoredRows(h.StageOf(w[0])), kept);
   for (const WorkerId id : w) {
     EXPECT_THAT(h.core.StatusJson(h.now_us),
-                AllOf(HasSubstr("\"rows_computed\":" +
-                                std::to_string(h.StageOf(id).rows_computed)),
+                AllOf(HasSubstr("\"rows_computed\":" + std::to_string(h.StageOf(id).rows_computed)),
                       HasSubstr("\"rows_stored\":" + std::to_string(h.StageOf(id).rows_stored))));
   }
 }
@@ -146,7 +145,8 @@ TEST(SurvivorsTest, WhereNobodyIsLostNothingIsReplayed) {
   ASSERT_TRUE(h.core.Ready());
   const v1::StepPlan& plan = h.StageOf(w[0]).plans.front();
   ASSERT_EQ(plan.cache_ops_size(), 1);
-  EXPECT_THAT(plan.cache_ops(0).open().kept_rows(), ElementsAre(tokens - 1, tokens - 1, tokens - 1));
+  EXPECT_THAT(plan.cache_ops(0).open().kept_rows(),
+              ElementsAre(tokens - 1, tokens - 1, tokens - 1));
   ASSERT_EQ(plan.sequences_size(), 1);
   EXPECT_EQ(plan.sequences(0).first_position(), tokens - 1);
   EXPECT_EQ(plan.sequences(0).replay_stages(), 0u);
@@ -422,83 +422,6 @@ TEST(SurvivorsTest, PreemptionGoesByTheStageThatLacksBytes) {
   EXPECT_GE(h.core.Stats().preemptions, 1u);
   for (const RequestId id : {old, young}) EXPECT_EQ(h.tokens[id].size(), 100u);
   EXPECT_THAT(h.problems, IsEmpty());
-}
-
-struct Lie {
-  std::string what;
-  std::function<void(v1::StageState*)> tell;
-};
-
-TEST(SurvivorsTest, WhoTellsWhatCannotBeIsEvictedByNameAndNobodyElse) {
-  const std::vector<Lie> lies = {
-      {"tells 37 rows of sequence 1, at most 36 were planned there",
-       [](v1::StageState* s) { s->mutable_held(0)->set_rows(37); }},
-      {"tells 0 rows of sequence 9, which is not open there",
-       [](v1::StageState* s) { s->add_held()->set_sequence_id(9); }},
-      {"tells sequence 1 behind 3",
-       [](v1::StageState* s) { s->mutable_held()->SwapElements(0, 1); }},
-      {"tells sequence 1 behind 1",
-       [](v1::StageState* s) { s->mutable_held(1)->set_sequence_id(1); }},
-      {"tells sequence 0 behind 0",
-       [](v1::StageState* s) { s->mutable_held(0)->set_sequence_id(0); }},
-  };
-  for (const Lie& lie : lies) {
-    SCOPED_TRACE(lie.what);
-    CoreOptions options = Options(2);
-    options.num_pipelines = 2;
-    options.max_running = 2;
-    options.steps_in_flight = 1;
-    Harness h(options, SmallModel());
-    const std::vector<WorkerId> w = AttachAll(h, 4);
-    std::vector<RequestId> ids;
-    for (int i = 0; i < 4; ++i) ids.push_back(h.Submit(OneSequence(32, 20)));
-    Rounds(h, {w[0], w[1]}, 6);
-    h.Report(w[0]);
-    ASSERT_EQ(h.StageOf(w[0]).lengths.at(SequenceId{1}), 36u);
-    ASSERT_TRUE(h.StageOf(w[0]).lengths.contains(SequenceId{3}));
-    h.before_active = [&](WorkerId id, v1::StageState* state) {
-      if (id == w[0]) lie.tell(state);
-    };
-    v1::StageReport error;
-    error.set_stage_id(h.StageOf(w[1]).load.stage_id());
-    *error.mutable_epoch() = h.StageOf(w[1]).epoch;
-    error.set_error_code(13);
-    h.Send(w[1], error);
-    const uint64_t steps = h.core.Stats().steps;
-    h.Tick(1'000'000);
-    ASSERT_TRUE(h.workers.at(w[0]).evicted);
-    EXPECT_THAT(std::string(h.workers.at(w[0]).why.message()),
-                AllOf(HasSubstr("of worker w1 "), HasSubstr(lie.what)));
-    for (int i = 1; i < 4; ++i) EXPECT_FALSE(h.workers.at(w[i]).evicted) << i;
-    h.Report(w[2]);
-    h.Report(w[3]);
-    EXPECT_GT(h.core.Stats().steps, steps) << "another pipeline goes on";
-    h.Attach(kMemory);
-    h.Run();
-    for (const RequestId id : ids) EXPECT_EQ(h.tokens[id].size(), 20u);
-    EXPECT_THAT(h.problems, IsEmpty());
-  }
-}
-
-TEST(SurvivorsTest, RowsThatWereNotComputedAsPlannedEvict) {
-  for (const bool stored : {false, true}) {
-    Harness h(Options(2), SmallModel());
-    const std::vector<WorkerId> w = AttachAll(h, 2);
-    h.Submit(OneSequence(10, 5));
-    v1::StageReport report = h.MakeReport(w[0]);
-    EXPECT_EQ(report.rows_computed(), 10u);
-    if (stored) {
-      report.set_rows_stored(9);
-    } else {
-      report.set_rows_computed(11);
-    }
-    h.Send(w[0], report);
-    EXPECT_TRUE(h.workers.at(w[0]).evicted);
-    EXPECT_THAT(h.workers.at(w[0]).why.ToString(),
-                HasSubstr(stored ? "10 rows computed and 9 stored in step 1, the plan has 10 and 10"
-                                 : "11 rows computed and 10 stored in step 1, the plan has 10"));
-    EXPECT_FALSE(h.workers.at(w[1]).evicted);
-  }
 }
 
 }  // namespace

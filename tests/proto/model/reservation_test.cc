@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Defends: what a cache row takes in each format, which both sides reckon with; the names of the
-// formats, which both sides' --cache-format takes.
+// Defends: what a cache row takes in each format, and a sequence in a range of layers, which both
+// sides reckon with; the names of the formats, which both sides' --cache-format takes.
 #include "proto/model/reservation.h"
 
 #include <gtest/gtest.h>
+
+#include <algorithm>
+#include <utility>
 
 namespace strait {
 namespace {
@@ -22,6 +25,34 @@ TEST(ReservationTest, OddRowsAreRoundedUp) {
   EXPECT_EQ(RowBytes(RowFormat::kFp8, 36, 24), 112u);   // 36 to 48, 4, 48: 100
   EXPECT_EQ(RowBytes(RowFormat::kFp8, 128, 16), 176u);  // 128 + 4 + 32: 164
   EXPECT_EQ(RowBytes(RowFormat::kFp8, 144, 16), 192u);  // 144 + 8 + 32: 184
+}
+
+TEST(ReservationTest, ASequenceHoldsWholeBlocksInEveryLayer) {
+  constexpr CachePolicy policy = ExactPolicy(RowFormat::kBf16, 512, 64);
+  static_assert(policy.block_bytes == 73'728);
+  constexpr LayerRange layers{10, 25};
+  EXPECT_EQ(HeldBytes(policy, 0, layers), 0u);
+  for (const auto& [length, blocks] :
+       {std::pair(1u, 1u), {63u, 1u}, {64u, 1u}, {65u, 2u}, {1000u, 16u}, {8000u, 125u}}) {
+    EXPECT_EQ(HeldBytes(policy, length, layers), uint64_t{blocks} * 15 * 73'728) << length;
+  }
+}
+
+TEST(ReservationTest, ReservedIsTheMostThatIsHeldOnTheWay) {
+  constexpr CachePolicy policy{1000};
+  constexpr LayerRange layers{0, 3};
+  uint64_t most = 0;
+  for (uint32_t length = 0; length <= 300; ++length) {
+    most = std::max(most, HeldBytes(policy, length, layers));
+    EXPECT_EQ(ReservedBytes(policy, length, layers), most);
+    EXPECT_EQ(CostTheSame(policy, length, length + 1),
+              HeldBytes(policy, length, layers) == HeldBytes(policy, length + 1, layers));
+  }
+  for (const uint64_t bytes : {0u, 2'999u, 3'000u, 5'999u, 6'000u, 100'000u}) {
+    const auto rows = static_cast<uint32_t>(RowsThatFit(policy, bytes, layers));
+    EXPECT_LE(ReservedBytes(policy, rows, layers), bytes);
+    EXPECT_GT(ReservedBytes(policy, rows + 1, layers), bytes);
+  }
 }
 
 TEST(ReservationTest, NamesGoBothWays) {

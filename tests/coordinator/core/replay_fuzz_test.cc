@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Defends: whatever fails, and whenever, with reports and activations that come late or never: the
+// coordinator's idea of every stage is the stage's own, no row of another token is kept, nobody
+// honest is evicted, and every client gets its tokens and scores once and in order.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+
+#include "tests/coordinator/core/harness.h"
+
+namespace strait {
+namespace {
+
+using testing::IsEmpty;
+
+class Fuzz {
+ public:
+  explicit Fuzz(uint32_t seed)
+      : random_(seed), options_(MakeOptions()), h_(options_, SmallModel(4)) {
+    h_.token_at = [](uint64_t sequence, uint32_t position) {
+      return static_cast<uint32_t>(10 + (sequence * 31 + position * 7) % 83);
+    };
+    // Some stages have little room, some a lot.
+    const uint32_t n = options_.num_stages;
+    memory_ = 5'100 / n + 1'000 + (4 + Pick(6)) * 512 / n + Pick(2) * 40'000;
+    const uint32_t workers = options_.num_stages * options_.num_pipelines + Pick(2);
+    for (uint32_t i = 0; i < workers; ++i) h_.Attach(memory_);
+  }
+
+  void Run(int events) {
+    for (int i = 0; i < events && !testing::Test::HasFailure(); ++i) {
+      Event();
+      ASSERT_THAT(h_.problems, IsEmpty()) << "event " << i;
+    }
+    Settle();
+    Check();
+  }
+
+  CoreStats stats() const { return h_.core.Stats(); }
+  uint64_t num_back() const { return num_back_; }
+  uint64_t num_uneven() const { return num_uneven_; }
+
+ private:
+  uint32_t Pick(uint32_t below) { return random_() % below; }
+
+  CoreOptions MakeOptions() {
+    CoreOptions options;
+    options.num_stages = 1 + Pick(4);
+    options.num_pipelines = 1 + Pick(2);
+    options.grant_depth = 1 + Pick(3);
+    options.steps_in_flight = Pick(3) == 0 ? 1 + Pick(3) : 0;
+    options.max_step_tokens = 8 + Pick(60);
+    options.prefill_chunk = 4 + Pick(60);
+    options.max_running = Pick(3) == 0 ? 2 : 16;
+    options.no_pipeline_grace_us = 3'600'000'000;
+    options.request_timeout_us = 3'600'000'000;
+    options.activation_timeout_us = 3'600'000'000;
+    options.step_timeout_us = 3'600'000'000;
+    return options;
+  }
+
+  std::vector<WorkerId> Hosts() {
+    std::vector<WorkerId> hosts;
+    for (auto& [id, worker] : h_.workers) {
+      if (!worker.evicted && !worker.stages.empty()) hosts.push_back(id);
+    }
+    return hosts;
+  }
+
+  // The stage at this place of the same pipeline and epoch; null: it does not take part now.
+  Harness::FakeStage* Peer(const Harness::FakeStage& stage, uint32_t index) {
+    for (const WorkerId id : Hosts()) {
+      Harness::FakeStage& other = h_.StageOf(id);
+      if (other.activate.epoch().counter() == stage.activate.epoch().counter() &&
+          other.activate.stage_index() == index) {
+        return &other;
+      }
+    }
+    return nullptr;
+  }
+  bool Did(const Harness::FakeStage* stage, uint64_t step) {
+    return stage != nullptr && (stage->plans.empty() || stage->plans.front().step_id() > step);
+  }
+  // Hidden states and ids that its next plan needs are there.
+  bool MayRun(const Harness::FakeStage& stage) {
+    const v1::StepPlan& plan = stage.plans.front();
+    const uint32_t index = stage.activate.stage_index();
+    bool needs_hidden = false;
+    for (const v1::SequenceStep& step : plan.sequences()) {
+      needs_hidden = needs_hidden || step.replay_stages() == 0 || step.replay_stages() > index;
+      if (index > 0 || !step.has_sampled()) continue;
+      if (!Did(Peer(stage, stage.activate.num_stages() - 1), step.sampled().step_id())) {
+        return stage.activate.num_stages() == 1;
+      }
+    }
+    return index == 0 || !needs_hidden || Did(Peer(stage, index - 1), plan.step_id());
+  }
+
+  void Compute(WorkerId id, bool told) {
+    Harness::FakeStage& stage = h_.StageOf(id);
+    if (stage.plans.empty() || !MayRun(stage)) return;
+    for (const v1::SequenceStep& step : stage.plans.front().sequences()) {
+      num_uneven_ += step.replay_stages() != 0;
+    }
+    late_[id].push_back(h_.MakeReport(id));
+    if (told) Tell(id);
+  }
+  void Tell(WorkerId id) {
+    for (; !late_[id].empty(); late_[id].erase(late_[id].begin())) {
+      const v1::StageReport report = late_[id].front();
+      if (h_.workers.at(id).evicted) return;
+      h_.Send(id, report);
+    }
+  }
+  void Error(WorkerId id) {
+    const Harness::FakeStage& stage = h_.StageOf(id);
+    if (stage.answered != stage.epoch.counter()) return;
+    Tell(id);
+    v1::StageReport report;
+    report.set_stage_id(stage.load.stage_id());
+    *report.mutable_epoch() = stage.epoch;
+    report.set_step_id(Pick(2));
+    report.set_error_code(14);
+    h_.StageOf(id).plans.clear();
+    h_.Send(id, report);
+  }
+  void Submit() {
+    if (submitted_ == 24) return;
+    RequestSpec spec = OneSequence(1 + Pick(150), Pick(6) == 0 ? 0 : 1 + Pick(60));
+    spec.sequences[0].score_prompt = spec.sequences[0].max_tokens == 0 || Pick(4) == 0;
+    const RequestId id = h_.Submit(spec);
+    ++submitted_;
+    if (!h_.refused.contains(id)) specs_[id] = spec.sequences[0];
+  }
+  void Lose(WorkerId id) {
+    late_.erase(id);
+    h_.Lose(id);
+    gone_.push_back(id);
+  }
+  void Return() {
+    if (gone_.empty()) return;
+    const WorkerId id = gone_.back();
+    gone_.pop_back();
+    if (Pick(3) == 0) {
+      h_.Attach(memory_);
+      return;
+    }
+    // What it had begun to unload, or not begun to load, is not told.
+    const WorkerId back = h_.ComeBack(id);
+    num_back_ += !h_.workers.at(back).stages.empty();
+  }
+
+  void Event() {
+    const std::vector<WorkerId> hosts = Hosts();
+    const uint32_t kind = Pick(100);
+    h_.answer_activations = Pick(4) > 0;
+    if (kind < 8 || hosts.empty()) Submit();
+    if (hosts.empty()) return Return();
+    const WorkerId id = hosts[Pick(static_cast<uint32_t>(hosts.size()))];
+    if (kind < 60) return Compute(id, true);
+    if (kind < 72) return Compute(id, false);
+    if (kind < 80) return Tell(id);
+    if (kind < 88) {
+      const Harness::FakeStage& stage = h_.StageOf(id);
+      if (stage.answered == stage.epoch.counter() || stage.epoch.counter() == 0) return;
+      h_.AnswerActivation(id);
+      return h_.Pump();
+    }
+    if (kind < 90) return Lose(id);
+    if (kind < 94) return Return();
+    if (kind < 95) return Error(id);
+    if (kind < 96) {
+      const RequestId request{1 + Pick(24)};
+      if (!specs_.contains(request) || h_.ended.contains(request)) return;
+      cancelled_.insert(request);
+      h_.core.OnCancel(request, std::nullopt, h_.now_us);
+      return h_.Pump();
+    }
+    h_.Tick(100'000);
+  }
+
+  void Settle() {
+    h_.answer_activations = true;
+    for (int round = 0; round < 400; ++round) {
+      while (!gone_.empty()) Return();
+      for (const WorkerId id : Hosts()) {
+        Tell(id);
+        const Harness::FakeStage& stage = h_.StageOf(id);
+        if (stage.epoch.counter() > 0 && stage.answered != stage.epoch.counter()) {
+          h_.AnswerActivation(id);
+          h_.Pump();
+        }
+      }
+      for (const WorkerId id : Hosts()) Compute(id, true);
+      if (round % 20 == 0) h_.Tick(500'000);
+      if (round % 20 == 0) h_.Run();
+    }
+  }
+
+  void Check() {
+    EXPECT_THAT(h_.problems, IsEmpty());
+    for (const auto& [id, worker] : h_.workers) {
+      const std::string why = worker.why.ToString();
+      EXPECT_TRUE(!worker.evicted || why.find("its stage failed") != std::string::npos) << why;
+    }
+    for (const auto& [id, spec] : specs_) {
+      SCOPED_TRACE(testing::Message() << "request " << id.value);
+      ASSERT_TRUE(h_.ended.contains(id)) << h_.core.StatusJson(h_.now_us);
+      const std::vector<TokenInfo>& tokens = h_.tokens[id];
+      const std::vector<TokenInfo>& scores = h_.scores[id];
+      for (size_t i = 0; i < tokens.size(); ++i) {
+        EXPECT_EQ(tokens[i].position, spec.prompt.size() + i);
+      }
+      for (size_t i = 0; i < scores.size(); ++i) EXPECT_EQ(scores[i].position, i + 1);
+      const std::string why = h_.ended.at(id).status.ToString();
+      // Faults may come faster than tokens.
+      const bool fruitless = why.find("without a token of this sequence") != std::string::npos;
+      if (cancelled_.contains(id) || fruitless) continue;
+      ASSERT_EQ(h_.ended.at(id).reason, FinishReason::kLength) << h_.ended.at(id).status;
+      EXPECT_EQ(tokens.size(), spec.max_tokens);
+      EXPECT_EQ(scores.size(), spec.score_prompt ? spec.prompt.size() - 1 : 0);
+    }
+    EXPECT_EQ(h_.core.Stats().cache_bytes_used, 0u);
+    for (const WorkerId id : Hosts()) {
+      if (h_.StageOf(id).answered == 0) continue;
+      EXPECT_THAT(h_.StageOf(id).lengths, IsEmpty());
+    }
+  }
+
+  std::mt19937 random_;
+  const CoreOptions options_;
+  Harness h_;
+  uint64_t memory_ = 0;
+  uint32_t submitted_ = 0;
+  uint64_t num_back_ = 0;    // places taken back
+  uint64_t num_uneven_ = 0;  // chunks that stages had in part
+  std::map<WorkerId, std::vector<v1::StageReport>> late_;
+  std::vector<WorkerId> gone_;
+  std::map<RequestId, SequenceSpec> specs_;
+  std::set<RequestId> cancelled_;
+};
+
+TEST(ReplayFuzzTest, WhateverFailsWheneverItFails) {
+  const char* first = std::getenv("STRAIT_FUZZ_SEED");
+  const char* count = std::getenv("STRAIT_FUZZ_COUNT");
+  const auto begin = static_cast<uint32_t>(first != nullptr ? std::atoi(first) : 1);
+  const auto seeds = static_cast<uint32_t>(count != nullptr ? std::atoi(count) : 200);
+  CoreStats all;
+  uint64_t back = 0, uneven = 0;
+  for (uint32_t seed = begin; seed < begin + seeds && !HasFailure(); ++seed) {
+    SCOPED_TRACE(testing::Message() << "STRAIT_FUZZ_SEED=" << seed);
+    Fuzz fuzz(seed);
+    fuzz.Run(1500);
+    const CoreStats stats = fuzz.stats();
+    all.recoveries += stats.recoveries;
+    all.kept_rows += stats.kept_rows;
+    all.recomputed_rows += stats.recomputed_rows;
+    all.preemptions += stats.preemptions;
+    back += fuzz.num_back();
+    uneven += fuzz.num_uneven();
+  }
+  std::printf(
+      "seeds %u to %u: %lu recoveries, %lu places taken back, %lu rows kept, %lu recomputed, %lu "
+      "chunks that some stage had, %lu preemptions\n",
+      begin, begin + seeds - 1, all.recoveries, back, all.kept_rows, all.recomputed_rows, uneven,
+      all.preemptions);
+  if (seeds < 100) return;
+  for (const uint64_t seen :
+       {all.recoveries, back, all.kept_rows, all.recomputed_rows, uneven, all.preemptions}) {
+    EXPECT_GT(seen, 0u);
+  }
+}
+
+}  // namespace
+}  // namespace strait

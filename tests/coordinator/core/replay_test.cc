@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Defends: in every chunk each stage has all rows or none, a chunk goes through no stage behind the
+// last that lacks it, and after a replay all stages have the same rows; and that bytes by stage follow
+// from those rows alone.
+#include "coordinator/core/replay.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <random>
+
+#include "coordinator/core/cache_books.h"
+
+namespace strait {
+namespace {
+
+TEST(ReplayTest, ThreeStagesOneLost) {
+  struct Case {
+    std::vector<uint32_t> kept;
+    uint32_t replay_stages;
+  };
+  for (const Case& c : {Case{{0, 9, 9}, 1}, Case{{9, 0, 9}, 2}, Case{{9, 9, 0}, 3}}) {
+    StageRows rows(c.kept);
+    EXPECT_EQ(rows.next(), 0u);
+    const StageRows::Chunk chunk = rows.Cut(100);
+    EXPECT_EQ(chunk.num_rows, 9u);
+    EXPECT_EQ(chunk.replay_stages, c.replay_stages);
+    rows.Advance(9);
+    EXPECT_TRUE(rows.even());
+    EXPECT_EQ(rows.Cut(100).num_rows, 100u);
+    EXPECT_EQ(rows.Cut(100).replay_stages, 0u);
+  }
+}
+
+TEST(ReplayTest, NobodyLostBeginsBehindWhatIsKept) {
+  const StageRows rows({7, 7, 7});
+  EXPECT_TRUE(rows.even());
+  EXPECT_EQ(rows.next(), 7u);
+  EXPECT_EQ(StageRows().next(), 0u);
+}
+
+TEST(ReplayTest, EveryChunkIsWholeAtEveryStage) {
+  constexpr uint32_t kSeed = 5;
+  std::mt19937 random(kSeed);
+  const CachePolicy policy{100};
+  for (int i = 0; i < 2000; ++i) {
+    SCOPED_TRACE(testing::Message() << "seed " << kSeed << " case " << i);
+    const uint32_t num_stages = 1 + random() % 5;
+    std::vector<uint32_t> kept;
+    std::vector<StageCache> stages;
+    for (uint32_t s = 0; s < num_stages; ++s) {
+      kept.push_back(random() % 3 == 0 ? 0 : random() % 300);
+      stages.push_back({{10 * s, 10 * s + 1 + s}, 1 << 20});
+    }
+    std::vector<uint32_t> length = kept;
+    StageRows rows(kept);
+    CacheBooks books;
+    books.Start(policy, stages);
+    books.Reserve(0, 400);
+    books.Hold(rows);
+    while (rows.next() < 400) {
+      const StageRows::Chunk chunk =
+          rows.Cut(std::min<uint32_t>(1 + random() % 90, 400 - rows.next()));
+      const uint32_t begin = rows.next(), end = begin + chunk.num_rows;
+      uint32_t lacking = 0, last = 0;
+      for (uint32_t s = 0; s < num_stages; ++s) {
+        ASSERT_TRUE(length[s] == begin || length[s] >= end);
+        ASSERT_EQ(rows.Stores(s), length[s] == begin);
+        if (length[s] != begin) continue;
+        ++lacking;
+        last = s;
+      }
+      ASSERT_EQ(chunk.replay_stages, lacking == num_stages ? 0 : last + 1);
+      books.Grow(rows, chunk.num_rows);
+      rows.Advance(chunk.num_rows);
+      for (uint32_t s = 0; s < num_stages; ++s) {
+        if (length[s] == begin) length[s] = end;
+        ASSERT_EQ(rows.at(s), length[s]);
+        ASSERT_EQ(books.stages()[s].held_bytes, HeldBytes(policy, length[s], stages[s].layers));
+      }
+      ASSERT_GT(lacking, 0u) << "a chunk that nobody lacks";
+    }
+    EXPECT_TRUE(rows.even());
+    books.Free(rows);
+    books.Release(400);
+    EXPECT_TRUE(books.CheckEqual(books.Empty()).ok());
+  }
+}
+
+TEST(CacheBooksTest, TheStageWithTheFewestBytesDecides) {
+  const CachePolicy policy{100};
+  CacheBooks books;
+  books.Start(policy, {{{0, 2}, 1000}, {{2, 3}, 300}});  // five blocks a layer, and three
+  EXPECT_TRUE(books.CanEverHold(192));
+  EXPECT_FALSE(books.CanEverHold(193));
+  EXPECT_EQ(books.free_rows(), 192u);
+  books.Reserve(0, 65);
+  EXPECT_EQ(books.stages()[0].reserved_bytes, 400u);
+  EXPECT_EQ(books.stages()[1].reserved_bytes, 200u);
+  EXPECT_TRUE(books.HasRoom(64, 0));
+  EXPECT_FALSE(books.HasRoom(64, 1)) << "a resident may grow by a block";
+  EXPECT_FALSE(books.HasRoom(65, 0));
+  EXPECT_TRUE(books.CanReserve(65, 192));
+  EXPECT_FALSE(books.CanReserve(65, 193));
+  EXPECT_FALSE(books.CheckEqual(books.Empty()).ok());
+}
+
+}  // namespace
+}  // namespace strait
