@@ -233,13 +233,8 @@ absl::StatusOr<std::unique_ptr<CpuBackend>> CpuBackend::Create(
   STRAIT_ASSIGN_OR_RETURN(shared->context, cpu::Context::Create(context));
   shared->budget = std::make_shared<MemoryBudget>(options.memory_bytes);
   const ModelConfig& config = shared->config();
-  shared->layout = MakeCacheLayout(
-      options.row_format == RowFormat::kFp32 ? CacheRowFormat::kFp32 : CacheRowFormat::kBf16,
-      config.kv_lora_rank, config.qk_rope_head_dim);
-  // Both sides of the seam must mean the same by a block.
-  STRAIT_CHECK(static_cast<uint64_t>(shared->layout.block_bytes) ==
-               BlockBytes(options.row_format, config.kv_lora_rank, config.qk_rope_head_dim));
-  static_assert(kCacheBlockTokens == limits::kBlockTokens);
+  shared->layout =
+      MakeCacheLayout(options.row_format, config.kv_lora_rank, config.qk_rope_head_dim);
   return std::unique_ptr<CpuBackend>(new CpuBackend(std::move(shared)));
 }
 
