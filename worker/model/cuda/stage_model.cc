@@ -31,6 +31,7 @@ absl::StatusOr<std::unique_ptr<CudaStageModel>> CudaStageModel::Create(
 }
 
 CudaStageModel::~CudaStageModel() {
+  copies_.reset();  // waits; steps, too, if copies do
   (void)cudaSetDevice(device_);
   if (stream_ != nullptr) (void)cudaStreamSynchronize(stream_);
   for (const auto& [rows, graph] : graphs_) (void)cudaGraphExecDestroy(graph);
@@ -81,6 +82,14 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
   layers_.emplace(config_, pool_, ws_, layout.inv_freq, stream_);
   if (weights_.norm != nullptr) head_.emplace(config_, limits_, ws_, weights_, stream_);
   for (Slot& slot : slots_) STRAIT_RETURN_IF_ERROR(InitSlot(&slot));
+  STRAIT_ASSIGN_OR_RETURN(
+      copies_,
+      DeviceCopies::Create(spec_, {.device = device_,
+                                   .pool = pool_.blocks,
+                                   .row_bytes = RowBytes(traits.row_format, config_.kv_lora_rank,
+                                                         config_.qk_rope_head_dim),
+                                   .staging = ws_.copies,
+                                   .newest_step = [this] { return newest_step(); }}));
   Log(LogLevel::kInfo, "GPU memory of a stage",
       {{"weights", bytes_.weights},
        {"cache", bytes_.pool},
