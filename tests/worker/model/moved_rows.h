@@ -90,6 +90,17 @@ inline void WaitFor(BlockCopies* copies, CopyId id) {
     }
   }
 }
+// Lets copies go as far as they may while a step is under way; how many have ended.
+inline size_t PollEagerly(BlockCopies* copies) {
+  size_t ended = 0;
+  for (int i = 0; i < 50; ++i) {
+    for (const CopyEnd& end : copies->Poll()) {
+      EXPECT_TRUE(end.status.ok()) << end.status;
+      ++ended;
+    }
+  }
+  return ended;
+}
 inline Bytes ReadRows(StageModel* model, const std::vector<BlockRows>& list) {
   Bytes rows(BytesOf(model->copies(), list));
   const auto id = model->copies().Read(list, {absl::MakeSpan(rows), false});
@@ -229,14 +240,15 @@ inline void ExpectReadsBehindSteps(Backend* backend, const Trash& trash) {
   Bytes rows(BytesOf(model->copies(), list));
   const auto id = model->copies().Read(list, {absl::MakeSpan(rows), false});
   ASSERT_TRUE(id.ok()) << id.status();
+  size_t ended = PollEagerly(&model->copies());
   const bool ahead = model->TakesAhead(1, 1);
   if (ahead) sequence.Begin(1);
   sequence.Finish();
   if (!ahead) sequence.Begin(1);
   sequence.Finish();
   sequence.Run(10);
-  WaitFor(&model->copies(), *id);
-  EXPECT_EQ(model->copies().num_under_way(), 0u);
+  while (model->copies().num_under_way() > 0) ended += model->copies().Poll().size();
+  EXPECT_EQ(ended, 1u);
   EXPECT_EQ(rows, ReadRows(model.get(), list));
   // A row of trash would be equal, too.
   Bytes unwritten(BytesOf(model->copies(), list));
@@ -268,7 +280,7 @@ inline void ExpectWritesBehindSteps(Backend* backend, const Trash& trash) {
       EXPECT_EQ(first->value + 1, second->value);
       EXPECT_EQ(second->value + 1, third->value);
     }
-    while (!model->Done()) model->copies().Poll();
+    PollEagerly(&model->copies());
     said[overwritten] = sequence.Finish();
     while (model->copies().num_under_way() > 0) model->copies().Poll();
     if (!overwritten) continue;
