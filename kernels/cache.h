@@ -2,8 +2,7 @@
 //
 // The latent cache as kernels see it: how rows lie in blocks, and the kernel that appends rows.
 //
-// Shapes:  a block is 64 rows; a row is latent[kv_lora_rank] then rope_key[qk_rope_head_dim], both
-//          in the row format, padded to 16 bytes.
+// Shapes:  rows and blocks as proto/latent_block.h has them, fp32 or bf16.
 // Limits:  block ids index a pool of equal blocks: address = blocks + id * block_bytes.
 //
 // Intensity of append: none, one pass over the new rows.
@@ -12,32 +11,46 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "proto/base/check.h"
+#include "proto/latent_block.h"
+
 namespace strait {
 
-inline constexpr int64_t kCacheBlockTokens = 64;
-inline constexpr int64_t kCacheRowAlignment = 16;
-
-enum class CacheRowFormat : uint8_t { kFp32, kBf16 };
-
-constexpr int64_t CacheRowBytes(CacheRowFormat format, int64_t kv_lora_rank,
-                                int64_t qk_rope_head_dim) {
-  const int64_t element_bytes = format == CacheRowFormat::kFp32 ? 4 : 2;
-  const int64_t row_bytes = (kv_lora_rank + qk_rope_head_dim) * element_bytes;
-  return (row_bytes + kCacheRowAlignment - 1) / kCacheRowAlignment * kCacheRowAlignment;
-}
+inline constexpr int64_t kCacheBlockTokens = limits::kBlockTokens;
 
 struct CacheLayout {
-  CacheRowFormat format = CacheRowFormat::kFp32;
+  RowFormat format = RowFormat::kFp32;
   int64_t kv_lora_rank = 0;
   int64_t qk_rope_head_dim = 0;
-  int64_t row_bytes = 0;    // CacheRowBytes(...)
-  int64_t block_bytes = 0;  // at least 64 * row_bytes: the distance between block ids in the pool
+  int64_t row_bytes = 0;        // RowBytes(...)
+  int64_t rope_key_offset = 0;  // RopeKeyOffset(...)
+  int64_t row_end = 0;          // RowEnd(...)
+  int64_t block_bytes = 0;      // at least 64 * row_bytes: between block ids in the pool
 };
 
-constexpr CacheLayout MakeCacheLayout(CacheRowFormat format, int64_t kv_lora_rank,
+// REQUIRES: not kFp8.
+constexpr CacheLayout MakeCacheLayout(RowFormat format, int64_t kv_lora_rank,
                                       int64_t qk_rope_head_dim) {
-  const int64_t row_bytes = CacheRowBytes(format, kv_lora_rank, qk_rope_head_dim);
-  return {format, kv_lora_rank, qk_rope_head_dim, row_bytes, kCacheBlockTokens * row_bytes};
+  STRAIT_CHECK(format != RowFormat::kFp8, "CPU kernels have no fp8 rows");
+  const auto rank = static_cast<uint32_t>(kv_lora_rank);
+  const auto rope = static_cast<uint32_t>(qk_rope_head_dim);
+  const int64_t row_bytes = RowBytes(format, rank, rope);
+  return {.format = format,
+          .kv_lora_rank = kv_lora_rank,
+          .qk_rope_head_dim = qk_rope_head_dim,
+          .row_bytes = row_bytes,
+          .rope_key_offset = RopeKeyOffset(format, rank),
+          .row_end = RowEnd(format, rank, rope),
+          .block_bytes = kCacheBlockTokens * row_bytes};
+}
+
+// Of whatever comes from a caller.
+inline void CheckLayout(const CacheLayout& layout) {
+  const CacheLayout expected =
+      MakeCacheLayout(layout.format, layout.kv_lora_rank, layout.qk_rope_head_dim);
+  STRAIT_CHECK(layout.row_bytes == expected.row_bytes && layout.row_end == expected.row_end);
+  STRAIT_CHECK(layout.rope_key_offset == expected.rope_key_offset);
+  STRAIT_CHECK(layout.block_bytes >= expected.block_bytes);
 }
 
 // Writes one row per token where its position lies. bf16 rows are rounded to nearest, ties to even.

@@ -30,6 +30,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "proto/base/ids.h"
+#include "worker/block_copies.h"
 #include "worker/hidden_buffer.h"
 
 namespace strait {
@@ -136,6 +137,9 @@ class StageModel {
   // an error the steps begun behind it are to be finished all the same: their results are void.
   // REQUIRES: a step is begun.
   virtual absl::Status Finish(std::vector<LogitsResult>* results) = 0;
+
+  // The way to the cache's rows beside steps. They are this model's part.
+  virtual BlockCopies& copies() = 0;
 
   virtual const StageSpec& spec() const = 0;
   virtual uint64_t weight_bytes() const = 0;

@@ -32,8 +32,8 @@ uint16_t ToBf16(float value) {
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-void StoreRow(CacheRowFormat format, const float* values, int64_t count, std::byte* to) {
-  if (format == CacheRowFormat::kFp32) {
+void StoreRow(RowFormat format, const float* values, int64_t count, std::byte* to) {
+  if (format == RowFormat::kFp32) {
     std::memcpy(to, values, static_cast<size_t>(count) * sizeof(float));
     return;
   }
@@ -89,9 +89,7 @@ void Rope(Context& context, const RopeParams& p) {
 
 void CacheAppend(Context& context, const CacheAppendParams& p) {
   const CacheLayout& layout = p.layout;
-  STRAIT_CHECK(layout.row_bytes ==
-               CacheRowBytes(layout.format, layout.kv_lora_rank, layout.qk_rope_head_dim));
-  const int64_t element_bytes = layout.format == CacheRowFormat::kFp32 ? 4 : 2;
+  CheckLayout(layout);
   const int64_t width = layout.kv_lora_rank + layout.qk_rope_head_dim;
   ForRows(context, p.num_tokens, width, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
@@ -102,10 +100,9 @@ void CacheAppend(Context& context, const CacheAppendParams& p) {
           p.blocks + block * layout.block_bytes + position % kCacheBlockTokens * layout.row_bytes;
       StoreRow(layout.format, p.latent + t * p.latent_stride, layout.kv_lora_rank, row);
       StoreRow(layout.format, p.rope_key + t * p.rope_key_stride, layout.qk_rope_head_dim,
-               row + layout.kv_lora_rank * element_bytes);
+               row + layout.rope_key_offset);
       // The padding is part of the row's bytes, which are compared and checksummed: zeros.
-      std::memset(row + width * element_bytes, 0,
-                  static_cast<size_t>(layout.row_bytes - width * element_bytes));
+      std::memset(row + layout.row_end, 0, static_cast<size_t>(layout.row_bytes - layout.row_end));
     }
   });
 }

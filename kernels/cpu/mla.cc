@@ -46,12 +46,6 @@ int64_t NumSpans(const MlaTile& tile) {
   return tile.last_position / (kMlaSpanBlocks * kCacheBlockTokens) + 1;
 }
 
-void CheckLayout(const CacheLayout& layout) {
-  STRAIT_CHECK(layout.row_bytes ==
-               CacheRowBytes(layout.format, layout.kv_lora_rank, layout.qk_rope_head_dim));
-  STRAIT_CHECK(layout.block_bytes >= kCacheBlockTokens * layout.row_bytes);
-}
-
 void CheckUpProjection(const WeightMatrix& w, int64_t num_heads, int64_t nope, int64_t v) {
   STRAIT_CHECK(w.rows == num_heads * (nope + v));
   STRAIT_CHECK((w.type == WeightType::kFp8E4m3) == (w.scale_inv != nullptr));

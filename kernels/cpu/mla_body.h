@@ -142,8 +142,8 @@ STRAIT_INLINE void CopyPadded(const char* from, int64_t count, float* to) {
 // The first num_rows rows of a block as fp32, padded: in place where they lie like that already.
 STRAIT_INLINE const float* BlockRows(const MlaParams& p, const MlaWidths& w, const char* block,
                                      int64_t num_rows, float* scratch, int64_t* stride) {
-  const bool in_place = p.layout.format == CacheRowFormat::kFp32 && w.rank == w.rank_pad &&
-                        w.rank + w.rope == w.width;
+  const bool in_place =
+      p.layout.format == RowFormat::kFp32 && w.rank == w.rank_pad && w.rank + w.rope == w.width;
   if (in_place) {
     *stride = p.layout.row_bytes / 4;
     return reinterpret_cast<const float*>(block);
@@ -152,12 +152,12 @@ STRAIT_INLINE const float* BlockRows(const MlaParams& p, const MlaWidths& w, con
   for (int64_t r = 0; r < num_rows; ++r) {
     const char* row = block + r * p.layout.row_bytes;
     float* to = scratch + r * w.width;
-    if (p.layout.format == CacheRowFormat::kFp32) {
+    if (p.layout.format == RowFormat::kFp32) {
       CopyPadded(row, w.rank, to);
-      CopyPadded(row + w.rank * 4, w.rope, to + w.rank_pad);
+      CopyPadded(row + p.layout.rope_key_offset, w.rope, to + w.rank_pad);
     } else {
       WidenBf16(row, w.rank, to);
-      WidenBf16(row + w.rank * 2, w.rope, to + w.rank_pad);
+      WidenBf16(row + p.layout.rope_key_offset, w.rope, to + w.rank_pad);
     }
   }
   return scratch;

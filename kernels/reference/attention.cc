@@ -27,14 +27,14 @@ uint16_t RoundToBf16(float value) {
 
 // Element i of a cache row.
 double RowValue(const CacheLayout& layout, const std::byte* row, int64_t i) {
-  if (layout.format == CacheRowFormat::kFp32) return ReadFloat(row + i * 4);
+  if (layout.format == RowFormat::kFp32) return ReadFloat(row + i * 4);
   uint16_t high;
   std::memcpy(&high, row + i * 2, sizeof(high));
   return std::bit_cast<float>(static_cast<uint32_t>(high) << 16);
 }
 
 void WriteRowValue(const CacheLayout& layout, std::byte* row, int64_t i, float value) {
-  if (layout.format == CacheRowFormat::kFp32) {
+  if (layout.format == RowFormat::kFp32) {
     std::memcpy(row + i * 4, &value, sizeof(value));
   } else {
     const uint16_t rounded = RoundToBf16(value);

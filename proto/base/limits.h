@@ -10,8 +10,10 @@
 namespace strait::limits {
 
 // ---- Cache ----
-inline constexpr uint32_t kBlockTokens = 64;  // rows of a latent block
-inline constexpr uint32_t kRowAlign = 16;     // bytes; a cache row is rounded up to this
+inline constexpr uint32_t kBlockTokens = 64;          // rows of a latent block
+inline constexpr uint32_t kRowAlign = 16;             // bytes; a cache row is rounded up to this
+inline constexpr uint32_t kMaxTransferBlocks = 4096;  // in one message
+inline constexpr uint32_t kMaxTransferBytes = 64u << 20;  // of the rows of one message
 
 // ---- One step ----
 inline constexpr uint32_t kMaxStepTokens = 8192;  // tokens of all sequences in one StepPlan

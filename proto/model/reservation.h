@@ -2,7 +2,7 @@
 //
 // What a sequence costs, in bytes of latent blocks: one pure function of policy, length and layers,
 // used by the coordinator to reserve and by the worker to allocate. Both assert, at every step, that
-// use equals the sum over distinct blocks.
+// use equals the sum over distinct blocks. What a block costs in bytes is proto/latent_block.h's.
 //
 // Thread:  pure functions.
 // Why:     no worker evicts or refuses on its own, so the coordinator must know the cost exactly.
@@ -14,11 +14,9 @@
 
 #include "proto/base/ids.h"
 #include "proto/base/limits.h"
+#include "proto/latent_block.h"
 
 namespace strait {
-
-// kFp8: GPUs alone.
-enum class RowFormat : uint8_t { kFp32 = 0, kBf16 = 1, kFp8 = 2 };
 
 // As --cache-format has them.
 constexpr const char* RowFormatName(RowFormat format) {
@@ -39,23 +37,6 @@ constexpr uint32_t BlocksPerLayer(uint32_t length) {
 // Latent blocks of a stage with `num_layers` layers.
 constexpr uint64_t BlocksOfSequence(uint32_t length, uint32_t num_layers) {
   return uint64_t{BlocksPerLayer(length)} * num_layers;
-}
-
-constexpr uint32_t RoundUpToRowAlign(uint32_t bytes) {
-  return (bytes + limits::kRowAlign - 1) / limits::kRowAlign * limits::kRowAlign;
-}
-
-// One cache row, rounded up to kRowAlign bytes: latent[rank] then rope_key[rope]; with kFp8 rank
-// codes of 1 byte, rounded up, an fp32 scale for each 128 of them begun, rope_key[rope] in bf16.
-constexpr uint32_t RowBytes(RowFormat format, uint32_t rank, uint32_t rope) {
-  if (format == RowFormat::kFp8) {
-    return RoundUpToRowAlign(RoundUpToRowAlign(rank) + (rank + 127) / 128 * 4 + rope * 2);
-  }
-  return RoundUpToRowAlign((rank + rope) * (format == RowFormat::kFp32 ? 4 : 2));
-}
-
-constexpr uint64_t BlockBytes(RowFormat format, uint32_t rank, uint32_t rope) {
-  return uint64_t{RowBytes(format, rank, rope)} * limits::kBlockTokens;
 }
 
 // How the rows of a sequence are kept. There is one policy today, exact: every row in every layer, whole,

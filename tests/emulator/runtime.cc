@@ -33,9 +33,22 @@ struct Allocation {
   size_t bytes;
 };
 
+// Whether `at` lies in one of the allocations, by their first addresses.
+template <class Map, class Bytes>
+bool Holds(const Map& allocations, const void* at, Bytes bytes_of) {
+  auto after = allocations.upper_bound(const_cast<void*>(at));
+  if (after == allocations.begin()) return false;
+  const auto& [begin, allocation] = *--after;
+  return at < static_cast<const char*>(begin) + bytes_of(allocation);
+}
+
 std::mutex mutex;
 std::map<void*, Allocation>& Allocations() {
   static std::map<void*, Allocation> allocations;
+  return allocations;
+}
+std::map<void*, size_t>& HostAllocations() {
+  static std::map<void*, size_t> allocations;  // guarded by mutex
   return allocations;
 }
 size_t used_bytes = 0;
@@ -208,9 +221,26 @@ cudaError_t cudaFree(void* from) {
 }
 cudaError_t cudaHostAlloc(void** to, size_t bytes, unsigned) {
   *to = ::operator new (bytes, std::align_val_t{256});
+  const std::lock_guard lock(strait::emulator::mutex);
+  strait::emulator::HostAllocations()[*to] = bytes;
+  return cudaSuccess;
+}
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* at) {
+  using namespace strait::emulator;  // NOLINT: its own parts
+  *attributes = {};
+  const std::lock_guard lock(mutex);
+  attributes->type = Holds(Allocations(), at, [](const Allocation& a) { return a.bytes; })
+                         ? cudaMemoryTypeDevice
+                     : Holds(HostAllocations(), at, [](size_t bytes) { return bytes; })
+                         ? cudaMemoryTypeHost
+                         : cudaMemoryTypeUnregistered;
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* from) {
+  {
+    const std::lock_guard lock(strait::emulator::mutex);
+    strait::emulator::HostAllocations().erase(from);
+  }
   ::operator delete (from, std::align_val_t{256});
   return cudaSuccess;
 }
@@ -248,6 +278,16 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (stream->capturing != nullptr) return cudaErrorStreamCaptureUnsupported;
   stream->queue->DoAll();
   return cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (stream != nullptr && stream->capturing != nullptr) return cudaErrorStreamCaptureUnsupported;
+  // What the event stands for now, whatever it is recorded for later.
+  return Enqueue(stream, [recorded = *event] {
+    if (recorded.queue) recorded.queue->Do(recorded.until, UINT64_MAX);
+  });
+}
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {
+  return Enqueue(stream, [=] { function(data); });
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = new CUevent_st;

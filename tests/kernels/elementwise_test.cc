@@ -158,7 +158,7 @@ TEST_P(ElementwiseTest, EmbeddingWidensRows) {
 TEST_P(ElementwiseTest, CacheAppendWritesItsRowsOnly) {
   STRAIT_TRACE_SEED();
   kernel_test::Rng rng(kernel_test::Seed());
-  for (CacheRowFormat format : {CacheRowFormat::kFp32, CacheRowFormat::kBf16}) {
+  for (RowFormat format : {RowFormat::kFp32, RowFormat::kBf16}) {
     const CacheLayout layout = MakeCacheLayout(format, 24, 6);
     EXPECT_EQ(layout.row_bytes % 16, 0);
     std::vector<float> rows = RandomFloats(rng, 5 * 30);

@@ -27,7 +27,7 @@ constexpr uint32_t kWild = 0xdeadbeef;  // a block id far outside every pool
 // Some sequences in a pool of shuffled blocks. Rows behind a sequence's end hold NaN, page tables
 // go on with wild ids.
 struct Cache {
-  Cache(kernel_test::Rng& rng, CacheRowFormat format, int64_t rank, int64_t rope,
+  Cache(kernel_test::Rng& rng, RowFormat format, int64_t rank, int64_t rope,
         std::vector<int64_t> lengths)
       : layout(MakeCacheLayout(format, rank, rope)) {
     layout.block_bytes += 48;  // blocks need not touch
@@ -122,7 +122,7 @@ TEST_P(MlaTest, MatchesReferenceAndNeverReadsBehindThePosition) {
   STRAIT_TRACE_SEED();
   kernel_test::Rng rng(kernel_test::Seed());
   auto context = MakeContext(GetParam(), 2);
-  for (CacheRowFormat format : {CacheRowFormat::kFp32, CacheRowFormat::kBf16}) {
+  for (RowFormat format : {RowFormat::kFp32, RowFormat::kBf16}) {
     for (const Shape s : {Shape{1, 16, 8}, {6, 32, 24}, {5, 24, 6}, {16, 64, 16}, {3, 129, 7}}) {
       const Cache cache(rng, format, s.rank, s.rope, {1, 64, 65, 300, 1300});
       const Batch batch(rng, cache, s.heads,
@@ -159,7 +159,7 @@ TEST_P(MlaTest, SameBitsHoweverTokensAreGrouped) {
   for (int threads : {1, 2, 3}) {
     if (threads != 2 || !slow) contexts.push_back(MakeContext(GetParam(), threads));
   }
-  for (CacheRowFormat format : {CacheRowFormat::kFp32, CacheRowFormat::kBf16}) {
+  for (RowFormat format : {RowFormat::kFp32, RowFormat::kBf16}) {
     for (const Shape s : {Shape{6, 48, 24}, {3, 40, 6}}) {
       const Cache cache(rng, format, s.rank, s.rope, {130, 2200, 70});
       std::vector<Token> tokens;
@@ -196,7 +196,7 @@ TEST_P(MlaTest, NanStaysWithThoseWhoSeeIt) {
   STRAIT_TRACE_SEED();
   kernel_test::Rng rng(kernel_test::Seed());
   auto context = MakeContext(GetParam());
-  Cache cache(rng, CacheRowFormat::kFp32, 32, 8, {100});
+  Cache cache(rng, RowFormat::kFp32, 32, 8, {100});
   std::vector<Token> tokens;
   for (int32_t p = 60; p < 100; ++p) tokens.push_back({0, p});
   const Batch batch(rng, cache, 2, tokens);

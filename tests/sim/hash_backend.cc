@@ -11,6 +11,7 @@
 #include "proto/base/check.h"
 #include "proto/base/limits.h"
 #include "tests/sim/hash_model.h"
+#include "tests/worker/polled_copies.h"
 #include "tests/worker/stage/held_batch.h"
 
 namespace strait::sim {
@@ -41,7 +42,8 @@ class HashStage : public StageModel {
       : backend_(backend),
         spec_(spec),
         weight_bytes_(weight_bytes),
-        pool_(size_t{spec.pool_blocks} * limits::kBlockTokens) {
+        pool_(size_t{spec.pool_blocks} * limits::kBlockTokens),
+        copies_(spec_, pool_.data(), &backend->copy_faults) {
     for (size_t i = 0; i < pool_.size(); ++i) pool_[i] = Mix(i, 0xBAD);
   }
   ~HashStage() override {
@@ -56,6 +58,7 @@ class HashStage : public StageModel {
   bool Done() const override { return backend_->done; }
   absl::Status Finish(std::vector<LogitsResult>* results) override;
 
+  BlockCopies& copies() override { return copies_; }
   const StageSpec& spec() const override { return spec_; }
   uint64_t weight_bytes() const override { return weight_bytes_; }
   uint64_t cache_bytes() const override {
@@ -78,6 +81,7 @@ class HashStage : public StageModel {
   const StageSpec spec_;
   const uint64_t weight_bytes_;
   std::vector<uint64_t> pool_;  // [pool_blocks, kBlockTokens]
+  PolledCopies copies_;
   std::deque<HeldBatch> begun_;
   std::vector<LogitsResult> before_;  // of the last step that is done
 };
@@ -91,6 +95,7 @@ absl::Status HashStage::Begin(const StageBatch& batch, HiddenIn in, HiddenOut ou
   for (const BatchSequence& sequence : batch.sequences) {
     backend_->late_ids += sequence.token_of_request.has_value();
   }
+  copies_.StepBegun(batch);
   begun_.emplace_back(batch, in, out);
   return absl::OkStatus();
 }
@@ -99,6 +104,7 @@ absl::Status HashStage::Finish(std::vector<LogitsResult>* results) {
   STRAIT_CHECK(!begun_.empty());
   HeldBatch step = std::move(begun_.front());
   begun_.pop_front();
+  copies_.StepFinished();
   if (!backend_->fail_next_finish.ok()) {
     // What it was to sample, a step begun behind it may feed.
     before_.assign(limits::kMaxStepTokens, {});

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// HashBackend runs the HashModel through real page tables, each step when it is finished: as late
-// as it may.
+// HashBackend runs the HashModel through real page tables, each step when it is finished, each copy
+// of rows when it is polled: as late as they may. Copied rows can be checked by value: GetHashRow of
+// tests/worker/polled_copies.h gives what CacheRow of hash_model.h made.
 //
 // Owns:    each model owns its pool, filled with noise before use.
 // Thread:  the simulator's one thread, or a worker's loop; atomics any.
 // Errors:  Load: ResourceExhausted beyond its memory, or whatever `fail_next_load` says; the next
-//          Begin or Finish: whatever `fail_next_begin` and `fail_next_finish` say.
+//          Begin or Finish: whatever `fail_next_begin` and `fail_next_finish` say; copies: what
+//          `copy_faults` say. A copy or step that BlockCopies forbids ends the process.
 #pragma once
 
 #include <atomic>
@@ -16,6 +18,7 @@
 
 #include "coordinator/core/core.h"
 #include "tests/sim/hash_model.h"
+#include "tests/worker/polled_copies.h"
 #include "worker/backend.h"
 
 namespace strait::sim {
@@ -43,6 +46,7 @@ class HashBackend : public Backend {
   absl::Status fail_next_load;
   absl::Status fail_next_begin;
   absl::Status fail_next_finish;
+  CopyFaults copy_faults;
   uint32_t rows_ahead = 0;  // steps of so many are taken ahead; 0: none is
   // Of granted rows that began before they were known.
   std::atomic<uint64_t> late_ids = 0;

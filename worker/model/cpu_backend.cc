@@ -14,6 +14,7 @@
 #include "proto/base/status_macros.h"
 #include "worker/model/cpu_layer.h"
 #include "worker/model/cpu_workspace.h"
+#include "worker/model/host_copies.h"
 #include "worker/model/logits.h"
 #include "worker/model/memory.h"
 
@@ -50,13 +51,15 @@ class CpuStageModel final : public StageModel {
         pool_(std::move(pool)),
         ws_(std::move(workspace)),
         share_(std::move(share)),
-        layers_(context_, config_, shared_->layout, pool_.data(), ws_) {}
+        layers_(context_, config_, shared_->layout, pool_.data(), ws_),
+        copies_(spec_, pool_.data(), static_cast<uint32_t>(shared_->layout.row_bytes)) {}
 
   absl::Status Begin(const StageBatch& batch, HiddenIn in, HiddenOut out) override;
   bool TakesAhead(uint32_t, uint32_t) const override { return false; }
   bool Done() const override { return true; }
   absl::Status Finish(std::vector<LogitsResult>* results) override;
 
+  BlockCopies& copies() override { return copies_; }
   const StageSpec& spec() const override { return spec_; }
   uint64_t weight_bytes() const override { return weights_.bytes; }
   uint64_t cache_bytes() const override { return pool_.bytes(); }
@@ -89,6 +92,8 @@ class CpuStageModel final : public StageModel {
 
   bool begun_ = false;
   std::vector<LogitsResult> results_;  // of the step that is begun
+
+  HostCopies copies_;  // last: its thread ends before the pool does
 };
 
 void CpuStageModel::ListRows(const StageBatch& batch) {
@@ -237,13 +242,8 @@ absl::StatusOr<std::unique_ptr<CpuBackend>> CpuBackend::Create(
   STRAIT_ASSIGN_OR_RETURN(shared->context, cpu::Context::Create(context));
   shared->budget = std::make_shared<MemoryBudget>(options.memory_bytes);
   const ModelConfig& config = shared->config();
-  shared->layout = MakeCacheLayout(
-      options.row_format == RowFormat::kFp32 ? CacheRowFormat::kFp32 : CacheRowFormat::kBf16,
-      config.kv_lora_rank, config.qk_rope_head_dim);
-  // Both sides of the seam must mean the same by a block.
-  STRAIT_CHECK(static_cast<uint64_t>(shared->layout.block_bytes) ==
-               BlockBytes(options.row_format, config.kv_lora_rank, config.qk_rope_head_dim));
-  static_assert(kCacheBlockTokens == limits::kBlockTokens);
+  shared->layout =
+      MakeCacheLayout(options.row_format, config.kv_lora_rank, config.qk_rope_head_dim);
   return std::unique_ptr<CpuBackend>(new CpuBackend(std::move(shared)));
 }
 

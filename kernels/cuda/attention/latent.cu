@@ -56,7 +56,9 @@ cudaError_t RopeTable(const RopeTableParams& p, cudaStream_t stream) {
 
 cudaError_t LatentAppend(const LatentAppendParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
-  if (p.rank > latent::kThreads * latent::kHeld) return cudaErrorInvalidValue;
+  if (p.rank > latent::kThreads * latent::kHeld || p.format == RowFormat::kFp32) {
+    return cudaErrorInvalidValue;
+  }
   return LaunchChained(AppendRow, dim3(static_cast<unsigned>(p.num_tokens), latent::AppendParts(p)),
                        latent::kThreads, 0, stream, p);
 }

@@ -7,7 +7,7 @@
 //
 // Stream:  the parameter; asynchronous.
 // Shapes:  below; pairs of a rope part are (2i, 2i + 1), as in kernels/rope.h.
-// Errors:  CUDA's launch errors; cudaErrorInvalidValue beyond a rank of 512.
+// Errors:  CUDA's launch errors; cudaErrorInvalidValue beyond a rank of 512, and for fp32 rows.
 // Why:     angles are float64 products of the position and the fp32 inverse frequency, as on the
 //          CPU; sine and cosine of them by CUDA's float64 functions, within 2 units of the last
 //          place of float64. A cache row is rounded once, from fp32.
@@ -56,7 +56,7 @@ struct LatentAppendParams {
   const MlaSegment* segments = nullptr;     // this layer's; page_table[position / 64] is used
   std::byte* blocks = nullptr;              // the pool
   int64_t block_bytes = 0;
-  MlaRowFormat format = MlaRowFormat::kBf16;
+  RowFormat format = RowFormat::kBf16;
   int64_t num_tokens = 0;
   int32_t num_heads = 0;
   int32_t rank = 0;

@@ -74,23 +74,26 @@ __device__ inline void AppendPart(const LatentAppendParams& p, int64_t token, in
     const int i = n * kThreads + threadIdx.x;
     value[n] = i < p.rank ? kv[i] : 0.0f;
   }
-  const int32_t row_bytes = MlaRowBytes(p.format, p.rank, p.rope);
+  const int32_t row_bytes = RowBytes(p.format, p.rank, p.rope);
   std::byte* const row =
       p.blocks + block * p.block_bytes + int64_t{position % kMlaBlockRows} * row_bytes;
-  auto* const key = reinterpret_cast<Bf16*>(row + MlaRopeOffset(p.format, p.rank));
+  auto* const key = reinterpret_cast<Bf16*>(row + RopeKeyOffset(p.format, p.rank));
   for (int i = threadIdx.x; i < half; i += kThreads) {
     const float a = kv[p.rank + 2 * i];
     const float b = kv[p.rank + 2 * i + 1];
     key[2 * i] = __float2bfloat16(a * cos_sin[2 * i] - b * cos_sin[2 * i + 1]);
     key[2 * i + 1] = __float2bfloat16(a * cos_sin[2 * i + 1] + b * cos_sin[2 * i]);
   }
+  // A row's bytes are compared and checksummed, its zeros among them. V3's rows have none.
+  const int32_t row_end = RowEnd(p.format, p.rank, p.rope);
+  for (int i = row_end + threadIdx.x; i < row_bytes; i += kThreads) row[i] = std::byte{0};
   float squares = 0;
 #pragma unroll
   for (int n = 0; n < kHeld; ++n) squares = fmaf(value[n], value[n], squares);
   const float mean = BlockSum<kThreads>(squares, shared) / static_cast<float>(p.rank);
   const float scale = rsqrtf(mean + p.eps);
 
-  if (p.format == MlaRowFormat::kBf16) {
+  if (p.format == RowFormat::kBf16) {
     auto* const latent = reinterpret_cast<Bf16*>(row);
 #pragma unroll
     for (int n = 0; n < kHeld; ++n) {
@@ -99,7 +102,7 @@ __device__ inline void AppendPart(const LatentAppendParams& p, int64_t token, in
     }
   } else {
     auto* const codes = reinterpret_cast<__nv_fp8_storage_t*>(row);
-    auto* const scales = reinterpret_cast<float*>(row + MlaScalesOffset(p.rank));
+    auto* const scales = reinterpret_cast<float*>(row + ScalesOffset(p.rank));
     const int lane = threadIdx.x % 32;
     for (int group = threadIdx.x / 32; group * kScaleBlock < p.rank; group += kThreads / 32) {
       const int begin = group * kScaleBlock;

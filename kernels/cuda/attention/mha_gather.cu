@@ -11,8 +11,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kThreadsEach = 8;  // 16 bytes of a rope key
-constexpr int64_t kRowBytes = MlaRowBytes(MlaRowFormat::kBf16, kMhaRank, kMhaRope);
-constexpr int64_t kRopeOffset = MlaRopeOffset(MlaRowFormat::kBf16, kMhaRank);
+constexpr int64_t kRowBytes = RowBytes(RowFormat::kBf16, kMhaRank, kMhaRope);
+constexpr int64_t kRopeOffset = RopeKeyOffset(RowFormat::kBf16, kMhaRank);
 
 struct Gather {
   MhaPiece pieces[kMhaMaxPieces];

@@ -8,9 +8,7 @@
 //
 // Borrows: every pointer, until the stream has passed the launch.
 // Thread:  any; a launch reads no state of the process but the device's attributes.
-// Shapes:  a block is 64 rows. Row, bf16: latent[rank] rope_key[rope], padded to 16 bytes.
-//          Row, fp8: rank e4m3 codes, one fp32 scale for each 128 codes begun, rope bf16, padded
-//          to 16 bytes (512/64: 656 bytes); rank and the scales' offset are multiples of 16.
+// Shapes:  rows and blocks as proto/latent_block.h has them, bf16 or fp8; rank is a multiple of 16.
 // Stream:  launches on the one given, allocates nothing, synchronizes nothing: may be captured.
 //          Kernels begin early and wait for the one before them (programmatic launch), so the
 //          launches of a stream stay in order. Before they wait they read the plan, segments, page
@@ -31,10 +29,10 @@
 #include <cstdint>
 
 #include "kernels/cuda/attention/mla_plan.h"
+#include "proto/latent_block.h"
 
 namespace strait::cuda {
 
-enum class MlaRowFormat : int32_t { kBf16, kFp8 };
 enum class MlaPath : int32_t { kAuto, kPortable, kHopper };
 
 // What one sequence has in one layer. One segment a sequence today, at full rank; segments of
@@ -45,7 +43,7 @@ struct MlaSegment {
                                              // null: block i starts at position 64 * i
   int32_t num_rows = 0;  // rows present; may be INT32_MAX when positions alone limit what is seen
   int32_t rank = 0;      // latent columns stored
-  MlaRowFormat format = MlaRowFormat::kBf16;
+  RowFormat format = RowFormat::kBf16;
   // Not 0: the new rows are in the cache already, and LatentAppend writes none (latent.h).
   int32_t is_cached = 0;
 };
@@ -74,23 +72,12 @@ struct MlaParams {
   int64_t block_lse_stride = 0;  // block of the tile, its own log-sum-exp, -inf where none is seen
   float softmax_scale = 1.0f;
   int32_t num_heads = 0;
-  int32_t rank = 0;                           // kv_lora_rank
-  int32_t rope = 0;                           // qk_rope_head_dim
-  MlaRowFormat format = MlaRowFormat::kBf16;  // of all segments
+  int32_t rank = 0;                     // kv_lora_rank
+  int32_t rope = 0;                     // qk_rope_head_dim
+  RowFormat format = RowFormat::kBf16;  // of all segments
   bool out_fp32 = false;
   MlaPath path = MlaPath::kAuto;
 };
-
-// The bytes of a row, and where an fp8 row's scales and rope key begin.
-__host__ __device__ constexpr int32_t MlaScalesOffset(int32_t rank) {
-  return (rank + 15) / 16 * 16;
-}
-__host__ __device__ constexpr int32_t MlaRopeOffset(MlaRowFormat format, int32_t rank) {
-  return format == MlaRowFormat::kBf16 ? rank * 2 : MlaScalesOffset(rank) + (rank + 127) / 128 * 4;
-}
-__host__ __device__ constexpr int32_t MlaRowBytes(MlaRowFormat format, int32_t rank, int32_t rope) {
-  return (MlaRopeOffset(format, rank) + rope * 2 + 15) / 16 * 16;
-}
 
 // Describes a pool of num_blocks blocks of 64 bf16 rows of 512 + 64 columns. Host only.
 cudaError_t MakeMlaPoolMap(const void* blocks, int64_t num_blocks, int64_t block_bytes,
@@ -100,7 +87,7 @@ cudaError_t MakeMlaPoolMap(const void* blocks, int64_t num_blocks, int64_t block
 cudaError_t PrepareMla();
 
 // The path that kAuto takes on the current device.
-MlaPath MlaAutoPath(MlaRowFormat format, int32_t rank, int32_t rope);
+MlaPath MlaAutoPath(RowFormat format, int32_t rank, int32_t rope);
 
 // Shared memory that the portable path takes of a thread block; the Hopper path's fits wherever it
 // runs.

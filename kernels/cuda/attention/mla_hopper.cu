@@ -35,10 +35,10 @@ namespace {
 
 using namespace hopper;  // NOLINT: its own parts
 
-template <MlaRowFormat kFormat>
+template <RowFormat kFormat>
 __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constant__ MlaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr bool kBf16 = kFormat == MlaRowFormat::kBf16;
+  constexpr bool kBf16 = kFormat == RowFormat::kBf16;
   auto* const raw = DynamicShared<unsigned char>();
   StartNext();
   // Blocks without work make room at once; one waits, or this kernel might end before those before.
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constan
 
 cudaError_t PrepareHopper() {
   if (ComputeCapabilityMajor() != 9) return cudaSuccess;
-  for (const auto kernel : {HopperKernel<MlaRowFormat::kBf16>, HopperKernel<MlaRowFormat::kFp8>}) {
+  for (const auto kernel : {HopperKernel<RowFormat::kBf16>, HopperKernel<RowFormat::kFp8>}) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
     if (error != cudaSuccess) return error;
@@ -98,8 +98,8 @@ cudaError_t PrepareHopper() {
 }
 
 cudaError_t LaunchHopper(const MlaParams& params, cudaStream_t stream) {
-  const auto kernel = params.format == MlaRowFormat::kBf16 ? HopperKernel<MlaRowFormat::kBf16>
-                                                           : HopperKernel<MlaRowFormat::kFp8>;
+  const auto kernel = params.format == RowFormat::kBf16 ? HopperKernel<RowFormat::kBf16>
+                                                        : HopperKernel<RowFormat::kFp8>;
   cudaLaunchAttribute early = EarlyStart();
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(params.plan.limits.num_thread_blocks));
@@ -119,8 +119,9 @@ cudaError_t MakeMlaPoolMap(const void* blocks, int64_t num_blocks, int64_t block
                            MlaPoolMap* map) {
   CUtensorMap tensor_map;
   static_assert(sizeof(tensor_map) == sizeof(map->bytes));
-  const TensorShape shape = {
-      {576, kMlaBlockRows, num_blocks}, {1152, block_bytes}, {64, kMlaBlockRows, 1}};
+  const TensorShape shape = {{576, kMlaBlockRows, num_blocks},
+                             {RowBytes(RowFormat::kBf16, 512, 64), block_bytes},
+                             {64, kMlaBlockRows, 1}};
   const cudaError_t error = MakeTensorMap(blocks, shape, &tensor_map);
   if (error == cudaSuccess) __builtin_memcpy(map->bytes, &tensor_map, sizeof(tensor_map));
   return error;

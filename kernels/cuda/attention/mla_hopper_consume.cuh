@@ -49,7 +49,7 @@ struct State {
   float sum[2];  // of the blocks that this group scored
 };
 
-template <MlaRowFormat kFormat, int kGroupIndex>
+template <RowFormat kFormat, int kGroupIndex>
 class Consumer {
  public:
   __device__ Consumer(const MlaParams& params, const Shared& shared)
@@ -268,7 +268,7 @@ class Consumer {
     wgmma::Pin(out);
     // Both groups have read the weights, each its own columns. Bulk copies wait for one arrival a
     // warp; the fp8 feeder, which writes as ordinary threads do, for every thread that wrote.
-    if (kFormat == MlaRowFormat::kFp8 || threadIdx.x % 32 == 0) {
+    if (kFormat == RowFormat::kFp8 || threadIdx.x % 32 == 0) {
       if (kGroupIndex == 0) wgmma::BarrierArrive(s_.empty(tile, 0));
       wgmma::BarrierArrive(s_.empty(tile, 1));
     }

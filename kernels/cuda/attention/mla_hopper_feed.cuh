@@ -55,8 +55,9 @@ __device__ __forceinline__ void FeedBf16(const MlaParams& p, const Shared& s) {
   }
 }
 
-constexpr int kFp8RowBytes = MlaRowBytes(MlaRowFormat::kFp8, 512, 64);
-constexpr int kFp8RopeAt = MlaRopeOffset(MlaRowFormat::kFp8, 512);
+constexpr int kFp8RowBytes = RowBytes(RowFormat::kFp8, 512, 64);
+constexpr int kFp8ScalesAt = ScalesOffset(512);
+constexpr int kFp8RopeAt = RopeKeyOffset(RowFormat::kFp8, 512);
 
 // 16 codes of a row; none of a row that is not present.
 __device__ __forceinline__ uint4 Codes(const std::byte* row, bool present) {
@@ -107,8 +108,8 @@ __device__ __forceinline__ void FeedFp8(const MlaParams& p, const Shared& s) {
       for (int i = 0; i < 2; ++i) {
         const int row = i * 8 + lane / 4;
         if (row < now_present) {
-          scales[i] =
-              *reinterpret_cast<const float*>(now + row * kFp8RowBytes + 512 + lane % 4 * 4);
+          scales[i] = *reinterpret_cast<const float*>(now + row * kFp8RowBytes + kFp8ScalesAt +
+                                                      lane % 4 * 4);
         }
       }
       wgmma::BarrierWait(s.empty(tile, 0), FullParity(tile) ^ 1);

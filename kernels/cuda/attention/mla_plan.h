@@ -20,10 +20,12 @@
 #include <cstdint>
 #include <vector>
 
+#include "proto/latent_block.h"
+
 namespace strait::cuda {
 
 inline constexpr int32_t kMlaTileRows = 64;
-inline constexpr int32_t kMlaBlockRows = 64;
+inline constexpr int32_t kMlaBlockRows = limits::kBlockTokens;
 inline constexpr int32_t kMlaDeterministicSpan = 16;  // cache blocks: 1,024 rows
 
 // One stretch of one tile: what a thread block does between loading q and writing a result.

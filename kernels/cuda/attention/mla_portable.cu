@@ -38,17 +38,16 @@ constexpr int SharedBytes(int width) {
 }
 
 // One 16-byte piece, 8 columns, of a cache row.
-template <MlaRowFormat kFormat>
+template <RowFormat kFormat>
 __device__ __forceinline__ uint4 RowPiece(const std::byte* row, int column, int rank, int rope) {
   if (column >= rank + rope) return make_uint4(0, 0, 0, 0);
-  if (kFormat == MlaRowFormat::kBf16) return *reinterpret_cast<const uint4*>(row + column * 2);
+  if (kFormat == RowFormat::kBf16) return *reinterpret_cast<const uint4*>(row + column * 2);
   if (column >= rank) {  // the rope key begins at a multiple of 4 bytes
     const uint32_t* words =
-        reinterpret_cast<const uint32_t*>(row + MlaRopeOffset(kFormat, rank) + (column - rank) * 2);
+        reinterpret_cast<const uint32_t*>(row + RopeKeyOffset(kFormat, rank) + (column - rank) * 2);
     return make_uint4(words[0], words[1], words[2], words[3]);
   }
-  const float scale =
-      *reinterpret_cast<const float*>(row + MlaScalesOffset(rank) + column / 128 * 4);
+  const float scale = *reinterpret_cast<const float*>(row + ScalesOffset(rank) + column / 128 * 4);
   const uint2 codes = *reinterpret_cast<const uint2*>(row + column);
   uint4 low;
   uint4 high;
@@ -74,11 +73,11 @@ __device__ void LoadQuery(const MlaParams& p, const MlaWork& work, const Shared&
   }
 }
 
-template <MlaRowFormat kFormat>
+template <RowFormat kFormat>
 __device__ void LoadBlock(const MlaParams& p, const std::byte* block, int present,
                           const Shared& s) {
   const int pieces = s.width / 8;
-  const int row_bytes = MlaRowBytes(kFormat, p.rank, p.rope);
+  const int row_bytes = RowBytes(kFormat, p.rank, p.rope);
   for (int i = threadIdx.x; i < kMlaBlockRows * pieces; i += kThreads) {
     const int row = i / pieces;
     const int column = i % pieces * 8;
@@ -112,7 +111,7 @@ __device__ __forceinline__ void Scores(const Shared& s, int row0, int kv0, float
 }
 
 // kGroups: how many groups of 16 output columns a warp holds at most.
-template <MlaRowFormat kFormat, int kGroups>
+template <RowFormat kFormat, int kGroups>
 __global__ void __launch_bounds__(kThreads) PortableKernel(const MlaParams p) {
   auto* const shared = DynamicShared<unsigned char>();
   Shared s;
@@ -284,7 +283,7 @@ __global__ void __launch_bounds__(kThreads) PortableKernel(const MlaParams p) {
 
 using Kernel = void (*)(MlaParams);
 
-template <MlaRowFormat kFormat>
+template <RowFormat kFormat>
 Kernel KernelOf(int rank) {
   return rank <= 128 ? PortableKernel<kFormat, 4> : PortableKernel<kFormat, 16>;
 }
@@ -300,7 +299,7 @@ cudaError_t PreparePortable() {
   for (const int rank : {128, 512}) {
     const int bytes = std::min(limit, SharedBytes(PaddedWidth(rank, 64)));
     for (const Kernel kernel :
-         {KernelOf<MlaRowFormat::kBf16>(rank), KernelOf<MlaRowFormat::kFp8>(rank)}) {
+         {KernelOf<RowFormat::kBf16>(rank), KernelOf<RowFormat::kFp8>(rank)}) {
       if (error != cudaSuccess) return error;
       error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     }
@@ -309,9 +308,8 @@ cudaError_t PreparePortable() {
 }
 
 cudaError_t LaunchPortable(const MlaParams& params, cudaStream_t stream) {
-  const Kernel kernel = params.format == MlaRowFormat::kBf16
-                            ? KernelOf<MlaRowFormat::kBf16>(params.rank)
-                            : KernelOf<MlaRowFormat::kFp8>(params.rank);
+  const Kernel kernel = params.format == RowFormat::kBf16 ? KernelOf<RowFormat::kBf16>(params.rank)
+                                                          : KernelOf<RowFormat::kFp8>(params.rank);
   const int bytes = SharedBytes(PaddedWidth(params.rank, params.rope));
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(params.plan.limits.num_thread_blocks));

@@ -137,7 +137,7 @@ double Median(int launches, int replays, const Launch& launch) {
 struct Options {
   bool smoke = false;
   bool deterministic = false;
-  MlaRowFormat format = MlaRowFormat::kBf16;
+  RowFormat format = RowFormat::kBf16;
   MlaPath path = MlaPath::kAuto;
   std::string json;
   std::string only;
@@ -168,13 +168,13 @@ class Bench {
         (size.new_tokens > 1 ? ", prefill " + std::to_string(size.new_tokens) : "");
     if (name.find(options_.only) == std::string::npos) return;
     const int32_t blocks = (size.length + 63) / 64;
-    const int64_t block_bytes = 64 * int64_t{MlaRowBytes(options_.format, 512, 64)};
+    const int64_t block_bytes = 64 * int64_t{RowBytes(options_.format, 512, 64)};
     const int64_t cache_bytes = size.batch * blocks * block_bytes;
     const int64_t enough = options_.smoke ? 1 : 2 * int64_t{device_.l2_bytes} + (8 << 20);
     const int copies = static_cast<int>((enough + cache_bytes - 1) / cache_bytes);
     const int64_t num_blocks = int64_t{copies} * size.batch * blocks;
     std::byte* pool = Allocate<std::byte>(num_blocks * block_bytes);
-    if (options_.format == MlaRowFormat::kBf16) {
+    if (options_.format == RowFormat::kBf16) {
       FillBf16<<<1024, 256>>>(reinterpret_cast<__nv_bfloat16*>(pool), num_blocks * block_bytes / 2);
     } else {
       FillFp8Rows<<<1024, 128>>>(pool, num_blocks * 64);
@@ -225,7 +225,7 @@ class Bench {
     p.q_latent_stride = p.q_rope_stride = 576;
     p.blocks = pool;
     p.block_bytes = block_bytes;
-    if (options_.format == MlaRowFormat::kBf16) {
+    if (options_.format == RowFormat::kBf16) {
       Check(MakeMlaPoolMap(pool, num_blocks, block_bytes, &p.pool_map), "tensor map");
     }
     p.plan = ViewMlaPlan(limits, device_plan);
@@ -255,7 +255,7 @@ class Bench {
     const double flops = 2.0 * size.batch * size.heads * seen * (576 + 512);
     const double bytes = static_cast<double>(cache_bytes) + rows * (576 + 512) * 2.0;
     const double gb_per_s = bytes / us / 1e3;
-    const char* format = options_.format == MlaRowFormat::kBf16 ? "bf16" : "fp8";
+    const char* format = options_.format == RowFormat::kBf16 ? "bf16" : "fp8";
     std::printf("%-34s %-5s %10.1f us %8.1f TFLOP/s %8.0f GB/s %6.3f of read\n", name.c_str(),
                 format, us, flops / us / 1e6, gb_per_s, gb_per_s / device_.read_gb_per_s);
     std::fflush(stdout);
@@ -268,7 +268,7 @@ class Bench {
                    options_.deterministic ? "true" : "false", us, flops / us / 1e6, gb_per_s,
                    device_.read_gb_per_s, device_.name);
     }
-    if (long_run && options_.format == MlaRowFormat::kBf16 && HasMhaPrefill()) {
+    if (long_run && options_.format == RowFormat::kBf16 && HasMhaPrefill()) {
       RunExpanded(size, name, pool, block_bytes, device_segments, q, out, json);
     }
     for (void* memory : {static_cast<void*>(pool), static_cast<void*>(tables),
@@ -412,7 +412,7 @@ int Main(int argc, char** argv) {
     } else if (argument == "--only") {
       options.only = value, ++i;
     } else if (argument == "--format") {
-      options.format = std::strcmp(value, "fp8") == 0 ? MlaRowFormat::kFp8 : MlaRowFormat::kBf16;
+      options.format = std::strcmp(value, "fp8") == 0 ? RowFormat::kFp8 : RowFormat::kBf16;
       ++i;
     } else if (argument == "--path") {
       options.path = std::strcmp(value, "portable") == 0 ? MlaPath::kPortable : MlaPath::kHopper;

@@ -236,7 +236,7 @@ void BenchGemm(benchmark::State& state, cpu::Context& context, const Limits& lim
 
 // num_tokens last tokens of a sequence of num_rows rows; decoding when it is 1.
 void BenchMla(benchmark::State& state, cpu::Context& context, const Limits& limits,
-              CacheRowFormat format, int64_t num_tokens, int64_t num_rows, const Sizes& s) {
+              RowFormat format, int64_t num_tokens, int64_t num_rows, const Sizes& s) {
   const CacheLayout layout = MakeCacheLayout(format, s.rank, s.rope);
   const int64_t num_blocks = (num_rows + kCacheBlockTokens - 1) / kCacheBlockTokens;
   std::vector<std::byte> pool(static_cast<size_t>(num_blocks * layout.block_bytes));
@@ -341,8 +341,8 @@ void RegisterAll(cpu::Context& context, const Limits& limits, const Sizes& s) {
       BenchGemm(state, context, limits, WeightType::kBf16, m, s);
     });
   }
-  for (CacheRowFormat format : {CacheRowFormat::kFp32, CacheRowFormat::kBf16}) {
-    const std::string kind = format == CacheRowFormat::kFp32 ? "fp32" : "bf16";
+  for (RowFormat format : {RowFormat::kFp32, RowFormat::kBf16}) {
+    const std::string kind = format == RowFormat::kFp32 ? "fp32" : "bf16";
     for (int64_t rows : s.context_rows) {
       for (int64_t tokens : {int64_t{1}, s.prefill_tokens}) {
         add("mla/" + kind + "/rows:" + std::to_string(rows) + "/tokens:" + std::to_string(tokens),

@@ -17,6 +17,7 @@
 
 #include "proto/base/limits.h"
 #include "strait/v1/cluster.pb.h"
+#include "tests/worker/polled_copies.h"
 #include "tests/worker/stage/held_batch.h"
 #include "tests/worker/stage/plans.h"
 #include "worker/stage/stage.h"
@@ -48,13 +49,15 @@ inline uint64_t FakeHash(LayerRange layers, absl::Span<const TokenId> tokens) {
 class FakeModel : public StageModel {
  public:
   FakeModel(LayerRange layers, uint32_t pool_blocks, uint32_t num_layers)
-      : spec_{layers, pool_blocks}, last_(layers.end == num_layers) {
-    rows_.resize(size_t{pool_blocks} * limits::kBlockTokens);
-  }
+      : spec_{layers, pool_blocks},
+        last_(layers.end == num_layers),
+        rows_(size_t{pool_blocks} * limits::kBlockTokens),
+        copies_(spec_, rows_.data(), &copy_faults) {}
 
   absl::Status Begin(const StageBatch& batch, HiddenIn in, HiddenOut out) override {
     EXPECT_LT(begun_.size(), takes_ahead ? kMaxStepsBegun : 1);
     if (fail_begin) return absl::DataLossError("the fake was told not to begin");
+    copies_.StepBegun(batch);
     begun_.emplace_back(batch, in, out);
     return absl::OkStatus();
   }
@@ -65,6 +68,7 @@ class FakeModel : public StageModel {
   absl::Status Finish(std::vector<LogitsResult>* results) override {
     HeldBatch step = std::move(begun_.front());
     begun_.pop_front();
+    copies_.StepFinished();
     if (fail_next) {
       before_.assign(limits::kMaxStepTokens, {});  // what a step behind it may feed is void
       return absl::DataLossError("the fake was told to fail");
@@ -119,6 +123,7 @@ class FakeModel : public StageModel {
     ++num_steps;
   }
 
+  BlockCopies& copies() override { return copies_; }
   const StageSpec& spec() const override { return spec_; }
   uint64_t weight_bytes() const override { return 0; }
   uint64_t cache_bytes() const override { return rows_.size() * sizeof(uint64_t); }
@@ -126,6 +131,7 @@ class FakeModel : public StageModel {
   bool takes_ahead = true;
   uint32_t rows_ahead = 1000;
   bool done = true;
+  CopyFaults copy_faults;
   bool fail_begin = false;
   bool fail_next = false;
   SequenceId bad_sequence{0};  // its logits are no numbers
@@ -142,6 +148,7 @@ class FakeModel : public StageModel {
   const StageSpec spec_;
   const bool last_;
   std::vector<uint64_t> rows_;
+  PolledCopies copies_;
   std::deque<HeldBatch> begun_;
   std::vector<LogitsResult> before_;  // of the last step that is done
 };

@@ -82,6 +82,7 @@ CudaWorkspace LayOutCudaWorkspace(const ModelConfig& c, LayerRange layers, const
   w.handed = region.Take<uint64_t>(uint64_t{cuda::kMaxChooseTokens} * c.n_routed_experts);
   w.tables = region.Take<std::byte>(limits.table_bytes);
   w.plan = region.Take<std::byte>(limits.plan_bytes);
+  w.copies = region.Take<std::byte>(kCudaCopyStagingBytes);
   const auto partial_rows = static_cast<uint64_t>(limits.mla.max_partials) * cuda::kMlaTileRows;
   w.partial_out = region.Take<float>(partial_rows * rank);
   w.partial_lse = region.Take<float>(partial_rows);

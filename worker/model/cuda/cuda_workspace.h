@@ -19,6 +19,7 @@
 #include "proto/base/limits.h"
 #include "proto/model/model_config.h"
 #include "proto/model/reservation.h"
+#include "worker/model/cuda/device_copies.h"
 #include "worker/model/cuda/region.h"
 
 namespace strait {
@@ -73,6 +74,7 @@ struct CudaWorkspace {
   uint64_t* handed = nullptr;    // [kMaxChooseTokens, E], 0 between kernels
   std::byte* tables = nullptr;   // [StepLimits::table_bytes]
   std::byte* plan = nullptr;     // [StepLimits::plan_bytes]
+  std::byte* copies = nullptr;   // [kCudaCopyStagingBytes], of copies of rows beside the steps
   float* partial_out = nullptr;  // [max_partials, 64, R]
   float* partial_lse = nullptr;  // [max_partials, 64]
   // By LogitsRequest of the step before: it lies beside the layers' buffers, not under them.

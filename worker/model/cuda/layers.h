@@ -45,7 +45,7 @@ struct CudaTile {
 struct CudaPool {
   std::byte* blocks = nullptr;
   int64_t block_bytes = 0;
-  cuda::MlaRowFormat format = cuda::MlaRowFormat::kBf16;
+  RowFormat format = RowFormat::kBf16;
   cuda::MlaPoolMap map;  // bf16 rows of the Hopper kernel
 };
 

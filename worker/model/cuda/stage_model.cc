@@ -31,6 +31,7 @@ absl::StatusOr<std::unique_ptr<CudaStageModel>> CudaStageModel::Create(
 }
 
 CudaStageModel::~CudaStageModel() {
+  copies_.reset();  // waits; steps, too, if copies do
   (void)cudaSetDevice(device_);
   if (stream_ != nullptr) (void)cudaStreamSynchronize(stream_);
   for (const auto& [rows, graph] : graphs_) (void)cudaGraphExecDestroy(graph);
@@ -55,14 +56,9 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
   pool_.blocks = layout.pool;
   pool_.block_bytes = static_cast<int64_t>(
       BlockBytes(traits.row_format, config_.kv_lora_rank, config_.qk_rope_head_dim));
-  pool_.format =
-      traits.row_format == RowFormat::kFp8 ? cuda::MlaRowFormat::kFp8 : cuda::MlaRowFormat::kBf16;
-  static_assert(cuda::kMlaBlockRows == static_cast<int32_t>(limits::kBlockTokens));
+  pool_.format = traits.row_format;
   const auto rank = static_cast<int32_t>(config_.kv_lora_rank);
   const auto rope = static_cast<int32_t>(config_.qk_rope_head_dim);
-  // Both sides of the seam must mean the same by a row.
-  STRAIT_CHECK(pool_.block_bytes ==
-               cuda::kMlaBlockRows * cuda::MlaRowBytes(pool_.format, rank, rope));
   // A row's padding is never read as a number, but zeros are kinder to debug.
   STRAIT_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(pool_.blocks, 0, bytes_.pool, stream_));
   const size_t handed = size_t{cuda::kMaxChooseTokens} * config_.n_routed_experts;
@@ -70,7 +66,7 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
     STRAIT_CUDA_RETURN_IF_ERROR(
         cudaMemsetAsync(ws_.handed, 0, handed * sizeof(*ws_.handed), stream_));
   }
-  if (pool_.format == cuda::MlaRowFormat::kBf16 &&
+  if (pool_.format == RowFormat::kBf16 &&
       cuda::MlaAutoPath(pool_.format, rank, rope) == cuda::MlaPath::kHopper) {
     STRAIT_CUDA_RETURN_IF_ERROR(
         cuda::MakeMlaPoolMap(pool_.blocks, spec_.pool_blocks, pool_.block_bytes, &pool_.map));
@@ -86,6 +82,14 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
   layers_.emplace(config_, pool_, ws_, layout.inv_freq, stream_);
   if (weights_.norm != nullptr) head_.emplace(config_, limits_, ws_, weights_, stream_);
   for (Slot& slot : slots_) STRAIT_RETURN_IF_ERROR(InitSlot(&slot));
+  STRAIT_ASSIGN_OR_RETURN(
+      copies_,
+      DeviceCopies::Create(spec_, {.device = device_,
+                                   .pool = pool_.blocks,
+                                   .row_bytes = RowBytes(traits.row_format, config_.kv_lora_rank,
+                                                         config_.qk_rope_head_dim),
+                                   .staging = ws_.copies,
+                                   .newest_step = [this] { return newest_step(); }}));
   Log(LogLevel::kInfo, "GPU memory of a stage",
       {{"weights", bytes_.weights},
        {"cache", bytes_.pool},

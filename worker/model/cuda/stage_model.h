@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// CudaStageModel is a stage on the GPU: one allocation for weights, cache and workspace, one stream.
+// CudaStageModel is a stage on the GPU: one allocation for weights, cache and workspace, one stream
+// for steps, one for copies of cache rows (device_copies.h).
 //
-// Owns:    device memory, pinned staging, the stream.
+// Owns:    device memory, pinned staging, the streams.
 // Thread:  made on the loader thread, then loop thread only.
 // Stream:  a step's tables, layers and results follow those of the step before; an event ends it.
 //          So device memory is there once; what the host fills, kMaxStepsBegun times.
@@ -21,6 +22,7 @@
 
 #include "kernels/cuda/attention/mla_plan.h"
 #include "worker/backend.h"
+#include "worker/model/cuda/device_copies.h"
 #include "worker/model/cuda/graph_ledger.h"
 #include "worker/model/cuda/head.h"
 #include "worker/model/cuda/layers.h"
@@ -46,6 +48,7 @@ class CudaStageModel final : public StageModel {
   bool Done() const override;
   absl::Status Finish(std::vector<LogitsResult>* results) override;
 
+  BlockCopies& copies() override { return *copies_; }
   const StageSpec& spec() const override { return spec_; }
   uint64_t weight_bytes() const override { return bytes_.weights; }
   uint64_t cache_bytes() const override { return bytes_.pool; }
@@ -79,6 +82,12 @@ class CudaStageModel final : public StageModel {
   };
 
   size_t oldest_slot() const { return (next_slot_ + kMaxStepsBegun - num_begun_) % kMaxStepsBegun; }
+
+  // Behind the newest step that is begun; null: none is.
+  cudaEvent_t newest_step() const {
+    if (num_begun_ == 0) return nullptr;
+    return slots_[(next_slot_ + kMaxStepsBegun - 1) % kMaxStepsBegun].done;
+  }
 
   absl::Status InitSlot(Slot* slot);
   absl::Status Enqueue(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out,
@@ -118,6 +127,7 @@ class CudaStageModel final : public StageModel {
   CudaWorkspace ws_;
   std::optional<CudaLayers> layers_;
   std::optional<CudaHead> head_;  // last stage
+  std::unique_ptr<DeviceCopies> copies_;
 
   // Used in turn.
   std::array<Slot, kMaxStepsBegun> slots_;

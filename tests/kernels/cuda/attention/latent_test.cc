@@ -88,7 +88,7 @@ struct Sizes {
 
 constexpr Sizes kSizes[] = {
     {6, 20, 24, 48}, {16, 128, 64, 512}, {5, 16, 8, 64}, {128, 128, 64, 512}};
-constexpr cuda::MlaRowFormat kFormats[] = {cuda::MlaRowFormat::kBf16, cuda::MlaRowFormat::kFp8};
+constexpr RowFormat kFormats[] = {RowFormat::kBf16, RowFormat::kFp8};
 constexpr int64_t kTokens = 7;
 constexpr int64_t kNumBlocks = 9;
 constexpr float kScaling = 1.25f;
@@ -101,7 +101,7 @@ std::vector<uint32_t> FarPages() {
 
 // What a step appends: tokens of two sequences, one with a far position.
 struct Step {
-  Step(kernel_test::Rng& rng, const Sizes& sizes, cuda::MlaRowFormat format_in)
+  Step(kernel_test::Rng& rng, const Sizes& sizes, RowFormat format_in)
       : heads(sizes.heads),
         nope(sizes.nope),
         rope(sizes.rope),
@@ -133,10 +133,10 @@ struct Step {
   }
 
   const int32_t heads, nope, rope, rank;
-  const cuda::MlaRowFormat format;
+  const RowFormat format;
   const int64_t kv_stride = rank + rope + 3;
   const int64_t q_head = nope + rope + 4;
-  const int32_t row_bytes = cuda::MlaRowBytes(format, rank, rope);
+  const int32_t row_bytes = RowBytes(format, rank, rope);
   const int64_t block_bytes = 64 * row_bytes;
   const std::vector<int32_t> positions = {0, 1, 62, 63, 64, 163'000, 163'001};
   const std::vector<int32_t> sequence = {0, 0, 0, 0, 0, 1, 1};
@@ -251,7 +251,7 @@ TEST_F(CudaLatentTest, AppendRotatesNormsAndRounds) {
                        step.positions[t] % 64 * step.row_bytes;
         std::vector<float> got(static_cast<size_t>(rank));
         const auto expected = latent.begin() + t * rank;
-        if (format == cuda::MlaRowFormat::kBf16) {
+        if (format == RowFormat::kBf16) {
           std::vector<Bf16> stored(static_cast<size_t>(rank));
           std::memcpy(stored.data(), row, stored.size() * 2);
           got = gpu_test::ToFloat(stored);
@@ -259,7 +259,7 @@ TEST_F(CudaLatentTest, AppendRotatesNormsAndRounds) {
         } else {
           for (int i = 0; i < rank; ++i) {
             float scale = 0;
-            std::memcpy(&scale, row + cuda::MlaScalesOffset(rank) + i / 128 * 4, 4);
+            std::memcpy(&scale, row + ScalesOffset(rank) + i / 128 * 4, 4);
             __nv_fp8_e4m3 code;
             code.__x = row[i];
             got[static_cast<size_t>(i)] = static_cast<float>(code) * scale;
@@ -275,12 +275,15 @@ TEST_F(CudaLatentTest, AppendRotatesNormsAndRounds) {
           }
         }
         std::vector<Bf16> stored(static_cast<size_t>(rope));
-        const int32_t key_at = cuda::MlaRopeOffset(format, rank);
+        const int32_t key_at = RopeKeyOffset(format, rank);
         std::memcpy(stored.data(), row + key_at, stored.size() * 2);
         EXPECT_TRUE(Near(gpu_test::ToFloat(stored),
                          {key.begin() + t * rope, key.begin() + (t + 1) * rope},
                          kOneRounding * 1.01));
-        std::memset(row, 0xff, static_cast<size_t>(key_at + rope * 2));
+        EXPECT_TRUE(std::all_of(row + key_at + rope * 2, row + step.row_bytes, [](uint8_t b) {
+          return b == 0;
+        })) << "a row's last bytes are zeros, whatever was there";
+        std::memset(row, 0xff, static_cast<size_t>(step.row_bytes));
       }
       EXPECT_TRUE(std::all_of(blocks.begin(), blocks.end(), [](uint8_t b) { return b == 0xff; }))
           << "bytes outside the rows were written";

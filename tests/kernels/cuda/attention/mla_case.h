@@ -37,7 +37,7 @@ struct Shape {
   int32_t heads = 16;
   int32_t rank = 512;
   int32_t rope = 64;
-  MlaRowFormat format = MlaRowFormat::kBf16;
+  RowFormat format = RowFormat::kBf16;
   MlaPath path = MlaPath::kHopper;
   bool deterministic = false;
   bool out_fp32 = false;
@@ -68,7 +68,7 @@ class Case {
  public:
   Case(kernel_test::Rng& rng, const Shape& shape, std::vector<Tokens> tokens)
       : shape_(shape), tokens_(std::move(tokens)) {
-    row_bytes_ = MlaRowBytes(shape.format, shape.rank, shape.rope);
+    row_bytes_ = RowBytes(shape.format, shape.rank, shape.rope);
     block_bytes_ = 64 * row_bytes_ + 64;  // slabs may be longer than their rows
     for (const Tokens& t : tokens_) {
       num_tokens_ += t.num_tokens;
@@ -82,7 +82,7 @@ class Case {
 
   // A score is about normal(0, 1.3). bf16: fp32 sums only. fp8: each code * scale is rounded to
   // bf16, at most 2^-9 off: 1.5e-3 on a score in the mean square, eight times that allowed.
-  double LseTolerance() const { return shape_.format == MlaRowFormat::kFp8 ? 1.2e-2 : 2e-3; }
+  double LseTolerance() const { return shape_.format == RowFormat::kFp8 ? 1.2e-2 : 2e-3; }
   int64_t pairs() const { return int64_t{num_tokens_} * shape_.heads; }
   float scale() const { return 1.3f / std::sqrt(static_cast<float>(shape_.rank + shape_.rope)); }
 
@@ -202,7 +202,7 @@ class Case {
     p.segments = device_segments.data();
     p.blocks = pool.data();
     p.block_bytes = block_bytes_;
-    if (shape_.path == MlaPath::kHopper && shape_.format == MlaRowFormat::kBf16) {
+    if (shape_.path == MlaPath::kHopper && shape_.format == RowFormat::kBf16) {
       EXPECT_EQ(MakeMlaPoolMap(pool.data(), num_blocks_, block_bytes_, &p.pool_map), cudaSuccess);
     }
     p.partial_out = partial_out.data();
@@ -293,7 +293,7 @@ class Case {
       twin.sequence_index = &zero;
       twin.page_tables = &table;
       twin.blocks = reinterpret_cast<const std::byte*>(wide_.data());
-      twin.layout = MakeCacheLayout(CacheRowFormat::kFp32, rank, shape_.rope);
+      twin.layout = MakeCacheLayout(RowFormat::kFp32, rank, shape_.rope);
       twin.softmax_scale = scale();
       twin.o_latent = out.data() + pair * rank;
       twin.num_tokens = 1;
@@ -318,9 +318,7 @@ class Case {
     const int64_t width = wide_row_bytes() / 4;
     return wide_.data() + (int64_t{pages_[s][row / 64]} * 64 + row % 64) * width;
   }
-  int64_t wide_row_bytes() const {
-    return CacheRowBytes(CacheRowFormat::kFp32, shape_.rank, shape_.rope);
-  }
+  int64_t wide_row_bytes() const { return RowBytes(RowFormat::kFp32, shape_.rank, shape_.rope); }
 
   void FillPool(kernel_test::Rng& rng) {
     int64_t used = 0;
@@ -352,14 +350,14 @@ class Case {
       std::memcpy(at, &rounded, 2);
       *value = __bfloat162float(rounded);
     };
-    if (shape_.format == MlaRowFormat::kBf16) {
+    if (shape_.format == RowFormat::kBf16) {
       for (int32_t i = 0; i < shape_.rank + shape_.rope; ++i) put_bf16(to + 2 * i, wide + i);
       return;
     }
     std::uniform_real_distribution<float> scales(0.005f, 0.02f);
     for (int32_t first = 0; first < shape_.rank; first += 128) {
       const float scale = scales(rng);
-      std::memcpy(to + MlaScalesOffset(shape_.rank) + first / 128 * 4, &scale, 4);
+      std::memcpy(to + ScalesOffset(shape_.rank) + first / 128 * 4, &scale, 4);
       for (int32_t i = first; i < std::min(first + 128, shape_.rank); ++i) {
         __nv_fp8_e4m3 code(normal(rng) / scale);
         std::memcpy(to + i, &code, 1);
@@ -367,7 +365,7 @@ class Case {
       }
     }
     for (int32_t i = 0; i < shape_.rope; ++i) {
-      put_bf16(to + MlaRopeOffset(shape_.format, shape_.rank) + 2 * i, wide + shape_.rank + i);
+      put_bf16(to + RopeKeyOffset(shape_.format, shape_.rank) + 2 * i, wide + shape_.rank + i);
     }
   }
 

@@ -22,7 +22,7 @@ using mla_test::Tokens;
 
 std::string PathName(const Shape& shape) {
   return std::string(shape.path == MlaPath::kHopper ? "Hopper" : "portable") +
-         (shape.format == MlaRowFormat::kFp8 ? " fp8" : " bf16") + " heads " +
+         (shape.format == RowFormat::kFp8 ? " fp8" : " bf16") + " heads " +
          std::to_string(shape.heads) + " rank " + std::to_string(shape.rank) + " rope " +
          std::to_string(shape.rope) + (shape.deterministic ? " deterministic" : "");
 }
@@ -50,12 +50,12 @@ class MlaTest : public gpu_test::GpuTest {
   int major_ = 0;
 };
 
-constexpr MlaRowFormat kFormats[] = {MlaRowFormat::kBf16, MlaRowFormat::kFp8};
+constexpr RowFormat kFormats[] = {RowFormat::kBf16, RowFormat::kFp8};
 
 TEST_F(MlaTest, OneBlockOneToken) {
   STRAIT_TRACE_SEED();
   for (const MlaPath path : Paths()) {
-    for (const MlaRowFormat format : kFormats) {
+    for (const RowFormat format : kFormats) {
       Shape shape{.heads = 64, .format = format, .path = path};
       Check(shape, {{1, 63}});
       Check(shape, {{1, 20}});      // rows behind are NaN
@@ -67,7 +67,7 @@ TEST_F(MlaTest, OneBlockOneToken) {
 TEST_F(MlaTest, RaggedBatchesOfAllHeadCounts) {
   STRAIT_TRACE_SEED();
   for (const MlaPath path : Paths()) {
-    for (const MlaRowFormat format : kFormats) {
+    for (const RowFormat format : kFormats) {
       for (const int32_t heads : {1, 5, 16, 20, 64, 128}) {
         Shape shape{.heads = heads, .format = format, .path = path};
         shape.out_fp32 = heads % 2 == 0;
@@ -85,7 +85,7 @@ TEST_F(MlaTest, RaggedBatchesOfAllHeadCounts) {
 TEST_F(MlaTest, OneLongSequenceIsSplitAndMerged) {
   STRAIT_TRACE_SEED();
   for (const MlaPath path : Paths()) {
-    for (const MlaRowFormat format : kFormats) {
+    for (const RowFormat format : kFormats) {
       Check({.heads = 16, .format = format, .path = path}, {{1, 20000 + Pick(0, 64)}});
       Check({.heads = 128, .format = format, .path = path, .out_fp32 = true},
             {{1, 3000 + Pick(0, 64)}});
@@ -96,7 +96,7 @@ TEST_F(MlaTest, OneLongSequenceIsSplitAndMerged) {
 TEST_F(MlaTest, PrefillOfChunksAgainstCachedPrefixes) {
   STRAIT_TRACE_SEED();
   for (const MlaPath path : Paths()) {
-    for (const MlaRowFormat format : kFormats) {
+    for (const RowFormat format : kFormats) {
       Check({.heads = 16, .format = format, .path = path},
             {{130, 200}, {61, 0}, {1, 700}, {100, 1000}});
       Check({.heads = 128, .format = format, .path = path}, {{30, 100}, {9, 0}}, 20);
@@ -117,7 +117,7 @@ TEST_F(MlaTest, BlocksThatSayTheirPositions) {
 
 TEST_F(MlaTest, SmallShapesTakeThePortablePath) {
   STRAIT_TRACE_SEED();
-  for (const MlaRowFormat format : kFormats) {
+  for (const RowFormat format : kFormats) {
     for (const auto& [rank, rope] : {std::pair{32, 8}, {64, 16}, {128, 32}, {256, 64}, {384, 64}}) {
       EXPECT_EQ(MlaAutoPath(format, rank, rope), MlaPath::kPortable);
       Check({.heads = 6, .rank = rank, .rope = rope, .format = format, .path = MlaPath::kAuto},
@@ -129,7 +129,7 @@ TEST_F(MlaTest, SmallShapesTakeThePortablePath) {
 TEST_F(MlaTest, DeterministicResultsAreThoseOfTheSequenceAlone) {
   STRAIT_TRACE_SEED();
   for (const MlaPath path : Paths()) {
-    for (const MlaRowFormat format : kFormats) {
+    for (const RowFormat format : kFormats) {
       for (const int32_t heads : {16, 128}) {
         Shape shape{.heads = heads, .format = format, .path = path, .deterministic = true};
         SCOPED_TRACE(PathName(shape));
@@ -153,7 +153,7 @@ TEST_F(MlaTest, DeterministicResultsAreThoseOfTheSequenceAlone) {
 
 TEST_F(MlaTest, PartsOfADeterministicBatchGiveTheSameBits) {
   for (const MlaPath path : Paths()) {
-    for (const MlaRowFormat format : kFormats) {
+    for (const RowFormat format : kFormats) {
       for (const int32_t heads : {16, 20, 128}) {
         Shape shape{.heads = heads, .format = format, .path = path, .deterministic = true};
         SCOPED_TRACE(PathName(shape));
