@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// kBlocksEach thread blocks a piece, 16 bytes a thread at a time.
+// A thread block for each kBlockBytes of the longest piece, 16 bytes a thread at a time.
 //
-// Intensity: none; each byte is read and written once. kMaxBlockPieces of 74 kB are 9.4 MB, which at
-// the rate of memory take some microseconds; a link to the host takes 20 times as long for them.
+// Intensity: none; each byte is read and written once. 4 MiB should take some microseconds, a link to
+// the host takes 80 for them. Not measured yet.
 #include "kernels/cuda/attention/block_pieces.h"
+
+#include <algorithm>
+
 #include "kernels/cuda/device/common.cuh"
 
 namespace strait::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksEach = 2;
+constexpr int64_t kBlockBytes = 32 << 10;
+constexpr int64_t kMaxBlocksEach = 32;
 constexpr int64_t kUnit = sizeof(uint4);
 
 template <bool kGather>
@@ -24,7 +28,7 @@ __global__ void __launch_bounds__(kThreads)
   uint4* const to = kGather ? packed : in_pool;
   const int64_t count = piece.bytes / kUnit;
 #pragma unroll 4
-  for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < count; i += kBlocksEach * kThreads) {
+  for (int64_t i = blockIdx.x * kThreads + threadIdx.x; i < count; i += gridDim.x * kThreads) {
     to[i] = from[i];
   }
 }
@@ -37,14 +41,17 @@ cudaError_t Launch(const BlockPiecesParams& p, cudaStream_t stream) {
       reinterpret_cast<uintptr_t>(p.packed) % kUnit != 0) {
     return cudaErrorInvalidValue;
   }
+  int64_t longest = 0;
   for (int32_t i = 0; i < p.num_pieces; ++i) {
     const BlockPiece& piece = p.pieces[i];
     if (piece.bytes < 0 || (piece.pool_offset | piece.packed_offset | piece.bytes) % kUnit != 0) {
       return cudaErrorInvalidValue;
     }
+    longest = std::max(longest, piece.bytes);
   }
+  const int64_t blocks_each = std::clamp(longest / kBlockBytes, int64_t{1}, kMaxBlocksEach);
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(kBlocksEach, static_cast<unsigned>(p.num_pieces));
+  config.gridDim = dim3(static_cast<unsigned>(blocks_each), static_cast<unsigned>(p.num_pieces));
   config.blockDim = dim3(kThreads);
   config.stream = stream;
   return cudaLaunchKernelEx(&config, MovePieces<kGather>, p);

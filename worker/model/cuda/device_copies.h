@@ -13,7 +13,8 @@
 // Why:     a 64-row block of one layer is 42 to 74 kB, a microsecond or two of a host link, which is
 //          what it costs to begin a copy. So runs of the pool of kDirectBytes and more are copies of
 //          their own, and shorter ones are gathered by one kernel (block_pieces.h) and go as one
-//          copy; to and from buffers on the device that kernel is all. A kernel and not batched
+//          copy; to and from buffers on the device that kernel is all. By count nine tenths of the
+//          link's rate; not measured yet. A kernel and not batched
 //          copies (cudaMemcpyBatchAsync): these need CUDA 12.8, and begin each piece all the same.
 //          CUDA copies pageable memory while the caller waits, for the steps before, too. So other
 //          host memory than Take's goes through pinned staging, and a host function of the stream
