@@ -12,19 +12,16 @@ constexpr const char* kEvents[kNumSimEvents] = {
     "load",   "loaded",  "unload", "activate", "plan",   "edge-up", "edge-down", "nccl-id",
     "hidden", "sampled", "begin",  "finish",   "detach", "attach",  "orphan"};
 
-// By state, as in HostedState: which events can come to a stage that is in it.
-constexpr bool kReachable[kNumHostedStates][kNumSimEvents] = {
+// By state, as in HostedState: what must come.
+constexpr bool kExpected[kNumHostedStates][kNumSimEvents] = {
     // load loaded unload activate plan up down id hidden sampled begin finish detach attach orphan
-    // A stage that is not there: what was under way when it went may still come.
-    {1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0},
-    // Loading: nothing but the answer, unless it is not wanted any more.
-    {0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0},
-    // Loaded, in no epoch yet.
-    {0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1},
-    // Activating: the receiver has not accepted. The stage before it may be further.
-    {0, 0, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0},
-    {0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1},
-    {0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1},
+    {1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0},  // none: a stage that is not there
+    {0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0},  // loading
+    {0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1},  // loaded, in no epoch yet
+    {0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1},  // activating
+    {0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1},  // active
+    {0, 0, 1, 1, 1, 0, 1, 0, 1, 0, 1, 1, 1, 1,
+     1},  // stuck: told that it cannot go on in this epoch
 };
 
 }  // namespace
@@ -33,10 +30,6 @@ void EventCounts::Add(const EventCounts& other) {
   for (size_t s = 0; s < kNumHostedStates; ++s) {
     for (size_t e = 0; e < kNumSimEvents; ++e) counts_[s][e] += other.counts_[s][e];
   }
-}
-
-bool EventCounts::Reachable(HostedState state, SimEvent event) {
-  return kReachable[static_cast<size_t>(state)][static_cast<size_t>(event)];
 }
 
 std::string EventCounts::Table() const {
@@ -51,7 +44,7 @@ std::string EventCounts::Table() const {
     std::snprintf(text, sizeof(text), "\n%-10s", kStates[s]);
     table += text;
     for (size_t e = 0; e < kNumSimEvents; ++e) {
-      if (!kReachable[s][e] && counts_[s][e] == 0) {
+      if (counts_[s][e] == 0) {
         std::snprintf(text, sizeof(text), " %9s", "-");
       } else {
         std::snprintf(text, sizeof(text), " %9llu", static_cast<unsigned long long>(counts_[s][e]));
@@ -66,7 +59,7 @@ std::string EventCounts::Missing() const {
   std::string missing;
   for (size_t s = 0; s < kNumHostedStates; ++s) {
     for (size_t e = 0; e < kNumSimEvents; ++e) {
-      if (!kReachable[s][e] || counts_[s][e] > 0) continue;
+      if (!kExpected[s][e] || counts_[s][e] > 0) continue;
       missing += std::string(missing.empty() ? "" : ", ") + kStates[s] + "/" + kEvents[e];
     }
   }

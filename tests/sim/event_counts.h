@@ -46,11 +46,10 @@ class EventCounts {
     return counts_[static_cast<size_t>(state)][static_cast<size_t>(event)];
   }
 
-  // Whether an honest cluster can bring it about at all.
-  static bool Reachable(HostedState state, SimEvent event);
-  // A line a state; unreachable pairs are dashes.
+  // A line a state; pairs that never came are dashes.
   std::string Table() const;
-  // Reachable pairs that never came.
+  // Of the pairs that random clusters bring about, those that never came. The others are races that take
+  // millions of seeds, or nothing that an honest cluster does: tests/worker/core brings about every one.
   std::string Missing() const;
 
  private:

@@ -71,17 +71,22 @@ TEST(SimTest, ManySeeds) {
     sum.stats.granted_tokens += outcome.stats.granted_tokens;
     sum.stats.surplus_tokens += outcome.stats.surplus_tokens;
     sum.stats.replayed_tokens += outcome.stats.replayed_tokens;
+    sum.stats.recomputed_rows += outcome.stats.recomputed_rows;
+    sum.stats.kept_rows += outcome.stats.kept_rows;
   }
   std::printf(
       "%llu seeds: %u requests, %u sequences finished, %llu steps, %llu preemptions, %llu "
       "recoveries, "
-      "%llu tokens replayed, %llu of %llu tokens granted ahead, %llu surplus, %u evictions, "
+      "%llu tokens replayed (%llu rows of stages, %llu were kept), %llu of %llu tokens granted "
+      "ahead, %llu surplus, %u evictions, "
       "%u of %u lies caught, %llu steps ahead, %llu late ids\n",
       static_cast<unsigned long long>(count), sum.requests, sum.sequences_finished,
       static_cast<unsigned long long>(sum.stats.steps),
       static_cast<unsigned long long>(sum.stats.preemptions),
       static_cast<unsigned long long>(sum.stats.recoveries),
       static_cast<unsigned long long>(sum.stats.replayed_tokens),
+      static_cast<unsigned long long>(sum.stats.recomputed_rows),
+      static_cast<unsigned long long>(sum.stats.kept_rows),
       static_cast<unsigned long long>(sum.stats.granted_tokens),
       static_cast<unsigned long long>(sum.stats.generated_tokens),
       static_cast<unsigned long long>(sum.stats.surplus_tokens), sum.evictions, sum.lies_caught,
@@ -95,12 +100,30 @@ TEST(SimTest, ManySeeds) {
   EXPECT_GT(sum.stats.preemptions, count / 10);
   EXPECT_GT(sum.stats.recoveries, count / 10);
   EXPECT_GT(sum.stats.replayed_tokens, count);
+  EXPECT_GT(sum.stats.kept_rows, count * 10);
   EXPECT_GT(sum.stats.granted_tokens, sum.stats.generated_tokens / 4);
   EXPECT_GT(sum.stats.surplus_tokens, count / 10);
   EXPECT_GT(sum.steps_ahead, count * 10);
   EXPECT_GT(sum.late_ids, count * 10);
   // A lie that arrives after its epoch is over is ignored; most must be caught.
   EXPECT_GT(sum.lies_caught * 2, sum.lies_told);
+  EXPECT_EQ(sum.events.Missing(), "");
+}
+
+// Two pipelines of long sequences, three faults each.
+TEST(SimTest, GroundSeeds) {
+  const uint64_t count = FromEnvironment("STRAIT_SIM_SEEDS", kSeeds) / 20;
+  Outcome sum;
+  for (uint64_t seed = 1; seed <= count; ++seed) {
+    running_seed = seed;
+    const Outcome outcome = RunSimulation(seed, {.shape = Shape::kGround});
+    EXPECT_EQ(outcome.violation, "") << "replay: strait_sim --ground --seed " << seed << " --trace";
+    sum.sequences_finished += outcome.sequences_finished;
+    sum.requests += outcome.requests;
+    sum.stats.kept_rows += outcome.stats.kept_rows;
+  }
+  EXPECT_EQ(sum.sequences_finished, sum.requests);
+  EXPECT_GT(sum.stats.kept_rows, count * 10);
 }
 
 TEST(SimTest, ASeedReplays) {

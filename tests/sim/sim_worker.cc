@@ -47,8 +47,12 @@ TransportEvents SimWorker::EventsOfTransport() {
     core_.OnEdgeUp(edge, std::move(memory));
   };
   events.on_edge_down = [this](const Edge& edge, absl::Status why) {
-    Count(edge.from_stage_id, SimEvent::kEdgeDown);
-    Count(edge.to_stage_id, SimEvent::kEdgeDown);
+    // Of the end, or ends, that are here.
+    const bool sends = core_.StateOf(edge.from_stage_id) != WorkerCore::HostedState::kNone;
+    if (sends) Count(edge.from_stage_id, SimEvent::kEdgeDown);
+    if (!sends || core_.StateOf(edge.to_stage_id) != WorkerCore::HostedState::kNone) {
+      Count(edge.to_stage_id, SimEvent::kEdgeDown);
+    }
     core_.OnEdgeDown(edge, why);
   };
   events.on_hidden = [this](uint64_t to, HiddenStep hidden) {
