@@ -212,6 +212,14 @@ TEST(ReturningTest, EdgesOfWhoComesBackAreNewOthersAreNot) {
   EXPECT_EQ(h.StageOf(w[1]).activate.edge_id(), first_edge);
   EXPECT_GT(h.StageOf(w[2]).activate.edge_id(), last_edge);
   EXPECT_GT(h.StageOf(w[0]).activate.sampled_edge_id(), sampled_edge);
+  // One in the middle has two.
+  const uint64_t newest = h.StageOf(w[0]).activate.sampled_edge_id();
+  h.Lose(w[1]);
+  w[1] = h.ComeBack(w[1]);
+  ASSERT_TRUE(h.core.Ready());
+  EXPECT_GT(h.StageOf(w[1]).activate.edge_id(), newest);
+  EXPECT_GT(h.StageOf(w[2]).activate.edge_id(), newest);
+  EXPECT_EQ(h.StageOf(w[0]).activate.sampled_edge_id(), newest);
 }
 
 // ---------------------------------------------------------------- claims that cannot be
