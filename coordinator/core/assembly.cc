@@ -179,7 +179,6 @@ void Cluster::Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker, ui
   slot.state = StageSlot::State::kLoading;
   slot.worker = worker->id;
   slot.stage_id = ++last_stage_id_;
-  departed_.GiveUpPlace(pipeline->id, slot_index);
   slot.bytes_total = StageWeightBytes(context_->model, slot.layers);
   slot.load_progress_us = now_us;
   SendToWorker out{worker->id, {}};
@@ -213,9 +212,7 @@ void Cluster::Fail(Pipeline* pipeline, const absl::Status& why, uint64_t now_us)
 void Cluster::Dissolve(PipelineId id) {
   Pipeline* pipeline = pipelines_.at(id).get();
   STRAIT_CHECK(pipeline->state == Pipeline::State::kAssembling);
-  for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
-    const StageSlot& slot = pipeline->slots[i];
-    departed_.GiveUpPlace(id, i);
+  for (const StageSlot& slot : pipeline->slots) {
     if (slot.state == StageSlot::State::kVacant) continue;
     Worker* worker = FindWorker(slot.worker);
     worker->pipeline.reset();

@@ -23,12 +23,4 @@ DepartedStage DepartedStages::Take(uint64_t stage_id) {
   return std::move(node.mapped());
 }
 
-void DepartedStages::GiveUpPlace(PipelineId pipeline, uint32_t slot_index) {
-  for (auto& [id, stage] : stages_) {
-    if (stage.pipeline != pipeline || stage.slot_index != slot_index) continue;
-    stage.pipeline.reset();
-    stage.may_hold.clear();
-  }
-}
-
 }  // namespace strait

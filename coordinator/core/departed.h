@@ -22,7 +22,7 @@
 
 namespace strait {
 
-inline constexpr size_t kMaxDepartedStages = 4096;
+inline constexpr size_t kMaxDepartedStages = 1024;
 
 struct DepartedStage {
   uint64_t instance = 0;    // of the process that it was given to
@@ -44,8 +44,6 @@ class DepartedStages {
   const DepartedStage* Find(uint64_t stage_id) const;
   // Takes it back. REQUIRES: Find(stage_id) != nullptr.
   DepartedStage Take(uint64_t stage_id);
-  // Somebody else has the place: what was kept for it is of no more use.
-  void GiveUpPlace(PipelineId pipeline, uint32_t slot_index);
 
  private:
   std::map<uint64_t, DepartedStage> stages_;  // by id: as they were made

@@ -11,6 +11,8 @@
 #include <random>
 
 #include "coordinator/core/cache_books.h"
+#include "coordinator/core/scheduler.h"
+#include "tests/coordinator/core/harness.h"
 
 namespace strait {
 namespace {
@@ -86,6 +88,50 @@ TEST(ReplayTest, EveryChunkIsWholeAtEveryStage) {
     books.Release(400);
     EXPECT_TRUE(books.CheckEqual(books.Empty()).ok());
   }
+}
+
+TEST(SurvivorsTest, WhoMayHaveEitherIsBelievedTheLess) {
+  Holdings holdings;
+  AddHolding(SequenceId{1}, {.planned = 9, .confirmed = 5}, &holdings);
+  AddHolding(SequenceId{1}, {.planned = 7, .confirmed = 7}, &holdings);
+  EXPECT_EQ(holdings.at(SequenceId{1}).planned, 9u);
+  EXPECT_EQ(holdings.at(SequenceId{1}).confirmed, 5u);
+}
+
+// A step that ends in the middle of the pipeline shows nothing of the links behind.
+TEST(ReplayTest, RowsThatDoNotReachTheLastStageProveNoLink) {
+  CoreOptions options;
+  options.num_stages = 2;
+  options.grant_depth = 1;
+  Context context{options, SmallModel(), {}, {}};
+  Journal journal(&context);
+  Scheduler scheduler(&context, &journal);
+  journal.Admit(RequestId{1}, OneSequence(40, 5), 1'000'000);
+  const Holdings last = {{SequenceId{1}, {30, 30}}};
+  scheduler.Start({{{0, 2}, 10'000}, {{2, 4}, 10'000}}, Survivors({{}, last}));
+  for (const uint32_t replay_stages : {1u, 0u}) {
+    const std::optional<v1::StepPlan> plan = scheduler.Form(1);
+    ASSERT_TRUE(plan);
+    EXPECT_EQ(plan->sequences(0).replay_stages(), replay_stages);
+    for (uint32_t s = 0; s < 2; ++s) {
+      const StageStep& due = scheduler.ledger().records().front().stages[s];
+      v1::StageReport report;
+      report.set_step_id(plan->step_id());
+      report.set_cache_bytes(due.cache_bytes);
+      report.set_tables_digest(due.tables_digest);
+      if (s == 1 && replay_stages == 0) {
+        report.add_results()->set_sequence_id(1);
+        report.mutable_results(0)->mutable_sampled()->set_token_id(7);
+      }
+      EXPECT_FALSE(scheduler.links_proven());
+      const absl::StatusOr<StageStep> done = scheduler.OnReport(s, report, 1);
+      ASSERT_TRUE(done.ok()) << done.status();
+      EXPECT_EQ(done->rows_computed, replay_stages == 0 ? 10u : s == 0 ? 30u : 0u);
+    }
+    EXPECT_EQ(scheduler.links_proven(), replay_stages == 0);
+  }
+  EXPECT_TRUE(scheduler.CheckIntegrity().ok());
+  (void)scheduler.Stop(absl::UnavailableError("the end"));
 }
 
 TEST(CacheBooksTest, TheStageWithTheFewestBytesDecides) {

@@ -115,6 +115,30 @@ TEST(ReturningTest, TooLateItUnloadsAndIsASpare) {
   EXPECT_THAT(h.problems, IsEmpty());
 }
 
+// Somebody had the place in between, and is gone, too: its rows are as good as they were.
+TEST(ReturningTest, ThePlaceMayBeVacantAgain) {
+  Harness h(Options(2), SmallModel());
+  std::vector<WorkerId> w = {h.Attach(kMemory), h.Attach(kMemory), h.Attach(kMemory)};
+  const RequestId id = h.Submit(OneSequence(50, 40));
+  Rounds(h, {w[0], w[1]}, 8);
+  const uint64_t stage = StageId(h, w[1]);
+  const uint32_t kept = static_cast<uint32_t>(49 + h.tokens[id].size());
+  h.Lose(w[1]);
+  Rounds(h, {w[0], w[2]}, 12);
+  ASSERT_GT(h.StageOf(w[0]).lengths.at(SequenceId{1}), kept + 1);
+  h.Lose(w[2]);
+  w[1] = h.ComeBack(w[1]);
+  ASSERT_TRUE(h.core.Ready());
+  EXPECT_EQ(StageId(h, w[1]), stage);
+  const auto& rows = h.StageOf(w[0]).plans.front().cache_ops(0).open().kept_rows();
+  EXPECT_GT(rows.at(0), kept + 1);
+  EXPECT_THAT(rows.at(1), testing::AnyOf(kept, kept + 1));
+  EXPECT_THAT(h.workers.at(h.ComeBack(w[2])).stages, IsEmpty());
+  h.Run();
+  EXPECT_EQ(h.tokens[id].size(), 40u);
+  EXPECT_THAT(h.problems, IsEmpty());
+}
+
 // A spare takes the place at once.
 TEST(ReturningTest, ASpareIsNotKeptWaiting) {
   Harness h(Options(2), SmallModel());
@@ -188,6 +212,14 @@ TEST(ReturningTest, EdgesOfWhoComesBackAreNewOthersAreNot) {
   EXPECT_EQ(h.StageOf(w[1]).activate.edge_id(), first_edge);
   EXPECT_GT(h.StageOf(w[2]).activate.edge_id(), last_edge);
   EXPECT_GT(h.StageOf(w[0]).activate.sampled_edge_id(), sampled_edge);
+  // One in the middle has two.
+  const uint64_t newest = h.StageOf(w[0]).activate.sampled_edge_id();
+  h.Lose(w[1]);
+  w[1] = h.ComeBack(w[1]);
+  ASSERT_TRUE(h.core.Ready());
+  EXPECT_GT(h.StageOf(w[1]).activate.edge_id(), newest);
+  EXPECT_GT(h.StageOf(w[2]).activate.edge_id(), newest);
+  EXPECT_EQ(h.StageOf(w[0]).activate.sampled_edge_id(), newest);
 }
 
 // ---------------------------------------------------------------- claims that cannot be

@@ -358,6 +358,29 @@ TEST(SurvivorsTest, AReplacementWithLessMemoryKeepsWhoFitsOldestFirst) {
   EXPECT_THAT(h.problems, IsEmpty());
 }
 
+// In a full cache nobody has room to grow; who was resident is all the same.
+TEST(SurvivorsTest, AFullCacheIsKept) {
+  Harness h(Options(1), SmallModel());
+  const WorkerId worker = h.Attach(5050 + 4 * 4 * 128);  // four blocks a layer
+  for (int i = 0; i < 2; ++i) h.Submit(OneSequence(60, 40));
+  while (h.tokens[RequestId{2}].size() < 12) h.Report(worker);
+  ASSERT_EQ(h.core.Stats().cache_bytes_used, h.core.Stats().cache_bytes_total);
+  v1::StageReport error;
+  error.set_stage_id(h.StageOf(worker).load.stage_id());
+  *error.mutable_epoch() = h.StageOf(worker).epoch;
+  error.set_error_code(13);
+  h.Send(worker, error);
+  h.Tick(1'000'000);
+  ASSERT_TRUE(h.core.Ready());
+  const v1::StepPlan& plan = h.StageOf(worker).plans.front();
+  ASSERT_EQ(plan.cache_ops_size(), 2);
+  for (const v1::CacheOp& op : plan.cache_ops()) EXPECT_GE(op.open().kept_rows(0), 69u);
+  h.Run();
+  for (uint64_t id = 1; id <= 2; ++id) EXPECT_EQ(h.tokens[RequestId{id}].size(), 40u);
+  EXPECT_EQ(h.core.Stats().preemptions, 0u);
+  EXPECT_THAT(h.problems, IsEmpty());
+}
+
 // The epoch fails again before any stage has done the first plan: both what was told and what was
 // planned since may be there.
 TEST(SurvivorsTest, AnEpochMayFailAtAnyPointOfAReplay) {
