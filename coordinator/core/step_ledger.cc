@@ -8,15 +8,6 @@
 #include "proto/base/check.h"
 
 namespace strait {
-namespace {
-
-// Workers of this wire version that do not keep rows over epochs tell neither count.
-bool RowsAreUntold(const v1::StageReport& report) {
-  return report.rows_computed() == 0 && report.rows_stored() == 0;
-}
-
-}  // namespace
-
 void StepLedger::Start(uint32_t num_stages) {
   Stop();
   reported_.assign(num_stages, 0);
@@ -57,8 +48,7 @@ absl::StatusOr<const StepRecord*> StepLedger::CheckReport(uint32_t stage_index,
     return absl::FailedPreconditionError(
         absl::StrCat("reports other sequences or lengths than planned after step ", due));
   }
-  if (!RowsAreUntold(report) && (report.rows_computed() != stage.rows_computed ||
-                                 report.rows_stored() != stage.rows_stored)) {
+  if (report.rows_computed() != stage.rows_computed || report.rows_stored() != stage.rows_stored) {
     return absl::FailedPreconditionError(
         absl::StrCat("reports ", report.rows_computed(), " rows computed and ",
                      report.rows_stored(), " stored in step ", due, ", the plan has ",
