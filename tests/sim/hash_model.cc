@@ -10,10 +10,11 @@ std::vector<std::pair<TokenId, float>> Top(uint64_t hidden, uint32_t num_top, ui
   if (num_top == 0) return top;
   for (TokenId token = 0; token < vocab_size; ++token)
     top.emplace_back(token, Logprob(hidden, token));
-  std::sort(top.begin(), top.end(), [](const auto& a, const auto& b) {
+  const auto wanted = top.begin() + std::min(num_top, vocab_size);
+  std::partial_sort(top.begin(), wanted, top.end(), [](const auto& a, const auto& b) {
     return a.second != b.second ? a.second > b.second : a.first < b.first;
   });
-  top.resize(std::min(num_top, vocab_size));
+  top.erase(wanted, top.end());
   return top;
 }
 

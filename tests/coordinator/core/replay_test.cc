@@ -119,6 +119,8 @@ TEST(ReplayTest, RowsThatDoNotReachTheLastStageProveNoLink) {
       report.set_step_id(plan->step_id());
       report.set_cache_bytes(due.cache_bytes);
       report.set_tables_digest(due.tables_digest);
+      report.set_rows_computed(due.rows_computed);
+      report.set_rows_stored(due.rows_stored);
       if (s == 1 && replay_stages == 0) {
         report.add_results()->set_sequence_id(1);
         report.mutable_results(0)->mutable_sampled()->set_token_id(7);

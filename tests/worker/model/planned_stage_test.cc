@@ -46,7 +46,8 @@ uint32_t LoadAsPlanned(const ModelConfig& config, RowFormat format, uint32_t num
     backend_options.row_format = format;
     const auto backend = CpuBackend::Create(backend_options, MakeRandomWeights(config, 1, 1));
     EXPECT_TRUE(backend.ok()) << backend.status();
-    const auto model = (*backend)->Load({stage.layers, stage.pool_blocks}, {});
+    const auto model = (*backend)->Load(
+        {stage.layers, static_cast<uint32_t>(stage.cache_bytes / (*backend)->block_bytes())}, {});
     EXPECT_TRUE(model.ok()) << model.status();
     if (!model.ok()) continue;
     const auto workspace = CreateCpuWorkspace(config, (*model)->weight_bytes());

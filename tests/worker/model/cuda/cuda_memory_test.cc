@@ -122,7 +122,7 @@ TEST(CudaMemoryTest, WhatIsPlannedFits) {
           for (const StagePlan& stage : plan->stages) {
             StageSpec spec;
             spec.layers = stage.layers;
-            spec.pool_blocks = stage.pool_blocks;
+            spec.pool_blocks = static_cast<uint32_t>(stage.cache_bytes / shape.block_bytes);
             const CudaStageLayout layout = LayOutStage(config, spec, traits, nullptr);
             EXPECT_LE(layout.bytes.total(), memory);
             largest = std::max(largest, layout.limits.tile_rows);
