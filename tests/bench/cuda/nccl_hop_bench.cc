@@ -165,7 +165,7 @@ class TransportHop {
         bytes_(size_t{size.tokens} * kRowBytes),
         transport_(Options(), side->offer, Events()) {
     Edge edge;
-    edge.epoch = kEpoch;
+    edge.id = 1;
     edge.over_nccl = true;
     edge.max_tokens = tokens_;
     edge.from_stage_id = receives_ - 1;
@@ -191,7 +191,7 @@ class TransportHop {
   void Round() {
     ++step_;
     while (due_ < std::min(last_, step_ + kDueAhead)) {
-      transport_.Due(receives_, StepId{++due_}, tokens_);
+      transport_.Due(receives_, kEpoch, StepId{++due_}, tokens_);
     }
     if (side_.rank == 0) Send(step_ - 1);
     std::deque<HiddenStep> here = arrived_.PopAll(std::chrono::seconds(60), kEagerHiddenWait);
@@ -209,22 +209,24 @@ class TransportHop {
   }
   NcclEvents Events() {
     NcclEvents events;
-    events.transport.on_edge_up = [this](const Edge&) { up_.Push(1); };
+    events.transport.on_edge_up = [this](const Edge&, HiddenMemory memory) {
+      memory_ = std::move(memory);
+      up_.Push(1);
+    };
     events.transport.on_edge_down = [this](const Edge&, absl::Status why) {
       if (!over_) Must(why);  // at the end, the other may be gone first
     };
     events.transport.on_hidden = [this](uint64_t, HiddenStep step) {
       arrived_.Push(std::move(step));
     };
-    events.on_id = [this](const Edge&, std::string id) { ids_.Push(std::move(id)); };
+    events.transport.on_nccl_id = [this](const Edge&, std::string id) { ids_.Push(std::move(id)); };
     events.on_poisoned = [](const std::string& why) { Must(absl::InternalError(why)); };
     return events;
   }
   // As a worker that has computed: what is next is sent first.
   void Send(uint64_t computed) {
-    Must(transport_.Send(sends_,
-                         {kEpoch, StepId{step_}, tokens_, transport_.Memory(sends_, bytes_)}));
-    if (computed > 0) transport_.Consumed(receives_, StepId{computed});
+    Must(transport_.Send(sends_, {kEpoch, StepId{step_}, tokens_, memory_(bytes_)}));
+    if (computed > 0) transport_.Consumed(receives_, kEpoch, StepId{computed});
   }
 
   Side& side_;
@@ -235,6 +237,7 @@ class TransportHop {
   BoundedQueue<HiddenStep> arrived_{64};
   BoundedQueue<std::string> ids_{2};
   BoundedQueue<int> up_{2};
+  HiddenMemory memory_;  // written before up_ tells
   std::atomic<bool> over_ = false;
   uint64_t due_ = 0;
   uint64_t step_ = 0;
