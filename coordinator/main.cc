@@ -144,8 +144,11 @@ absl::Status Run(Flags flags) {
   flags.core.request_timeout_us = static_cast<uint64_t>(flags.request_timeout_s * 1e6);
   flags.core.heartbeat_timeout_us = static_cast<uint64_t>(flags.heartbeat_timeout_s * 1e6);
   flags.core.no_pipeline_grace_us = static_cast<uint64_t>(flags.no_pipeline_grace_s * 1e6);
-  // A coordinator that takes over must have a higher term: the time serves, until one is stored.
-  flags.core.term = static_cast<uint64_t>(served.created);
+  // A coordinator that takes over must have a higher term: the time serves, until one is stored. In
+  // microseconds, so that two starts within a second differ.
+  flags.core.term = static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(
+                                              std::chrono::system_clock::now().time_since_epoch())
+                                              .count());
   std::random_device random;
   flags.core.edge_secret = uint64_t{random()} << 32 | random();
   CoordinatorOptions options;

@@ -157,7 +157,10 @@ void Cluster::Consolidate(uint64_t now_us) {
       broken.push_back(pipeline.get());
     }
   }
-  if (broken.size() > 1) Dissolve(broken.back()->id);
+  if (broken.size() < 2) return;
+  // One without a worker has none to give, and its workers may come back with its stages.
+  const Pipeline& youngest = *broken.back();
+  if (youngest.num_vacant() < youngest.slots.size()) Dissolve(youngest.id);
 }
 
 void Cluster::Vacate(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us) {

@@ -302,11 +302,15 @@ void Cluster::OnReport(Worker* worker, const v1::StageReport& report, uint64_t n
   const absl::StatusOr<StageStep> done =
       pipeline->scheduler.OnReport(worker->slot_index, report, now_us);
   if (!done.ok()) {
-    return Evict(
-        id,
-        absl::Status(done.status().code(), absl::StrCat("report of step ", report.step_id(), ": ",
-                                                        std::string(done.status().message()))),
-        now_us);
+    Evict(id,
+          absl::Status(done.status().code(), absl::StrCat("report of step ", report.step_id(), ": ",
+                                                          std::string(done.status().message()))),
+          now_us);
+    // Who contradicts the plans may have handed on what is wrong: nobody's rows are believed.
+    for (StageSlot& each : pipeline->slots) {
+      for (auto& [sequence, holding] : each.may_hold) holding.confirmed = 0;
+    }
+    return;
   }
   slot->rows_computed += done->rows_computed;
   slot->rows_stored += done->rows_stored;

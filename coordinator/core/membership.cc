@@ -47,13 +47,13 @@ void Cluster::OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us) {
     return refuse(absl::FailedPreconditionError(
         "worker has another model than the coordinator; start both with the same checkpoint"));
   }
+  if (absl::Status agrees = CheckAgrees(hello); !agrees.ok()) return refuse(std::move(agrees));
   for (const auto& [other_id, other] : workers_) {
     if (other.instance != hello.instance()) continue;
     // The same process on a new stream: the old one has ended, though nobody has told yet.
     EndStream(WorkerId(other_id), absl::AbortedError("the worker attached again"), now_us);
     break;
   }
-  if (absl::Status agrees = CheckAgrees(hello); !agrees.ok()) return refuse(std::move(agrees));
   if (absl::Status sound = CheckHeldStages(hello); !sound.ok()) return refuse(std::move(sound));
   if (workers_.size() >= limits::kMaxWorkers) {
     return refuse(absl::ResourceExhaustedError(
@@ -159,17 +159,15 @@ absl::Status Cluster::CheckHeldStage(const v1::HeldStage& held, uint64_t instanc
     return absl::FailedPreconditionError(
         absl::StrCat("which there never was: the last one is ", last_stage_id_));
   }
-  const auto of_another = [&](const std::string& name, uint64_t theirs) {
-    return absl::FailedPreconditionError(absl::StrCat("which was given to ", name, ", instance ",
-                                                      absl::Hex(theirs), ", this one is ",
-                                                      absl::Hex(instance)));
+  // Without the instance: who knows it is taken for that worker.
+  const auto of_another = [&](const std::string& name) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("which was given to another process, ", name));
   };
-  if (const Worker* worker = WorkerOfStage(id)) return of_another(worker->name, worker->instance);
+  if (const Worker* worker = WorkerOfStage(id)) return of_another(worker->name);
   const DepartedStage* departed = departed_.Find(id);
   if (departed == nullptr) return absl::OkStatus();
-  if (departed->instance != instance) {
-    return of_another(departed->worker_name, departed->instance);
-  }
+  if (departed->instance != instance) return of_another(departed->worker_name);
   const StagePlan shape{{held.layer_begin(), held.layer_end()}, held.cache_bytes()};
   if (shape == departed->shape) return absl::OkStatus();
   const auto text = [](const StagePlan& s) {
@@ -205,7 +203,13 @@ bool Cluster::TakeBackPlace(Worker* worker, const v1::HeldStage& held) {
   const auto it = pipelines_.find(*departed->pipeline);
   if (it == pipelines_.end()) return false;
   StageSlot& slot = it->second->slots[departed->slot_index];
-  if (slot.state != StageSlot::State::kVacant || slot.layers != departed->shape.layers) {
+  if (slot.layers != departed->shape.layers) return false;
+  if (slot.state == StageSlot::State::kLoading) {
+    // Who has it loaded, and rows, is ready before who still loads.
+    Worker* const loads = FindWorker(slot.worker);
+    Unload(loads, slot.stage_id, {slot.layers, slot.cache_bytes});
+    loads->pipeline.reset();
+  } else if (slot.state != StageSlot::State::kVacant) {
     return false;
   }
   DepartedStage stage = departed_.Take(held.stage_id());
@@ -223,10 +227,11 @@ bool Cluster::TakeBackPlace(Worker* worker, const v1::HeldStage& held) {
 }
 
 void Cluster::TakeBack(Worker* worker, const v1::Hello& hello) {
-  const bool same_term = hello.term() == context_->options.term;
+  // Stages of another term have that one's numbers, and went with this Welcome.
+  if (hello.term() != context_->options.term) return;
   for (const v1::HeldStage& held : hello.held_stages()) {
-    if (same_term && TakeBackPlace(worker, held)) continue;
-    if (same_term && departed_.Find(held.stage_id()) != nullptr) departed_.Take(held.stage_id());
+    if (TakeBackPlace(worker, held)) continue;
+    if (departed_.Find(held.stage_id()) != nullptr) departed_.Take(held.stage_id());
     Unload(worker, held.stage_id(), {{held.layer_begin(), held.layer_end()}, held.cache_bytes()});
   }
 }

@@ -179,7 +179,10 @@ void SimWorker::CheckTold(const v1::FromWorker& message) {
 }
 
 void SimWorker::DropCoordinator(absl::Status why) {
-  world_->Violation(absl::StrCat("w", instance_, " drops the coordinator: ", why.ToString()));
+  if (!absl::IsUnavailable(why)) {
+    world_->Violation(absl::StrCat("w", instance_, " drops the coordinator: ", why.ToString()));
+  }
+  control_->HangUp(this, std::move(why));
 }
 
 void SimWorker::Load(const LoadOrder& order) {

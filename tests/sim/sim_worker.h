@@ -35,6 +35,8 @@ class Control {
   // Opens a new stream; an older one of this worker has ended.
   virtual void Dial(SimWorker* worker) = 0;
   virtual void FromWorker(SimWorker* worker, v1::FromWorker message, bool lie) = 0;
+  // The worker ends its stream.
+  virtual void HangUp(SimWorker* worker, absl::Status why) = 0;
 };
 
 class SimWorker final : private WorkerPorts {

@@ -51,6 +51,7 @@ class Simulation : public Control {
 
   void Dial(SimWorker* worker) override;
   void FromWorker(SimWorker* worker, v1::FromWorker message, bool lie) override;
+  void HangUp(SimWorker* worker, absl::Status why) override { Close(streams_[worker], why, true); }
 
  private:
   struct Stream {

@@ -51,6 +51,10 @@ void WorkerCore::FillHello(v1::Hello* hello) const {
 
 void WorkerCore::OnWelcome(const v1::Welcome& welcome) {
   attached_ = true;
+  if (std::exchange(hello_is_stale_, false)) {
+    return ports_->DropCoordinator(
+        absl::UnavailableError("stages that it was told of have gone meanwhile"));
+  }
   // Stages of another coordinator's are not this one's business; it asks for none of them.
   if (welcome.term() != term_) DropStages();
   term_ = welcome.term();
@@ -70,6 +74,7 @@ void WorkerCore::OnTick(uint64_t now_us) {
   ports_->Note(LogLevel::kWarning, "no coordinator came back: the stages go",
                {{"stages", hosted_.size()}, {"after_us", now_us - detached_us_}});
   DropStages();
+  hello_is_stale_ = true;
 }
 
 void WorkerCore::OnMessage(v1::ToWorker message, uint64_t now_us) {

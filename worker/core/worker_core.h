@@ -78,7 +78,8 @@ class WorkerCore {
       : options_(options), traits_(traits), transport_(transport), ports_(ports) {}
 
   // ---- The coordinator ----
-  // What the next Hello must tell of stages that are kept.
+  // What the next Hello must tell of stages that are kept. Where stages went without a coordinator, the
+  // next Welcome may answer a Hello that was said before: that coordinator is dropped and told anew.
   void FillHello(v1::Hello* hello) const;
   void OnWelcome(const v1::Welcome& welcome);
   // Any message but Welcome and Ping.
@@ -172,6 +173,7 @@ class WorkerCore {
   bool attached_ = false;
   uint64_t term_ = 0;         // of the coordinator that gave the stages
   uint64_t detached_us_ = 0;  // since when
+  bool hello_is_stale_ = false;  // or may be
   uint64_t last_serial_ = 0;
   std::map<uint64_t, Hosted> hosted_;
   uint64_t last_begun_ = 0;  // stage

@@ -85,7 +85,7 @@ class WorkerProcess::Impl final : private WorkerPorts {
       for (Event& event : queue_.PopAll(timeout, transport_->eager_wait()))
         std::visit([this](auto& e) { On(e); }, event);
       if (link_paused_.exchange(false)) link_->Resume();
-      if (!core_->attached()) core_->OnTick(MonotonicMicros());
+      if (!core_->attached()) OnTick();
     }
     Log(LogLevel::kInfo, "stopping", {{"stages", core_->num_stages()}});
     link_->Stop();
@@ -116,6 +116,15 @@ class WorkerProcess::Impl final : private WorkerPorts {
       queue_.Push(NcclIdMade{edge, std::move(id)});
     };
     return events;
+  }
+
+  // Without a coordinator.
+  void OnTick() {
+    const size_t before = core_->num_stages();
+    core_->OnTick(MonotonicMicros());
+    if (core_->num_stages() == before) return;
+    core_->FillHello(&hello_);
+    link_->Dial(hello_);
   }
 
   // ---- Events ----

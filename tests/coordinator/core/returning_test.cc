@@ -6,6 +6,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "coordinator/core/cluster.h"
 #include "coordinator/core/departed.h"
 #include "tests/coordinator/core/harness.h"
 
@@ -151,6 +152,38 @@ TEST(ReturningTest, ASpareIsNotKeptWaiting) {
   EXPECT_THAT(h.workers.at(h.ComeBack(old)).stages, IsEmpty());
 }
 
+TEST(ReturningTest, WhoHasItLoadedIsReadyBeforeWhoStillLoads) {
+  Harness h(Options(2), SmallModel());
+  h.Attach(kMemory);
+  const WorkerId old = h.Attach(kMemory);
+  const WorkerId spare = h.Attach(kMemory);
+  const uint64_t stage = StageId(h, old);
+  h.answer_loads = false;
+  h.Lose(old);
+  ASSERT_EQ(h.workers.at(spare).stages.size(), 1u) << "it is told to load at once";
+  EXPECT_FALSE(h.core.Ready());
+  const WorkerId again = h.ComeBack(old);
+  ASSERT_TRUE(h.core.Ready());
+  EXPECT_EQ(StageId(h, again), stage);
+  EXPECT_THAT(h.workers.at(spare).stages, IsEmpty()) << "unloaded, a spare again";
+  EXPECT_THAT(h.problems, IsEmpty());
+}
+
+// The bug: of two pipelines whose workers were all out of reach for longer than 10 s, the younger one was
+// dissolved though it had no worker to give, and whoever came back with its stages had to load them anew.
+TEST(ReturningTest, APipelineWithoutWorkersWaitsForThem) {
+  Harness h(Options(2, 2), SmallModel());
+  std::vector<WorkerId> w;
+  std::map<WorkerId, uint64_t> stages;
+  for (int i = 0; i < 4; ++i) w.push_back(h.Attach(kMemory));
+  for (const WorkerId id : w) stages[id] = StageId(h, id);
+  for (const WorkerId id : w) h.Lose(id);
+  h.Tick(3 * kConsolidateAfterUs);
+  for (const WorkerId id : w) EXPECT_EQ(StageId(h, h.ComeBack(id)), stages[id]);
+  EXPECT_EQ(h.core.Stats().pipelines_active, 2u);
+  EXPECT_THAT(h.problems, IsEmpty());
+}
+
 TEST(ReturningTest, OfADissolvedPipelineNothingIsTakenBack) {
   Harness h(Options(2), SmallModel(8));
   h.Attach(20'000);
@@ -163,7 +196,7 @@ TEST(ReturningTest, OfADissolvedPipelineNothingIsTakenBack) {
   EXPECT_THAT(h.workers.at(again).stages, IsEmpty());
 }
 
-TEST(ReturningTest, AnotherTermsStagesAreUnloaded) {
+TEST(ReturningTest, AnotherTermsStagesAreNobodysBusiness) {
   CoreOptions options = Options(1);
   options.term = 5;
   Harness h(options, SmallModel());
@@ -233,9 +266,9 @@ struct Claim {
 TEST(ReturningTest, WhoClaimsWhatCannotBeIsEvictedByNameAndNobodyElse) {
   const auto held = [](v1::Hello* h) { return h->mutable_held_stages(0); };
   const std::vector<Claim> claims = {
-      {"stage 2, which was given to w2, instance 2, this one is 4d",
+      {"stage 2, which was given to another process, w2",
        [](v1::Hello* h) { h->set_instance(77); }},
-      {"stage 3, which was given to w3, instance 3, this one is 2",
+      {"stage 3, which was given to another process, w3",
        [&](v1::Hello* h) { held(h)->set_stage_id(3); }},
       {"stage 9, which there never was: the last one is 4",
        [&](v1::Hello* h) { held(h)->set_stage_id(9); }},

@@ -323,6 +323,14 @@ TEST_F(WorkerTest, OrphanedStagesGoInTime) {
   EXPECT_TRUE(coordinator_.Next().has_hello());  // it dials, and nobody welcomes it
   for (int i = 0; i < 30'000 && backend_.used_bytes() > 0; ++i) std::this_thread::sleep_for(1ms);
   EXPECT_EQ(backend_.used_bytes(), 0u);
+  // That Hello told of a stage which has gone: its Welcome comes too late, and the next one tells of none.
+  v1::ToWorker welcome;
+  welcome.mutable_welcome()->set_worker_id(1);
+  welcome.mutable_welcome()->set_term(1);
+  coordinator_.Send(welcome);
+  const v1::FromWorker again = coordinator_.Answer();
+  ASSERT_TRUE(again.has_hello()) << again.ShortDebugString();
+  EXPECT_EQ(again.hello().held_stages_size(), 0);
 }
 
 TEST_F(WorkerTest, SilenceOfTheCoordinatorEndsTheSession) {
