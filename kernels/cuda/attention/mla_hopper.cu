@@ -8,19 +8,29 @@
 //   16 and 64 heads, one token: each block is read by one tile, so 4.5 TB/s allow 545 Tflop/s of
 //   products: bound by memory (16 heads use a quarter of the tile and are bound all the more).
 //   128 heads or more, several tokens, prefill: tiles share blocks in L2; bound by the products,
-//   and by the shared memory that feeds them: 2,176 cycles of products a block against 2,368 of
-//   shared memory traffic (q and keys 1,152, weights and values 640, the copy itself 576).
-// Measured shares: tests/reports/gpu.md, written by tests/gpu.sh.
-// At 128 heads each block leaves L2 once for each of its two tiles, 3.9 TB/s in all, and a tile's
-// buffer waits for that copy: likely what holds it; sharing the copy between two thread blocks
-// would halve it. fp8: 0.27 of the read rate at 16 heads; widening the codes holds it.
+//   2,176 cycles a block, by the shared memory that feeds them, 2,300 (q and keys 1,152, weights and
+//   values 576, the copy itself 576), and in decoding by how long a copy takes: there is room for two
+//   blocks, and one that must be read anew is away for about 1,400 (L2) to 2,500 cycles (memory).
+// What was reached, tried and why: README.md here. Measured shares: tests/reports/gpu.md, written by
+// tests/gpu.sh.
 //
-// Two consumer warpgroups each hold half of the 512 output columns of all 64 rows. Even blocks of a
-// stretch are scored by the first, odd ones by the second; the scorer writes its weights over the
-// block's rope columns, which nobody needs any more, and tells the other. So one group's softmax
-// runs beside the other's products. The running maximum passes from block to block; it moves only
-// when a score passes it by 8 (a factor of 256), as weights above 1 do no harm and rescaling does.
-// A third warpgroup feeds: one thread starts bulk copies (bf16), or all widen codes (fp8).
+// Two consumer warpgroups each hold half of the 512 output columns of all 64 rows. Blocks go in pairs:
+// the first group scores the first block, the second the second. Each multiplies its own weights from
+// registers, and the other's, which it gets through shared memory, with its own columns of either
+// block; the second's lie over their block's rope columns, which nobody needs any more. In one pair:
+//   first group    scores 1 ......... softmax, values 1 left ..(weights 2).. values 2 left
+//   second group   scores 2a ........ scores 2b, softmax, values 2 right, values 1 right
+// The second group's last scores wait for the first's (kOrder), so that one group's softmax runs
+// beside the other's products. Halves of blocks are free, and filled again, in the order in which
+// they are needed: 1 left, 2 right, 1 right, 2 left.
+//
+// Both groups take their weights relative to the maximum after the last pair, or their own block's if
+// that passes it by 8 (a factor of 256): weights above 1 do no harm, rescaling does. Which group's is
+// higher shows when weights are handed over; results and weights relative to the lower one are then
+// rescaled. That is rare, so nothing on the way to the first product waits for other lanes: exchanges
+// between them stand in one queue with the products.
+// A third warpgroup feeds: one thread starts bulk copies (bf16), or all widen codes (fp8). The two
+// tiles of 128 heads are a cluster of two thread blocks that copy each half of a block to both.
 //
 // One new token of a short context is bound by latency. The plan, tables and settled cache blocks are
 // there before the kernel's turn: when it comes, the first blocks lie in shared memory, and only q and
@@ -35,7 +45,8 @@ namespace {
 
 using namespace hopper;  // NOLINT: its own parts
 
-template <RowFormat kFormat>
+// kShared: clusters of two thread blocks, whose stretches are of the same cache rows.
+template <RowFormat kFormat, bool kShared>
 __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constant__ MlaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool kBf16 = kFormat == RowFormat::kBf16;
@@ -46,40 +57,44 @@ __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constan
     if (blockIdx.x == 0) WaitForEarlier();
     return;
   }
-  Shared s;
-  const uint32_t start = SharedAddress(raw);
-  s.address = (start + 1023) / 1024 * 1024;
-  s.memory = raw + (s.address - start);
+  const Shared s = {raw, SharedAddress(raw)};
   if (threadIdx.x == 0) {
-    for (uint32_t i = 0; i < kNumTiles; ++i) {
+    for (int i = 0; i < kNumTiles; ++i) {
+      for (int quarter = 0; quarter < 4; ++quarter) {
+        wgmma::BarrierInit(s.full(i, quarter), kBf16 ? 1 : kThreads - kConsumers);
+      }
       for (int half = 0; half < 2; ++half) {
-        wgmma::BarrierInit(s.full(i, half), kBf16 ? 1 : kThreads - kConsumers);
-        wgmma::BarrierInit(s.empty(i, half), (kBf16 ? 4 : 128) * (half + 1));
+        wgmma::BarrierInit(s.empty(i, half), kBf16 ? (kShared ? 8 : 4) : 128);
       }
     }
     wgmma::FenceBarrierInit();
   }
-  __syncthreads();
+  if constexpr (kShared) {
+    cluster::Sync();
+  } else {
+    __syncthreads();
+  }
   if (threadIdx.x >= kConsumers) {
     if constexpr (kBf16) {
-      wgmma::FewerRegisters<24>();
-      if (threadIdx.x < kConsumers + 32) FeedBf16(p, s);
+      wgmma::FewerRegisters<40>();
+      if (threadIdx.x < kConsumers + 32) FeedBf16<kShared>(p, s);
     } else {
-      wgmma::FewerRegisters<56>();
+      wgmma::FewerRegisters<72>();
       FeedFp8(p, s);
     }
   } else {
     if constexpr (kBf16) {
-      wgmma::MoreRegisters<240>();
+      wgmma::MoreRegisters<232>();
     } else {
-      wgmma::MoreRegisters<224>();
+      wgmma::MoreRegisters<216>();
     }
     if (threadIdx.x < kConsumers / 2) {
-      Consumer<kFormat, 0>(p, s).Run();
+      Consumer<kFormat, kShared, 0>(p, s).Run();
     } else {
-      Consumer<kFormat, 1>(p, s).Run();
+      Consumer<kFormat, kShared, 1>(p, s).Run();
     }
   }
+  if constexpr (kShared) cluster::Sync();  // the other block may still give tiles back to this one
 #else
   Trap();
 #endif
@@ -89,7 +104,9 @@ __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constan
 
 cudaError_t PrepareHopper() {
   if (ComputeCapabilityMajor() != 9) return cudaSuccess;
-  for (const auto kernel : {HopperKernel<RowFormat::kBf16>, HopperKernel<RowFormat::kFp8>}) {
+  for (const auto kernel :
+       {HopperKernel<RowFormat::kBf16, false>, HopperKernel<RowFormat::kBf16, true>,
+        HopperKernel<RowFormat::kFp8, false>}) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
     if (error != cudaSuccess) return error;
@@ -98,16 +115,23 @@ cudaError_t PrepareHopper() {
 }
 
 cudaError_t LaunchHopper(const MlaParams& params, cudaStream_t stream) {
-  const auto kernel = params.format == RowFormat::kBf16 ? HopperKernel<RowFormat::kBf16>
-                                                        : HopperKernel<RowFormat::kFp8>;
-  cudaLaunchAttribute early = EarlyStart();
+  const int32_t num_blocks = params.plan.limits.num_thread_blocks;
+  const bool shared = params.format == RowFormat::kBf16 && num_blocks % 2 == 0 &&
+                      MlaTilesInPairs(params.num_heads, num_blocks);
+  const auto kernel = params.format != RowFormat::kBf16 ? HopperKernel<RowFormat::kFp8, false>
+                      : shared                          ? HopperKernel<RowFormat::kBf16, true>
+                                                        : HopperKernel<RowFormat::kBf16, false>;
+  cudaLaunchAttribute attributes[2];
+  attributes[0] = EarlyStart();
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {2, 1, 1};
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(params.plan.limits.num_thread_blocks));
+  config.gridDim = dim3(static_cast<unsigned>(num_blocks));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = shared ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
@@ -121,7 +145,8 @@ cudaError_t MakeMlaPoolMap(const void* blocks, int64_t num_blocks, int64_t block
   static_assert(sizeof(tensor_map) == sizeof(map->bytes));
   const TensorShape shape = {{576, kMlaBlockRows, num_blocks},
                              {RowBytes(RowFormat::kBf16, 512, 64), block_bytes},
-                             {64, kMlaBlockRows, 1}};
+                             {64, kMlaBlockRows, 1},
+                             false};
   const cudaError_t error = MakeTensorMap(blocks, shape, &tensor_map);
   if (error == cudaSuccess) __builtin_memcpy(map->bytes, &tensor_map, sizeof(tensor_map));
   return error;

@@ -11,10 +11,6 @@ namespace {
 
 // What a stretch costs beside its blocks, in blocks: loading q, writing the result.
 constexpr int64_t kStretchCost = 2;
-// Tiles that are cut alike and run side by side, so that their common cache is read once from
-// memory and once more from L2: the two halves of 128 heads.
-constexpr int32_t kPairedHeads = 128;
-
 constexpr int32_t CeilDiv(int64_t a, int64_t b) { return static_cast<int32_t>((a + b - 1) / b); }
 
 constexpr int64_t Align16(int64_t bytes) { return (bytes + 15) / 16 * 16; }
@@ -106,8 +102,8 @@ bool PlanMla(const MlaSequence* sequences, int32_t num_sequences, const MlaPlanO
   *plan = MlaPlan{};
   plan->limits = limits;
   plan->work_begin.assign(static_cast<size_t>(limits.num_thread_blocks) + 1, 0);
-  const int32_t width =
-      options.num_heads % kPairedHeads == 0 && limits.num_thread_blocks >= 2 ? 2 : 1;
+  // Tiles that are cut alike and run side by side read their cache once: the halves of 128 heads.
+  const int32_t width = MlaTilesInPairs(options.num_heads, limits.num_thread_blocks) ? 2 : 1;
   const int32_t num_parts = limits.num_thread_blocks / width;
   const std::vector<Unit> units = MakeUnits(sequences, num_sequences, options, width);
   if (units.empty()) return true;

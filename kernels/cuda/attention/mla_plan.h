@@ -64,6 +64,12 @@ constexpr int32_t MlaMergeUnits(int32_t num_rows, int32_t warps) {
   return warps == 1 ? (num_rows + 3) / 4 : warps == 4 ? num_rows : num_rows * 4;
 }
 
+// Whether thread blocks 2i and 2i + 1 get the same stretches of the cache, each for another tile of
+// 64 heads of the same token: then they may share copies of it.
+constexpr bool MlaTilesInPairs(int32_t num_heads, int32_t num_thread_blocks) {
+  return num_heads % (2 * kMlaTileRows) == 0 && num_thread_blocks >= 2;
+}
+
 struct MlaPlanLimits {
   int32_t num_thread_blocks = 0;  // grid of the attention kernel: the multiprocessors
   int32_t max_work = 0;

@@ -20,6 +20,8 @@ struct TensorShape {
   int64_t sizes[3];          // elements; the innermost first
   int64_t strides_bytes[2];  // of the second and the third dimension
   uint32_t box[3];           // box[0]: 64
+  bool wide = true;          // what is read brings the 256 bytes around it to L2: good where rows'
+                             // next boxes come soon, a waste of L2's lines where they come now
 };
 
 cudaError_t MakeTensorMap(const void* data, const TensorShape& shape, CUtensorMap* map);

@@ -102,6 +102,26 @@ void LoadMatricesWarp(void* const* slots, uint32_t mask) {
   }
 }
 
+// ---- stmatrix ----
+struct StoredLane {
+  const uint32_t* r;
+  uint32_t to;
+};
+
+inline void StoreMatricesWarp(void* const* slots, uint32_t mask) {
+  if (mask != 0xffffffffu) Fail("stmatrix without all lanes of the warp");
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    for (int row = 0; row < 8; ++row) {
+      const uint32_t to = static_cast<const StoredLane*>(slots[matrix * 8 + row])->to;
+      if (to % 16 != 0) Fail("stmatrix to an address that is not a multiple of 16");
+      for (int pair = 0; pair < 4; ++pair) {
+        const uint32_t word = static_cast<const StoredLane*>(slots[row * 4 + pair])->r[matrix];
+        std::memcpy(At(to) + pair * 4, &word, sizeof(word));
+      }
+    }
+  }
+}
+
 // ---- mbarrier ----
 struct Mbarrier {
   uint16_t pending;
@@ -178,6 +198,11 @@ inline void LoadMatrices(uint32_t (&r)[4], uint32_t from) {
 inline void LoadMatricesTransposed(uint32_t (&r)[4], uint32_t from) {
   emulator::MatrixLane lane = {r, from};
   emulator::MeetWarp(0xffffffffu, &lane, emulator::LoadMatricesWarp<true>);
+}
+
+inline void StoreMatrices(uint32_t to, const uint32_t (&r)[4]) {
+  emulator::StoredLane lane = {r, to};
+  emulator::MeetWarp(0xffffffffu, &lane, emulator::StoreMatricesWarp);
 }
 
 inline void CopyAsync(uint32_t to, const void* from, int valid) {
@@ -295,7 +320,6 @@ inline uint4 LoadPiece(uint32_t from) {
   std::memcpy(&v, emulator::At(from), sizeof(v));
   return v;
 }
-inline void StoreWord(uint32_t to, uint32_t v) { std::memcpy(emulator::At(to), &v, sizeof(v)); }
 
 template <int kRegisters>
 void FewerRegisters() {}
@@ -305,6 +329,10 @@ void MoreRegisters() {}
 inline void MultiplyColumns(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
   emulator::ProductState& state = emulator::Products();
   state.products.push_back({d, 128, false, a, 0, b, true, accumulate != 0, state.group});
+}
+inline void MultiplyColumns(float (&d)[128], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  emulator::ProductState& state = emulator::Products();
+  state.products.push_back({d, 256, false, a, 0, b, true, accumulate != 0, state.group});
 }
 template <int kRows, int kCount>
 void Pin(uint32_t (&)[kRows][kCount]) {}
