@@ -16,7 +16,7 @@ usage: tests/gpu.sh [options]
   --pack FOLDER      only builds, and puts the programs with the libraries they need there: for a GPU machine that
                      cannot build. There: tests/gpu.sh --programs FOLDER
   --programs FOLDER  builds nothing, uses the programs of --pack
-  --only PART        one of unit, exactness, same-tokens, disconnects, nccl (ranks that share a GPU; with more GPUs
+  --only PART        one of unit, exactness, same-tokens, disconnects, survivors, nccl (ranks that share a GPU; with more GPUs
                      also one on each of up to four), bench, sanitizer; may be repeated (default: all but sanitizer)
   --cases LIST       of the benchmarks, e.g. "gemm v3" (default: gemm mla v2-lite v3 price rows serve)
   --jobs N           end-to-end tests at once, where pytest-xdist is there (default: 4)
@@ -26,7 +26,7 @@ USAGE
 }
 
 out=build/gpu pack= programs= parts= jobs=4
-all_parts="unit exactness same-tokens disconnects nccl bench"  # by default; and sanitizer
+all_parts="unit exactness same-tokens disconnects survivors nccl bench"  # by default; and sanitizer
 all_cases="gemm mla v2-lite v3 price rows serve"
 cases="$all_cases"
 need_value() { [ $# -ge 2 ] || { echo "tests/gpu.sh: $1 needs a value" >&2; exit 2; }; }
@@ -167,6 +167,10 @@ fi
 if wanted disconnects; then  # alone: it looks at the GPU's memory
   STRAIT_DISCONNECT_SECONDS="${STRAIT_DISCONNECT_SECONDS:-60}" run_e2e disconnects test_disconnects.py "^seed|^round"
   run_e2e lost-context test_lost_context.py "lost their context"
+fi
+
+if wanted survivors; then  # three NCCL ranks share the GPU
+  run_e2e survivors test_survivors.py "killed|stage [0-9]"
 fi
 
 # ---- Pipelines over NCCL, several ranks on this GPU ----

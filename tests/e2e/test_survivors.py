@@ -21,7 +21,8 @@ from harness import BACKEND, ROOT, Daemons, free_port, wait_until
 
 SHAPE = "v2-lite"
 MODEL = ROOT / "tests/golden" / SHAPE
-FIXED = [] if BACKEND == "cpu" else ["--deterministic"]
+GPU = BACKEND != "cpu"
+FIXED = ["--deterministic"] if GPU else []
 LENGTHS = (65, 130, 300)
 
 
@@ -68,8 +69,14 @@ class Streams:
         return self.out
 
 
+def place(index):
+    """GPU workers are ranks that share one: each needs an NCCL_HOSTID of its own."""
+    return {"NCCL_HOSTID": f"strait-test-{os.getpid()}-{index}", "NCCL_IB_DISABLE": "1", "NCCL_SOCKET_IFNAME": "lo"} if GPU else {}
+
+
 def daemons(worker_args=(), **more):
-    return Daemons(MODEL, stages=3, random_weights=None, memory="256MiB", worker_args=FIXED + list(worker_args), **more)
+    return Daemons(MODEL, stages=3, random_weights=None, memory="2GiB" if GPU else "256MiB", worker_env=place,
+                   coordinator_args=["--cache-format", "bf16"] if GPU else [], worker_args=FIXED + list(worker_args), **more)
 
 
 def stages(cluster):
