@@ -108,7 +108,9 @@ TEST(SimTest, ManySeeds) {
   // A lie that arrives after its epoch is over is ignored; most must be caught.
   EXPECT_GT(sum.lies_caught * 2, sum.lies_told);
   // The rarest pair comes three times in 2,000 seeds.
-  if (count >= 2000) EXPECT_EQ(sum.events.Missing(), "");
+  if (count >= 2000) {
+    EXPECT_EQ(sum.events.Missing(), "");
+  }
 }
 
 // Two pipelines of long sequences, three faults each.
@@ -126,7 +128,9 @@ TEST(SimTest, GroundSeeds) {
   // Who came before anybody could serve was refused.
   EXPECT_GT(sum.sequences_finished, sum.requests * 3 / 4);
   // Few seeds keep many rows, most keep none: a handful of seeds shows nothing.
-  if (count >= 100) EXPECT_GT(sum.stats.kept_rows, count * 10);
+  if (count >= 100) {
+    EXPECT_GT(sum.stats.kept_rows, count * 10);
+  }
 }
 
 TEST(SimTest, ASeedReplays) {
