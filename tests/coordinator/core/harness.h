@@ -421,4 +421,19 @@ class Harness {
   void On(const SequenceEnded& m) { ended[m.request] = m; }
 };
 
+inline std::vector<WorkerId> AttachAll(Harness& h, uint32_t count, uint64_t memory = 100'000) {
+  std::vector<WorkerId> workers;
+  for (uint32_t i = 0; i < count; ++i) workers.push_back(h.Attach(memory));
+  return workers;
+}
+
+// Every stage reports what it has, until `rounds` are over.
+inline void Rounds(Harness& h, const std::vector<WorkerId>& workers, int rounds) {
+  for (int i = 0; i < rounds; ++i) {
+    for (const WorkerId id : workers) {
+      if (!h.StageOf(id).plans.empty()) h.Report(id);
+    }
+  }
+}
+
 }  // namespace strait

@@ -31,14 +31,6 @@ CoreOptions Options(uint32_t num_stages, uint32_t num_pipelines = 1) {
 
 uint64_t StageId(Harness& h, WorkerId id) { return h.StageOf(id).load.stage_id(); }
 
-void Rounds(Harness& h, const std::vector<WorkerId>& workers, int rounds) {
-  for (int i = 0; i < rounds; ++i) {
-    for (const WorkerId id : workers) {
-      if (!h.StageOf(id).plans.empty()) h.Report(id);
-    }
-  }
-}
-
 TEST(ReturningTest, InTimeItHasItsPlaceAndItsRowsAgain) {
   Harness h(Options(3), SmallModel());
   std::vector<WorkerId> w;

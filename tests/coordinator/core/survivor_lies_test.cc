@@ -25,12 +25,6 @@ CoreOptions Options(uint32_t num_stages) {
   return options;
 }
 
-std::vector<WorkerId> AttachAll(Harness& h, uint32_t count) {
-  std::vector<WorkerId> workers;
-  for (uint32_t i = 0; i < count; ++i) workers.push_back(h.Attach(kMemory));
-  return workers;
-}
-
 struct Lie {
   std::string what;
   std::function<void(v1::StageState*)> tell;

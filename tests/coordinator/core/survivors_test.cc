@@ -34,21 +34,6 @@ CoreOptions Options(uint32_t num_stages, uint32_t grant_depth = 1) {
   return options;
 }
 
-std::vector<WorkerId> AttachAll(Harness& h, uint32_t count, uint64_t memory = kMemory) {
-  std::vector<WorkerId> workers;
-  for (uint32_t i = 0; i < count; ++i) workers.push_back(h.Attach(memory));
-  return workers;
-}
-
-// Every stage reports what it has, until `rounds` are over.
-void Rounds(Harness& h, const std::vector<WorkerId>& workers, int rounds) {
-  for (int i = 0; i < rounds; ++i) {
-    for (const WorkerId id : workers) {
-      if (!h.StageOf(id).plans.empty()) h.Report(id);
-    }
-  }
-}
-
 // That went through its layers again, for the sake of a later stage.
 uint64_t UnstoredRows(const Harness::FakeStage& stage) {
   return stage.rows_computed - stage.rows_stored;
