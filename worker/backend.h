@@ -4,7 +4,8 @@
 // Implementations: CpuBackend (worker/model), CudaBackend (worker/model/cuda), HashBackend
 // (tests/sim).
 //
-// Owns:    a StageModel its weights' mapping and its cache pool; it borrows nothing after Load.
+// Owns:    the Backend the cache; a StageModel its share of the weights, and what it needs of the backend
+//          is kept alive by it.
 // Thread:  Backend::Load runs on a loader thread while other stages step; all else of a StageModel
 //          only on the loop thread.
 // Shapes:  hidden [num_tokens, hidden_size] in the backend's hidden format, row-major; in host
@@ -31,6 +32,7 @@
 #include "absl/types/span.h"
 #include "proto/base/ids.h"
 #include "worker/block_copies.h"
+#include "worker/cache/cache_memory.h"
 #include "worker/hidden_buffer.h"
 
 namespace strait {
@@ -109,7 +111,7 @@ struct StageBatch {
 // Where a stage's layers sit in the model.
 struct StageSpec {
   LayerRange layers;
-  uint32_t pool_blocks = 0;  // latent blocks of one layer each
+  uint32_t pool_blocks = 0;  // that it may hold, of the worker's latent blocks of one layer each
 };
 
 // Of one StageModel, begun and not finished.
@@ -141,20 +143,27 @@ class StageModel {
   // The way to the cache's rows beside steps. They are this model's part.
   virtual BlockCopies& copies() = 0;
 
+  // It may hold so many blocks from the next step on. Errors: ResourceExhausted, of memory for tables;
+  // nothing is changed.
+  virtual absl::Status SetCapacity(uint32_t pool_blocks) = 0;
+
   virtual const StageSpec& spec() const = 0;
   virtual uint64_t weight_bytes() const = 0;
-  virtual uint64_t cache_bytes() const = 0;
 };
 
 class Backend {
  public:
   virtual ~Backend() = default;
 
-  // Reads weights, takes the pool. `progress(bytes_done, bytes_total)` may be called from any
+  // Reads weights, but for layers that another model of this backend has: these they share. The cache is
+  // not taken here, but by cache().Resize. `progress(bytes_done, bytes_total)` may be called from any
   // thread. Errors: ResourceExhausted (says needed and available bytes), NotFound, DataLoss,
   // InvalidArgument.
   virtual absl::StatusOr<std::unique_ptr<StageModel>> Load(
       const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) = 0;
+
+  // Of all its models.
+  virtual CacheMemory& cache() = 0;
 
   virtual uint32_t hidden_row_bytes() const = 0;  // bytes of one token's hidden state on an edge
   virtual uint64_t block_bytes() const = 0;       // of a latent block of one layer

@@ -157,6 +157,9 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
       return OnReport(worker, message.report(), now_us);
     case v1::FromWorker::kEdgeId:
       return OnEdgeId(worker, message.edge_id(), now_us);
+    case v1::FromWorker::kCacheResized:
+      return Evict(id, absl::FailedPreconditionError("resized a cache that nobody asked for"),
+                   now_us);
     case v1::FromWorker::kHello:
       return Evict(id, absl::InvalidArgumentError("a second Hello on one stream"), now_us);
     case v1::FromWorker::MESSAGE_NOT_SET:

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <deque>
 #include <limits>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -17,12 +18,16 @@
 namespace strait::sim {
 namespace {
 
-// Written apart from the planner's own, as a second opinion.
-uint64_t WeightBytes(const ModelShape& model, LayerRange layers) {
-  uint64_t bytes = layers.begin == 0 ? model.embedding_bytes : 0;
-  if (layers.end == model.layer_weight_bytes.size()) bytes += model.head_bytes;
-  for (LayerIndex l = layers.begin; l < layers.end; ++l) bytes += model.layer_weight_bytes[l];
-  return bytes;
+// What a stage has of the weights, and its bytes: layers, the embedding as if it was the layer behind
+// the last one, the head as the one behind that. Written apart from the planner's own, as a second
+// opinion.
+std::map<LayerIndex, uint64_t> PartsOf(const ModelShape& model, LayerRange layers) {
+  const auto n = static_cast<LayerIndex>(model.layer_weight_bytes.size());
+  std::map<LayerIndex, uint64_t> parts;
+  for (LayerIndex l = layers.begin; l < layers.end; ++l) parts[l] = model.layer_weight_bytes[l];
+  if (layers.begin == 0) parts[n] = model.embedding_bytes;
+  if (layers.end == n) parts[n + 1] = model.head_bytes;
+  return parts;
 }
 
 // Likewise: the largest within 5 % of the weights, or the least.
@@ -42,13 +47,14 @@ class HashStage : public StageModel {
       : backend_(backend),
         spec_(spec),
         weight_bytes_(weight_bytes),
-        pool_(size_t{spec.pool_blocks} * limits::kBlockTokens),
-        copies_(spec_, pool_.data(), &backend->copy_faults) {
-    for (size_t i = 0; i < pool_.size(); ++i) pool_[i] = Mix(i, 0xBAD);
-  }
+        copies_(spec_.layers.size(), &backend->cache_, &backend->copy_faults) {}
   ~HashStage() override {
-    backend_->used_bytes_ -=
-        weight_bytes() + cache_bytes() + WorkspaceBytes(backend_->model(), weight_bytes());
+    for (size_t i = 0; i < begun_.size(); ++i) copies_.StepFinished();
+    uint64_t bytes = WorkspaceBytes(backend_->model(), weight_bytes());
+    for (const auto& [part, part_bytes] : PartsOf(backend_->model(), spec_.layers)) {
+      if (--backend_->num_having_.at(part) == 0) bytes += part_bytes;
+    }
+    backend_->used_bytes_ -= bytes;
   }
 
   absl::Status Begin(const StageBatch& batch, HiddenIn in, HiddenOut out) override;
@@ -59,18 +65,18 @@ class HashStage : public StageModel {
   absl::Status Finish(std::vector<LogitsResult>* results) override;
 
   BlockCopies& copies() override { return copies_; }
+  absl::Status SetCapacity(uint32_t pool_blocks) override {
+    spec_.pool_blocks = pool_blocks;
+    return absl::OkStatus();
+  }
   const StageSpec& spec() const override { return spec_; }
   uint64_t weight_bytes() const override { return weight_bytes_; }
-  uint64_t cache_bytes() const override {
-    return uint64_t{spec_.pool_blocks} * backend_->model().block_bytes;
-  }
 
  private:
   uint64_t* Row(absl::Span<const BlockId> table, uint32_t position) {
     const uint32_t index = position / limits::kBlockTokens;
     STRAIT_CHECK(index < table.size(), "the page table ends before the row");
-    STRAIT_CHECK(table[index] < spec_.pool_blocks, "a block beyond the pool");
-    return &pool_[size_t{table[index]} * limits::kBlockTokens + position % limits::kBlockTokens];
+    return &backend_->cache_.Row(table[index], position % limits::kBlockTokens);
   }
 
   // A fake device's memory can be read here, too.
@@ -78,9 +84,8 @@ class HashStage : public StageModel {
                absl::Span<std::byte> hidden_out, std::vector<LogitsResult>* results);
 
   HashBackend* const backend_;
-  const StageSpec spec_;
+  StageSpec spec_;
   const uint64_t weight_bytes_;
-  std::vector<uint64_t> pool_;  // [pool_blocks, kBlockTokens]
   PolledCopies copies_;
   std::deque<HeldBatch> begun_;
   std::vector<LogitsResult> before_;  // of the last step that is done
@@ -175,17 +180,31 @@ void HashStage::Compute(const StageBatch& batch, absl::Span<const std::byte> hid
   }
 }
 
-absl::StatusOr<std::unique_ptr<StageModel>> HashBackend::Load(
-    const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) {
-  if (!fail_next_load.ok()) return std::exchange(fail_next_load, absl::OkStatus());
-  const uint64_t weights = WeightBytes(*model_, spec.layers);
-  const uint64_t bytes =
-      weights + uint64_t{spec.pool_blocks} * model_->block_bytes + WorkspaceBytes(*model_, weights);
-  if (used_bytes_ + bytes > memory_bytes_) {
+absl::Status HashBackend::Take(int64_t bytes) {
+  const uint64_t used = used_bytes_.load() + static_cast<uint64_t>(bytes);
+  if (bytes > 0 && used > memory_bytes_) {
     return absl::ResourceExhaustedError(absl::StrCat(
         "needs ", bytes, " bytes, ", used_bytes_.load(), " of ", memory_bytes_, " are taken"));
   }
-  used_bytes_ += bytes;
+  used_bytes_ += static_cast<uint64_t>(bytes);
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<StageModel>> HashBackend::Load(
+    const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) {
+  if (!fail_next_load.ok()) return std::exchange(fail_next_load, absl::OkStatus());
+  const std::map<LayerIndex, uint64_t> parts = PartsOf(*model_, spec.layers);
+  uint64_t weights = 0;
+  uint64_t missing = 0;
+  for (const auto& [part, bytes] : parts) {
+    weights += bytes;
+    if (num_having_[part] == 0) missing += bytes;
+  }
+  if (absl::Status taken = Take(static_cast<int64_t>(missing + WorkspaceBytes(*model_, weights)));
+      !taken.ok()) {
+    return taken;
+  }
+  for (const auto& [part, bytes] : parts) ++num_having_[part];
   progress(weights, weights);
   return std::make_unique<HashStage>(this, spec, weights);
 }

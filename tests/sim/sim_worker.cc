@@ -35,7 +35,7 @@ SimWorker::SimWorker(World* world, Network* network, Control* control, const Sce
                    RunAfter(delay_us, std::move(what));
                  }),
       core_({.orphan_timeout_us = scenario->orphan_timeout_us}, StageTraitsOf(backend_),
-            &transport_, this) {
+            &backend_.cache(), &transport_, this) {
   backend_.rows_ahead = scenario->rows_ahead;
   control_->Dial(this);
 }

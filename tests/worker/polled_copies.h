@@ -3,7 +3,7 @@
 // PolledCopies is the BlockCopies of models whose rows are one number each: a copy is made when it
 // is polled, as late as it may, and what its caller must not do ends the process.
 //
-// Borrows: the pool, [blocks, kBlockTokens] uint64, and CopyFaults; they outlive it.
+// Borrows: the cache and CopyFaults; they outlive it.
 // Shapes:  a row is the number and a check of it (PutHashRow), so rows can be checked by value. What
 //          a Write brings must pass: a receiver looks before it writes.
 // Errors:  Poll: Internal if CopyFaults says so.
@@ -11,6 +11,7 @@
 
 #include <cstring>
 #include <deque>
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
@@ -20,6 +21,7 @@
 #include "proto/base/limits.h"
 #include "proto/base/status_macros.h"
 #include "proto/latent_block.h"
+#include "tests/worker/number_cache.h"
 #include "worker/backend.h"
 #include "worker/cache/copy_list.h"
 
@@ -55,11 +57,8 @@ struct CopyFaults {
 
 class PolledCopies final : public BlockCopies {
  public:
-  PolledCopies(const StageSpec& spec, uint64_t* pool, CopyFaults* faults)
-      : spec_(spec),
-        pool_(pool),
-        faults_(faults),
-        marks_(size_t{spec.pool_blocks} * limits::kBlockTokens) {}
+  PolledCopies(uint32_t num_layers, NumberCache* cache, CopyFaults* faults)
+      : num_layers_(num_layers), cache_(cache), faults_(faults) {}
   ~PolledCopies() override {
     for (Copy& copy : under_way_) Make(copy);
   }
@@ -68,8 +67,12 @@ class PolledCopies final : public BlockCopies {
   void StepBegun(const StageBatch& batch) {
     ++steps_begun_;
     if (!under_way_.empty()) CheckRows(batch);
+    cache_->StepBegun();
   }
-  void StepFinished() { ++steps_finished_; }
+  void StepFinished() {
+    ++steps_finished_;
+    cache_->StepFinished();
+  }
 
   absl::StatusOr<CopyId> Read(absl::Span<const BlockRows> list, RowsOut to) override {
     return Start(list, CopyWay::kRead, to.bytes.size(), to.bytes.data(), nullptr);
@@ -116,7 +119,8 @@ class PolledCopies final : public BlockCopies {
   absl::StatusOr<CopyId> Start(absl::Span<const BlockRows> list, CopyWay way, size_t bytes,
                                std::byte* read_to, const std::byte* write_from) {
     Copy copy;
-    STRAIT_ASSIGN_OR_RETURN(copy.pieces, CutCopy(list, way, spec_, kHashRowBytes, bytes));
+    STRAIT_ASSIGN_OR_RETURN(
+        copy.pieces, CutCopy(list, way, num_layers_, cache_->num_blocks(), kHashRowBytes, bytes));
     STRAIT_RETURN_IF_ERROR(CheckCopiesUnderWay(under_way_.size()));
     copy.id = CopyId{++last_id_.value};
     copy.read_to = read_to;
@@ -140,12 +144,12 @@ class PolledCopies final : public BlockCopies {
   void Make(const Copy& copy) {
     ForRows(copy, [&](uint64_t row, uint64_t offset) {
       if (copy.read_to != nullptr) {
-        PutHashRow(pool_[row], copy.read_to + offset);
+        PutHashRow(cache_->RowAt(row), copy.read_to + offset);
         return;
       }
       const std::optional<uint64_t> value = GetHashRow(copy.write_from + offset);
       STRAIT_CHECK(value.has_value(), "bytes that are no row were written into a pool");
-      pool_[row] = *value;
+      cache_->RowAt(row) = *value;
     });
   }
   void Spoil(const Copy& copy) {
@@ -153,7 +157,7 @@ class PolledCopies final : public BlockCopies {
       if (copy.read_to != nullptr) {
         std::memset(copy.read_to + offset, 0xEE, kHashRowBytes);
       } else {
-        pool_[row] = ~pool_[row];
+        cache_->RowAt(row) = ~cache_->RowAt(row);
       }
     });
   }
@@ -168,8 +172,10 @@ class PolledCopies final : public BlockCopies {
       for (const auto& table : sequence.page_tables) {
         for (uint32_t position = 0; position < end; ++position) {
           const uint64_t block = table.at(position / limits::kBlockTokens);
-          const Marks& marks =
-              marks_.at(block * limits::kBlockTokens + position % limits::kBlockTokens);
+          const auto it =
+              marks_.find(block * limits::kBlockTokens + position % limits::kBlockTokens);
+          if (it == marks_.end()) continue;
+          const Marks& marks = it->second;
           STRAIT_CHECK(marks.writes == 0, "a step uses rows that a copy is to write");
           STRAIT_CHECK(marks.reads == 0 || position < sequence.first_position,
                        "a step writes rows that a copy is to read");
@@ -178,10 +184,10 @@ class PolledCopies final : public BlockCopies {
     }
   }
 
-  const StageSpec spec_;
-  uint64_t* const pool_;
+  const uint32_t num_layers_;
+  NumberCache* const cache_;
   CopyFaults* const faults_;
-  std::vector<Marks> marks_;  // [rows of the pool]
+  std::map<uint64_t, Marks> marks_;  // by row of the cache
   std::deque<Copy> under_way_;
   CopyId last_id_;
   uint64_t steps_begun_ = 0;

@@ -10,14 +10,14 @@
 namespace strait {
 namespace {
 
-absl::Status CheckEntry(const BlockRows& entry, const StageSpec& spec) {
-  if (entry.layer >= spec.layers.size()) {
+absl::Status CheckEntry(const BlockRows& entry, uint32_t num_layers, uint32_t num_blocks) {
+  if (entry.layer >= num_layers) {
     return absl::InvalidArgumentError(
-        absl::StrCat("layer ", entry.layer, " of a stage with ", spec.layers.size()));
+        absl::StrCat("layer ", entry.layer, " of a stage with ", num_layers));
   }
-  if (entry.block >= spec.pool_blocks) {
+  if (entry.block >= num_blocks) {
     return absl::InvalidArgumentError(
-        absl::StrCat("block ", entry.block, " of a pool with ", spec.pool_blocks));
+        absl::StrCat("block ", entry.block, " of a pool with ", num_blocks));
   }
   if (entry.num_rows == 0 || entry.first_row >= limits::kBlockTokens ||
       entry.num_rows > limits::kBlockTokens - entry.first_row) {
@@ -43,8 +43,8 @@ absl::Status CheckNoRowTwice(std::vector<CopyPiece> pieces, uint64_t block_bytes
 }  // namespace
 
 absl::StatusOr<std::vector<CopyPiece>> CutCopy(absl::Span<const BlockRows> list, CopyWay way,
-                                               const StageSpec& spec, uint32_t row_bytes,
-                                               size_t buffer_bytes) {
+                                               uint32_t num_layers, uint32_t num_blocks,
+                                               uint32_t row_bytes, size_t buffer_bytes) {
   if (list.empty() || list.size() > kMaxCopyEntries) {
     return absl::InvalidArgumentError(
         absl::StrCat("a copy of ", list.size(), " entries, it may have 1 to ", kMaxCopyEntries));
@@ -53,7 +53,7 @@ absl::StatusOr<std::vector<CopyPiece>> CutCopy(absl::Span<const BlockRows> list,
   std::vector<CopyPiece> pieces;
   uint64_t end = 0;
   for (const BlockRows& entry : list) {
-    STRAIT_RETURN_IF_ERROR(CheckEntry(entry, spec));
+    STRAIT_RETURN_IF_ERROR(CheckEntry(entry, num_layers, num_blocks));
     const uint64_t offset = entry.block * block_bytes + uint64_t{entry.first_row} * row_bytes;
     const uint64_t bytes = uint64_t{entry.num_rows} * row_bytes;
     if (!pieces.empty() && pieces.back().pool_offset + pieces.back().bytes == offset) {

@@ -29,9 +29,10 @@ enum class CopyWay { kRead, kWrite };
 
 // Pieces in the buffer's order and without gaps there; entries that follow each other in the pool,
 // too, are one.
+// `num_layers` of the stage; `num_blocks` of the worker's cache.
 absl::StatusOr<std::vector<CopyPiece>> CutCopy(absl::Span<const BlockRows> list, CopyWay way,
-                                               const StageSpec& spec, uint32_t row_bytes,
-                                               size_t buffer_bytes);
+                                               uint32_t num_layers, uint32_t num_blocks,
+                                               uint32_t row_bytes, size_t buffer_bytes);
 
 // ResourceExhausted beyond kMaxCopiesUnderWay.
 absl::Status CheckCopiesUnderWay(size_t num_under_way);

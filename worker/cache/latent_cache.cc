@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/cache/latent_cache.h"
 
+#include <algorithm>
+#include <utility>
+
 #include "absl/strings/str_cat.h"
 #include "proto/base/check.h"
 #include "proto/base/status_macros.h"
@@ -8,9 +11,30 @@
 
 namespace strait {
 
-BlockPool::BlockPool(uint32_t num_blocks) : held_(num_blocks, false) {
-  free_.reserve(num_blocks);
-  for (BlockId block = num_blocks; block > 0; --block) free_.push_back(block - 1);
+void BlockPool::Grow(uint32_t num_blocks) {
+  STRAIT_CHECK(end_ == size() && num_blocks >= size());
+  // Below what is free already: ids that were used once are used again first.
+  std::vector<BlockId> free;
+  free.reserve(free_.size() + num_blocks - size());
+  for (BlockId block = num_blocks; block > end_; --block) free.push_back(block - 1);
+  free.insert(free.end(), free_.begin(), free_.end());
+  free_ = std::move(free);
+  held_.resize(num_blocks, false);
+  end_ = num_blocks;
+}
+
+void BlockPool::Narrow(uint32_t num_blocks) {
+  STRAIT_CHECK(used_ <= num_blocks && num_blocks <= end_, "more blocks are held than are left");
+  end_ = num_blocks;
+  free_.erase(std::remove_if(free_.begin(), free_.end(), [&](BlockId b) { return b >= end_; }),
+              free_.end());
+}
+
+void BlockPool::DropNarrowed() {
+  for (BlockId block = end_; block < size(); ++block) {
+    STRAIT_CHECK(!held_[block], "a block behind the pool's end is held");
+  }
+  held_.resize(end_);
 }
 
 BlockId BlockPool::Take() {
@@ -19,36 +43,59 @@ BlockId BlockPool::Take() {
   free_.pop_back();
   STRAIT_CHECK(!held_[block], "a held block was free");
   held_[block] = true;
+  ++used_;
   return block;
 }
 
 void BlockPool::Give(BlockId block) {
   STRAIT_CHECK(held(block), "a block was given back twice");
   held_[block] = false;
-  free_.push_back(block);
+  --used_;
+  if (block < end_) free_.push_back(block);
 }
 
 absl::Status BlockPool::CheckIntegrity() const {
   std::vector<bool> seen(held_.size(), false);
   for (const BlockId block : free_) {
-    if (block >= size()) return absl::InternalError(absl::StrCat("free block ", block, " is none"));
+    if (block >= end_) return absl::InternalError(absl::StrCat("free block ", block, " is none"));
     if (held_[block])
       return absl::InternalError(absl::StrCat("block ", block, " is held and free"));
     if (seen[block]) return absl::InternalError(absl::StrCat("block ", block, " is free twice"));
     seen[block] = true;
   }
   uint32_t num_held = 0;
-  for (const bool held : held_) num_held += held;
-  if (num_held + free_.size() != held_.size()) {
-    return absl::InternalError(absl::StrCat(num_held, " held and ", free_.size(),
-                                            " free blocks are not the pool's ", held_.size()));
+  uint32_t num_behind = 0;
+  for (BlockId block = 0; block < size(); ++block) {
+    num_held += held_[block];
+    num_behind += held_[block] && block >= end_;
+  }
+  if (num_held != used_ || num_held - num_behind + free_.size() != end_) {
+    return absl::InternalError(absl::StrCat(num_held, " held (counted ", used_, ") and ",
+                                            free_.size(), " free blocks are not the pool's ",
+                                            end_));
   }
   return absl::OkStatus();
 }
 
-LatentCache::LatentCache(uint32_t num_layers, uint32_t num_blocks)
-    : num_layers_(num_layers), pool_(num_blocks) {
+LatentCache::LatentCache(uint32_t num_layers, BlockPool* pool)
+    : num_layers_(num_layers), pool_(pool), given_(num_layers, false) {
   STRAIT_CHECK(num_layers > 0);
+}
+
+LatentCache::~LatentCache() { CloseAll(); }
+
+BlockId LatentCache::Take() {
+  ++blocks_used_;
+  return pool_->Take();
+}
+
+void LatentCache::Give(BlockId block) {
+  --blocks_used_;
+  pool_->Give(block);
+}
+
+void LatentCache::FillViews(Sequence* sequence) {
+  sequence->views.assign(sequence->tables.begin(), sequence->tables.end());
 }
 
 void LatentCache::Open(SequenceId id) {
@@ -63,7 +110,7 @@ void LatentCache::Close(SequenceId id) {
   STRAIT_CHECK(it != sequences_.end(), "the sequence is not resident");
   // Backwards, so that the stack hands the blocks out again in the order that they were taken.
   for (auto table = it->second.tables.rbegin(); table != it->second.tables.rend(); ++table) {
-    for (auto block = table->rbegin(); block != table->rend(); ++block) pool_.Give(*block);
+    for (auto block = table->rbegin(); block != table->rend(); ++block) Give(*block);
   }
   sequences_.erase(it);
 }
@@ -82,7 +129,7 @@ void LatentCache::Grow(SequenceId id, uint32_t length) {
   for (uint32_t layer = 0; layer < num_layers_; ++layer) {
     std::vector<BlockId>& table = sequence.tables[layer];
     if (table.size() == num_blocks) continue;
-    while (table.size() < num_blocks) table.push_back(pool_.Take());
+    while (table.size() < num_blocks) table.push_back(Take());
     sequence.views[layer] = table;
   }
 }
@@ -96,9 +143,49 @@ void LatentCache::Cut(SequenceId id, uint32_t length) {
   const uint32_t num_blocks = BlocksPerLayer(length);
   for (uint32_t layer = 0; layer < num_layers_; ++layer) {
     std::vector<BlockId>& table = sequence.tables[layer];
-    for (; table.size() > num_blocks; table.pop_back()) pool_.Give(table.back());
+    for (; table.size() > num_blocks; table.pop_back()) Give(table.back());
     sequence.views[layer] = table;
   }
+}
+
+void LatentCache::Compact(BlockId end, std::vector<BlockMove>* moves) {
+  for (auto& [id, sequence] : sequences_) {
+    for (std::vector<BlockId>& table : sequence.tables) {
+      for (BlockId& block : table) {
+        if (block < end) continue;
+        moves->push_back({block, pool_->Take()});
+        pool_->Give(block);
+        block = moves->back().to;
+      }
+    }
+  }
+}
+
+std::map<SequenceId, std::vector<BlockId>> LatentCache::GiveLayer(uint32_t layer) {
+  STRAIT_CHECK(layer < num_layers_ && !given_[layer], "a layer is given once");
+  given_[layer] = true;
+  std::map<SequenceId, std::vector<BlockId>> blocks;
+  for (auto& [id, sequence] : sequences_) {
+    blocks_used_ -= static_cast<uint32_t>(sequence.tables[layer].size());
+    blocks[id] = std::exchange(sequence.tables[layer], {});
+    sequence.views[layer] = {};
+  }
+  return blocks;
+}
+
+void LatentCache::Adopt(SequenceId id, uint32_t length, std::vector<std::vector<BlockId>> tables) {
+  STRAIT_CHECK(tables.size() == num_layers_);
+  Open(id);
+  Sequence& sequence = sequences_.at(id);
+  sequence.length = length;
+  sequence.tables = std::move(tables);
+  const uint32_t num_blocks = BlocksPerLayer(length);
+  for (std::vector<BlockId>& table : sequence.tables) {
+    STRAIT_CHECK(table.size() >= num_blocks, "fewer blocks were given than the length needs");
+    blocks_used_ += static_cast<uint32_t>(table.size());
+    for (; table.size() > num_blocks; table.pop_back()) Give(table.back());
+  }
+  FillViews(&sequence);
 }
 
 uint32_t LatentCache::length(SequenceId id) const {
@@ -120,14 +207,14 @@ uint64_t LatentCache::Digest() const {
 }
 
 absl::Status LatentCache::CheckIntegrity() const {
-  STRAIT_RETURN_IF_ERROR(pool_.CheckIntegrity());
-  std::vector<bool> seen(pool_.size(), false);
+  STRAIT_RETURN_IF_ERROR(pool_->CheckIntegrity());
+  std::vector<bool> seen(pool_->size(), false);
   uint64_t num_blocks = 0;
   for (const auto& [id, sequence] : sequences_) {
     for (uint32_t layer = 0; layer < num_layers_; ++layer) {
       const std::vector<BlockId>& table = sequence.tables[layer];
       const auto where = absl::StrCat("sequence ", id.value, ", layer ", layer, " of the stage: ");
-      if (table.size() != BlocksPerLayer(sequence.length)) {
+      if (table.size() != (given_[layer] ? 0 : BlocksPerLayer(sequence.length))) {
         return absl::InternalError(
             absl::StrCat(where, table.size(), " blocks for length ", sequence.length));
       }
@@ -136,7 +223,7 @@ absl::Status LatentCache::CheckIntegrity() const {
         return absl::InternalError(absl::StrCat(where, "the view is not of its table"));
       }
       for (const BlockId block : table) {
-        if (!pool_.held(block)) {
+        if (!pool_->held(block)) {
           return absl::InternalError(absl::StrCat(where, "block ", block, " is not held"));
         }
         if (seen[block]) {
@@ -147,9 +234,9 @@ absl::Status LatentCache::CheckIntegrity() const {
       num_blocks += table.size();
     }
   }
-  if (num_blocks != pool_.used()) {
+  if (num_blocks != blocks_used_) {
     return absl::InternalError(
-        absl::StrCat("tables name ", num_blocks, " blocks, the pool lent ", pool_.used()));
+        absl::StrCat("tables name ", num_blocks, " blocks, the pool lent ", blocks_used_));
   }
   return absl::OkStatus();
 }

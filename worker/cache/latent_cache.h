@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // LatentCache keeps the books of a stage's latent blocks: which physical block holds which 64 rows
-// of which layer of which sequence. It never touches a row: rows belong to the StageModel.
+// of which layer of which sequence. It never touches a row: rows belong to the backend.
 //
-// Owns:    block ids and page tables.
+// Owns:    page tables; the blocks in them, until it ends.
+// Borrows: the worker's BlockPool, which outlives it.
 // Thread:  loop thread only.
 // Errors:  none but CheckIntegrity's: whether blocks suffice was decided when the plan was
 //          validated, so running out, or naming an unknown sequence, is our bug and is checked.
-// Limits:  the pool's size, constant.
+// Limits:  the pool's size.
 // Why:     blocks are handed out last-in first-out: deterministic, and memory that was used once
 //          is used again before untouched memory is.
 #pragma once
@@ -20,15 +21,24 @@
 #include "absl/types/span.h"
 #include "proto/base/ids.h"
 #include "proto/model/reservation.h"
+#include "worker/cache/cache_memory.h"
 
 namespace strait {
 
-// The physical blocks of one stage: each is free or held. Blocks have one holder each; once
+// The physical blocks of one worker: each is free or held. Blocks have one holder each; once
 // sequences share a prefix, a count of holders per block comes here, and `used` stays the number of
 // distinct blocks.
 class BlockPool {
  public:
-  explicit BlockPool(uint32_t num_blocks);
+  explicit BlockPool(uint32_t num_blocks = 0) { Grow(num_blocks); }
+
+  // REQUIRES: num_blocks is not below size(); the pool is not narrowed.
+  void Grow(uint32_t num_blocks);
+  // Blocks from num_blocks on are handed out no more: what holders have of them is to be replaced.
+  // REQUIRES: used() <= num_blocks <= size().
+  void Narrow(uint32_t num_blocks);
+  // The pool ends where it was narrowed to. REQUIRES: no block behind is held.
+  void DropNarrowed();
 
   // REQUIRES: used() < size().
   BlockId Take();
@@ -36,21 +46,26 @@ class BlockPool {
   void Give(BlockId block);
 
   uint32_t size() const { return static_cast<uint32_t>(held_.size()); }
-  uint32_t used() const { return size() - static_cast<uint32_t>(free_.size()); }
+  uint32_t used() const { return used_; }
   bool held(BlockId block) const { return block < size() && held_[block]; }
 
   // free + held = total, no block free twice.
   absl::Status CheckIntegrity() const;
 
  private:
-  std::vector<BlockId> free_;  // a stack; the lowest ids leave first
+  std::vector<BlockId> free_;  // a stack; the lowest ids leave first; below end_
   std::vector<bool> held_;     // [size]
+  uint32_t end_ = 0;           // size, or what it was narrowed to
+  uint32_t used_ = 0;
 };
 
 class LatentCache {
  public:
   // REQUIRES: num_layers > 0.
-  LatentCache(uint32_t num_layers, uint32_t num_blocks);
+  LatentCache(uint32_t num_layers, BlockPool* pool);
+  ~LatentCache();
+  LatentCache(const LatentCache&) = delete;
+  LatentCache& operator=(const LatentCache&) = delete;
 
   // REQUIRES: not resident.
   void Open(SequenceId id);
@@ -64,12 +79,33 @@ class LatentCache {
   // Blocks beyond rows [0, length) are free afterwards. REQUIRES: resident, length not above length(id).
   void Cut(SequenceId id, uint32_t length);
 
+  // Every block from `end` on is replaced by another; `moves` gets what the rows must follow. REQUIRES:
+  // the pool was narrowed to `end`.
+  void Compact(BlockId end, std::vector<BlockMove>* moves);
+
+  // ---- To a successor on the same worker ----
+  // The blocks of one layer, of every sequence: they are this cache's no more. What is left of it can
+  // only be closed.
+  std::map<SequenceId, std::vector<BlockId>> GiveLayer(uint32_t layer);
+  // A sequence of `length` rows whose blocks were given: [num_layers], each at least as long as the
+  // length needs; what is beyond is free afterwards. REQUIRES: not resident.
+  void Adopt(SequenceId id, uint32_t length, std::vector<std::vector<BlockId>> tables);
+
   bool resident(SequenceId id) const { return sequences_.count(id) > 0; }
   uint32_t length(SequenceId id) const;  // REQUIRES: resident
   uint32_t num_sequences() const { return static_cast<uint32_t>(sequences_.size()); }
   uint32_t num_layers() const { return num_layers_; }
-  const BlockPool& pool() const { return pool_; }
-  uint32_t blocks_used() const { return pool_.used(); }
+  // Of this cache.
+  uint32_t blocks_used() const { return blocks_used_; }
+  // Each block that it holds.
+  template <class Visit>
+  void ForBlocks(Visit visit) const {
+    for (const auto& [id, sequence] : sequences_) {
+      for (const auto& table : sequence.tables) {
+        for (const BlockId block : table) visit(block);
+      }
+    }
+  }
 
   // [num_layers]: that layer's blocks by position / 64. Valid until the sequence grows or closes.
   // REQUIRES: resident.
@@ -78,8 +114,8 @@ class LatentCache {
   // StageReport.tables_digest.
   uint64_t Digest() const;
 
-  // Every block is free or in exactly one table, every table has the blocks that its length needs.
-  // Internal names the sequence, layer or block that is wrong.
+  // Its blocks are held in the pool and each in one table, every table has the blocks that its length
+  // needs. Internal names the sequence, layer or block that is wrong.
   absl::Status CheckIntegrity() const;
 
  private:
@@ -89,8 +125,14 @@ class LatentCache {
     std::vector<absl::Span<const BlockId>> views;  // [num_layers] of tables
   };
 
+  BlockId Take();
+  void Give(BlockId block);
+  void FillViews(Sequence* sequence);
+
   const uint32_t num_layers_;
-  BlockPool pool_;
+  BlockPool* const pool_;
+  uint32_t blocks_used_ = 0;
+  std::vector<bool> given_;                   // [num_layers]
   std::map<SequenceId, Sequence> sequences_;  // ordered: the digest goes by rising id
 };
 

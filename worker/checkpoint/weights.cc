@@ -170,22 +170,25 @@ absl::StatusOr<std::unique_ptr<WeightSource>> OpenCheckpointWeights(const std::s
   return std::unique_ptr<WeightSource>(std::make_unique<CheckpointSource>(std::move(checkpoint)));
 }
 
-absl::StatusOr<StageWeights> LoadStageWeights(WeightSource& source, LayerRange range,
-                                              uint32_t num_threads, const LoadProgress& progress) {
-  const ModelConfig& config = source.config();
-  if (range.begin >= range.end || range.end > config.num_hidden_layers) {
-    return absl::InvalidArgumentError(absl::StrCat("layers [", range.begin, ", ", range.end,
-                                                   ") are not a range of a model of ",
-                                                   config.num_hidden_layers, " layers"));
-  }
-  const bool first = range.begin == 0;
-  const bool last = range.end == config.num_hidden_layers;
-  uint64_t total = (first ? EmbeddingBytes(config) : 0) + (last ? HeadBytes(config) : 0);
-  for (LayerIndex layer = range.begin; layer < range.end; ++layer) {
-    total += LayerWeightBytes(config, layer);
-  }
+WeightParts PartsOf(const ModelConfig& config, LayerRange range) {
+  WeightParts parts;
+  for (LayerIndex layer = range.begin; layer < range.end; ++layer) parts.layers.push_back(layer);
+  parts.embedding = range.begin == 0;
+  parts.head = range.end == config.num_hidden_layers;
+  return parts;
+}
+
+uint64_t PartsBytes(const ModelConfig& config, const WeightParts& parts) {
+  uint64_t bytes =
+      (parts.embedding ? EmbeddingBytes(config) : 0) + (parts.head ? HeadBytes(config) : 0);
+  for (const LayerIndex layer : parts.layers) bytes += LayerWeightBytes(config, layer);
+  return bytes;
+}
+
+absl::StatusOr<StageWeights> LoadWeightParts(WeightSource& source, const WeightParts& parts,
+                                             uint32_t num_threads, const LoadProgress& progress) {
+  const uint64_t total = PartsBytes(source.config(), parts);
   StageWeights stage;
-  stage.range = range;
   // Tensors stored wider than announced make more bytes than `total`: never report beyond it.
   const auto loaded = [&](uint64_t bytes, absl::Span<const WeightMatrix> matrices) {
     const uint64_t before = stage.bytes;
@@ -195,20 +198,34 @@ absl::StatusOr<StageWeights> LoadStageWeights(WeightSource& source, LayerRange r
     stage.bytes += bytes;
     if (progress) progress(std::min(stage.bytes, total), total);
   };
-  if (first) {
+  if (parts.embedding) {
     STRAIT_ASSIGN_OR_RETURN(stage.embedding, source.LoadEmbedding());
     loaded(stage.embedding->bytes, {stage.embedding->embed_tokens});
   }
-  for (LayerIndex layer = range.begin; layer < range.end; ++layer) {
+  for (const LayerIndex layer : parts.layers) {
     STRAIT_ASSIGN_OR_RETURN(LayerWeights weights, source.LoadLayer(layer));
     loaded(weights.bytes, MatricesOf(weights));
     stage.layers.push_back(std::move(weights));
   }
-  if (last) {
+  if (parts.head) {
     STRAIT_ASSIGN_OR_RETURN(stage.head, source.LoadHead());
     loaded(stage.head->bytes, {stage.head->lm_head});
   }
   if (progress) progress(total, total);
+  return stage;
+}
+
+absl::StatusOr<StageWeights> LoadStageWeights(WeightSource& source, LayerRange range,
+                                              uint32_t num_threads, const LoadProgress& progress) {
+  const ModelConfig& config = source.config();
+  if (range.begin >= range.end || range.end > config.num_hidden_layers) {
+    return absl::InvalidArgumentError(absl::StrCat("layers [", range.begin, ", ", range.end,
+                                                   ") are not a range of a model of ",
+                                                   config.num_hidden_layers, " layers"));
+  }
+  STRAIT_ASSIGN_OR_RETURN(StageWeights stage,
+                          LoadWeightParts(source, PartsOf(config, range), num_threads, progress));
+  stage.range = range;
   return stage;
 }
 

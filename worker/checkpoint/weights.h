@@ -122,6 +122,23 @@ struct StageWeights {
   uint64_t bytes = 0;
 };
 
+// Which weights are wanted.
+struct WeightParts {
+  std::vector<LayerIndex> layers;
+  bool embedding = false;
+  bool head = false;
+};
+
+// What a stage with these layers needs. REQUIRES: a range of the model.
+WeightParts PartsOf(const ModelConfig& config, LayerRange range);
+
+// Their bytes as config.json announces them.
+uint64_t PartsBytes(const ModelConfig& config, const WeightParts& parts);
+
+// The weights of `parts`, layers in their order; `range` is not filled. As LoadStageWeights.
+absl::StatusOr<StageWeights> LoadWeightParts(WeightSource& source, const WeightParts& parts,
+                                             uint32_t num_threads, const LoadProgress& progress);
+
 // All weights of a stage, every page of them touched by `num_threads`, so that the first step is
 // not slow. InvalidArgument if `range` is empty or ends beyond the model. `progress` may be empty.
 absl::StatusOr<StageWeights> LoadStageWeights(WeightSource& source, LayerRange range,

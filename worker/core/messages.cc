@@ -54,6 +54,17 @@ v1::FromWorker UnloadedMessage(uint64_t stage_id) {
   return StateMessage(stage_id, v1::StageState::UNLOADED);
 }
 
+v1::FromWorker ResizedMessage(uint64_t stage_id, uint64_t cache_bytes, const absl::Status& error) {
+  v1::FromWorker message;
+  v1::CacheResized& resized = *message.mutable_cache_resized();
+  resized.set_stage_id(stage_id);
+  resized.set_cache_bytes(cache_bytes);
+  if (error.ok()) return message;
+  resized.set_error_code(static_cast<uint32_t>(error.code()));
+  resized.set_error_message(std::string(rpc::Bounded(error).message()));
+  return message;
+}
+
 v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id) {
   v1::FromWorker message;
   v1::EdgeId& id = *message.mutable_edge_id();
@@ -107,6 +118,16 @@ absl::Status CheckSampledEdge(const v1::ActivateStage& activate) {
 
 }  // namespace
 
+absl::StatusOr<uint32_t> CheckCacheBytes(uint64_t cache_bytes, uint64_t block_bytes) {
+  if (cache_bytes < block_bytes || cache_bytes % block_bytes != 0 ||
+      cache_bytes / block_bytes > std::numeric_limits<BlockId>::max()) {
+    return absl::InvalidArgumentError(absl::StrCat("a cache of ", cache_bytes,
+                                                   " bytes is no whole number of latent blocks of ",
+                                                   block_bytes, " bytes"));
+  }
+  return static_cast<uint32_t>(cache_bytes / block_bytes);
+}
+
 absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers, uint64_t block_bytes) {
   if (load.stage_id() == 0) return absl::InvalidArgumentError("a stage id is positive");
   if (load.layer_begin() >= load.layer_end() || load.layer_end() > num_layers) {
@@ -114,13 +135,7 @@ absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers, uint64_t 
                                                    load.layer_end(), ") are not of this ",
                                                    num_layers, "-layer model"));
   }
-  if (load.cache_bytes() < block_bytes || load.cache_bytes() % block_bytes != 0 ||
-      load.cache_bytes() / block_bytes > std::numeric_limits<BlockId>::max()) {
-    return absl::InvalidArgumentError(absl::StrCat("a cache of ", load.cache_bytes(),
-                                                   " bytes is no whole number of latent blocks of ",
-                                                   block_bytes, " bytes"));
-  }
-  return absl::OkStatus();
+  return CheckCacheBytes(load.cache_bytes(), block_bytes).status();
 }
 
 absl::Status CheckActivate(const v1::ActivateStage& activate) {

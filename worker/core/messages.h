@@ -11,6 +11,7 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
 #include "worker/backend.h"
@@ -24,6 +25,8 @@ v1::FromWorker LoadedMessage(uint64_t stage_id, const StageModel& model, uint64_
 // With what the stage holds of earlier epochs.
 v1::FromWorker ActiveMessage(const Stage& stage);
 v1::FromWorker UnloadedMessage(uint64_t stage_id);
+// `error` not ok: the cache is as it was.
+v1::FromWorker ResizedMessage(uint64_t stage_id, uint64_t cache_bytes, const absl::Status& error);
 v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id);
 // Answers a request of the coordinator that failed; `epoch` of an activation.
 // `nccl_edge`: the stage that the NCCL edge ends at that is what failed; 0: none.
@@ -33,6 +36,8 @@ v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, Pipelin
 v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
                             const absl::Status& why, uint64_t nccl_edge);
 
+// How many latent blocks these are. InvalidArgument: no whole number of them, none, or too many.
+absl::StatusOr<uint32_t> CheckCacheBytes(uint64_t cache_bytes, uint64_t block_bytes);
 // InvalidArgument: no stage id, layers that the model has not, a cache that is no whole number of blocks.
 absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers, uint64_t block_bytes);
 // InvalidArgument: indices, neighbours, nonces and addresses contradict each other.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/core/worker_core.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -44,7 +45,7 @@ void WorkerCore::FillHello(v1::Hello* hello) const {
     held->set_stage_id(id);
     held->set_layer_begin(model.spec().layers.begin);
     held->set_layer_end(model.spec().layers.end);
-    held->set_cache_bytes(model.spec().pool_blocks * traits_.block_bytes);
+    held->set_cache_bytes(shares_.BlocksOf(id) * traits_.block_bytes);
     held->set_weight_bytes(model.weight_bytes());
   }
 }
@@ -65,8 +66,16 @@ void WorkerCore::OnDetached(uint64_t now_us) {
   detached_us_ = now_us;
   ports_->CancelLoads(last_serial_);
   for (auto it = hosted_.begin(); it != hosted_.end();) {
-    it = it->second.stage == nullptr ? hosted_.erase(it) : std::next(it);
+    it->second.resize_due = false;  // the next coordinator asks anew
+    if (it->second.stage != nullptr) {
+      ++it;
+      continue;
+    }
+    shares_.Remove(it->first);
+    it = hosted_.erase(it);
   }
+  told_when_settled_.clear();
+  Settle();
 }
 
 void WorkerCore::OnTick(uint64_t now_us) {
@@ -87,6 +96,8 @@ void WorkerCore::OnMessage(v1::ToWorker message, uint64_t now_us) {
       return OnActivate(message.activate_stage());
     case v1::ToWorker::kUnloadStage:
       return OnUnload(message.unload_stage().stage_id());
+    case v1::ToWorker::kResizeCache:
+      return OnResize(message.resize_cache());
     case v1::ToWorker::kShutdown:
       ports_->Note(
           LogLevel::kInfo, "the coordinator asks to stop",
@@ -98,8 +109,41 @@ void WorkerCore::OnMessage(v1::ToWorker message, uint64_t now_us) {
   }
 }
 
+absl::Status WorkerCore::CheckSuccessor(const v1::LoadStage& load) const {
+  std::vector<LayerRange> theirs;
+  for (const uint64_t before : load.successor_of()) {
+    const Stage* const stage = FindStage(before);
+    if (stage == nullptr) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "stage ", before, " is not loaded here, stage ", load.stage_id(), " cannot follow it"));
+    }
+    const LayerRange layers = stage->model().spec().layers;
+    for (const LayerRange& other : theirs) {
+      if (layers.begin < other.end && other.begin < layers.end) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("a layer is in two of the stages that stage ", load.stage_id(),
+                         " is to follow, in stage ", before, " the second time"));
+      }
+    }
+    theirs.push_back(layers);
+  }
+  for (const auto& [id, hosted] : hosted_) {
+    for (const uint64_t before : shares_.PredecessorsOf(id)) {
+      const auto& mine = load.successor_of();
+      const LayerRange layers = hosted.layers;
+      if (std::find(mine.begin(), mine.end(), before) != mine.end() &&
+          load.layer_begin() < layers.end && layers.begin < load.layer_end()) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            "stages ", id, " and ", load.stage_id(), " would both take a layer of stage ", before));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
 void WorkerCore::OnLoad(const v1::LoadStage& load) {
   const uint64_t id = load.stage_id();
+  const auto blocks = static_cast<uint32_t>(load.cache_bytes() / traits_.block_bytes);
   const absl::Status valid = [&]() -> absl::Status {
     if (hosted_.contains(id)) {
       return absl::AlreadyExistsError(absl::StrCat("stage ", id, " is here already"));
@@ -108,15 +152,22 @@ void WorkerCore::OnLoad(const v1::LoadStage& load) {
       return absl::ResourceExhaustedError(
           absl::StrCat("this worker hosts ", kMaxHostedStages, " stages already"));
     }
-    return CheckLoad(load, traits_.num_layers, traits_.block_bytes);
+    STRAIT_RETURN_IF_ERROR(CheckLoad(load, traits_.num_layers, traits_.block_bytes));
+    STRAIT_RETURN_IF_ERROR(CheckSuccessor(load));
+    const absl::Status added =
+        shares_.Add(id, blocks, {load.successor_of().begin(), load.successor_of().end()});
+    return added.ok()
+               ? added
+               : absl::Status(added.code(), absl::StrCat("a stage of layers ", load.layer_begin(),
+                                                         " to ", load.layer_end(), " with ", blocks,
+                                                         " latent blocks: ", added.message()));
   }();
   if (!valid.ok()) return TellFailed(id, valid);
+  const LayerRange layers = {load.layer_begin(), load.layer_end()};
   const LoadOrder order = {
-      .serial = ++last_serial_,
-      .stage_id = id,
-      .spec = {.layers = {load.layer_begin(), load.layer_end()},
-               .pool_blocks = static_cast<uint32_t>(load.cache_bytes() / traits_.block_bytes)}};
+      .serial = ++last_serial_, .stage_id = id, .spec = {.layers = layers, .pool_blocks = blocks}};
   hosted_[id].load_serial = order.serial;
+  hosted_[id].layers = layers;
   ports_->Note(LogLevel::kInfo, "loading stage",
                {{"stage", id},
                 {"layer_begin", load.layer_begin()},
@@ -132,12 +183,12 @@ void WorkerCore::OnLoaded(const LoadOrder& order,
   if (hosted == nullptr || hosted->stage != nullptr || hosted->load_serial != order.serial) return;
   if (hosted->unload_when_loaded) {
     model = absl::CancelledError("unloaded");
-    hosted_.erase(id);
-    return ports_->Tell(UnloadedMessage(id));
+    return Release(id, UnloadedMessage(id));
   }
   if (!model.ok()) {
-    hosted_.erase(id);
-    return TellFailed(id, model.status());
+    ports_->Note(LogLevel::kWarning, "stage request failed",
+                 {{"stage", id}, {"why", rpc::Bounded(model.status())}});
+    return Release(id, FailedMessage(id, model.status(), {}, 0));
   }
   v1::FromWorker message = LoadedMessage(id, **model, traits_.block_bytes);
   ports_->Note(LogLevel::kInfo, "stage loaded",
@@ -145,8 +196,8 @@ void WorkerCore::OnLoaded(const LoadOrder& order,
                 {"layer_begin", (*model)->spec().layers.begin},
                 {"layer_end", (*model)->spec().layers.end},
                 {"weight_bytes", (*model)->weight_bytes()},
-                {"cache_bytes", (*model)->cache_bytes()}});
-  hosted->stage = std::make_unique<Stage>(id, *std::move(model), traits_);
+                {"cache_bytes", message.stage_state().cache_bytes()}});
+  hosted->stage = std::make_unique<Stage>(id, *std::move(model), traits_, shares_.pool());
   ports_->Tell(std::move(message));
 }
 
@@ -161,9 +212,74 @@ void WorkerCore::OnUnload(uint64_t stage_id) {
     return;
   }
   ForgetEdges(stage_id);
-  hosted_.erase(stage_id);
   ports_->Note(LogLevel::kInfo, "stage unloaded", {{"stage", stage_id}});
-  ports_->Tell(UnloadedMessage(stage_id));
+  Release(stage_id, UnloadedMessage(stage_id));
+}
+
+void WorkerCore::Release(uint64_t stage_id, v1::FromWorker told) {
+  hosted_.erase(stage_id);
+  shares_.Remove(stage_id);
+  told_when_settled_.push_back(std::move(told));
+  Settle();
+}
+
+void WorkerCore::OnResize(const v1::ResizeCache& resize) {
+  const uint64_t id = resize.stage_id();
+  Hosted* const hosted = Find(id);
+  const absl::Status valid = [&]() -> absl::Status {
+    if (hosted == nullptr || hosted->stage == nullptr) {
+      return absl::NotFoundError(absl::StrCat("stage ", id, " is not loaded here"));
+    }
+    if (hosted->resize_due) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("the cache of stage ", id, " is being resized already"));
+    }
+    STRAIT_ASSIGN_OR_RETURN(const uint32_t blocks,
+                            CheckCacheBytes(resize.cache_bytes(), traits_.block_bytes));
+    const uint32_t before = shares_.BlocksOf(id);
+    STRAIT_RETURN_IF_ERROR(shares_.Change(id, blocks));
+    const absl::Status set = hosted->stage->SetCapacity(blocks);
+    if (!set.ok()) {
+      STRAIT_CHECK(shares_.Change(id, before).ok(), "it had as much before");
+    }
+    return set;
+  }();
+  if (!valid.ok()) {
+    ports_->Note(LogLevel::kWarning, "cache not resized",
+                 {{"stage", id}, {"why", rpc::Bounded(valid)}});
+    return ports_->Tell(ResizedMessage(id, 0, valid));
+  }
+  ports_->Note(LogLevel::kInfo, "cache resized",
+               {{"stage", id}, {"cache_bytes", resize.cache_bytes()}});
+  hosted->resize_due = true;
+  Settle();
+}
+
+void WorkerCore::Settle() {
+  holds_steps_ = false;
+  for (const auto& [id, hosted] : hosted_) {
+    // Plans from before a resize have not run yet: what they close is still held.
+    if (hosted.resize_due && hosted.stage->blocks_used() > shares_.BlocksOf(id)) return;
+  }
+  if (shares_.ShrinkIsDue()) {
+    if (!shares_.CanShrink()) return;
+    for (const auto& [id, hosted] : hosted_) {
+      if (hosted.stage != nullptr && hosted.stage->num_begun() > 0) {
+        holds_steps_ = true;
+        return;
+      }
+    }
+    shares_.Shrink([this](BlockId end, std::vector<BlockMove>* moves) {
+      for (const auto& [id, hosted] : hosted_) {
+        if (hosted.stage != nullptr) hosted.stage->Compact(end, moves);
+      }
+    });
+  }
+  for (v1::FromWorker& told : std::exchange(told_when_settled_, {})) ports_->Tell(std::move(told));
+  for (auto& [id, hosted] : hosted_) {
+    if (!std::exchange(hosted.resize_due, false)) continue;
+    ports_->Tell(ResizedMessage(id, shares_.BlocksOf(id) * traits_.block_bytes, absl::OkStatus()));
+  }
 }
 
 // ---------------------------------------------------------------- epochs and edges
@@ -179,6 +295,7 @@ void WorkerCore::OnActivate(const v1::ActivateStage& activate) {
     return CheckActivate(activate);
   }();
   if (!valid.ok()) return TellFailed(id, valid, epoch);
+  if (!std::exchange(hosted->took_over, true)) TakeOver(id, *hosted);
   const PipelineEpoch before = hosted->stage->epoch();
   const absl::Status entered = hosted->stage->Activate(epoch, activate.stage_index(),
                                                        activate.num_stages(), activate.grants());
@@ -187,6 +304,20 @@ void WorkerCore::OnActivate(const v1::ActivateStage& activate) {
     TellFailed(id, absl::AbortedError("a newer epoch came"), before);
   }
   Enter(id, *hosted, activate);
+}
+
+void WorkerCore::TakeOver(uint64_t stage_id, Hosted& hosted) {
+  std::vector<Stage*> predecessors;
+  for (const uint64_t before : shares_.PredecessorsOf(stage_id)) {
+    if (Hosted* const it = Find(before)) predecessors.push_back(it->stage.get());
+  }
+  if (predecessors.empty()) return;
+  hosted.stage->TakeOver(predecessors);
+  ports_->Note(LogLevel::kInfo, "rows taken over",
+               {{"stage", stage_id},
+                {"predecessors", predecessors.size()},
+                {"sequences", hosted.stage->held().size()},
+                {"blocks", hosted.stage->blocks_used()}});
 }
 
 void WorkerCore::Enter(uint64_t stage_id, Hosted& hosted, const v1::ActivateStage& activate) {
@@ -294,6 +425,11 @@ void WorkerCore::OnPlan(v1::StepPlan plan, uint64_t now_us) {
         StuckMessage(id, epoch, step,
                      absl::NotFoundError(absl::StrCat("stage ", id, " is not loaded here")), 0));
   }
+  if (shares_.HasPredecessor(id)) {
+    return TellStuck(*hosted, step,
+                     absl::FailedPreconditionError(absl::StrCat(
+                         "a plan came for stage ", id, " before the stages that it follows went")));
+  }
   uint32_t num_rows = 0;
   const absl::Status accepted = hosted->stage->AcceptPlan(std::move(plan), now_us, &num_rows);
   if (num_rows > 0 && !hosted->stage->is_first()) {
@@ -305,6 +441,7 @@ void WorkerCore::OnPlan(v1::StepPlan plan, uint64_t now_us) {
 }
 
 std::optional<uint64_t> WorkerCore::NextReady() const {
+  if (holds_steps_) return std::nullopt;
   auto it = hosted_.upper_bound(last_begun_);
   for (size_t i = 0; i < hosted_.size(); ++i, ++it) {
     if (it == hosted_.end()) it = hosted_.begin();
@@ -317,6 +454,7 @@ void WorkerCore::BeginStep(uint64_t stage_id, const Clock& clock) {
   Hosted& hosted = *Find(stage_id);
   last_begun_ = stage_id;
   hosted.stage->BeginNext(clock, hosted.memory);
+  if (shares_.ShrinkIsDue()) Settle();  // it may have closed what is in the way
 }
 
 std::optional<uint64_t> WorkerCore::NextDone(bool* any_begun) const {
@@ -355,12 +493,16 @@ void WorkerCore::FinishStep(uint64_t stage_id, const Clock& clock) {
     TellStuck(hosted, 0, sent,
               hosted.out.edge && hosted.out.edge->over_nccl ? hosted.out.edge->to_stage_id : 0);
   }
+  if (shares_.ShrinkIsDue() || hosted.resize_due) Settle();
 }
 
 void WorkerCore::DropStages() {
   for (const auto& [id, hosted] : hosted_) ForgetEdges(id);
   ports_->CancelLoads(last_serial_);
   hosted_.clear();
+  shares_.Clear();
+  told_when_settled_.clear();
+  Settle();
 }
 
 // ---------------------------------------------------------------- telling
@@ -422,10 +564,25 @@ uint64_t WorkerCore::BlocksHeld() const {
 }
 
 absl::Status WorkerCore::CheckIntegrity() const {
+  std::vector<uint64_t> holder(shares_.pool().size(), 0);
+  uint64_t held = 0;
   for (const auto& [id, hosted] : hosted_) {
-    if (hosted.stage != nullptr) STRAIT_RETURN_IF_ERROR(hosted.stage->CheckIntegrity());
+    if (hosted.stage == nullptr) continue;
+    STRAIT_RETURN_IF_ERROR(hosted.stage->CheckIntegrity());
+    const uint64_t stage_id = id;
+    absl::Status twice;
+    hosted.stage->cache().ForBlocks([&](BlockId block) {
+      if (const uint64_t other = std::exchange(holder[block], stage_id); other != 0) {
+        twice = absl::InternalError(
+            absl::StrCat("block ", block, " is in stages ", other, " and ", stage_id));
+      }
+      ++held;
+    });
+    STRAIT_RETURN_IF_ERROR(twice);
   }
-  return absl::OkStatus();
+  if (held == shares_.pool().used()) return shares_.pool().CheckIntegrity();
+  return absl::InternalError(
+      absl::StrCat("stages hold ", held, " latent blocks, the pool lent ", shares_.pool().used()));
 }
 
 }  // namespace strait

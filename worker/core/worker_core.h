@@ -4,8 +4,8 @@
 // what it answers to its coordinator, and which step is next. Events go in, calls on its ports and
 // its transport come out.
 //
-// Owns:    the stages.
-// Borrows: WorkerPorts, Transport; they outlive it.
+// Owns:    the stages, and how they share the worker's cache.
+// Borrows: WorkerPorts, Transport, CacheMemory; they outlive it.
 // Thread:  loop thread only. No I/O, no clock of its own, no threads: the worker process
 //          (worker/service) and the simulator (tests/sim) run this same code.
 // Errors:  what the coordinator asks wrongly is answered by StageState FAILED or a StageReport with an
@@ -30,6 +30,7 @@
 #include "proto/base/log.h"
 #include "strait/v1/cluster.pb.h"
 #include "worker/backend.h"
+#include "worker/core/cache_shares.h"
 #include "worker/stage/stage.h"
 #include "worker/transport/transport.h"
 
@@ -73,9 +74,9 @@ class WorkerCore {
  public:
   enum class HostedState { kNone, kLoading, kLoaded, kActivating, kActive, kStuck };
 
-  WorkerCore(WorkerCoreOptions options, const StageTraits& traits, Transport* transport,
-             WorkerPorts* ports)
-      : options_(options), traits_(traits), transport_(transport), ports_(ports) {}
+  WorkerCore(WorkerCoreOptions options, const StageTraits& traits, CacheMemory* cache,
+             Transport* transport, WorkerPorts* ports)
+      : options_(options), traits_(traits), transport_(transport), ports_(ports), shares_(cache) {}
 
   // ---- The coordinator ----
   // What the next Hello must tell of stages that are kept. Where stages went without a coordinator, the
@@ -135,7 +136,10 @@ class WorkerCore {
   struct Hosted {
     std::unique_ptr<Stage> stage;  // null while it loads
     uint64_t load_serial = 0;
+    LayerRange layers;
     bool unload_when_loaded = false;
+    bool took_over = false;   // from its predecessors
+    bool resize_due = false;  // CacheResized not yet told
     bool activating = false;  // ACTIVE not yet told
     bool is_stuck = false;    // told that it cannot go on in this epoch
     End in;                   // from the stage before it, or of ids from the last
@@ -151,6 +155,14 @@ class WorkerCore {
   void OnLoad(const v1::LoadStage& load);
   void OnActivate(const v1::ActivateStage& activate);
   void OnUnload(uint64_t stage_id);
+  void OnResize(const v1::ResizeCache& resize);
+  // What successors of it, of stages here, must be in themselves.
+  absl::Status CheckSuccessor(const v1::LoadStage& load) const;
+  void TakeOver(uint64_t stage_id, Hosted& hosted);
+  // A stage that is loaded, or was to be, is gone from hosted_: its share goes, then it is told.
+  void Release(uint64_t stage_id, v1::FromWorker told);
+  // The cache becomes as small as it is due, once nothing is begun; then who waited for it is told.
+  void Settle();
   void OnPlan(v1::StepPlan plan, uint64_t now_us);
 
   void Enter(uint64_t stage_id, Hosted& hosted, const v1::ActivateStage& activate);
@@ -171,12 +183,15 @@ class WorkerCore {
   WorkerPorts* const ports_;
 
   bool attached_ = false;
-  uint64_t term_ = 0;         // of the coordinator that gave the stages
-  uint64_t detached_us_ = 0;  // since when
+  uint64_t term_ = 0;            // of the coordinator that gave the stages
+  uint64_t detached_us_ = 0;     // since when
   bool hello_is_stale_ = false;  // or may be
   uint64_t last_serial_ = 0;
+  CacheShares shares_;
   std::map<uint64_t, Hosted> hosted_;
-  uint64_t last_begun_ = 0;  // stage
+  std::vector<v1::FromWorker> told_when_settled_;
+  bool holds_steps_ = false;  // none begins: the cache is about to become smaller
+  uint64_t last_begun_ = 0;   // stage
 };
 
 }  // namespace strait

@@ -14,9 +14,11 @@
 #include "proto/base/status_macros.h"
 #include "worker/model/cpu_layer.h"
 #include "worker/model/cpu_workspace.h"
+#include "worker/model/host_cache.h"
 #include "worker/model/host_copies.h"
 #include "worker/model/logits.h"
 #include "worker/model/memory.h"
+#include "worker/model/shared_parts.h"
 
 namespace strait {
 namespace {
@@ -31,7 +33,9 @@ struct CpuBackend::Shared {
   std::unique_ptr<WeightSource> weights;
   std::unique_ptr<cpu::Context> context;
   std::shared_ptr<MemoryBudget> budget;
+  std::unique_ptr<HostCache> cache;
   CacheLayout layout;
+  SharedParts parts;
 
   const ModelConfig& config() const { return weights->config(); }
 };
@@ -41,18 +45,17 @@ namespace {
 class CpuStageModel final : public StageModel {
  public:
   CpuStageModel(std::shared_ptr<CpuBackend::Shared> shared, const StageSpec& spec,
-                StageWeights weights, Mapping pool, CpuWorkspace workspace,
-                MemoryBudget::Share share)
+                StageParts weights, CpuWorkspace workspace, MemoryBudget::Share share)
       : shared_(std::move(shared)),
         config_(shared_->config()),
         context_(*shared_->context),
         spec_(spec),
         weights_(std::move(weights)),
-        pool_(std::move(pool)),
         ws_(std::move(workspace)),
         share_(std::move(share)),
-        layers_(context_, config_, shared_->layout, pool_.data(), ws_),
-        copies_(spec_, pool_.data(), static_cast<uint32_t>(shared_->layout.row_bytes)) {}
+        layers_(context_, config_, shared_->layout, shared_->cache->blocks(), ws_),
+        copies_(spec_.layers.size(), shared_->cache.get(),
+                static_cast<uint32_t>(shared_->layout.row_bytes)) {}
 
   absl::Status Begin(const StageBatch& batch, HiddenIn in, HiddenOut out) override;
   bool TakesAhead(uint32_t, uint32_t) const override { return false; }
@@ -60,13 +63,16 @@ class CpuStageModel final : public StageModel {
   absl::Status Finish(std::vector<LogitsResult>* results) override;
 
   BlockCopies& copies() override { return copies_; }
+  absl::Status SetCapacity(uint32_t pool_blocks) override {
+    spec_.pool_blocks = pool_blocks;
+    return absl::OkStatus();
+  }
   const StageSpec& spec() const override { return spec_; }
   uint64_t weight_bytes() const override { return weights_.bytes; }
-  uint64_t cache_bytes() const override { return pool_.bytes(); }
 
  private:
-  bool is_first() const { return weights_.embedding.has_value(); }
-  bool is_last() const { return weights_.head.has_value(); }
+  bool is_first() const { return weights_.embedding != nullptr; }
+  bool is_last() const { return weights_.head != nullptr; }
 
   void ListRows(const StageBatch& batch);
   void Embed(uint32_t first_row, uint32_t num_rows, float* hidden);
@@ -76,9 +82,8 @@ class CpuStageModel final : public StageModel {
   const std::shared_ptr<CpuBackend::Shared> shared_;
   const ModelConfig& config_;
   cpu::Context& context_;
-  const StageSpec spec_;
-  const StageWeights weights_;
-  const Mapping pool_;
+  StageSpec spec_;
+  const StageParts weights_;
   CpuWorkspace ws_;
   const MemoryBudget::Share share_;
   CpuLayers layers_;
@@ -117,7 +122,7 @@ void CpuStageModel::ListRows(const StageBatch& batch) {
     for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer) {
       const absl::Span<const BlockId> table = sequence.page_tables[layer];
       STRAIT_CHECK(table.size() >= BlocksPerLayer(end));
-      for (const BlockId block : table) STRAIT_CHECK(block < spec_.pool_blocks);
+      for (const BlockId block : table) STRAIT_CHECK(block < shared_->cache->num_blocks());
       page_tables_[layer * batch.sequences.size() + index] = table.data();
     }
   }
@@ -149,8 +154,8 @@ absl::Status CpuStageModel::Begin(const StageBatch& batch, HiddenIn in, HiddenOu
     }
     layers_.Rotate(tile);
     for (uint32_t layer = 0; layer < spec_.layers.size(); ++layer) {
-      layers_.Run(weights_.layers[layer], page_tables_.data() + layer * batch.sequences.size(),
-                  tile, hidden);
+      layers_.Run(weights_.layers[layer]->weights,
+                  page_tables_.data() + layer * batch.sequences.size(), tile, hidden);
     }
     size_t count = 0;
     while (count < requests.size() && requests[count].row < begin + tile.num_rows) ++count;
@@ -172,7 +177,7 @@ absl::Status CpuStageModel::Finish(std::vector<LogitsResult>* results) {
 
 void CpuStageModel::Embed(uint32_t first_row, uint32_t num_rows, float* hidden) {
   EmbeddingParams p;
-  p.table = weights_.embedding->embed_tokens;
+  p.table = weights_.embedding->weights.embed_tokens;
   p.token_ids = token_ids_.data() + first_row;
   p.y = hidden;
   p.num_tokens = num_rows;
@@ -184,7 +189,7 @@ void CpuStageModel::ReadHead(const StageBatch& batch, absl::Span<const LogitsReq
                              uint32_t first_row, const float* hidden) {
   STRAIT_CHECK(is_last());
   const int64_t size = config_.hidden_size;
-  const HeadWeights& head = *weights_.head;
+  const HeadWeights& head = weights_.head->weights;
   for (size_t i = 0; i < requests.size(); ++i) {
     STRAIT_CHECK(requests[i].row >= first_row, "rows of logits must rise");
     std::copy_n(hidden + (requests[i].row - first_row) * size, size, ws_.head_rows + i * size);
@@ -244,6 +249,9 @@ absl::StatusOr<std::unique_ptr<CpuBackend>> CpuBackend::Create(
   const ModelConfig& config = shared->config();
   shared->layout =
       MakeCacheLayout(options.row_format, config.kv_lora_rank, config.qk_rope_head_dim);
+  STRAIT_ASSIGN_OR_RETURN(
+      shared->cache,
+      HostCache::Create(shared->budget, static_cast<uint64_t>(shared->layout.block_bytes)));
   return std::unique_ptr<CpuBackend>(new CpuBackend(std::move(shared)));
 }
 
@@ -260,29 +268,24 @@ absl::StatusOr<std::unique_ptr<StageModel>> CpuBackend::Load(
   }
   const auto what = absl::StrCat("a stage of layers ", spec.layers.begin, " to ", spec.layers.end,
                                  " with ", spec.pool_blocks, " latent blocks");
-  const uint64_t announced_bytes = StageWeightBytes(config, spec.layers);
-  const uint64_t pool_bytes = uint64_t{spec.pool_blocks} * block_bytes();
-  const auto bytes_with = [&config, pool_bytes](uint64_t weight_bytes) {
-    const std::vector<uint64_t> workspaces = WorkspaceSizes(config);
-    return weight_bytes + pool_bytes + workspaces[ChooseWorkspace(workspaces, weight_bytes)];
+  const std::vector<uint64_t> workspaces = WorkspaceSizes(config);
+  const auto workspace_bytes = [&workspaces](uint64_t weight_bytes) {
+    return workspaces[ChooseWorkspace(workspaces, weight_bytes)];
   };
-  // Before anything is read: a stage that cannot fit must not push others out of the page cache.
-  STRAIT_ASSIGN_OR_RETURN(MemoryBudget::Share share,
-                          MemoryBudget::Take(shared_->budget, bytes_with(announced_bytes), what));
   STRAIT_ASSIGN_OR_RETURN(
-      StageWeights weights,
-      LoadStageWeights(*shared_->weights, spec.layers, shared_->options.num_threads, progress));
-  if (weights.bytes != announced_bytes) {  // tensors of another dtype than config.json announces
-    share = MemoryBudget::Share();
-    STRAIT_ASSIGN_OR_RETURN(share,
-                            MemoryBudget::Take(shared_->budget, bytes_with(weights.bytes), what));
-  }
-  STRAIT_ASSIGN_OR_RETURN(Mapping pool, Mapping::Create(pool_bytes, "latent cache"));
+      StageParts weights,
+      shared_->parts.Load(*shared_->weights, spec.layers, shared_->budget, what,
+                          workspace_bytes(StageWeightBytes(config, spec.layers)),
+                          shared_->options.num_threads, progress));
+  STRAIT_ASSIGN_OR_RETURN(
+      MemoryBudget::Share share,
+      MemoryBudget::Take(shared_->budget, workspace_bytes(weights.bytes), what));
   STRAIT_ASSIGN_OR_RETURN(CpuWorkspace workspace, CreateCpuWorkspace(config, weights.bytes));
-  return std::make_unique<CpuStageModel>(shared_, spec, std::move(weights), std::move(pool),
-                                         std::move(workspace), std::move(share));
+  return std::make_unique<CpuStageModel>(shared_, spec, std::move(weights), std::move(workspace),
+                                         std::move(share));
 }
 
+CacheMemory& CpuBackend::cache() { return *shared_->cache; }
 uint32_t CpuBackend::hidden_row_bytes() const {
   return config().hidden_size * static_cast<uint32_t>(sizeof(float));
 }

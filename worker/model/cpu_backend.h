@@ -45,6 +45,7 @@ class CpuBackend final : public Backend {
   absl::StatusOr<std::unique_ptr<StageModel>> Load(
       const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) override;
 
+  CacheMemory& cache() override;
   uint32_t hidden_row_bytes() const override;
   uint32_t num_layers() const override;
   uint32_t vocab_size() const override;

@@ -16,9 +16,9 @@ constexpr std::align_val_t kMemoryAlign{64};
 
 }  // namespace
 
-HostCopies::HostCopies(const StageSpec& spec, std::byte* pool, uint32_t row_bytes)
-    : spec_(spec),
-      pool_(pool),
+HostCopies::HostCopies(uint32_t num_layers, const HostCache* cache, uint32_t row_bytes)
+    : num_layers_(num_layers),
+      cache_(cache),
       row_bytes_(row_bytes),
       asked_(kMaxCopiesUnderWay + 1),
       ended_(kMaxCopiesUnderWay) {}
@@ -46,7 +46,8 @@ absl::StatusOr<CopyId> HostCopies::Start(absl::Span<const BlockRows> list, CopyW
   if (on_device) {
     return absl::InvalidArgumentError("a buffer on a device, and the rows are the CPU's");
   }
-  STRAIT_ASSIGN_OR_RETURN(copy.pieces, CutCopy(list, way, spec_, row_bytes_, bytes));
+  STRAIT_ASSIGN_OR_RETURN(copy.pieces,
+                          CutCopy(list, way, num_layers_, cache_->num_blocks(), row_bytes_, bytes));
   STRAIT_RETURN_IF_ERROR(CheckCopiesUnderWay(num_under_way_));
   if (!thread_.joinable()) thread_ = std::thread([this] { Run(); });
   ++num_under_way_;
@@ -60,7 +61,7 @@ void HostCopies::Run() {
     for (const Copy& copy : asked_.PopAll(std::chrono::hours(1))) {
       if (copy.read_to == nullptr && copy.write_from == nullptr) return;
       for (const CopyPiece& piece : copy.pieces) {
-        std::byte* const rows = pool_ + piece.pool_offset;
+        std::byte* const rows = cache_->blocks() + piece.pool_offset;
         if (copy.read_to != nullptr) {
           std::memcpy(copy.read_to + piece.buffer_offset, rows, piece.bytes);
         } else {

@@ -2,7 +2,7 @@
 //
 // HostCopies copies cache rows of a pool in host memory, on a thread of its own.
 //
-// Owns:    the thread, from the first copy on.     Borrows: the pool, which outlives it.
+// Owns:    the thread, from the first copy on.     Borrows: the cache, which outlives it.
 // Thread:  as BlockCopies; the copies' thread touches only rows and buffers of copies under way.
 // Errors:  Read, Write: InvalidArgument also for memory of a device.
 // Why:     a step has computed when its Begin returns, so what a copy waits for is done when it is
@@ -16,12 +16,13 @@
 #include "proto/rpc/queue.h"
 #include "worker/backend.h"
 #include "worker/cache/copy_list.h"
+#include "worker/model/host_cache.h"
 
 namespace strait {
 
 class HostCopies final : public BlockCopies {
  public:
-  HostCopies(const StageSpec& spec, std::byte* pool, uint32_t row_bytes);
+  HostCopies(uint32_t num_layers, const HostCache* cache, uint32_t row_bytes);
   ~HostCopies() override;
 
   absl::StatusOr<CopyId> Read(absl::Span<const BlockRows> list, RowsOut to) override;
@@ -43,8 +44,8 @@ class HostCopies final : public BlockCopies {
                                size_t bytes, Copy copy);
   void Run();
 
-  const StageSpec spec_;
-  std::byte* const pool_;
+  const uint32_t num_layers_;
+  const HostCache* const cache_;
   const uint32_t row_bytes_;
 
   // Loop thread.

@@ -55,4 +55,16 @@ absl::StatusOr<MemoryBudget::Share> MemoryBudget::Take(std::shared_ptr<MemoryBud
   return Share(std::move(budget), bytes);
 }
 
+absl::Status MemoryBudget::Resize(Share* share, uint64_t bytes, std::string_view what) {
+  if (bytes > share->bytes_) {
+    auto more = Take(share->budget_, bytes - share->bytes_, what);
+    if (!more.ok()) return more.status();
+    more->bytes_ = 0;  // it is the share's now
+  } else {
+    share->budget_->used_ -= share->bytes_ - bytes;
+  }
+  share->bytes_ = bytes;
+  return absl::OkStatus();
+}
+
 }  // namespace strait

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a CPU stage takes besides weights: anonymous mappings, and the budget that all stages of a
-// worker share.
+// What a CPU worker takes besides weights: anonymous mappings, and the budget that its stages and its
+// cache share.
 //
 // Owns:    a Mapping its pages; a MemoryBudget a number.
 // Thread:  MemoryBudget any, synchronized inside; a Mapping is a plain owner.
@@ -55,6 +55,7 @@ class MemoryBudget {
       std::swap(bytes_, other.bytes_);
       return *this;
     }
+    uint64_t bytes() const { return bytes_; }
 
    private:
     friend class MemoryBudget;
@@ -66,6 +67,9 @@ class MemoryBudget {
 
   static absl::StatusOr<Share> Take(std::shared_ptr<MemoryBudget> budget, uint64_t bytes,
                                     std::string_view what);
+
+  // Makes a share of this budget larger or smaller. On error it is as before.
+  static absl::Status Resize(Share* share, uint64_t bytes, std::string_view what);
 
   uint64_t total() const { return total_; }
   uint64_t used() const { return used_.load(); }

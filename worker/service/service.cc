@@ -40,7 +40,7 @@ class WorkerProcess::Impl final : private WorkerPorts {
     transport.hidden_row_bytes = backend_->hidden_row_bytes();
     STRAIT_ASSIGN_OR_RETURN(transport_,
                             Edges::Create(transport, options_.nccl, EventsOfTransport()));
-    core_.emplace(options_.core, StageTraitsOf(*backend_), transport_.get(),
+    core_.emplace(options_.core, StageTraitsOf(*backend_), &backend_->cache(), transport_.get(),
                   static_cast<WorkerPorts*>(this));
     data_address = options_.advertise_address;
     if (data_address.empty()) {

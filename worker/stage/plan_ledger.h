@@ -31,7 +31,7 @@ namespace strait {
 // What of a stage bounds its plans.
 struct StageShape {
   uint32_t num_layers = 0;
-  uint32_t pool_blocks = 0;
+  uint32_t pool_blocks = 0;  // that it may hold
   uint32_t vocab_size = 0;
   uint32_t max_positions = 0;
   uint32_t stage_index = 0;
@@ -71,6 +71,10 @@ class PlanLedger {
   absl::StatusOr<CheckedPlan> Check(v1::StepPlan plan) const;
   // REQUIRES: `checked` is of the last Check, and nothing was committed since.
   void Commit(const CheckedPlan& checked);
+
+  // Of all plans committed; before the first one of an epoch, of what the earlier one left.
+  uint64_t blocks() const { return blocks_; }
+  void SetPoolBlocks(uint32_t pool_blocks) { shape_.pool_blocks = pool_blocks; }
 
   StepId next_step() const { return next_step_; }
 

@@ -62,6 +62,16 @@ std::vector<HeldRows> Residents::left() const {
   return left;
 }
 
+void Residents::AdoptLeft(SequenceId id, absl::Span<const TokenId> tokens,
+                          std::vector<std::vector<BlockId>> tables) {
+  const auto rows = static_cast<uint32_t>(tokens.size());
+  cache_.Adopt(id, rows, std::move(tables));
+  auto resident = std::make_shared<Resident>();
+  resident->tokens.assign(tokens.begin(), tokens.end());
+  resident->finished = rows;
+  STRAIT_CHECK(left_.emplace(id, std::move(resident)).second, "it is left already");
+}
+
 absl::Status Residents::CheckIntegrity(bool computed) const {
   STRAIT_RETURN_IF_ERROR(cache_.CheckIntegrity());
   if (residents_.size() + left_.size() != cache_.num_sequences()) {

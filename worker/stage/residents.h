@@ -44,7 +44,7 @@ struct HeldRows {
 
 class Residents {
  public:
-  Residents(uint32_t num_layers, uint32_t pool_blocks) : cache_(num_layers, pool_blocks) {}
+  Residents(uint32_t num_layers, BlockPool* pool) : cache_(num_layers, pool) {}
 
   // Of this epoch; null: not resident. Shared with the steps that have it and are not finished.
   std::shared_ptr<Resident> Find(SequenceId id) const;
@@ -58,6 +58,12 @@ class Residents {
 
   // By rising id.
   std::vector<HeldRows> left() const;
+  // The token ids of one that is left, of its rows. REQUIRES: it is.
+  absl::Span<const TokenId> TokensLeft(SequenceId id) const { return left_.at(id)->tokens; }
+  // One that a predecessor of the stage left, with the blocks of every layer. REQUIRES: neither resident
+  // nor left.
+  void AdoptLeft(SequenceId id, absl::Span<const TokenId> tokens,
+                 std::vector<std::vector<BlockId>> tables);
 
   LatentCache& cache() { return cache_; }
   const LatentCache& cache() const { return cache_; }

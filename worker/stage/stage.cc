@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <map>
 #include <string>
 #include <utility>
 
@@ -36,16 +37,19 @@ struct WaitingHidden {
 }  // namespace
 
 struct Stage::State {
-  State(uint64_t id, std::unique_ptr<StageModel> stage_model, const StageTraits& stage_traits)
+  State(uint64_t id, std::unique_ptr<StageModel> stage_model, const StageTraits& stage_traits,
+        BlockPool* block_pool)
       : stage_id(id),
         model(std::move(stage_model)),
         traits(stage_traits),
-        residents(model->spec().layers.size(), model->spec().pool_blocks),
+        pool(block_pool),
+        capacity_blocks(model->spec().pool_blocks),
+        residents(model->spec().layers.size(), block_pool),
         ledger(Shape(), {}) {}
 
   StageShape Shape() const {
     return {.num_layers = model->spec().layers.size(),
-            .pool_blocks = model->spec().pool_blocks,
+            .pool_blocks = capacity_blocks,
             .vocab_size = traits.vocab_size,
             .max_positions = traits.max_positions,
             .stage_index = stage_index,
@@ -74,11 +78,17 @@ struct Stage::State {
   void Fail();
   // What is begun goes; returns when the model has let go of it.
   void DropBegun();
+  // What is under way goes, too; sequences are left with their finished rows.
+  void LeaveEpoch();
 
   // Constant after construction.
   const uint64_t stage_id;
   const std::unique_ptr<StageModel> model;
   const StageTraits traits;
+  BlockPool* const pool;
+
+  uint32_t capacity_blocks;
+  bool is_followed = false;  // a successor took what it had
 
   // Of the epoch.
   PipelineEpoch epoch;
@@ -95,8 +105,9 @@ struct Stage::State {
   uint64_t last_end_us = 0;           // of a step
 };
 
-Stage::Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, const StageTraits& traits)
-    : state_(std::make_unique<State>(stage_id, std::move(model), traits)) {}
+Stage::Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, const StageTraits& traits,
+             BlockPool* pool)
+    : state_(std::make_unique<State>(stage_id, std::move(model), traits, pool)) {}
 
 Stage::~Stage() { state_->DropBegun(); }
 
@@ -107,7 +118,89 @@ bool Stage::is_first() const { return state_->is_first(); }
 bool Stage::is_last() const { return state_->is_last(); }
 size_t Stage::num_begun() const { return state_->begun.size(); }
 uint32_t Stage::blocks_used() const { return state_->residents.cache().blocks_used(); }
+uint32_t Stage::capacity_blocks() const { return state_->capacity_blocks; }
+const LatentCache& Stage::cache() const { return state_->residents.cache(); }
 std::vector<HeldRows> Stage::held() const { return state_->residents.left(); }
+
+absl::Status Stage::SetCapacity(uint32_t num_blocks) {
+  State& s = *state_;
+  if (s.ledger.blocks() > num_blocks) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("stage ", s.stage_id, " holds ", s.ledger.blocks(),
+                     " latent blocks after the plans that it has, it cannot do with ", num_blocks));
+  }
+  STRAIT_RETURN_IF_ERROR(s.model->SetCapacity(num_blocks));
+  s.capacity_blocks = num_blocks;
+  s.ledger.SetPoolBlocks(num_blocks);
+  return absl::OkStatus();
+}
+
+void Stage::Compact(BlockId end, std::vector<BlockMove>* moves) {
+  STRAIT_CHECK(state_->begun.empty());
+  state_->residents.cache().Compact(end, moves);
+}
+
+void Stage::State::LeaveEpoch() {
+  DropBegun();
+  plans.clear();
+  hiddens.clear();
+  returning.Clear();
+  residents.Leave();
+}
+
+void Stage::TakeOver(absl::Span<Stage* const> predecessors) {
+  State& s = *state_;
+  STRAIT_CHECK(s.epoch == PipelineEpoch());
+  const LayerRange layers = s.model->spec().layers;
+  struct Taken {
+    uint32_t rows = 0;
+    uint32_t num_layers = 0;  // that have some
+    absl::Span<const TokenId> tokens;
+    std::vector<std::vector<BlockId>> tables;
+  };
+  std::map<SequenceId, Taken> taken;
+  for (Stage* const predecessor : predecessors) {
+    State& p = *predecessor->state_;
+    if (!std::exchange(p.is_followed, true)) p.LeaveEpoch();
+    p.failed = true;
+    const LayerRange theirs = p.model->spec().layers;
+    const uint32_t begin = std::max(layers.begin, theirs.begin);
+    const uint32_t end = std::min(layers.end, theirs.end);
+    if (begin >= end) continue;
+    for (const HeldRows& held : p.residents.left()) {
+      const absl::Span<const TokenId> tokens = p.residents.TokensLeft(held.id);
+      // A stage in the middle was not told the ids of granted rows.
+      const auto known = static_cast<uint32_t>(
+          std::find(tokens.begin(), tokens.end(), kUnknownToken) - tokens.begin());
+      Taken& sequence = taken[held.id];
+      const bool first_found = sequence.tables.empty();
+      sequence.tables.resize(layers.size());
+      sequence.rows = first_found ? held.rows : std::min(sequence.rows, held.rows);
+      sequence.num_layers += end - begin;
+      if (known >= sequence.tokens.size()) sequence.tokens = tokens.subspan(0, known);
+    }
+    for (LayerIndex layer = begin; layer < end; ++layer) {
+      for (auto& [id, blocks] : p.residents.cache().GiveLayer(layer - theirs.begin)) {
+        taken.at(id).tables[layer - layers.begin] = std::move(blocks);
+      }
+    }
+  }
+  for (auto& [id, sequence] : taken) {
+    uint32_t rows = sequence.num_layers == layers.size() ? sequence.rows : 0;
+    std::vector<TokenId> tokens(sequence.tokens.begin(), sequence.tokens.end());
+    if (s.is_first() || s.is_last()) {
+      rows = std::min(rows, static_cast<uint32_t>(tokens.size()));
+    }
+    tokens.resize(rows, kUnknownToken);
+    if (rows > 0) {
+      s.residents.AdoptLeft(id, tokens, std::move(sequence.tables));
+      continue;
+    }
+    for (const std::vector<BlockId>& table : sequence.tables) {
+      for (const BlockId block : table) s.pool->Give(block);
+    }
+  }
+}
 
 absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages,
                              bool grants) {
@@ -121,19 +214,19 @@ absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t
                                                    " stages, at most ",
                                                    limits::kMaxStagesPerPipeline));
   }
+  if (s.is_followed) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("stage ", s.stage_id, " enters no epoch: another stage took its place"));
+  }
   const LayerRange layers = s.model->spec().layers;
   if (s.is_first() != (stage_index == 0) || s.is_last() != (stage_index + 1 == num_stages)) {
     return absl::InvalidArgumentError(absl::StrCat(
         "stage ", s.stage_id, " has layers ", layers.begin, " to ", layers.end, " of ",
         s.traits.num_layers, ", it cannot be number ", stage_index, " of ", num_stages));
   }
-  s.DropBegun();
+  s.LeaveEpoch();
   s.epoch = epoch;
   s.failed = false;
-  s.plans.clear();
-  s.hiddens.clear();
-  s.returning.Clear();
-  s.residents.Leave();
   s.grants = grants || num_stages == 1;
   s.stage_index = stage_index;
   s.num_stages = num_stages;

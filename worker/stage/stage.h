@@ -3,8 +3,8 @@
 // Stage is a worker's step logic without I/O: StepPlans and hidden states in, hidden states and
 // StageReports out. The same code runs in the worker process and in the simulator.
 //
-// Owns:    its StageModel, the latent blocks' bookkeeping, the resident sequences (token ids, page
-//          tables).
+// Owns:    its StageModel, the resident sequences (token ids, page tables) and their latent blocks.
+// Borrows: the worker's BlockPool.
 // Thread:  loop thread only.
 // Errors:  AcceptPlan and AcceptHidden refuse what contradicts the stage's state and leave it
 //          unchanged: Aborted (older epoch; harmless), InvalidArgument (malformed),
@@ -68,7 +68,8 @@ inline StageTraits StageTraitsOf(const Backend& backend) {
 
 class Stage {
  public:
-  Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, const StageTraits& traits);
+  Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, const StageTraits& traits,
+        BlockPool* pool);
   ~Stage();
 
   // Enters an epoch: drops plans, hidden states and, once the model has done with them, steps that
@@ -78,6 +79,21 @@ class Stage {
   // hands them to the first. A pipeline of one stage takes grants in any case.
   absl::Status Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages,
                         bool grants = false);
+
+  // The stage may hold so many blocks; plans that are accepted from now on are held to it. What it holds
+  // may take until the plans before have run to become less. FailedPrecondition: more than that are held
+  // after all plans that it accepted. Else those of StageModel::SetCapacity.
+  absl::Status SetCapacity(uint32_t num_blocks);
+  uint32_t capacity_blocks() const;
+
+  // Takes over what other stages of the worker left of its layers: of each sequence the rows that every
+  // layer has, and whose tokens this stage will need are known. Their steps that are begun end first;
+  // they enter no epoch any more. REQUIRES: it was never activated; no layer is in two of them.
+  void TakeOver(absl::Span<Stage* const> predecessors);
+
+  // Blocks of its tables from `end` on are replaced by others. REQUIRES: no step is begun; the pool was
+  // narrowed to `end`.
+  void Compact(BlockId end, std::vector<BlockMove>* moves);
 
   // What it kept, by rising id, and nobody has said yet what becomes of it.
   std::vector<HeldRows> held() const;
@@ -115,6 +131,7 @@ class Stage {
   bool is_first() const;
   bool is_last() const;
   uint32_t blocks_used() const;
+  const LatentCache& cache() const;
   // Every block is free or in exactly one table, tables match lengths. For tests and idle moments.
   absl::Status CheckIntegrity() const;
 

@@ -41,7 +41,8 @@ TEST(BlockPoolDeathTest, ChecksItsCaller) {
 
 TEST(LatentCacheTest, GrowsByPositionInEveryLayer) {
   constexpr uint32_t kLayers = 3;
-  LatentCache cache(kLayers, 30);
+  BlockPool pool(30);
+  LatentCache cache(kLayers, &pool);
   const SequenceId id{7};
   cache.Open(id);
   EXPECT_EQ(cache.blocks_used(), 0u);
@@ -61,7 +62,8 @@ TEST(LatentCacheTest, GrowsByPositionInEveryLayer) {
 }
 
 TEST(LatentCacheTest, DigestIsThatOfIdsAndLengthsByRisingId) {
-  LatentCache cache(1, 8);
+  BlockPool pool(8);
+  LatentCache cache(1, &pool);
   TablesDigest none;
   EXPECT_EQ(cache.Digest(), none.Value());
   cache.Open({9});
@@ -76,7 +78,8 @@ TEST(LatentCacheTest, DigestIsThatOfIdsAndLengthsByRisingId) {
 }
 
 TEST(LatentCacheDeathTest, ChecksItsCaller) {
-  LatentCache cache(1, 2);
+  BlockPool pool(2);
+  LatentCache cache(1, &pool);
   EXPECT_DEATH(cache.Grow({1}, 1), "not resident");
   EXPECT_DEATH(cache.Close({1}), "not resident");
   cache.Open({1});
@@ -91,8 +94,10 @@ TEST_P(LatentCacheFuzzTest, NoBlockIsLostOrOwnedTwice) {
   std::mt19937 rng(GetParam());
   constexpr uint32_t kLayers = 5;
   constexpr uint32_t kBlocks = 400;
-  LatentCache cache(kLayers, kBlocks);
-  LatentCache twin(kLayers, kBlocks);
+  BlockPool pool(kBlocks);
+  BlockPool twin_pool(kBlocks);
+  LatentCache cache(kLayers, &pool);
+  LatentCache twin(kLayers, &twin_pool);
   std::map<uint64_t, uint32_t> lengths;
   uint64_t next_id = 1;
   for (int i = 0; i < 2000; ++i) {

@@ -45,6 +45,10 @@ class RecordingPorts final : public WorkerPorts {
       what = "report " + std::to_string(message.report().error_code());
     } else if (message.has_edge_id()) {
       what = "edge id";
+    } else if (message.has_cache_resized()) {
+      const v1::CacheResized& resized = message.cache_resized();
+      what = "resized " + std::to_string(resized.cache_bytes() / kFakeBlockBytes);
+      if (resized.error_code() != 0) what += " " + std::to_string(resized.error_code());
     }
     told += (told.empty() ? "" : ", ") + what;
   }
@@ -122,7 +126,7 @@ struct Rig {
               .vocab_size = kFakeVocab,
               .max_positions = 1000,
               .block_bytes = kFakeBlockBytes},
-             &transport, &ports) {
+             &cache, &transport, &ports) {
     core.OnWelcome(WelcomeOf(1));
     if (state == State::kNone) return;
     core.OnMessage(LoadMessage(), 0);
@@ -139,7 +143,7 @@ struct Rig {
   uint64_t counter() const { return std::max<uint64_t>(epoch, 1); }
   void Loaded() {
     core.OnLoaded({.serial = 1, .stage_id = kStage},
-                  std::make_unique<FakeModel>(LayerRange{2, 4}, 100, 6));
+                  std::make_unique<FakeModel>(LayerRange{2, 4}, 100, 6, &cache));
   }
   void Plan() { core.OnMessage(PlanMessage(counter()), 0); }
   void Hidden() {
@@ -162,6 +166,7 @@ struct Rig {
     core.OnTick(2'000'000);
   }
 
+  NumberCache cache;
   RecordingTransport transport;
   RecordingPorts ports;
   WorkerCore core;

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "tests/worker/model/load_with_cache.h"
 #include "tests/worker/model/test_pipeline.h"
 #include "tests/worker/model/tiny_models.h"
 #include "worker/model/cpu_workspace.h"
@@ -73,19 +74,25 @@ TEST(CpuBackendTest, LoadsWhatFitsAndGivesItBack) {
   const std::vector<uint64_t> workspaces = WorkspaceSizes(config);
   const uint64_t fixed_bytes = layer_bytes + workspaces[ChooseWorkspace(workspaces, layer_bytes)];
   const auto backend = MakeBackend(config, 2 * (fixed_bytes + 10 * block_bytes));
-  auto first = backend->Load({{1, 2}, 10}, {});
+  auto first = LoadWithCache(backend.get(), {{1, 2}, 10});
   ASSERT_TRUE(first.ok()) << first.status();
   EXPECT_EQ((*first)->weight_bytes(), layer_bytes);
-  EXPECT_EQ((*first)->cache_bytes(), 10 * block_bytes);
-  auto second = backend->Load({{2, 3}, 10}, {});
+  auto second = LoadWithCache(backend.get(), {{2, 3}, 10});
   ASSERT_TRUE(second.ok()) << second.status();
+  const absl::Status more = backend->cache().Resize(21, {});
+  ASSERT_EQ(more.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(more.message()),
+              HasSubstr(std::to_string(block_bytes) + " bytes, available are 0"));
   auto third = backend->Load({{3, 4}, 1}, {});
   ASSERT_EQ(third.status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(third.status().message()),
-              HasSubstr(std::to_string(fixed_bytes + block_bytes) + " bytes, available are 0"));
+              HasSubstr(std::to_string(fixed_bytes) + " bytes, available are 0"));
   second->reset();
-  EXPECT_EQ(backend->Load({{3, 4}, 11}, {}).status().code(), absl::StatusCode::kResourceExhausted);
   EXPECT_TRUE(backend->Load({{3, 4}, 10}, {}).ok());
+  // What another stage has is there once.
+  third = backend->Load({{1, 2}, 10}, {});
+  ASSERT_EQ(third.status().code(), absl::StatusCode::kOk) << third.status();
+  EXPECT_EQ((*third)->weight_bytes(), layer_bytes);
 }
 
 TEST(CpuBackendTest, RefusesLayersThatTheModelDoesNotHave) {
@@ -98,7 +105,7 @@ TEST(CpuBackendTest, RefusesLayersThatTheModelDoesNotHave) {
 
 TEST(CpuBackendTest, AStageOutlivesItsBackend) {
   auto backend = MakeBackend(TinyV3(), 1 << 30);
-  auto model = backend->Load({{0, 5}, 10}, {});
+  auto model = LoadWithCache(backend.get(), {{0, 5}, 10});
   ASSERT_TRUE(model.ok());
   backend.reset();
   const std::vector<TokenId> tokens = {1, 2, 3};
@@ -125,9 +132,9 @@ TEST(CpuBackendTest, APoolCostsNothingBeforeItIsUsed) {
   const uint64_t before = ResidentBytes();
   const auto pool_blocks =
       static_cast<uint32_t>((uint64_t{4} << 30) / BlockBytes(RowFormat::kFp32, 36, 24));
-  auto model = backend->Load({{0, 5}, pool_blocks}, {});
+  auto model = LoadWithCache(backend.get(), {{0, 5}, pool_blocks});
   ASSERT_TRUE(model.ok()) << model.status();
-  EXPECT_GT((*model)->cache_bytes(), uint64_t{4000} << 20);
+  EXPECT_EQ(backend->cache().num_blocks(), pool_blocks);
   EXPECT_LT(ResidentBytes(), before + (uint64_t{64} << 20));
 }
 

@@ -23,6 +23,7 @@
 
 #include "proto/base/limits.h"
 #include "proto/model/reservation.h"
+#include "tests/worker/model/load_with_cache.h"
 #include "worker/backend.h"
 
 namespace strait::moved_rows {
@@ -43,7 +44,7 @@ inline std::unique_ptr<StageModel> LoadWhole(Backend* backend) {
   StageSpec spec;
   spec.layers = {0, backend->num_layers()};
   spec.pool_blocks = kPoolBlocksEachLayer * backend->num_layers();
-  auto model = backend->Load(spec, [](uint64_t, uint64_t) {});
+  auto model = LoadWithCache(backend, spec);
   EXPECT_TRUE(model.ok()) << model.status();
   return *std::move(model);
 }

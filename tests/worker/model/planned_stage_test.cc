@@ -10,6 +10,7 @@
 
 #include "coordinator/core/planner.h"
 #include "proto/model/stage_memory.h"
+#include "tests/worker/model/load_with_cache.h"
 #include "tests/worker/model/tiny_models.h"
 #include "worker/model/cpu_backend.h"
 #include "worker/model/cpu_workspace.h"
@@ -46,14 +47,14 @@ uint32_t LoadAsPlanned(const ModelConfig& config, RowFormat format, uint32_t num
     backend_options.row_format = format;
     const auto backend = CpuBackend::Create(backend_options, MakeRandomWeights(config, 1, 1));
     EXPECT_TRUE(backend.ok()) << backend.status();
-    const auto model = (*backend)->Load(
-        {stage.layers, static_cast<uint32_t>(stage.cache_bytes / (*backend)->block_bytes())}, {});
+    const auto model = LoadWithCache(
+        backend->get(),
+        {stage.layers, static_cast<uint32_t>(stage.cache_bytes / (*backend)->block_bytes())});
     EXPECT_TRUE(model.ok()) << model.status();
     if (!model.ok()) continue;
     const auto workspace = CreateCpuWorkspace(config, (*model)->weight_bytes());
     EXPECT_TRUE(workspace.ok()) << workspace.status();
-    EXPECT_LE((*model)->weight_bytes() + (*model)->cache_bytes() + workspace->memory.bytes(),
-              memory);
+    EXPECT_LE((*model)->weight_bytes() + stage.cache_bytes + workspace->memory.bytes(), memory);
     largest = std::max(largest, workspace->tile_rows);
   }
   return largest;

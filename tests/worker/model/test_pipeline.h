@@ -90,9 +90,14 @@ class TestPipeline {
 
  private:
   std::unique_ptr<Stage> Load(uint64_t id, const StageSpec& spec) {
+    const uint32_t free = pool_.size() - pool_.used();
+    if (free < spec.pool_blocks) {
+      EXPECT_TRUE(backend_->cache().Resize(pool_.size() + spec.pool_blocks - free, {}).ok());
+      pool_.Grow(pool_.size() + spec.pool_blocks - free);
+    }
     auto model = backend_->Load(spec, {});
     EXPECT_TRUE(model.ok()) << model.status();
-    return std::make_unique<Stage>(id, *std::move(model), StageTraitsOf(*backend_));
+    return std::make_unique<Stage>(id, *std::move(model), StageTraitsOf(*backend_), &pool_);
   }
   void Activate(size_t index) {
     const absl::Status status = stages_[index]->Activate(epoch_, static_cast<uint32_t>(index),
@@ -108,6 +113,7 @@ class TestPipeline {
   }
 
   std::unique_ptr<Backend> backend_;
+  BlockPool pool_;
   std::vector<std::unique_ptr<Stage>> stages_;
   PipelineEpoch epoch_{1, 1};
   uint64_t next_step_ = 1;

@@ -48,11 +48,11 @@ inline uint64_t FakeHash(LayerRange layers, absl::Span<const TokenId> tokens) {
 
 class FakeModel : public StageModel {
  public:
-  FakeModel(LayerRange layers, uint32_t pool_blocks, uint32_t num_layers)
+  FakeModel(LayerRange layers, uint32_t pool_blocks, uint32_t num_layers, NumberCache* cache)
       : spec_{layers, pool_blocks},
         last_(layers.end == num_layers),
-        rows_(size_t{pool_blocks} * limits::kBlockTokens),
-        copies_(spec_, rows_.data(), &copy_faults) {}
+        cache_(cache),
+        copies_(spec_.layers.size(), cache, &copy_faults) {}
 
   absl::Status Begin(const StageBatch& batch, HiddenIn in, HiddenOut out) override {
     EXPECT_LT(begun_.size(), takes_ahead ? kMaxStepsBegun : 1);
@@ -124,9 +124,12 @@ class FakeModel : public StageModel {
   }
 
   BlockCopies& copies() override { return copies_; }
+  absl::Status SetCapacity(uint32_t pool_blocks) override {
+    spec_.pool_blocks = pool_blocks;
+    return absl::OkStatus();
+  }
   const StageSpec& spec() const override { return spec_; }
   uint64_t weight_bytes() const override { return 0; }
-  uint64_t cache_bytes() const override { return rows_.size() * sizeof(uint64_t); }
 
   bool takes_ahead = true;
   uint32_t rows_ahead = 1000;
@@ -142,12 +145,12 @@ class FakeModel : public StageModel {
  private:
   uint64_t& Row(const BatchSequence& sequence, uint32_t layer, uint32_t position) {
     const BlockId block = sequence.page_tables[layer].at(position / limits::kBlockTokens);
-    return rows_.at(size_t{block} * limits::kBlockTokens + position % limits::kBlockTokens);
+    return cache_->Row(block, position % limits::kBlockTokens);
   }
 
-  const StageSpec spec_;
+  StageSpec spec_;
   const bool last_;
-  std::vector<uint64_t> rows_;
+  NumberCache* const cache_;
   PolledCopies copies_;
   std::deque<HeldBatch> begun_;
   std::vector<LogitsResult> before_;  // of the last step that is done
@@ -166,14 +169,17 @@ struct FakeStage {
   static constexpr uint32_t kMaxPositions = 2000;
 
   FakeStage(LayerRange layers, uint32_t num_layers, uint32_t pool_blocks) {
-    auto owned = std::make_unique<FakeModel>(layers, pool_blocks, num_layers);
+    EXPECT_TRUE(cache.Resize(pool_blocks, {}).ok());
+    pool.Grow(pool_blocks);
+    auto owned = std::make_unique<FakeModel>(layers, pool_blocks, num_layers, &cache);
     model = owned.get();
     stage = std::make_unique<Stage>(kStageId, std::move(owned),
                                     StageTraits{.num_layers = num_layers,
                                                 .hidden_row_bytes = kFakeHiddenRowBytes,
                                                 .vocab_size = kFakeVocab,
                                                 .max_positions = kMaxPositions,
-                                                .block_bytes = kFakeBlockBytes});
+                                                .block_bytes = kFakeBlockBytes},
+                                    &pool);
   }
 
   v1::StepPlan Plan(uint64_t step) const {
@@ -200,6 +206,8 @@ struct FakeStage {
     return Finish();
   }
 
+  NumberCache cache;
+  BlockPool pool;
   FakeModel* model;
   std::unique_ptr<Stage> stage;
   uint64_t now_us = 0;
