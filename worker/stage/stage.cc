@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <deque>
-#include <map>
 #include <string>
 #include <utility>
 
@@ -17,6 +16,7 @@
 #include "worker/stage/begun_step.h"
 #include "worker/stage/plan_ledger.h"
 #include "worker/stage/returning_ids.h"
+#include "worker/stage/take_over.h"
 
 namespace strait {
 namespace {
@@ -151,55 +151,14 @@ void Stage::State::LeaveEpoch() {
 void Stage::TakeOver(absl::Span<Stage* const> predecessors) {
   State& s = *state_;
   STRAIT_CHECK(s.epoch == PipelineEpoch());
-  const LayerRange layers = s.model->spec().layers;
-  struct Taken {
-    uint32_t rows = 0;
-    uint32_t num_layers = 0;  // that have some
-    absl::Span<const TokenId> tokens;
-    std::vector<std::vector<BlockId>> tables;
-  };
-  std::map<SequenceId, Taken> taken;
+  std::vector<Predecessor> theirs;
   for (Stage* const predecessor : predecessors) {
     State& p = *predecessor->state_;
     if (!std::exchange(p.is_followed, true)) p.LeaveEpoch();
     p.failed = true;
-    const LayerRange theirs = p.model->spec().layers;
-    const uint32_t begin = std::max(layers.begin, theirs.begin);
-    const uint32_t end = std::min(layers.end, theirs.end);
-    if (begin >= end) continue;
-    for (const HeldRows& held : p.residents.left()) {
-      const absl::Span<const TokenId> tokens = p.residents.TokensLeft(held.id);
-      // A stage in the middle was not told the ids of granted rows.
-      const auto known = static_cast<uint32_t>(
-          std::find(tokens.begin(), tokens.end(), kUnknownToken) - tokens.begin());
-      Taken& sequence = taken[held.id];
-      const bool first_found = sequence.tables.empty();
-      sequence.tables.resize(layers.size());
-      sequence.rows = first_found ? held.rows : std::min(sequence.rows, held.rows);
-      sequence.num_layers += end - begin;
-      if (known >= sequence.tokens.size()) sequence.tokens = tokens.subspan(0, known);
-    }
-    for (LayerIndex layer = begin; layer < end; ++layer) {
-      for (auto& [id, blocks] : p.residents.cache().GiveLayer(layer - theirs.begin)) {
-        taken.at(id).tables[layer - layers.begin] = std::move(blocks);
-      }
-    }
+    theirs.push_back({p.model->spec().layers, &p.residents});
   }
-  for (auto& [id, sequence] : taken) {
-    uint32_t rows = sequence.num_layers == layers.size() ? sequence.rows : 0;
-    std::vector<TokenId> tokens(sequence.tokens.begin(), sequence.tokens.end());
-    if (s.is_first() || s.is_last()) {
-      rows = std::min(rows, static_cast<uint32_t>(tokens.size()));
-    }
-    tokens.resize(rows, kUnknownToken);
-    if (rows > 0) {
-      s.residents.AdoptLeft(id, tokens, std::move(sequence.tables));
-      continue;
-    }
-    for (const std::vector<BlockId>& table : sequence.tables) {
-      for (const BlockId block : table) s.pool->Give(block);
-    }
-  }
+  TakeOverRows(theirs, s.model->spec().layers, s.is_first() || s.is_last(), s.pool, &s.residents);
 }
 
 absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages,
