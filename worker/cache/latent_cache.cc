@@ -54,6 +54,7 @@ LatentCache::LatentCache(uint32_t num_layers, uint32_t num_blocks)
 void LatentCache::Open(SequenceId id) {
   const auto [it, inserted] = sequences_.try_emplace(id);
   STRAIT_CHECK(inserted, "the sequence is resident already");
+  it->second.tables_id = ++last_tables_id_;
   it->second.tables.resize(num_layers_);
   it->second.views.resize(num_layers_);
 }
@@ -92,8 +93,9 @@ void LatentCache::Cut(SequenceId id, uint32_t length) {
   STRAIT_CHECK(it != sequences_.end(), "the sequence is not resident");
   Sequence& sequence = it->second;
   STRAIT_CHECK(length <= sequence.length, "a cut does not lengthen");
-  sequence.length = length;
   const uint32_t num_blocks = BlocksPerLayer(length);
+  if (num_blocks < BlocksPerLayer(sequence.length)) sequence.tables_id = ++last_tables_id_;
+  sequence.length = length;
   for (uint32_t layer = 0; layer < num_layers_; ++layer) {
     std::vector<BlockId>& table = sequence.tables[layer];
     for (; table.size() > num_blocks; table.pop_back()) pool_.Give(table.back());
@@ -111,6 +113,12 @@ absl::Span<const absl::Span<const BlockId>> LatentCache::PageTables(SequenceId i
   const auto it = sequences_.find(id);
   STRAIT_CHECK(it != sequences_.end(), "the sequence is not resident");
   return it->second.views;
+}
+
+uint64_t LatentCache::tables_id(SequenceId id) const {
+  const auto it = sequences_.find(id);
+  STRAIT_CHECK(it != sequences_.end(), "the sequence is not resident");
+  return it->second.tables_id;
 }
 
 uint64_t LatentCache::Digest() const {

@@ -74,6 +74,9 @@ class LatentCache {
   // [num_layers]: that layer's blocks by position / 64. Valid until the sequence grows or closes.
   // REQUIRES: resident.
   absl::Span<const absl::Span<const BlockId>> PageTables(SequenceId id) const;
+  // BatchSequence::tables_id of these: rises over the cache's life, never 0. Another one as soon as an
+  // entry is no longer what it was; Grow, which only appends, keeps it. REQUIRES: resident.
+  uint64_t tables_id(SequenceId id) const;
 
   // StageReport.tables_digest.
   uint64_t Digest() const;
@@ -85,12 +88,14 @@ class LatentCache {
  private:
   struct Sequence {
     uint32_t length = 0;
+    uint64_t tables_id = 0;
     std::vector<std::vector<BlockId>> tables;      // [num_layers]
     std::vector<absl::Span<const BlockId>> views;  // [num_layers] of tables
   };
 
   const uint32_t num_layers_;
   BlockPool pool_;
+  uint64_t last_tables_id_ = 0;
   std::map<SequenceId, Sequence> sequences_;  // ordered: the digest goes by rising id
 };
 

@@ -23,6 +23,7 @@
 #include "kernels/cuda/attention/mla_plan.h"
 #include "worker/backend.h"
 #include "worker/model/cuda/device_copies.h"
+#include "worker/model/cuda/device_tables.h"
 #include "worker/model/cuda/graph_ledger.h"
 #include "worker/model/cuda/head.h"
 #include "worker/model/cuda/layers.h"
@@ -129,6 +130,7 @@ class CudaStageModel final : public StageModel {
   std::optional<CudaHead> head_;  // last stage
   std::unique_ptr<DeviceCopies> copies_;
 
+  std::optional<DeviceTables> page_tables_;
   // Used in turn.
   std::array<Slot, kMaxStepsBegun> slots_;
   size_t next_slot_ = 0;
