@@ -171,7 +171,6 @@ TEST(TablePlacesTest, RandomLives) {
       brought += columns.Step(batch);
       ASSERT_FALSE(HasFailure()) << "step " << i << " of a pool of " << pool;
     }
-    std::printf("RATIO%u %f\n", pool, double(brought) / double(had));
     EXPECT_TRUE(pool < 64 || brought < had / 2) << "brought " << brought << " of " << had;
   }
 }
