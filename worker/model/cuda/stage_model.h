@@ -53,6 +53,9 @@ class CudaStageModel final : public StageModel {
   const StageSpec& spec() const override { return spec_; }
   uint64_t weight_bytes() const override { return bytes_.weights; }
   uint64_t cache_bytes() const override { return bytes_.pool; }
+  const DeviceTables& page_tables() const {
+    return *page_tables_;
+  }  // what steps bring is counted there
 
  private:
   CudaStageModel(std::shared_ptr<const void> alive, const ModelConfig& config,
