@@ -74,8 +74,8 @@ class LatentCache {
   // [num_layers]: that layer's blocks by position / 64. Valid until the sequence grows or closes.
   // REQUIRES: resident.
   absl::Span<const absl::Span<const BlockId>> PageTables(SequenceId id) const;
-  // BatchSequence::tables_id of these: rises over the cache's life, never 0. Another one as soon as an
-  // entry is no longer what it was; Grow, which only appends, keeps it. REQUIRES: resident.
+  // BatchSequence::tables_id of these: given once in the cache's life, rising, never 0. Another one as
+  // soon as an entry goes or changes; Grow, which only appends, keeps it. REQUIRES: resident.
   uint64_t tables_id(SequenceId id) const;
 
   // StageReport.tables_digest.

@@ -8,8 +8,8 @@
 // Thread:  loop thread only.
 // Shapes:  the tables of a sequence lie in one place, [num_layers, room] entries.
 // Stream:  new entries are one copy and one launch behind it, both behind the kernels of steps before:
-//          so a place may be another sequence's while a step that is begun has yet to read it. What is
-//          before the first kernel of this step must be a copy: StepTables'.
+//          so a place may go to another sequence while a step that is begun has yet to read it. A copy
+//          must lie between this and the step's first kernel, which begins early: StepTables'.
 // Errors:  Bring: those of CUDA; all is brought anew then.
 // Limits:  NumEntries and ArrivalBytes suffice for a batch within proto/base/limits.h whose blocks are
 //          the pool's.

@@ -11,7 +11,7 @@
 // Why:     nobody says that a sequence was closed, and tables that were cut come back under another
 //          number. So places are taken from those that no step had for longest. Room doubles: a
 //          sequence of n columns moves log2(n) times in its life. If what is free is in pieces, all is
-//          forgotten and the batch laid out anew, as if every step uploaded all it has.
+//          forgotten and the batch laid out anew: that step brings all that it has.
 #pragma once
 
 #include <cstdint>
