@@ -7,6 +7,7 @@
 #include "kernels/cuda/moe/moe.h"
 #include "proto/base/check.h"
 #include "proto/base/limits.h"
+#include "worker/model/cuda/device_tables.h"
 #include "worker/model/cuda/prompt_plan.h"
 #include "worker/model/cuda/weights.h"
 
@@ -81,6 +82,8 @@ CudaWorkspace LayOutCudaWorkspace(const ModelConfig& c, LayerRange layers, const
   w.cos_sin = region.Take<float>(t * rope);
   w.handed = region.Take<uint64_t>(uint64_t{cuda::kMaxChooseTokens} * c.n_routed_experts);
   w.tables = region.Take<std::byte>(limits.table_bytes);
+  w.arrivals = region.Take<std::byte>(limits.arrival_bytes);
+  w.page_tables = region.Take<uint32_t>(limits.page_table_entries);
   w.plan = region.Take<std::byte>(limits.plan_bytes);
   w.copies = region.Take<std::byte>(kCudaCopyStagingBytes);
   const auto partial_rows = static_cast<uint64_t>(limits.mla.max_partials) * cuda::kMlaTileRows;
@@ -166,8 +169,9 @@ StepLimits MakeStepLimits(const ModelConfig& c, LayerRange layers, uint32_t pool
   tables.Take<int32_t>(limits::kMaxStepTokens);
   tables.Take<int32_t>(limits::kMaxStepTokens);
   tables.Take<cuda::MlaSegment>(uint64_t{layers.size()} * limits::kMaxStepSequences);
-  tables.Take<uint32_t>(pool_blocks);
   limits.table_bytes = tables.end();
+  limits.arrival_bytes = DeviceTables::ArrivalBytes(pool_blocks);
+  limits.page_table_entries = DeviceTables::NumEntries(layers.size(), pool_blocks);
   LimitPlans(c, traits, &limits);
   return limits;
 }

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "proto/base/limits.h"
 #include "proto/model/reservation.h"
+#include "worker/model/cuda/device_tables.h"
 
 namespace strait {
 namespace {
@@ -66,8 +67,7 @@ StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
   costs.layer_bytes.front() -= costs.embedding_bytes;
   costs.head_bytes = WeightBytes(c, {n - 1, n}, traits) - costs.layer_bytes.back() -
                      (n == 1 ? costs.embedding_bytes : 0);
-  costs.block_bytes =
-      PoolBlockBytes(c, traits) + sizeof(uint32_t);  // and its entry in a page table
+  costs.block_bytes = PoolBlockBytes(c, traits) + DeviceTables::kBytesEachBlock;
   costs.layer_workspace_bytes =
       kCudaGraphBytesEachLayer + limits::kMaxStepSequences * sizeof(cuda::MlaSegment);
   static_assert(limits::kMaxStepSequences * sizeof(cuda::MlaSegment) % Region::kAlign == 0);
@@ -79,9 +79,9 @@ StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
       Region region(nullptr);
       region.Take<float>(c.qk_rope_head_dim / 2);
       LayOutCudaWorkspace(c, none, MakeStepLimits(c, none, 0, rows, traits), region);
-      // And rounding where the page tables end.
+      // And rounding where the page tables end, and their new entries.
       (none.end == n ? costs.last_workspace_bytes : costs.workspace_bytes)
-          .push_back(region.end() + Region::kAlign + kCudaGraphBytes);
+          .push_back(region.end() + 2 * Region::kAlign + kCudaGraphBytes);
     }
   }
   return costs;

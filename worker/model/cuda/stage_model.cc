@@ -81,6 +81,7 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
 
   layers_.emplace(config_, pool_, ws_, layout.inv_freq, stream_);
   if (weights_.norm != nullptr) head_.emplace(config_, limits_, ws_, weights_, stream_);
+  page_tables_.emplace(spec_, ws_.page_tables, ws_.arrivals);
   for (Slot& slot : slots_) STRAIT_RETURN_IF_ERROR(InitSlot(&slot));
   STRAIT_ASSIGN_OR_RETURN(
       copies_,
@@ -101,7 +102,7 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
 }
 
 absl::Status CudaStageModel::InitSlot(Slot* slot) {
-  STRAIT_ASSIGN_OR_RETURN(StepTables tables, StepTables::Create(limits_.table_bytes, ws_.tables));
+  STRAIT_ASSIGN_OR_RETURN(StepTables tables, StepTables::Create(limits_, ws_.tables));
   slot->tables.emplace(std::move(tables));
   STRAIT_ASSIGN_OR_RETURN(slot->plan, PinnedMemory::Create(limits_.plan_bytes));
   if (weights_.embed_tokens.empty() || !head_) {
@@ -167,7 +168,8 @@ absl::Status CudaStageModel::Enqueue(const StageBatch& batch, HiddenIn hidden_in
     STRAIT_CHECK(num_begun_ == 0, "a step of several tiles is not taken ahead");
   }
   StepTables& tables = *slot->tables;
-  STRAIT_RETURN_IF_ERROR(tables.Fill(batch, spec_, config_.max_position_embeddings, stream_));
+  STRAIT_RETURN_IF_ERROR(
+      tables.Fill(batch, config_.max_position_embeddings, &*page_tables_, stream_));
   uint32_t first_request = 0;
   for (uint32_t begin = 0; begin < batch.num_tokens; begin += limits_.tile_rows) {
     CudaTile tile;

@@ -23,6 +23,7 @@
 #include "kernels/cuda/attention/mla_plan.h"
 #include "worker/backend.h"
 #include "worker/model/cuda/device_copies.h"
+#include "worker/model/cuda/device_tables.h"
 #include "worker/model/cuda/graph_ledger.h"
 #include "worker/model/cuda/head.h"
 #include "worker/model/cuda/layers.h"
@@ -52,6 +53,9 @@ class CudaStageModel final : public StageModel {
   const StageSpec& spec() const override { return spec_; }
   uint64_t weight_bytes() const override { return bytes_.weights; }
   uint64_t cache_bytes() const override { return bytes_.pool; }
+  const DeviceTables& page_tables() const {
+    return *page_tables_;
+  }  // what steps bring is counted there
 
  private:
   CudaStageModel(std::shared_ptr<const void> alive, const ModelConfig& config,
@@ -129,6 +133,7 @@ class CudaStageModel final : public StageModel {
   std::optional<CudaHead> head_;  // last stage
   std::unique_ptr<DeviceCopies> copies_;
 
+  std::optional<DeviceTables> page_tables_;
   // Used in turn.
   std::array<Slot, kMaxStepsBegun> slots_;
   size_t next_slot_ = 0;

@@ -198,7 +198,7 @@ TEST_F(CudaBackendTest, ARowFormatIsPartOfWhatItSaysOfItself) {
   const auto fp8 = MakeCuda(Model(), {.memory_bytes = 1 << 30, .row_format = RowFormat::kFp8});
   EXPECT_EQ(bf16->block_bytes(), 64u * 144);  // 48 + 24 columns of two bytes
   EXPECT_EQ(fp8->block_bytes(), 64u * 112);   // 48 codes, a scale, 24 columns of two bytes: 100
-  EXPECT_EQ(fp8->block_bytes() + 4, fp8->stage_costs().block_bytes);
+  EXPECT_EQ(fp8->block_bytes() + 12, fp8->stage_costs().block_bytes);
   EXPECT_NE(bf16->numerics_id().find("/bf16"), std::string::npos) << bf16->numerics_id();
   EXPECT_NE(fp8->numerics_id().find("/fp8"), std::string::npos) << fp8->numerics_id();
 }

@@ -61,9 +61,13 @@ class OneLayer {
     EXPECT_EQ(cuda::MakeMlaPoolMap(pool_.blocks, kPoolBlocks, kBlockBytes, &pool_.map),
               cudaSuccess);
     layers_.emplace(config_, pool_, ws_, inv_freq_->data(), nullptr);
-    auto tables = StepTables::Create(limits_.table_bytes, ws_.tables);
+    auto tables = StepTables::Create(limits_, ws_.tables);
     EXPECT_TRUE(tables.ok()) << tables.status();
     tables_.emplace(*std::move(tables));
+    StageSpec spec;
+    spec.layers = kLayers;
+    spec.pool_blocks = kPoolBlocks;
+    page_tables_.emplace(spec, ws_.page_tables, ws_.arrivals);
   }
 
   // What the layer adds to `hidden`. `key_rows`: room for expanded keys; 0: all are absorbed.
@@ -136,10 +140,8 @@ class OneLayer {
       batch.num_tokens += chunks[s].num_tokens;
     }
     batch.sequences = sequences;
-    StageSpec spec;
-    spec.layers = kLayers;
-    spec.pool_blocks = kPoolBlocks;
-    EXPECT_TRUE(tables_->Fill(batch, spec, config_.max_position_embeddings, nullptr).ok());
+    EXPECT_TRUE(
+        tables_->Fill(batch, config_.max_position_embeddings, &*page_tables_, nullptr).ok());
   }
 
   uint64_t LayOut(std::byte* base) {
@@ -160,6 +162,7 @@ class OneLayer {
   CudaPool pool_;
   std::optional<Buffer<float>> inv_freq_;
   std::optional<CudaLayers> layers_;
+  std::optional<DeviceTables> page_tables_;
   std::optional<StepTables> tables_;
 };
 
