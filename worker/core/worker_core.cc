@@ -281,7 +281,7 @@ void WorkerCore::BeginStep(uint64_t stage_id, const Clock& clock) {
   Hosted& hosted = *Find(stage_id);
   last_begun_ = stage_id;
   hosted.stage->BeginNext(clock, hosted.memory);
-  if (shares_.ShrinkIsDue()) Settle();  // it may have closed what is in the way
+  if (shares_.ShrinkIsDue() || hosted.resize_due) Settle();  // it may have closed what is in the way
 }
 
 std::optional<uint64_t> WorkerCore::NextDone(bool* any_begun) const {

@@ -23,17 +23,17 @@ absl::StatusOr<std::unique_ptr<CudaCache>> CudaCache::Create(DeviceArena& arena,
   CudaPool& pool = cache->pool_;
   pool.blocks = cache->memory_.data();
   pool.format = format;
-  pool.block_bytes = static_cast<int64_t>(
-      BlockBytes(format, config.kv_lora_rank, config.qk_rope_head_dim));
+  pool.block_bytes =
+      static_cast<int64_t>(BlockBytes(format, config.kv_lora_rank, config.qk_rope_head_dim));
+  cache->most_blocks_ = static_cast<uint32_t>(std::clamp<int64_t>(
+      static_cast<int64_t>(most) / pool.block_bytes, 1, std::numeric_limits<int32_t>::max()));
   const auto rank = static_cast<int32_t>(config.kv_lora_rank);
   const auto rope = static_cast<int32_t>(config.qk_rope_head_dim);
   if (format == RowFormat::kBf16 &&
       cuda::MlaAutoPath(format, rank, rope) == cuda::MlaPath::kHopper) {
     // Of all blocks that there may ever be: a map says where they lie, not that they do.
-    const auto blocks = std::clamp<int64_t>(static_cast<int64_t>(most) / pool.block_bytes, 1,
-                                            std::numeric_limits<int32_t>::max());
     STRAIT_CUDA_RETURN_IF_ERROR(
-        cuda::MakeMlaPoolMap(pool.blocks, blocks, pool.block_bytes, &pool.map));
+        cuda::MakeMlaPoolMap(pool.blocks, cache->most_blocks_, pool.block_bytes, &pool.map));
   }
   return cache;
 }
@@ -50,9 +50,9 @@ absl::Status CudaCache::Resize(uint32_t num_blocks, absl::Span<const BlockMove> 
   const uint64_t before = memory_.bytes();
   if (num_blocks < num_blocks_) {
     for (const BlockMove& move : moves) {
-      STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(
-          pool_.blocks + move.to * block_bytes, pool_.blocks + move.from * block_bytes, block_bytes,
-          cudaMemcpyDeviceToDevice, stream_));
+      STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(pool_.blocks + move.to * block_bytes,
+                                                  pool_.blocks + move.from * block_bytes,
+                                                  block_bytes, cudaMemcpyDeviceToDevice, stream_));
     }
     STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
   }

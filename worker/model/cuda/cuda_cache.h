@@ -33,6 +33,8 @@ class CudaCache final : public CacheMemory {
 
   absl::Status Resize(uint32_t num_blocks, absl::Span<const BlockMove> moves) override;
   uint32_t num_blocks() const override { return num_blocks_; }
+  // That there are addresses for.
+  uint32_t most_blocks() const { return most_blocks_; }
   // Constant: what there is of it grows and shrinks at its end.
   const CudaPool& pool() const { return pool_; }
 
@@ -42,6 +44,7 @@ class CudaCache final : public CacheMemory {
   int device_ = 0;
   DeviceArena::Lease memory_;
   CudaPool pool_;
+  uint32_t most_blocks_ = 0;
   cudaStream_t stream_ = nullptr;
   std::atomic<uint32_t> num_blocks_ = 0;
 };

@@ -7,7 +7,6 @@
 #include "kernels/cuda/moe/moe.h"
 #include "proto/base/check.h"
 #include "proto/base/limits.h"
-#include "worker/model/cuda/device_tables.h"
 #include "worker/model/cuda/prompt_plan.h"
 #include "worker/model/cuda/weights.h"
 
@@ -82,8 +81,6 @@ CudaWorkspace LayOutCudaWorkspace(const ModelConfig& c, LayerRange layers, const
   w.cos_sin = region.Take<float>(t * rope);
   w.handed = region.Take<uint64_t>(uint64_t{cuda::kMaxChooseTokens} * c.n_routed_experts);
   w.tables = region.Take<std::byte>(limits.table_bytes);
-  w.arrivals = region.Take<std::byte>(limits.arrival_bytes);
-  w.page_tables = region.Take<uint32_t>(limits.page_table_entries);
   w.plan = region.Take<std::byte>(limits.plan_bytes);
   w.copies = region.Take<std::byte>(kCudaCopyStagingBytes);
   const auto partial_rows = static_cast<uint64_t>(limits.mla.max_partials) * cuda::kMlaTileRows;
@@ -147,8 +144,8 @@ bool ExpandsPrompts(const ModelConfig& c, const CudaTraits& traits) {
          c.qk_nope_head_dim == cuda::kMhaNope && c.v_head_dim == cuda::kMhaValue;
 }
 
-StepLimits MakeStepLimits(const ModelConfig& c, LayerRange layers, uint32_t pool_blocks,
-                          uint32_t tile_rows, const CudaTraits& traits) {
+StepLimits MakeStepLimits(const ModelConfig& c, LayerRange layers, uint32_t tile_rows,
+                          const CudaTraits& traits) {
   StepLimits limits;
   limits.tile_rows = tile_rows;
   limits.deterministic = traits.deterministic;
@@ -170,8 +167,6 @@ StepLimits MakeStepLimits(const ModelConfig& c, LayerRange layers, uint32_t pool
   tables.Take<int32_t>(limits::kMaxStepTokens);
   tables.Take<cuda::MlaSegment>(uint64_t{layers.size()} * limits::kMaxStepSequences);
   limits.table_bytes = tables.end();
-  limits.arrival_bytes = DeviceTables::ArrivalBytes(pool_blocks);
-  limits.page_table_entries = DeviceTables::NumEntries(layers.size(), pool_blocks);
   LimitPlans(c, traits, &limits);
   return limits;
 }

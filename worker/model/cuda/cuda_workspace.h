@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a stage has on the device besides weights and cache: the activations of one tile of rows, the
-// tables of one step, and page tables, which stay over steps.
+// What a stage has on the device besides weights, cache and page tables: the activations of one tile of
+// rows, and the tables of one step.
 //
 // Borrows: one region of device memory.
 // Thread:  a plain value.
@@ -42,6 +42,11 @@ struct CudaTraits {
   bool fp8_activations = false;
   uint32_t max_step_tokens = kCudaMaxTileRows;  // no tile is larger
   bool has_mha_prefill = false;                 // the device has the kernel of the expanded form
+  uint64_t slab_bytes = Region::kAlign;  // what is taken is a multiple of it (device_arena.h)
+
+  uint64_t RoundUp(uint64_t bytes) const {
+    return (bytes + slab_bytes - 1) / slab_bytes * slab_bytes;
+  }
 };
 
 // Whether prompts attend in the expanded form where a tile is large enough for them.
@@ -50,14 +55,12 @@ bool ExpandsPrompts(const ModelConfig& config, const CudaTraits& traits);
 // What a step can need at most.
 struct StepLimits {
   uint32_t tile_rows = 0;
-  uint32_t head_rows = 0;           // whose logits exist at a time
-  uint64_t head_entries = 0;        // penalties, biases, bans of these rows
-  uint64_t table_bytes = 0;         // step tables: rows, segments
-  uint64_t arrival_bytes = 0;       // new entries of page tables on their way
-  uint64_t page_table_entries = 0;  // of tables that stay
-  cuda::MlaPlanLimits mla;          // of one launch of attention
-  uint64_t plan_bytes = 0;          // of all launches' plans
-  int32_t expanded_keys = 0;        // rows; of one launch of the expanded form
+  uint32_t head_rows = 0;     // whose logits exist at a time
+  uint64_t head_entries = 0;  // penalties, biases, bans of these rows
+  uint64_t table_bytes = 0;   // step tables: rows, segments
+  cuda::MlaPlanLimits mla;    // of one launch of attention
+  uint64_t plan_bytes = 0;    // of all launches' plans
+  int32_t expanded_keys = 0;  // rows; of one launch of the expanded form
   bool deterministic = false;
   bool fp8_activations = false;
 };
@@ -70,17 +73,15 @@ struct CudaWorkspace {
   float* split_sums = nullptr;   // [kCudaSplitFloats]; deterministic: null
   bool fixed_order = false;      // products sum in an order that the weight alone says
   // With fp8 activations: what the next product of fp8 weights reads; else null.
-  uint8_t* x_codes = nullptr;       // [most elements of padded rows]
-  float* x_scales = nullptr;        // [most of their scales]
-  float* cos_sin = nullptr;         // [T, D]
-  uint64_t* handed = nullptr;       // [kMaxChooseTokens, E], 0 between kernels
-  std::byte* tables = nullptr;      // [StepLimits::table_bytes]
-  std::byte* arrivals = nullptr;    // [StepLimits::arrival_bytes]
-  uint32_t* page_tables = nullptr;  // [StepLimits::page_table_entries]
-  std::byte* plan = nullptr;        // [StepLimits::plan_bytes]
-  std::byte* copies = nullptr;      // [kCudaCopyStagingBytes], of copies of rows beside the steps
-  float* partial_out = nullptr;     // [max_partials, 64, R]
-  float* partial_lse = nullptr;     // [max_partials, 64]
+  uint8_t* x_codes = nullptr;    // [most elements of padded rows]
+  float* x_scales = nullptr;     // [most of their scales]
+  float* cos_sin = nullptr;      // [T, D]
+  uint64_t* handed = nullptr;    // [kMaxChooseTokens, E], 0 between kernels
+  std::byte* tables = nullptr;   // [StepLimits::table_bytes]
+  std::byte* plan = nullptr;     // [StepLimits::plan_bytes]
+  std::byte* copies = nullptr;   // [kCudaCopyStagingBytes], of copies of rows beside the steps
+  float* partial_out = nullptr;  // [max_partials, 64, R]
+  float* partial_lse = nullptr;  // [max_partials, 64]
   // By LogitsRequest of the step before: it lies beside the layers' buffers, not under them.
   int32_t* sampled_ids = nullptr;  // [kMaxStepTokens]; last stage
 
@@ -122,8 +123,8 @@ struct CudaWorkspace {
 // Row indices, sampling rows, entries of one product of the head.
 uint64_t HeadTableBytes(const StepLimits& limits);
 
-StepLimits MakeStepLimits(const ModelConfig& config, LayerRange layers, uint32_t pool_blocks,
-                          uint32_t tile_rows, const CudaTraits& traits);
+StepLimits MakeStepLimits(const ModelConfig& config, LayerRange layers, uint32_t tile_rows,
+                          const CudaTraits& traits);
 
 CudaWorkspace LayOutCudaWorkspace(const ModelConfig& config, LayerRange layers,
                                   const StepLimits& limits, Region& region);

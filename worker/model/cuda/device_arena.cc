@@ -35,11 +35,11 @@ absl::StatusOr<std::shared_ptr<DeviceArena>> DeviceArena::Create(
     cuda::Slab slab = 0;
     const cudaError_t error = cuda::CreateSlab(device, slab_bytes, &slab);
     if (error == cudaErrorMemoryAllocation) {
-      return absl::ResourceExhaustedError(absl::StrCat(
-          "the GPU has ", i * slab_bytes, " bytes of memory left, this worker was to take ",
-          count * slab_bytes,
-          ": stop what else uses the GPU, or give this worker less (--memory, "
-          "--gpu-memory-share)"));
+      return absl::ResourceExhaustedError(
+          absl::StrCat("the GPU has ", i * slab_bytes,
+                       " bytes of memory left, this worker was to take ", count * slab_bytes,
+                       ": stop what else uses the GPU, or give this worker less (--memory, "
+                       "--gpu-memory-share)"));
     }
     STRAIT_CUDA_RETURN_IF_ERROR(error);
     arena->free_.push_back(slab);
@@ -100,9 +100,9 @@ absl::Status DeviceArena::Lease::Resize(uint64_t bytes, std::string_view what) {
     absl::StatusOr<cuda::Slab> slab = arena_->TakeSlab();
     absl::Status status = slab.status();
     if (status.ok()) {
-      status = CudaStatus(cuda::MapSlab(data_ + slabs_.size() * slab_bytes, slab_bytes, *slab,
-                                        arena_->device_),
-                          "mapping device memory");
+      status = CudaStatus(
+          cuda::MapSlab(data_ + slabs_.size() * slab_bytes, slab_bytes, *slab, arena_->device_),
+          "mapping device memory");
       if (!status.ok()) arena_->GiveSlabs({*slab});
     }
     if (!status.ok()) {

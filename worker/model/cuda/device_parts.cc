@@ -39,6 +39,23 @@ DeviceStage DeviceStageParts::View() const {
   return stage;
 }
 
+uint64_t DeviceParts::MissingBytes(const ModelConfig& config, LayerRange layers, bool expands,
+                                   const CudaTraits& traits) const {
+  const auto have = cache_.Find(layers);
+  uint64_t bytes = 0;
+  for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
+    if (have.layers[layer - layers.begin] != nullptr) continue;
+    bytes += traits.RoundUp(DeviceLayerBytes(config, layer, expands));
+  }
+  if (layers.begin == 0 && have.embedding == nullptr) {
+    bytes += traits.RoundUp(DeviceEmbeddingBytes(config));
+  }
+  if (layers.end == config.num_hidden_layers && have.head == nullptr) {
+    bytes += traits.RoundUp(DeviceHeadBytes(config));
+  }
+  return bytes;
+}
+
 absl::StatusOr<DeviceStageParts> DeviceParts::Load(WeightSource& source, LayerRange layers,
                                                    bool expands, DeviceArena& arena,
                                                    std::string_view what,
@@ -63,8 +80,7 @@ absl::StatusOr<DeviceStageParts> DeviceParts::Load(WeightSource& source, LayerRa
   for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
     const uint32_t index = layer - layers.begin;
     if (parts.layers[index] != nullptr) continue;
-    STRAIT_RETURN_IF_ERROR(
-        take(DeviceLayerBytes(config, layer, expands), &new_layers[index]));
+    STRAIT_RETURN_IF_ERROR(take(DeviceLayerBytes(config, layer, expands), &new_layers[index]));
     Region region(new_layers[index]->memory.data());
     new_layers[index]->weights = LayOutLayer(config, layer, expands, region);
   }

@@ -13,6 +13,7 @@
 #include <string_view>
 
 #include "absl/status/statusor.h"
+#include "worker/model/cuda/cuda_workspace.h"
 #include "worker/model/cuda/device_arena.h"
 #include "worker/model/cuda/weights.h"
 #include "worker/model/part_cache.h"
@@ -37,6 +38,10 @@ class DeviceParts {
   absl::StatusOr<DeviceStageParts> Load(WeightSource& source, LayerRange layers, bool expands,
                                         DeviceArena& arena, std::string_view what,
                                         const LoadProgress& progress);
+
+  // Of device memory, in slabs, what a stage with these layers would add.
+  uint64_t MissingBytes(const ModelConfig& config, LayerRange layers, bool expands,
+                        const CudaTraits& traits) const;
 
  private:
   PartCache<DevicePart<DeviceLayer>, DevicePart<cuda::Matrix>, DevicePart<DeviceHead>> cache_;

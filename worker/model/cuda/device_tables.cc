@@ -34,20 +34,24 @@ struct Arrivals {
 
 }  // namespace
 
-uint64_t DeviceTables::NumEntries(uint32_t num_layers, uint32_t pool_blocks) {
-  return NumColumns(num_layers, pool_blocks) * num_layers;
+uint64_t DeviceTables::DeviceBytes(uint32_t num_layers, uint32_t pool_blocks) {
+  Region region(nullptr);
+  region.Take<uint32_t>(NumColumns(num_layers, pool_blocks) * num_layers);
+  return region.end() + ArrivalBytes(pool_blocks);
 }
 
 uint64_t DeviceTables::ArrivalBytes(uint32_t pool_blocks) {
   return Arrivals(nullptr, limits::kMaxStepSequences, pool_blocks).bytes;
 }
 
-DeviceTables::DeviceTables(const StageSpec& spec, uint32_t* tables, std::byte* arrivals)
+DeviceTables::DeviceTables(const StageSpec& spec, std::byte* memory)
     : num_layers_(spec.layers.size()),
       pool_blocks_(spec.pool_blocks),
-      tables_(tables),
-      arrivals_(arrivals),
-      books_(NumColumns(num_layers_, pool_blocks_)) {}
+      books_(NumColumns(num_layers_, pool_blocks_)) {
+  Region region(memory);
+  tables_ = region.Take<uint32_t>(NumColumns(num_layers_, pool_blocks_) * num_layers_);
+  arrivals_ = region.Take<std::byte>(ArrivalBytes(pool_blocks_));
+}
 
 absl::Status DeviceTables::Bring(const StageBatch& batch, absl::Span<std::byte> host,
                                  cudaStream_t stream) {

@@ -34,12 +34,13 @@ class DeviceTables {
  public:
   // Device memory that a block of the pool takes at most, but for what does not grow with it.
   static constexpr uint64_t kBytesEachBlock = 3 * sizeof(BlockId);
-  static uint64_t NumEntries(uint32_t num_layers, uint32_t pool_blocks);
+  // Device memory of the tables of a stage that holds so many blocks, and of their new entries.
+  static uint64_t DeviceBytes(uint32_t num_layers, uint32_t pool_blocks);
   // Of a step's new entries on their way, host and device.
   static uint64_t ArrivalBytes(uint32_t pool_blocks);
 
-  // tables: [NumEntries]; arrivals: [ArrivalBytes]; both on the device.
-  DeviceTables(const StageSpec& spec, uint32_t* tables, std::byte* arrivals);
+  // memory: [DeviceBytes] on the device.
+  DeviceTables(const StageSpec& spec, std::byte* memory);
 
   // Afterwards, in the stream's order, all blocks up to the batch's last rows are in their tables.
   // `host`: [ArrivalBytes] pinned, free until the stream has passed this.
@@ -58,10 +59,10 @@ class DeviceTables {
  private:
   absl::Status Upload(const StageBatch& batch, absl::Span<std::byte> host, cudaStream_t stream);
 
-  const uint32_t num_layers_;
-  const uint32_t pool_blocks_;
-  uint32_t* const tables_;
-  std::byte* const arrivals_;
+  uint32_t num_layers_;
+  uint32_t pool_blocks_;
+  uint32_t* tables_;
+  std::byte* arrivals_;
   TablePlaces books_;
   absl::Span<const TablePlace> places_;
   uint64_t entries_brought_ = 0;

@@ -13,14 +13,13 @@ namespace strait {
 
 absl::StatusOr<StepTables> StepTables::Create(const StepLimits& limits, std::byte* device) {
   STRAIT_ASSIGN_OR_RETURN(PinnedMemory host, PinnedMemory::Create(limits.table_bytes));
-  STRAIT_ASSIGN_OR_RETURN(PinnedMemory arrivals, PinnedMemory::Create(limits.arrival_bytes));
-  return StepTables(std::move(host), std::move(arrivals), device);
+  return StepTables(std::move(host), device);
 }
 
 absl::Status StepTables::Fill(const StageBatch& batch, uint32_t max_positions,
-                              DeviceTables* page_tables, cudaStream_t stream) {
-  STRAIT_RETURN_IF_ERROR(
-      page_tables->Bring(batch, absl::MakeSpan(arrivals_.data(), arrivals_.bytes()), stream));
+                              DeviceTables* page_tables, absl::Span<std::byte> arrivals,
+                              cudaStream_t stream) {
+  STRAIT_RETURN_IF_ERROR(page_tables->Bring(batch, arrivals, stream));
   num_sequences_ = static_cast<uint32_t>(batch.sequences.size());
   const uint32_t num_layers = page_tables->num_layers();
   Region region(host_.data());

@@ -34,8 +34,9 @@ class StepTables {
   static absl::StatusOr<StepTables> Create(const StepLimits& limits, std::byte* device);
 
   // REQUIRES: what StageBatch promises of a batch; checked.
+  // `arrivals`: as DeviceTables::Bring.
   absl::Status Fill(const StageBatch& batch, uint32_t max_positions, DeviceTables* page_tables,
-                    cudaStream_t stream);
+                    absl::Span<std::byte> arrivals, cudaStream_t stream);
 
   // --- On the device, of the last Fill ---
   // [rows]; of BatchSequence::token_of_request LateTokenId.
@@ -48,15 +49,13 @@ class StepTables {
   }
 
  private:
-  StepTables(PinnedMemory host, PinnedMemory arrivals, std::byte* device)
-      : host_(std::move(host)), arrivals_(std::move(arrivals)), device_(device) {}
+  StepTables(PinnedMemory host, std::byte* device) : host_(std::move(host)), device_(device) {}
   template <class T>
   const T* At(uint64_t offset) const {
     return reinterpret_cast<const T*>(device_ + offset);
   }
 
   PinnedMemory host_;
-  PinnedMemory arrivals_;
   std::byte* device_;
   uint32_t num_sequences_ = 0;
   // Offsets in both memories.
