@@ -14,6 +14,7 @@
 namespace strait::emulator {
 namespace {
 
+constexpr size_t kMaxBytes = size_t{64} << 30;
 constexpr size_t kGranularity = size_t{64} << 10;  // small: tests have little memory
 
 struct SlabPlace {
@@ -29,7 +30,7 @@ struct Mapped {
 
 std::mutex mutex;
 // All guarded by mutex.
-std::map<unsigned long long, SlabPlace>& Slabs() {  // NOLINT
+std::map<unsigned long long, SlabPlace>& Slabs() {       // NOLINT
   static std::map<unsigned long long, SlabPlace> slabs;  // NOLINT
   return slabs;
 }
@@ -68,6 +69,7 @@ CUresult Create(CUmemGenericAllocationHandle* slab, size_t bytes, const CUmemAll
                 unsigned long long) {  // NOLINT
   const std::lock_guard lock(mutex);
   if (bytes == 0 || bytes % kGranularity != 0) return CUDA_ERROR_INVALID_VALUE;
+  if (slab_bytes + bytes > kMaxBytes) return CUDA_ERROR_OUT_OF_MEMORY;
   if (ftruncate(File(), file_end + static_cast<off_t>(bytes)) != 0) {
     return CUDA_ERROR_OUT_OF_MEMORY;
   }
@@ -87,7 +89,8 @@ CUresult Release(CUmemGenericAllocationHandle slab) {
   return CUDA_SUCCESS;
 }
 
-CUresult Reserve(CUdeviceptr* at, size_t bytes, size_t, CUdeviceptr, unsigned long long) {  // NOLINT
+CUresult Reserve(CUdeviceptr* at, size_t bytes, size_t, CUdeviceptr,
+                 unsigned long long) {  // NOLINT
   const std::lock_guard lock(mutex);
   if (bytes == 0 || bytes % kGranularity != 0) return CUDA_ERROR_INVALID_VALUE;
   void* const addresses =

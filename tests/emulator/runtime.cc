@@ -178,8 +178,8 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*,
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
   const std::lock_guard lock(strait::emulator::mutex);
   *total_bytes = strait::emulator::kMemoryBytes;
-  *free_bytes = strait::emulator::kMemoryBytes - strait::emulator::used_bytes -
-                strait::emulator::SlabBytes();
+  *free_bytes =
+      strait::emulator::kMemoryBytes - strait::emulator::used_bytes - strait::emulator::SlabBytes();
   return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -231,12 +231,12 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   using namespace strait::emulator;  // NOLINT: its own parts
   *attributes = {};
   const std::lock_guard lock(mutex);
-  attributes->type = IsMappedSlab(at) ||
-                             Holds(Allocations(), at, [](const Allocation& a) { return a.bytes; })
-                         ? cudaMemoryTypeDevice
-                     : Holds(HostAllocations(), at, [](size_t bytes) { return bytes; })
-                         ? cudaMemoryTypeHost
-                         : cudaMemoryTypeUnregistered;
+  attributes->type =
+      IsMappedSlab(at) || Holds(Allocations(), at, [](const Allocation& a) { return a.bytes; })
+          ? cudaMemoryTypeDevice
+      : Holds(HostAllocations(), at, [](size_t bytes) { return bytes; })
+          ? cudaMemoryTypeHost
+          : cudaMemoryTypeUnregistered;
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* from) {

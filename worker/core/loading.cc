@@ -166,7 +166,7 @@ void WorkerCore::Settle() {
   for (const auto& [id, hosted] : hosted_) {
     if (hosted.stage == nullptr) continue;
     // Plans from before a resize have not run yet: what they close is still held.
-    if (hosted.stage->blocks_used() > shares_.BlocksOf(id)) return;
+    if (hosted.resize_due && hosted.stage->blocks_used() > shares_.BlocksOf(id)) return;
     is_quiet = is_quiet && hosted.stage->num_begun() == 0;
     waits_for_quiet = waits_for_quiet || hosted.stage->NeedsSettling();
   }

@@ -231,13 +231,6 @@ StepTimes TimeSteps(StageModel& model, const StageBatch& batch, const ModelConfi
   return result;
 }
 
-uint64_t FreeBytes() {
-  size_t free = 0;
-  size_t total = 0;
-  Check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
-  return free;
-}
-
 // Columns of latent blocks that fit beside the layers' weights.
 uint64_t ColumnsThatFit(const StageCosts& costs, LayerRange layers, uint64_t memory_bytes) {
   const uint64_t fixed = StageFixedBytes(costs, layers);
@@ -280,8 +273,8 @@ int Main(Options o) {
   spec.pool_blocks = static_cast<uint32_t>(most * o.layers.size());
   const CudaStageLayout layout = LayOutStage(config, spec, backend->traits(), nullptr);
   const CudaStageBytes& stated = layout.bytes;
-  const uint64_t free_before = FreeBytes();
   const auto begin = std::chrono::steady_clock::now();
+  Must(backend->cache().Resize(spec.pool_blocks, {}));
   auto model = Must(backend->Load(spec, {}));
   const std::chrono::duration<double> load = std::chrono::steady_clock::now() - begin;
   const bool last = o.layers.end == config.num_hidden_layers;
@@ -339,7 +332,7 @@ int Main(Options o) {
         o.config.c_str(), o.layers.size(), o.prefill, mode.c_str(), us, flops_s / 1e12,
         matrix_share, layout.limits.expanded_keys > 0 ? "true" : "false");
   }
-  const uint64_t taken = free_before - std::min(free_before, FreeBytes());
+  const uint64_t taken = backend->used_bytes();
   std::printf("GPU memory taken %.2f GiB of %.2f stated\n", static_cast<double>(taken) / kGiB,
               static_cast<double>(stated.total()) / kGiB);
   std::printf(

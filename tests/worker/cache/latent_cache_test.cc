@@ -63,7 +63,8 @@ TEST(LatentCacheTest, GrowsByPositionInEveryLayer) {
 
 // What a backend builds on that keeps tables: they are the same as long as the number is.
 TEST(LatentCacheTest, TablesThatLoseABlockHaveAnotherNumber) {
-  LatentCache cache(2, 30);
+  BlockPool pool(30);
+  LatentCache cache(2, &pool);
   cache.Open({1});
   cache.Open({2});
   const uint64_t first = cache.tables_id({1});

@@ -164,6 +164,8 @@ std::string CudaBackend::numerics_id() const {
                       shared_->traits.deterministic ? "/deterministic" : "");
 }
 
+uint64_t CudaBackend::used_bytes() const { return shared_->budget->used(); }
+const CudaPool& CudaBackend::cache_pool() const { return shared_->cache->pool(); }
 const CudaTraits& CudaBackend::traits() const { return shared_->traits; }
 StageCosts CudaBackend::stage_costs() const { return CudaStageCosts(config(), shared_->traits); }
 

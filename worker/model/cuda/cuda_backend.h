@@ -33,6 +33,7 @@
 #include "worker/backend.h"
 #include "worker/checkpoint/weights.h"
 #include "worker/model/cuda/cuda_workspace.h"
+#include "worker/model/cuda/layers.h"
 
 namespace strait {
 
@@ -73,6 +74,9 @@ class CudaBackend final : public Backend {
   // How the memory of its stages is counted; for the coordinator.
   StageCosts stage_costs() const;
   const CudaTraits& traits() const;
+  // Of memory_bytes.
+  uint64_t used_bytes() const;
+  const CudaPool& cache_pool() const;
 
   struct Shared;  // what stages keep alive
 

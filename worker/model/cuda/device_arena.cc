@@ -85,8 +85,8 @@ absl::Status DeviceArena::Lease::Resize(uint64_t bytes, std::string_view what) {
   const uint64_t slab_bytes = arena_->slab_bytes_;
   const size_t count = (bytes + slab_bytes - 1) / slab_bytes;
   const size_t before = slabs_.size();
-  STRAIT_CHECK(count * slab_bytes <= reserved_bytes_, "a lease has no addresses for so much");
   STRAIT_RETURN_IF_ERROR(MemoryBudget::Resize(&share_, count * slab_bytes, what));
+  STRAIT_CHECK(count * slab_bytes <= reserved_bytes_, "a lease has no addresses for so much");
   const auto give_back = [&](size_t from) -> absl::Status {
     if (from == slabs_.size()) return absl::OkStatus();
     STRAIT_CUDA_RETURN_IF_ERROR(

@@ -43,9 +43,12 @@ StageSpec Spec() {
 StepLimits Limits() {
   StepLimits limits;
   limits.table_bytes = 64 << 10;
-  limits.arrival_bytes = DeviceTables::ArrivalBytes(kPoolBlocks);
-  limits.page_table_entries = DeviceTables::NumEntries(kLayers, kPoolBlocks);
   return limits;
+}
+
+// Of all the memory of the page tables, that of new entries at its end.
+int64_t NumEntries() {
+  return static_cast<int64_t>(DeviceTables::DeviceBytes(kLayers, kPoolBlocks) / sizeof(BlockId));
 }
 
 class StepTablesTest : public gpu_test::GpuTest {
@@ -53,9 +56,10 @@ class StepTablesTest : public gpu_test::GpuTest {
   // A step: what its batch has, what the device has when the stream comes to it.
   struct Step {
     std::optional<StepTables> tables;
+    PinnedMemory arrivals;
     std::vector<std::vector<std::vector<BlockId>>> expected;  // [sequences][layers][blocks]
     std::vector<cuda::MlaSegment> segments;                   // [layers, sequences]
-    std::vector<BlockId> entries;                             // [page_table_entries]
+    std::vector<BlockId> entries;                             // [NumEntries()]
     cudaEvent_t done = nullptr;
   };
 
@@ -63,16 +67,18 @@ class StepTablesTest : public gpu_test::GpuTest {
     GpuTest::SetUp();
     if (IsSkipped()) return;
     ASSERT_EQ(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), cudaSuccess);
-    entries_.emplace(static_cast<int64_t>(limits_.page_table_entries));
-    arrivals_.emplace(static_cast<int64_t>(limits_.arrival_bytes));
+    entries_.emplace(NumEntries());
     rows_.emplace(static_cast<int64_t>(limits_.table_bytes));
-    device_.emplace(Spec(), entries_->data(), arrivals_->data());
+    device_.emplace(Spec(), reinterpret_cast<std::byte*>(entries_->data()));
     FillWild({});
     for (Step& step : steps_) {
       auto tables = StepTables::Create(limits_, rows_->data());
       ASSERT_TRUE(tables.ok()) << tables.status();
       step.tables.emplace(*std::move(tables));
-      step.entries.resize(limits_.page_table_entries);
+      step.entries.resize(static_cast<size_t>(NumEntries()));
+      auto arrivals = PinnedMemory::Create(DeviceTables::ArrivalBytes(kPoolBlocks));
+      ASSERT_TRUE(arrivals.ok()) << arrivals.status();
+      step.arrivals = *std::move(arrivals);
       ASSERT_EQ(cudaEventCreateWithFlags(&step.done, cudaEventDisableTiming), cudaSuccess);
     }
   }
@@ -117,7 +123,9 @@ class StepTablesTest : public gpu_test::GpuTest {
     batch.sequences = sequences;
     batch.num_tokens = static_cast<uint32_t>(ids.size());
     const uint64_t before = device_->entries_brought();
-    const absl::Status status = step.tables->Fill(batch, kMaxPositions, &*device_, stream_);
+    const absl::Status status =
+        step.tables->Fill(batch, kMaxPositions, &*device_,
+                          absl::MakeSpan(step.arrivals.data(), step.arrivals.bytes()), stream_);
     EXPECT_TRUE(status.ok()) << status;
     // What kernels would read, in the stream's order.
     step.segments.resize(ids.size() * kLayers);
@@ -166,10 +174,10 @@ class StepTablesTest : public gpu_test::GpuTest {
   }
 
   const StepLimits limits_ = Limits();
-  LatentCache cache_{kLayers, kPoolBlocks};
+  BlockPool pool_{kPoolBlocks};
+  LatentCache cache_{kLayers, &pool_};
   cudaStream_t stream_ = nullptr;
   std::optional<Buffer<BlockId>> entries_;
-  std::optional<Buffer<std::byte>> arrivals_;
   std::optional<Buffer<std::byte>> rows_;
   std::optional<DeviceTables> device_;
   std::array<Step, kMaxStepsBegun> steps_;
@@ -219,7 +227,7 @@ TEST_P(StepTablesLivesTest, TheDeviceHasTheTablesOfEveryStep) {
   uint64_t brought = 0;
   uint64_t had = 0;
   // Where the tables lie that the books may take for known: the last to have been there.
-  std::vector<uint64_t> owners(limits_.page_table_entries, 0);
+  std::vector<uint64_t> owners(static_cast<size_t>(NumEntries()), 0);
   for (int i = 0; i < 400; ++i) {
     const size_t at = live.empty() ? 0 : rng() % live.size();
     const auto choice = rng() % 16;
