@@ -158,6 +158,8 @@ class WorkerCore {
   // Whether it is up already, or there is none.
   bool SetOutgoing(uint64_t stage_id, Hosted& hosted, const std::optional<Edge>& next);
   void ForgetEdges(uint64_t stage_id);
+  // Those over NCCL, which end with the epoch: together, and before any of the next is made.
+  void DropNcclEdges(uint64_t stage_id, Hosted& hosted);
 
   void TellActive(const Hosted& hosted);
   void TellFailed(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch = {},
@@ -171,8 +173,8 @@ class WorkerCore {
   WorkerPorts* const ports_;
 
   bool attached_ = false;
-  uint64_t term_ = 0;         // of the coordinator that gave the stages
-  uint64_t detached_us_ = 0;  // since when
+  uint64_t term_ = 0;            // of the coordinator that gave the stages
+  uint64_t detached_us_ = 0;     // since when
   bool hello_is_stale_ = false;  // or may be
   uint64_t last_serial_ = 0;
   std::map<uint64_t, Hosted> hosted_;
