@@ -276,13 +276,14 @@ absl::StatusOr<bool> NcclEdge::Advance() {
     if (!posted) break;
     moved = true;
   }
-  place_.SetOnDevice(posting_ || !running_.empty());
+  if (!posting_ && running_.empty()) place_.Leave();
   return moved;
 }
 
 absl::StatusOr<bool> NcclEdge::Post() {
   Op& first = waiting_.front();
   if (first.after.value > consumed_) return false;
+  if (!place_.Enter(Micros(context_->options.leave_timeout))) return false;
   const size_t bytes = Bytes(first);
   if (!first.hidden.data.on_device()) {
     std::optional<HiddenBuffer> place = arena_->Take(bytes);
@@ -302,7 +303,6 @@ absl::StatusOr<bool> NcclEdge::Post() {
   std::byte* const data = op.hidden.data.data();
   const bool send = role_ == Role::kSend;
   const char* const what = send ? "ncclSend" : "ncclRecv";
-  place_.SetOnDevice(true);
   const NcclCode code = Call(what, [&] {
     return send ? nccl.Send(comm_, data, bytes, stream_)
                 : nccl.Receive(comm_, data, bytes, stream_);

@@ -74,7 +74,7 @@ class NcclEdge {
   absl::Status MakeCommunicator();
   // Moves on what can be; whether anything did.
   absl::StatusOr<bool> Advance();
-  // The first that waits; false: it is too early, or there is no memory for it now.
+  // The first that waits; false: it is too early, there is no memory for it now, or others end.
   absl::StatusOr<bool> Post();
   absl::Status OnPosted(Op op);
   void Complete(Op op);

@@ -17,9 +17,9 @@
 // Order:   an edge is made only when those that ended before are torn down; they leave the device
 //          together (teardown_gate.h tells why). So drop all edges of an epoch, those that did not break
 //          too, before any of the next: what one of them has on the device may hold up the others' end.
-//          An edge that goes on meanwhile, of another stage, is waited for leave_timeout; with an
-//          operation posted longer than that, NCCL's free waits for it. The coordinator gives a worker
-//          one stage at a time.
+//          An edge that goes on, of another stage, posts nothing meanwhile, and what it has posted is
+//          waited for; either for leave_timeout. NCCL's free waits for what is posted longer. The
+//          coordinator gives a worker one stage at a time.
 // Why:     no word goes with a step: both ends know its rows from the same StepPlan, and steps
 //          follow each other in plan order. Ends that disagreed would hang till the deadline or
 //          hand on wrong rows; but that takes two different plans, which the coordinator sees in
@@ -62,7 +62,7 @@ struct NcclTransportOptions {
   // A receive waits for the stage before it to compute: longer than the coordinator's own deadline
   // of a step, which knows better whom to blame.
   std::chrono::milliseconds receive_timeout{330'000};
-  // Who is torn down waits so long for the operations of other edges; then it may hang.
+  // Who is torn down waits so long for the operations of other edges, and these so long for it.
   std::chrono::milliseconds leave_timeout{5'000};
   std::chrono::milliseconds revoke_timeout{5'000};
   std::chrono::milliseconds abort_timeout{60'000};

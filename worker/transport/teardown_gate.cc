@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <utility>
 
 #include "proto/rpc/clock.h"
 
@@ -15,14 +16,26 @@ TeardownGate::Place::Place(TeardownGate* gate) : gate_(gate) {
 
 TeardownGate::Place::~Place() { Gone(); }
 
-void TeardownGate::Place::SetOnDevice(bool on_device) {
-  if (told_on_device_ == on_device) return;
-  told_on_device_ = on_device;
+bool TeardownGate::Place::Enter(uint64_t patience_us) {
+  std::lock_guard lock(gate_->mu_);
+  if (gate_->OthersEnding(this) == 0) {
+    held_since_us_ = 0;
+  } else {
+    const uint64_t now_us = MonotonicMicros();
+    if (held_since_us_ == 0) held_since_us_ = now_us;
+    if (now_us < held_since_us_ + patience_us) return false;
+  }
+  entered_ = on_device_ = true;
+  return true;
+}
+
+void TeardownGate::Place::Leave() {
+  if (!std::exchange(entered_, false)) return;
   {
     std::lock_guard lock(gate_->mu_);
-    on_device_ = on_device;
+    on_device_ = false;
   }
-  if (!on_device) gate_->changed_.notify_all();
+  gate_->changed_.notify_all();
 }
 
 void TeardownGate::Place::End() {

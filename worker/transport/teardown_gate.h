@@ -10,7 +10,8 @@
 //          meanwhile. Were a receive of another edge posted then, it might wait for hidden states that
 //          come only after this worker's own next send, which cannot be launched: nothing would ever
 //          go on. So who frees lets all others leave the device first, or be about to: an abort stops
-//          its own kernels before it calls into CUDA. Nothing here waits for another worker.
+//          its own kernels before it calls into CUDA. Meanwhile none enters it. New edges wait for their
+//          own process alone: no worker's end waits for another worker's beginning.
 #pragma once
 
 #include <condition_variable>
@@ -32,8 +33,11 @@ class TeardownGate {
     Place(const Place&) = delete;
     Place& operator=(const Place&) = delete;
 
-    // Whether an operation is on the device, or about to be. The edge's thread only.
-    void SetOnDevice(bool on_device);
+    // Before an operation. False: not now, for others end; at most for `patience_us`, lest edges of
+    // several workers that are in each other's way wait for ever. The edge's thread only.
+    bool Enter(uint64_t patience_us);
+    // All its operations are done. The edge's thread only.
+    void Leave();
     // It will be torn down: from now on no new edge begins. May be called again.
     void End();
     // It calls nothing more of NCCL or the device but to be torn down.
@@ -52,7 +56,9 @@ class TeardownGate {
    private:
     friend class TeardownGate;
     TeardownGate* const gate_;
-    bool told_on_device_ = false;  // the edge's thread only: spares the lock
+    // The edge's thread only:
+    bool entered_ = false;        // spares Leave the lock
+    uint64_t held_since_us_ = 0;  // 0: it is not
     // Guarded by mu_ of the gate:
     bool on_device_ = false;
     bool ending_ = false;

@@ -140,6 +140,45 @@ TEST_F(NcclEpochsTest, EdgesThatAreDroppedOneByOneLeaveTogether) {
   AwaitComms(middle_, 0);
 }
 
+// An edge broke; the stage finished the step that it computed, and the next one's receive was posted
+// before the loop heard of the break.
+TEST_F(NcclEpochsTest, NothingIsPostedWhileAnotherEdgeIsTornDown) {
+  auto last = std::make_unique<Node>(&fabric_);
+  Open(first_, middle_, kFirst, kMiddle, 5);
+  Open(middle_, *last, kMiddle, kLast, 6);
+  middle_.faults.abort_blocks = true;
+  last.reset();
+  ASSERT_EQ(middle_.Next().kind, Event::kDown);
+  while (middle_.nccl->aborts < 1) std::this_thread::sleep_for(1ms);
+  middle_.transport->Due(kMiddle, kEpoch, StepId{1}, 2);
+  std::this_thread::sleep_for(100ms);
+  EXPECT_EQ(middle_.nccl->posted, 0);
+  middle_.faults.abort_blocks = false;
+  std::this_thread::sleep_for(20ms);
+  middle_.transport->Disconnect(kMiddle);
+  middle_.transport->Forget(kMiddle);
+  AwaitComms(middle_, 0);
+}
+
+// An edge that goes on, as another stage's would, is only held up.
+TEST_F(NcclEpochsTest, EdgeThatStaysGoesOnAfterTheTeardownOfAnother) {
+  Node last(&fabric_);
+  Open(first_, middle_, kFirst, kMiddle, 5);
+  Open(middle_, last, kMiddle, kLast, 6);
+  middle_.transport->Due(kMiddle, kEpoch, StepId{1}, 2);
+  while (middle_.nccl->posted < 1) std::this_thread::sleep_for(1ms);
+  middle_.transport->Disconnect(kMiddle);
+  std::this_thread::sleep_for(20ms);
+  EXPECT_EQ(middle_.nccl->aborts, 0) << "it would hang";
+  ASSERT_TRUE(first_.Send(1, 2, kFirst).ok());
+  ExpectHidden(middle_.Next(), 1, 2, kMiddle);
+  AwaitComms(middle_, 1);
+  middle_.transport->Consumed(kMiddle, kEpoch, StepId{1});
+  middle_.transport->Due(kMiddle, kEpoch, StepId{2}, 3);
+  ASSERT_TRUE(first_.Send(2, 3, kFirst).ok());
+  ExpectHidden(middle_.Next(), 2, 3, kMiddle);
+}
+
 // The abort of the edge before freed memory while the new edge's receive was posted. What that receive
 // waited for came only after this worker's own next send, which could not be launched.
 TEST_F(NcclEpochsTest, NewEdgeIsMadeWhenTheOldOneIsTornDown) {

@@ -302,6 +302,7 @@ TEST_F(NcclTransportTest, AbortThatHangsPoisonsTheProcessAndNothingElse) {
   NcclTransportOptions impatient;
   impatient.abort_timeout = 3s;
   impatient.init_timeout = 2s;
+  impatient.leave_timeout = 100ms;
   Node a(&fabric_), b(&fabric_), to(&fabric_, impatient);
   Open(a, to);
   Open(b, to, 5, 6);
