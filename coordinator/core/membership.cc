@@ -25,6 +25,7 @@ StageCosts StageCostsOf(const v1::StageCosts& told) {
   costs.head_bytes = told.head_bytes();
   costs.block_bytes = told.block_bytes();
   costs.layer_workspace_bytes = told.layer_workspace_bytes();
+  costs.stage_bytes = told.stage_bytes();
   costs.edge_bytes = told.edge_bytes();
   costs.edge_row_bytes = told.edge_row_bytes();
   costs.workspace_bytes.assign(told.workspace_bytes().begin(), told.workspace_bytes().end());
@@ -102,7 +103,8 @@ absl::Status Cluster::CheckCosts(const v1::Hello& hello) const {
   if (static_cast<size_t>(costs.layer_bytes_size()) != context_->model.layer_weight_bytes.size() ||
       costs.block_bytes() < context_->model.block_bytes || too_large(costs.block_bytes()) ||
       too_large(costs.embedding_bytes()) || too_large(costs.head_bytes()) ||
-      too_large(costs.layer_workspace_bytes()) || too_large(costs.edge_bytes()) ||
+      too_large(costs.layer_workspace_bytes()) || too_large(costs.stage_bytes()) ||
+      too_large(costs.edge_bytes()) ||
       costs.edge_row_bytes() > kMaxCostBytes / limits::kMaxStepTokens ||
       !sizes(costs.workspace_bytes()) || !sizes(costs.last_workspace_bytes()) ||
       std::any_of(costs.layer_bytes().begin(), costs.layer_bytes().end(), too_large)) {

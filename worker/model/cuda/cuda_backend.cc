@@ -100,7 +100,8 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
   STRAIT_ASSIGN_OR_RETURN(
       shared->arena,
       DeviceArena::Create(device, shared->budget, shared->traits.slab_bytes,
-                          options.memory_bytes - std::min(options.memory_bytes, others)));
+                          options.memory_bytes - std::min(options.memory_bytes, others),
+                          options.memory_patience));
   STRAIT_ASSIGN_OR_RETURN(shared->cache, CudaCache::Create(*shared->arena, options.memory_bytes,
                                                            config, options.row_format));
   return std::unique_ptr<CudaBackend>(new CudaBackend(std::move(shared)));

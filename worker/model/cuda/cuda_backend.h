@@ -19,6 +19,7 @@
 //          the cache (device_arena.h): nothing is taken in a step.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -46,6 +47,8 @@ struct CudaBackendOptions {
   // Products of fp8 weights with many rows, deterministic with any number, read activations as e4m3
   // codes (kernels/cuda/gemm/gemm.h, W8A8).
   bool fp8_activations = false;
+  // How long Create waits for memory that the GPU has not yet.
+  std::chrono::milliseconds memory_patience{0};
   // Workspaces are made for steps of so many rows; larger ones go through the layers in parts.
   uint32_t max_step_tokens = limits::kMaxStepTokens;
 };

@@ -2,6 +2,7 @@
 #include "worker/model/cuda/device_arena.h"
 
 #include <algorithm>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -27,13 +28,19 @@ absl::StatusOr<uint64_t> DeviceArena::SlabBytesFor(int device, uint64_t memory_b
 }
 
 absl::StatusOr<std::shared_ptr<DeviceArena>> DeviceArena::Create(
-    int device, std::shared_ptr<MemoryBudget> budget, uint64_t slab_bytes, uint64_t at_once) {
+    int device, std::shared_ptr<MemoryBudget> budget, uint64_t slab_bytes, uint64_t at_once,
+    std::chrono::milliseconds patience) {
   std::shared_ptr<DeviceArena> arena(new DeviceArena(device, std::move(budget), slab_bytes));
   const uint64_t count = std::min(at_once, arena->budget_->total()) / slab_bytes;
+  const auto until = std::chrono::steady_clock::now() + patience;
   const std::lock_guard lock(arena->mutex_);
   for (uint64_t i = 0; i < count; ++i) {
     cuda::Slab slab = 0;
-    const cudaError_t error = cuda::CreateSlab(device, slab_bytes, &slab);
+    cudaError_t error = cuda::CreateSlab(device, slab_bytes, &slab);
+    while (error == cudaErrorMemoryAllocation && std::chrono::steady_clock::now() < until) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(100));
+      error = cuda::CreateSlab(device, slab_bytes, &slab);
+    }
     if (error == cudaErrorMemoryAllocation) {
       return absl::ResourceExhaustedError(
           absl::StrCat("the GPU has ", i * slab_bytes,

@@ -15,6 +15,7 @@
 //          grows in place. Taken at once: what others on the GPU take cannot make a later load fail.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -57,10 +58,11 @@ class DeviceArena : public std::enable_shared_from_this<DeviceArena> {
   // A worker's slabs are of this size: few of them, and little that is rounded up.
   static absl::StatusOr<uint64_t> SlabBytesFor(int device, uint64_t memory_bytes);
 
-  // Takes `at_once` bytes of the budget's memory now, and the rest as it is asked for.
-  static absl::StatusOr<std::shared_ptr<DeviceArena>> Create(int device,
-                                                             std::shared_ptr<MemoryBudget> budget,
-                                                             uint64_t slab_bytes, uint64_t at_once);
+  // Takes `at_once` bytes of the budget's memory now, and the rest as it is asked for. Waits `patience` for
+  // memory: what a process had that was just killed comes back a little later.
+  static absl::StatusOr<std::shared_ptr<DeviceArena>> Create(
+      int device, std::shared_ptr<MemoryBudget> budget, uint64_t slab_bytes, uint64_t at_once,
+      std::chrono::milliseconds patience = {});
   ~DeviceArena();
 
   // Addresses for `most` bytes, memory for `bytes`. `what` it is for, in errors.

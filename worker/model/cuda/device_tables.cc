@@ -53,8 +53,8 @@ DeviceTables::DeviceTables(const StageSpec& spec, std::byte* memory)
   arrivals_ = region.Take<std::byte>(ArrivalBytes(pool_blocks_));
 }
 
-absl::Status DeviceTables::Bring(const StageBatch& batch, absl::Span<std::byte> host,
-                                 cudaStream_t stream) {
+absl::Status DeviceTables::Bring(const StageBatch& batch, uint32_t num_blocks,
+                                 absl::Span<std::byte> host, cudaStream_t stream) {
   needs_.clear();
   for (const BatchSequence& sequence : batch.sequences) {
     STRAIT_CHECK(sequence.page_tables.size() == num_layers_);
@@ -62,13 +62,13 @@ absl::Status DeviceTables::Bring(const StageBatch& batch, absl::Span<std::byte> 
         {sequence.tables_id, BlocksPerLayer(sequence.first_position + sequence.num_tokens)});
   }
   places_ = books_.Place(needs_);
-  const absl::Status status = Upload(batch, host, stream);
+  const absl::Status status = Upload(batch, num_blocks, host, stream);
   if (!status.ok()) books_.Forget();
   return status;
 }
 
-absl::Status DeviceTables::Upload(const StageBatch& batch, absl::Span<std::byte> host,
-                                  cudaStream_t stream) {
+absl::Status DeviceTables::Upload(const StageBatch& batch, uint32_t num_blocks,
+                                  absl::Span<std::byte> host, cudaStream_t stream) {
   const auto num_new = [&](size_t index) {
     return needs_[index].num_columns -
            std::min(needs_[index].num_columns, places_[index].num_known);
@@ -99,7 +99,7 @@ absl::Status DeviceTables::Upload(const StageBatch& batch, absl::Span<std::byte>
     for (const absl::Span<const BlockId> table : batch.sequences[index].page_tables) {
       STRAIT_CHECK(table.size() >= needs_[index].num_columns);
       for (const BlockId block : table.subspan(place.num_known, count)) {
-        STRAIT_CHECK(block < pool_blocks_);
+        STRAIT_CHECK(block < num_blocks, "a block beyond the worker's cache");
         *entry++ = block;
       }
     }

@@ -11,8 +11,8 @@
 //          so a place may go to another sequence while a step that is begun has yet to read it. A copy
 //          must lie between this and the step's first kernel, which begins early: StepTables'.
 // Errors:  Bring: those of CUDA; all is brought anew then.
-// Limits:  NumEntries and ArrivalBytes suffice for a batch within proto/base/limits.h whose blocks are
-//          the pool's.
+// Limits:  DeviceBytes and ArrivalBytes suffice for a batch within proto/base/limits.h that has no more
+//          blocks than the stage may hold.
 // Why:     a sequence of 128k tokens has 2,048 entries in each layer, and every 64th step of it adds one:
 //          to copy them all in every step was half a megabyte a sequence of 61 layers.
 #pragma once
@@ -43,9 +43,11 @@ class DeviceTables {
   DeviceTables(const StageSpec& spec, std::byte* memory);
 
   // Afterwards, in the stream's order, all blocks up to the batch's last rows are in their tables.
+  // `num_blocks` of the worker's cache, of which the batch's blocks are.
   // `host`: [ArrivalBytes] pinned, free until the stream has passed this.
   // REQUIRES: what StageBatch promises of a batch; checked.
-  absl::Status Bring(const StageBatch& batch, absl::Span<std::byte> host, cudaStream_t stream);
+  absl::Status Bring(const StageBatch& batch, uint32_t num_blocks, absl::Span<std::byte> host,
+                     cudaStream_t stream);
 
   // On the device, of the last Bring: the table of its sequence `index` in the stage's layer `layer`.
   const uint32_t* Table(uint32_t index, uint32_t layer) const {
@@ -57,7 +59,8 @@ class DeviceTables {
   absl::Status CheckIntegrity() const { return books_.CheckIntegrity(); }
 
  private:
-  absl::Status Upload(const StageBatch& batch, absl::Span<std::byte> host, cudaStream_t stream);
+  absl::Status Upload(const StageBatch& batch, uint32_t num_blocks, absl::Span<std::byte> host,
+                      cudaStream_t stream);
 
   uint32_t num_layers_;
   uint32_t pool_blocks_;

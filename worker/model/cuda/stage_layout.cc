@@ -62,6 +62,8 @@ StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
   costs.layer_workspace_bytes =
       kCudaGraphBytesEachLayer + limits::kMaxStepSequences * sizeof(cuda::MlaSegment);
   static_assert(limits::kMaxStepSequences * sizeof(cuda::MlaSegment) % Region::kAlign == 0);
+  // The fixed part of the page tables, and what they, the workspace and the cache are rounded up by.
+  costs.stage_bytes = DeviceTables::DeviceBytes(n, 0) + 2 * Region::kAlign + 3 * traits.slab_bytes;
   const uint32_t most = std::clamp(traits.max_step_tokens, kCudaMinTileRows,
                                    traits.deterministic ? kCudaMaxFixedTileRows : kCudaMaxTileRows);
   for (uint32_t rows = kCudaMinTileRows; rows <= most; rows += kCudaMinTileRows) {
@@ -70,10 +72,8 @@ StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
       Region region(nullptr);
       region.Take<float>(c.qk_rope_head_dim / 2);
       LayOutCudaWorkspace(c, none, MakeStepLimits(c, none, rows, traits), region);
-      // The page tables' fixed part, and what the workspace, they and the cache are rounded up by.
       (none.end == n ? costs.last_workspace_bytes : costs.workspace_bytes)
-          .push_back(region.end() + DeviceTables::DeviceBytes(n, 0) + 2 * Region::kAlign +
-                     3 * traits.slab_bytes + kCudaGraphBytes);
+          .push_back(region.end() + kCudaGraphBytes);
     }
   }
   return costs;

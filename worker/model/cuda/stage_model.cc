@@ -182,9 +182,9 @@ absl::Status CudaStageModel::Enqueue(const StageBatch& batch, HiddenIn hidden_in
     STRAIT_CHECK(num_begun_ == 0, "a step of several tiles is not taken ahead");
   }
   StepTables& tables = *slot->tables;
-  STRAIT_RETURN_IF_ERROR(tables.Fill(batch, config_.max_position_embeddings, &*page_tables_,
-                                     absl::MakeSpan(slot->arrivals.data(), slot->arrivals.bytes()),
-                                     stream_));
+  STRAIT_RETURN_IF_ERROR(tables.Fill(
+      batch, config_.max_position_embeddings, worker_.cache->num_blocks(), &*page_tables_,
+      absl::MakeSpan(slot->arrivals.data(), slot->arrivals.bytes()), stream_));
   uint32_t first_request = 0;
   for (uint32_t begin = 0; begin < batch.num_tokens; begin += limits_.tile_rows) {
     CudaTile tile;

@@ -16,10 +16,10 @@ absl::StatusOr<StepTables> StepTables::Create(const StepLimits& limits, std::byt
   return StepTables(std::move(host), device);
 }
 
-absl::Status StepTables::Fill(const StageBatch& batch, uint32_t max_positions,
+absl::Status StepTables::Fill(const StageBatch& batch, uint32_t max_positions, uint32_t num_blocks,
                               DeviceTables* page_tables, absl::Span<std::byte> arrivals,
                               cudaStream_t stream) {
-  STRAIT_RETURN_IF_ERROR(page_tables->Bring(batch, arrivals, stream));
+  STRAIT_RETURN_IF_ERROR(page_tables->Bring(batch, num_blocks, arrivals, stream));
   num_sequences_ = static_cast<uint32_t>(batch.sequences.size());
   const uint32_t num_layers = page_tables->num_layers();
   Region region(host_.data());

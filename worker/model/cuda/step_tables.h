@@ -34,9 +34,9 @@ class StepTables {
   static absl::StatusOr<StepTables> Create(const StepLimits& limits, std::byte* device);
 
   // REQUIRES: what StageBatch promises of a batch; checked.
-  // `arrivals`: as DeviceTables::Bring.
-  absl::Status Fill(const StageBatch& batch, uint32_t max_positions, DeviceTables* page_tables,
-                    absl::Span<std::byte> arrivals, cudaStream_t stream);
+  // `num_blocks`, `arrivals`: as DeviceTables::Bring.
+  absl::Status Fill(const StageBatch& batch, uint32_t max_positions, uint32_t num_blocks,
+                    DeviceTables* page_tables, absl::Span<std::byte> arrivals, cudaStream_t stream);
 
   // --- On the device, of the last Fill ---
   // [rows]; of BatchSequence::token_of_request LateTokenId.

@@ -193,6 +193,7 @@ TEST_F(CudaBackendTest, AStageTakesWhatItSaysAndAStepNothing) {
     for (uint32_t rows = 1; rows <= 3; ++rows) Step(model->get(), config, rows, 1);
     Step(model->get(), config, 1, 200);
     // All sizes of decode steps that there are: graphs come and go.
+    constexpr uint64_t kPiece = 2 << 20;  // that CUDA takes memory in
     const size_t before = FreeBytes();
     size_t least = before;
     for (int round = 0; round < 2; ++round) {
@@ -201,8 +202,7 @@ TEST_F(CudaBackendTest, AStageTakesWhatItSaysAndAStepNothing) {
         least = std::min(least, FreeBytes());
       }
       Step(model->get(), config, 3, 700);
-      EXPECT_LT(static_cast<double>(before - least), 1.05 * static_cast<double>(stated.graphs))
-          << "round " << round;
+      EXPECT_LE(before - least, stated.graphs + kPiece) << "round " << round;
     }
     const size_t settled = FreeBytes();
     for (uint32_t i = 0; i < 200; ++i) Step(model->get(), config, 100, 1);

@@ -150,7 +150,7 @@ class OneLayer {
     }
     batch.sequences = sequences;
     EXPECT_TRUE(tables_
-                    ->Fill(batch, config_.max_position_embeddings, &*page_tables_,
+                    ->Fill(batch, config_.max_position_embeddings, kPoolBlocks, &*page_tables_,
                            absl::MakeSpan(arrivals_.data(), arrivals_.bytes()), nullptr)
                     .ok());
   }

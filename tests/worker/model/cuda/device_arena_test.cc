@@ -31,6 +31,7 @@ class DeviceArenaTest : public gpu_test::GpuTest {
   }
   static void Write(const DeviceArena::Lease& lease, uint64_t begin, uint64_t end, int value) {
     ASSERT_EQ(cudaMemset(lease.data() + begin, value, end - begin), cudaSuccess);
+    ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);  // a lease wants the device to be done
   }
   static bool IsAll(const DeviceArena::Lease& lease, uint64_t begin, uint64_t end, int value) {
     std::vector<uint8_t> bytes(end - begin);

@@ -124,7 +124,7 @@ class StepTablesTest : public gpu_test::GpuTest {
     batch.num_tokens = static_cast<uint32_t>(ids.size());
     const uint64_t before = device_->entries_brought();
     const absl::Status status =
-        step.tables->Fill(batch, kMaxPositions, &*device_,
+        step.tables->Fill(batch, kMaxPositions, kPoolBlocks, &*device_,
                           absl::MakeSpan(step.arrivals.data(), step.arrivals.bytes()), stream_);
     EXPECT_TRUE(status.ok()) << status;
     // What kernels would read, in the stream's order.
