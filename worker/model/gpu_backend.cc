@@ -43,10 +43,15 @@ absl::StatusOr<GpuBackend> MakeGpuBackend(
   STRAIT_ASSIGN_OR_RETURN(std::unique_ptr<CudaBackend> backend,
                           CudaBackend::Create(cuda, std::move(weights)));
   made.stage_costs = backend->stage_costs();
+  made.edges = MakeCudaEdgeDevice(
+      options.device,
+      [arena = backend->arena()](size_t bytes) -> absl::StatusOr<std::shared_ptr<std::byte>> {
+        STRAIT_ASSIGN_OR_RETURN(DeviceArena::Lease lease, arena->Take(bytes, "an NCCL edge"));
+        auto owned = std::make_shared<DeviceArena::Lease>(std::move(lease));
+        return std::shared_ptr<std::byte>(owned, owned->data());
+      });
   made.backend = std::move(backend);
   return made;
 }
-
-std::shared_ptr<EdgeDevice> MakeGpuEdgeDevice(int device) { return MakeCudaEdgeDevice(device); }
 
 }  // namespace strait

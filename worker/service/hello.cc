@@ -33,7 +33,7 @@ v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
     told.set_layer_workspace_bytes(costs.layer_workspace_bytes);
     told.set_stage_bytes(costs.stage_bytes);
     if (options.nccl.nccl) {  // its edges may be on the device
-      told.set_edge_bytes(kNcclEdgeBytes);
+      told.set_edge_bytes(costs.edge_bytes + kNcclEdgeBytes);
       told.set_edge_row_bytes(kArenaSteps * backend.hidden_row_bytes());
     }
   }

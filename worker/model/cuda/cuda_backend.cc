@@ -166,6 +166,7 @@ std::string CudaBackend::numerics_id() const {
 }
 
 uint64_t CudaBackend::used_bytes() const { return shared_->budget->used(); }
+const std::shared_ptr<DeviceArena>& CudaBackend::arena() const { return shared_->arena; }
 const CudaPool& CudaBackend::cache_pool() const { return shared_->cache->pool(); }
 const CudaTraits& CudaBackend::traits() const { return shared_->traits; }
 StageCosts CudaBackend::stage_costs() const { return CudaStageCosts(config(), shared_->traits); }

@@ -34,6 +34,7 @@
 #include "worker/backend.h"
 #include "worker/checkpoint/weights.h"
 #include "worker/model/cuda/cuda_workspace.h"
+#include "worker/model/cuda/device_arena.h"
 #include "worker/model/cuda/layers.h"
 
 namespace strait {
@@ -80,6 +81,7 @@ class CudaBackend final : public Backend {
   // Of memory_bytes.
   uint64_t used_bytes() const;
   const CudaPool& cache_pool() const;
+  const std::shared_ptr<DeviceArena>& arena() const;
 
   struct Shared;  // what stages keep alive
 

@@ -64,6 +64,7 @@ StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
   static_assert(limits::kMaxStepSequences * sizeof(cuda::MlaSegment) % Region::kAlign == 0);
   // The fixed part of the page tables, and what they, the workspace and the cache are rounded up by.
   costs.stage_bytes = DeviceTables::DeviceBytes(n, 0) + 2 * Region::kAlign + 3 * traits.slab_bytes;
+  costs.edge_bytes = traits.slab_bytes;  // that an edge's places are rounded up by
   const uint32_t most = std::clamp(traits.max_step_tokens, kCudaMinTileRows,
                                    traits.deterministic ? kCudaMaxFixedTileRows : kCudaMaxTileRows);
   for (uint32_t rows = kCudaMinTileRows; rows <= most; rows += kCudaMinTileRows) {
