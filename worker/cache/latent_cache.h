@@ -87,6 +87,7 @@ class LatentCache {
   // The blocks of one layer, of every sequence: they are this cache's no more. What is left of it can
   // only be closed.
   std::map<SequenceId, std::vector<BlockId>> GiveLayer(uint32_t layer);
+  bool given(uint32_t layer) const { return given_[layer]; }
   // A sequence of `length` rows whose blocks were given: [num_layers], each at least as long as the
   // length needs; what is beyond is free afterwards. REQUIRES: not resident.
   void Adopt(SequenceId id, uint32_t length, std::vector<std::vector<BlockId>> tables);
