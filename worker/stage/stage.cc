@@ -25,6 +25,11 @@ bool Stage::is_first() const { return state_->is_first(); }
 bool Stage::is_last() const { return state_->is_last(); }
 size_t Stage::num_begun() const { return state_->begun.size(); }
 uint32_t Stage::blocks_used() const { return state_->residents.cache().blocks_used(); }
+uint32_t Stage::peak_blocks() const {
+  uint64_t peak = blocks_used();
+  for (const WaitingPlan& plan : state_->plans) peak = std::max(peak, plan.checked.blocks_after);
+  return static_cast<uint32_t>(peak);
+}
 uint32_t Stage::capacity_blocks() const { return state_->capacity_blocks; }
 const LatentCache& Stage::cache() const { return state_->residents.cache(); }
 std::vector<HeldRows> Stage::held() const { return state_->residents.left(); }

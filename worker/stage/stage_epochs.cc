@@ -31,6 +31,12 @@ void Stage::State::LeaveEpoch() {
   residents.Leave();
 }
 
+void Stage::State::ResetLedger() {
+  absl::flat_hash_map<SequenceId, uint32_t> left;
+  for (const HeldRows& held : residents.left()) left.emplace(held.id, held.rows);
+  ledger = PlanLedger(Shape(), left);
+}
+
 absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages,
                              bool grants) {
   State& s = *state_;
@@ -59,15 +65,13 @@ absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t
   s.grants = grants || num_stages == 1;
   s.stage_index = stage_index;
   s.num_stages = num_stages;
-  absl::flat_hash_map<SequenceId, uint32_t> left;
-  for (const HeldRows& held : s.residents.left()) left.emplace(held.id, held.rows);
-  s.ledger = PlanLedger(s.Shape(), left);
+  s.ResetLedger();
   return absl::OkStatus();
 }
 
 void Stage::TakeOver(absl::Span<Stage* const> predecessors) {
   State& s = *state_;
-  STRAIT_CHECK(s.epoch == PipelineEpoch());
+  STRAIT_CHECK(s.residents.cache().num_sequences() == 0 && s.ledger.next_step().value == 1);
   std::vector<Predecessor> theirs;
   for (Stage* const predecessor : predecessors) {
     State& p = *predecessor->state_;
@@ -75,7 +79,9 @@ void Stage::TakeOver(absl::Span<Stage* const> predecessors) {
     p.failed = true;
     theirs.push_back({p.model->spec().layers, &p.residents});
   }
-  TakeOverRows(theirs, s.model->spec().layers, s.is_first() || s.is_last(), s.pool, &s.residents);
+  TakeOverRows(theirs, s.model->spec().layers, s.is_first() || s.is_last(), s.capacity_blocks,
+               s.pool, &s.residents);
+  s.ResetLedger();
 }
 
 absl::Status Stage::SetCapacity(uint32_t num_blocks) {

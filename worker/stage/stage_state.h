@@ -78,6 +78,8 @@ struct Stage::State {
   void DropBegun();
   // What is under way goes, too; sequences are left with their finished rows.
   void LeaveEpoch();
+  // Plans are reckoned from what is left here. REQUIRES: no plan came in this epoch.
+  void ResetLedger();
 
   // Constant after construction.
   const uint64_t stage_id;
