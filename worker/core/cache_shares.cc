@@ -12,50 +12,21 @@
 
 namespace strait {
 
-void CacheShares::Regroup() {
-  for (auto& [id, share] : shares_) {
-    share.group = id;
-    share.has_successor = false;
-  }
-  for (bool more = true; more;) {
-    more = false;
-    for (auto& [id, share] : shares_) {
-      for (const uint64_t before : share.successor_of) {
-        const auto it = shares_.find(before);
-        if (it == shares_.end()) continue;
-        const uint64_t group = std::min(share.group, it->second.group);
-        more |= group != share.group || group != it->second.group;
-        share.group = it->second.group = group;
-        it->second.has_successor = true;
-      }
-    }
-  }
-  std::set<uint64_t> handovers;
-  for (const auto& [id, share] : shares_) {
-    if (share.has_successor && !share.is_gone) handovers.insert(share.group);
-  }
+void CacheShares::Count() {
   needed_ = 0;
-  for (auto it = shares_.begin(); it != shares_.end();) {
-    Share& share = it->second;
-    share.is_in_handover = handovers.count(share.group) > 0;
-    if (!share.is_in_handover && share.is_gone) {
-      it = shares_.erase(it);
-      continue;
-    }
-    if (!share.is_in_handover) share.successor_of.clear();
-    if (!share.is_in_handover || share.has_successor) needed_ += share.most;
-    ++it;
+  for (const auto& [id, share] : shares_) {
+    if (share.handover == 0) needed_ += share.most;
   }
+  for (const auto& [id, handover] : handovers_) needed_ += handover.blocks;
 }
 
 std::vector<uint64_t> CacheShares::WaitsFor(uint64_t stage_id) const {
-  std::vector<uint64_t> before;
-  const Share& mine = shares_.at(stage_id);
-  if (!mine.is_in_handover || mine.has_successor) return before;
-  for (const auto& [id, share] : shares_) {
-    if (share.group == mine.group && share.has_successor && !share.is_gone) before.push_back(id);
-  }
-  return before;
+  const uint64_t id = shares_.at(stage_id).handover;
+  if (id == 0) return {};
+  const Handover& handover = handovers_.at(id);
+  const auto& successors = handover.successors;
+  const bool waits = std::find(successors.begin(), successors.end(), stage_id) != successors.end();
+  return waits ? handover.predecessors : std::vector<uint64_t>();
 }
 
 absl::Status CacheShares::GrowTo(uint64_t blocks) {
@@ -72,70 +43,92 @@ absl::Status CacheShares::GrowTo(uint64_t blocks) {
 
 absl::Status CacheShares::Add(uint64_t stage_id, uint32_t blocks,
                               std::vector<uint64_t> successor_of) {
-  if (const auto it = shares_.find(stage_id); it != shares_.end()) {
-    STRAIT_CHECK(it->second.is_gone, "the stage has a share already");
-    return absl::AlreadyExistsError(absl::StrCat(
-        "stage ", stage_id, " was unloaded, and others that are handed over with it were not"));
-  }
+  STRAIT_CHECK(shares_.count(stage_id) == 0, "the stage has a share already");
   if (!successor_of.empty()) return AddSuccessor(stage_id, blocks, std::move(successor_of));
   // Room that another share left and that has not gone yet serves as well.
   STRAIT_RETURN_IF_ERROR(GrowTo(needed_ + blocks));
   shares_[stage_id] = {.blocks = blocks, .most = blocks};
-  Regroup();
+  Count();
   return absl::OkStatus();
 }
 
 absl::Status CacheShares::AddSuccessor(uint64_t stage_id, uint32_t blocks,
                                        std::vector<uint64_t> successor_of) {
+  Handover joined{.successors_blocks = blocks, .successors = {stage_id}};
+  std::set<uint64_t> parts;  // handovers that become this one
   for (const uint64_t id : successor_of) {
-    const auto it = shares_.find(id);
-    const char* why = nullptr;
-    if (it == shares_.end() || it->second.is_gone) {
-      why = " is not here";
-    } else if (!WaitsFor(id).empty()) {
-      why = " itself follows another one";
-    } else if (!IsSettled(id)) {
-      why = " still holds more than its cache is to have";
+    const char* const why = shares_.count(id) == 0  ? " is not here"
+                            : !WaitsFor(id).empty() ? " itself follows another one"
+                            : !IsSettled(id)        ? " still holds more than its cache is to have"
+                                                    : nullptr;
+    if (why != nullptr) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("stage ", id, why, ": stage ", stage_id, " cannot be its successor"));
     }
-    if (why == nullptr) continue;
+    const Share& share = shares_.at(id);
+    if (share.handover != 0) {
+      parts.insert(share.handover);
+      continue;
+    }
+    joined.blocks += share.blocks;
+    joined.predecessors.push_back(id);
+  }
+  for (const uint64_t id : parts) {
+    const Handover& part = handovers_.at(id);
+    joined.blocks += part.blocks;
+    joined.successors_blocks += part.successors_blocks;
+    joined.predecessors.insert(joined.predecessors.end(), part.predecessors.begin(),
+                               part.predecessors.end());
+    joined.successors.insert(joined.successors.end(), part.successors.begin(),
+                             part.successors.end());
+  }
+  if (joined.successors_blocks > joined.blocks) {
     return absl::InvalidArgumentError(
-        absl::StrCat("stage ", id, why, ": stage ", stage_id, " cannot be its successor"));
+        absl::StrCat("with stage ", stage_id, " successors may hold ", joined.successors_blocks,
+                     " latent blocks, the stages that they follow have ", joined.blocks));
   }
+  std::sort(joined.predecessors.begin(), joined.predecessors.end());
   shares_[stage_id] = {.blocks = blocks, .most = blocks, .successor_of = std::move(successor_of)};
-  Regroup();
-  const uint64_t group = shares_.at(stage_id).group;
-  uint64_t theirs = 0;
-  uint64_t successors = 0;
-  for (const auto& [id, share] : shares_) {
-    if (share.group == group) (share.has_successor ? theirs : successors) += share.blocks;
+  for (const uint64_t id : parts) handovers_.erase(id);
+  ++last_handover_;
+  for (const auto* const ids : {&joined.predecessors, &joined.successors}) {
+    for (const uint64_t id : *ids) shares_.at(id).handover = last_handover_;
   }
-  if (successors <= theirs) return absl::OkStatus();
-  shares_.erase(stage_id);
-  Regroup();
-  return absl::InvalidArgumentError(
-      absl::StrCat("with stage ", stage_id, " successors may hold ", successors,
-                   " latent blocks, the stages that they follow have ", theirs));
+  handovers_[last_handover_] = std::move(joined);
+  Count();
+  return absl::OkStatus();
+}
+
+void CacheShares::LeaveHandover(uint64_t stage_id, const Share& share) {
+  const auto it = handovers_.find(share.handover);
+  if (it == handovers_.end()) return;
+  Handover& handover = it->second;
+  if (std::erase(handover.successors, stage_id) > 0) handover.successors_blocks -= share.blocks;
+  std::erase(handover.predecessors, stage_id);
+  for (const uint64_t id : handover.successors) std::erase(shares_.at(id).successor_of, stage_id);
+  if (!handover.predecessors.empty() && !handover.successors.empty()) return;
+  for (const auto* const ids : {&handover.predecessors, &handover.successors}) {
+    for (const uint64_t id : *ids) shares_.at(id).handover = 0;
+  }
+  handovers_.erase(it);
 }
 
 void CacheShares::Remove(uint64_t stage_id) {
-  Share& share = shares_.at(stage_id);
-  STRAIT_CHECK(!share.is_gone, "a share goes once");
-  if (share.has_successor) {
-    share.is_gone = true;
-  } else {
-    shares_.erase(stage_id);
-  }
-  Regroup();
+  const Share share = shares_.at(stage_id);
+  shares_.erase(stage_id);
+  LeaveHandover(stage_id, share);
+  Count();
 }
 
 void CacheShares::Clear() {
   shares_.clear();
-  Regroup();
+  handovers_.clear();
+  Count();
 }
 
 absl::Status CacheShares::Change(uint64_t stage_id, uint32_t blocks) {
   Share& share = shares_.at(stage_id);
-  if (share.is_in_handover) {
+  if (share.handover != 0) {
     return absl::FailedPreconditionError(absl::StrCat(
         "the cache of stage ", stage_id, " is being handed over, its size cannot be changed"));
   }
@@ -143,14 +136,14 @@ absl::Status CacheShares::Change(uint64_t stage_id, uint32_t blocks) {
   STRAIT_RETURN_IF_ERROR(GrowTo(needed_ + (most - share.most)));
   share.blocks = blocks;
   share.most = most;
-  Regroup();
+  Count();
   return absl::OkStatus();
 }
 
 void CacheShares::Settle(uint64_t stage_id) {
   Share& share = shares_.at(stage_id);
   share.most = share.blocks;
-  Regroup();
+  Count();
 }
 
 void CacheShares::Shrink(const Compact& compact) {

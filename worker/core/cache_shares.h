@@ -6,16 +6,16 @@
 // Owns:    the worker's BlockPool.
 // Borrows: the backend's CacheMemory, which outlives it.
 // Thread:  loop thread only.
-// Errors:  ResourceExhausted: the memory for more blocks is not there; FailedPrecondition,
-//          AlreadyExists and InvalidArgument say what of a request contradicts the shares. Nothing is
-//          changed then.
+// Errors:  ResourceExhausted: the memory for more blocks is not there; FailedPrecondition and
+//          InvalidArgument say what of a request contradicts the shares. Nothing is changed then.
 // Why:     the cache has as many blocks as all shares together, so that every accepted plan finds its
 //          blocks. A share that became smaller counts as it was until its stage can do with less:
 //          plans from before may still need it.
 //          A successor's share is a part of its predecessors' until they are gone: their blocks become
 //          its own. Predecessors that have a successor in common, and all their successors, are one
-//          handover: while one of its predecessors is here, it counts as what all of them had, and
-//          none of its successors may step. Else a successor would grow into blocks that are held.
+//          handover: while it lasts it counts as what its predecessors had, and none of its successors
+//          may step. Else a successor would grow into blocks that are held. It lasts until all of its
+//          predecessors have gone, or all of its successors.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +52,7 @@ class CacheShares {
   }
   // What is kept for it: its share, or what that was.
   uint32_t MostOf(uint64_t stage_id) const { return shares_.at(stage_id).most; }
-  // Those that it follows, while their handover lasts.
+  // Those that it follows and that are here.
   const std::vector<uint64_t>& PredecessorsOf(uint64_t stage_id) const {
     return shares_.at(stage_id).successor_of;
   }
@@ -78,20 +78,26 @@ class CacheShares {
     uint32_t blocks = 0;
     uint32_t most = 0;  // not below `blocks`
     std::vector<uint64_t> successor_of;
-    bool is_gone = false;  // a predecessor whose handover lasts
-    // Of the last Regroup.
-    uint64_t group = 0;  // the same for who has to do with each other
-    bool has_successor = false;
-    bool is_in_handover = false;
+    uint64_t handover = 0;  // 0: none
   };
-  // Finds handovers, forgets those that are over, and counts what is needed.
-  void Regroup();
+  struct Handover {
+    uint64_t blocks = 0;                 // of all predecessors, those too that have gone
+    uint64_t successors_blocks = 0;      // of those that are here; no more
+    std::vector<uint64_t> predecessors;  // that are here
+    std::vector<uint64_t> successors;
+  };
   absl::Status AddSuccessor(uint64_t stage_id, uint32_t blocks, std::vector<uint64_t> successor_of);
+  // What becomes of the handover of a stage that has no share any more.
+  void LeaveHandover(uint64_t stage_id, const Share& share);
+  // What is needed.
+  void Count();
   absl::Status GrowTo(uint64_t blocks);
 
   CacheMemory* const memory_;
   BlockPool pool_;
   std::map<uint64_t, Share> shares_;
+  std::map<uint64_t, Handover> handovers_;
+  uint64_t last_handover_ = 0;
   uint64_t needed_ = 0;
 };
 
