@@ -132,7 +132,7 @@ class Stage {
   bool is_first() const;
   bool is_last() const;
   uint32_t blocks_used() const;
-  // The most that it holds until the plans that it has have run.
+  // The most that other stages cannot have until the plans that it has have run.
   uint32_t peak_blocks() const;
   const LatentCache& cache() const;
   // Every block is free or in exactly one table, tables match lengths. For tests and idle moments.

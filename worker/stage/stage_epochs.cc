@@ -19,6 +19,7 @@ void Stage::State::DropBegun() {
   for (const BegunStep& step : begun) {
     std::vector<LogitsResult> results;
     if (step.is_on_model) (void)model->Finish(&results);
+    residents.cache().StepDone(step.id());
   }
   begun.clear();
 }

@@ -109,7 +109,10 @@ absl::Status Stage::State::Begin(WaitingPlan plan, const HiddenMemory& memory, B
   std::vector<BatchSequence> sequences;
   std::vector<LogitsRequest> logits;
   sequences.reserve(static_cast<size_t>(step->plan.sequences_size()));
+  // What this closes, the step before may still use; only this stage's steps come behind it.
+  if (begun.size() > 1) residents.cache().KeepFreed(begun[begun.size() - 2].id());
   ApplyCacheOps(step->plan, absl::MakeSpan(plan.checked.sampling));
+  residents.cache().KeepFreed(StepId{});
   uint32_t row = 0;
   for (size_t i = 0; i < plan.checked.num_sequences; ++i) {
     const v1::SequenceStep& wire = step->plan.sequences(static_cast<int>(i));
@@ -195,6 +198,7 @@ StepOutput Stage::FinishNext(const std::function<uint64_t()>& clock) {
   s.begun.pop_front();
   std::vector<LogitsResult> results;
   if (step.is_on_model) step.status = s.model->Finish(&results);
+  s.residents.cache().StepDone(step.id());
   const uint64_t end_us = clock();
   const uint64_t begin_us = std::max(step.begin_us, s.last_end_us);
   s.last_end_us = end_us;

@@ -182,12 +182,53 @@ TEST(LatentCacheTest, ALayerIsGivenAndAdopted) {
   EXPECT_TRUE(pool.CheckIntegrity().ok()) << pool.CheckIntegrity();
 }
 
+// While a step computes it uses blocks that the next one may free already.
+TEST(LatentCacheTest, FreedBlocksAreKeptForStepsUnderWay) {
+  BlockPool pool(8);
+  LatentCache mine(1, &pool), other(1, &pool);
+  mine.Open({1});
+  mine.Open({2});
+  mine.Grow({1}, 128);  // 0 and 1
+  mine.Grow({2}, 128);  // 2 and 3
+  mine.KeepFreed(StepId{4});
+  mine.Close({1});
+  mine.KeepFreed(StepId{5});
+  mine.Cut({2}, 64);  // 3
+  mine.KeepFreed(StepId{});
+  EXPECT_EQ(mine.blocks_used(), 1u);
+  EXPECT_EQ(mine.blocks_taken(), 4u);
+  EXPECT_EQ(pool.used(), 4u);
+  EXPECT_TRUE(mine.CheckIntegrity().ok()) << mine.CheckIntegrity();
+  // Others get none of them; it has them itself before new ones.
+  other.Open({3});
+  other.Grow({3}, 64);
+  EXPECT_EQ(other.PageTables({3})[0], (std::vector<BlockId>{4}));
+  mine.Grow({2}, 128);
+  EXPECT_EQ(mine.PageTables({2})[0], (std::vector<BlockId>{2, 3}));
+  EXPECT_EQ(mine.blocks_taken(), 4u);
+  mine.StepDone(StepId{3});
+  EXPECT_EQ(pool.used(), 5u);
+  mine.StepDone(StepId{4});
+  EXPECT_EQ(pool.used(), 3u);
+  EXPECT_EQ(mine.blocks_taken(), 2u);
+  EXPECT_TRUE(mine.CheckIntegrity().ok()) << mine.CheckIntegrity();
+  other.Grow({3}, 128);
+  EXPECT_EQ(other.PageTables({3})[0], (std::vector<BlockId>{4, 0}));
+  mine.KeepFreed(StepId{9});
+  mine.Close({2});
+  std::set<BlockId> blocks;
+  mine.ForBlocks([&](BlockId block) { blocks.insert(block); });
+  EXPECT_EQ(blocks, (std::set<BlockId>{2, 3}));
+}
+
 TEST(LatentCacheTest, ACacheThatEndsGivesItsBlocksBack) {
   BlockPool pool(4);
   {
     LatentCache cache(2, &pool);
     cache.Open({1});
     cache.Grow({1}, 100);
+    cache.KeepFreed(StepId{1});
+    cache.Cut({1}, 10);
     EXPECT_EQ(pool.used(), 4u);
   }
   EXPECT_EQ(pool.used(), 0u);

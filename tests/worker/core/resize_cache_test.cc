@@ -99,22 +99,25 @@ TEST(ResizeCacheTest, LessIsToldWhenThePlansThatCloseHaveRun) {
   w.ResizeBlocks(1, 5);
   w.ExpectError("resized 0 9", {"stage 1", "6", "5"});
   EXPECT_EQ(w.taken, 100);
-  w.ResizeBlocks(1, 10);
+  w.ResizeBlocks(1, 12);
   EXPECT_EQ(w.Told(), "");
   w.ExpectSound();
   // The new size holds for plans that come now.
+  w.Send(WithRows(w.Plan(1, 4), 8, 64, 65));
+  w.ExpectError("report 8", {"18", "12"});
   w.Send(WithRows(w.Plan(1, 4), 8, 64, 64));
-  w.ExpectError("report 8", {"12", "10"});
   ASSERT_TRUE(w.Begin());
-  ASSERT_TRUE(w.Begin());  // it closes, and nothing more may begin now
-  EXPECT_EQ(w.core.BlocksHeld(), 6u);
-  EXPECT_EQ(w.Told(), "");
-  EXPECT_EQ(w.taken, 100);
   ASSERT_TRUE(w.Finish());
   EXPECT_EQ(w.Told(), "report 0");
+  ASSERT_TRUE(w.Begin());
+  EXPECT_EQ(w.core.BlocksHeld(), 6u);
+  EXPECT_FALSE(w.core.NextReady().has_value());  // it closed: now the cache can become smaller
+  EXPECT_EQ(w.taken, 100);
   ASSERT_TRUE(w.Finish());
-  EXPECT_EQ(w.Told(), "report 0, resized 10");
-  EXPECT_EQ(w.taken, 10);
+  EXPECT_EQ(w.Told(), "report 0, resized 12");
+  EXPECT_EQ(w.taken, 12);
+  w.RunAll();
+  EXPECT_EQ(w.Told(), "report 0");
   w.ExpectSound();
 }
 

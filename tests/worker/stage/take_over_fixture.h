@@ -132,7 +132,7 @@ class TakeOverTest : public testing::Test {
     uint32_t used = 0;
     for (const auto& [id, hosted] : stages_) {
       EXPECT_TRUE(hosted.stage->CheckIntegrity().ok()) << hosted.stage->CheckIntegrity();
-      used += hosted.stage->blocks_used();
+      used += hosted.stage->cache().blocks_taken();
     }
     EXPECT_EQ(used, pool_.used());
   }
