@@ -50,6 +50,9 @@ class NumberCache final : public CacheMemory {
     STRAIT_CHECK(block < num_blocks(), "a block beyond the cache");
     return rows_[size_t{block} * limits::kBlockTokens + row];
   }
+  uint64_t Peek(BlockId block, uint32_t row) const {
+    return rows_.at(size_t{block} * limits::kBlockTokens + row);
+  }
   uint64_t& RowAt(uint64_t index) { return rows_.at(index); }
 
   // What its models do with steps.

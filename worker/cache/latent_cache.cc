@@ -82,16 +82,31 @@ LatentCache::LatentCache(uint32_t num_layers, BlockPool* pool)
   STRAIT_CHECK(num_layers > 0);
 }
 
-LatentCache::~LatentCache() { CloseAll(); }
+LatentCache::~LatentCache() {
+  CloseAll();
+  for (const auto& [block, until] : kept_) pool_->Give(block);
+}
 
 BlockId LatentCache::Take() {
   ++blocks_used_;
-  return pool_->Take();
+  if (kept_.empty()) return pool_->Take();
+  const BlockId block = kept_.back().first;
+  kept_.pop_back();
+  return block;
 }
 
 void LatentCache::Give(BlockId block) {
   --blocks_used_;
-  pool_->Give(block);
+  if (keep_until_ == StepId{}) return pool_->Give(block);
+  STRAIT_CHECK(kept_.empty() || kept_.back().second <= keep_until_, "steps come in order");
+  kept_.emplace_back(block, keep_until_);
+}
+
+void LatentCache::StepDone(StepId step) {
+  const auto end = std::find_if(kept_.begin(), kept_.end(),
+                                [step](const auto& kept) { return step < kept.second; });
+  for (auto it = kept_.begin(); it != end; ++it) pool_->Give(it->first);
+  kept_.erase(kept_.begin(), end);
 }
 
 void LatentCache::FillViews(Sequence* sequence) {
@@ -151,6 +166,7 @@ void LatentCache::Cut(SequenceId id, uint32_t length) {
 }
 
 void LatentCache::Compact(BlockId end, std::vector<BlockMove>* moves) {
+  STRAIT_CHECK(kept_.empty());
   for (auto& [id, sequence] : sequences_) {
     const size_t before = moves->size();
     for (std::vector<BlockId>& table : sequence.tables) {
@@ -167,6 +183,7 @@ void LatentCache::Compact(BlockId end, std::vector<BlockMove>* moves) {
 
 std::map<SequenceId, std::vector<BlockId>> LatentCache::GiveLayer(uint32_t layer) {
   STRAIT_CHECK(layer < num_layers_ && !given_[layer], "a layer is given once");
+  STRAIT_CHECK(kept_.empty());
   given_[layer] = true;
   std::map<SequenceId, std::vector<BlockId>> blocks;
   for (auto& [id, sequence] : sequences_) {
@@ -219,6 +236,12 @@ uint64_t LatentCache::Digest() const {
 absl::Status LatentCache::CheckIntegrity() const {
   STRAIT_RETURN_IF_ERROR(pool_->CheckIntegrity());
   std::vector<bool> seen(pool_->size(), false);
+  for (const auto& [block, until] : kept_) {
+    if (!pool_->held(block) || seen[block]) {
+      return absl::InternalError(absl::StrCat("block ", block, " is kept and not held, or twice"));
+    }
+    seen[block] = true;
+  }
   uint64_t num_blocks = 0;
   for (const auto& [id, sequence] : sequences_) {
     for (uint32_t layer = 0; layer < num_layers_; ++layer) {

@@ -3,18 +3,22 @@
 // LatentCache keeps the books of a stage's latent blocks: which physical block holds which 64 rows
 // of which layer of which sequence. It never touches a row: rows belong to the backend.
 //
-// Owns:    page tables; the blocks in them, until it ends.
+// Owns:    page tables; the blocks in them, until it ends; those that it freed and that steps under way may
+//          still use.
 // Borrows: the worker's BlockPool, which outlives it.
 // Thread:  loop thread only.
 // Errors:  none but CheckIntegrity's: whether blocks suffice was decided when the plan was
 //          validated, so running out, or naming an unknown sequence, is our bug and is checked.
 // Limits:  the pool's size.
 // Why:     blocks are handed out last-in first-out: deterministic, and memory that was used once
-//          is used again before untouched memory is.
+//          is used again before untouched memory is. A stage's steps compute in order, those of other
+//          stages beside them: so a block that is freed while a step computes is free for its own
+//          stage at once, and for others when that step is done.
 #pragma once
 
 #include <cstdint>
 #include <map>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -79,14 +83,20 @@ class LatentCache {
   // Blocks beyond rows [0, length) are free afterwards. REQUIRES: resident, length not above length(id).
   void Cut(SequenceId id, uint32_t length);
 
+  // Blocks that are freed from now on are other caches' when this step is done; 0: at once.
+  void KeepFreed(StepId until) { keep_until_ = until; }
+  // So are all steps before it.
+  void StepDone(StepId step);
+
   // Every block from `end` on is replaced by another; `moves` gets what the rows must follow. REQUIRES:
-  // the pool was narrowed to `end`.
+  // the pool was narrowed to `end`; no step is under way, nor in the calls below.
   void Compact(BlockId end, std::vector<BlockMove>* moves);
 
   // ---- To a successor on the same worker ----
   // The blocks of one layer, of every sequence: they are this cache's no more. What is left of it can
   // only be closed.
   std::map<SequenceId, std::vector<BlockId>> GiveLayer(uint32_t layer);
+  bool given(uint32_t layer) const { return given_[layer]; }
   // A sequence of `length` rows whose blocks were given: [num_layers], each at least as long as the
   // length needs; what is beyond is free afterwards. REQUIRES: not resident.
   void Adopt(SequenceId id, uint32_t length, std::vector<std::vector<BlockId>> tables);
@@ -95,11 +105,14 @@ class LatentCache {
   uint32_t length(SequenceId id) const;  // REQUIRES: resident
   uint32_t num_sequences() const { return static_cast<uint32_t>(sequences_.size()); }
   uint32_t num_layers() const { return num_layers_; }
-  // Of this cache.
+  // In its tables.
   uint32_t blocks_used() const { return blocks_used_; }
-  // Each block that it holds.
+  // That no other cache can have: also those that are kept until a step is done.
+  uint32_t blocks_taken() const { return blocks_used_ + static_cast<uint32_t>(kept_.size()); }
+  // Each of these.
   template <class Visit>
   void ForBlocks(Visit visit) const {
+    for (const auto& [block, until] : kept_) visit(block);
     for (const auto& [id, sequence] : sequences_) {
       for (const auto& table : sequence.tables) {
         for (const BlockId block : table) visit(block);
@@ -136,9 +149,11 @@ class LatentCache {
   const uint32_t num_layers_;
   BlockPool* const pool_;
   uint32_t blocks_used_ = 0;
-  std::vector<bool> given_;                   // [num_layers]
   uint64_t last_tables_id_ = 0;
-  std::map<SequenceId, Sequence> sequences_;  // ordered: the digest goes by rising id
+  StepId keep_until_;
+  std::vector<std::pair<BlockId, StepId>> kept_;  // by rising step
+  std::vector<bool> given_;                       // [num_layers]
+  std::map<SequenceId, Sequence> sequences_;      // ordered: the digest goes by rising id
 };
 
 }  // namespace strait

@@ -30,6 +30,13 @@ absl::Status WorkerCore::CheckSuccessor(const v1::LoadStage& load) const {
       }
     }
     theirs.push_back(layers);
+    for (LayerIndex layer = std::max(layers.begin, load.layer_begin());
+         layer < std::min(layers.end, load.layer_end()); ++layer) {
+      if (!stage->cache().given(layer - layers.begin)) continue;
+      return absl::FailedPreconditionError(absl::StrCat("layer ", layer, " of stage ", before,
+                                                        " was taken over before, stage ",
+                                                        load.stage_id(), " cannot take it"));
+    }
   }
   for (const auto& [id, hosted] : hosted_) {
     for (const uint64_t before : shares_.PredecessorsOf(id)) {
@@ -145,6 +152,7 @@ void WorkerCore::OnResize(const v1::ResizeCache& resize) {
     const absl::Status set = hosted->stage->SetCapacity(blocks);
     if (!set.ok()) {
       STRAIT_CHECK(shares_.Change(id, before).ok(), "it had as much before");
+      Settle();
     }
     return set;
   }();
@@ -162,20 +170,23 @@ void WorkerCore::OnResize(const v1::ResizeCache& resize) {
 void WorkerCore::Settle() {
   holds_steps_ = false;
   bool is_quiet = true;
-  bool waits_for_quiet = shares_.ShrinkIsDue();
+  bool waits_for_quiet = false;
   for (const auto& [id, hosted] : hosted_) {
     if (hosted.stage == nullptr) continue;
-    // Plans from before a resize have not run yet: what they close is still held.
-    if (hosted.resize_due && hosted.stage->blocks_used() > shares_.BlocksOf(id)) return;
+    // Plans from before a resize may not have run yet, and need as much as it had.
+    if (!shares_.IsSettled(id) && hosted.stage->peak_blocks() <= shares_.BlocksOf(id)) {
+      shares_.Settle(id);
+    }
     is_quiet = is_quiet && hosted.stage->num_begun() == 0;
-    waits_for_quiet = waits_for_quiet || hosted.stage->NeedsSettling();
+    waits_for_quiet =
+        waits_for_quiet || (shares_.IsSettled(id) && hosted.stage->NeedsSettling());
   }
+  waits_for_quiet = waits_for_quiet || shares_.ShrinkIsDue();
+  holds_steps_ = waits_for_quiet && !is_quiet;
+  if (holds_steps_) return;
   if (waits_for_quiet) {
-    if (shares_.ShrinkIsDue() && !shares_.CanShrink()) return;
-    holds_steps_ = !is_quiet;
-    if (holds_steps_) return;
     for (const auto& [id, hosted] : hosted_) {
-      if (hosted.stage != nullptr) hosted.stage->SettleCapacity();
+      if (hosted.stage != nullptr && shares_.IsSettled(id)) hosted.stage->SettleCapacity();
     }
   }
   if (shares_.ShrinkIsDue()) {
@@ -187,7 +198,8 @@ void WorkerCore::Settle() {
   }
   for (v1::FromWorker& told : std::exchange(told_when_settled_, {})) ports_->Tell(std::move(told));
   for (auto& [id, hosted] : hosted_) {
-    if (!std::exchange(hosted.resize_due, false)) continue;
+    if (!hosted.resize_due || !shares_.IsSettled(id)) continue;
+    hosted.resize_due = false;
     ports_->Tell(ResizedMessage(id, shares_.BlocksOf(id) * traits_.block_bytes, absl::OkStatus()));
   }
 }

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "proto/base/check.h"
 #include "proto/base/limits.h"
 #include "proto/base/status_macros.h"
@@ -122,7 +123,6 @@ void WorkerCore::OnActivate(const v1::ActivateStage& activate) {
     return CheckActivate(activate);
   }();
   if (!valid.ok()) return TellFailed(id, valid, epoch);
-  if (!std::exchange(hosted->took_over, true)) TakeOver(id, *hosted);
   const PipelineEpoch before = hosted->stage->epoch();
   const absl::Status entered = hosted->stage->Activate(epoch, activate.stage_index(),
                                                        activate.num_stages(), activate.grants());
@@ -130,7 +130,9 @@ void WorkerCore::OnActivate(const v1::ActivateStage& activate) {
   if (std::exchange(hosted->activating, false)) {
     TellFailed(id, absl::AbortedError("a newer epoch came"), before);
   }
+  if (!std::exchange(hosted->took_over, true)) TakeOver(id, *hosted);
   Enter(id, *hosted, activate);
+  Settle();  // steps that were begun may have been in the way
 }
 
 void WorkerCore::TakeOver(uint64_t stage_id, Hosted& hosted) {
@@ -270,10 +272,11 @@ void WorkerCore::OnPlan(v1::StepPlan plan, uint64_t now_us) {
         StuckMessage(id, epoch, step,
                      absl::NotFoundError(absl::StrCat("stage ", id, " is not loaded here")), 0));
   }
-  if (shares_.HasPredecessor(id)) {
+  if (const std::vector<uint64_t> before = shares_.WaitsFor(id); !before.empty()) {
     return TellStuck(*hosted, step,
                      absl::FailedPreconditionError(absl::StrCat(
-                         "a plan came for stage ", id, " before the stages that it follows went")));
+                         "a plan came for stage ", id, ", which follows others: first stage ",
+                         absl::StrJoin(before, ", "), " must be unloaded")));
   }
   uint32_t num_rows = 0;
   const absl::Status accepted = hosted->stage->AcceptPlan(std::move(plan), now_us, &num_rows);
@@ -299,7 +302,7 @@ void WorkerCore::BeginStep(uint64_t stage_id, const Clock& clock) {
   Hosted& hosted = *Find(stage_id);
   last_begun_ = stage_id;
   hosted.stage->BeginNext(clock, hosted.memory);
-  if (shares_.ShrinkIsDue() || hosted.resize_due) Settle();  // it may have closed what is in the way
+  Settle();  // it may have closed what is in the way
 }
 
 std::optional<uint64_t> WorkerCore::NextDone(bool* any_begun) const {
@@ -338,7 +341,7 @@ void WorkerCore::FinishStep(uint64_t stage_id, const Clock& clock) {
     TellStuck(hosted, 0, sent,
               hosted.out.edge && hosted.out.edge->over_nccl ? hosted.out.edge->to_stage_id : 0);
   }
-  if (shares_.ShrinkIsDue() || hosted.resize_due) Settle();
+  Settle();
 }
 
 void WorkerCore::DropStages() {
@@ -414,6 +417,11 @@ absl::Status WorkerCore::CheckIntegrity() const {
   for (const auto& [id, hosted] : hosted_) {
     if (hosted.stage == nullptr) continue;
     STRAIT_RETURN_IF_ERROR(hosted.stage->CheckIntegrity());
+    if (hosted.stage->peak_blocks() > shares_.MostOf(id)) {
+      return absl::InternalError(absl::StrCat("stage ", id, " will hold ",
+                                              hosted.stage->peak_blocks(), " latent blocks, ",
+                                              shares_.MostOf(id), " are kept for it"));
+    }
     const uint64_t stage_id = id;
     absl::Status twice;
     hosted.stage->cache().ForBlocks([&](BlockId block) {
@@ -425,7 +433,7 @@ absl::Status WorkerCore::CheckIntegrity() const {
     });
     STRAIT_RETURN_IF_ERROR(twice);
   }
-  if (held == shares_.pool().used()) return shares_.pool().CheckIntegrity();
+  if (held == shares_.pool().used()) return shares_.CheckIntegrity();
   return absl::InternalError(
       absl::StrCat("stages hold ", held, " latent blocks, the pool lent ", shares_.pool().used()));
 }

@@ -161,7 +161,8 @@ class WorkerCore {
   void TakeOver(uint64_t stage_id, Hosted& hosted);
   // A stage that is loaded, or was to be, is gone from hosted_: its share goes, then it is told.
   void Release(uint64_t stage_id, v1::FromWorker told);
-  // The cache becomes as small as it is due, once nothing is begun; then who waited for it is told.
+  // The cache becomes as small as it is due, once nothing is begun; then who waited for it is told. Called
+  // wherever a stage may hold less than before, or has nothing begun any more.
   void Settle();
   void OnPlan(v1::StepPlan plan, uint64_t now_us);
 

@@ -91,8 +91,9 @@ class Stage {
   void SettleCapacity();
 
   // Takes over what other stages of the worker left of its layers: of each sequence the rows that every
-  // layer has, and whose tokens this stage will need are known. Their steps that are begun end first;
-  // they enter no epoch any more. REQUIRES: it was never activated; no layer is in two of them.
+  // layer has, and whose tokens this stage will need are known; of sequences those that it may hold, by
+  // rising id. Their steps that are begun end first; they enter no epoch any more. REQUIRES: it is in its
+  // first epoch, without a plan; no layer is in two of them, or was taken over before.
   void TakeOver(absl::Span<Stage* const> predecessors);
 
   // Blocks of its tables from `end` on are replaced by others. REQUIRES: no step is begun; the pool was
@@ -135,6 +136,8 @@ class Stage {
   bool is_first() const;
   bool is_last() const;
   uint32_t blocks_used() const;
+  // The most that other stages cannot have until the plans that it has have run.
+  uint32_t peak_blocks() const;
   const LatentCache& cache() const;
   // Every block is free or in exactly one table, tables match lengths. For tests and idle moments.
   absl::Status CheckIntegrity() const;

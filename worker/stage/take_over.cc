@@ -9,7 +9,7 @@
 namespace strait {
 
 void TakeOverRows(absl::Span<const Predecessor> predecessors, LayerRange layers, bool needs_tokens,
-                  BlockPool* pool, Residents* to) {
+                  uint32_t most_blocks, BlockPool* pool, Residents* to) {
   struct Taken {
     uint32_t rows = 0;
     uint32_t num_layers = 0;  // that have some
@@ -43,7 +43,8 @@ void TakeOverRows(absl::Span<const Predecessor> predecessors, LayerRange layers,
     std::vector<TokenId> tokens(sequence.tokens.begin(), sequence.tokens.end());
     if (needs_tokens) rows = std::min(rows, static_cast<uint32_t>(tokens.size()));
     tokens.resize(rows, kUnknownToken);
-    if (rows > 0) {
+    if (rows > 0 &&
+        to->cache().blocks_used() + BlocksOfSequence(rows, layers.size()) <= most_blocks) {
       to->AdoptLeft(id, tokens, std::move(sequence.tables));
       continue;
     }

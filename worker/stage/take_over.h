@@ -21,9 +21,10 @@ struct Predecessor {
 
 // `to` has these layers afterwards, of each sequence that all of them have rows of; of a sequence that
 // some of them have not, the rows go. `needs_tokens`: only as many rows as there are tokens known of, for a
-// stage in the middle was not told the ids of granted rows. REQUIRES: `to` is empty; no layer is in two
+// stage in the middle was not told the ids of granted rows. `most_blocks`: that `to` may hold; sequences
+// that do not fit go, the older ones, of lower ids, stay. REQUIRES: `to` is empty; no layer is in two
 // predecessors, nor was taken before.
 void TakeOverRows(absl::Span<const Predecessor> predecessors, LayerRange layers, bool needs_tokens,
-                  BlockPool* pool, Residents* to);
+                  uint32_t most_blocks, BlockPool* pool, Residents* to);
 
 }  // namespace strait

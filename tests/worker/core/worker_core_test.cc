@@ -11,6 +11,7 @@
 #include <string>
 #include <utility>
 
+#include "tests/worker/core/recording.h"
 #include "tests/worker/stage/fake_model.h"
 #include "tests/worker/stage/plans.h"
 
@@ -20,49 +21,6 @@ namespace {
 constexpr uint64_t kStage = 1;
 constexpr uint64_t kIn = 21;   // edge from stage 7
 constexpr uint64_t kOut = 22;  // edge to stage 8
-
-class RecordingTransport final : public Transport {
- public:
-  void Connect(const Edge& edge) override { calls += " connect " + std::to_string(edge.id); }
-  absl::Status Send(uint64_t, HiddenStep) override { return absl::OkStatus(); }
-  absl::Status SendSampled(uint64_t, SampledStep) override { return absl::OkStatus(); }
-  void Disconnect(uint64_t) override { calls += " disconnect"; }
-  void Expect(const Edge& edge) override { calls += " expect " + std::to_string(edge.id); }
-  void Forget(uint64_t) override { calls += " forget"; }
-  void Consumed(uint64_t, PipelineEpoch, StepId) override {}
-  std::string calls;
-};
-
-class RecordingPorts final : public WorkerPorts {
- public:
-  void Tell(v1::FromWorker message) override {
-    std::string what;
-    if (message.has_stage_state()) {
-      const v1::StageState& state = message.stage_state();
-      what = v1::StageState::State_Name(state.state());
-      if (state.error_code() != 0) what += " " + std::to_string(state.error_code());
-    } else if (message.has_report()) {
-      what = "report " + std::to_string(message.report().error_code());
-    } else if (message.has_edge_id()) {
-      what = "edge id";
-    } else if (message.has_cache_resized()) {
-      const v1::CacheResized& resized = message.cache_resized();
-      what = "resized " + std::to_string(resized.cache_bytes() / kFakeBlockBytes);
-      if (resized.error_code() != 0) what += " " + std::to_string(resized.error_code());
-    }
-    told += (told.empty() ? "" : ", ") + what;
-  }
-  void DropCoordinator(absl::Status) override { told += "drop"; }
-  void Shutdown() override { told += "shutdown"; }
-  void Load(const LoadOrder&) override {}
-  void CancelLoads(uint64_t) override {}
-  void RowsDue(uint64_t, PipelineEpoch, StepId, uint32_t num_rows) override {
-    rows_due += num_rows;
-  }
-  void Note(LogLevel, std::string_view, std::initializer_list<LogField>) override {}
-  std::string told;
-  uint32_t rows_due = 0;
-};
 
 using State = WorkerCore::HostedState;
 

@@ -125,6 +125,7 @@ class FakeModel : public StageModel {
 
   BlockCopies& copies() override { return copies_; }
   absl::Status SetCapacity(uint32_t pool_blocks) override {
+    if (!capacity_status.ok()) return capacity_status;
     spec_.pool_blocks = pool_blocks;
     return absl::OkStatus();
   }
@@ -135,6 +136,7 @@ class FakeModel : public StageModel {
   uint32_t rows_ahead = 1000;
   bool done = true;
   CopyFaults copy_faults;
+  absl::Status capacity_status;
   bool fail_begin = false;
   bool fail_next = false;
   SequenceId bad_sequence{0};  // its logits are no numbers

@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a Stage has: private to worker/stage/stage*.cc, which share it out by what happens to it. Plans and
+// hidden states come in (stage.cc), epochs are entered and left (stage_epochs.cc), steps are begun and
+// finished (stage_steps.cc).
+//
+// Owns, Borrows, Thread: as Stage.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/types/span.h"
+#include "worker/stage/begun_step.h"
+#include "worker/stage/plan_ledger.h"
+#include "worker/stage/residents.h"
+#include "worker/stage/returning_ids.h"
+#include "worker/stage/stage.h"
+
+namespace strait {
+
+struct WaitingPlan {
+  PlanLedger::CheckedPlan checked;
+  uint32_t num_logits = 0;
+  uint64_t arrived_us = 0;
+  bool has_rows() const { return checked.num_tokens > 0; }
+  uint64_t step_id() const { return checked.plan.step_id(); }
+};
+
+struct WaitingHidden {
+  HiddenStep hidden;
+  uint64_t arrived_us = 0;
+};
+
+struct Stage::State {
+  State(uint64_t id, std::unique_ptr<StageModel> stage_model, const StageTraits& stage_traits,
+        BlockPool* block_pool)
+      : stage_id(id),
+        model(std::move(stage_model)),
+        traits(stage_traits),
+        pool(block_pool),
+        capacity_blocks(model->spec().pool_blocks),
+        residents(model->spec().layers.size(), block_pool),
+        ledger(Shape(), {}) {}
+
+  StageShape Shape() const {
+    return {.num_layers = model->spec().layers.size(),
+            .pool_blocks = capacity_blocks,
+            .vocab_size = traits.vocab_size,
+            .max_positions = traits.max_positions,
+            .stage_index = stage_index,
+            .num_stages = num_stages,
+            .grants = grants};
+  }
+  bool is_first() const { return model->spec().layers.begin == 0; }
+  bool is_last() const { return model->spec().layers.end == traits.num_layers; }
+  // Whether sampled ids come back to it, or go back from it, over an edge.
+  bool takes_ids() const { return grants && is_first() && !is_last(); }
+  bool gives_ids() const { return grants && is_last() && !is_first(); }
+
+  absl::Status CheckEpoch(PipelineEpoch theirs, const char* what) const;
+  absl::Status CheckPairing(const WaitingPlan* plan, const HiddenStep* hidden) const;
+  uint32_t NumPlansWithRows() const;
+
+  bool MayGoAhead(const WaitingPlan& next) const;
+
+  void ApplyCacheOps(const v1::StepPlan& plan, absl::Span<SamplingParams> opened);
+  // Rows that are new here: their tokens and blocks.
+  void StoreRows(const v1::SequenceStep& step, Resident& resident, BatchSequence* sequence,
+                 BegunStep* begun);
+  // The rows of a sequence, and what of the model's batch they are.
+  BatchSequence AppendRows(const v1::SequenceStep& step, BegunStep* begun);
+  absl::Status Begin(WaitingPlan plan, const HiddenMemory& memory, BegunStep* step);
+  void Fail();
+  // What is begun goes; returns when the model has let go of it.
+  void DropBegun();
+  // What is under way goes, too; sequences are left with their finished rows.
+  void LeaveEpoch();
+  // Plans are reckoned from what is left here. REQUIRES: no plan came in this epoch.
+  void ResetLedger();
+
+  // Constant after construction.
+  const uint64_t stage_id;
+  const std::unique_ptr<StageModel> model;
+  const StageTraits traits;
+  BlockPool* const pool;
+
+  uint32_t capacity_blocks;
+  bool is_followed = false;  // a successor took what it had
+
+  // Of the epoch.
+  PipelineEpoch epoch;
+  bool failed = false;
+  bool grants = false;
+  uint32_t stage_index = 0;
+  uint32_t num_stages = 1;
+  Residents residents;
+  PlanLedger ledger;  // ahead of `residents` by the plans that wait
+  std::deque<WaitingPlan> plans;
+  std::deque<WaitingHidden> hiddens;  // in step order; the i-th belongs to the i-th plan with rows
+  ReturningIds returning;             // to the first of several stages
+  std::deque<BegunStep> begun;        // oldest first
+  uint64_t last_end_us = 0;           // of a step
+};
+
+}  // namespace strait
