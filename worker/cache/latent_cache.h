@@ -110,6 +110,9 @@ class LatentCache {
   // [num_layers]: that layer's blocks by position / 64. Valid until the sequence grows or closes.
   // REQUIRES: resident.
   absl::Span<const absl::Span<const BlockId>> PageTables(SequenceId id) const;
+  // BatchSequence::tables_id of these: given once in the cache's life, rising, never 0. Another one as
+  // soon as an entry goes or changes; Grow, which only appends, keeps it. REQUIRES: resident.
+  uint64_t tables_id(SequenceId id) const;
 
   // StageReport.tables_digest.
   uint64_t Digest() const;
@@ -121,6 +124,7 @@ class LatentCache {
  private:
   struct Sequence {
     uint32_t length = 0;
+    uint64_t tables_id = 0;
     std::vector<std::vector<BlockId>> tables;      // [num_layers]
     std::vector<absl::Span<const BlockId>> views;  // [num_layers] of tables
   };
@@ -133,6 +137,7 @@ class LatentCache {
   BlockPool* const pool_;
   uint32_t blocks_used_ = 0;
   std::vector<bool> given_;                   // [num_layers]
+  uint64_t last_tables_id_ = 0;
   std::map<SequenceId, Sequence> sequences_;  // ordered: the digest goes by rising id
 };
 

@@ -161,18 +161,24 @@ void WorkerCore::OnResize(const v1::ResizeCache& resize) {
 
 void WorkerCore::Settle() {
   holds_steps_ = false;
+  bool is_quiet = true;
+  bool waits_for_quiet = shares_.ShrinkIsDue();
   for (const auto& [id, hosted] : hosted_) {
+    if (hosted.stage == nullptr) continue;
     // Plans from before a resize have not run yet: what they close is still held.
     if (hosted.resize_due && hosted.stage->blocks_used() > shares_.BlocksOf(id)) return;
+    is_quiet = is_quiet && hosted.stage->num_begun() == 0;
+    waits_for_quiet = waits_for_quiet || hosted.stage->NeedsSettling();
+  }
+  if (waits_for_quiet) {
+    if (shares_.ShrinkIsDue() && !shares_.CanShrink()) return;
+    holds_steps_ = !is_quiet;
+    if (holds_steps_) return;
+    for (const auto& [id, hosted] : hosted_) {
+      if (hosted.stage != nullptr) hosted.stage->SettleCapacity();
+    }
   }
   if (shares_.ShrinkIsDue()) {
-    if (!shares_.CanShrink()) return;
-    for (const auto& [id, hosted] : hosted_) {
-      if (hosted.stage != nullptr && hosted.stage->num_begun() > 0) {
-        holds_steps_ = true;
-        return;
-      }
-    }
     shares_.Shrink([this](BlockId end, std::vector<BlockMove>* moves) {
       for (const auto& [id, hosted] : hosted_) {
         if (hosted.stage != nullptr) hosted.stage->Compact(end, moves);

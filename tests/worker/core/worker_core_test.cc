@@ -344,6 +344,43 @@ TEST(WorkerCoreTest, EdgesGoOnWhileTheirIdsStay) {
   EXPECT_EQ(r.transport.calls, " expect 21 connect 22");
 }
 
+// One that stayed while the other was torn down had a receive posted that never ended, and NCCL's free
+// of the other's memory waited for it.
+TEST(WorkerCoreTest, NcclEdgesOfAnEpochEndTogetherAndBeforeTheNext) {
+  Rig r(State::kLoaded);
+  const auto enter = [&r](uint64_t in, uint64_t out, bool out_over_nccl) {
+    v1::ToWorker message = Activation(++r.epoch);
+    v1::ActivateStage& activate = *message.mutable_activate_stage();
+    activate.set_edge_id(in);
+    activate.set_edge_over_nccl(true);
+    activate.set_next_edge_id(out);
+    if (out_over_nccl) activate.set_next_nccl_id(std::string(limits::kNcclIdBytes, 'x'));
+    r.transport.calls.clear();
+    r.core.OnMessage(message, 0);
+    return r.transport.calls;
+  };
+  const auto broken = [&r](Edge edge, uint64_t id) {
+    edge.id = id;
+    edge.over_nccl = true;
+    r.transport.calls.clear();
+    r.ports.told.clear();
+    r.core.OnEdgeDown(edge, absl::UnavailableError("it broke"));
+    return r.transport.calls;
+  };
+  EXPECT_EQ(enter(31, 32, true), " expect 31 connect 32");
+  EXPECT_EQ(enter(41, 42, true), " disconnect forget expect 41 connect 42");
+  EXPECT_EQ(broken(Out(), 42), " disconnect forget");
+  EXPECT_EQ(r.ports.told, "FAILED 14");
+  EXPECT_EQ(broken(In(), 41), "") << "it is gone";
+  EXPECT_EQ(enter(51, 52, true), " expect 51 connect 52");
+  EXPECT_EQ(broken(In(), 51), " disconnect forget");
+  EXPECT_EQ(r.ports.told, "report 14");
+  // An edge over gRPC is not bound to an epoch.
+  EXPECT_EQ(enter(61, 62, false), " expect 61 connect 62");
+  EXPECT_EQ(enter(71, 62, false), " forget expect 71");
+  EXPECT_EQ(broken(In(), 71), " forget");
+}
+
 TEST(WorkerCoreTest, HelloTellsOfStagesThatAreLoaded) {
   Rig r(State::kLoading);
   v1::Hello hello;
