@@ -24,6 +24,7 @@ namespace {
 struct WaitingPlan {
   PlanLedger::CheckedPlan checked;
   uint32_t num_logits = 0;
+  uint32_t blocks_after = 0;  // that the stage holds then
   uint64_t arrived_us = 0;
   bool has_rows() const { return checked.num_tokens > 0; }
   uint64_t step_id() const { return checked.plan.step_id(); }
@@ -118,6 +119,13 @@ bool Stage::is_first() const { return state_->is_first(); }
 bool Stage::is_last() const { return state_->is_last(); }
 size_t Stage::num_begun() const { return state_->begun.size(); }
 uint32_t Stage::blocks_used() const { return state_->residents.cache().blocks_used(); }
+
+uint32_t Stage::blocks_due_max() const {
+  uint32_t most = blocks_used();
+  for (const WaitingPlan& plan : state_->plans) most = std::max(most, plan.blocks_after);
+  return most;
+}
+
 uint32_t Stage::capacity_blocks() const { return state_->capacity_blocks; }
 const LatentCache& Stage::cache() const { return state_->residents.cache(); }
 std::vector<HeldRows> Stage::held() const { return state_->residents.left(); }
@@ -265,6 +273,7 @@ absl::Status Stage::AcceptPlan(v1::StepPlan plan, uint64_t now_us, uint32_t* num
     }
   }
   s.ledger.Commit(waiting.checked);
+  waiting.blocks_after = s.ledger.blocks();
   if (s.takes_ids()) {
     for (const v1::CacheOp& op : waiting.checked.plan.cache_ops()) {
       if (op.close().ended()) s.returning.Revoke(SequenceId{op.close().sequence_id()});

@@ -135,6 +135,8 @@ class Stage {
   bool is_first() const;
   bool is_last() const;
   uint32_t blocks_used() const;
+  // The most that it holds now or after one of the plans that wait.
+  uint32_t blocks_due_max() const;
   const LatentCache& cache() const;
   // Every block is free or in exactly one table, tables match lengths. For tests and idle moments.
   absl::Status CheckIntegrity() const;
