@@ -77,8 +77,14 @@ void Cluster::Advance(uint64_t now_us) {
 
 Cluster::Crew Cluster::ChooseCrew(std::vector<Worker*> candidates) const {
   Crew crew;
-  if (candidates.size() < context_->num_hosts) return crew;
-  candidates.resize(std::min<size_t>(candidates.size(), context_->num_stages));
+  const size_t least = context_->num_hosts;
+  if (candidates.size() < least) return crew;
+  // As many as it has stages, but those that pipelines after it cannot do without.
+  const size_t later =
+      least * (context_->options.num_pipelines -
+               std::min<size_t>(pipelines_.size() + 1, context_->options.num_pipelines));
+  const size_t most = std::max(least, candidates.size() - std::min(candidates.size(), later));
+  candidates.resize(std::min<size_t>(most, context_->num_stages));
   std::sort(candidates.begin(), candidates.end(),
             [](const Worker* a, const Worker* b) { return a->id < b->id; });
   std::vector<uint64_t> bytes;

@@ -106,7 +106,9 @@ bool Cluster::BeginTurn(uint64_t now_us) {
   Scale& scale = *scale_;
   if (scale.pipelines.empty()) {
     context_->num_stages = scale.num_stages;
-    context_->num_hosts = scale.hosts_min;
+    // Workers that are left may be fewer for a pipeline that there is not now.
+    context_->num_hosts =
+        pipelines_.size() == context_->options.num_pipelines ? scale.hosts_min : 1;
     look_again_ = true;
     AnswerScale(absl::OkStatus());
     return false;

@@ -24,6 +24,8 @@ constexpr uint64_t kTickUs = 50'000;
 // After the last fault, everything that lives must have settled within this.
 constexpr uint64_t kSettleUs = 240'000'000;
 
+constexpr uint32_t kMostStages = 3;  // that a scale asks for
+
 // A link that carries nothing breaks this often before its worker is gone: both ends may be blamed
 // in turn, and be put together otherwise in between.
 constexpr uint32_t kSpoiledBreaksMax = 100;
@@ -353,7 +355,8 @@ void Simulation::ScaleOnce() {
   --scales_left_;
   const ScaleId id{++outcome_.scales};
   const uint64_t most = scenario_.model.layer_weight_bytes.size();
-  const auto num_stages = static_cast<uint32_t>(world_.Random(1, std::min<uint64_t>(3, most)));
+  const auto num_stages =
+      static_cast<uint32_t>(world_.Random(1, std::min<uint64_t>(kMostStages, most)));
   world_.Trace(absl::StrCat("scale ", id.value, " to ", num_stages, " stages"));
   scales_.insert(id);
   core_.OnScale(id, num_stages, world_.now_us());
@@ -450,6 +453,12 @@ void Simulation::Heal() {
     if (it != missing.end()) missing.erase(it);
   }
   for (const uint64_t memory : missing) StartWorker(memory);
+  if (scenario_.num_scales == 0) return;
+  // Pipelines of more stages may have taken the workers that others lost.
+  const uint32_t most = std::max(kMostStages, scenario_.options.num_stages);
+  for (uint32_t i = 0; i < most * scenario_.options.num_pipelines; ++i) {
+    StartWorker(scenario_.worker_memory.front());
+  }
 }
 
 bool Simulation::Settled() const {

@@ -165,8 +165,12 @@ void WorkerCore::Settle() {
   bool waits_for_quiet = shares_.ShrinkIsDue();
   for (const auto& [id, hosted] : hosted_) {
     if (hosted.stage == nullptr) continue;
-    // Plans from before a resize have not run yet: what they close is still held, or will be in between.
-    if (hosted.resize_due && hosted.stage->blocks_due_max() > shares_.BlocksOf(id)) return;
+    // Plans from before a resize have not run yet: what they close is still held, or will be in between. Or
+    // it took over more than its share, and the first plan says what goes.
+    if ((hosted.resize_due || hosted.stage->NeedsSettling() || shares_.ShrinkIsDue()) &&
+        hosted.stage->blocks_due_max() > shares_.BlocksOf(id)) {
+      return;
+    }
     is_quiet = is_quiet && hosted.stage->num_begun() == 0;
     waits_for_quiet = waits_for_quiet || hosted.stage->NeedsSettling();
   }

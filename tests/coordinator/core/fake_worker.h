@@ -56,6 +56,7 @@ struct FakeStage {
   std::optional<uint64_t> resize_due;
   uint64_t cache_before = 0;                   // the last resize
   std::map<uint64_t, uint64_t> cache_of_step;  // by step id: what was its when the plan came
+  bool loaded = false;
   bool took_over = false;
   bool followed = false;  // a successor has its rows
   LayerRange layers() const { return {load.layer_begin(), load.layer_end()}; }

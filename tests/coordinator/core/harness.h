@@ -69,6 +69,7 @@ class Harness {
   }
   void Lose(WorkerId id) {
     lost[id] = std::move(workers.at(id));
+    std::erase_if(lost[id].stages, [](const auto& entry) { return !entry.second.loaded; });
     workers.erase(id);
     core.OnWorkerLost(id, absl::UnavailableError("gone"), now_us);
     Pump();
@@ -409,6 +410,7 @@ class Harness {
       }
       CheckMemory(worker, model, &problems);
       if (!answer_loads) return;
+      stage.loaded = true;
       state.set_stage_id(load.stage_id());
       state.set_state(v1::StageState::LOADED);
       state.set_cache_bytes(load.cache_bytes());
