@@ -178,12 +178,11 @@ void WorkerCore::Settle() {
       shares_.Settle(id);
     }
     is_quiet = is_quiet && hosted.stage->num_begun() == 0;
-    waits_for_quiet =
-        waits_for_quiet || (shares_.IsSettled(id) && hosted.stage->NeedsSettling());
+    waits_for_quiet = waits_for_quiet || (shares_.IsSettled(id) && hosted.stage->NeedsSettling());
   }
   if (shares_.ShrinkIsDue()) {
     // Who took over more than its share: its first plan says what goes.
-    if (shares_.pool().used() > shares_.needed()) return;
+    if (shares_.pool()->used() > shares_.needed()) return;
     waits_for_quiet = true;
   }
   holds_steps_ = waits_for_quiet && !is_quiet;

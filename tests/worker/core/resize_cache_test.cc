@@ -290,9 +290,6 @@ TEST(ResizeCacheTest, WhatTheModelRefusesTakesNoMemory) {
   w.ExpectError("resized 0 8", {"no room for tables"});
   EXPECT_EQ(w.taken, 100);
   EXPECT_EQ(w.core.FindStage(1)->capacity_blocks(), 100u);
-  w.ResizeBlocks(1, 20);
-  w.ExpectError("resized 0 8", {"no room for tables"});
-  EXPECT_EQ(w.taken, 100);
   w.models.at(1)->capacity_status = absl::OkStatus();
   w.RunRows(1, 0, 1024);
   w.ExpectSound();
