@@ -74,6 +74,11 @@ struct BatchSequence {
   // [layers of the stage]: physical blocks of that layer by position / 64, covering this batch's
   // last row at least.
   absl::Span<const absl::Span<const BlockId>> page_tables;
+  // A promise that a backend may build on, which keeps the tables where it needs them: among all
+  // batches that the model is given, tables of one number are the same tables, of which entries that
+  // were seen once stay as they are, and to which entries are only appended. No two sequences of a
+  // batch have the same number. 0: no promise.
+  uint64_t tables_id = 0;
   uint32_t prompt_tokens = 0;
   const SamplingParams* sampling = nullptr;
   // If set, the last of `tokens` is not known yet and kUnknownToken here: it is what this request
@@ -143,8 +148,8 @@ class StageModel {
   // The way to the cache's rows beside steps. They are this model's part.
   virtual BlockCopies& copies() = 0;
 
-  // It may hold so many blocks from the next step on. Errors: ResourceExhausted, of memory for tables;
-  // nothing is changed.
+  // It may hold so many blocks from the next step on. Errors: ResourceExhausted, of memory for tables of
+  // more blocks; nothing is changed. REQUIRES, where they are fewer: no step is begun, no more are held.
   virtual absl::Status SetCapacity(uint32_t pool_blocks) = 0;
 
   virtual const StageSpec& spec() const = 0;

@@ -94,10 +94,12 @@ absl::StatusOr<std::unique_ptr<WeightSource>> OpenWeights(const Flags& flags, ui
   return MakeRandomWeights(config, *flags.random_weights, threads);
 }
 
-// `memory_bytes` becomes what stages may take, `costs` how they are counted where not as on the CPU.
+// `memory_bytes` becomes what stages may take, `costs` how they are counted where not as on the CPU, `edges`
+// what edges need of a GPU.
 absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_t threads,
                                                      uint64_t* memory_bytes,
-                                                     std::optional<StageCosts>* costs) {
+                                                     std::optional<StageCosts>* costs,
+                                                     std::shared_ptr<EdgeDevice>* edges) {
   if (flags.backend == "cuda") {
     GpuBackendOptions options;
     options.device = static_cast<int>(flags.gpu.value_or(0));
@@ -111,6 +113,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_
                             MakeGpuBackend(options, [&] { return OpenWeights(flags, threads); }));
     *memory_bytes = made.memory_bytes;
     *costs = std::move(made.stage_costs);
+    *edges = std::move(made.edges);
     return std::move(made.backend);
   }
   if (flags.gpu) {
@@ -133,7 +136,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_
   return CpuBackend::Create(options, std::move(weights));
 }
 
-// What this worker offers for its edges. Errors: only if --transport nccl insists.
+// What this worker offers for its edges, but for the device. Errors: only if --transport nccl insists.
 absl::StatusOr<NcclOffer> MakeNcclOffer(const Flags& flags) {
   NcclOffer offer;
   if (flags.transport == "grpc") {
@@ -156,7 +159,6 @@ absl::StatusOr<NcclOffer> MakeNcclOffer(const Flags& flags) {
     return offer;
   }
   offer.nccl = *std::move(nccl);
-  offer.device = MakeGpuEdgeDevice(static_cast<int>(flags.gpu.value_or(0)));
   Log(LogLevel::kInfo, "NCCL", {{"version", NcclVersionText(offer.nccl->version())}});
   return offer;
 }
@@ -180,8 +182,10 @@ absl::Status Run(const Flags& flags) {
   uint64_t memory_bytes = 0;
   WorkerOptions options;
   STRAIT_ASSIGN_OR_RETURN(NcclOffer nccl, MakeNcclOffer(flags));
+  std::shared_ptr<EdgeDevice> edges;
   STRAIT_ASSIGN_OR_RETURN(auto backend,
-                          MakeBackend(flags, threads, &memory_bytes, &options.stage_costs));
+                          MakeBackend(flags, threads, &memory_bytes, &options.stage_costs, &edges));
+  if (nccl.nccl) nccl.device = std::move(edges);
   STRAIT_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(flags.model));
 
   options.coordinator_address = flags.coordinator;

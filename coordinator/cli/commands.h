@@ -25,6 +25,7 @@ using Run = std::function<int()>;
 void AddUp(CLI::App& app, Run* run);
 void AddGenerate(CLI::App& app, Run* run);
 void AddStatus(CLI::App& app, Run* run);
+void AddScale(CLI::App& app, Run* run);
 void AddBench(CLI::App& app, Run* run);
 void AddEval(CLI::App& app, Run* run);
 

@@ -151,6 +151,7 @@ int main(int argc, char** argv) {
   strait::cli::AddUp(app, &run);
   strait::cli::AddGenerate(app, &run);
   strait::cli::AddStatus(app, &run);
+  strait::cli::AddScale(app, &run);
   strait::cli::AddBench(app, &run);
   strait::cli::AddEval(app, &run);
   CLI11_PARSE(app, argc, argv);

@@ -98,9 +98,10 @@ void Cluster::SetGrants(const Pipeline& pipeline, uint32_t stage_index,
 }
 
 void Cluster::OnEdgeId(Worker* worker, const v1::EdgeId& id, uint64_t now_us) {
-  StageSlot* slot = SlotOf(*worker, id.stage_id());
+  const Seat seat = SeatOf(worker, id.stage_id());
+  StageSlot* slot = seat.slot;
   if (slot == nullptr) return;  // of a stage that is given up
-  Pipeline* pipeline = PipelineOf(*worker);
+  Pipeline* pipeline = seat.pipeline;
   if (FromWire(id.epoch()) < pipeline->epoch) return;  // late
   if (FromWire(id.epoch()) != pipeline->epoch || !slot->told || !slot->edge.over_nccl ||
       !slot->nccl_id.empty() || id.nccl_id().size() != limits::kNcclIdBytes) {
@@ -109,7 +110,7 @@ void Cluster::OnEdgeId(Worker* worker, const v1::EdgeId& id, uint64_t now_us) {
                  now_us);
   }
   slot->nccl_id = id.nccl_id();
-  TellActivate(pipeline, worker->slot_index - 1);
+  TellActivate(pipeline, seat.stage->slot_index - 1);
 }
 
 void Cluster::RenewEdges(Pipeline* pipeline) {
@@ -133,12 +134,15 @@ void Cluster::CompleteActivation(Pipeline* pipeline, uint64_t now_us) {
     Fail(pipeline, absl::ResourceExhaustedError("its stages kept too many sequences"), now_us);
     return Dissolve(pipeline->id);
   }
+  UnloadFollowed(pipeline->id);
   pipeline->state = Pipeline::State::kActive;
   pipeline->since_us = now_us;
   pipeline->scheduler.Start(std::move(stages), std::move(survivors));
   ++num_active_;
-  if (pipeline->served) ++context_->stats.recoveries;
+  if (pipeline->served && !pipeline->switched) ++context_->stats.recoveries;
   pipeline->served = true;
+  pipeline->switched = false;
+  OnScaledActive(*pipeline);
 }
 
 }  // namespace strait

@@ -2,6 +2,7 @@
 //
 // How Cluster puts pipelines together, and what it does when one fails.
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -12,9 +13,10 @@
 namespace strait {
 
 uint64_t Pipeline::capacity_rows(const CachePolicy& policy) const {
-  uint64_t rows = RowsThatFit(policy, slots.front().cache_bytes, slots.front().layers);
+  uint64_t rows = scaled_rows.value_or(std::numeric_limits<uint64_t>::max());
   for (const StageSlot& slot : slots) {
-    rows = std::min(rows, RowsThatFit(policy, slot.cache_bytes, slot.layers));
+    const uint64_t bytes = std::max(slot.cache_bytes, slot.wanted_cache_bytes);
+    rows = std::min(rows, RowsThatFit(policy, bytes, slot.layers));
   }
   return rows;
 }
@@ -35,7 +37,7 @@ uint64_t Cluster::capacity_rows() const {
 }
 
 bool Cluster::IsIdle(const Worker& worker, uint64_t now_us) const {
-  return !worker.pipeline && worker.unloading.empty() && worker.unfit_until_us <= now_us;
+  return worker.stages.empty() && worker.unfit_until_us <= now_us;
 }
 
 std::vector<Worker*> Cluster::IdleWorkers(uint64_t now_us) {
@@ -63,7 +65,9 @@ void Cluster::Advance(uint64_t now_us) {
       if (pipelines_.size() == before) break;
     }
   }
+  AdvanceScale(now_us);
   for (const auto& [id, pipeline] : pipelines_) {
+    GrowCaches(pipeline.get(), now_us);
     const bool loaded =
         std::all_of(pipeline->slots.begin(), pipeline->slots.end(),
                     [](const StageSlot& slot) { return slot.state == StageSlot::State::kLoaded; });
@@ -71,16 +75,34 @@ void Cluster::Advance(uint64_t now_us) {
   }
 }
 
+Cluster::Crew Cluster::ChooseCrew(std::vector<Worker*> candidates) const {
+  Crew crew;
+  const size_t least = context_->num_hosts;
+  if (candidates.size() < least) return crew;
+  // As many as it has stages, but those that pipelines after it cannot do without.
+  const size_t later =
+      least * (context_->options.num_pipelines -
+               std::min<size_t>(pipelines_.size() + 1, context_->options.num_pipelines));
+  const size_t most = std::max(least, candidates.size() - std::min(candidates.size(), later));
+  candidates.resize(std::min<size_t>(most, context_->num_stages));
+  std::sort(candidates.begin(), candidates.end(),
+            [](const Worker* a, const Worker* b) { return a->id < b->id; });
+  std::vector<uint64_t> bytes;
+  for (const Worker* worker : candidates) bytes.push_back(worker->memory_bytes);
+  const std::vector<uint32_t> counts = StagesOfHosts(bytes, context_->num_stages);
+  for (size_t w = 0; w < candidates.size(); ++w) {
+    crew.memory.push_back(candidates[w]->memory());
+    crew.memory.back().num_stages = counts[w];
+  }
+  crew.workers = std::move(candidates);
+  return crew;
+}
+
 void Cluster::FormPipeline(uint64_t now_us) {
   plan_problem_ = absl::OkStatus();
-  std::vector<Worker*> chosen = IdleWorkers(now_us);
-  if (chosen.size() < context_->options.num_stages) return;
-  chosen.resize(context_->options.num_stages);
-  std::sort(chosen.begin(), chosen.end(),
-            [](const Worker* a, const Worker* b) { return a->id < b->id; });
-  std::vector<WorkerMemory> memory;
-  for (const Worker* worker : chosen) memory.push_back(worker->memory());
-  absl::StatusOr<PipelinePlan> plan = PlanPipeline(context_->options, context_->model, memory);
+  const Crew crew = ChooseCrew(IdleWorkers(now_us));
+  if (crew.workers.empty()) return;
+  absl::StatusOr<PipelinePlan> plan = PlanPipeline(context_->options, context_->model, crew.memory);
   if (!plan.ok()) {
     plan_problem_ = plan.status();
     return;
@@ -94,59 +116,86 @@ void Cluster::FormPipeline(uint64_t now_us) {
   for (const StagePlan& stage : plan->stages) {
     StageSlot slot;
     slot.layers = stage.layers;
-    slot.cache_bytes = stage.cache_bytes;
+    slot.cache_bytes = slot.wanted_cache_bytes = stage.cache_bytes;
     pipeline->slots.push_back(slot);
   }
   pipelines_.emplace(pipeline->id, std::move(owned));
-  for (uint32_t i = 0; i < chosen.size(); ++i) Assign(pipeline, i, chosen[i], now_us);
+  uint32_t slot_index = 0;
+  for (size_t w = 0; w < crew.workers.size(); ++w) {
+    const uint32_t end = slot_index + crew.memory[w].num_stages;
+    for (const bool shared = end > slot_index + 1; slot_index < end; ++slot_index) {
+      pipeline->slots[slot_index].group = shared ? w + 1 : 0;
+      Assign(pipeline, slot_index, crew.workers[w], now_us);
+    }
+  }
+}
+
+std::vector<Cluster::Fill> Cluster::ChooseFills(const Pipeline& pipeline,
+                                                const std::vector<Worker*>& idle) const {
+  const CoreOptions& options = context_->options;
+  const ModelShape& model = context_->model;
+  const bool one_each = idle.size() >= pipeline.num_vacant();
+  std::vector<Fill> fills;
+  for (uint32_t i = 0; i < pipeline.slots.size(); ++i) {
+    const StageSlot& slot = pipeline.slots[i];
+    if (slot.state != StageSlot::State::kVacant) continue;
+    const bool joins = !one_each && !fills.empty() && slot.group != 0 &&
+                       fills.back().slots.back() + 1 == i &&
+                       pipeline.slots[i - 1].group == slot.group;
+    if (joins) {
+      fills.back().slots.push_back(i);
+    } else if (fills.size() < idle.size()) {
+      // Most memory first, so the first is the roomiest.
+      fills.push_back({idle[fills.size()], {i}, 0});
+    }
+  }
+  for (Fill& fill : fills) {
+    const WorkerMemory memory = fill.worker->memory();
+    HostedStages stages;
+    uint32_t num_layers = 0;
+    fill.rows = std::numeric_limits<uint64_t>::max();
+    for (const uint32_t i : fill.slots) {
+      const LayerRange layers = pipeline.slots[i].layers;
+      stages[i].layers = layers;
+      num_layers += layers.size();
+      fill.rows = std::min(fill.rows, StageRowsMax(options, model, layers, memory));
+    }
+    const uint64_t fixed = BookedBytes(options, model, memory, stages);
+    const uint64_t room = memory.bytes - std::min(memory.bytes, fixed);
+    fill.rows = std::min(fill.rows, CacheMemoryRows(model, memory, room, num_layers));
+  }
+  return fills;
 }
 
 void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
-  std::vector<Worker*> idle = IdleWorkers(now_us);
+  const std::vector<Worker*> idle = IdleWorkers(now_us);
   if (idle.empty()) return;
-  const CoreOptions& options = context_->options;
-  const uint64_t planned = pipeline->planned_rows;
-  std::vector<std::pair<uint32_t, Worker*>> fills;  // slot index, worker
-  std::vector<uint64_t> rows_of_fills;
+  const std::vector<Fill> fills = ChooseFills(*pipeline, idle);
   uint64_t rows = pipeline->capacity_rows(context_->model.policy());
-  std::vector<Worker*> left = idle;
-  for (uint32_t i = 0; i < pipeline->slots.size() && !left.empty(); ++i) {
-    const StageSlot& slot = pipeline->slots[i];
-    if (slot.state != StageSlot::State::kVacant) continue;
-    // Most memory first, so the first is the roomiest.
-    const uint64_t fits =
-        StageRowsMax(options, context_->model, slot.layers, left.front()->memory());
-    rows = std::min(rows, fits);
-    fills.emplace_back(i, left.front());
-    // Not cut to what a small one elsewhere can hold: that one may be replaced, too.
-    rows_of_fills.push_back(std::min(fits, planned));
-    left.erase(left.begin());
-  }
+  for (const Fill& fill : fills) rows = std::min(rows, fill.rows);
   // What the roomiest workers at hand could do with other layer ranges. Loading everything anew
   // pays only if the pipeline holds at least twice as much afterwards, or cannot work otherwise.
   std::vector<Worker*> all = idle;
-  for (const StageSlot& slot : pipeline->slots) {
-    if (slot.state != StageSlot::State::kVacant) all.push_back(FindWorker(slot.worker));
-  }
-  if (all.size() >= pipeline->slots.size()) {
-    std::stable_sort(all.begin(), all.end(), [](const Worker* a, const Worker* b) {
-      return a->memory_bytes > b->memory_bytes;
-    });
-    all.resize(pipeline->slots.size());
-    std::sort(all.begin(), all.end(),
-              [](const Worker* a, const Worker* b) { return a->id < b->id; });
-    std::vector<WorkerMemory> memory;
-    for (const Worker* worker : all) memory.push_back(worker->memory());
-    const absl::StatusOr<PipelinePlan> plan = PlanPipeline(options, context_->model, memory);
+  for (Worker* worker : WorkersOf(*pipeline)) all.push_back(worker);
+  std::stable_sort(all.begin(), all.end(), [](const Worker* a, const Worker* b) {
+    return a->memory_bytes > b->memory_bytes;
+  });
+  if (const Crew crew = ChooseCrew(std::move(all)); !crew.workers.empty()) {
+    const absl::StatusOr<PipelinePlan> plan =
+        PlanPipeline(context_->options, context_->model, crew.memory);
     const uint64_t anew = plan.ok() ? plan->capacity_rows : 0;
     if (anew > 2 * rows) return Dissolve(pipeline->id);
     if (rows == 0) pipeline->last_error = std::string(plan.status().message());
   }
-  for (size_t i = 0; i < fills.size(); ++i) {
-    if (rows_of_fills[i] == 0) continue;
-    StageSlot& slot = pipeline->slots[fills[i].first];
-    slot.cache_bytes = StageCacheBytes(context_->model, slot.layers, rows_of_fills[i]);
-    Assign(pipeline, fills[i].first, fills[i].second, now_us);
+  for (const Fill& fill : fills) {
+    if (fill.rows == 0) continue;
+    for (const uint32_t i : fill.slots) {
+      StageSlot& slot = pipeline->slots[i];
+      // Not cut to what a small one elsewhere can hold: that one may be replaced, too.
+      slot.cache_bytes = slot.wanted_cache_bytes = StageCacheBytes(
+          context_->model, slot.layers, std::min(fill.rows, pipeline->planned_rows));
+      Assign(pipeline, i, fill.worker, now_us);
+    }
   }
 }
 
@@ -165,35 +214,45 @@ void Cluster::Consolidate(uint64_t now_us) {
 
 void Cluster::Vacate(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us) {
   if (pipeline->num_vacant() == 0) pipeline->vacant_since_us = now_us;
-  const LayerRange layers = pipeline->slots[slot_index].layers;
   StageSlot vacant;
-  vacant.layers = layers;
-  vacant.cache_bytes = StageCacheBytes(context_->model, layers, pipeline->planned_rows);
+  vacant.layers = pipeline->slots[slot_index].layers;
+  vacant.group = pipeline->slots[slot_index].group;
+  vacant.cache_bytes = vacant.wanted_cache_bytes =
+      StageCacheBytes(context_->model, vacant.layers, pipeline->planned_rows);
   pipeline->slots[slot_index] = vacant;
   if (slot_index + 1 < pipeline->slots.size()) pipeline->slots[slot_index + 1].numbered = {};
   if (slot_index == 0 || slot_index + 1 == pipeline->slots.size()) pipeline->sampled_edge = {};
 }
 
 void Cluster::Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker, uint64_t now_us) {
-  StageSlot& slot = pipeline->slots[slot_index];
-  STRAIT_CHECK(slot.state == StageSlot::State::kVacant && !worker->pipeline);
-  worker->pipeline = pipeline->id;
-  worker->slot_index = slot_index;
-  slot.state = StageSlot::State::kLoading;
-  slot.worker = worker->id;
-  slot.stage_id = ++last_stage_id_;
-  slot.bytes_total = StageWeightBytes(context_->model, slot.layers);
-  slot.load_progress_us = now_us;
+  Assign(&pipeline->slots[slot_index],
+         {.role = HostedStage::Role::kPlace, .pipeline = pipeline->id, .slot_index = slot_index},
+         worker, now_us);
+}
+
+void Cluster::Assign(StageSlot* slot, HostedStage hosted, Worker* worker, uint64_t now_us) {
+  STRAIT_CHECK(slot->state == StageSlot::State::kVacant);
+  slot->state = StageSlot::State::kLoading;
+  slot->worker = worker->id;
+  slot->stage_id = ++last_stage_id_;
+  slot->bytes_total = StageWeightBytes(context_->model, slot->layers);
+  slot->load_progress_us = now_us;
+  hosted.layers = slot->layers;
+  hosted.cache_bytes = slot->cache_bytes;
   SendToWorker out{worker->id, {}};
   v1::LoadStage* load = out.message.mutable_load_stage();
-  load->set_stage_id(slot.stage_id);
-  load->set_layer_begin(slot.layers.begin);
-  load->set_layer_end(slot.layers.end);
-  load->set_cache_bytes(slot.cache_bytes);
+  load->set_stage_id(slot->stage_id);
+  load->set_layer_begin(slot->layers.begin);
+  load->set_layer_end(slot->layers.end);
+  load->set_cache_bytes(slot->cache_bytes);
+  load->mutable_successor_of()->Add(hosted.successor_of.begin(), hosted.successor_of.end());
+  worker->stages.emplace(slot->stage_id, std::move(hosted));
   context_->Send(std::move(out));
 }
 
 void Cluster::Fail(Pipeline* pipeline, const absl::Status& why, uint64_t now_us) {
+  if (scale_ && scale_->prepares()) AbortScale(pipeline->id, why);
+  pipeline->switched = false;
   if (pipeline->state == Pipeline::State::kActive) {
     --num_active_;
     std::vector<Holdings> may_hold = pipeline->scheduler.Stop(why);
@@ -213,19 +272,20 @@ void Cluster::Fail(Pipeline* pipeline, const absl::Status& why, uint64_t now_us)
 }
 
 void Cluster::Dissolve(PipelineId id) {
-  Pipeline* pipeline = pipelines_.at(id).get();
-  STRAIT_CHECK(pipeline->state == Pipeline::State::kAssembling);
-  for (const StageSlot& slot : pipeline->slots) {
-    if (slot.state == StageSlot::State::kVacant) continue;
-    Worker* worker = FindWorker(slot.worker);
-    worker->pipeline.reset();
-    Unload(worker, slot.stage_id, {slot.layers, slot.cache_bytes});
+  STRAIT_CHECK(pipelines_.at(id)->state == Pipeline::State::kAssembling);
+  AbortScale(id, absl::UnavailableError("the pipeline is put together anew"));
+  for (auto& [worker_id, worker] : workers_) {
+    for (auto& [stage_id, stage] : worker.stages) {
+      if (stage.role != HostedStage::Role::kUnloading && stage.pipeline == id) {
+        Unload(&worker, stage_id);
+      }
+    }
   }
   pipelines_.erase(id);
 }
 
-void Cluster::Unload(Worker* worker, uint64_t stage_id, const StagePlan& shape) {
-  worker->unloading[stage_id] = shape;
+void Cluster::Unload(Worker* worker, uint64_t stage_id) {
+  worker->stages.at(stage_id).role = HostedStage::Role::kUnloading;
   SendToWorker out{worker->id, {}};
   out.message.mutable_unload_stage()->set_stage_id(stage_id);
   context_->Send(std::move(out));
@@ -255,60 +315,7 @@ std::string Cluster::WhyNoPipeline() const {
     return what;
   }
   return absl::StrCat(workers_.size(), " worker(s) attached, a pipeline needs ",
-                      context_->options.num_stages);
-}
-
-absl::Status Cluster::CheckIntegrity() const {
-  uint32_t active = 0;
-  size_t slots_filled = 0;
-  for (const auto& [id, pipeline] : pipelines_) {
-    const bool is_active = pipeline->state == Pipeline::State::kActive;
-    active += is_active;
-    if (is_active != pipeline->scheduler.started()) {
-      return absl::InternalError(absl::StrCat(
-          "pipeline ", id.value, " is ",
-          is_active ? "active, its scheduler stopped" : "not active, its scheduler runs"));
-    }
-    for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
-      const StageSlot& slot = pipeline->slots[i];
-      if (is_active && (!slot.may_hold.empty() ||
-                        pipeline->scheduler.stages()[i].capacity_bytes != slot.cache_bytes)) {
-        return absl::InternalError(
-            absl::StrCat("pipeline ", id.value, " stage ", i, ": it has ", slot.cache_bytes,
-                         " bytes of cache, its scheduler reckons with ",
-                         pipeline->scheduler.stages()[i].capacity_bytes, "; ", slot.may_hold.size(),
-                         " sequences are told of it outside"));
-      }
-      if (slot.state == StageSlot::State::kVacant) {
-        if (slot.may_hold.empty() && slot.stage_id == 0) continue;
-        return absl::InternalError(
-            absl::StrCat("pipeline ", id.value, " stage ", i, " is vacant and has rows"));
-      }
-      ++slots_filled;
-      if (departed_.Find(slot.stage_id) != nullptr) {
-        return absl::InternalError(absl::StrCat("stage ", slot.stage_id, " is here and departed"));
-      }
-      const auto worker = workers_.find(slot.worker);
-      if (worker == workers_.end() || worker->second.pipeline != id ||
-          worker->second.slot_index != i) {
-        return absl::InternalError(
-            absl::StrCat("pipeline ", id.value, " stage ", i, ": its worker does not know"));
-      }
-    }
-    const absl::Status status = pipeline->scheduler.CheckIntegrity();
-    if (!status.ok()) {
-      return absl::InternalError(
-          absl::StrCat("pipeline ", id.value, ": ", std::string(status.message())));
-    }
-  }
-  size_t assigned = 0;
-  for (const auto& [id, worker] : workers_) assigned += worker.pipeline.has_value();
-  if (active != num_active_ || assigned != slots_filled) {
-    return absl::InternalError(absl::StrCat(active, " pipelines active, counted ", num_active_,
-                                            "; ", assigned, " workers assigned to ", slots_filled,
-                                            " stages"));
-  }
-  return absl::OkStatus();
+                      context_->num_hosts);
 }
 
 }  // namespace strait

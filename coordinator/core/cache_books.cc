@@ -42,6 +42,22 @@ uint64_t CacheBooks::free_rows() const {
   return rows;
 }
 
+bool CacheBooks::Fits(const std::vector<uint64_t>& capacity_bytes) const {
+  STRAIT_CHECK(capacity_bytes.size() == stages_.size());
+  for (size_t s = 0; s < stages_.size(); ++s) {
+    if (stages_[s].reserved_bytes > capacity_bytes[s]) return false;
+  }
+  return true;
+}
+
+void CacheBooks::Resize(const std::vector<uint64_t>& capacity_bytes) {
+  STRAIT_CHECK(Fits(capacity_bytes));
+  for (size_t s = 0; s < stages_.size(); ++s) {
+    STRAIT_CHECK(capacity_bytes[s] > 0);
+    stages_[s].capacity_bytes = capacity_bytes[s];
+  }
+}
+
 bool CacheBooks::CanReserve(uint32_t from, uint32_t to) const {
   if (CostTheSame(policy_, from, to)) return true;
   return std::all_of(stages_.begin(), stages_.end(), [&](const StageCache& stage) {

@@ -5,7 +5,7 @@
 //
 // Owns:    nothing beyond the sums.
 // Thread:  loop thread only.
-// Limits:  Reserve REQUIRES room; the scheduler preempts until there is.
+// Limits:  Reserve and Resize REQUIRE room; the scheduler preempts until there is.
 // Why:     stages differ in layers, in memory and, during a replay, in the lengths of sequences, so
 //          each has sums of its own. What a sequence costs is never kept, but asked of
 //          proto/model/reservation.h by its rows, before and after.
@@ -42,6 +42,10 @@ class CacheBooks {
   bool HasRoom(uint32_t rows, uint32_t num_growing) const;
   // The longest sequence that fits now.
   uint64_t free_rows() const;
+
+  // What is reserved has room in stages of these sizes; they have them from now on.
+  bool Fits(const std::vector<uint64_t>& capacity_bytes) const;
+  void Resize(const std::vector<uint64_t>& capacity_bytes);
 
   // Every stage has what it takes to reserve `to` rows in place of `from`.
   bool CanReserve(uint32_t from, uint32_t to) const;

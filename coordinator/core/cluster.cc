@@ -2,6 +2,7 @@
 #include "coordinator/core/cluster.h"
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -23,15 +24,27 @@ Worker* Cluster::FindWorker(WorkerId id) {
   return it == workers_.end() ? nullptr : &it->second;
 }
 
-Pipeline* Cluster::PipelineOf(const Worker& worker) {
-  return worker.pipeline ? pipelines_.at(*worker.pipeline).get() : nullptr;
+Cluster::Seat Cluster::SeatOf(Worker* worker, uint64_t stage_id) {
+  HostedStage* stage = worker->Find(stage_id);
+  if (stage == nullptr) return {};
+  if (stage->role == HostedStage::Role::kNext) {
+    return {stage, pipelines_.at(stage->pipeline).get(), &scale_->next[stage->slot_index]};
+  }
+  if (stage->role != HostedStage::Role::kPlace) return {};
+  Pipeline* pipeline = pipelines_.at(stage->pipeline).get();
+  return {stage, pipeline, &pipeline->slots[stage->slot_index]};
 }
 
-StageSlot* Cluster::SlotOf(const Worker& worker, uint64_t stage_id) {
-  Pipeline* pipeline = PipelineOf(worker);
-  if (pipeline == nullptr) return nullptr;
-  StageSlot* slot = &pipeline->slots[worker.slot_index];
-  return slot->stage_id == stage_id ? slot : nullptr;
+std::vector<Worker*> Cluster::WorkersOf(const Pipeline& pipeline) {
+  std::vector<Worker*> workers;
+  for (const StageSlot& slot : pipeline.slots) {
+    if (slot.state == StageSlot::State::kVacant) continue;
+    Worker* worker = FindWorker(slot.worker);
+    if (std::find(workers.begin(), workers.end(), worker) == workers.end()) {
+      workers.push_back(worker);
+    }
+  }
+  return workers;
 }
 
 // ---------------------------------------------------------------- workers go
@@ -52,43 +65,49 @@ void Cluster::EndStream(WorkerId id, absl::Status why, uint64_t now_us) {
 }
 
 void Cluster::RememberStages(const Worker& worker, bool may_return) {
-  for (const auto& [stage_id, shape] : worker.unloading) {
-    departed_.Add(stage_id, {.instance = worker.instance,
-                             .worker_name = worker.name,
-                             .shape = shape,
-                             .pipeline = std::nullopt,
-                             .may_hold = {}});
+  for (const auto& [stage_id, stage] : worker.stages) {
+    DepartedStage departed{
+        .instance = worker.instance, .worker_name = worker.name, .hosted = stage};
+    const bool follows =
+        std::any_of(stage.successor_of.begin(), stage.successor_of.end(),
+                    [&](uint64_t before) { return worker.stages.contains(before); });
+    if (stage.role == HostedStage::Role::kPlace) {
+      StageSlot& slot = pipelines_.at(stage.pipeline)->slots[stage.slot_index];
+      departed.rows_computed = slot.rows_computed;
+      departed.rows_stored = slot.rows_stored;
+      departed.wanted_cache_bytes = slot.wanted_cache_bytes;
+      // One that has not taken over its predecessors' cache would come back without any.
+      departed.may_return = may_return && !follows;
+      if (departed.may_return) departed.may_hold = std::move(slot.may_hold);
+    }
+    departed_.Add(stage_id, std::move(departed));
   }
-  Pipeline* pipeline = PipelineOf(worker);
-  if (pipeline == nullptr) return;
-  StageSlot& slot = pipeline->slots[worker.slot_index];
-  DepartedStage stage{.instance = worker.instance,
-                      .worker_name = worker.name,
-                      .shape = {slot.layers, slot.cache_bytes},
-                      .pipeline = std::nullopt,
-                      .slot_index = worker.slot_index,
-                      .may_hold = {},
-                      .rows_computed = slot.rows_computed,
-                      .rows_stored = slot.rows_stored};
-  if (may_return) {
-    stage.pipeline = pipeline->id;
-    stage.may_hold = std::move(slot.may_hold);
-  }
-  departed_.Add(slot.stage_id, std::move(stage));
 }
 
 void Cluster::Remove(WorkerId id, const absl::Status& why, bool may_return, uint64_t now_us) {
   Worker* worker = FindWorker(id);
   ++context_->stats.workers_lost;
-  Pipeline* pipeline = PipelineOf(*worker);
-  if (pipeline != nullptr) {
-    Fail(pipeline,
-         absl::Status(why.code(),
-                      absl::StrCat("worker ", worker->name, ": ", std::string(why.message()))),
-         now_us);
+  const absl::Status lost(why.code(),
+                          absl::StrCat("worker ", worker->name, ": ", std::string(why.message())));
+  std::set<PipelineId> pipelines;
+  std::optional<PipelineId> prepared;
+  for (auto& [stage_id, stage] : worker->stages) {
+    if (stage.role == HostedStage::Role::kPlace) pipelines.insert(stage.pipeline);
+    if (stage.role != HostedStage::Role::kNext) continue;
+    prepared = stage.pipeline;
+    stage.role = HostedStage::Role::kUnloading;
+    scale_->next[stage.slot_index].state = StageSlot::State::kVacant;
+  }
+  if (prepared) AbortScale(*prepared, lost);
+  for (const PipelineId pipeline : pipelines) {
+    Fail(pipelines_.at(pipeline).get(), lost, now_us);
+    AbortScale(pipeline, lost);
   }
   RememberStages(*worker, may_return);
-  if (pipeline != nullptr) Vacate(pipeline, worker->slot_index, now_us);
+  for (const auto& [stage_id, stage] : worker->stages) {
+    if (stage.role != HostedStage::Role::kPlace) continue;
+    Vacate(pipelines_.at(stage.pipeline).get(), stage.slot_index, now_us);
+  }
   workers_.erase(id);
   edges_.Forget(id);
   look_again_ = true;
@@ -106,36 +125,57 @@ void Cluster::OnTick(uint64_t now_us) {
                                              context_->options.heartbeat_timeout_us / 1000)));
   }
   for (auto& [id, why] : silent) EndStream(id, std::move(why), now_us);
+  TickScale(now_us);
   Late late;
-  for (const auto& [id, pipeline] : pipelines_) {
-    for (const StageSlot& slot : pipeline->slots) {
+  for (const auto& [id, pipeline] : pipelines_) CollectLate(*pipeline, now_us, &late);
+  for (const auto& [id, worker] : workers_) CollectLate(worker, now_us, &late);
+  for (auto& [id, why] : late) {
+    if (FindWorker(id) != nullptr) Evict(id, std::move(why), now_us);
+  }
+}
+
+void Cluster::CollectLate(const Pipeline& pipeline, uint64_t now_us,
+                          std::vector<std::pair<WorkerId, absl::Status>>* late) const {
+  const bool scales = scale_ && scale_->prepares() && scale_->pipeline == pipeline.id;
+  for (const std::vector<StageSlot>* slots : {&pipeline.slots, scales ? &scale_->next : nullptr}) {
+    if (slots == nullptr) continue;
+    for (const StageSlot& slot : *slots) {
       if (slot.state != StageSlot::State::kLoading ||
           now_us <= slot.load_progress_us + context_->options.load_timeout_us) {
         continue;
       }
-      late.emplace_back(slot.worker,
-                        absl::DeadlineExceededError(absl::StrCat(
-                            "loading stands still at ", slot.bytes_loaded, " of ", slot.bytes_total,
-                            " bytes for ", context_->options.load_timeout_us / 1000, " ms")));
-    }
-    const StepLedger& ledger = pipeline->scheduler.ledger();
-    if (pipeline->state == Pipeline::State::kActivating &&
-        now_us > pipeline->since_us + context_->options.activation_timeout_us) {
-      for (const StageSlot& slot : pipeline->slots) {
-        if (!slot.owes_answer()) continue;
-        late.emplace_back(slot.worker, absl::DeadlineExceededError("activation not answered"));
-      }
-    }
-    if (pipeline->state == Pipeline::State::kActive && ledger.in_flight() > 0 &&
-        now_us > ledger.last_progress_us() + context_->options.step_timeout_us) {
-      late.emplace_back(pipeline->slots[ledger.SlowestStage()].worker,
-                        absl::DeadlineExceededError(absl::StrCat(
-                            "step ", ledger.records().front().id.value, " not reported for ",
-                            context_->options.step_timeout_us / 1000, " ms")));
+      late->emplace_back(
+          slot.worker, absl::DeadlineExceededError(absl::StrCat(
+                           "loading stands still at ", slot.bytes_loaded, " of ", slot.bytes_total,
+                           " bytes for ", context_->options.load_timeout_us / 1000, " ms")));
     }
   }
-  for (auto& [id, why] : late) {
-    if (FindWorker(id) != nullptr) Evict(id, std::move(why), now_us);
+  const StepLedger& ledger = pipeline.scheduler.ledger();
+  if (pipeline.state == Pipeline::State::kActivating &&
+      now_us > pipeline.since_us + context_->options.activation_timeout_us) {
+    for (const StageSlot& slot : pipeline.slots) {
+      if (!slot.owes_answer()) continue;
+      late->emplace_back(slot.worker, absl::DeadlineExceededError("activation not answered"));
+    }
+  }
+  if (pipeline.state == Pipeline::State::kActive && ledger.in_flight() > 0 &&
+      now_us > ledger.last_progress_us() + context_->options.step_timeout_us) {
+    late->emplace_back(pipeline.slots[ledger.SlowestStage()].worker,
+                       absl::DeadlineExceededError(absl::StrCat(
+                           "step ", ledger.records().front().id.value, " not reported for ",
+                           context_->options.step_timeout_us / 1000, " ms")));
+  }
+}
+
+void Cluster::CollectLate(const Worker& worker, uint64_t now_us,
+                          std::vector<std::pair<WorkerId, absl::Status>>* late) const {
+  for (const auto& [stage_id, stage] : worker.stages) {
+    if (!stage.resize || now_us <= stage.resize->asked_us + context_->options.step_timeout_us) {
+      continue;
+    }
+    late->emplace_back(worker.id, absl::DeadlineExceededError(absl::StrCat(
+                                      "the cache of stage ", stage_id, " not resized for ",
+                                      context_->options.step_timeout_us / 1000, " ms")));
   }
 }
 
@@ -155,11 +195,10 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
       return OnStageState(worker, message.stage_state(), now_us);
     case v1::FromWorker::kReport:
       return OnReport(worker, message.report(), now_us);
+    case v1::FromWorker::kCacheResized:
+      return OnCacheResized(worker, message.cache_resized(), now_us);
     case v1::FromWorker::kEdgeId:
       return OnEdgeId(worker, message.edge_id(), now_us);
-    case v1::FromWorker::kCacheResized:
-      return Evict(id, absl::FailedPreconditionError("resized a cache that nobody asked for"),
-                   now_us);
     case v1::FromWorker::kHello:
       return Evict(id, absl::InvalidArgumentError("a second Hello on one stream"), now_us);
     case v1::FromWorker::MESSAGE_NOT_SET:
@@ -169,7 +208,7 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
 }
 
 void Cluster::OnLoadProgress(Worker* worker, const v1::LoadProgress& progress, uint64_t now_us) {
-  StageSlot* slot = SlotOf(*worker, progress.stage_id());
+  StageSlot* slot = SeatOf(worker, progress.stage_id()).slot;
   if (slot == nullptr) return;  // of a stage that is given up
   if (progress.bytes_loaded() > slot->bytes_loaded) slot->load_progress_us = now_us;
   slot->bytes_loaded = progress.bytes_loaded();
@@ -178,10 +217,11 @@ void Cluster::OnLoadProgress(Worker* worker, const v1::LoadProgress& progress, u
 
 void Cluster::OnStageState(Worker* worker, const v1::StageState& state, uint64_t now_us) {
   const WorkerId id = worker->id;
-  if (worker->unloading.contains(state.stage_id())) {
+  const HostedStage* stage = worker->Find(state.stage_id());
+  if (stage != nullptr && stage->role == HostedStage::Role::kUnloading) {
     // A failure means that there was nothing to unload: a load that failed before.
     if (state.state() == v1::StageState::UNLOADED || state.state() == v1::StageState::FAILED) {
-      worker->unloading.erase(state.stage_id());
+      worker->stages.erase(state.stage_id());
       look_again_ = true;
     }
     return;
@@ -192,7 +232,8 @@ void Cluster::OnStageState(Worker* worker, const v1::StageState& state, uint64_t
                      absl::StrCat("speaks of stage ", state.stage_id(), ", which there never was")),
                  now_us);
   }
-  StageSlot* slot = SlotOf(*worker, state.stage_id());
+  const Seat seat = SeatOf(worker, state.stage_id());
+  StageSlot* slot = seat.slot;
   if (slot == nullptr) return;  // the late answer to something given up
   switch (state.state()) {
     case v1::StageState::LOADED:
@@ -212,9 +253,9 @@ void Cluster::OnStageState(Worker* worker, const v1::StageState& state, uint64_t
       slot->bytes_loaded = slot->bytes_total = state.weight_bytes();
       return;
     case v1::StageState::ACTIVE:
-      return OnActive(worker, slot, state, now_us);
+      return OnActive(worker, seat, state, now_us);
     case v1::StageState::FAILED:
-      return OnFailed(worker, state, now_us);
+      return OnFailed(worker, seat, state, now_us);
     default:
       return Evict(id,
                    absl::InvalidArgumentError(absl::StrCat(
@@ -223,9 +264,10 @@ void Cluster::OnStageState(Worker* worker, const v1::StageState& state, uint64_t
   }
 }
 
-void Cluster::OnActive(Worker* worker, StageSlot* slot, const v1::StageState& state,
+void Cluster::OnActive(Worker* worker, const Seat& seat, const v1::StageState& state,
                        uint64_t now_us) {
-  Pipeline* pipeline = PipelineOf(*worker);
+  Pipeline* pipeline = seat.pipeline;
+  StageSlot* slot = seat.slot;
   const PipelineEpoch epoch = FromWire(state.epoch());
   if (epoch < pipeline->epoch) return;
   if (epoch != pipeline->epoch || slot->state != StageSlot::State::kActivating) {
@@ -248,41 +290,51 @@ void Cluster::OnActive(Worker* worker, StageSlot* slot, const v1::StageState& st
   CompleteActivation(pipeline, now_us);
 }
 
-void Cluster::OnFailed(Worker* worker, const v1::StageState& state, uint64_t now_us) {
-  Pipeline* pipeline = PipelineOf(*worker);
-  StageSlot* slot = &pipeline->slots[worker->slot_index];
+void Cluster::OnFailed(Worker* worker, const Seat& seat, const v1::StageState& state,
+                       uint64_t now_us) {
+  Pipeline* pipeline = seat.pipeline;
   const absl::Status error(state.error_code() == 0
                                ? absl::StatusCode::kUnknown
                                : static_cast<absl::StatusCode>(state.error_code()),
                            state.error_message());
-  if (slot->state != StageSlot::State::kLoading) {
+  if (seat.slot->state != StageSlot::State::kLoading) {
     if (FromWire(state.epoch()) < pipeline->epoch) return;
     OnNcclFailure(*pipeline, state.failed_nccl_edge(), error, now_us);
     RenewEdges(pipeline);
-    return OnStageError(worker, slot, error, now_us);
+    return OnStageError(worker, seat, error, now_us);
   }
   // Not evicted: it would come back and fail again at once. Others may have better luck meanwhile.
   worker->last_error = absl::StrCat("could not load: ", std::string(error.message()));
   worker->unfit_until_us =
       now_us + Doubling(kLoadBackoffUs, worker->load_failures++, kLoadBackoffMaxUs);
-  worker->pipeline.reset();
   look_again_ = true;
-  pipeline->last_error = absl::StrCat("worker ", worker->name, " ", worker->last_error);
-  Vacate(pipeline, worker->slot_index, now_us);
+  const std::string what = absl::StrCat("worker ", worker->name, " ", worker->last_error);
+  const HostedStage stage = *seat.stage;
+  worker->stages.erase(state.stage_id());
+  if (stage.role == HostedStage::Role::kNext) {
+    seat.slot->state = StageSlot::State::kVacant;
+    return AbortScale(pipeline->id, absl::Status(error.code(), what));
+  }
+  pipeline->last_error = what;
+  Vacate(pipeline, stage.slot_index, now_us);
 }
 
 void Cluster::OnReport(Worker* worker, const v1::StageReport& report, uint64_t now_us) {
   const WorkerId id = worker->id;
-  StageSlot* slot = SlotOf(*worker, report.stage_id());
-  if (slot == nullptr) {
+  const Seat seat = SeatOf(worker, report.stage_id());
+  if (seat.slot == nullptr) {
     if (report.stage_id() != 0 && report.stage_id() <= last_stage_id_) return;  // late
     return Evict(id,
                  absl::InvalidArgumentError(absl::StrCat("reports for stage ", report.stage_id(),
                                                          ", which there never was")),
                  now_us);
   }
-  Pipeline* pipeline = PipelineOf(*worker);
+  Pipeline* pipeline = seat.pipeline;
   const PipelineEpoch epoch = FromWire(report.epoch());
+  if (seat.stage->role == HostedStage::Role::kNext) {
+    return Evict(id, absl::FailedPreconditionError("reports for a stage that is in no epoch"),
+                 now_us);
+  }
   if (epoch < pipeline->epoch) return;  // late
   if (epoch > pipeline->epoch) {
     return Evict(id,
@@ -296,14 +348,14 @@ void Cluster::OnReport(Worker* worker, const v1::StageReport& report, uint64_t n
                              report.error_message());
     OnNcclFailure(*pipeline, report.failed_nccl_edge(), error, now_us);
     if (report.step_id() == 0) RenewEdges(pipeline);
-    return OnStageError(worker, slot, error, now_us);
+    return OnStageError(worker, seat, error, now_us);
   }
   if (pipeline->state != Pipeline::State::kActive) {
     return Evict(id, absl::FailedPreconditionError("reports a step before any was planned"),
                  now_us);
   }
-  const absl::StatusOr<StageStep> done =
-      pipeline->scheduler.OnReport(worker->slot_index, report, now_us);
+  const uint32_t slot_index = seat.stage->slot_index;
+  const absl::StatusOr<StageStep> done = pipeline->scheduler.OnReport(slot_index, report, now_us);
   if (!done.ok()) {
     Evict(id,
           absl::Status(done.status().code(), absl::StrCat("report of step ", report.step_id(), ": ",
@@ -315,18 +367,21 @@ void Cluster::OnReport(Worker* worker, const v1::StageReport& report, uint64_t n
     }
     return;
   }
-  slot->rows_computed += done->rows_computed;
-  slot->rows_stored += done->rows_stored;
+  seat.slot->rows_computed += done->rows_computed;
+  seat.slot->rows_stored += done->rows_stored;
   // Only a step that went all the way shows that every stage works.
-  if (worker->slot_index + 1 != pipeline->slots.size() || done->rows_computed == 0) return;
+  if (slot_index + 1 != pipeline->slots.size() || done->rows_computed == 0) return;
+  pipeline->last_step_us = now_us;
+  OnScaledStep(*pipeline, now_us);
   for (StageSlot& each : pipeline->slots) each.errors = 0;
   if (!pipeline->scheduler.links_proven()) return;
   for (StageSlot& each : pipeline->slots) each.link_errors = 0;
   pipeline->failures = 0;
 }
 
-void Cluster::OnStageError(Worker* worker, StageSlot* slot, const absl::Status& error,
+void Cluster::OnStageError(Worker* worker, const Seat& seat, const absl::Status& error,
                            uint64_t now_us) {
+  StageSlot* slot = seat.slot;
   worker->last_error = std::string(error.message());
   const bool link = absl::IsUnavailable(error) || absl::IsDeadlineExceeded(error) ||
                     absl::IsAborted(error) || absl::IsCancelled(error);
@@ -339,7 +394,7 @@ void Cluster::OnStageError(Worker* worker, StageSlot* slot, const absl::Status& 
                                                 " times, last: ", std::string(error.message()))),
         now_us);
   }
-  Pipeline* pipeline = PipelineOf(*worker);
+  Pipeline* pipeline = seat.pipeline;
   Fail(pipeline,
        absl::Status(error.code(),
                     absl::StrCat("worker ", worker->name, ": ", std::string(error.message()))),

@@ -8,11 +8,9 @@
 // Thread:  loop thread only.
 // Errors:  what a worker does wrong evicts it, with a status that names the discrepancy.
 // Limits:  limits::kMaxWorkers; CoreOptions::heartbeat_timeout_us, load_timeout_us,
-//          activation_timeout_us, step_timeout_us.
-// Why:     a pipeline is assembling (slots are vacant or load), activating (all are loaded) or
-//          active (all answered); every failure, whatever it was, takes it back to assembling with
-//          a new epoch. What its stages have of sequences stays theirs: they are asked for it when
-//          they are activated, and it is theirs still if their worker comes back in time.
+//          activation_timeout_us, step_timeout_us; what is booked of a worker's memory.
+// Why:     workers, places and memory change together, so one class owns them: each event finds its
+//          stage by id, changes its slot and its worker's books, and CheckIntegrity compares both.
 #pragma once
 
 #include <cstdint>
@@ -20,15 +18,19 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "coordinator/core/context.h"
 #include "coordinator/core/departed.h"
 #include "coordinator/core/edges.h"
 #include "coordinator/core/journal.h"
+#include "coordinator/core/pipeline.h"
 #include "coordinator/core/planner.h"
-#include "coordinator/core/scheduler.h"
+#include "coordinator/core/scale.h"
+#include "coordinator/core/worker_books.h"
 
 namespace strait {
 
@@ -46,85 +48,6 @@ inline constexpr uint64_t kLoadBackoffMaxUs = 60'000'000;
 // Of two pipelines that lack workers for so long, the younger one gives its workers to the older.
 inline constexpr uint64_t kConsolidateAfterUs = 10'000'000;
 
-struct Worker {
-  WorkerId id;
-  std::string name;
-  std::string data_address;
-  std::string numerics_id;
-  std::string backend;
-  uint64_t memory_bytes = 0;
-  std::optional<StageCosts> costs;  // of its stages' memory; absent: as on the CPU
-  uint64_t instance = 0;
-  uint32_t num_threads = 0;
-  uint32_t process_id = 0;
-  NcclSupport nccl;
-
-  WorkerMemory memory() const { return {memory_bytes, costs ? &*costs : nullptr}; }
-
-  uint64_t attached_us = 0;
-  uint64_t last_heard_us = 0;
-  uint64_t resident_bytes = 0;
-  std::optional<PipelineId> pipeline;       // absent: spare, or unloading
-  uint32_t slot_index = 0;                  // in the pipeline
-  std::map<uint64_t, StagePlan> unloading;  // by stage id
-  uint32_t load_failures = 0;
-  uint64_t unfit_until_us = 0;
-  std::string last_error;
-};
-
-// One place in a pipeline.
-struct StageSlot {
-  enum class State { kVacant, kLoading, kLoaded, kActivating, kActive };
-  LayerRange layers;
-  uint64_t cache_bytes = 0;  // of latent blocks
-  State state = State::kVacant;
-  WorkerId worker;        // unless vacant
-  uint64_t stage_id = 0;  // of this worker's stage; never reused
-  uint64_t bytes_loaded = 0;
-  uint64_t bytes_total = 0;
-  uint64_t load_progress_us = 0;  // when bytes_loaded last grew
-  uint64_t weight_bytes = 0;
-  uint32_t errors = 0;         // since a step was finished by all stages
-  uint32_t link_errors = 0;    // since every link carried something
-  uint64_t rows_computed = 0;  // since it was loaded, as it reported
-  uint64_t rows_stored = 0;
-  // What it may have of sequences; once it is active: what it told. The scheduler's while that runs.
-  Holdings may_hold;
-  // Of this epoch, once it is activated:
-  bool told = false;      // ActivateStage is out
-  EdgeChoice edge;        // from the stage before; none at the first
-  NumberedEdge numbered;  // the same
-  std::string nccl_id;    // of that edge, once this stage has made it
-
-  // Whether it has not yet answered all that ActivateStage asks for.
-  bool owes_answer() const {
-    return told && (state == State::kActivating || (edge.over_nccl && nccl_id.empty()));
-  }
-};
-
-struct Pipeline {
-  enum class State { kAssembling, kActivating, kActive };
-  Pipeline(Context* context, Journal* journal) : scheduler(context, journal) {}
-
-  PipelineId id;
-  PipelineEpoch epoch;
-  State state = State::kAssembling;
-  std::vector<StageSlot> slots;
-  bool served = false;        // was active once
-  uint64_t since_us = 0;      // in this state
-  uint64_t retry_at_us = 0;   // no activation before
-  uint32_t failures = 0;      // since every link carried something
-  uint64_t planned_rows = 0;  // what its first workers could hold, see PipelinePlan::capacity_rows
-  uint64_t vacant_since_us = 0;  // while a slot is vacant: since when one is, without a break
-  std::string last_error;
-  NumberedEdge sampled_edge;  // from the last stage to the first, if there are several and grants
-  Scheduler scheduler;
-
-  // The longest sequence that every stage can hold, vacant ones as planned.
-  uint64_t capacity_rows(const CachePolicy& policy) const;
-  uint32_t num_vacant() const;
-};
-
 class Cluster {
  public:
   Cluster(Context* context, Journal* journal) : context_(context), journal_(journal) {}
@@ -132,6 +55,8 @@ class Cluster {
   void OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us);
   void OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now_us);
   void OnLost(WorkerId id, const absl::Status& why, uint64_t now_us);
+  // Answered by ScaleAnswered.
+  void OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us);
   // Timeouts.
   void OnTick(uint64_t now_us);
   // Forms, fills and activates what can be.
@@ -155,6 +80,7 @@ class Cluster {
   absl::Status CheckCosts(const v1::Hello& hello) const;
   // Whether the stages that it says it kept can be those of this process.
   absl::Status CheckHeldStages(const v1::Hello& hello) const;
+  HostedStage HeldAs(const v1::HeldStage& held) const;
   absl::Status CheckHeldStage(const v1::HeldStage& held, uint64_t instance) const;
   // Gives them their places again, or has them unloaded.
   void TakeBack(Worker* worker, const v1::Hello& hello);
@@ -164,24 +90,78 @@ class Cluster {
   bool IsIdle(const Worker& worker, uint64_t now_us) const;
   std::vector<Worker*> IdleWorkers(uint64_t now_us);  // most memory first, then oldest
   Worker* FindWorker(WorkerId id);
-  Pipeline* PipelineOf(const Worker& worker);
-  StageSlot* SlotOf(const Worker& worker, uint64_t stage_id);
+  // A worker's stage that has a place, or will have one.
+  struct Seat {
+    HostedStage* stage = nullptr;  // null: it has none, or no more
+    Pipeline* pipeline = nullptr;
+    StageSlot* slot = nullptr;
+  };
+  Seat SeatOf(Worker* worker, uint64_t stage_id);
+  // Without those to come. In the order of its slots.
+  std::vector<Worker*> WorkersOf(const Pipeline& pipeline);
 
   void OnLoadProgress(Worker* worker, const v1::LoadProgress& progress, uint64_t now_us);
   void OnStageState(Worker* worker, const v1::StageState& state, uint64_t now_us);
-  void OnActive(Worker* worker, StageSlot* slot, const v1::StageState& state, uint64_t now_us);
-  void OnFailed(Worker* worker, const v1::StageState& state, uint64_t now_us);
+  void OnActive(Worker* worker, const Seat& seat, const v1::StageState& state, uint64_t now_us);
+  void OnFailed(Worker* worker, const Seat& seat, const v1::StageState& state, uint64_t now_us);
   void OnReport(Worker* worker, const v1::StageReport& report, uint64_t now_us);
   // A stage says that it failed: the pipeline starts anew, the worker goes if it was once too
   // often.
-  void OnStageError(Worker* worker, StageSlot* slot, const absl::Status& error, uint64_t now_us);
+  void OnStageError(Worker* worker, const Seat& seat, const absl::Status& error, uint64_t now_us);
   // Edges of it failed, or may have: all are opened anew.
   static void RenewEdges(Pipeline* pipeline);
-  void Unload(Worker* worker, uint64_t stage_id, const StagePlan& shape);
+  void Unload(Worker* worker, uint64_t stage_id);
+  void CollectLate(const Pipeline& pipeline, uint64_t now_us,
+                   std::vector<std::pair<WorkerId, absl::Status>>* late) const;
+  void CollectLate(const Worker& worker, uint64_t now_us,
+                   std::vector<std::pair<WorkerId, absl::Status>>* late) const;
+
+  // ---- Cache sizes (resizing.cc) ----
+  void OnCacheResized(Worker* worker, const v1::CacheResized& resized, uint64_t now_us);
+  void SendResize(Worker* worker, uint64_t stage_id, uint64_t cache_bytes, uint64_t now_us);
+  // The slots' sizes, and what its scheduler reckons with. REQUIRES: as Scheduler::Resize.
+  void ResizeSlots(Pipeline* pipeline, const std::vector<uint64_t>& cache_bytes, uint64_t now_us);
+  // Caches that are smaller than wanted grow where their worker has room now.
+  void GrowCaches(Pipeline* pipeline, uint64_t now_us);
+  bool Grown(const Pipeline& pipeline) const;
+  uint64_t FreeBytes(const Worker& worker) const;
+
+  // ---- Scale (scaling.cc) ----
+  void AdvanceScale(uint64_t now_us);
+  void TickScale(uint64_t now_us);
+  // True: it goes on at once, with this pipeline or the next.
+  bool ScaleStep(uint64_t now_us);
+  bool BeginTurn(uint64_t now_us);
+  absl::StatusOr<ScalePlan> PlanScaleOf(Pipeline* pipeline, uint64_t now_us);
+  void LoadNext(Pipeline* pipeline, uint64_t now_us);
+  void Switch(Pipeline* pipeline, uint64_t now_us);
+  // The new stages are active: old ones go, before the first plan.
+  void UnloadFollowed(PipelineId pipeline);
+  void OnScaledActive(const Pipeline& pipeline);
+  void OnScaledStep(const Pipeline& pipeline, uint64_t now_us);
+  // This pipeline's turn, if it is, ends without success; new stages that have no place yet are unloaded.
+  void AbortScale(PipelineId pipeline, const absl::Status& why);
+  void AnswerScale(const absl::Status& status);
 
   void FormPipeline(uint64_t now_us);
   void FillVacancies(Pipeline* pipeline, uint64_t now_us);
+  // A pipeline's workers, by age, of these, who come with most memory first; as many stages as each will have. None:
+  // they are too few.
+  struct Crew {
+    std::vector<Worker*> workers;
+    std::vector<WorkerMemory> memory;
+  };
+  Crew ChooseCrew(std::vector<Worker*> candidates) const;
+  // Which of them take which vacant slots.
+  struct Fill {
+    Worker* worker;
+    std::vector<uint32_t> slots;
+    uint64_t rows;
+  };
+  std::vector<Fill> ChooseFills(const Pipeline& pipeline, const std::vector<Worker*>& idle) const;
   void Consolidate(uint64_t now_us);
+  // `worker` loads a stage for this slot, which is in its place or will be.
+  void Assign(StageSlot* slot, HostedStage hosted, Worker* worker, uint64_t now_us);
   void Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker, uint64_t now_us);
   // Nobody has this place any more, nor its edges; who comes next may hold as much as was planned at first.
   void Vacate(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us);
@@ -208,6 +188,10 @@ class Cluster {
   // Its stages, of which no slot knows from now on.
   void RememberStages(const Worker& worker, bool may_return);
 
+  absl::Status CheckPipeline(const Pipeline& pipeline) const;
+  absl::Status CheckWorker(const Worker& worker) const;
+  absl::Status CheckScale() const;
+
   Context* const context_;
   Journal* const journal_;
   EdgeChooser edges_;
@@ -220,7 +204,8 @@ class Cluster {
   uint64_t last_pipeline_id_ = 0;
   uint64_t last_epoch_counter_ = 0;
   uint64_t weights_fingerprint_ = 0;  // of the workers that are attached, or were last
-  absl::Status plan_problem_;         // why no further pipeline was formed
+  std::optional<Scale> scale_;
+  absl::Status plan_problem_;  // why no further pipeline was formed
   bool look_again_ =
       false;  // workers or their fitness changed since pipelines were last put together
 };

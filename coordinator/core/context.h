@@ -19,6 +19,9 @@ struct Context {
   const ModelShape model;
   std::vector<CoreMessage> out;
   CoreStats stats;  // the counters of it; gauges are computed when asked
+  // Of pipelines that are formed from now on: as the options say, until a scale succeeded.
+  uint32_t num_stages = options.num_stages;
+  uint32_t num_hosts = options.num_stages;  // workers that such a one needs at least
 
   template <class Message>
   void Send(Message message) {

@@ -100,6 +100,10 @@ void Core::OnCancel(RequestId request, std::optional<uint32_t> sequence_index, u
                      absl::CancelledError("cancelled by the client"));
 }
 
+void Core::OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us) {
+  state_->cluster.OnScale(id, num_stages, state_->Awake(now_us));
+}
+
 void Core::OnTick(uint64_t now_us) {
   State& state = *state_;
   now_us = state.Awake(now_us);

@@ -120,8 +120,15 @@ struct SequenceEnded {
   absl::Status status;
   bool last_of_request;
 };
+// To OnScale, once.
+using ScaleId = Id<struct ScaleTag>;
+struct ScaleAnswered {
+  ScaleId scale;
+  absl::Status status;  // ok: every pipeline has so many stages now
+  v1::ScaleReply reply;
+};
 using CoreMessage = std::variant<SendToWorker, EvictWorker, RequestRefused, RequestAdmitted,
-                                 PromptScored, TokenEmitted, SequenceEnded>;
+                                 PromptScored, TokenEmitted, SequenceEnded, ScaleAnswered>;
 
 // Counters that only grow, and gauges; for metrics and status.
 struct CoreStats {
@@ -159,6 +166,10 @@ class Core {
   void OnWorkerLost(WorkerId worker, absl::Status why, uint64_t now_us);
   void OnSubmit(RequestId request, RequestSpec spec, uint64_t now_us);
   void OnCancel(RequestId request, std::optional<uint32_t> sequence_index, uint64_t now_us);
+  // Every pipeline, one after the other, is to have so many stages, and serves meanwhile. Answered by
+  // ScaleAnswered: InvalidArgument, ResourceExhausted (no room), FailedPrecondition (a pipeline does not
+  // serve, or another scale is under way), Aborted or what failed.
+  void OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us);
   // Deadlines, heartbeat timeouts. Call at least every kCallGapUs, and it may be called at any time.
   void OnTick(uint64_t now_us);
 
@@ -173,7 +184,8 @@ class Core {
   // coordinator/core/README.md).
   std::string StatusJson(uint64_t now_us) const;
   // Of every stage: reserved and held bytes are those of its sequences by their lengths there, and
-  // within its capacity; a sequence is in one place; used by tests at every tick.
+  // within its capacity; no worker's memory is booked twice; a sequence is in one place. Used by tests at
+  // every tick.
   absl::Status CheckIntegrity() const;
 
  private:

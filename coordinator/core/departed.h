@@ -13,11 +13,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
-#include <optional>
 #include <string>
 
-#include "coordinator/core/planner.h"
 #include "coordinator/core/survivors.h"
+#include "coordinator/core/worker_books.h"
 #include "proto/base/ids.h"
 
 namespace strait {
@@ -27,11 +26,11 @@ inline constexpr size_t kMaxDepartedStages = 1024;
 struct DepartedStage {
   uint64_t instance = 0;    // of the process that it was given to
   std::string worker_name;  // for people
-  StagePlan shape;
-  // Its place, which it may have again while that is vacant; absent: it was being unloaded, or its worker
-  // was evicted for what it did.
-  std::optional<PipelineId> pipeline;
-  uint32_t slot_index = 0;
+  HostedStage hosted;
+  // It may have its place again while that is vacant; else it had none, or its worker was evicted for what it
+  // did.
+  bool may_return = false;
+  uint64_t wanted_cache_bytes = 0;
   Holdings may_hold;
   uint64_t rows_computed = 0;
   uint64_t rows_stored = 0;

@@ -38,6 +38,8 @@ uint64_t EdgeNonce(uint64_t secret, uint64_t edge_id) {
 }
 
 EdgeChoice EdgeChooser::Choose(const EdgeEnd& from, const EdgeEnd& to, uint64_t now_us) const {
+  // Two ranks of one device are no communicator.
+  if (from.worker == to.worker) return {false, absl::StrCat("both stages are on ", *from.name)};
   for (const EdgeEnd* end : {&from, &to}) {
     if (end->nccl->version == 0) {
       return {false, absl::StrCat(*end->name, " offers no NCCL: ", end->nccl->problem)};

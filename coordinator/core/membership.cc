@@ -2,7 +2,6 @@
 //
 // Who may join the cluster, and what a worker that was here before brings along.
 #include <algorithm>
-#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -25,6 +24,7 @@ StageCosts StageCostsOf(const v1::StageCosts& told) {
   costs.head_bytes = told.head_bytes();
   costs.block_bytes = told.block_bytes();
   costs.layer_workspace_bytes = told.layer_workspace_bytes();
+  costs.stage_bytes = told.stage_bytes();
   costs.edge_bytes = told.edge_bytes();
   costs.edge_row_bytes = told.edge_row_bytes();
   costs.workspace_bytes.assign(told.workspace_bytes().begin(), told.workspace_bytes().end());
@@ -102,7 +102,8 @@ absl::Status Cluster::CheckCosts(const v1::Hello& hello) const {
   if (static_cast<size_t>(costs.layer_bytes_size()) != context_->model.layer_weight_bytes.size() ||
       costs.block_bytes() < context_->model.block_bytes || too_large(costs.block_bytes()) ||
       too_large(costs.embedding_bytes()) || too_large(costs.head_bytes()) ||
-      too_large(costs.layer_workspace_bytes()) || too_large(costs.edge_bytes()) ||
+      too_large(costs.layer_workspace_bytes()) || too_large(costs.stage_bytes()) ||
+      too_large(costs.edge_bytes()) ||
       costs.edge_row_bytes() > kMaxCostBytes / limits::kMaxStepTokens ||
       !sizes(costs.workspace_bytes()) || !sizes(costs.last_workspace_bytes()) ||
       std::any_of(costs.layer_bytes().begin(), costs.layer_bytes().end(), too_large)) {
@@ -145,12 +146,19 @@ absl::Status Cluster::CheckAgrees(const v1::Hello& hello) const {
 
 const Worker* Cluster::WorkerOfStage(uint64_t stage_id) const {
   for (const auto& [id, worker] : workers_) {
-    if (worker.unloading.contains(stage_id)) return &worker;
-    if (!worker.pipeline) continue;
-    const Pipeline& pipeline = *pipelines_.at(*worker.pipeline);
-    if (pipeline.slots[worker.slot_index].stage_id == stage_id) return &worker;
+    if (worker.stages.contains(stage_id)) return &worker;
   }
   return nullptr;
+}
+
+HostedStage Cluster::HeldAs(const v1::HeldStage& held) const {
+  const DepartedStage* departed = departed_.Find(held.stage_id());
+  HostedStage stage = departed != nullptr ? departed->hosted : HostedStage();
+  stage.role = HostedStage::Role::kUnloading;
+  stage.layers = {held.layer_begin(), held.layer_end()};
+  stage.cache_bytes = held.cache_bytes();
+  stage.resize.reset();  // done, or never to be
+  return stage;
 }
 
 absl::Status Cluster::CheckHeldStage(const v1::HeldStage& held, uint64_t instance) const {
@@ -168,14 +176,20 @@ absl::Status Cluster::CheckHeldStage(const v1::HeldStage& held, uint64_t instanc
   const DepartedStage* departed = departed_.Find(id);
   if (departed == nullptr) return absl::OkStatus();
   if (departed->instance != instance) return of_another(departed->worker_name);
-  const StagePlan shape{{held.layer_begin(), held.layer_end()}, held.cache_bytes()};
-  if (shape == departed->shape) return absl::OkStatus();
-  const auto text = [](const StagePlan& s) {
-    return absl::StrCat("layers [", s.layers.begin, ", ", s.layers.end, ") and ", s.cache_bytes,
+  // While it was resized it may have either cache.
+  const HostedStage& had = departed->hosted;
+  const LayerRange layers{held.layer_begin(), held.layer_end()};
+  if (layers == had.layers && (held.cache_bytes() == had.cache_bytes ||
+                               (had.resize && held.cache_bytes() == had.resize->cache_bytes))) {
+    return absl::OkStatus();
+  }
+  const auto text = [](LayerRange range, uint64_t cache_bytes) {
+    return absl::StrCat("layers [", range.begin, ", ", range.end, ") and ", cache_bytes,
                         " bytes of latent blocks");
   };
-  return absl::FailedPreconditionError(
-      absl::StrCat("with ", text(shape), ", it was loaded with ", text(departed->shape)));
+  return absl::FailedPreconditionError(absl::StrCat("with ", text(layers, held.cache_bytes()),
+                                                    ", it was loaded with ",
+                                                    text(had.layers, had.cache_bytes)));
 }
 
 absl::Status Cluster::CheckHeldStages(const v1::Hello& hello) const {
@@ -185,40 +199,55 @@ absl::Status Cluster::CheckHeldStages(const v1::Hello& hello) const {
                                                    limits::kMaxHeldStages));
   }
   if (hello.term() != context_->options.term) return absl::OkStatus();  // of another's numbers
-  std::set<uint64_t> ids;
+  HostedStages stages;
   for (const v1::HeldStage& held : hello.held_stages()) {
     absl::Status status = CheckHeldStage(held, hello.instance());
-    if (!ids.insert(held.stage_id()).second) status = absl::InvalidArgumentError("twice");
+    if (status.ok() && (held.layer_begin() >= held.layer_end() ||
+                        held.layer_end() > context_->model.layer_weight_bytes.size())) {
+      status = absl::InvalidArgumentError("with layers that the model does not have");
+    }
+    if (!stages.emplace(held.stage_id(), HeldAs(held)).second) {
+      status = absl::InvalidArgumentError("twice");
+    }
     if (status.ok()) continue;
     return absl::Status(status.code(),
                         absl::StrCat("worker ", hello.name(), " says that it kept stage ",
                                      held.stage_id(), ", ", std::string(status.message())));
   }
-  return absl::OkStatus();
+  Worker worker;
+  worker.memory_bytes = hello.memory_bytes();
+  if (hello.has_stage_costs()) worker.costs = StageCostsOf(hello.stage_costs());
+  const uint64_t booked = BookedBytes(context_->options, context_->model, worker.memory(), stages);
+  if (booked <= hello.memory_bytes()) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat("worker ", hello.name(), " says that it kept ",
+                                                    stages.size(), " stage(s), which take ", booked,
+                                                    " bytes; it offers ", hello.memory_bytes()));
 }
 
 bool Cluster::TakeBackPlace(Worker* worker, const v1::HeldStage& held) {
   const DepartedStage* departed = departed_.Find(held.stage_id());
-  if (departed == nullptr || !departed->pipeline || worker->pipeline) return false;
-  const auto it = pipelines_.find(*departed->pipeline);
+  if (departed == nullptr || !departed->may_return) return false;
+  const auto it = pipelines_.find(departed->hosted.pipeline);
   if (it == pipelines_.end()) return false;
-  StageSlot& slot = it->second->slots[departed->slot_index];
-  if (slot.layers != departed->shape.layers) return false;
+  const uint32_t slot_index = departed->hosted.slot_index;
+  if (slot_index >= it->second->slots.size()) return false;  // it has fewer stages now
+  StageSlot& slot = it->second->slots[slot_index];
+  if (slot.layers != departed->hosted.layers) return false;
   if (slot.state == StageSlot::State::kLoading) {
     // Who has it loaded, and rows, is ready before who still loads.
-    Worker* const loads = FindWorker(slot.worker);
-    Unload(loads, slot.stage_id, {slot.layers, slot.cache_bytes});
-    loads->pipeline.reset();
+    Unload(FindWorker(slot.worker), slot.stage_id);
   } else if (slot.state != StageSlot::State::kVacant) {
     return false;
   }
+  HostedStage hosted = HeldAs(held);
+  hosted.role = HostedStage::Role::kPlace;
+  worker->stages.emplace(held.stage_id(), std::move(hosted));
   DepartedStage stage = departed_.Take(held.stage_id());
-  worker->pipeline = stage.pipeline;
-  worker->slot_index = stage.slot_index;
   slot.state = StageSlot::State::kLoaded;
   slot.worker = worker->id;
   slot.stage_id = held.stage_id();
-  slot.cache_bytes = stage.shape.cache_bytes;
+  slot.cache_bytes = held.cache_bytes();
+  slot.wanted_cache_bytes = std::max(stage.wanted_cache_bytes, held.cache_bytes());
   slot.weight_bytes = slot.bytes_loaded = slot.bytes_total = held.weight_bytes();
   slot.may_hold = std::move(stage.may_hold);
   slot.rows_computed = stage.rows_computed;
@@ -231,8 +260,9 @@ void Cluster::TakeBack(Worker* worker, const v1::Hello& hello) {
   if (hello.term() != context_->options.term) return;
   for (const v1::HeldStage& held : hello.held_stages()) {
     if (TakeBackPlace(worker, held)) continue;
+    worker->stages.emplace(held.stage_id(), HeldAs(held));
     if (departed_.Find(held.stage_id()) != nullptr) departed_.Take(held.stage_id());
-    Unload(worker, held.stage_id(), {{held.layer_begin(), held.layer_end()}, held.cache_bytes()});
+    Unload(worker, held.stage_id());
   }
 }
 

@@ -40,7 +40,13 @@ struct WorkerMemory {
       : bytes(bytes), costs(costs) {}
   uint64_t bytes;
   const StageCosts* costs;  // null: as ModelShape says
+  uint32_t num_stages = 1;  // that its layers are cut into; they share its memory
 };
+
+// `layers` cut into `num_stages` contiguous ranges that are read about equally fast.
+// REQUIRES: 0 < num_stages <= layers.size().
+std::vector<LayerRange> SplitLayers(const ModelShape& model, LayerRange layers,
+                                    uint32_t num_stages);
 
 // Bytes of weights that a stage with these layers holds, as ModelShape says.
 uint64_t StageWeightBytes(const ModelShape& model, LayerRange layers);
@@ -52,7 +58,15 @@ uint64_t StageWorkspaceBytes(const ModelShape& model, LayerRange layers,
 // And for its edges, where they lie in the memory that the worker offers.
 uint64_t StageEdgeBytes(const CoreOptions& options, LayerRange layers, const WorkerMemory& memory);
 
-// The longest sequence that a stage with these layers can hold; 0: not one row.
+// What latent blocks take there that are `cache_bytes` as the model counts them; and the longest sequence for
+// which `bytes` of it have room in `num_layers` layers.
+uint64_t CacheMemoryBytes(const ModelShape& model, const WorkerMemory& memory,
+                          uint64_t cache_bytes);
+uint64_t CacheMemoryRows(const ModelShape& model, const WorkerMemory& memory, uint64_t bytes,
+                         uint32_t num_layers);
+
+// The longest sequence that a stage with these layers can hold, or all stages that the worker cuts them into;
+// 0: not one row.
 uint64_t StageRowsMax(const CoreOptions& options, const ModelShape& model, LayerRange layers,
                       const WorkerMemory& memory);
 
@@ -60,7 +74,7 @@ uint64_t StageRowsMax(const CoreOptions& options, const ModelShape& model, Layer
 // be more of them than one sequence has.
 uint64_t StageCacheBytes(const ModelShape& model, LayerRange layers, uint64_t rows);
 
-// One stage per entry of `memory`, in that order.
+// As many stages for each entry of `memory` as it says, in that order.
 absl::StatusOr<PipelinePlan> PlanPipeline(const CoreOptions& options, const ModelShape& model,
                                           absl::Span<const WorkerMemory> memory);
 

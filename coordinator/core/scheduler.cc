@@ -76,7 +76,7 @@ std::vector<Holdings> Scheduler::Stop(const absl::Status& why) {
     sequence->Remove(residency);
     if (sequence->resident()) continue;
     journal_->Wait(sequence);
-    if (!worked_on || ++sequence->fruitless_replays <= kMaxFruitlessReplays) continue;
+    if (why.ok() || !worked_on || ++sequence->fruitless_replays <= kMaxFruitlessReplays) continue;
     journal_->End(sequence, FinishReason::kError, std::nullopt,
                   absl::UnavailableError(absl::StrCat(
                       "the pipeline failed ", sequence->fruitless_replays,
@@ -211,23 +211,64 @@ std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
   if (unnamed_.empty() && closing_.empty() && prefilling_.empty() && !WorthDecoding()) {
     return std::nullopt;
   }
-  Draft draft;
-  draft.record.id = ledger_.next_step();
-  draft.record.stages.resize(num_stages_);
-  draft.plan.set_step_id(draft.record.id.value);
-  draft.tokens_left = context_->options.max_step_tokens;
-  draft.sequences_left = limits::kMaxStepSequences;
+  Draft draft = Begin();
   PlanSurvivors(&draft);
   PlanCloses(&draft);
   if (!full) {
     PlanDecodes(&draft);
     PlanPrefill(&draft);
   }
-  STRAIT_CHECK(draft.plan.cache_ops_size() + draft.plan.sequences_size() > 0);
+  std::optional<v1::StepPlan> plan = Send(std::move(draft), now_us);
+  STRAIT_CHECK(plan.has_value());
+  return plan;
+}
+
+Scheduler::Draft Scheduler::Begin() const {
+  Draft draft;
+  draft.record.id = ledger_.next_step();
+  draft.record.stages.resize(num_stages_);
+  draft.plan.set_step_id(draft.record.id.value);
+  draft.tokens_left = context_->options.max_step_tokens;
+  draft.sequences_left = limits::kMaxStepSequences;
+  return draft;
+}
+
+std::optional<v1::StepPlan> Scheduler::Send(Draft draft, uint64_t now_us) {
+  if (draft.plan.cache_ops_size() + draft.plan.sequences_size() == 0) return std::nullopt;
   Complete(&draft);
   ledger_.Add(std::move(draft.record), now_us);
   ++context_->stats.steps;
   return std::move(draft.plan);
+}
+
+uint32_t Scheduler::resident_rows_max() const {
+  uint32_t rows = 0;
+  for (const auto& [id, residency] : residents_) {
+    rows = std::max(rows, residency->sequence->rows_max());
+  }
+  return rows;
+}
+
+bool Scheduler::MayShrink() const {
+  return started() && unnamed_.empty() && ledger_.in_flight() < limits::kMaxStepsInFlight;
+}
+
+std::optional<v1::StepPlan> Scheduler::Resize(const std::vector<uint64_t>& capacity_bytes,
+                                              uint64_t now_us) {
+  std::optional<v1::StepPlan> plan;
+  if (!books_.Fits(capacity_bytes)) {
+    STRAIT_CHECK(MayShrink());
+    Draft draft = Begin();
+    PlanCloses(&draft);
+    while (!books_.Fits(capacity_bytes)) {
+      STRAIT_CHECK(residents_.size() > 1, "the only resident outgrew the cache");
+      Preempt(residents_.rbegin()->second, &draft);
+    }
+    plan = Send(std::move(draft), now_us);
+  }
+  books_.Resize(capacity_bytes);
+  STRAIT_CHECK(books_.CanEverHold(resident_rows_max()));
+  return plan;
 }
 
 std::vector<uint64_t> Scheduler::HeldByLayer(uint32_t stage_index) const {
@@ -243,6 +284,16 @@ std::vector<uint64_t> Scheduler::HeldByLayer(uint32_t stage_index) const {
   }
   for (const Closing& closing : closing_) add(closing.rows);
   return held;
+}
+
+uint64_t Scheduler::HeldRows() const {
+  uint64_t rows = 0;
+  for (const auto& [id, residency] : residents_) {
+    for (uint32_t s = 0; s < num_stages_; ++s) {
+      rows += uint64_t{residency->rows.at(s)} * stages()[s].layers.size();
+    }
+  }
+  return rows;
 }
 
 absl::Status Scheduler::CheckResident(const Residency& residency) const {

@@ -62,7 +62,8 @@ class Scheduler {
   // REQUIRES: stopped.
   void Start(std::vector<StageCache> stages, Survivors survivors);
   // Forgets steps and bytes; residents wait again. Those that fail once too often without a token
-  // in between end Unavailable because of `why`. Returns what each stage may have now.
+  // in between end Unavailable because of `why`; where that is ok nothing failed, and it counts for nobody.
+  // Returns what each stage may have now.
   std::vector<Holdings> Stop(const absl::Status& why);
   bool started() const { return num_stages_ > 0; }
 
@@ -88,6 +89,16 @@ class Scheduler {
   absl::StatusOr<StageStep> OnReport(uint32_t stage_index, const v1::StageReport& report,
                                      uint64_t now_us);
 
+  // ---- Cache sizes ----
+  // The most rows that a resident may grow to. Each stage must hold that.
+  uint32_t resident_rows_max() const;
+  // Whether caches may become smaller now: what stages told is named, and a plan may be sent.
+  bool MayShrink() const;
+  // The stages have so much from the next plan on. What does not fit any more is closed, the youngest
+  // first, by the plan that this returns; it goes to all stages before they are told to shrink.
+  // REQUIRES: resident_rows_max() fits; MayShrink() if any gets smaller.
+  std::optional<v1::StepPlan> Resize(const std::vector<uint64_t>& capacity_bytes, uint64_t now_us);
+
   const StepLedger& ledger() const { return ledger_; }
   // Whether every link of the pipeline has carried something in this epoch, that from the last
   // stage to the first included, where there is one.
@@ -100,6 +111,8 @@ class Scheduler {
   const std::vector<StageCache>& stages() const { return books_.stages(); }
   // The same by layer of one stage. REQUIRES: started.
   std::vector<uint64_t> HeldByLayer(uint32_t stage_index) const;
+  // Rows of its residents, kept ones included, summed over stages and their layers.
+  uint64_t HeldRows() const;
   const std::map<SequenceId, Residency*>& residents() const { return residents_; }
   absl::Status CheckIntegrity() const;
 
@@ -147,6 +160,9 @@ class Scheduler {
   void Preempt(Residency* residency, Draft* draft);
   // What every stage will report of it.
   void Complete(Draft* draft) const;
+  Draft Begin() const;
+  // Null: it says nothing.
+  std::optional<v1::StepPlan> Send(Draft draft, uint64_t now_us);
 
   void Forget(Residency* residency);  // it leaves the maps; what it reserved is the caller's
   // A result under way for it is there, or never will be. It may be gone then.

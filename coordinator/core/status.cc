@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The status as JSON; coordinator/core/README.md documents every member.
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -73,12 +74,25 @@ json::Object PlaceJson(const Pipeline& pipeline, uint32_t index) {
   return out;
 }
 
-// The same, with all that its worker has in it.
-json::Object StageJson(const Pipeline& pipeline, uint32_t index, const ModelShape& model) {
+const char* Name(HostedStage::Role role) {
+  switch (role) {
+    case HostedStage::Role::kPlace:
+      return "";
+    case HostedStage::Role::kNext:
+      return "next";
+    case HostedStage::Role::kFollowed:
+      return "followed";
+    case HostedStage::Role::kUnloading:
+      return "unloading";
+  }
+  return "";
+}
+
+// What a worker has in a place of a pipeline.
+json::Object SeatJson(const Pipeline& pipeline, uint32_t index) {
   const StageSlot& slot = pipeline.slots[index];
   const Scheduler& scheduler = pipeline.scheduler;
   json::Object out = PlaceJson(pipeline, index);
-  out["pipeline_id"] = pipeline.id.value;
   out["weight_bytes"] = slot.weight_bytes;
   out["bytes_loaded"] = slot.bytes_loaded;
   out["bytes_total"] = slot.bytes_total;
@@ -86,7 +100,6 @@ json::Object StageJson(const Pipeline& pipeline, uint32_t index, const ModelShap
   out["cache_bytes_total"] = slot.cache_bytes;
   out["cache_bytes_reserved"] = cache.reserved_bytes;
   out["cache_bytes_used"] = cache.held_bytes;
-  out["block_bytes"] = model.block_bytes;
   out["rows_computed"] = slot.rows_computed;
   out["rows_stored"] = slot.rows_stored;
   if (scheduler.started() && scheduler.times(index).steps > 0) {
@@ -107,6 +120,37 @@ json::Object StageJson(const Pipeline& pipeline, uint32_t index, const ModelShap
   return out;
 }
 
+// A stage that has no place: it will have one, or had one.
+json::Object StageJson(uint64_t stage_id, const HostedStage& stage) {
+  json::Object out;
+  out["state"] = Name(stage.role);
+  out["stage_id"] = stage_id;
+  out["layer_begin"] = stage.layers.begin;
+  out["layer_end"] = stage.layers.end;
+  out["weight_bytes"] = 0;
+  out["cache_bytes_total"] = stage.cache_bytes;
+  out["cache_bytes_reserved"] = 0;
+  out["cache_bytes_used"] = 0;
+  return out;
+}
+
+// What the worker does, by its stages; of several that differ the least settled.
+const char* WorkerState(const Worker& worker, const Cluster& cluster) {
+  const char* state = worker.stages.empty() ? "idle" : "unloading";
+  bool loading = false, loaded = false, serving = false;
+  for (const auto& [stage_id, stage] : worker.stages) {
+    if (stage.role != HostedStage::Role::kPlace) continue;
+    const Pipeline& pipeline = *cluster.pipelines().at(stage.pipeline);
+    const auto slot_state = pipeline.slots[stage.slot_index].state;
+    loading = loading || slot_state == StageSlot::State::kLoading;
+    (pipeline.scheduler.started() ? serving : loaded) = true;
+  }
+  if (loading) return "loading";
+  if (loaded) return "loaded";
+  if (serving) return "serving";
+  return worker.Has(HostedStage::Role::kNext) ? "loading" : state;
+}
+
 json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Context& context,
                         uint64_t now_us) {
   json::Object out;
@@ -119,23 +163,28 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Cont
   out["num_threads"] = worker.num_threads;
   out["process_id"] = worker.process_id;
   out["memory_bytes"] = worker.memory_bytes;
+  const uint64_t booked =
+      BookedBytes(context.options, context.model, worker.memory(), worker.stages);
+  out["booked_bytes"] = booked;
+  out["free_bytes"] = worker.memory_bytes - std::min(worker.memory_bytes, booked);
   out["resident_bytes"] = worker.resident_bytes;
   out["attached_s"] = Seconds(now_us, worker.attached_us);
   out["silent_ms"] = now_us > worker.last_heard_us ? (now_us - worker.last_heard_us) / 1000 : 0;
   json::Array stages;
-  const char* state = worker.unloading.empty() ? "idle" : "unloading";
-  if (worker.pipeline) {
-    const Pipeline& pipeline = *cluster.pipelines().at(*worker.pipeline);
-    const bool loading = pipeline.slots[worker.slot_index].state == StageSlot::State::kLoading;
-    state = loading ? "loading" : pipeline.scheduler.started() ? "serving" : "loaded";
-    json::Object stage = StageJson(pipeline, worker.slot_index, context.model);
-    // As planned; with weights and cache, all that it takes.
-    const LayerRange layers = pipeline.slots[worker.slot_index].layers;
-    stage["workspace_bytes"] = StageWorkspaceBytes(context.model, layers, worker.memory());
-    stage["edge_bytes"] = StageEdgeBytes(context.options, layers, worker.memory());
+  for (const auto& [stage_id, hosted] : worker.stages) {
+    const bool seated = hosted.role == HostedStage::Role::kPlace;
+    json::Object stage = seated
+                             ? SeatJson(*cluster.pipelines().at(hosted.pipeline), hosted.slot_index)
+                             : StageJson(stage_id, hosted);
+    stage["pipeline_id"] = hosted.pipeline.value;
+    stage["block_bytes"] = context.model.block_bytes;
+    // As planned; with cache, and weights that no other stage there has too, all that it takes.
+    stage["workspace_bytes"] = StageWorkspaceBytes(context.model, hosted.layers, worker.memory());
+    stage["edge_bytes"] = StageEdgeBytes(context.options, hosted.layers, worker.memory());
+    if (hosted.resize) stage["cache_bytes_asked"] = hosted.resize->cache_bytes;
     stages.push_back(std::move(stage));
   }
-  out["state"] = state;
+  out["state"] = WorkerState(worker, cluster);
   out["stages"] = std::move(stages);
   if (!worker.last_error.empty()) out["last_error"] = worker.last_error;
   return out;
@@ -242,7 +291,7 @@ std::string Core::StatusJson(uint64_t now_us) const {
   if (!Ready()) out["problem"] = state.cluster.WhyNoPipeline();
   json::Object wanted;
   wanted["pipelines"] = state.context.options.num_pipelines;
-  wanted["stages"] = state.context.options.num_stages;
+  wanted["stages"] = state.context.num_stages;
   out["wanted"] = std::move(wanted);
 
   json::Array workers;

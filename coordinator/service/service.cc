@@ -51,8 +51,12 @@ struct Cancelled {
   RequestId request;
   std::optional<uint32_t> sequence_index;
 };
+struct Scaling {
+  uint32_t num_stages = 0;
+  AttachEvents::Scaled done;
+};
 struct StopLoop {};
-using Event = std::variant<Attached, Said, Ended, Submitted, Cancelled, StopLoop>;
+using Event = std::variant<Attached, Said, Ended, Submitted, Cancelled, Scaling, StopLoop>;
 
 }  // namespace
 
@@ -78,7 +82,11 @@ class CoordinatorService::Impl {
                     [this](WorkerId worker, absl::Status why) {
                       queue_.Push(Ended{worker, std::move(why)});
                     },
-                .status_json = [this] { return StatusJson(); }}) {
+                .status_json = [this] { return StatusJson(); },
+                .on_scale =
+                    [this](uint32_t num_stages, AttachEvents::Scaled done) {
+                      Scale(num_stages, std::move(done));
+                    }}) {
     Publish(MonotonicMicros());
   }
 
@@ -111,6 +119,16 @@ class CoordinatorService::Impl {
       }
     }
     listener->OnRefused(absl::UnavailableError("the coordinator stops"));
+  }
+  void Scale(uint32_t num_stages, AttachEvents::Scaled done) {
+    {
+      std::lock_guard lock(submit_mu_);
+      if (!stopped_) {
+        queue_.Push(Scaling{num_stages, std::move(done)});
+        return;
+      }
+    }
+    done(absl::UnavailableError("the coordinator stops"), {});
   }
   void Cancel(RequestId request, std::optional<uint32_t> sequence_index) {
     queue_.Push(Cancelled{request, sequence_index});
@@ -172,6 +190,8 @@ class CoordinatorService::Impl {
       listener->OnRefused(absl::UnavailableError("the coordinator stops"));
     }
     listeners_.clear();
+    for (auto& [scale, done] : scales_) done(absl::UnavailableError("the coordinator stops"), {});
+    scales_.clear();
     streams_.clear();
     ready = false;
   }
@@ -258,6 +278,13 @@ class CoordinatorService::Impl {
     core_.OnCancel(cancelled.request, cancelled.sequence_index, now_us);
   }
 
+  void On(Scaling& scaling, uint64_t now_us) {
+    const ScaleId id{++last_scale_};
+    Log(LogLevel::kInfo, "scale", {{"scale", id.value}, {"stages", scaling.num_stages}});
+    scales_[id] = std::move(scaling.done);
+    core_.OnScale(id, scaling.num_stages, now_us);
+  }
+
   void On(StopLoop&, uint64_t) { stop_ = true; }
 
   // ---- Core's answers ----
@@ -309,6 +336,19 @@ class CoordinatorService::Impl {
     if (ended.last_of_request) TakeListener(ended.request);
   }
 
+  void Do(ScaleAnswered& answered) {
+    const v1::ScaleReply& reply = answered.reply;
+    Log(answered.status.ok() ? LogLevel::kInfo : LogLevel::kWarning, "scaled",
+        {{"scale", answered.scale.value},
+         {"why", answered.status},
+         {"pipelines", reply.pipelines()},
+         {"pause_us", reply.pause_us()},
+         {"rows_kept", reply.rows_kept()},
+         {"rows_lost", reply.rows_lost()}});
+    auto node = scales_.extract(answered.scale);
+    if (node) node.mapped()(std::move(answered.status), std::move(answered.reply));
+  }
+
   RequestListener* Find(RequestId request) {
     auto it = listeners_.find(request);
     return it == listeners_.end() ? nullptr : it->second.get();
@@ -320,7 +360,7 @@ class CoordinatorService::Impl {
 
   LoopQueue<Event> queue_;
   std::atomic<bool> streams_paused_ = false;
-  std::mutex submit_mu_;       // what is submitted before Stop is in the queue before StopLoop
+  std::mutex submit_mu_;       // what is asked before Stop is in the queue before StopLoop
   bool stopped_ = false;       // guarded by submit_mu_
   uint64_t last_request_ = 0;  // guarded by submit_mu_
   mutable std::atomic<uint64_t> asked_us_ = 0;
@@ -338,6 +378,8 @@ class CoordinatorService::Impl {
   uint32_t last_nccl_version_ = 0;                                          // that a worker told
   std::vector<std::pair<uint64_t, std::shared_ptr<WorkerStream>>> ending_;  // (abort at, stream)
   std::unordered_map<RequestId, std::shared_ptr<RequestListener>> listeners_;
+  uint64_t last_scale_ = 0;
+  std::unordered_map<ScaleId, AttachEvents::Scaled> scales_;  // not answered
 
   std::thread loop_;
 

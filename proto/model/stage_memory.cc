@@ -100,7 +100,7 @@ uint64_t StageFixedBytes(const StageCosts& costs, LayerRange layers) {
   const uint64_t weights =
       StageWeightBytes(costs.layer_bytes, costs.embedding_bytes, costs.head_bytes, layers);
   const std::vector<uint64_t>& sizes = WorkspaceSizesOf(costs, layers);
-  return weights + layers.size() * costs.layer_workspace_bytes +
+  return weights + costs.stage_bytes + layers.size() * costs.layer_workspace_bytes +
          sizes[ChooseWorkspace(sizes, weights)];
 }
 

@@ -84,7 +84,8 @@ struct StageCosts {
   uint64_t head_bytes = 0;            // with the last
   uint64_t block_bytes = 0;           // a latent block of one layer, and what it takes besides
   uint64_t layer_workspace_bytes = 0;
-  std::vector<uint64_t> workspace_bytes;       // rising; for ChooseWorkspace
+  uint64_t stage_bytes = 0;               // of any stage besides: what its parts are rounded up by
+  std::vector<uint64_t> workspace_bytes;  // rising; for ChooseWorkspace
   std::vector<uint64_t> last_workspace_bytes;  // the same, of a stage with the last layer
   // Of each edge, where edges may lie in the same memory; else 0.
   uint64_t edge_bytes = 0;

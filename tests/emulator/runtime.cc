@@ -15,6 +15,7 @@
 #include <set>
 #include <vector>
 
+#include "tests/emulator/driver_memory.h"
 #include "tests/emulator/emulator.h"
 #include "tests/emulator/stream.h"
 #include "tests/emulator/tensor_map.h"
@@ -177,7 +178,8 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*,
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
   const std::lock_guard lock(strait::emulator::mutex);
   *total_bytes = strait::emulator::kMemoryBytes;
-  *free_bytes = strait::emulator::kMemoryBytes - strait::emulator::used_bytes;
+  *free_bytes =
+      strait::emulator::kMemoryBytes - strait::emulator::used_bytes - strait::emulator::SlabBytes();
   return cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -229,11 +231,12 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   using namespace strait::emulator;  // NOLINT: its own parts
   *attributes = {};
   const std::lock_guard lock(mutex);
-  attributes->type = Holds(Allocations(), at, [](const Allocation& a) { return a.bytes; })
-                         ? cudaMemoryTypeDevice
-                     : Holds(HostAllocations(), at, [](size_t bytes) { return bytes; })
-                         ? cudaMemoryTypeHost
-                         : cudaMemoryTypeUnregistered;
+  attributes->type =
+      IsMappedSlab(at) || Holds(Allocations(), at, [](const Allocation& a) { return a.bytes; })
+          ? cudaMemoryTypeDevice
+      : Holds(HostAllocations(), at, [](size_t bytes) { return bytes; })
+          ? cudaMemoryTypeHost
+          : cudaMemoryTypeUnregistered;
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* from) {
@@ -344,8 +347,10 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
 cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** entry, unsigned,
                                              unsigned long long,
                                              cudaDriverEntryPointQueryResult* found) {
-  const bool known = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
-  *entry = known ? reinterpret_cast<void*>(&strait::emulator::EncodeTiled) : nullptr;
+  *entry = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0
+               ? reinterpret_cast<void*>(&strait::emulator::EncodeTiled)
+               : strait::emulator::FindDriverMemory(symbol);
+  const bool known = *entry != nullptr;
   if (found != nullptr) {
     *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   }

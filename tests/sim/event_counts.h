@@ -31,8 +31,9 @@ enum class SimEvent {
   kDetach,
   kAttach,
   kOrphan,
+  kResize,
 };
-inline constexpr size_t kNumSimEvents = 15;
+inline constexpr size_t kNumSimEvents = 16;
 inline constexpr size_t kNumHostedStates = 6;
 using HostedState = WorkerCore::HostedState;
 

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tests/sim/hash_backend.h"
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <limits>
 #include <map>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -40,6 +42,8 @@ uint64_t WorkspaceBytes(const ModelShape& model, uint64_t weight_bytes) {
 }
 
 }  // namespace
+
+constexpr size_t kMaxTables = 512;
 
 class HashStage : public StageModel {
  public:
@@ -79,6 +83,8 @@ class HashStage : public StageModel {
     return &backend_->cache_.Row(table[index], position % limits::kBlockTokens);
   }
 
+  // Holds the batch to what BatchSequence::tables_id promises.
+  void CheckTables(const StageBatch& batch);
   // A fake device's memory can be read here, too.
   void Compute(const StageBatch& batch, absl::Span<const std::byte> hidden_in,
                absl::Span<std::byte> hidden_out, std::vector<LogitsResult>* results);
@@ -87,6 +93,8 @@ class HashStage : public StageModel {
   StageSpec spec_;
   const uint64_t weight_bytes_;
   PolledCopies copies_;
+  // By tables_id, what the last batch with it had; of the latest kMaxTables numbers.
+  std::map<uint64_t, std::vector<std::vector<BlockId>>> tables_;
   std::deque<HeldBatch> begun_;
   std::vector<LogitsResult> before_;  // of the last step that is done
 };
@@ -100,9 +108,30 @@ absl::Status HashStage::Begin(const StageBatch& batch, HiddenIn in, HiddenOut ou
   for (const BatchSequence& sequence : batch.sequences) {
     backend_->late_ids += sequence.token_of_request.has_value();
   }
+  CheckTables(batch);
   copies_.StepBegun(batch);
   begun_.emplace_back(batch, in, out);
   return absl::OkStatus();
+}
+
+void HashStage::CheckTables(const StageBatch& batch) {
+  std::set<uint64_t> in_batch;
+  for (const BatchSequence& sequence : batch.sequences) {
+    const uint64_t id = sequence.tables_id;
+    if (id == 0) continue;
+    STRAIT_CHECK(in_batch.insert(id).second, "two sequences of a batch have the same tables_id");
+    std::vector<std::vector<BlockId>>& seen = tables_[id];
+    seen.resize(spec_.layers.size());
+    for (size_t layer = 0; layer < seen.size(); ++layer) {
+      const absl::Span<const BlockId> table = sequence.page_tables[layer];
+      STRAIT_CHECK(table.size() >= seen[layer].size() &&
+                       std::equal(seen[layer].begin(), seen[layer].end(), table.begin()),
+                   "a page table's entry changed under its tables_id");
+      seen[layer].insert(seen[layer].end(),
+                         table.begin() + static_cast<ptrdiff_t>(seen[layer].size()), table.end());
+    }
+  }
+  while (tables_.size() > kMaxTables) tables_.erase(tables_.begin());
 }
 
 absl::Status HashStage::Finish(std::vector<LogitsResult>* results) {

@@ -8,7 +8,8 @@
 // Thread:  the simulator's one thread, or a worker's loop; atomics any.
 // Errors:  Load: ResourceExhausted beyond its memory, or whatever `fail_next_load` says; the next
 //          Begin or Finish: whatever `fail_next_begin` and `fail_next_finish` say; copies: what
-//          `copy_faults` say. A copy or step that BlockCopies forbids ends the process.
+//          `copy_faults` say. A copy or step that BlockCopies forbids, or page tables other than
+//          BatchSequence::tables_id promises, end the process.
 #pragma once
 
 #include <atomic>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Defends: what BlockCopies promises (moved_rows.h), of the simulator's backend: its rows can be
-// checked by value, and it ends the process on what BlockCopies forbids.
+// checked by value, and it ends the process on what BlockCopies and tables_id forbid.
 #include <gtest/gtest.h>
 
 #include "tests/sim/hash_backend.h"
@@ -126,6 +126,21 @@ TEST_F(HashCopiesDeathTest, WhatIsForbiddenEndsTheProcess) {
         model->copies().Poll();
       },
       "no row");
+}
+
+// What BatchSequence::tables_id promises.
+TEST_F(HashCopiesDeathTest, TablesThatChangeUnderTheirNumberEndTheProcess) {
+  const auto model = LoadWhole(&backend_);
+  const Tables tables = Scattered(*model, 0);
+  LoneSequence sequence(&backend_, model.get(), tables);
+  sequence.Run(66);
+  sequence.Run(100);
+  Tables others = tables;
+  std::swap(others[1][1], others[1][2]);  // LoneSequence takes the number from the first block
+  LoneSequence changed(&backend_, model.get(), others, sequence.length());
+  EXPECT_DEATH(changed.Begin(1), "changed under its tables_id");
+  LoneSequence shorter(&backend_, model.get(), tables);
+  EXPECT_DEATH(shorter.Begin(1), "changed under its tables_id");
 }
 
 }  // namespace

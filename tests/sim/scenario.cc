@@ -82,6 +82,12 @@ Scenario MakeScenario(World* world) {
     s.heals = w.Chance(0.9);
   }
   if (w.Chance(0.2)) s.num_lies = static_cast<uint32_t>(w.Random(1, 2));
+  if (w.Chance(0.4)) {
+    s.num_scales = static_cast<uint32_t>(w.Pick({1, 2, 2, 5}));
+    s.scales_us = w.Pick({1'000, 100'000, 500'000});
+    // Several stages on a worker have a workspace each, which takes of its cache.
+    for (uint64_t& bytes : s.worker_memory) bytes += 2 * num_layers * m.block_bytes;
+  }
   return s;
 }
 
@@ -105,7 +111,7 @@ Scenario MakeGroundScenario(World* world) {
   const uint64_t enough = m.embedding_bytes + m.head_bytes + num_layers * 3000 +
                           m.workspace_bytes.back() +
                           uint64_t{s.columns_least} * num_layers * m.block_bytes;
-  s.worker_memory.assign(5, enough);
+  s.worker_memory.assign(5, enough + 2 * num_layers * m.block_bytes);
   s.num_requests = 8;
   s.tokens_each = 300;
   s.cancel_chance = s.deadline_chance = s.bad_request_chance = s.nan_chance = 0;

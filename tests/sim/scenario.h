@@ -44,6 +44,9 @@ struct Scenario {
   double replacement_chance = 1;
   bool heals = true;  // workers that are missing come back in the end
   uint32_t num_lies = 0;
+
+  uint32_t num_scales = 0;  // to 1, 2 or 3 stages, or as many as there are layers
+  uint64_t scales_us = 0;   // all within
 };
 
 Scenario MakeScenario(World* world);

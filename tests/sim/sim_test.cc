@@ -58,6 +58,9 @@ TEST(SimTest, ManySeeds) {
     sum.requests += outcome.requests;
     sum.sequences_finished += outcome.sequences_finished;
     sum.sequences_nan += outcome.sequences_nan;
+    sum.scales += outcome.scales;
+    sum.scales_done += outcome.scales_done;
+    sum.scale_kept += outcome.scale_kept;
     sum.evictions += outcome.evictions;
     sum.lies_told += outcome.lies_told;
     sum.lies_caught += outcome.lies_caught;
@@ -78,7 +81,7 @@ TEST(SimTest, ManySeeds) {
       "%llu seeds: %u requests, %u sequences finished, %llu steps, %llu preemptions, %llu "
       "recoveries, "
       "%llu tokens replayed (%llu rows of stages, %llu were kept), %llu of %llu tokens granted "
-      "ahead, %llu surplus, %u evictions, "
+      "ahead, %llu surplus, %u of %u scales done (%llu rows of layers stayed), %u evictions, "
       "%u of %u lies caught, %llu steps ahead, %llu late ids\n",
       static_cast<unsigned long long>(count), sum.requests, sum.sequences_finished,
       static_cast<unsigned long long>(sum.stats.steps),
@@ -89,7 +92,8 @@ TEST(SimTest, ManySeeds) {
       static_cast<unsigned long long>(sum.stats.kept_rows),
       static_cast<unsigned long long>(sum.stats.granted_tokens),
       static_cast<unsigned long long>(sum.stats.generated_tokens),
-      static_cast<unsigned long long>(sum.stats.surplus_tokens), sum.evictions, sum.lies_caught,
+      static_cast<unsigned long long>(sum.stats.surplus_tokens), sum.scales_done, sum.scales,
+      static_cast<unsigned long long>(sum.scale_kept), sum.evictions, sum.lies_caught,
       sum.lies_told, static_cast<unsigned long long>(sum.steps_ahead),
       static_cast<unsigned long long>(sum.late_ids));
   std::printf("Events by the state of the stage that they met:\n%s\n", sum.events.Table().c_str());
@@ -103,6 +107,8 @@ TEST(SimTest, ManySeeds) {
   EXPECT_GT(sum.stats.kept_rows, count * 10);
   EXPECT_GT(sum.stats.granted_tokens, sum.stats.generated_tokens / 4);
   EXPECT_GT(sum.stats.surplus_tokens, count / 10);
+  EXPECT_GT(sum.scales_done, count / 10);
+  EXPECT_GT(sum.scale_kept, count);
   EXPECT_GT(sum.steps_ahead, count * 10);
   EXPECT_GT(sum.late_ids, count * 10);
   // A lie that arrives after its epoch is over is ignored; most must be caught.

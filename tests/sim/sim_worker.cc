@@ -123,6 +123,9 @@ void SimWorker::Receive(const v1::ToWorker& message) {
     case v1::ToWorker::kActivateStage:
       Count(message.activate_stage().stage_id(), SimEvent::kActivate);
       break;
+    case v1::ToWorker::kResizeCache:
+      Count(message.resize_cache().stage_id(), SimEvent::kResize);
+      break;
     default:
       Count(message.step().stage_id(), SimEvent::kPlan);
   }
@@ -166,6 +169,10 @@ void SimWorker::Tell(v1::FromWorker message) {
 }
 
 void SimWorker::CheckTold(const v1::FromWorker& message) {
+  if (message.has_cache_resized() && message.cache_resized().error_code() != 0) {
+    world_->Violation(absl::StrCat(
+        "w", instance_, " refuses to resize a cache: ", message.cache_resized().error_message()));
+  }
   const auto code = static_cast<absl::StatusCode>(
       message.has_report() ? message.report().error_code() : message.stage_state().error_code());
   const std::string& what = message.has_report() ? message.report().error_message()

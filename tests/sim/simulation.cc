@@ -24,6 +24,8 @@ constexpr uint64_t kTickUs = 50'000;
 // After the last fault, everything that lives must have settled within this.
 constexpr uint64_t kSettleUs = 240'000'000;
 
+constexpr uint32_t kMostStages = 3;  // that a scale asks for
+
 // A link that carries nothing breaks this often before its worker is gone: both ends may be blamed
 // in turn, and be put together otherwise in between.
 constexpr uint32_t kSpoiledBreaksMax = 100;
@@ -86,6 +88,8 @@ class Simulation : public Control {
   // A worker with other weights dials: it must be refused, and vanishes.
   void AttachForeign(const StreamPtr& stream);
   void SubmitOne();
+  void ScaleOnce();
+  void OnScaled(const ScaleAnswered& answer);
   void Fault();
   void Heal();
   bool Settled() const;
@@ -108,6 +112,8 @@ class Simulation : public Control {
   uint64_t last_ready_us_ = 0;
   bool pump_is_due_ = false;
   uint32_t requests_left_ = 0;
+  uint32_t scales_left_ = 0;
+  std::set<ScaleId> scales_;  // not answered
   bool faults_over_ = false;
   uint32_t worker_faults_ = 0;  // of workers and their links: only these excuse an eviction
   Outcome outcome_;
@@ -276,6 +282,7 @@ void Simulation::Pump() {
                    [&](const SequenceEnded& m) {
                      clients_.OnMessage(m, no_pipeline_us, core_.Stats().workers_lost);
                    },
+                   [&](const ScaleAnswered& m) { OnScaled(m); },
                    [&](const auto& m) { clients_.OnMessage(m); },
                },
                message);
@@ -342,6 +349,31 @@ void Simulation::SubmitOne() {
       clients_.CheckCancelled(id);
     });
   });
+}
+
+void Simulation::ScaleOnce() {
+  --scales_left_;
+  const ScaleId id{++outcome_.scales};
+  const uint64_t most = scenario_.model.layer_weight_bytes.size();
+  const auto num_stages =
+      static_cast<uint32_t>(world_.Random(1, std::min<uint64_t>(kMostStages, most)));
+  world_.Trace(absl::StrCat("scale ", id.value, " to ", num_stages, " stages"));
+  scales_.insert(id);
+  core_.OnScale(id, num_stages, world_.now_us());
+  PumpSoon();
+}
+
+void Simulation::OnScaled(const ScaleAnswered& answer) {
+  world_.Trace(absl::StrCat("scale ", answer.scale.value, ": ", answer.status.ToString()));
+  if (scales_.erase(answer.scale) == 0) world_.Violation("a scale is answered twice");
+  outcome_.scales_done += answer.status.ok();
+  outcome_.scale_kept += answer.reply.rows_kept();
+  const absl::StatusCode code = answer.status.code();
+  if (code != absl::StatusCode::kOk && code != absl::StatusCode::kAborted &&
+      code != absl::StatusCode::kFailedPrecondition &&
+      code != absl::StatusCode::kResourceExhausted) {
+    world_.Violation(absl::StrCat("a scale ended with ", answer.status.ToString()));
+  }
 }
 
 void Simulation::Fault() {
@@ -421,10 +453,18 @@ void Simulation::Heal() {
     if (it != missing.end()) missing.erase(it);
   }
   for (const uint64_t memory : missing) StartWorker(memory);
+  if (scenario_.num_scales == 0) return;
+  // Pipelines of more stages may have taken the workers that others lost.
+  const uint32_t most = std::max(kMostStages, scenario_.options.num_stages);
+  for (uint32_t i = 0; i < most * scenario_.options.num_pipelines; ++i) {
+    StartWorker(scenario_.worker_memory.front());
+  }
 }
 
 bool Simulation::Settled() const {
-  if (requests_left_ > 0 || !faults_over_ || clients_.num_live() > 0) return false;
+  if (scales_left_ > 0 || !scales_.empty() || requests_left_ > 0 || !faults_over_ ||
+      clients_.num_live() > 0)
+    return false;
   const CoreStats stats = core_.Stats();
   if (stats.cache_bytes_used > 0) return false;
   return !scenario_.heals || stats.pipelines_active == scenario_.options.num_pipelines;
@@ -471,13 +511,18 @@ Outcome Simulation::Run() {
     world_.After(20'001 + scenario_.load_us_max + world_.Random(0, 200'000),
                  [this] { workers_[world_.Random(0, workers_.size() - 1)]->LieOnce(); });
   }
+  scales_left_ = scenario_.num_scales;
+  for (uint32_t i = 0; i < scenario_.num_scales; ++i) {
+    world_.After(scenario_.load_us_max + world_.Random(0, 50'000 + scenario_.scales_us),
+                 [this] { gate_.Pass([this] { ScaleOnce(); }); });
+  }
   // Replacements of killed workers come up to a second later.
   world_.After(faults_from_us + scenario_.faults_us + 1'100'000, [this] { Heal(); });
   Tick();
 
   const uint64_t limit_us = begin_us + scenario_.load_us_max + scenario_.faults_us +
-                            scenario_.arrival_us + scenario_.options.no_pipeline_grace_us +
-                            kSettleUs;
+                            scenario_.arrival_us + scenario_.scales_us +
+                            scenario_.options.no_pipeline_grace_us + kSettleUs;
   while (world_.RunOne()) {
     if (world_.now_us() > limit_us + gate_.shut_us()) {
       world_.Violation(absl::StrCat("not settled: ", clients_.num_live(), " requests live:",

@@ -116,6 +116,7 @@ void LatentCache::FillViews(Sequence* sequence) {
 void LatentCache::Open(SequenceId id) {
   const auto [it, inserted] = sequences_.try_emplace(id);
   STRAIT_CHECK(inserted, "the sequence is resident already");
+  it->second.tables_id = ++last_tables_id_;
   it->second.tables.resize(num_layers_);
   it->second.views.resize(num_layers_);
 }
@@ -154,8 +155,9 @@ void LatentCache::Cut(SequenceId id, uint32_t length) {
   STRAIT_CHECK(it != sequences_.end(), "the sequence is not resident");
   Sequence& sequence = it->second;
   STRAIT_CHECK(length <= sequence.length, "a cut does not lengthen");
-  sequence.length = length;
   const uint32_t num_blocks = BlocksPerLayer(length);
+  if (num_blocks < BlocksPerLayer(sequence.length)) sequence.tables_id = ++last_tables_id_;
+  sequence.length = length;
   for (uint32_t layer = 0; layer < num_layers_; ++layer) {
     std::vector<BlockId>& table = sequence.tables[layer];
     for (; table.size() > num_blocks; table.pop_back()) Give(table.back());
@@ -166,6 +168,7 @@ void LatentCache::Cut(SequenceId id, uint32_t length) {
 void LatentCache::Compact(BlockId end, std::vector<BlockMove>* moves) {
   STRAIT_CHECK(kept_.empty());
   for (auto& [id, sequence] : sequences_) {
+    const size_t before = moves->size();
     for (std::vector<BlockId>& table : sequence.tables) {
       for (BlockId& block : table) {
         if (block < end) continue;
@@ -174,6 +177,7 @@ void LatentCache::Compact(BlockId end, std::vector<BlockMove>* moves) {
         block = moves->back().to;
       }
     }
+    if (moves->size() > before) sequence.tables_id = ++last_tables_id_;
   }
 }
 
@@ -215,6 +219,12 @@ absl::Span<const absl::Span<const BlockId>> LatentCache::PageTables(SequenceId i
   const auto it = sequences_.find(id);
   STRAIT_CHECK(it != sequences_.end(), "the sequence is not resident");
   return it->second.views;
+}
+
+uint64_t LatentCache::tables_id(SequenceId id) const {
+  const auto it = sequences_.find(id);
+  STRAIT_CHECK(it != sequences_.end(), "the sequence is not resident");
+  return it->second.tables_id;
 }
 
 uint64_t LatentCache::Digest() const {

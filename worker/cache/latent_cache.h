@@ -123,6 +123,9 @@ class LatentCache {
   // [num_layers]: that layer's blocks by position / 64. Valid until the sequence grows or closes.
   // REQUIRES: resident.
   absl::Span<const absl::Span<const BlockId>> PageTables(SequenceId id) const;
+  // BatchSequence::tables_id of these: given once in the cache's life, rising, never 0. Another one as
+  // soon as an entry goes or changes; Grow, which only appends, keeps it. REQUIRES: resident.
+  uint64_t tables_id(SequenceId id) const;
 
   // StageReport.tables_digest.
   uint64_t Digest() const;
@@ -134,6 +137,7 @@ class LatentCache {
  private:
   struct Sequence {
     uint32_t length = 0;
+    uint64_t tables_id = 0;
     std::vector<std::vector<BlockId>> tables;      // [num_layers]
     std::vector<absl::Span<const BlockId>> views;  // [num_layers] of tables
   };
@@ -145,6 +149,7 @@ class LatentCache {
   const uint32_t num_layers_;
   BlockPool* const pool_;
   uint32_t blocks_used_ = 0;
+  uint64_t last_tables_id_ = 0;
   StepId keep_until_;
   std::vector<std::pair<BlockId, StepId>> kept_;  // by rising step
   std::vector<bool> given_;                       // [num_layers]

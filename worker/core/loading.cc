@@ -169,19 +169,26 @@ void WorkerCore::OnResize(const v1::ResizeCache& resize) {
 
 void WorkerCore::Settle() {
   holds_steps_ = false;
+  bool is_quiet = true;
+  bool waits_for_quiet = false;
   for (const auto& [id, hosted] : hosted_) {
+    if (hosted.stage == nullptr) continue;
     // Plans from before a resize may not have run yet, and need as much as it had.
     if (!shares_.IsSettled(id) && hosted.stage->peak_blocks() <= shares_.BlocksOf(id)) {
       shares_.Settle(id);
     }
+    is_quiet = is_quiet && hosted.stage->num_begun() == 0;
+    waits_for_quiet = waits_for_quiet || (shares_.IsSettled(id) && hosted.stage->NeedsSettling());
+  }
+  waits_for_quiet = waits_for_quiet || shares_.ShrinkIsDue();
+  holds_steps_ = waits_for_quiet && !is_quiet;
+  if (holds_steps_) return;
+  if (waits_for_quiet) {
+    for (const auto& [id, hosted] : hosted_) {
+      if (hosted.stage != nullptr && shares_.IsSettled(id)) hosted.stage->SettleCapacity();
+    }
   }
   if (shares_.ShrinkIsDue()) {
-    for (const auto& [id, hosted] : hosted_) {
-      if (hosted.stage != nullptr && hosted.stage->num_begun() > 0) {
-        holds_steps_ = true;
-        return;
-      }
-    }
     shares_.Shrink([this](BlockId end, std::vector<BlockMove>* moves) {
       for (const auto& [id, hosted] : hosted_) {
         if (hosted.stage != nullptr) hosted.stage->Compact(end, moves);

@@ -151,6 +151,7 @@ void WorkerCore::TakeOver(uint64_t stage_id, Hosted& hosted) {
 
 void WorkerCore::Enter(uint64_t stage_id, Hosted& hosted, const v1::ActivateStage& activate) {
   hosted.is_stuck = false;
+  DropNcclEdges(stage_id, hosted);
   SetIncoming(stage_id, hosted, IncomingEdge(activate));
   const bool is_up = SetOutgoing(stage_id, hosted, OutgoingEdge(activate));
   // What came for older epochs is refused now, or was dropped.
@@ -188,6 +189,19 @@ void WorkerCore::ForgetEdges(uint64_t stage_id) {
   transport_->Forget(stage_id);
 }
 
+void WorkerCore::DropNcclEdges(uint64_t stage_id, Hosted& hosted) {
+  const auto over_nccl = [](const End& end) { return end.edge && end.edge->over_nccl; };
+  if (over_nccl(hosted.out)) {
+    transport_->Disconnect(stage_id);
+    hosted.out = {};
+    hosted.memory = {};
+  }
+  if (over_nccl(hosted.in)) {
+    transport_->Forget(stage_id);
+    hosted.in = {};
+  }
+}
+
 void WorkerCore::OnEdgeUp(const Edge& edge, HiddenMemory memory) {
   Hosted* const hosted = FindByEdge(edge.from_stage_id, &Hosted::out, edge);
   if (hosted == nullptr || hosted->out.is_down) return;
@@ -207,10 +221,14 @@ void WorkerCore::OnEdgeDown(const Edge& edge, const absl::Status& why) {
     } else {
       TellStuck(*from, 0, why, nccl_edge);
     }
+    if (edge.over_nccl) DropNcclEdges(edge.from_stage_id, *from);
   }
   if (Hosted* const to = FindByEdge(edge.to_stage_id, &Hosted::in, edge)) {
     to->in.is_down = true;
-    TellStuck(*to, 0, why, to->in.edge->over_nccl ? edge.to_stage_id : 0);
+    const bool over_nccl = to->in.edge->over_nccl;
+    TellStuck(*to, 0, why, over_nccl ? edge.to_stage_id : 0);
+    // Told first: the other end of an edge that did not break sees it end, too, and is not to be believed.
+    if (over_nccl) DropNcclEdges(edge.to_stage_id, *to);
   }
 }
 

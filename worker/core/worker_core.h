@@ -171,6 +171,8 @@ class WorkerCore {
   // Whether it is up already, or there is none.
   bool SetOutgoing(uint64_t stage_id, Hosted& hosted, const std::optional<Edge>& next);
   void ForgetEdges(uint64_t stage_id);
+  // Those over NCCL, which end with the epoch: together, and before any of the next is made.
+  void DropNcclEdges(uint64_t stage_id, Hosted& hosted);
 
   void TellActive(const Hosted& hosted);
   void TellFailed(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch = {},

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/model/gpu_backend.h"
 
+#include <chrono>
 #include <utility>
 
 #include "proto/base/log.h"
@@ -9,6 +10,12 @@
 #include "worker/transport/nccl_device.h"
 
 namespace strait {
+namespace {
+
+// A worker that takes a killed one's place finds the GPU's memory taken for a moment.
+constexpr std::chrono::seconds kMemoryPatience(10);
+
+}  // namespace
 
 absl::StatusOr<GpuBackend> MakeGpuBackend(
     const GpuBackendOptions& options,
@@ -25,6 +32,7 @@ absl::StatusOr<GpuBackend> MakeGpuBackend(
   cuda.row_format = options.row_format;
   cuda.fp8_activations = options.fp8_activations;
   cuda.max_step_tokens = options.max_step_tokens;
+  cuda.memory_patience = kMemoryPatience;
   cuda.memory_bytes =
       options.memory_bytes > 0
           ? options.memory_bytes
@@ -35,10 +43,15 @@ absl::StatusOr<GpuBackend> MakeGpuBackend(
   STRAIT_ASSIGN_OR_RETURN(std::unique_ptr<CudaBackend> backend,
                           CudaBackend::Create(cuda, std::move(weights)));
   made.stage_costs = backend->stage_costs();
+  made.edges = MakeCudaEdgeDevice(
+      options.device,
+      [arena = backend->arena()](size_t bytes) -> absl::StatusOr<std::shared_ptr<std::byte>> {
+        STRAIT_ASSIGN_OR_RETURN(DeviceArena::Lease lease, arena->Take(bytes, "an NCCL edge"));
+        auto owned = std::make_shared<DeviceArena::Lease>(std::move(lease));
+        return std::shared_ptr<std::byte>(owned, owned->data());
+      });
   made.backend = std::move(backend);
   return made;
 }
-
-std::shared_ptr<EdgeDevice> MakeGpuEdgeDevice(int device) { return MakeCudaEdgeDevice(device); }
 
 }  // namespace strait

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// MakeGpuBackend makes a CudaBackend where this build has one, MakeGpuEdgeDevice what its NCCL edges
-// need of the GPU; gpu_backend_absent.cc is linked where it has not, and says so.
+// MakeGpuBackend makes a CudaBackend where this build has one, and what NCCL edges need of its GPU;
+// gpu_backend_absent.cc is linked where it has not, and says so.
 //
 // Thread:  any.
 // Errors:  FailedPrecondition: no CUDA in this build, no usable GPU; those of CudaBackend::Create.
@@ -34,14 +34,12 @@ struct GpuBackend {
   std::unique_ptr<Backend> backend;
   uint64_t memory_bytes = 0;
   StageCosts stage_costs;
+  std::shared_ptr<EdgeDevice> edges;  // whose memory is the backend's
 };
 
 // `open` is called once the GPU is known to be usable.
 absl::StatusOr<GpuBackend> MakeGpuBackend(
     const GpuBackendOptions& options,
     const std::function<absl::StatusOr<std::unique_ptr<WeightSource>>()>& open);
-
-// Null where this build has no CUDA.
-std::shared_ptr<EdgeDevice> MakeGpuEdgeDevice(int device);
 
 }  // namespace strait

@@ -11,6 +11,4 @@ absl::StatusOr<GpuBackend> MakeGpuBackend(
       "cuda)");
 }
 
-std::shared_ptr<EdgeDevice> MakeGpuEdgeDevice(int) { return nullptr; }
-
 }  // namespace strait

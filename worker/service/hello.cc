@@ -31,8 +31,9 @@ v1::Hello MakeHello(const WorkerOptions& options, const Backend& backend,
     told.mutable_last_workspace_bytes()->Add(costs.last_workspace_bytes.begin(),
                                              costs.last_workspace_bytes.end());
     told.set_layer_workspace_bytes(costs.layer_workspace_bytes);
+    told.set_stage_bytes(costs.stage_bytes);
     if (options.nccl.nccl) {  // its edges may be on the device
-      told.set_edge_bytes(kNcclEdgeBytes);
+      told.set_edge_bytes(costs.edge_bytes + kNcclEdgeBytes);
       told.set_edge_row_bytes(kArenaSteps * backend.hidden_row_bytes());
     }
   }

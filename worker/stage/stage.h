@@ -85,6 +85,10 @@ class Stage {
   // after all plans that it accepted. Else those of StageModel::SetCapacity.
   absl::Status SetCapacity(uint32_t num_blocks);
   uint32_t capacity_blocks() const;
+  // After SetCapacity said less: the model's tables are still made for more. SettleCapacity REQUIRES: no
+  // step is begun, and no more is held.
+  bool NeedsSettling() const;
+  void SettleCapacity();
 
   // Takes over what other stages of the worker left of its layers: of each sequence the rows that every
   // layer has, and whose tokens this stage will need are known; of sequences those that it may hold, by

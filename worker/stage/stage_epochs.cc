@@ -92,10 +92,23 @@ absl::Status Stage::SetCapacity(uint32_t num_blocks) {
         absl::StrCat("stage ", s.stage_id, " holds ", s.ledger.blocks(),
                      " latent blocks after the plans that it has, it cannot do with ", num_blocks));
   }
-  STRAIT_RETURN_IF_ERROR(s.model->SetCapacity(num_blocks));
+  if (num_blocks > s.model->spec().pool_blocks) {
+    STRAIT_RETURN_IF_ERROR(s.model->SetCapacity(num_blocks));
+  }
   s.capacity_blocks = num_blocks;
   s.ledger.SetPoolBlocks(num_blocks);
   return absl::OkStatus();
+}
+
+bool Stage::NeedsSettling() const {
+  return state_->model->spec().pool_blocks > state_->capacity_blocks;
+}
+
+void Stage::SettleCapacity() {
+  State& s = *state_;
+  if (!NeedsSettling()) return;
+  STRAIT_CHECK(s.begun.empty() && blocks_used() <= s.capacity_blocks);
+  STRAIT_CHECK(s.model->SetCapacity(s.capacity_blocks).ok(), "less is always there");
 }
 
 void Stage::Compact(BlockId end, std::vector<BlockMove>* moves) {

@@ -95,6 +95,7 @@ BatchSequence Stage::State::AppendRows(const v1::SequenceStep& step, BegunStep* 
   const uint32_t end = sequence.first_position + sequence.num_tokens;
   sequence.tokens = absl::MakeConstSpan(resident->tokens).subspan(0, end);
   sequence.page_tables = residents.cache().PageTables(id);
+  sequence.tables_id = residents.cache().tables_id(id);
   sequence.prompt_tokens = resident->prompt_tokens;
   sequence.sampling = &resident->sampling;
   begun->residents.push_back(resident);

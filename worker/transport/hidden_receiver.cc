@@ -152,9 +152,10 @@ void HiddenReceiver::OnOpen(const IncomingPtr& incoming, const v1::HiddenOpen& o
   incoming->edge_id = open.edge_id();
   incoming->opened = true;
   absl::Status admitted;
+  Settled replaced;
   {
     std::lock_guard lock(mu_);
-    admitted = Admit(incoming);
+    admitted = Admit(incoming, &replaced);
     if (absl::IsUnavailable(admitted)) {
       if (parked_.size() < kMaxParkedOpens) {
         incoming->parked_since_us = MonotonicMicros();
@@ -164,6 +165,7 @@ void HiddenReceiver::OnOpen(const IncomingPtr& incoming, const v1::HiddenOpen& o
       admitted = absl::ResourceExhaustedError("too many senders wait to be expected");
     }
   }
+  Settle(replaced);
   if (admitted.ok()) {
     SendAccepted(*incoming);
   } else {
@@ -172,7 +174,7 @@ void HiddenReceiver::OnOpen(const IncomingPtr& incoming, const v1::HiddenOpen& o
   }
 }
 
-absl::Status HiddenReceiver::Admit(const IncomingPtr& incoming) {
+absl::Status HiddenReceiver::Admit(const IncomingPtr& incoming, Settled* settled) {
   auto it = expected_.find(incoming->to_stage_id);
   if (it == expected_.end() || it->second.edge_id < incoming->edge_id) {
     return absl::UnavailableError("not expected yet");
@@ -194,10 +196,17 @@ absl::Status HiddenReceiver::Admit(const IncomingPtr& incoming) {
                                                       " expects stage ", expected.from_stage_id,
                                                       ", not ", incoming->from_stage_id));
   }
-  if (expected.opened) {
-    return absl::FailedPreconditionError(absl::StrCat("the edge to stage ", incoming->to_stage_id,
-                                                      " was opened before: number ",
-                                                      expected.edge_id));
+  // It ended and that was told: this epoch is over, and the next one will expect it again.
+  if (expected.opened && !expected.current) return absl::UnavailableError("expected no more");
+  // The sender saw its stream end before this side did. It opens another only as it enters an epoch, so
+  // nothing of that epoch was lost with the old one. What was delivered counts on.
+  if (Incoming* const old = expected.current.get()) {
+    std::scoped_lock both(old->mu, incoming->mu);
+    incoming->outstanding = std::exchange(old->outstanding, {});
+    incoming->outstanding_bytes = std::exchange(old->outstanding_bytes, 0);
+    settled->emplace_back(expected.current, absl::AbortedError(absl::StrCat(
+                                                "edge ", expected.edge_id, " to stage ",
+                                                incoming->to_stage_id, " was opened again")));
   }
   expected.opened = true;
   expected.from_stage_id = incoming->from_stage_id;
@@ -276,7 +285,7 @@ void HiddenReceiver::OnEnd(const IncomingPtr& incoming, absl::Status status) {
 
 void HiddenReceiver::Expect(const Edge& edge) {
   const uint64_t to_stage_id = edge.to_stage_id;
-  std::vector<std::pair<IncomingPtr, absl::Status>> settled;
+  Settled settled;
   {
     std::lock_guard lock(mu_);
     Expectation& expected = expected_[to_stage_id];
@@ -288,13 +297,17 @@ void HiddenReceiver::Expect(const Edge& edge) {
     expected = {.edge_id = edge.id, .from_stage_id = edge.from_stage_id, .nonce = edge.nonce};
     std::erase_if(parked_, [&](const IncomingPtr& incoming) {
       if (incoming->to_stage_id != to_stage_id) return false;
-      absl::Status admitted = Admit(incoming);
+      absl::Status admitted = Admit(incoming, &settled);
       if (absl::IsUnavailable(admitted)) return false;
       settled.emplace_back(incoming, std::move(admitted));
       return true;
     });
   }
-  for (auto& [incoming, status] : settled) {
+  Settle(settled);
+}
+
+void HiddenReceiver::Settle(const Settled& settled) {
+  for (const auto& [incoming, status] : settled) {
     if (status.ok()) {
       SendAccepted(*incoming);
       incoming->stream->Resume();
@@ -344,7 +357,7 @@ void HiddenReceiver::Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId 
 void HiddenReceiver::CheckDeadlines(uint64_t now_us) {
   const auto accept_us = static_cast<uint64_t>(accept_timeout_.count()) * 1000;
   const auto stall_us = static_cast<uint64_t>(stall_timeout_.count()) * 1000;
-  std::vector<std::pair<IncomingPtr, absl::Status>> ended;
+  Settled ended;
   {
     std::lock_guard lock(mu_);
     std::erase_if(parked_, [&](const IncomingPtr& incoming) {
@@ -366,7 +379,7 @@ void HiddenReceiver::CheckDeadlines(uint64_t now_us) {
                                                     stall_timeout_.count(), " ms")));
     }
   }
-  for (auto& [incoming, status] : ended) incoming->stream->Close(status);
+  Settle(ended);
 }
 
 void HiddenReceiver::Stop() {

@@ -19,6 +19,7 @@
 #include <mutex>
 #include <unordered_map>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -59,8 +60,8 @@ class HiddenReceiver {
     uint64_t edge_id = 0;
     uint64_t from_stage_id = 0;
     uint64_t nonce = 0;
-    bool opened = false;  // a sender was let in; an edge is never opened twice
-    IncomingPtr current;  // null again when it ended
+    bool opened = false;  // a sender was let in
+    IncomingPtr current;  // null again when its end was noticed and told
   };
 
   bool OnMessage(const IncomingPtr& incoming, const grpc::ByteBuffer& message);
@@ -68,8 +69,12 @@ class HiddenReceiver {
   absl::Status CheckOpen(const v1::HiddenOpen& open) const;
   void OnOpen(const IncomingPtr& incoming, const v1::HiddenOpen& open);
   absl::Status OnChunk(Incoming& incoming, const HiddenFrame& frame, bool* complete);
-  // REQUIRES: mu_ held. Ok: the sender is let in. Unavailable: it is too early.
-  absl::Status Admit(const IncomingPtr& incoming);
+  using Settled = std::vector<std::pair<IncomingPtr, absl::Status>>;
+  // REQUIRES: mu_ held. Ok: the sender is let in; whose place it took must be ended, and is added to
+  // `settled`. Unavailable: it is too early.
+  absl::Status Admit(const IncomingPtr& incoming, Settled* settled);
+  // Those that are Ok are let in, the others end.
+  void Settle(const Settled& settled);
   void SendAccepted(Incoming& incoming);
 
   const uint32_t hidden_row_bytes_;

@@ -3,6 +3,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "absl/strings/str_cat.h"
 #include "proto/base/status_macros.h"
 
@@ -22,19 +26,26 @@ cudaEvent_t Event(void* event) { return static_cast<cudaEvent_t>(event); }
 
 class CudaEdgeDevice final : public EdgeDevice {
  public:
-  explicit CudaEdgeDevice(int index) : index_(index) {}
+  CudaEdgeDevice(int index, EdgeMemory memory) : index_(index), memory_(std::move(memory)) {}
 
   absl::Status Use() override { return CudaError(cudaSetDevice(index_), "cudaSetDevice"); }
 
   absl::StatusOr<std::byte*> Take(size_t bytes) override {
-    void* memory = nullptr;
-    STRAIT_RETURN_IF_ERROR(CudaError(cudaMalloc(&memory, bytes), "cudaMalloc"));
-    return static_cast<std::byte*>(memory);
+    STRAIT_ASSIGN_OR_RETURN(std::shared_ptr<std::byte> memory,
+                            memory_ ? memory_(bytes) : FromCuda(bytes));
+    std::byte* const data = memory.get();
+    const std::lock_guard lock(mu_);
+    taken_.emplace(data, std::move(memory));
+    return data;
   }
   // On whichever thread dropped the last place.
   void Give(std::byte* memory) override {
     (void)cudaSetDevice(index_);
-    (void)cudaFree(memory);
+    std::shared_ptr<std::byte> given;
+    const std::lock_guard lock(mu_);
+    const auto it = taken_.find(memory);
+    given = std::move(it->second);
+    taken_.erase(it);
   }
 
   absl::StatusOr<void*> MakeStream() override {
@@ -77,13 +88,23 @@ class CudaEdgeDevice final : public EdgeDevice {
   }
 
  private:
+  static absl::StatusOr<std::shared_ptr<std::byte>> FromCuda(size_t bytes) {
+    void* memory = nullptr;
+    STRAIT_RETURN_IF_ERROR(CudaError(cudaMalloc(&memory, bytes), "cudaMalloc"));
+    return std::shared_ptr<std::byte>(static_cast<std::byte*>(memory),
+                                      [](std::byte* gone) { (void)cudaFree(gone); });
+  }
+
   const int index_;
+  const EdgeMemory memory_;
+  std::mutex mu_;
+  std::map<std::byte*, std::shared_ptr<std::byte>> taken_;  // guarded by mu_
 };
 
 }  // namespace
 
-std::shared_ptr<EdgeDevice> MakeCudaEdgeDevice(int index) {
-  return std::make_shared<CudaEdgeDevice>(index);
+std::shared_ptr<EdgeDevice> MakeCudaEdgeDevice(int index, EdgeMemory memory) {
+  return std::make_shared<CudaEdgeDevice>(index, std::move(memory));
 }
 
 }  // namespace strait

@@ -29,13 +29,19 @@ constexpr auto kSetUpPoll = 1ms;
 // Between two looks for an error that no call of ours would show.
 constexpr uint64_t kAskErrorUs = 500;
 constexpr unsigned long kTimerSlackNs = 1'000;
+// A wait at an epoch's end that people should see.
+constexpr uint64_t kLongUs = 100'000;
 
 uint64_t Micros(std::chrono::milliseconds ms) { return static_cast<uint64_t>(ms.count()) * 1000; }
 
 }  // namespace
 
 NcclEdge::NcclEdge(const NcclEdgeContext* context, Edge edge, Role role)
-    : context_(context), edge_(std::move(edge)), role_(role), thread_([this] { Run(); }) {}
+    : context_(context),
+      edge_(std::move(edge)),
+      role_(role),
+      place_(context->gate.get()),
+      thread_([this] { Run(); }) {}
 
 NcclEdge::~NcclEdge() {
   Drop();
@@ -106,6 +112,7 @@ void NcclEdge::Drop() {
     std::lock_guard lock(mu_);
     dropped_ = true;
   }
+  place_.End();
   changed_.notify_one();
 }
 
@@ -138,10 +145,14 @@ void NcclEdge::Run() {
   (void)prctl(PR_SET_TIMERSLACK, kTimerSlackNs, 0, 0, 0);
   if (const absl::Status ended = Serve(); !ended.ok()) TellDown(ended);
   TearDown();
+  place_.Gone();
   finished_ = true;
 }
 
 absl::Status NcclEdge::Serve() {
+  set_up_until_us_ = MonotonicMicros() + Micros(context_->options.init_timeout);
+  STRAIT_RETURN_IF_ERROR(WaitForTurn());
+  if (dropped()) return absl::OkStatus();
   STRAIT_RETURN_IF_ERROR(Prepare());
   STRAIT_RETURN_IF_ERROR(MakeCommunicator());
   if (role_ == Role::kSend && !silent_) context_->events.transport.on_edge_up(edge_, {});
@@ -159,6 +170,27 @@ absl::Status NcclEdge::Serve() {
     STRAIT_RETURN_IF_ERROR(CheckPatience(MonotonicMicros()));
     Pause(moved);
   }
+}
+
+absl::Status NcclEdge::WaitForTurn() {
+  const size_t others = place_.others_ending();
+  if (others == 0) return absl::OkStatus();
+  Log(LogLevel::kInfo, "a new NCCL edge waits until older ones are torn down",
+      {{"from_stage", edge_.from_stage_id}, {"to_stage", edge_.to_stage_id}, {"older", others}});
+  const uint64_t since_us = MonotonicMicros();
+  const bool mine = place_.AwaitTurn(set_up_until_us_);
+  const uint64_t waited_us = MonotonicMicros() - since_us;
+  if (waited_us > kLongUs) {
+    Log(LogLevel::kInfo, "a new NCCL edge waited long for the teardown of older ones",
+        {{"from_stage", edge_.from_stage_id},
+         {"to_stage", edge_.to_stage_id},
+         {"waited_us", waited_us},
+         {"torn_down", mine ? "yes" : "no"}});
+  }
+  if (mine) return absl::OkStatus();
+  return absl::DeadlineExceededError(
+      absl::StrCat("older NCCL edges of this worker were still being torn down after ",
+                   waited_us / 1000, " ms"));
 }
 
 absl::Status NcclEdge::Prepare() {
@@ -188,22 +220,20 @@ absl::Status NcclEdge::MakeCommunicator() {
   }
   const int rank = role_ == Role::kSend ? 0 : 1;
   NcclCode code = Call("ncclCommInitRankConfig", [&] { return nccl.Init(&comm_, id, rank); });
-  STRAIT_ASSIGN_OR_RETURN(code, WaitWhileInProgress(code, context_->options.init_timeout));
+  STRAIT_ASSIGN_OR_RETURN(code, WaitWhileInProgress(code, set_up_until_us_));
   if (code == kNcclInProgress) return absl::OkStatus();  // dropped meanwhile
   if (code != kNcclSuccess) return Error("ncclCommInitRankConfig", code);
   made_ = true;
   return absl::OkStatus();
 }
 
-absl::StatusOr<NcclCode> NcclEdge::WaitWhileInProgress(NcclCode code,
-                                                       std::chrono::milliseconds patience) {
-  const uint64_t until_us = MonotonicMicros() + Micros(patience);
-  const bool was_dropped = dropped();  // while it is torn down, being dropped ends no wait
+absl::StatusOr<NcclCode> NcclEdge::WaitWhileInProgress(NcclCode code, uint64_t until_us) {
+  const uint64_t since_us = MonotonicMicros();
   while (code == kNcclInProgress) {
-    if (!was_dropped && dropped()) return code;
-    if (MonotonicMicros() > until_us) {
-      return absl::DeadlineExceededError(
-          absl::StrCat(call_.load(), " was still in progress after ", patience.count(), " ms"));
+    if (!made_ && dropped()) return code;  // a revoke goes on
+    if (const uint64_t now_us = MonotonicMicros(); now_us > until_us) {
+      return absl::DeadlineExceededError(absl::StrCat(call_.load(), " was still in progress after ",
+                                                      (now_us - since_us) / 1000, " ms"));
     }
     std::this_thread::sleep_for(kSetUpPoll);
     NcclCode state = kNcclSuccess;
@@ -246,12 +276,14 @@ absl::StatusOr<bool> NcclEdge::Advance() {
     if (!posted) break;
     moved = true;
   }
+  if (!posting_ && running_.empty()) place_.Leave();
   return moved;
 }
 
 absl::StatusOr<bool> NcclEdge::Post() {
   Op& first = waiting_.front();
   if (first.after.value > consumed_) return false;
+  if (!place_.Enter(Micros(context_->options.leave_timeout))) return false;
   const size_t bytes = Bytes(first);
   if (!first.hidden.data.on_device()) {
     std::optional<HiddenBuffer> place = arena_->Take(bytes);
@@ -336,28 +368,20 @@ bool NcclEdge::dropped() {
 }
 
 void NcclEdge::TearDown() {
-  NcclApi& nccl = *context_->offer.nccl;
+  const uint64_t since_us = MonotonicMicros();
+  place_.Stop();
+  const char* call = "";
   if (comm_ != nullptr) {
-    bool quiet = false;
-    if (made_ && nccl.can_revoke()) {
-      const NcclCode code = Call("ncclCommRevoke", [&] { return nccl.Revoke(comm_); });
-      const auto settled = WaitWhileInProgress(code, context_->options.revoke_timeout);
-      quiet = settled.ok() && *settled == kNcclSuccess;
+    if (!place_.AwaitOthers(Micros(context_->options.leave_timeout))) {
+      Log(LogLevel::kWarning,
+          "an NCCL edge is torn down while another has operations on the device",
+          {{"from_stage", edge_.from_stage_id}, {"to_stage", edge_.to_stage_id}});
     }
-    const char* const what = quiet ? "ncclCommDestroy" : "ncclCommAbort";
-    const NcclCode code =
-        Call(what, [&] { return quiet ? nccl.Destroy(comm_) : nccl.Abort(comm_); });
-    comm_ = nullptr;
-    if (code != kNcclSuccess) {
-      Log(LogLevel::kWarning, "an NCCL edge was torn down with an error",
-          {{"from_stage", edge_.from_stage_id},
-           {"to_stage", edge_.to_stage_id},
-           {"call", what},
-           {"why", nccl.Text(code)}});
-    }
+    call = TearDownCommunicator();
   }
   EdgeDevice& device = *context_->offer.device;
-  // Nothing touches the memory any more when the stream is empty; only then does it go back.
+  // Nothing touches the memory any more when the stream is empty; only then does it go back. The arena
+  // goes back to its pool, for to free it would wait for the operations of other edges.
   if (stream_ != nullptr) {
     Call("the end of the edge's stream", [&] {
       device.FreeStream(stream_);
@@ -368,9 +392,40 @@ void NcclEdge::TearDown() {
   posting_.reset();
   running_.clear();
   waiting_.clear();
-  std::lock_guard lock(mu_);
-  given_.clear();
-  arena_.reset();
+  {
+    std::lock_guard lock(mu_);
+    given_.clear();
+    arena_.reset();
+  }
+  if (const uint64_t took_us = MonotonicMicros() - since_us; took_us > kLongUs) {
+    Log(LogLevel::kInfo, "the teardown of an NCCL edge took long",
+        {{"from_stage", edge_.from_stage_id},
+         {"to_stage", edge_.to_stage_id},
+         {"call", call},
+         {"took_us", took_us}});
+  }
+}
+
+const char* NcclEdge::TearDownCommunicator() {
+  NcclApi& nccl = *context_->offer.nccl;
+  bool quiet = false;
+  if (made_ && nccl.can_revoke()) {
+    const NcclCode code = Call("ncclCommRevoke", [&] { return nccl.Revoke(comm_); });
+    const auto settled =
+        WaitWhileInProgress(code, MonotonicMicros() + Micros(context_->options.revoke_timeout));
+    quiet = settled.ok() && *settled == kNcclSuccess;
+  }
+  const char* const what = quiet ? "ncclCommDestroy" : "ncclCommAbort";
+  const NcclCode code = Call(what, [&] { return quiet ? nccl.Destroy(comm_) : nccl.Abort(comm_); });
+  comm_ = nullptr;
+  if (code != kNcclSuccess) {
+    Log(LogLevel::kWarning, "an NCCL edge was torn down with an error",
+        {{"from_stage", edge_.from_stage_id},
+         {"to_stage", edge_.to_stage_id},
+         {"call", what},
+         {"why", nccl.Text(code)}});
+  }
+  return what;
 }
 
 void NcclEdge::TellDown(const absl::Status& why) {

@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "worker/transport/nccl_transport.h"
+#include "worker/transport/teardown_gate.h"
 
 namespace strait {
 
@@ -32,6 +33,7 @@ struct NcclEdgeContext {
   NcclOffer offer;
   NcclEvents events;
   std::shared_ptr<ArenaPool> arenas;
+  std::shared_ptr<TeardownGate> gate;
 };
 
 class NcclEdge {
@@ -49,7 +51,7 @@ class NcclEdge {
     changed_.notify_one();
   }
   HiddenBuffer Memory(size_t bytes);
-  // No event after this; the communicator is torn down.
+  // No event after this; the communicator is torn down, and until it is no new edge touches the device.
   void Drop();
   // Calls that hang.
   void Watch(uint64_t now_us);
@@ -66,21 +68,25 @@ class NcclEdge {
   void Run();
   // Returns when it was dropped, or why it cannot go on.
   absl::Status Serve();
+  // Until the edges that ended before are torn down. Ok also when this one is dropped meanwhile.
+  absl::Status WaitForTurn();
   absl::Status Prepare();
   absl::Status MakeCommunicator();
   // Moves on what can be; whether anything did.
   absl::StatusOr<bool> Advance();
-  // The first that waits; false: it is too early, or there is no memory for it now.
+  // The first that waits; false: it is too early, there is no memory for it now, or others end.
   absl::StatusOr<bool> Post();
   absl::Status OnPosted(Op op);
   void Complete(Op op);
   absl::Status CheckPatience(uint64_t now_us);
-  // Asks NCCL; DeadlineExceeded `patience` after `since_us`.
-  absl::StatusOr<NcclCode> WaitWhileInProgress(NcclCode code, std::chrono::milliseconds patience);
+  // Asks NCCL; DeadlineExceeded at `until_us`.
+  absl::StatusOr<NcclCode> WaitWhileInProgress(NcclCode code, uint64_t until_us);
   // Until there is something new, or a while.
   void Pause(bool moved);
   bool dropped();
   void TearDown();
+  // The call that it ended with.
+  const char* TearDownCommunicator();
   void TellDown(const absl::Status& why);
   absl::Status About(const absl::Status& why) const;
   absl::Status Error(const char* call, NcclCode code) const;
@@ -94,6 +100,7 @@ class NcclEdge {
   const NcclEdgeContext* const context_;
   const Edge edge_;
   const Role role_;
+  TeardownGate::Place place_;
   std::atomic<bool> silent_ = false;  // dropped, or its end was told
   std::atomic<bool> finished_ = false;
   std::atomic<uint64_t> consumed_ = 0;  // the last step that was
@@ -113,6 +120,7 @@ class NcclEdge {
   size_t num_unplaced_ = 0;
 
   // Its own thread only:
+  uint64_t set_up_until_us_ = 0;
   NcclComm* comm_ = nullptr;
   bool made_ = false;  // the communicator has two ranks
   void* stream_ = nullptr;

@@ -22,7 +22,8 @@ constexpr std::chrono::milliseconds kWatchdogPeriod(20);
 class NcclTransport::Impl {
  public:
   Impl(NcclTransportOptions options, const NcclOffer& offer, NcclEvents events)
-      : context_{options, offer, std::move(events), std::make_shared<ArenaPool>(offer.device)},
+      : context_{options, offer, std::move(events), std::make_shared<ArenaPool>(offer.device),
+                 std::make_shared<TeardownGate>()},
         watchdog_([this] { Watch(); }) {}
 
   ~Impl() {

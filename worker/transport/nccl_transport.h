@@ -14,6 +14,12 @@
 //          on_poisoned.
 // Limits:  NcclTransportOptions; kArenaSteps of the largest step in device memory at either end of
 //          an edge, kOpsPosted sends at once on its stream, one receive; kDataQueueBytes wait to be sent.
+// Order:   an edge is made only when those that ended before are torn down; they leave the device
+//          together (teardown_gate.h tells why). So drop all edges of an epoch, those that did not break
+//          too, before any of the next: what one of them has on the device may hold up the others' end.
+//          An edge that goes on, of another stage, posts nothing meanwhile, and what it has posted is
+//          waited for; either for leave_timeout. NCCL's free waits for what is posted longer. The
+//          coordinator gives a worker one stage at a time.
 // Why:     no word goes with a step: both ends know its rows from the same StepPlan, and steps
 //          follow each other in plan order. Ends that disagreed would hang till the deadline or
 //          hand on wrong rows; but that takes two different plans, which the coordinator sees in
@@ -48,14 +54,16 @@ inline constexpr uint64_t kNcclEdgeBytes = 64 << 20;
 
 struct NcclTransportOptions {
   uint32_t hidden_row_bytes = 0;
-  // From the id to a communicator. Shorter than the coordinator's patience with an activation, so
-  // that its cause is told.
+  // From Connect or Expect to a communicator, the wait for older edges included. Shorter than the
+  // coordinator's patience with an activation, so that its cause is told.
   std::chrono::milliseconds init_timeout{15'000};
   // What is sent must be fetched so soon: the receiver computes a few steps of backlog at most.
   std::chrono::milliseconds send_timeout{60'000};
   // A receive waits for the stage before it to compute: longer than the coordinator's own deadline
   // of a step, which knows better whom to blame.
   std::chrono::milliseconds receive_timeout{330'000};
+  // Who is torn down waits so long for the operations of other edges, and these so long for it.
+  std::chrono::milliseconds leave_timeout{5'000};
   std::chrono::milliseconds revoke_timeout{5'000};
   std::chrono::milliseconds abort_timeout{60'000};
 };

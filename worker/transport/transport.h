@@ -61,7 +61,8 @@ class Transport {
   virtual absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) = 0;
   virtual void Disconnect(uint64_t from_stage_id) = 0;
   // Whom the receiving side lets in: only this edge. Senders of older ones are ended with Aborted;
-  // a sender of a newer one waits until it is expected. `from_stage_id` 0: whichever opens first.
+  // a sender of a newer one waits until it is expected. `from_stage_id` 0: whichever opens first. A
+  // sender that lost its connection and opens the same edge again takes the place of its old one.
   virtual void Expect(const Edge& edge) = 0;
   // The stage is gone: its senders are ended, nothing is expected for it any more.
   virtual void Forget(uint64_t to_stage_id) = 0;

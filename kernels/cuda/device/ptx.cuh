@@ -15,8 +15,8 @@ namespace strait::cuda {
 // Waits until the kernels before this one in the stream have ended and their writes are seen. A kernel
 // that LaunchChained starts calls it in every block that touches what another kernel reads or writes,
 // before it does, and in any case in one block: or it might end before those before it. Before it may
-// be read: weights, what copies left before the step's first kernel (tables, plans), cache rows of
-// steps before.
+// be read: weights, what the last copy before the step's first kernel found or left (tables, plans),
+// cache rows of steps before.
 __device__ __forceinline__ void WaitForEarlier() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -1,26 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "kernels/cuda/device/tensor_map.h"
 
+#include "kernels/cuda/device/driver_entry.h"
+
 namespace strait::cuda {
 namespace {
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
-// The driver's function, without linking to the driver; null: it has none. Asked for once.
+// Null: the driver has none. Asked for once.
 Encode FindEncode() {
-  static const Encode encode = []() -> Encode {
-    void* entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-#if CUDART_VERSION >= 12050
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry,
-                                                               12000, cudaEnableDefault, &found);
-#else
-    const cudaError_t error =
-        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
-#endif
-    const bool known = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
-    return known ? reinterpret_cast<Encode>(entry) : nullptr;
-  }();
+  static const Encode encode = STRAIT_DRIVER_ENTRY(cuTensorMapEncodeTiled, 12000);
   return encode;
 }
 

@@ -4,7 +4,7 @@
 // worker runs them, host work and copies included.
 //
 //   cuda_stage_bench CONFIG_DIR BEGIN END CASE… [--prefill TOKENS] [--memory BYTES] [--deterministic]
-//                    [--cache-format bf16|fp8] [--fp8-activations]
+//                    [--cache-format bf16|fp8] [--fp8-activations] [--upload-all]
 //
 // CASE: BATCH@CONTEXT, a decode step of BATCH sequences behind CONTEXT rows each; max@CONTEXT is
 // the largest batch that fits. END: a layer, or "fit": as many layers as fit with the largest
@@ -12,7 +12,9 @@
 // begun while the one before it computes, as a worker does it with granted steps. The floor of a
 // step is reading, once, the weights that it touches (experts: as many as BATCH tokens choose on
 // average) and the cache, at the read rate measured in this run. The cache holds zeros, which
-// costs what any rows cost.
+// costs what any rows cost. begin: of the step alone, the host's time in Begin, and the bytes of page
+// tables that a step brought to the device. These are none here, as no sequence grows: with --upload-all
+// nothing is promised of the tables (BatchSequence::tables_id), so each step brings them all.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -30,6 +32,7 @@
 #include "worker/model/cuda/cuda_backend.h"
 #include "worker/model/cuda/prompt_plan.h"
 #include "worker/model/cuda/stage_layout.h"
+#include "worker/model/cuda/stage_model.h"
 
 namespace strait::bench {
 namespace {
@@ -54,6 +57,7 @@ struct Options {
   bool deterministic = false;
   RowFormat rows = RowFormat::kBf16;
   bool fp8_activations = false;
+  bool upload_all = false;
 };
 
 template <class T>
@@ -119,7 +123,9 @@ double PrefillFlops(const ModelConfig& c, LayerRange layers, const StepLimits& l
 // Sequences of `rows` new tokens each behind `context` cached ones, with blocks of their own.
 class Batch {
  public:
-  Batch(uint32_t count, uint32_t context, uint32_t rows, LayerRange layers, bool last)
+  // `tables_id`: of its first sequence, those of the others follow; 0: none has one.
+  Batch(uint32_t count, uint32_t context, uint32_t rows, LayerRange layers, bool last,
+        uint64_t tables_id)
       : tokens_(count), tables_(count), views_(count) {
     BlockId next = 0;
     for (uint32_t s = 0; s < count; ++s) {
@@ -138,6 +144,7 @@ class Batch {
       sequence.num_tokens = rows;
       sequence.tokens = tokens_[s];
       sequence.page_tables = views_[s];
+      if (tables_id > 0) sequence.tables_id = tables_id + s;
       sequence.sampling = &sampling_;
       sequences_.push_back(sequence);
       LogitsRequest request;
@@ -169,9 +176,20 @@ void Must(const absl::Status& status) {
   std::exit(1);
 }
 
-// Median time from one step's results to the next one's, with `num_begun` steps begun meanwhile.
-double StepUs(StageModel& model, const StageBatch& batch, const ModelConfig& c, int repeats,
-              int num_begun) {
+double Median(std::vector<double> times) {
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+struct StepTimes {
+  double us = 0;  // from one step's results to the next one's
+  double begin_us = 0;
+  double page_table_bytes = 0;  // of a step, the average
+};
+
+// Medians, with `num_begun` steps begun meanwhile.
+StepTimes TimeSteps(StageModel& model, const StageBatch& batch, const ModelConfig& c, int repeats,
+                    int num_begun) {
   const StageSpec& spec = model.spec();
   const size_t bytes = size_t{batch.num_tokens} * c.hidden_size * sizeof(float);
   std::vector<std::byte> in(spec.layers.begin == 0 ? 0 : bytes);
@@ -182,31 +200,35 @@ double StepUs(StageModel& model, const StageBatch& batch, const ModelConfig& c, 
   }
   std::vector<std::byte> out(spec.layers.end == c.num_hidden_layers ? 0 : bytes);
   const auto begin = [&] { Must(model.Begin(batch, {in}, {absl::MakeSpan(out)})); };
+  const auto entries = [&] {
+    return static_cast<const CudaStageModel&>(model).page_tables().entries_brought();
+  };
+  using Us = std::chrono::duration<double, std::micro>;
   std::vector<double> times;
+  std::vector<double> begins;
   for (int i = 1; i < num_begun; ++i) begin();
   auto last = std::chrono::steady_clock::now();
+  uint64_t before = 0;
   for (int i = 0; i < repeats + 2; ++i) {
+    if (i == 2) before = entries();
     begin();
+    const auto begun = std::chrono::steady_clock::now();
     std::vector<LogitsResult> results;
     Must(model.Finish(&results));
     const auto now = std::chrono::steady_clock::now();
-    const std::chrono::duration<double, std::micro> us = now - last;
+    if (i >= 2) times.push_back(Us(now - last).count());
+    if (i >= 2) begins.push_back(Us(begun - last).count());
     last = now;
-    if (i >= 2) times.push_back(us.count());
   }
+  StepTimes result;
+  result.page_table_bytes = static_cast<double>((entries() - before) * sizeof(BlockId)) / repeats;
   for (int i = 1; i < num_begun; ++i) {
     std::vector<LogitsResult> results;
     Must(model.Finish(&results));
   }
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
-}
-
-uint64_t FreeBytes() {
-  size_t free = 0;
-  size_t total = 0;
-  Check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
-  return free;
+  result.us = Median(times);
+  result.begin_us = Median(begins);
+  return result;
 }
 
 // Columns of latent blocks that fit beside the layers' weights.
@@ -251,8 +273,8 @@ int Main(Options o) {
   spec.pool_blocks = static_cast<uint32_t>(most * o.layers.size());
   const CudaStageLayout layout = LayOutStage(config, spec, backend->traits(), nullptr);
   const CudaStageBytes& stated = layout.bytes;
-  const uint64_t free_before = FreeBytes();
   const auto begin = std::chrono::steady_clock::now();
+  Must(backend->cache().Resize(spec.pool_blocks, {}));
   auto model = Must(backend->Load(spec, {}));
   const std::chrono::duration<double> load = std::chrono::steady_clock::now() - begin;
   const bool last = o.layers.end == config.num_hidden_layers;
@@ -269,30 +291,37 @@ int Main(Options o) {
   const std::string mode = absl::StrCat(
       "\"deterministic\":", o.deterministic ? "true" : "false", ",\"rows\":\"",
       RowFormatName(o.rows), "\",\"fp8_activations\":", o.fp8_activations ? "true" : "false");
+  uint64_t tables_id = o.upload_all ? 0 : 1;
   for (const Case& one : o.cases) {
     const uint32_t count = one.batch;
-    const Batch batch(count, one.context, 1, o.layers, last);
-    const double us = StepUs(*model, batch.get(), config, 20, 1);
+    const Batch batch(count, one.context, 1, o.layers, last, tables_id);
+    if (tables_id > 0) tables_id += count;
+    const StepTimes alone = TimeSteps(*model, batch.get(), config, 20, 1);
+    const double us = alone.us;
     // As alone where it is not taken ahead.
     const bool ahead = model->TakesAhead(count, last ? count : 0);
-    const double ahead_us = ahead ? StepUs(*model, batch.get(), config, 20, kMaxStepsBegun) : us;
+    const double ahead_us =
+        ahead ? TimeSteps(*model, batch.get(), config, 20, kMaxStepsBegun).us : us;
     const double bytes = TouchedBytes(config, o.layers, count) +
                          row_bytes * count * (one.context + 1) * o.layers.size();
     const double floor_us = bytes / read_rate * 1e6;
     std::printf(
         "decode batch %4u at %6u: %9.1f us, ahead %9.1f us, floor %8.1f us, %5.1f %%, %8.0f "
-        "tokens/s\n",
-        count, one.context, us, ahead_us, floor_us, 100 * floor_us / us, count / us * 1e6);
+        "tokens/s, begin %7.1f us, page tables %9.0f bytes\n",
+        count, one.context, us, ahead_us, floor_us, 100 * floor_us / us, count / us * 1e6,
+        alone.begin_us, alone.page_table_bytes);
     std::printf(
         "JSON {\"bench\":\"decode\",\"config\":\"%s\",\"layers\":%u,\"batch\":%u,\"context\":%u,"
-        "%s,\"us\":%.1f,\"ahead_us\":%.1f,\"floor_us\":%.1f,\"share\":%.4f,\"cache_bytes\":%.0f}\n",
+        "%s,\"us\":%.1f,\"ahead_us\":%.1f,\"floor_us\":%.1f,\"share\":%.4f,\"cache_bytes\":%.0f,"
+        "\"begin_us\":%.1f,\"page_table_bytes\":%.0f}\n",
         o.config.c_str(), o.layers.size(), count, one.context, mode.c_str(), us, ahead_us, floor_us,
         floor_us / us,
-        static_cast<double>(one.columns(count) * o.layers.size() * backend->block_bytes()));
+        static_cast<double>(one.columns(count) * o.layers.size() * backend->block_bytes()),
+        alone.begin_us, alone.page_table_bytes);
   }
   if (o.prefill > 0) {
-    const Batch batch(1, 0, o.prefill, o.layers, last);
-    const double us = StepUs(*model, batch.get(), config, 3, 1);
+    const Batch batch(1, 0, o.prefill, o.layers, last, tables_id);
+    const double us = TimeSteps(*model, batch.get(), config, 3, 1).us;
     const double flops_s = PrefillFlops(config, o.layers, layout.limits, o.prefill) / us * 1e6;
     const double matrix_share = flops_s / matrix_rate;
     std::printf("prefill %u tokens: %.1f us, %.0f tokens/s, %.0f TFLOP/s, %.1f %% of products\n",
@@ -303,7 +332,7 @@ int Main(Options o) {
         o.config.c_str(), o.layers.size(), o.prefill, mode.c_str(), us, flops_s / 1e12,
         matrix_share, layout.limits.expanded_keys > 0 ? "true" : "false");
   }
-  const uint64_t taken = free_before - std::min(free_before, FreeBytes());
+  const uint64_t taken = backend->used_bytes();
   std::printf("GPU memory taken %.2f GiB of %.2f stated\n", static_cast<double>(taken) / kGiB,
               static_cast<double>(stated.total()) / kGiB);
   std::printf(
@@ -326,7 +355,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr,
                  "usage: cuda_stage_bench CONFIG_DIR BEGIN END|fit BATCH@CONTEXT… "
                  "[--prefill TOKENS] [--memory BYTES] [--deterministic] [--cache-format bf16|fp8] "
-                 "[--fp8-activations]\n");
+                 "[--fp8-activations] [--upload-all]\n");
     return 2;
   };
   if (argc < 5) return usage();
@@ -349,6 +378,8 @@ int main(int argc, char** argv) {
       options.rows = *rows;
     } else if (std::strcmp(argv[i], "--fp8-activations") == 0) {
       options.fp8_activations = true;
+    } else if (std::strcmp(argv[i], "--upload-all") == 0) {
+      options.upload_all = true;
     } else if (at != nullptr && number(at + 1) > 0) {
       const bool most = std::strncmp(argv[i], "max@", 4) == 0;
       const Case one = {most ? 0 : number(argv[i]), number(at + 1)};

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Harness drives a Core by hand: workers that load and activate at once, steps that wait until the
-// test lets a stage report them. Its workers keep rows over epochs, and note in `problems` what an
-// honest stage would refuse.
+// test lets a stage report them. Its workers keep rows over epochs, hand them to successors, count their
+// memory, and note in `problems` what an honest worker would refuse.
 //
 // Thread:  the test's.
 #pragma once
@@ -12,6 +12,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
@@ -23,22 +24,9 @@
 #include "proto/model/reservation.h"
 #include "proto/wire/tables_digest.h"
 #include "proto/wire/version.h"
+#include "tests/coordinator/core/fake_worker.h"
 
 namespace strait {
-
-inline ModelShape SmallModel(uint32_t num_layers = 4) {
-  ModelShape model;
-  model.vocab_size = 100;
-  model.max_positions = 1024;
-  model.eos_token_ids = {2};
-  model.layer_weight_bytes.assign(num_layers, 1000);
-  model.embedding_bytes = 500;
-  model.head_bytes = 500;
-  model.block_bytes = 128;
-  model.workspace_bytes = {50};
-  model.fingerprint = 7;
-  return model;
-}
 
 inline RequestSpec OneSequence(uint32_t prompt_tokens, uint32_t max_tokens) {
   RequestSpec request;
@@ -51,32 +39,11 @@ inline RequestSpec OneSequence(uint32_t prompt_tokens, uint32_t max_tokens) {
 
 class Harness {
  public:
-  // A stage as its worker knows it.
-  struct FakeStage {
-    v1::LoadStage load;
-    v1::ActivateStage activate;  // the last one
-    v1::PipelineEpoch epoch;
-    uint64_t answered = 0;  // the counter of the last epoch that it said ACTIVE to
-    bool first = false;
-    bool last = false;
-    std::deque<v1::StepPlan> plans;                  // not reported
-    std::map<SequenceId, uint32_t> lengths;          // rows of steps that it reported
-    std::map<SequenceId, std::vector<TokenId>> fed;  // what they are of; kUnknown: granted
-    std::set<SequenceId> told;                       // with the last ACTIVE, not named since
-    uint64_t rows_computed = 0;
-    uint64_t rows_stored = 0;
-    uint64_t rows_kept = 0;  // by the last first plan
-    LayerRange layers() const { return {load.layer_begin(), load.layer_end()}; }
-  };
-  struct FakeWorker {
-    v1::Hello hello;
-    std::map<uint64_t, FakeStage> stages;
-    bool evicted = false;
-    absl::Status why;
-  };
+  using FakeStage = strait::FakeStage;
+  using FakeWorker = strait::FakeWorker;
 
-  Harness(CoreOptions options, ModelShape model)
-      : block_bytes(model.block_bytes), core(std::move(options), std::move(model)) {}
+  Harness(CoreOptions options, const ModelShape& shape)
+      : block_bytes(shape.block_bytes), model(shape), core(std::move(options), shape) {}
 
   // The Hello of the next worker.
   v1::Hello MakeHello(uint64_t memory_bytes) const {
@@ -102,6 +69,7 @@ class Harness {
   }
   void Lose(WorkerId id) {
     lost[id] = std::move(workers.at(id));
+    std::erase_if(lost[id].stages, [](const auto& entry) { return !entry.second.loaded; });
     workers.erase(id);
     core.OnWorkerLost(id, absl::UnavailableError("gone"), now_us);
     Pump();
@@ -117,7 +85,7 @@ class Harness {
       held->set_stage_id(id);
       held->set_layer_begin(stage.load.layer_begin());
       held->set_layer_end(stage.load.layer_end());
-      held->set_cache_bytes(stage.load.cache_bytes());
+      held->set_cache_bytes(stage.cache_bytes);
       held->set_weight_bytes(7);
     }
     return hello;
@@ -127,7 +95,11 @@ class Harness {
     const WorkerId id{++last_worker};
     workers[id] = std::move(lost.at(old));
     workers[id].hello = hello;
-    for (auto& [stage_id, stage] : workers[id].stages) stage.plans.clear();
+    for (auto& [stage_id, stage] : workers[id].stages) {
+      stage.plans.clear();
+      stage.resize_due.reset();
+      stage.memory_bytes = stage.cache_bytes;
+    }
     core.OnWorkerAttached(id, hello, now_us);
     Pump();
     return id;
@@ -156,8 +128,8 @@ class Harness {
   // The worker's one stage.
   FakeStage& StageOf(WorkerId id) { return workers.at(id).stages.begin()->second; }
   // The honest report of the stage's oldest plan; sampled tokens come from `next_token`.
-  v1::StageReport MakeReport(WorkerId id) {
-    FakeStage& stage = StageOf(id);
+  v1::StageReport MakeReport(WorkerId id) { return MakeReport(StageOf(id)); }
+  v1::StageReport MakeReport(FakeStage& stage) {
     const v1::StepPlan plan = stage.plans.front();
     stage.plans.pop_front();
     v1::StageReport report;
@@ -197,7 +169,9 @@ class Harness {
       digest.Add(sequence, length);
       bytes += HeldBytes({block_bytes}, length, stage.layers());
     }
-    if (bytes > stage.load.cache_bytes()) Problem(stage, "its cache is too small for the plan");
+    if (bytes > stage.cache_of_step.at(plan.step_id())) {
+      Problem(stage, "its cache is too small for the plan");
+    }
     report.set_cache_bytes(bytes);
     report.set_tables_digest(digest.Value());
     return report;
@@ -211,8 +185,8 @@ class Harness {
     }
   }
   // The last one, with what the stage has.
-  void AnswerActivation(WorkerId id) {
-    FakeStage& stage = StageOf(id);
+  void AnswerActivation(WorkerId id) { AnswerActivation(id, StageOf(id)); }
+  void AnswerActivation(WorkerId id, FakeStage& stage) {
     stage.answered = stage.activate.epoch().counter();
     v1::StageState state;
     state.set_stage_id(stage.activate.stage_id());
@@ -222,11 +196,49 @@ class Harness {
     if (before_active) before_active(id, &state);
     Answer(id, state);
   }
+  void AnswerUnload(WorkerId id, uint64_t stage_id) {
+    workers.at(id).stages.erase(stage_id);
+    v1::StageState state;
+    state.set_stage_id(stage_id);
+    state.set_state(v1::StageState::UNLOADED);
+    Answer(id, state);
+  }
+  void AnswerUnloads() {
+    for (const auto& [id, stage_id] : std::exchange(unloads, {})) {
+      if (workers.contains(id) && !workers.at(id).evicted) AnswerUnload(id, stage_id);
+    }
+    Pump();
+  }
   // Of the edge that ends at this stage.
   static std::string NcclId(uint64_t stage_id) {
     return std::string(limits::kNcclIdBytes, static_cast<char>('a' + stage_id));
   }
-  void Report(WorkerId id) { Send(id, MakeReport(id)); }
+  void Report(WorkerId id) { Report(id, StageOf(id)); }
+  void Report(WorkerId id, FakeStage& stage) {
+    const v1::StageReport report = MakeReport(stage);
+    if (answer_resizes) AnswerResize(id, stage);
+    Send(id, report);
+  }
+  // What was asked for last, once its rows allow it.
+  void AnswerResize(WorkerId id, FakeStage& stage) {
+    if (!stage.resize_due || HeldBytesOf(stage, block_bytes) > *stage.resize_due) return;
+    v1::FromWorker message;
+    message.mutable_cache_resized()->set_stage_id(stage.load.stage_id());
+    message.mutable_cache_resized()->set_cache_bytes(*stage.resize_due);
+    stage.memory_bytes = *stage.resize_due;
+    stage.resize_due.reset();
+    core.OnWorkerMessage(id, message, now_us);
+  }
+  void RefuseResize(WorkerId id, FakeStage& stage) {
+    stage.cache_bytes = stage.memory_bytes = stage.cache_before;
+    stage.resize_due.reset();
+    v1::FromWorker message;
+    message.mutable_cache_resized()->set_stage_id(stage.load.stage_id());
+    message.mutable_cache_resized()->set_error_code(8);
+    message.mutable_cache_resized()->set_error_message("no");
+    core.OnWorkerMessage(id, message, now_us);
+    Pump();
+  }
   void Send(WorkerId id, const v1::StageReport& report) {
     v1::FromWorker message;
     *message.mutable_report() = report;
@@ -238,9 +250,13 @@ class Harness {
     for (bool any = true; any;) {
       any = false;
       for (auto& [id, worker] : workers) {
-        while (!worker.evicted && !worker.stages.empty() && !StageOf(id).plans.empty()) {
-          Report(id);
-          any = true;
+        std::vector<uint64_t> ids;
+        for (const auto& [stage_id, stage] : worker.stages) ids.push_back(stage_id);
+        for (const uint64_t stage_id : ids) {
+          while (worker.stages.contains(stage_id) && !worker.stages.at(stage_id).plans.empty()) {
+            Report(id, worker.stages.at(stage_id));
+            any = true;
+          }
         }
       }
     }
@@ -256,11 +272,21 @@ class Harness {
     if (!sound.ok()) problems.push_back(sound.ToString());
   }
 
+  // Every pipeline is to have so many stages.
+  ScaleId Scale(uint32_t num_stages) {
+    const ScaleId id{++last_scale};
+    core.OnScale(id, num_stages, now_us);
+    Pump();
+    return id;
+  }
+
   const uint64_t block_bytes;
+  const ModelShape model;
   Core core;
   uint64_t now_us = 1'000'000;
   uint64_t last_request = 0;
   uint64_t last_worker = 0;
+  uint64_t last_scale = 0;
   uint32_t next_token = 50;
   // Of a sequence at a position, if samples are to be the same whenever they are taken.
   std::function<uint32_t(uint64_t, uint32_t)> token_at;
@@ -268,6 +294,8 @@ class Harness {
   bool answer_loads = true;
   bool answer_activations = true;
   bool answer_nccl_ids = true;
+  bool answer_resizes = true;
+  bool answer_unloads = true;
   bool tell_rows = true;  // else as workers that drop everything with an epoch
   std::function<void(WorkerId, v1::StageState*)> before_active;  // may change what is told
   std::map<WorkerId, FakeWorker> workers;
@@ -276,7 +304,15 @@ class Harness {
   std::map<RequestId, std::vector<TokenInfo>> scores;
   std::map<RequestId, SequenceEnded> ended;
   std::map<RequestId, absl::Status> refused;
+  std::map<ScaleId, ScaleAnswered> scaled;
   std::vector<std::string> problems;
+  std::vector<std::pair<WorkerId, uint64_t>> unloads;  // not answered
+
+  void Answer(WorkerId id, const v1::StageState& state) {
+    v1::FromWorker message;
+    *message.mutable_stage_state() = state;
+    core.OnWorkerMessage(id, message, now_us);
+  }
 
  private:
   static constexpr TokenId kUnknown = ~TokenId{0};
@@ -359,11 +395,6 @@ class Harness {
       Pump();
     }
   }
-  void Answer(WorkerId id, const v1::StageState& state) {
-    v1::FromWorker message;
-    *message.mutable_stage_state() = state;
-    core.OnWorkerMessage(id, message, now_us);
-  }
   void On(const SendToWorker& m) {
     const auto it = workers.find(m.worker);
     if (it == workers.end()) return;
@@ -371,8 +402,15 @@ class Harness {
     v1::StageState state;
     if (m.message.has_load_stage()) {
       const v1::LoadStage& load = m.message.load_stage();
-      worker.stages[load.stage_id()].load = load;
+      FakeStage& stage = worker.stages[load.stage_id()];
+      stage.load = load;
+      stage.cache_bytes = stage.memory_bytes = load.cache_bytes();
+      for (const uint64_t before : load.successor_of()) {
+        if (!worker.stages.contains(before)) Problem(stage, "follows a stage that is not here");
+      }
+      CheckMemory(worker, model, &problems);
       if (!answer_loads) return;
+      stage.loaded = true;
       state.set_stage_id(load.stage_id());
       state.set_state(v1::StageState::LOADED);
       state.set_cache_bytes(load.cache_bytes());
@@ -380,6 +418,8 @@ class Harness {
     } else if (m.message.has_activate_stage()) {
       const v1::ActivateStage& activate = m.message.activate_stage();
       FakeStage& stage = worker.stages.at(activate.stage_id());
+      if (stage.followed) Problem(stage, "is followed, and enters an epoch");
+      TakeOver(worker, stage);
       stage.epoch = activate.epoch();
       stage.activate = activate;
       stage.first = activate.previous_stage_id() == 0;
@@ -396,14 +436,32 @@ class Harness {
         core.OnWorkerMessage(m.worker, id, now_us);
       }
       if (!answer_activations) return;
-      AnswerActivation(m.worker);
+      AnswerActivation(m.worker, stage);
     } else if (m.message.has_unload_stage()) {
-      worker.stages.erase(m.message.unload_stage().stage_id());
-      state.set_stage_id(m.message.unload_stage().stage_id());
-      state.set_state(v1::StageState::UNLOADED);
-      Answer(m.worker, state);
+      if (!answer_unloads) {
+        unloads.emplace_back(m.worker, m.message.unload_stage().stage_id());
+        worker.stages.at(m.message.unload_stage().stage_id()).plans.clear();
+        return;
+      }
+      AnswerUnload(m.worker, m.message.unload_stage().stage_id());
+    } else if (m.message.has_resize_cache()) {
+      const v1::ResizeCache& resize = m.message.resize_cache();
+      FakeStage& stage = worker.stages.at(resize.stage_id());
+      if (stage.resize_due) Problem(stage, "is resized twice at once");
+      stage.cache_before = stage.cache_bytes;
+      stage.cache_bytes = resize.cache_bytes();
+      stage.resize_due = resize.cache_bytes();
+      CheckMemory(worker, model, &problems);
+      if (answer_resizes) AnswerResize(m.worker, stage);
     } else if (m.message.has_step()) {
-      worker.stages.at(m.message.step().stage_id()).plans.push_back(m.message.step());
+      FakeStage& stage = worker.stages.at(m.message.step().stage_id());
+      for (const uint64_t before : stage.load.successor_of()) {
+        if (worker.stages.contains(before) && answer_unloads) {
+          Problem(stage, "gets a plan before those that it follows went");
+        }
+      }
+      stage.cache_of_step[m.message.step().step_id()] = stage.cache_bytes;
+      stage.plans.push_back(m.message.step());
     }
   }
   void On(const EvictWorker& m) {
@@ -411,6 +469,7 @@ class Harness {
     workers[m.worker].why = m.why;
     workers[m.worker].stages.clear();
   }
+  void On(const ScaleAnswered& m) { scaled[m.scale] = m; }
   void On(const RequestRefused& m) { refused[m.request] = m.why; }
   void On(const RequestAdmitted&) {}
   void On(const PromptScored& m) {

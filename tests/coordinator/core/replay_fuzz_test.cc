@@ -44,6 +44,8 @@ class Fuzz {
   CoreStats stats() const { return h_.core.Stats(); }
   uint64_t num_back() const { return num_back_; }
   uint64_t num_uneven() const { return num_uneven_; }
+  uint64_t num_scales() const { return num_scales_; }
+  uint64_t num_scaled() const { return num_scaled_; }
 
  private:
   uint32_t Pick(uint32_t below) { return random_() % below; }
@@ -64,18 +66,30 @@ class Fuzz {
     return options;
   }
 
-  std::vector<WorkerId> Hosts() {
-    std::vector<WorkerId> hosts;
+  struct Seat {
+    WorkerId worker;
+    uint64_t stage_id = 0;
+  };
+  std::vector<Seat> Seats() {
+    std::vector<Seat> seats;
     for (auto& [id, worker] : h_.workers) {
-      if (!worker.evicted && !worker.stages.empty()) hosts.push_back(id);
+      if (worker.evicted) continue;
+      for (const auto& [stage_id, stage] : worker.stages) seats.push_back({id, stage_id});
     }
-    return hosts;
+    return seats;
+  }
+  // Null: it went meanwhile.
+  Harness::FakeStage* StageAt(const Seat& seat) {
+    const auto worker = h_.workers.find(seat.worker);
+    if (worker == h_.workers.end() || worker->second.evicted) return nullptr;
+    const auto stage = worker->second.stages.find(seat.stage_id);
+    return stage == worker->second.stages.end() ? nullptr : &stage->second;
   }
 
   // The stage at this place of the same pipeline and epoch; null: it does not take part now.
   Harness::FakeStage* Peer(const Harness::FakeStage& stage, uint32_t index) {
-    for (const WorkerId id : Hosts()) {
-      Harness::FakeStage& other = h_.StageOf(id);
+    for (const Seat& seat : Seats()) {
+      Harness::FakeStage& other = *StageAt(seat);
       if (other.activate.epoch().counter() == stage.activate.epoch().counter() &&
           other.activate.stage_index() == index) {
         return &other;
@@ -101,14 +115,14 @@ class Fuzz {
     return index == 0 || !needs_hidden || Did(Peer(stage, index - 1), plan.step_id());
   }
 
-  void Compute(WorkerId id, bool told) {
-    Harness::FakeStage& stage = h_.StageOf(id);
-    if (stage.plans.empty() || !MayRun(stage)) return;
-    for (const v1::SequenceStep& step : stage.plans.front().sequences()) {
+  void Compute(const Seat& seat, bool told) {
+    Harness::FakeStage* stage = StageAt(seat);
+    if (stage == nullptr || stage->plans.empty() || !MayRun(*stage)) return;
+    for (const v1::SequenceStep& step : stage->plans.front().sequences()) {
       num_uneven_ += step.replay_stages() != 0;
     }
-    late_[id].push_back(h_.MakeReport(id));
-    if (told) Tell(id);
+    late_[seat.worker].push_back(h_.MakeReport(*stage));
+    if (told) Tell(seat.worker);
   }
   void Tell(WorkerId id) {
     for (; !late_[id].empty(); late_[id].erase(late_[id].begin())) {
@@ -116,18 +130,48 @@ class Fuzz {
       if (h_.workers.at(id).evicted) return;
       h_.Send(id, report);
     }
+    TellResizes(id);
   }
-  void Error(WorkerId id) {
-    const Harness::FakeStage& stage = h_.StageOf(id);
-    if (stage.answered != stage.epoch.counter()) return;
-    Tell(id);
+  // Of stages whose rows allow it.
+  void TellResizes(WorkerId id) {
+    for (const Seat& seat : Seats()) {
+      if (seat.worker != id) continue;
+      if (Harness::FakeStage* stage = StageAt(seat)) h_.AnswerResize(id, *stage);
+    }
+    h_.Pump();
+  }
+  void TellLoads(WorkerId id) {
+    for (const Seat& seat : Seats()) {
+      Harness::FakeStage* stage = StageAt(seat);
+      if (seat.worker != id || stage == nullptr || stage->loaded) continue;
+      stage->loaded = true;
+      v1::StageState state;
+      state.set_stage_id(seat.stage_id);
+      state.set_state(v1::StageState::LOADED);
+      state.set_cache_bytes(stage->load.cache_bytes());
+      h_.Answer(id, state);
+    }
+    h_.Pump();
+  }
+  void Error(const Seat& seat) {
+    const Harness::FakeStage& stage = *StageAt(seat);
+    if (stage.answered == 0 || stage.answered != stage.epoch.counter() || stage.followed) return;
+    Tell(seat.worker);
+    Harness::FakeStage* still = StageAt(seat);
+    if (still == nullptr || still->answered != still->epoch.counter()) return;
     v1::StageReport report;
-    report.set_stage_id(stage.load.stage_id());
-    *report.mutable_epoch() = stage.epoch;
+    report.set_stage_id(still->load.stage_id());
+    *report.mutable_epoch() = still->epoch;
     report.set_step_id(Pick(2));
     report.set_error_code(14);
-    h_.StageOf(id).plans.clear();
-    h_.Send(id, report);
+    still->plans.clear();
+    h_.Send(seat.worker, report);
+  }
+  void Activate(const Seat& seat) {
+    Harness::FakeStage& stage = *StageAt(seat);
+    if (stage.answered == stage.epoch.counter() || stage.epoch.counter() == 0) return;
+    h_.AnswerActivation(seat.worker, stage);
+    h_.Pump();
   }
   void Submit() {
     if (submitted_ == 24) return;
@@ -156,24 +200,23 @@ class Fuzz {
   }
 
   void Event() {
-    const std::vector<WorkerId> hosts = Hosts();
+    const std::vector<Seat> seats = Seats();
     const uint32_t kind = Pick(100);
     h_.answer_activations = Pick(4) > 0;
-    if (kind < 8 || hosts.empty()) Submit();
-    if (hosts.empty()) return Return();
-    const WorkerId id = hosts[Pick(static_cast<uint32_t>(hosts.size()))];
-    if (kind < 60) return Compute(id, true);
-    if (kind < 72) return Compute(id, false);
-    if (kind < 80) return Tell(id);
-    if (kind < 88) {
-      const Harness::FakeStage& stage = h_.StageOf(id);
-      if (stage.answered == stage.epoch.counter() || stage.epoch.counter() == 0) return;
-      h_.AnswerActivation(id);
-      return h_.Pump();
-    }
-    if (kind < 90) return Lose(id);
+    h_.answer_resizes = Pick(2) > 0;
+    h_.answer_loads = Pick(2) > 0;
+    if (kind < 8 || seats.empty()) Submit();
+    if (seats.empty()) return Return();
+    const Seat seat = seats[Pick(static_cast<uint32_t>(seats.size()))];
+    if (StageAt(seat) == nullptr) return;
+    if (kind < 60) return Compute(seat, true);
+    if (kind < 72) return Compute(seat, false);
+    if (kind < 78) return Tell(seat.worker);
+    if (kind < 80) return TellLoads(seat.worker);
+    if (kind < 88) return Activate(seat);
+    if (kind < 90) return Lose(seat.worker);
     if (kind < 94) return Return();
-    if (kind < 95) return Error(id);
+    if (kind < 95) return Error(seat);
     if (kind < 96) {
       const RequestId request{1 + Pick(24)};
       if (!specs_.contains(request) || h_.ended.contains(request)) return;
@@ -181,22 +224,29 @@ class Fuzz {
       h_.core.OnCancel(request, std::nullopt, h_.now_us);
       return h_.Pump();
     }
+    if (kind < 97) return Scale();
     h_.Tick(100'000);
+  }
+  void Scale() {
+    const ScaleId id = h_.Scale(1 + Pick(4));
+    if (!h_.scaled.contains(id)) ++num_scales_;
   }
 
   void Settle() {
-    h_.answer_activations = true;
+    h_.answer_activations = h_.answer_resizes = h_.answer_loads = true;
     for (int round = 0; round < 400; ++round) {
       while (!gone_.empty()) Return();
-      for (const WorkerId id : Hosts()) {
-        Tell(id);
-        const Harness::FakeStage& stage = h_.StageOf(id);
-        if (stage.epoch.counter() > 0 && stage.answered != stage.epoch.counter()) {
-          h_.AnswerActivation(id);
-          h_.Pump();
-        }
+      // Scaled pipelines may have taken what others lost.
+      if (round == 100) {
+        for (uint32_t i = 0; i < 4 * options_.num_pipelines; ++i) h_.Attach(memory_);
       }
-      for (const WorkerId id : Hosts()) Compute(id, true);
+      for (const Seat& seat : Seats()) {
+        if (StageAt(seat) == nullptr) continue;
+        Tell(seat.worker);
+        TellLoads(seat.worker);
+        if (StageAt(seat) != nullptr) Activate(seat);
+      }
+      for (const Seat& seat : Seats()) Compute(seat, true);
       if (round % 20 == 0) h_.Tick(500'000);
       if (round % 20 == 0) h_.Run();
     }
@@ -226,10 +276,12 @@ class Fuzz {
       EXPECT_EQ(scores.size(), spec.score_prompt ? spec.prompt.size() - 1 : 0);
     }
     EXPECT_EQ(h_.core.Stats().cache_bytes_used, 0u);
-    for (const WorkerId id : Hosts()) {
-      if (h_.StageOf(id).answered == 0) continue;
-      EXPECT_THAT(h_.StageOf(id).lengths, IsEmpty());
+    for (const Seat& seat : Seats()) {
+      if (StageAt(seat)->answered == 0) continue;
+      EXPECT_THAT(StageAt(seat)->lengths, IsEmpty());
     }
+    for (const auto& [id, answer] : h_.scaled) num_scaled_ += answer.status.ok();
+    EXPECT_EQ(h_.scaled.size(), h_.last_scale) << "each is answered";
   }
 
   std::mt19937 random_;
@@ -238,6 +290,8 @@ class Fuzz {
   uint64_t memory_ = 0;
   uint32_t submitted_ = 0;
   uint64_t num_back_ = 0;    // places taken back
+  uint64_t num_scales_ = 0;  // begun
+  uint64_t num_scaled_ = 0;  // done
   uint64_t num_uneven_ = 0;  // chunks that stages had in part
   std::map<WorkerId, std::vector<v1::StageReport>> late_;
   std::vector<WorkerId> gone_;
@@ -251,7 +305,7 @@ TEST(ReplayFuzzTest, WhateverFailsWheneverItFails) {
   const auto begin = static_cast<uint32_t>(first != nullptr ? std::atoi(first) : 1);
   const auto seeds = static_cast<uint32_t>(count != nullptr ? std::atoi(count) : 200);
   CoreStats all;
-  uint64_t back = 0, uneven = 0;
+  uint64_t back = 0, uneven = 0, scales = 0, scaled = 0;
   for (uint32_t seed = begin; seed < begin + seeds && !HasFailure(); ++seed) {
     SCOPED_TRACE(testing::Message() << "STRAIT_FUZZ_SEED=" << seed);
     Fuzz fuzz(seed);
@@ -263,15 +317,17 @@ TEST(ReplayFuzzTest, WhateverFailsWheneverItFails) {
     all.preemptions += stats.preemptions;
     back += fuzz.num_back();
     uneven += fuzz.num_uneven();
+    scales += fuzz.num_scales();
+    scaled += fuzz.num_scaled();
   }
   std::printf(
       "seeds %u to %u: %lu recoveries, %lu places taken back, %lu rows kept, %lu recomputed, %lu "
-      "chunks that some stage had, %lu preemptions\n",
+      "chunks that some stage had, %lu preemptions, %lu of %lu scales done\n",
       begin, begin + seeds - 1, all.recoveries, back, all.kept_rows, all.recomputed_rows, uneven,
-      all.preemptions);
+      all.preemptions, scaled, scales);
   if (seeds < 100) return;
-  for (const uint64_t seen :
-       {all.recoveries, back, all.kept_rows, all.recomputed_rows, uneven, all.preemptions}) {
+  for (const uint64_t seen : {all.recoveries, back, all.kept_rows, all.recomputed_rows, uneven,
+                              all.preemptions, scales, scaled}) {
     EXPECT_GT(seen, 0u);
   }
 }

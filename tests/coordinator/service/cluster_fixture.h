@@ -14,6 +14,8 @@
 
 #include "coordinator/service/service.h"
 #include "gtest/gtest.h"
+#include "proto/rpc/channel.h"
+#include "strait/v1/cluster.grpc.pb.h"
 #include "tests/sim/hash_backend.h"
 #include "tests/sim/oracle.h"
 #include "worker/service/service.h"
@@ -156,6 +158,16 @@ class ClusterFixture {
       std::this_thread::sleep_for(std::chrono::milliseconds(2));
     }
     return service->Ready() == wanted;
+  }
+  // What `strait scale` asks; returns when it is answered.
+  grpc::Status Scale(uint32_t num_stages, v1::ScaleReply* reply) {
+    const auto stub = v1::Coordinator::NewStub(rpc::MakeChannel(
+        "127.0.0.1:" + std::to_string(service->grpc_port()), rpc::Traffic::kControl));
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + kPatience);
+    v1::ScaleRequest request;
+    request.set_num_stages(num_stages);
+    return stub->Scale(&context, request, reply);
   }
   std::shared_ptr<Recorder> Submit(RequestSpec spec) {
     auto recorder = std::make_shared<Recorder>(spec.sequences.size());

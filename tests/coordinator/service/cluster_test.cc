@@ -77,6 +77,44 @@ TEST(Cluster, WorkersDeathIsAPause) {
   cluster.ExpectAsOracleSays(spec, *got);
 }
 
+// One stage, then two and three on the same worker, then on two workers, then one again: under one stream.
+TEST(Cluster, StagesChangeWhileTheyServe) {
+  ClusterFixture cluster(1);
+  ASSERT_TRUE(cluster.WaitReady());
+  RequestSpec spec = MakeRequest(200, 3000, 11, 3);
+  auto got = cluster.Submit(spec);
+  size_t tokens = 50;
+  for (const uint32_t num_stages : {2, 3, 0, 2, 1, 2}) {
+    ASSERT_TRUE(got->WaitTokens(tokens));
+    tokens += 150;
+    if (num_stages == 0) {
+      cluster.AddWorker();
+      continue;
+    }
+    v1::ScaleReply reply;
+    const grpc::Status status = cluster.Scale(num_stages, &reply);
+    ASSERT_TRUE(status.ok()) << num_stages << ": " << status.error_message() << "\n"
+                             << cluster.service->StatusJson();
+    EXPECT_EQ(reply.pipelines(), 1u);
+    EXPECT_GT(reply.pause_us(), 0u);
+  }
+  ASSERT_TRUE(got->WaitEnd());
+  cluster.ExpectAsOracleSays(spec, *got);
+}
+
+TEST(Cluster, AScaleUnderWayIsAnsweredWhenTheCoordinatorStops) {
+  ClusterFixture cluster(1);
+  ASSERT_TRUE(cluster.WaitReady());
+  std::thread asks([&] {
+    v1::ScaleReply reply;
+    for (uint32_t n = 2; cluster.Scale(n, &reply).ok(); n = n == 2 ? 3 : 2) {
+    }
+  });
+  std::this_thread::sleep_for(std::chrono::milliseconds(30));
+  cluster.service->Stop();
+  asks.join();
+}
+
 TEST(Cluster, FailedStepIsReplayed) {
   ClusterFixture cluster(2);
   ASSERT_TRUE(cluster.WaitReady());

@@ -286,6 +286,21 @@ TEST(ServiceStopTest, EveryRequestThatRacesWithStopIsAnswered) {
   }
 }
 
+TEST_F(ServiceTest, AScaleThatCannotBeIsAnsweredWithTheReason) {
+  const auto scale = [this](uint32_t num_stages) {
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + 30s);
+    v1::ScaleRequest request;
+    request.set_num_stages(num_stages);
+    v1::ScaleReply reply;
+    return stub_->Scale(&context, request, &reply);
+  };
+  EXPECT_EQ(scale(0).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  const grpc::Status none = scale(2);
+  EXPECT_EQ(none.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_THAT(none.error_message(), HasSubstr("no pipeline serves"));
+}
+
 TEST_F(ServiceTest, ManyStreamsThatComeAndGoDisturbNobody) {
   for (int i = 0; i < 100; ++i) {
     grpc::ClientContext context;

@@ -110,6 +110,33 @@ TEST(LatentCacheTest, GrowsByPositionInEveryLayer) {
   EXPECT_TRUE(cache.CheckIntegrity().ok());
 }
 
+// What a backend builds on that keeps tables: they are the same as long as the number is.
+TEST(LatentCacheTest, TablesThatLoseABlockHaveAnotherNumber) {
+  BlockPool pool(30);
+  LatentCache cache(2, &pool);
+  cache.Open({1});
+  cache.Open({2});
+  const uint64_t first = cache.tables_id({1});
+  EXPECT_NE(first, 0u);
+  EXPECT_GT(cache.tables_id({2}), first);
+  cache.Grow({1}, 63);
+  cache.Grow({1}, 200);
+  EXPECT_EQ(cache.tables_id({1}), first) << "entries were only appended";
+  cache.Cut({1}, 193);
+  EXPECT_EQ(cache.tables_id({1}), first) << "every block is still there";
+  cache.Cut({1}, 192);
+  const uint64_t cut = cache.tables_id({1});
+  EXPECT_GT(cut, cache.tables_id({2}));
+  cache.Grow({1}, 193);
+  EXPECT_EQ(cache.tables_id({1}), cut);
+  cache.Cut({1}, 0);
+  const uint64_t emptied = cache.tables_id({1});
+  EXPECT_GT(emptied, cut);
+  cache.Close({1});
+  cache.Open({1});
+  EXPECT_GT(cache.tables_id({1}), emptied);
+}
+
 TEST(LatentCacheTest, CutGivesBackWhatIsBehind) {
   BlockPool pool(12);
   LatentCache cache(2, &pool);
@@ -256,6 +283,7 @@ TEST(LatentCacheDeathTest, ChecksItsCaller) {
   LatentCache cache(1, &pool);
   EXPECT_DEATH(cache.Grow({1}, 1), "not resident");
   EXPECT_DEATH(cache.Close({1}), "not resident");
+  EXPECT_DEATH(cache.tables_id({1}), "not resident");
   cache.Open({1});
   EXPECT_DEATH(cache.Open({1}), "resident already");
   cache.Grow({1}, 65);

@@ -270,6 +270,62 @@ TEST(WorkerCoreTest, EveryEventInEveryState) {
   }
 }
 
+// The bug: the cache became small at once where what was held then fitted, though a plan from before still
+// needed more, until a later one closed it.
+TEST(WorkerCoreTest, ASmallerCacheWaitsForPlansThatStillNeedMore) {
+  Rig r(State::kActive);
+  const auto plan = [&](uint64_t step_id, const auto& fill) {
+    v1::ToWorker message;
+    v1::StepPlan& step = *message.mutable_step();
+    step.set_stage_id(kStage);
+    step.mutable_epoch()->set_term(1);
+    step.mutable_epoch()->set_counter(r.counter());
+    step.set_step_id(step_id);
+    fill(&step);
+    r.core.OnMessage(std::move(message), 0);
+  };
+  const auto run = [&](uint64_t step_id, uint32_t rows) {
+    if (rows > 0) {
+      r.core.OnHidden(kStage,
+                      {{1, r.counter()},
+                       StepId{step_id},
+                       rows,
+                       std::vector<std::byte>(rows * kFakeHiddenRowBytes)},
+                      0);
+    }
+    ASSERT_TRUE(r.core.NextReady());
+    r.core.BeginStep(kStage, &Clock);
+    r.core.FinishStep(kStage, &Clock);
+  };
+  // Two blocks a sequence: 2, 6, 2.
+  plan(1, [](v1::StepPlan* p) {
+    AddOpen(p, 9);
+    AddRows(p, 9, 0, {1, 2, 3});
+  });
+  plan(2, [](v1::StepPlan* p) {
+    AddOpen(p, 10);
+    AddOpen(p, 11);
+    AddRows(p, 10, 0, {1});
+    AddRows(p, 11, 0, {1});
+  });
+  plan(3, [](v1::StepPlan* p) {
+    AddClose(p, 10);
+    AddClose(p, 11);
+  });
+  run(1, 3);
+  r.ports.told.clear();
+  v1::ToWorker resize;
+  resize.mutable_resize_cache()->set_stage_id(kStage);
+  resize.mutable_resize_cache()->set_cache_bytes(4 * kFakeBlockBytes);
+  r.core.OnMessage(std::move(resize), 0);
+  EXPECT_EQ(r.ports.told, "");
+  run(2, 2);
+  EXPECT_EQ(r.ports.told, "report 0");
+  run(3, 0);
+  EXPECT_EQ(r.ports.told, "report 0, report 0, resized 4");
+  EXPECT_TRUE(r.core.CheckIntegrity().ok()) << r.core.CheckIntegrity();
+}
+
 TEST(WorkerCoreTest, AnUnloadThatMeetsALoadIsAnsweredByIt) {
   Rig r(State::kLoading);
   r.core.OnMessage(UnloadMessage(), 0);
@@ -300,6 +356,43 @@ TEST(WorkerCoreTest, EdgesGoOnWhileTheirIdsStay) {
   r.transport.calls.clear();
   r.core.OnMessage(Activation(++r.epoch), 0);
   EXPECT_EQ(r.transport.calls, " expect 21 connect 22");
+}
+
+// One that stayed while the other was torn down had a receive posted that never ended, and NCCL's free
+// of the other's memory waited for it.
+TEST(WorkerCoreTest, NcclEdgesOfAnEpochEndTogetherAndBeforeTheNext) {
+  Rig r(State::kLoaded);
+  const auto enter = [&r](uint64_t in, uint64_t out, bool out_over_nccl) {
+    v1::ToWorker message = Activation(++r.epoch);
+    v1::ActivateStage& activate = *message.mutable_activate_stage();
+    activate.set_edge_id(in);
+    activate.set_edge_over_nccl(true);
+    activate.set_next_edge_id(out);
+    if (out_over_nccl) activate.set_next_nccl_id(std::string(limits::kNcclIdBytes, 'x'));
+    r.transport.calls.clear();
+    r.core.OnMessage(message, 0);
+    return r.transport.calls;
+  };
+  const auto broken = [&r](Edge edge, uint64_t id) {
+    edge.id = id;
+    edge.over_nccl = true;
+    r.transport.calls.clear();
+    r.ports.told.clear();
+    r.core.OnEdgeDown(edge, absl::UnavailableError("it broke"));
+    return r.transport.calls;
+  };
+  EXPECT_EQ(enter(31, 32, true), " expect 31 connect 32");
+  EXPECT_EQ(enter(41, 42, true), " disconnect forget expect 41 connect 42");
+  EXPECT_EQ(broken(Out(), 42), " disconnect forget");
+  EXPECT_EQ(r.ports.told, "FAILED 14");
+  EXPECT_EQ(broken(In(), 41), "") << "it is gone";
+  EXPECT_EQ(enter(51, 52, true), " expect 51 connect 52");
+  EXPECT_EQ(broken(In(), 51), " disconnect forget");
+  EXPECT_EQ(r.ports.told, "report 14");
+  // An edge over gRPC is not bound to an epoch.
+  EXPECT_EQ(enter(61, 62, false), " expect 61 connect 62");
+  EXPECT_EQ(enter(71, 62, false), " forget expect 71");
+  EXPECT_EQ(broken(In(), 71), " forget");
 }
 
 TEST(WorkerCoreTest, HelloTellsOfStagesThatAreLoaded) {

@@ -113,7 +113,7 @@ TEST(CpuBackendTest, AStageOutlivesItsBackend) {
   for (BlockId block = 0; block < 5; ++block) tables.push_back({block});
   const std::vector<absl::Span<const BlockId>> views(tables.begin(), tables.end());
   SamplingParams sampling;
-  BatchSequence sequence{{1}, 0, 3, tokens, views, 3, &sampling};
+  BatchSequence sequence{{1}, 0, 3, tokens, views, 0, 3, &sampling};
   LogitsRequest request;
   request.row = 2;
   request.sample = true;

@@ -146,6 +146,8 @@ class LoneSequence {
     sequence.num_tokens = count;
     sequence.tokens = absl::MakeSpan(tokens_).subspan(0, end);
     sequence.page_tables = views;
+    sequence.tables_id =
+        tables_[0][0] + 1;  // blocks are in one of a model's tables, or in equal ones
     sequence.prompt_tokens = 1;
     sequence.sampling = &sampling_;
     LogitsRequest request;

@@ -34,6 +34,17 @@ void WaitWhile(const std::atomic<bool>& fault) {
   while (fault) std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 
+// Waits for all that the process has on the device, inside CUDA.
+void WaitForDevice(FakeFabric* fabric, FakeFaults* faults) {
+  std::lock_guard cuda(faults->cuda);
+  const auto idle = [&] {
+    std::lock_guard lock(fabric->mu);
+    std::erase_if(faults->on_device, [](const FakeOpPtr& op) { return op->done; });
+    return faults->on_device.empty();
+  };
+  while (faults->frees_wait && !idle()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
+
 // Every operation that both sides have posted happens.
 void Match(FakeFabric::Pair& pair) {
   auto& [sends, receives] = pair.ops;
@@ -71,6 +82,7 @@ NcclCode FakeNccl::MakeId(std::string* id) {
 
 NcclCode FakeNccl::Init(NcclComm** comm, const std::string& id, int rank) {
   CheckThread("Init");
+  ++inits;
   std::lock_guard lock(fabric_->mu);
   FakeFabric::Pair& pair = fabric_->pairs[id];
   auto* made = new NcclComm;
@@ -110,6 +122,7 @@ NcclCode FakeNccl::AsyncError(NcclComm* comm, NcclCode* state) {
 }
 
 NcclCode FakeNccl::Post(NcclComm* comm, FakeOp op, void* stream) {
+  std::lock_guard cuda(faults_->cuda);
   std::lock_guard lock(fabric_->mu);
   if (comm->gone || comm->revoked) Problem("an operation after the end");
   if (comm->state == kNcclInProgress || comm->polls_left > 0) {
@@ -121,6 +134,7 @@ NcclCode FakeNccl::Post(NcclComm* comm, FakeOp op, void* stream) {
   const auto post = [this, comm, stream, shared] {
     comm->pair->ops[comm->rank].push_back(shared);
     static_cast<FakeStream*>(stream)->ops.push_back(shared);
+    faults_->on_device.push_back(shared);
     ++posted;
     Match(*comm->pair);
   };
@@ -169,11 +183,12 @@ NcclCode FakeNccl::Revoke(NcclComm* comm) {
 
 NcclCode FakeNccl::Destroy(NcclComm* comm) {
   CheckThread("Destroy");
-  std::lock_guard lock(fabric_->mu);
-  if (!comm->revoked || comm->revoke_hangs) Problem("Destroy of what is not quiet would block");
-  comm->pair->ranks[comm->rank] = nullptr;
-  --comms;
-  delete comm;
+  {
+    std::lock_guard lock(fabric_->mu);
+    if (!comm->revoked || comm->revoke_hangs) Problem("Destroy of what is not quiet would block");
+    comm->pair->ranks[comm->rank] = nullptr;
+  }
+  Free(comm);
   return kNcclSuccess;
 }
 
@@ -181,30 +196,41 @@ NcclCode FakeNccl::Abort(NcclComm* comm) {
   CheckThread("Abort");
   ++aborts;
   WaitWhile(faults_->abort_blocks);
-  std::lock_guard lock(fabric_->mu);
-  if (comm->pair->ranks[comm->rank] == comm) {  // a duplicate never got there
-    Stop(comm);
-    comm->pair->ranks[comm->rank] = nullptr;
+  {
+    std::lock_guard lock(fabric_->mu);
+    if (comm->pair->ranks[comm->rank] == comm) {  // a duplicate never got there
+      Stop(comm);
+      comm->pair->ranks[comm->rank] = nullptr;
+    }
   }
-  --comms;
-  delete comm;
+  Free(comm);
   return kNcclSuccess;
 }
 
+void FakeNccl::Free(NcclComm* comm) {
+  WaitForDevice(fabric_, faults_);
+  --comms;
+  delete comm;
+}
+
 absl::StatusOr<std::byte*> FakeDevice::Take(size_t bytes) {
+  std::lock_guard cuda(faults_->cuda);
   if (faults_->out_of_memory) return absl::ResourceExhaustedError("no memory on the fake");
   ++pieces;
   return new std::byte[bytes];
 }
 void FakeDevice::Give(std::byte* memory) {
+  WaitForDevice(fabric_, faults_);
   --pieces;
   delete[] memory;
 }
 absl::StatusOr<void*> FakeDevice::MakeStream() {
+  std::lock_guard cuda(faults_->cuda);
   ++streams;
   return new FakeStream;
 }
 void FakeDevice::FreeStream(void* stream) {
+  std::lock_guard cuda(faults_->cuda);
   std::lock_guard lock(fabric_->mu);
   for (const FakeOpPtr& op : static_cast<FakeStream*>(stream)->ops) {
     if (!op->done) fabric_->problems.push_back("the stream's end would block");
@@ -213,20 +239,24 @@ void FakeDevice::FreeStream(void* stream) {
   delete static_cast<FakeStream*>(stream);
 }
 absl::StatusOr<void*> FakeDevice::MakeEvent() {
+  std::lock_guard cuda(faults_->cuda);
   ++events;
   return new FakeEvent;
 }
 void FakeDevice::FreeEvent(void* event) {
+  std::lock_guard cuda(faults_->cuda);
   --events;
   delete static_cast<FakeEvent*>(event);
 }
 absl::Status FakeDevice::Record(void* event, void* stream) {
+  std::lock_guard cuda(faults_->cuda);
   std::lock_guard lock(fabric_->mu);
   auto* const on = static_cast<FakeStream*>(stream);
   *static_cast<FakeEvent*>(event) = {on, on->ops.size()};
   return absl::OkStatus();
 }
 absl::StatusOr<bool> FakeDevice::Done(void* event) {
+  std::lock_guard cuda(faults_->cuda);
   std::lock_guard lock(fabric_->mu);
   const auto& [stream, ops] = *static_cast<FakeEvent*>(event);
   for (size_t i = 0; i < ops; ++i) {
@@ -235,6 +265,7 @@ absl::StatusOr<bool> FakeDevice::Done(void* event) {
   return true;
 }
 absl::Status FakeDevice::Upload(std::byte* to, const std::byte* from, size_t bytes, void*) {
+  std::lock_guard cuda(faults_->cuda);
   ++uploads;
   memcpy(to, from, bytes);
   return absl::OkStatus();

@@ -4,7 +4,8 @@
 // the fakes of several workers.
 //
 // Thread:  any. The faults may be set at any time.
-// Why:     it also holds the caller to NCCL's rules: no call on a communicator that is in progress
+// Why:     a free waits, as CUDA's does, for all that its process has on the device, and lets no other
+//          thread of the process into CUDA meanwhile. It also holds the caller to NCCL's rules: no call on a communicator that is in progress
 //          but to ask or to stop it, none after it is gone, none on the loop thread. What is broken
 //          is listed in FakeFabric::Problems.
 #pragma once
@@ -24,6 +25,16 @@
 
 namespace strait {
 
+struct FakeOp {
+  const std::byte* from = nullptr;
+  std::byte* to = nullptr;
+  size_t bytes = 0;
+  bool hangs = false;
+  bool done = false;
+};
+using FakeOpPtr = std::shared_ptr<FakeOp>;
+
+// Of one process.
 struct FakeFaults {
   std::atomic<bool> init_hangs = false;    // is in progress for ever
   std::atomic<bool> ops_hang = false;      // what is posted from now on never ends by itself
@@ -34,16 +45,10 @@ struct FakeFaults {
   std::atomic<int> polls = 0;  // how often a call is still in progress before it is done
   std::atomic<NcclCode> async_error = kNcclSuccess;
   std::atomic<bool> out_of_memory = false;
+  std::atomic<bool> frees_wait = true;  // false: what waits goes on, for a test that has failed
+  std::mutex cuda;                      // held by who is in CUDA; before the fabric's mu
+  std::vector<FakeOpPtr> on_device;     // guarded by the fabric's mu: all that was posted
 };
-
-struct FakeOp {
-  const std::byte* from = nullptr;
-  std::byte* to = nullptr;
-  size_t bytes = 0;
-  bool hangs = false;
-  bool done = false;
-};
-using FakeOpPtr = std::shared_ptr<FakeOp>;
 
 class FakeFabric {
  public:
@@ -82,11 +87,13 @@ class FakeNccl final : public NcclApi {
   std::string Text(NcclCode code) const override { return "fake error " + std::to_string(code); }
 
   std::atomic<int> comms = 0;  // that exist
+  std::atomic<int> inits = 0;
   std::atomic<int> aborts = 0;
   std::atomic<int> posted = 0;  // sends and receives, since the start
 
  private:
   NcclCode Post(NcclComm* comm, FakeOp op, void* stream);
+  void Free(NcclComm* comm);
   void Stop(NcclComm* comm);       // REQUIRES: mu held
   void Problem(std::string what);  // REQUIRES: mu held
   void CheckThread(const char* what);

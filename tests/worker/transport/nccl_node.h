@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Node is a worker's end of NCCL edges over the fakes; what is sent is a pattern that tells its
-// step.
+// step. NcclTransportTest joins them, and looks that nobody broke NCCL's rules.
 //
 // Thread:  the test's is the loop thread.
 #pragma once
@@ -162,5 +162,21 @@ inline void ExpectHidden(Event event, uint64_t step, uint32_t tokens, uint64_t t
     ASSERT_EQ(event.hidden.data.data()[i], Pattern(step, i)) << "byte " << i << " of " << step;
   }
 }
+
+class NcclTransportTest : public testing::Test {
+ protected:
+  ~NcclTransportTest() override {
+    for (const std::string& problem : fabric_.Problems()) ADD_FAILURE() << problem;
+  }
+  // Ends a node; nothing of NCCL or the device may be left.
+  static void End(Node& node) {
+    node.transport.reset();
+    EXPECT_EQ(node.nccl->comms, 0);
+    EXPECT_EQ(node.device->streams, 0);
+    EXPECT_EQ(node.device->events, 0);
+  }
+
+  FakeFabric fabric_;
+};
 
 }  // namespace strait

@@ -14,22 +14,6 @@
 namespace strait {
 namespace {
 
-class NcclTransportTest : public testing::Test {
- protected:
-  ~NcclTransportTest() override {
-    for (const std::string& problem : fabric_.Problems()) ADD_FAILURE() << problem;
-  }
-  // Ends a node; nothing of NCCL or the device may be left.
-  static void End(Node& node) {
-    node.transport.reset();
-    EXPECT_EQ(node.nccl->comms, 0);
-    EXPECT_EQ(node.device->streams, 0);
-    EXPECT_EQ(node.device->events, 0);
-  }
-
-  FakeFabric fabric_;
-};
-
 TEST_F(NcclTransportTest, StepsArriveWholeAndInOrder) {
   for (const int polls : {0, 3}) {  // calls that are done at once; that are in progress first
     Node from(&fabric_), to(&fabric_);
@@ -272,62 +256,6 @@ TEST_F(NcclTransportTest, AsynchronousErrorIsToldOnce) {
   }
 }
 
-// ---- The end of an epoch ----
-
-TEST_F(NcclTransportTest, EpochEndsWithReceivesPosted) {
-  for (const bool can_revoke : {true, false}) {
-    Node from(&fabric_), to(&fabric_);
-    from.faults.can_revoke = to.faults.can_revoke = can_revoke;
-    uint64_t edge_id = kEdge;
-    int taken = 0;
-    for (int round = 0; round < 4; ++round, ++edge_id) {
-      Open(from, to, kFrom, kTo, edge_id);
-      if (round == 1) taken = to.device->pieces;
-      for (uint64_t step = 1; step <= 5; ++step)
-        to.transport->Due(kTo, kEpoch, StepId{step}, kMaxTokens);
-      ASSERT_TRUE(from.Send(1, kMaxTokens).ok());
-      ExpectHidden(to.Next(), 1, kMaxTokens);
-      to.transport->Consumed(kTo, kEpoch, StepId{1});
-      // Both sides learn of the new epoch, one before the other: what the other says meanwhile is
-      // of an epoch that is over.
-      (round % 2 == 0 ? from.transport->Disconnect(kFrom) : to.transport->Forget(kTo));
-      (round % 2 == 0 ? to.transport->Forget(kTo) : from.transport->Disconnect(kFrom));
-      while (from.nccl->comms + to.nccl->comms > 0) std::this_thread::sleep_for(1ms);
-      for (Node* node : {&from, &to}) {
-        while (node->CountOf(Event::kDown) > 0) EXPECT_EQ(node->Next().edge.id, edge_id);
-      }
-    }
-    EXPECT_LE(to.device->pieces, taken + 1) << "memory is taken anew for every epoch";
-    EXPECT_EQ(to.nccl->aborts > 0, !can_revoke);
-    End(from);
-    End(to);
-    EXPECT_EQ(to.device->pieces, 0);
-  }
-}
-
-TEST_F(NcclTransportTest, NewEdgeReplacesTheOldOneSilently) {
-  Node from(&fabric_), to(&fabric_);
-  Open(from, to);
-  const uint64_t next = kEdge + 1;
-  to.transport->Expect(EdgeOf(kFrom, kTo, next));
-  Event id = to.Next();
-  ASSERT_EQ(id.kind, Event::kId) << id.status;
-  EXPECT_EQ(id.edge.id, next);
-  Edge edge = EdgeOf(kFrom, kTo, next);
-  edge.nccl_id = id.text;
-  from.transport->Connect(edge);
-  Event event = from.Next();
-  // The sender may have seen its old edge end before it was told.
-  if (event.kind == Event::kDown) {
-    EXPECT_EQ(event.edge.id, kEdge);
-    event = from.Next();
-  }
-  ASSERT_EQ(event.kind, Event::kUp) << event.status;
-  to.transport->Due(kTo, kEpoch, StepId{1}, 2);
-  ASSERT_TRUE(from.Send(1, 2).ok());
-  ExpectHidden(to.Next(), 1, 2);
-}
-
 // A buffer that a stage still holds outlives its edge and even the transport.
 TEST_F(NcclTransportTest, HiddenStatesOutliveTheTransport) {
   Node from(&fabric_), to(&fabric_);
@@ -374,6 +302,7 @@ TEST_F(NcclTransportTest, AbortThatHangsPoisonsTheProcessAndNothingElse) {
   NcclTransportOptions impatient;
   impatient.abort_timeout = 3s;
   impatient.init_timeout = 2s;
+  impatient.leave_timeout = 100ms;
   Node a(&fabric_), b(&fabric_), to(&fabric_, impatient);
   Open(a, to);
   Open(b, to, 5, 6);

@@ -10,6 +10,9 @@
 #include "proto/base/limits.h"
 #include "proto/base/status_macros.h"
 #include "proto/model/reservation.h"
+#include "worker/model/cuda/cuda_cache.h"
+#include "worker/model/cuda/device_arena.h"
+#include "worker/model/cuda/device_parts.h"
 #include "worker/model/cuda/stage_layout.h"
 #include "worker/model/cuda/stage_model.h"
 #include "worker/model/cuda/weights.h"
@@ -20,6 +23,9 @@ namespace {
 
 // Raise it with every change that may change a bit of the results.
 constexpr int kKernelRevision = 4;
+
+// The part of a worker's memory that is not taken at the start.
+constexpr uint64_t kOthersDivisor = 32;
 
 absl::Status CheckFp8Activations(const ModelConfig& config, const cuda::Device& device) {
   if (config.quantization != Quantization::kFp8Block128) {
@@ -44,6 +50,9 @@ struct CudaBackend::Shared {
   std::unique_ptr<WeightSource> weights;
   std::shared_ptr<MemoryBudget> budget;
   CudaTraits traits;
+  std::shared_ptr<DeviceArena> arena;
+  std::unique_ptr<CudaCache> cache;
+  DeviceParts parts;
 };
 
 absl::StatusOr<cuda::Device> OpenCudaDevice(int index) {
@@ -80,6 +89,21 @@ absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
                     .max_step_tokens = options.max_step_tokens,
                     .has_mha_prefill = cuda::HasMhaPrefill()};
   shared->budget = std::make_shared<MemoryBudget>(options.memory_bytes);
+  const int device = shared->device.index;
+  STRAIT_ASSIGN_OR_RETURN(shared->traits.slab_bytes,
+                          DeviceArena::SlabBytesFor(device, options.memory_bytes));
+  // Decode graphs and NCCL have memory of their own, which they take when they need it.
+  const ModelConfig& config = shared->weights->config();
+  const uint64_t others =
+      std::max(kCudaGraphBytes + config.num_hidden_layers * kCudaGraphBytesEachLayer,
+               options.memory_bytes / kOthersDivisor);
+  STRAIT_ASSIGN_OR_RETURN(
+      shared->arena,
+      DeviceArena::Create(device, shared->budget, shared->traits.slab_bytes,
+                          options.memory_bytes - std::min(options.memory_bytes, others),
+                          options.memory_patience));
+  STRAIT_ASSIGN_OR_RETURN(shared->cache, CudaCache::Create(*shared->arena, options.memory_bytes,
+                                                           config, options.row_format));
   return std::unique_ptr<CudaBackend>(new CudaBackend(std::move(shared)));
 }
 
@@ -97,23 +121,32 @@ absl::StatusOr<std::unique_ptr<StageModel>> CudaBackend::Load(
   const auto what = absl::StrCat("a stage of layers ", spec.layers.begin, " to ", spec.layers.end,
                                  " with ", spec.pool_blocks, " latent blocks");
   const CudaTraits& traits = shared_->traits;
-  const CudaStageBytes needed = LayOutStage(config, spec, traits, nullptr).bytes;
-  STRAIT_ASSIGN_OR_RETURN(MemoryBudget::Share share,
-                          MemoryBudget::Take(shared_->budget, needed.total(), what));
-  // What the GPU really has: others may use it too.
-  STRAIT_ASSIGN_OR_RETURN(const cuda::Device now, OpenCudaDevice(shared_->device.index));
-  const auto available = static_cast<uint64_t>(now.free_bytes);
-  if (needed.total() > available) {
+  const bool expands = ExpandsPrompts(config, traits);
+  const CudaStageBytes stage = LayOutStage(config, spec, traits, nullptr).bytes;
+  const uint64_t weights = shared_->parts.MissingBytes(config, spec.layers, expands, traits);
+  const uint64_t available = shared_->budget->total() - shared_->budget->used();
+  if (weights + stage.workspace > available) {
     return absl::ResourceExhaustedError(
-        absl::StrCat(what, " needs ", needed.total(), " bytes of GPU memory (weights ",
-                     needed.weights, ", cache ", needed.pool, ", workspace ", needed.workspace,
-                     "), available are ", available, " of ", now.memory_bytes, " on ", now.name,
-                     "; ", WhatWouldFit(CudaStageCosts(config, traits), spec, available)));
+        absl::StrCat(what, " needs ", weights + stage.workspace,
+                     " bytes of GPU memory beside the cache (weights ", weights, ", workspace ",
+                     stage.workspace, "), available are ", available, " of ",
+                     shared_->budget->total(), " on ", shared_->device.name, "; ",
+                     WhatWouldFit(CudaStageCosts(config, traits), spec, available + stage.pool)));
   }
-  return CudaStageModel::Create(shared_, *shared_->weights, spec, shared_->device.index, traits,
-                                std::move(share), progress);
+  STRAIT_ASSIGN_OR_RETURN(MemoryBudget::Share graphs,
+                          MemoryBudget::Take(shared_->budget, stage.graphs, what));
+  STRAIT_ASSIGN_OR_RETURN(DeviceStageParts parts,
+                          shared_->parts.Load(*shared_->weights, spec.layers, expands,
+                                              *shared_->arena, what, progress));
+  return CudaStageModel::Create({.alive = shared_,
+                                 .config = &config,
+                                 .arena = shared_->arena.get(),
+                                 .cache = shared_->cache.get(),
+                                 .traits = &traits},
+                                spec, std::move(parts), std::move(graphs));
 }
 
+CacheMemory& CudaBackend::cache() { return *shared_->cache; }
 uint32_t CudaBackend::hidden_row_bytes() const {
   return config().hidden_size * static_cast<uint32_t>(sizeof(float));
 }
@@ -132,6 +165,9 @@ std::string CudaBackend::numerics_id() const {
                       shared_->traits.deterministic ? "/deterministic" : "");
 }
 
+uint64_t CudaBackend::used_bytes() const { return shared_->budget->used(); }
+const std::shared_ptr<DeviceArena>& CudaBackend::arena() const { return shared_->arena; }
+const CudaPool& CudaBackend::cache_pool() const { return shared_->cache->pool(); }
 const CudaTraits& CudaBackend::traits() const { return shared_->traits; }
 StageCosts CudaBackend::stage_costs() const { return CudaStageCosts(config(), shared_->traits); }
 

@@ -4,20 +4,22 @@
 // latent cache in bf16 or fp8 rows; hidden states come and go as fp32, in host memory or on the
 // device.
 //
-// Owns:    the weight source, the budget that its stages share. A stage keeps what it needs of
+// Owns:    the weight source, the arena of device memory, the cache. A stage keeps what it needs of
 //          these alive, so it may outlive the backend.
 // Thread:  Load any; steps of a stage by one thread.
 // Stream:  one a stage, in order.
 // Errors:  Create: FailedPrecondition: no GPU, driver too old, compute capability without code;
 //          InvalidArgument: a model or a row format that the kernels do not take, fp8_activations
-//          without fp8 weights. Load: as CpuBackend's, and ResourceExhausted if the GPU has not the
-//          bytes. Steps: Internal; if the GPU context is lost, the process ends
+//          without fp8 weights; ResourceExhausted if the GPU has not the bytes. Load: as CpuBackend's.
+//          Steps: Internal; if the GPU context is lost, the process ends
 //          (worker/model/cuda/status.h).
 // Limits:  all stages together within memory_bytes: weights as the device stores them, cache and
 //          workspace (stage_layout.h). What CUDA itself takes for the process comes on top.
-// Why:     a stage's device memory is one allocation, made at load: nothing is taken in a step.
+// Why:     device memory is taken once, at the start, in slabs that are lent to weights, workspaces and
+//          the cache (device_arena.h): nothing is taken in a step.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -32,6 +34,8 @@
 #include "worker/backend.h"
 #include "worker/checkpoint/weights.h"
 #include "worker/model/cuda/cuda_workspace.h"
+#include "worker/model/cuda/device_arena.h"
+#include "worker/model/cuda/layers.h"
 
 namespace strait {
 
@@ -44,6 +48,8 @@ struct CudaBackendOptions {
   // Products of fp8 weights with many rows, deterministic with any number, read activations as e4m3
   // codes (kernels/cuda/gemm/gemm.h, W8A8).
   bool fp8_activations = false;
+  // How long Create waits for memory that the GPU has not yet.
+  std::chrono::milliseconds memory_patience{0};
   // Workspaces are made for steps of so many rows; larger ones go through the layers in parts.
   uint32_t max_step_tokens = limits::kMaxStepTokens;
 };
@@ -60,6 +66,7 @@ class CudaBackend final : public Backend {
   absl::StatusOr<std::unique_ptr<StageModel>> Load(
       const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) override;
 
+  CacheMemory& cache() override;
   uint32_t hidden_row_bytes() const override;
   uint32_t num_layers() const override;
   uint32_t vocab_size() const override;
@@ -71,6 +78,10 @@ class CudaBackend final : public Backend {
   // How the memory of its stages is counted; for the coordinator.
   StageCosts stage_costs() const;
   const CudaTraits& traits() const;
+  // Of memory_bytes.
+  uint64_t used_bytes() const;
+  const CudaPool& cache_pool() const;
+  const std::shared_ptr<DeviceArena>& arena() const;
 
   struct Shared;  // what stages keep alive
 

@@ -144,8 +144,8 @@ bool ExpandsPrompts(const ModelConfig& c, const CudaTraits& traits) {
          c.qk_nope_head_dim == cuda::kMhaNope && c.v_head_dim == cuda::kMhaValue;
 }
 
-StepLimits MakeStepLimits(const ModelConfig& c, LayerRange layers, uint32_t pool_blocks,
-                          uint32_t tile_rows, const CudaTraits& traits) {
+StepLimits MakeStepLimits(const ModelConfig& c, LayerRange layers, uint32_t tile_rows,
+                          const CudaTraits& traits) {
   StepLimits limits;
   limits.tile_rows = tile_rows;
   limits.deterministic = traits.deterministic;
@@ -166,7 +166,6 @@ StepLimits MakeStepLimits(const ModelConfig& c, LayerRange layers, uint32_t pool
   tables.Take<int32_t>(limits::kMaxStepTokens);
   tables.Take<int32_t>(limits::kMaxStepTokens);
   tables.Take<cuda::MlaSegment>(uint64_t{layers.size()} * limits::kMaxStepSequences);
-  tables.Take<uint32_t>(pool_blocks);
   limits.table_bytes = tables.end();
   LimitPlans(c, traits, &limits);
   return limits;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a stage has on the device besides weights and cache: the activations of one tile of rows,
-// and the tables of one step.
+// What a stage has on the device besides weights, cache and page tables: the activations of one tile of
+// rows, and the tables of one step.
 //
 // Borrows: one region of device memory.
 // Thread:  a plain value.
@@ -42,6 +42,11 @@ struct CudaTraits {
   bool fp8_activations = false;
   uint32_t max_step_tokens = kCudaMaxTileRows;  // no tile is larger
   bool has_mha_prefill = false;                 // the device has the kernel of the expanded form
+  uint64_t slab_bytes = Region::kAlign;  // what is taken is a multiple of it (device_arena.h)
+
+  uint64_t RoundUp(uint64_t bytes) const {
+    return (bytes + slab_bytes - 1) / slab_bytes * slab_bytes;
+  }
 };
 
 // Whether prompts attend in the expanded form where a tile is large enough for them.
@@ -52,7 +57,7 @@ struct StepLimits {
   uint32_t tile_rows = 0;
   uint32_t head_rows = 0;     // whose logits exist at a time
   uint64_t head_entries = 0;  // penalties, biases, bans of these rows
-  uint64_t table_bytes = 0;   // step tables: rows, segments, page tables
+  uint64_t table_bytes = 0;   // step tables: rows, segments
   cuda::MlaPlanLimits mla;    // of one launch of attention
   uint64_t plan_bytes = 0;    // of all launches' plans
   int32_t expanded_keys = 0;  // rows; of one launch of the expanded form
@@ -118,8 +123,8 @@ struct CudaWorkspace {
 // Row indices, sampling rows, entries of one product of the head.
 uint64_t HeadTableBytes(const StepLimits& limits);
 
-StepLimits MakeStepLimits(const ModelConfig& config, LayerRange layers, uint32_t pool_blocks,
-                          uint32_t tile_rows, const CudaTraits& traits);
+StepLimits MakeStepLimits(const ModelConfig& config, LayerRange layers, uint32_t tile_rows,
+                          const CudaTraits& traits);
 
 CudaWorkspace LayOutCudaWorkspace(const ModelConfig& config, LayerRange layers,
                                   const StepLimits& limits, Region& region);

@@ -29,9 +29,9 @@ std::vector<CopyPiece> CutToStaging(absl::Span<const CopyPiece> pieces) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<DeviceCopies>> DeviceCopies::Create(const StageSpec& spec,
+absl::StatusOr<std::unique_ptr<DeviceCopies>> DeviceCopies::Create(uint32_t num_layers,
                                                                    Place place) {
-  std::unique_ptr<DeviceCopies> copies(new DeviceCopies(spec, std::move(place)));
+  std::unique_ptr<DeviceCopies> copies(new DeviceCopies(num_layers, std::move(place)));
   STRAIT_CUDA_RETURN_IF_ERROR(cudaSetDevice(copies->place_.device));
   STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&copies->stream_, cudaStreamNonBlocking));
   for (cudaEvent_t& event : copies->events_) {
@@ -61,8 +61,9 @@ absl::StatusOr<CopyId> DeviceCopies::Write(absl::Span<const BlockRows> list, Row
 
 absl::StatusOr<CopyId> DeviceCopies::Start(absl::Span<const BlockRows> list, CopyWay way,
                                            Buffer buffer) {
-  STRAIT_ASSIGN_OR_RETURN(const std::vector<CopyPiece> pieces,
-                          CutCopy(list, way, spec_, place_.row_bytes, buffer.bytes));
+  STRAIT_ASSIGN_OR_RETURN(
+      const std::vector<CopyPiece> pieces,
+      CutCopy(list, way, num_layers_, place_.cache->num_blocks(), place_.row_bytes, buffer.bytes));
   STRAIT_RETURN_IF_ERROR(CheckCopiesUnderWay(under_way_.size()));
   STRAIT_CUDA_RETURN_IF_ERROR(cudaSetDevice(place_.device));
   STRAIT_RETURN_IF_ERROR(Look(&buffer));

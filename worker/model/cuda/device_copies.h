@@ -44,6 +44,7 @@ class DeviceCopies final : public BlockCopies {
   struct Place {
     int device = 0;
     std::byte* pool = nullptr;
+    const CacheMemory* cache = nullptr;  // whose blocks these are
     uint32_t row_bytes = 0;
     std::byte* staging = nullptr;  // [kCudaCopyStagingBytes] on the device
     // The event behind the newest step that is begun; null: all are finished.
@@ -52,7 +53,7 @@ class DeviceCopies final : public BlockCopies {
   // A run of so many bytes is a copy of its own.
   static constexpr uint64_t kDirectBytes = 1 << 20;
 
-  static absl::StatusOr<std::unique_ptr<DeviceCopies>> Create(const StageSpec& spec, Place place);
+  static absl::StatusOr<std::unique_ptr<DeviceCopies>> Create(uint32_t num_layers, Place place);
   ~DeviceCopies() override;
 
   absl::StatusOr<CopyId> Read(absl::Span<const BlockRows> list, RowsOut to) override;
@@ -82,7 +83,8 @@ class DeviceCopies final : public BlockCopies {
     std::deque<HostMove> moves;  // what host functions point to stays where it is
   };
 
-  DeviceCopies(const StageSpec& spec, Place place) : spec_(spec), place_(std::move(place)) {}
+  DeviceCopies(uint32_t num_layers, Place place)
+      : num_layers_(num_layers), place_(std::move(place)) {}
 
   absl::StatusOr<CopyId> Start(absl::Span<const BlockRows> list, CopyWay way, Buffer buffer);
   // Finds out where the buffer is.
@@ -95,7 +97,7 @@ class DeviceCopies final : public BlockCopies {
                                const Buffer& buffer, Copy* copy);
   absl::Status EnqueueHostMove(HostMove move, Copy* copy);
 
-  const StageSpec spec_;
+  const uint32_t num_layers_;
   const Place place_;
   cudaStream_t stream_ = nullptr;
   PinnedMemory staging_;                                  // [kCudaCopyStagingBytes]

@@ -6,18 +6,14 @@
 #include "absl/strings/str_cat.h"
 #include "proto/base/limits.h"
 #include "proto/model/reservation.h"
+#include "worker/model/cuda/device_parts.h"
+#include "worker/model/cuda/device_tables.h"
 
 namespace strait {
 namespace {
 
 uint64_t PoolBlockBytes(const ModelConfig& c, const CudaTraits& traits) {
   return BlockBytes(traits.row_format, c.kv_lora_rank, c.qk_rope_head_dim);
-}
-
-uint64_t WeightBytes(const ModelConfig& c, LayerRange layers, const CudaTraits& traits) {
-  Region region(nullptr);
-  LayOutWeights(c, layers, ExpandsPrompts(c, traits), region);
-  return region.end();
 }
 
 bool Fits(const StageCosts& costs, LayerRange layers, uint64_t pool_blocks, uint64_t bytes) {
@@ -29,19 +25,22 @@ bool Fits(const StageCosts& costs, LayerRange layers, uint64_t pool_blocks, uint
 
 CudaStageLayout LayOutStage(const ModelConfig& c, const StageSpec& spec, const CudaTraits& traits,
                             std::byte* base) {
+  const StageCosts costs = CudaStageCosts(c, traits);
   CudaStageLayout l;
+  l.bytes.weights =
+      StageWeightBytes(costs.layer_bytes, costs.embedding_bytes, costs.head_bytes, spec.layers);
+  l.bytes.pool = traits.RoundUp(uint64_t{spec.pool_blocks} * PoolBlockBytes(c, traits));
   Region region(base);
-  l.weights = LayOutWeights(c, spec.layers, ExpandsPrompts(c, traits), region);
-  l.bytes.weights = region.end();
-  l.pool = region.Take<std::byte>(uint64_t{spec.pool_blocks} * PoolBlockBytes(c, traits));
-  l.bytes.pool = region.end() - l.bytes.weights;
   l.inv_freq = region.Take<float>(c.qk_rope_head_dim / 2);
   l.limits =
-      MakeStepLimits(c, spec.layers, spec.pool_blocks,
-                     TileRowsOf(CudaStageCosts(c, traits), spec.layers, l.bytes.weights), traits);
+      MakeStepLimits(c, spec.layers, TileRowsOf(costs, spec.layers, l.bytes.weights), traits);
   l.workspace = LayOutCudaWorkspace(c, spec.layers, l.limits, region);
+  l.region_end = region.end();
   l.bytes.graphs = kCudaGraphBytes + spec.layers.size() * kCudaGraphBytesEachLayer;
-  l.bytes.workspace = region.end() - l.bytes.weights - l.bytes.pool + l.bytes.graphs;
+  l.bytes.workspace =
+      traits.RoundUp(region.end()) +
+      traits.RoundUp(DeviceTables::DeviceBytes(spec.layers.size(), spec.pool_blocks)) +
+      l.bytes.graphs;
   return l;
 }
 
@@ -53,24 +52,19 @@ uint32_t TileRowsOf(const StageCosts& costs, LayerRange layers, uint64_t weight_
 StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
   const uint32_t n = c.num_hidden_layers;
   StageCosts costs;
-  // A first layer comes with the embedding, a last one with the head: measured in the middle of a
-  // model that goes on.
-  ModelConfig longer = c;
-  longer.num_hidden_layers = n + 1;
   for (LayerIndex layer = 0; layer < n; ++layer) {
-    costs.layer_bytes.push_back(WeightBytes(longer, {layer, layer + 1}, traits));
+    costs.layer_bytes.push_back(
+        traits.RoundUp(DeviceLayerBytes(c, layer, ExpandsPrompts(c, traits))));
   }
-  Region embedding(nullptr);
-  embedding.TakeMatrix(c.vocab_size, c.hidden_size, false);
-  costs.embedding_bytes = embedding.end();
-  costs.layer_bytes.front() -= costs.embedding_bytes;
-  costs.head_bytes = WeightBytes(c, {n - 1, n}, traits) - costs.layer_bytes.back() -
-                     (n == 1 ? costs.embedding_bytes : 0);
-  costs.block_bytes =
-      PoolBlockBytes(c, traits) + sizeof(uint32_t);  // and its entry in a page table
+  costs.embedding_bytes = traits.RoundUp(DeviceEmbeddingBytes(c));
+  costs.head_bytes = traits.RoundUp(DeviceHeadBytes(c));
+  costs.block_bytes = PoolBlockBytes(c, traits) + DeviceTables::kBytesEachBlock;
   costs.layer_workspace_bytes =
       kCudaGraphBytesEachLayer + limits::kMaxStepSequences * sizeof(cuda::MlaSegment);
   static_assert(limits::kMaxStepSequences * sizeof(cuda::MlaSegment) % Region::kAlign == 0);
+  // The fixed part of the page tables, and what they, the workspace and the cache are rounded up by.
+  costs.stage_bytes = DeviceTables::DeviceBytes(n, 0) + 2 * Region::kAlign + 3 * traits.slab_bytes;
+  costs.edge_bytes = traits.slab_bytes;  // that an edge's places are rounded up by
   const uint32_t most = std::clamp(traits.max_step_tokens, kCudaMinTileRows,
                                    traits.deterministic ? kCudaMaxFixedTileRows : kCudaMaxTileRows);
   for (uint32_t rows = kCudaMinTileRows; rows <= most; rows += kCudaMinTileRows) {
@@ -78,10 +72,9 @@ StageCosts CudaStageCosts(const ModelConfig& c, const CudaTraits& traits) {
     for (const LayerRange none : {LayerRange{0, 0}, LayerRange{n, n}}) {
       Region region(nullptr);
       region.Take<float>(c.qk_rope_head_dim / 2);
-      LayOutCudaWorkspace(c, none, MakeStepLimits(c, none, 0, rows, traits), region);
-      // And rounding where the page tables end.
+      LayOutCudaWorkspace(c, none, MakeStepLimits(c, none, rows, traits), region);
       (none.end == n ? costs.last_workspace_bytes : costs.workspace_bytes)
-          .push_back(region.end() + Region::kAlign + kCudaGraphBytes);
+          .push_back(region.end() + kCudaGraphBytes);
     }
   }
   return costs;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a stage takes on the device, and how it lies in one region: weights, cache, workspace. The
-// worker allocates by it, and the coordinator plans by what the worker tells of it (StageCosts).
+// What a stage takes on the device: weights, its share of the cache, page tables, workspace. The worker
+// allocates by it, and the coordinator plans by what the worker tells of it (StageCosts).
 //
 // Thread:  pure functions; no GPU is needed.
 // Limits:  every stage of `layers` with `pool_blocks` takes no more than CudaStageCosts says, and
@@ -29,22 +29,20 @@ inline constexpr uint64_t kCudaGraphBytesEachLayer = 3 << 20;
 struct CudaStageBytes {
   uint64_t weights = 0;
   uint64_t pool = 0;
-  uint64_t workspace = 0;  // activations, tables, plans, graphs
+  uint64_t workspace = 0;  // activations, step tables, plans, page tables, graphs
   uint64_t graphs = 0;     // of the workspace: taken by CUDA as graphs are made
   uint64_t total() const { return weights + pool + workspace; }
-  uint64_t allocated() const { return total() - graphs; }  // the region
 };
 
 struct CudaStageLayout {
   CudaStageBytes bytes;
+  uint64_t region_end = 0;  // of the workspace
   StepLimits limits;
-  DeviceStage weights;
-  std::byte* pool = nullptr;
   float* inv_freq = nullptr;  // [qk_rope_head_dim / 2]
   CudaWorkspace workspace;
 };
 
-// `base` null: only measures.
+// The workspace at `base`; null: only measures.
 CudaStageLayout LayOutStage(const ModelConfig& config, const StageSpec& spec,
                             const CudaTraits& traits, std::byte* base);
 

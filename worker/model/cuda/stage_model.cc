@@ -5,6 +5,7 @@
 #include <cstring>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "kernels/cuda/moe/moe.h"
 #include "kernels/rope.h"
 #include "proto/base/check.h"
@@ -21,12 +22,13 @@ constexpr int32_t kMaxGraphRows = 256;  // beyond it launching is no longer what
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<CudaStageModel>> CudaStageModel::Create(
-    std::shared_ptr<const void> alive, WeightSource& source, const StageSpec& spec, int device,
-    const CudaTraits& traits, MemoryBudget::Share share, const LoadProgress& progress) {
+absl::StatusOr<std::unique_ptr<CudaStageModel>> CudaStageModel::Create(CudaWorker worker,
+                                                                       const StageSpec& spec,
+                                                                       DeviceStageParts parts,
+                                                                       MemoryBudget::Share graphs) {
   std::unique_ptr<CudaStageModel> model(
-      new CudaStageModel(std::move(alive), source.config(), spec, device, std::move(share)));
-  STRAIT_RETURN_IF_ERROR(model->Init(source, traits, progress));
+      new CudaStageModel(std::move(worker), spec, std::move(parts), std::move(graphs)));
+  STRAIT_RETURN_IF_ERROR(model->Init());
   return model;
 }
 
@@ -41,37 +43,26 @@ CudaStageModel::~CudaStageModel() {
   if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
 }
 
-absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits,
-                                  const LoadProgress& progress) {
+absl::Status CudaStageModel::Init() {
   STRAIT_CUDA_RETURN_IF_ERROR(cudaSetDevice(device_));
   STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::PrepareMla());
   STRAIT_CUDA_RETURN_IF_ERROR(cuda::PrepareMhaPrefill());
+  const CudaTraits& traits = *worker_.traits;
+  const auto what =
+      absl::StrCat("a stage of layers ", spec_.layers.begin, " to ", spec_.layers.end);
   bytes_ = LayOutStage(config_, spec_, traits, nullptr).bytes;
-  STRAIT_ASSIGN_OR_RETURN(memory_, DeviceMemory::Create(bytes_.allocated()));
-  CudaStageLayout layout = LayOutStage(config_, spec_, traits, memory_.data());
-  weights_ = std::move(layout.weights);
+  STRAIT_ASSIGN_OR_RETURN(
+      workspace_memory_,
+      worker_.arena->Take(LayOutStage(config_, spec_, traits, nullptr).region_end, what));
+  CudaStageLayout layout = LayOutStage(config_, spec_, traits, workspace_memory_.data());
   limits_ = layout.limits;
   ws_ = layout.workspace;
-  pool_.blocks = layout.pool;
-  pool_.block_bytes = static_cast<int64_t>(
-      BlockBytes(traits.row_format, config_.kv_lora_rank, config_.qk_rope_head_dim));
-  pool_.format = traits.row_format;
-  const auto rank = static_cast<int32_t>(config_.kv_lora_rank);
-  const auto rope = static_cast<int32_t>(config_.qk_rope_head_dim);
-  // A row's padding is never read as a number, but zeros are kinder to debug.
-  STRAIT_CUDA_RETURN_IF_ERROR(cudaMemsetAsync(pool_.blocks, 0, bytes_.pool, stream_));
   const size_t handed = size_t{cuda::kMaxChooseTokens} * config_.n_routed_experts;
   if (handed > 0) {
     STRAIT_CUDA_RETURN_IF_ERROR(
         cudaMemsetAsync(ws_.handed, 0, handed * sizeof(*ws_.handed), stream_));
   }
-  if (pool_.format == RowFormat::kBf16 &&
-      cuda::MlaAutoPath(pool_.format, rank, rope) == cuda::MlaPath::kHopper) {
-    STRAIT_CUDA_RETURN_IF_ERROR(
-        cuda::MakeMlaPoolMap(pool_.blocks, spec_.pool_blocks, pool_.block_bytes, &pool_.map));
-  }
-  STRAIT_RETURN_IF_ERROR(UploadWeights(source, spec_.layers, weights_, bytes_.weights, progress));
   std::vector<float> inv_freq(config_.qk_rope_head_dim / 2);
   RopeInverseFrequencies(RopeConfigOf(config_), inv_freq.data());
   STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(layout.inv_freq, inv_freq.data(),
@@ -79,17 +70,23 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
                                               cudaMemcpyHostToDevice, stream_));
   STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
 
-  layers_.emplace(config_, pool_, ws_, layout.inv_freq, stream_);
+  const CudaPool& pool = worker_.cache->pool();
+  layers_.emplace(config_, pool, ws_, layout.inv_freq, stream_);
   if (weights_.norm != nullptr) head_.emplace(config_, limits_, ws_, weights_, stream_);
   for (Slot& slot : slots_) STRAIT_RETURN_IF_ERROR(InitSlot(&slot));
+  const uint64_t most =
+      DeviceTables::DeviceBytes(spec_.layers.size(), worker_.cache->most_blocks());
+  STRAIT_ASSIGN_OR_RETURN(table_memory_, worker_.arena->Take(0, most, what));
+  STRAIT_RETURN_IF_ERROR(SetCapacity(spec_.pool_blocks));
   STRAIT_ASSIGN_OR_RETURN(
-      copies_,
-      DeviceCopies::Create(spec_, {.device = device_,
-                                   .pool = pool_.blocks,
-                                   .row_bytes = RowBytes(traits.row_format, config_.kv_lora_rank,
-                                                         config_.qk_rope_head_dim),
-                                   .staging = ws_.copies,
-                                   .newest_step = [this] { return newest_step(); }}));
+      copies_, DeviceCopies::Create(spec_.layers.size(),
+                                    {.device = device_,
+                                     .pool = pool.blocks,
+                                     .cache = worker_.cache,
+                                     .row_bytes = RowBytes(traits.row_format, config_.kv_lora_rank,
+                                                           config_.qk_rope_head_dim),
+                                     .staging = ws_.copies,
+                                     .newest_step = [this] { return newest_step(); }}));
   Log(LogLevel::kInfo, "GPU memory of a stage",
       {{"weights", bytes_.weights},
        {"cache", bytes_.pool},
@@ -100,8 +97,26 @@ absl::Status CudaStageModel::Init(WeightSource& source, const CudaTraits& traits
   return absl::OkStatus();
 }
 
+absl::Status CudaStageModel::SetCapacity(uint32_t pool_blocks) {
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaSetDevice(device_));
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamSynchronize(stream_));
+  StageSpec spec = spec_;
+  spec.pool_blocks = pool_blocks;
+  std::array<PinnedMemory, kMaxStepsBegun> arrivals;
+  for (PinnedMemory& memory : arrivals) {
+    STRAIT_ASSIGN_OR_RETURN(memory, PinnedMemory::Create(DeviceTables::ArrivalBytes(pool_blocks)));
+  }
+  STRAIT_RETURN_IF_ERROR(
+      table_memory_.Resize(DeviceTables::DeviceBytes(spec.layers.size(), pool_blocks),
+                           absl::StrCat("page tables of ", pool_blocks, " latent blocks")));
+  for (size_t i = 0; i < slots_.size(); ++i) slots_[i].arrivals = std::move(arrivals[i]);
+  page_tables_.emplace(spec, table_memory_.data());  // all is brought anew
+  spec_ = spec;
+  return absl::OkStatus();
+}
+
 absl::Status CudaStageModel::InitSlot(Slot* slot) {
-  STRAIT_ASSIGN_OR_RETURN(StepTables tables, StepTables::Create(limits_.table_bytes, ws_.tables));
+  STRAIT_ASSIGN_OR_RETURN(StepTables tables, StepTables::Create(limits_, ws_.tables));
   slot->tables.emplace(std::move(tables));
   STRAIT_ASSIGN_OR_RETURN(slot->plan, PinnedMemory::Create(limits_.plan_bytes));
   if (weights_.embed_tokens.empty() || !head_) {
@@ -167,7 +182,9 @@ absl::Status CudaStageModel::Enqueue(const StageBatch& batch, HiddenIn hidden_in
     STRAIT_CHECK(num_begun_ == 0, "a step of several tiles is not taken ahead");
   }
   StepTables& tables = *slot->tables;
-  STRAIT_RETURN_IF_ERROR(tables.Fill(batch, spec_, config_.max_position_embeddings, stream_));
+  STRAIT_RETURN_IF_ERROR(tables.Fill(
+      batch, config_.max_position_embeddings, worker_.cache->num_blocks(), &*page_tables_,
+      absl::MakeSpan(slot->arrivals.data(), slot->arrivals.bytes()), stream_));
   uint32_t first_request = 0;
   for (uint32_t begin = 0; begin < batch.num_tokens; begin += limits_.tile_rows) {
     CudaTile tile;

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// CudaStageModel is a stage on the GPU: one allocation for weights, cache and workspace, one stream
-// for steps, one for copies of cache rows (device_copies.h).
+// CudaStageModel is a stage on the GPU: weights that it may share, the worker's cache, a workspace and
+// page tables of its own; one stream for steps, one for copies of cache rows (device_copies.h).
 //
-// Owns:    device memory, pinned staging, the streams.
+// Owns:    leases of device memory, pinned staging, the streams.
+// Borrows: CudaWorker's parts, which `alive` keeps.
 // Thread:  made on the loader thread, then loop thread only.
 // Stream:  a step's tables, layers and results follow those of the step before; an event ends it.
 //          So device memory is there once; what the host fills, kMaxStepsBegun times.
@@ -22,7 +23,11 @@
 
 #include "kernels/cuda/attention/mla_plan.h"
 #include "worker/backend.h"
+#include "worker/model/cuda/cuda_cache.h"
+#include "worker/model/cuda/device_arena.h"
 #include "worker/model/cuda/device_copies.h"
+#include "worker/model/cuda/device_parts.h"
+#include "worker/model/cuda/device_tables.h"
 #include "worker/model/cuda/graph_ledger.h"
 #include "worker/model/cuda/head.h"
 #include "worker/model/cuda/layers.h"
@@ -32,13 +37,22 @@
 
 namespace strait {
 
+// What all stages of a worker have in common.
+struct CudaWorker {
+  std::shared_ptr<const void> alive;  // keeps what is pointed to
+  const ModelConfig* config = nullptr;
+  DeviceArena* arena = nullptr;
+  const CudaCache* cache = nullptr;
+  const CudaTraits* traits = nullptr;
+};
+
 class CudaStageModel final : public StageModel {
  public:
-  // Takes the memory and reads the weights. `alive`: kept as long as the stage lives; `config`
-  // belongs to it.
-  static absl::StatusOr<std::unique_ptr<CudaStageModel>> Create(
-      std::shared_ptr<const void> alive, WeightSource& source, const StageSpec& spec, int device,
-      const CudaTraits& traits, MemoryBudget::Share share, const LoadProgress& progress);
+  // `graphs`: the share of the budget that decode graphs have.
+  static absl::StatusOr<std::unique_ptr<CudaStageModel>> Create(CudaWorker worker,
+                                                                const StageSpec& spec,
+                                                                DeviceStageParts parts,
+                                                                MemoryBudget::Share graphs);
   ~CudaStageModel() override;
 
   absl::Status Begin(const StageBatch& batch, HiddenIn hidden_in, HiddenOut hidden_out) override;
@@ -49,24 +63,31 @@ class CudaStageModel final : public StageModel {
   absl::Status Finish(std::vector<LogitsResult>* results) override;
 
   BlockCopies& copies() override { return *copies_; }
+  // Waits for the steps that are begun.
+  absl::Status SetCapacity(uint32_t pool_blocks) override;
   const StageSpec& spec() const override { return spec_; }
   uint64_t weight_bytes() const override { return bytes_.weights; }
-  uint64_t cache_bytes() const override { return bytes_.pool; }
+  const DeviceTables& page_tables() const {
+    return *page_tables_;
+  }  // what steps bring is counted there
 
  private:
-  CudaStageModel(std::shared_ptr<const void> alive, const ModelConfig& config,
-                 const StageSpec& spec, int device, MemoryBudget::Share share)
-      : alive_(std::move(alive)),
-        config_(config),
+  CudaStageModel(CudaWorker worker, const StageSpec& spec, DeviceStageParts parts,
+                 MemoryBudget::Share graphs)
+      : worker_(std::move(worker)),
+        config_(*worker_.config),
         spec_(spec),
-        device_(device),
-        share_(std::move(share)),
+        device_(worker_.arena->device()),
+        parts_(std::move(parts)),
+        weights_(parts_.View()),
+        graphs_share_(std::move(graphs)),
         graph_ledger_(kCudaGraphBytes + spec.layers.size() * kCudaGraphBytesEachLayer) {}
 
-  absl::Status Init(WeightSource& source, const CudaTraits& traits, const LoadProgress& progress);
+  absl::Status Init();
   // What the host has of a step that is begun.
   struct Slot {
     std::optional<StepTables> tables;
+    PinnedMemory arrivals;  // new entries of page tables
     PinnedMemory plan;
     PinnedMemory staging;           // [tile_rows, hidden_size] fp32; where hidden states come or go
     HeadStep head;                  // last stage
@@ -111,23 +132,27 @@ class CudaStageModel final : public StageModel {
   // The attention plans of rows [begin, begin + tile.num_rows), on their way to the device.
   absl::Status Plan(const StageBatch& batch, uint32_t begin, Slot* slot, CudaTile* tile);
 
-  const std::shared_ptr<const void> alive_;
+  const CudaWorker worker_;
   const ModelConfig& config_;
-  const StageSpec spec_;
+  StageSpec spec_;
   const int device_;
-  const MemoryBudget::Share share_;
+  const DeviceStageParts parts_;
+  const DeviceStage weights_;  // of parts_
+  const MemoryBudget::Share graphs_share_;
 
   // --- Constant after Init ---
   CudaStageBytes bytes_;
   StepLimits limits_;
-  DeviceMemory memory_;
+  DeviceArena::Lease workspace_memory_;
   cudaStream_t stream_ = nullptr;
-  DeviceStage weights_;
-  CudaPool pool_;
   CudaWorkspace ws_;
   std::optional<CudaLayers> layers_;
   std::optional<CudaHead> head_;  // last stage
   std::unique_ptr<DeviceCopies> copies_;
+
+  // Made for the stage's capacity.
+  DeviceArena::Lease table_memory_;
+  std::optional<DeviceTables> page_tables_;
 
   // Used in turn.
   std::array<Slot, kMaxStepsBegun> slots_;

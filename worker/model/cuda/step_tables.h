@@ -1,35 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // StepTables brings what a step's kernels look up to the device: rows, and where each sequence's
-// blocks are in each layer.
+// blocks are in each layer: segments, which point into the tables that stay there (DeviceTables).
 //
 // Owns:    pinned host memory.     Borrows: the device region that mirrors it, and other StepTables.
-// Thread:  loop thread; Fill only when its last copy has been made. What another one has brought
+// Thread:  loop thread; Fill only when its last copies have been made. What another one has brought
 //          there is used by the stream before.
-// Limits:  StepLimits::table_bytes: a batch within proto/base/limits.h whose blocks are the pool's.
+// Stream:  the copy of rows and segments is the last that Fill enqueues, and there is always one: so
+//          kernels that begin early find all tables whole, and steps before ended (mla.h).
+// Limits:  StepLimits::table_bytes, arrival_bytes: a batch within proto/base/limits.h whose blocks are
+//          the pool's.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
+#include <utility>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/cuda/attention/mla.h"
 #include "worker/backend.h"
+#include "worker/model/cuda/cuda_workspace.h"
+#include "worker/model/cuda/device_tables.h"
 #include "worker/model/cuda/pinned.h"
 
 namespace strait {
 
 class StepTables {
  public:
-  static absl::StatusOr<StepTables> Create(uint64_t bytes, std::byte* device);
+  // `device`: [StepLimits::table_bytes].
+  static absl::StatusOr<StepTables> Create(const StepLimits& limits, std::byte* device);
 
   // REQUIRES: what StageBatch promises of a batch; checked.
-  absl::Status Fill(const StageBatch& batch, const StageSpec& spec, uint32_t max_positions,
-                    cudaStream_t stream);
+  // `num_blocks`, `arrivals`: as DeviceTables::Bring.
+  absl::Status Fill(const StageBatch& batch, uint32_t max_positions, uint32_t num_blocks,
+                    DeviceTables* page_tables, absl::Span<std::byte> arrivals, cudaStream_t stream);
 
   // --- On the device, of the last Fill ---
   // [rows]; of BatchSequence::token_of_request LateTokenId.

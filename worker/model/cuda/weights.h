@@ -29,6 +29,8 @@
 
 namespace strait {
 
+class Uploader;
+
 struct DeviceMlp {
   cuda::Matrix gate_proj;  // of expert 0 where there are many, the others follow at equal distance
   cuda::Matrix up_proj;
@@ -63,6 +65,12 @@ struct DeviceLayer {
   uint32_t num_shared = 0;
 };
 
+struct DeviceHead {
+  float* norm = nullptr;  // [hidden_size]
+  cuda::Matrix lm_head;   // [vocab_size, hidden_size]
+};
+
+// What a stage's kernels read; borrowed.
 struct DeviceStage {
   std::vector<DeviceLayer> layers;
   cuda::Matrix embed_tokens;  // first stage
@@ -82,13 +90,14 @@ absl::Status CheckCudaModel(const ModelConfig& config);
 // how much that is.
 absl::Status CheckCudaAttention(const ModelConfig& config, const cuda::Device& device);
 
-// Lays the weights of `layers` out in `region`; a region without base only measures. `expands`: with
-// what the expanded form takes.
-DeviceStage LayOutWeights(const ModelConfig& config, LayerRange layers, bool expands,
-                          Region& region);
+// Lay weights out in `region`; a region without base only measures. `expands`: with what the expanded
+// form takes.
+DeviceLayer LayOutLayer(const ModelConfig& config, LayerIndex layer, bool expands, Region& region);
+cuda::Matrix LayOutEmbedding(const ModelConfig& config, Region& region);
+DeviceHead LayOutHead(const ModelConfig& config, Region& region);
 
-// Reads, converts and copies everything that `stage` has room for.
-absl::Status UploadWeights(WeightSource& source, LayerRange layers, DeviceStage& stage,
-                           uint64_t total_bytes, const LoadProgress& progress);
+// Converts and copies everything that `to` has room for.
+absl::Status UploadLayer(Uploader& uploader, const ModelConfig& config, const LayerWeights& from,
+                         DeviceLayer& to);
 
 }  // namespace strait

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "tests/worker/model/cuda/cuda_fixture.h"
+#include "tests/worker/model/load_with_cache.h"
 #include "tests/worker/stage/plans.h"
 #include "worker/stage/stage.h"
 
@@ -36,9 +37,10 @@ class CudaAheadTest : public CudaTest {
     StageSpec spec;
     spec.layers = layers;
     spec.pool_blocks = 5 * layers.size();  // few: a block is soon another sequence's
-    auto model = backend_->Load(spec, {});
+    auto model = LoadWithCache(backend_.get(), spec);
     EXPECT_TRUE(model.ok()) << model.status();
-    auto stage = std::make_unique<Stage>(1, *std::move(model), StageTraitsOf(*backend_));
+    pool_.Grow(backend_->cache().num_blocks());
+    auto stage = std::make_unique<Stage>(1, *std::move(model), StageTraitsOf(*backend_), &pool_);
     EXPECT_TRUE(stage->Activate(kEpoch, index, num_stages).ok());
     return stage;
   }
@@ -76,6 +78,7 @@ class CudaAheadTest : public CudaTest {
   }
 
   std::unique_ptr<CudaBackend> backend_;
+  BlockPool pool_;
   int num_ahead_ = 0;
 };
 

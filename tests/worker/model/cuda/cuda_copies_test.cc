@@ -8,6 +8,7 @@
 
 #include "tests/worker/model/cuda/cuda_fixture.h"
 #include "tests/worker/model/moved_rows.h"
+#include "tests/worker/number_cache.h"
 #include "worker/model/cuda/device_copies.h"
 
 namespace strait {
@@ -48,15 +49,15 @@ class DeviceCopiesTest : public CudaTest {
   void SetUp() override {
     CudaTest::SetUp();
     if (IsSkipped()) return;
-    spec_.layers = {0, 1};
-    spec_.pool_blocks = kBlocks;
+    ASSERT_TRUE(cache_.Resize(kBlocks, {}).ok());  // for its size alone
     TakeOk(DeviceMemory::Create(uint64_t{kBlocks} * 64 * kRowBytes), &pool_);
     TakeOk(DeviceMemory::Create(kCudaCopyStagingBytes), &staging_);
-    auto copies = DeviceCopies::Create(spec_, {.device = 0,
-                                               .pool = pool_.data(),
-                                               .row_bytes = kRowBytes,
-                                               .staging = staging_.data(),
-                                               .newest_step = [this] { return newest_step_; }});
+    auto copies = DeviceCopies::Create(1, {.device = 0,
+                                           .pool = pool_.data(),
+                                           .cache = &cache_,
+                                           .row_bytes = kRowBytes,
+                                           .staging = staging_.data(),
+                                           .newest_step = [this] { return newest_step_; }});
     ASSERT_TRUE(copies.ok()) << copies.status();
     copies_ = *std::move(copies);
   }
@@ -122,7 +123,7 @@ class DeviceCopiesTest : public CudaTest {
     return {scattered, run, rows, mixed, {"one row", {{0, 299, 63, 1}}}};
   }
 
-  StageSpec spec_;
+  NumberCache cache_;
   DeviceMemory pool_;
   DeviceMemory staging_;
   cudaEvent_t newest_step_ = nullptr;

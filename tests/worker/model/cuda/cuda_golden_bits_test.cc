@@ -52,12 +52,12 @@ class CudaGoldenBitsLongTest : public CudaTestWithParam<LongCase> {};
 
 TEST_P(CudaGoldenBitsLongTest, SpansOfAttention) {
   const ModelConfig config = GetParam().config();
-  TestPipeline pipeline(MakeCuda(config,
-                                 {.memory_bytes = uint64_t{4} << 30,
-                                  .deterministic = true,
-                                  .row_format = GetParam().rows},
-                                 3),
-                        {config.num_hidden_layers}, 4096);
+  TestPipeline pipeline(
+      MakeCuda(
+          config,
+          {.memory_bytes = uint64_t{4} << 30, .deterministic = true, .row_format = GetParam().rows},
+          3),
+      {config.num_hidden_layers}, 4096);
   ExpectGoldenBits(pipeline.backend().numerics_id() + " " + GetParam().name + " 2,300 tokens",
                    DigestOfRandomTokens(2300, config.vocab_size, &pipeline, 333));
 }

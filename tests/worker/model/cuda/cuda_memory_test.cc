@@ -163,7 +163,7 @@ TEST(CudaMemoryTest, RowsOfFp8AreCountedAsTheyLie) {
        {std::pair(RowFormat::kBf16, 1152u), std::pair(RowFormat::kFp8, 656u)}) {
     const CudaTraits traits = {.num_multiprocessors = 132, .row_format = format};
     EXPECT_EQ(LayOutStage(config, spec, traits, nullptr).bytes.pool, 1000u * 64 * row_bytes);
-    EXPECT_EQ(CudaStageCosts(config, traits).block_bytes, 64u * row_bytes + 4);
+    EXPECT_EQ(CudaStageCosts(config, traits).block_bytes, 64u * row_bytes + 12);
   }
 }
 

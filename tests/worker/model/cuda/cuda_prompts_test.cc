@@ -16,6 +16,7 @@
 #include "tests/worker/model/cuda/cuda_fixture.h"
 #include "worker/model/cuda/layers.h"
 #include "worker/model/cuda/step_tables.h"
+#include "worker/model/cuda/uploader.h"
 #include "worker/model/kernel_names.h"
 
 namespace strait {
@@ -46,13 +47,18 @@ class OneLayer {
   OneLayer()
       : traits_{.num_multiprocessors = 132, .has_mha_prefill = true},
         memory_(static_cast<int64_t>(LayOut(nullptr))),
-        pool_memory_(int64_t{kPoolBlocks} * kBlockBytes) {
+        pool_memory_(int64_t{kPoolBlocks} * kBlockBytes),
+        table_memory_(
+            static_cast<int64_t>(DeviceTables::DeviceBytes(kLayers.size(), kPoolBlocks))) {
     EXPECT_TRUE(ExpandsPrompts(config_, traits_));
     LayOut(memory_.data());
     EXPECT_EQ(cuda::PrepareMla(), cudaSuccess);
     EXPECT_EQ(cuda::PrepareMhaPrefill(), cudaSuccess);
     const auto source = MakeRandomWeights(config_, 3, 1);
-    EXPECT_TRUE(UploadWeights(*source, kLayers, weights_, 1, {}).ok());
+    auto up = Uploader::Create();
+    EXPECT_TRUE(up.ok());
+    const auto loaded = source->LoadLayer(kLayers.begin);
+    EXPECT_TRUE(UploadLayer(**up, config_, *loaded, layer_).ok() && (*up)->Finish().ok());
     std::vector<float> inv_freq(config_.qk_rope_head_dim / 2);
     RopeInverseFrequencies(RopeConfigOf(config_), inv_freq.data());
     inv_freq_.emplace(inv_freq);
@@ -61,9 +67,16 @@ class OneLayer {
     EXPECT_EQ(cuda::MakeMlaPoolMap(pool_.blocks, kPoolBlocks, kBlockBytes, &pool_.map),
               cudaSuccess);
     layers_.emplace(config_, pool_, ws_, inv_freq_->data(), nullptr);
-    auto tables = StepTables::Create(limits_.table_bytes, ws_.tables);
+    auto tables = StepTables::Create(limits_, ws_.tables);
     EXPECT_TRUE(tables.ok()) << tables.status();
     tables_.emplace(*std::move(tables));
+    StageSpec spec;
+    spec.layers = kLayers;
+    spec.pool_blocks = kPoolBlocks;
+    page_tables_.emplace(spec, table_memory_.data());
+    auto arrivals = PinnedMemory::Create(DeviceTables::ArrivalBytes(kPoolBlocks));
+    EXPECT_TRUE(arrivals.ok());
+    arrivals_ = *std::move(arrivals);
   }
 
   // What the layer adds to `hidden`. `key_rows`: room for expanded keys; 0: all are absorbed.
@@ -98,7 +111,7 @@ class OneLayer {
     const cuda::MlaPlanView view = cuda::ViewMlaPlan(limits_.mla, ws_.plan);
     if (!prompts->absorbed.empty()) tile.plans = absl::MakeConstSpan(&view, 1);
     EXPECT_TRUE(layers_->Rotate(tile).ok());
-    EXPECT_TRUE(layers_->Run(weights_.layers[0], nullptr, tables_->segments(0), tile).ok());
+    EXPECT_TRUE(layers_->Run(layer_, nullptr, tables_->segments(0), tile).ok());
     std::vector<float> out(hidden.size());
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     EXPECT_EQ(cudaMemcpy(out.data(), ws_.hidden, out.size() * sizeof(float), cudaMemcpyDefault),
@@ -136,30 +149,33 @@ class OneLayer {
       batch.num_tokens += chunks[s].num_tokens;
     }
     batch.sequences = sequences;
-    StageSpec spec;
-    spec.layers = kLayers;
-    spec.pool_blocks = kPoolBlocks;
-    EXPECT_TRUE(tables_->Fill(batch, spec, config_.max_position_embeddings, nullptr).ok());
+    EXPECT_TRUE(tables_
+                    ->Fill(batch, config_.max_position_embeddings, kPoolBlocks, &*page_tables_,
+                           absl::MakeSpan(arrivals_.data(), arrivals_.bytes()), nullptr)
+                    .ok());
   }
 
   uint64_t LayOut(std::byte* base) {
     Region region(base);
-    weights_ = LayOutWeights(config_, kLayers, true, region);
-    limits_ = MakeStepLimits(config_, kLayers, kPoolBlocks, kTileRows, traits_);
+    layer_ = LayOutLayer(config_, kLayers.begin, true, region);
+    limits_ = MakeStepLimits(config_, kLayers, kTileRows, traits_);
     ws_ = LayOutCudaWorkspace(config_, kLayers, limits_, region);
     return region.end();
   }
 
   const ModelConfig config_ = TrueHeads();
   const CudaTraits traits_;
-  DeviceStage weights_;
+  DeviceLayer layer_;
   StepLimits limits_;
   CudaWorkspace ws_;
   const Buffer<std::byte> memory_;
   const Buffer<std::byte> pool_memory_;
+  const Buffer<std::byte> table_memory_;
+  PinnedMemory arrivals_;
   CudaPool pool_;
   std::optional<Buffer<float>> inv_freq_;
   std::optional<CudaLayers> layers_;
+  std::optional<DeviceTables> page_tables_;
   std::optional<StepTables> tables_;
 };
 

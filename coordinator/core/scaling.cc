@@ -1,0 +1,310 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How a pipeline gets other stages while it serves: see coordinator/core/scale.h for what is planned.
+//
+//   waiting ─▶ making room ─▶ loading ─▶ switched ─▶ growing ─▶ waiting for the next pipeline
+//
+// Until the switch the pipeline serves with its old stages, and whatever fails leaves it as it was. The
+// switch ends its epoch as a failure does, but nothing failed. From then on the new stages are its stages:
+// what fails is an ordinary failure of theirs.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/core/cluster.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+
+namespace strait {
+
+void Cluster::OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us) {
+  const auto refuse = [&](absl::Status why) {
+    context_->Send(ScaleAnswered{id, std::move(why), {}});
+  };
+  const uint64_t most =
+      std::min<uint64_t>(context_->model.layer_weight_bytes.size(), limits::kMaxStagesPerPipeline);
+  if (num_stages == 0 || num_stages > most) {
+    return refuse(absl::InvalidArgumentError(absl::StrCat(
+        "a pipeline cannot have ", num_stages, " stages: a stage has a layer at least, and the ",
+        "model has ", context_->model.layer_weight_bytes.size(), "; ask for 1 to ", most)));
+  }
+  if (scale_) {
+    return refuse(absl::FailedPreconditionError(
+        absl::StrCat("pipelines are being scaled to ", scale_->num_stages,
+                     " stage(s) already; wait for its end")));
+  }
+  if (pipelines_.empty()) {
+    return refuse(
+        absl::FailedPreconditionError(absl::StrCat("no pipeline serves: ", WhyNoPipeline())));
+  }
+  for (const auto& [pipeline_id, pipeline] : pipelines_) {
+    if (pipeline->state == Pipeline::State::kActive) continue;
+    return refuse(absl::FailedPreconditionError(
+        absl::StrCat("pipeline ", pipeline_id.value, " does not serve now",
+                     pipeline->last_error.empty() ? "" : ": ", pipeline->last_error,
+                     "; wait until it does (strait status)")));
+  }
+  scale_ = Scale{.id = id, .num_stages = num_stages, .hosts_min = num_stages, .since_us = now_us};
+  for (auto it = pipelines_.rbegin(); it != pipelines_.rend(); ++it) {
+    scale_->pipelines.push_back(it->first);
+  }
+}
+
+void Cluster::TickScale(uint64_t now_us) {
+  // Whoever holds up another phase is evicted.
+  if (!scale_ ||
+      (scale_->phase != Scale::Phase::kWaiting && scale_->phase != Scale::Phase::kGrowing) ||
+      now_us <= scale_->since_us + context_->options.load_timeout_us) {
+    return;
+  }
+  AnswerScale(absl::DeadlineExceededError(absl::StrCat(
+      "a worker has not given memory back for ", context_->options.load_timeout_us / 1'000'000,
+      " s; ", scale_->done, " pipeline(s) have ", scale_->num_stages, " stage(s) all the same")));
+}
+
+void Cluster::AdvanceScale(uint64_t now_us) {
+  while (scale_ && ScaleStep(now_us)) scale_->since_us = now_us;
+}
+
+bool Cluster::ScaleStep(uint64_t now_us) {
+  Scale& scale = *scale_;
+  if (scale.phase == Scale::Phase::kWaiting) return BeginTurn(now_us);
+  Pipeline* pipeline = pipelines_.at(scale.pipeline).get();
+  switch (scale.phase) {
+    case Scale::Phase::kMakingRoom:
+      for (const StageSlot& slot : pipeline->slots) {
+        if (FindWorker(slot.worker)->stages.at(slot.stage_id).resize) return false;
+      }
+      scale.phase = Scale::Phase::kLoading;
+      LoadNext(pipeline, now_us);
+      return scale_.has_value();
+    case Scale::Phase::kLoading:
+      for (const StageSlot& slot : scale.next) {
+        if (slot.state != StageSlot::State::kLoaded) return false;
+      }
+      Switch(pipeline, now_us);
+      return true;
+    case Scale::Phase::kGrowing: {
+      const bool stepped = scale.first_step_us > 0;
+      if (pipeline->state != Pipeline::State::kActive || !Grown(*pipeline) ||
+          (!stepped && pipeline->scheduler.num_residents() > 0)) {
+        return false;
+      }
+      const uint64_t end_us = stepped ? scale.first_step_us : pipeline->since_us;
+      scale.pause_us = std::max(scale.pause_us, end_us - std::min(end_us, scale.pause_begin_us));
+      scale.hosts_min = std::min(scale.hosts_min, scale.plan.num_hosts);
+      ++scale.done;
+      scale.phase = Scale::Phase::kWaiting;
+      return true;
+    }
+    default:
+      return false;
+  }
+}
+
+bool Cluster::BeginTurn(uint64_t now_us) {
+  Scale& scale = *scale_;
+  if (scale.pipelines.empty()) {
+    context_->num_stages = scale.num_stages;
+    // Workers that are left may be fewer for a pipeline that there is not now.
+    context_->num_hosts =
+        pipelines_.size() == context_->options.num_pipelines ? scale.hosts_min : 1;
+    look_again_ = true;
+    AnswerScale(absl::OkStatus());
+    return false;
+  }
+  const PipelineId id = scale.pipelines.back();
+  const auto it = pipelines_.find(id);
+  if (it == pipelines_.end() || it->second->state != Pipeline::State::kActive) {
+    AnswerScale(absl::AbortedError(absl::StrCat("pipeline ", id.value, " failed before its turn; ",
+                                                scale.done, " other(s) have ", scale.num_stages,
+                                                " stage(s) now: ask again when it serves")));
+    return false;
+  }
+  Pipeline* pipeline = it->second.get();
+  if (pipeline->slots.size() == scale.num_stages) {
+    scale.hosts_min = std::min(scale.hosts_min, static_cast<uint32_t>(WorkersOf(*pipeline).size()));
+    scale.pipelines.pop_back();
+    ++scale.done;
+    return true;
+  }
+  // Of an earlier change something is still under way, or its epoch has only begun.
+  if (!Grown(*pipeline) || !pipeline->scheduler.MayShrink()) return false;
+  absl::StatusOr<ScalePlan> plan = PlanScaleOf(pipeline, now_us);
+  if (!plan.ok()) {
+    AnswerScale(absl::Status(
+        plan.status().code(),
+        absl::StrCat("pipeline ", id.value, ": ", std::string(plan.status().message()))));
+    return false;
+  }
+  scale.pipelines.pop_back();
+  scale.pipeline = id;
+  scale.plan = *std::move(plan);
+  scale.phase = Scale::Phase::kMakingRoom;
+  pipeline->scaled_rows = scale.plan.capacity_rows;
+  std::vector<uint32_t> smaller;
+  for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
+    if (scale.plan.old_cache_bytes[i] < pipeline->slots[i].cache_bytes) smaller.push_back(i);
+  }
+  ResizeSlots(pipeline, scale.plan.old_cache_bytes, now_us);
+  for (const uint32_t i : smaller) {
+    const StageSlot& slot = pipeline->slots[i];
+    SendResize(FindWorker(slot.worker), slot.stage_id, slot.cache_bytes, now_us);
+  }
+  return true;
+}
+
+absl::StatusOr<ScalePlan> Cluster::PlanScaleOf(Pipeline* pipeline, uint64_t now_us) {
+  std::vector<ScaleHost> hosts;
+  for (Worker* worker : WorkersOf(*pipeline)) {
+    ScaleHost host{.worker = worker->id, .memory = worker->memory(), .old_slots = {}};
+    HostedStages others = worker->stages;
+    std::erase_if(others, [&](const auto& entry) { return entry.second.pipeline == pipeline->id; });
+    host.memory.bytes -= BookedBytes(context_->options, context_->model, worker->memory(), others);
+    for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
+      if (pipeline->slots[i].worker == worker->id) host.old_slots.push_back(i);
+    }
+    hosts.push_back(std::move(host));
+  }
+  for (Worker* worker : IdleWorkers(now_us)) {
+    hosts.push_back({.worker = worker->id, .memory = worker->memory(), .old_slots = {}});
+  }
+  ScaleNeeds needs{.resident_rows = pipeline->scheduler.resident_rows_max()};
+  const uint64_t holds = pipeline->capacity_rows(context_->model.policy());
+  for (const auto& [id, sequence] : journal_->sequences()) {
+    if (sequence->rows_max() > holds) continue;  // another pipeline's
+    needs.promised_rows = std::max<uint64_t>(needs.promised_rows, sequence->rows_max());
+  }
+  return PlanScale(context_->options, context_->model, pipeline->slots, hosts, scale_->num_stages,
+                   needs);
+}
+
+void Cluster::LoadNext(Pipeline* pipeline, uint64_t now_us) {
+  const std::vector<ScaledStage>& stages = scale_->plan.stages;
+  for (const ScaledStage& stage : stages) {
+    const Worker* worker = FindWorker(stage.worker);
+    if (!stage.successor_of.empty() || (worker != nullptr && IsIdle(*worker, now_us))) continue;
+    return AbortScale(pipeline->id,
+                      absl::AbortedError(absl::StrCat("spare ", stage.worker.value,
+                                                      " went, or another pipeline took it")));
+  }
+  scale_->next.resize(stages.size());
+  for (uint32_t i = 0; i < stages.size(); ++i) {
+    StageSlot& slot = scale_->next[i];
+    slot.layers = stages[i].plan.layers;
+    slot.cache_bytes = stages[i].first_cache_bytes;
+    slot.wanted_cache_bytes = stages[i].plan.cache_bytes;
+    const bool shared = std::count_if(stages.begin(), stages.end(), [&](const ScaledStage& other) {
+                          return other.worker == stages[i].worker;
+                        }) > 1;
+    slot.group = shared ? stages[i].worker.value : 0;
+    Assign(&slot,
+           {.role = HostedStage::Role::kNext,
+            .pipeline = pipeline->id,
+            .slot_index = i,
+            .successor_of = stages[i].successor_of},
+           FindWorker(stages[i].worker), now_us);
+  }
+}
+
+void Cluster::Switch(Pipeline* pipeline, uint64_t now_us) {
+  Scale& scale = *scale_;
+  const Scheduler& scheduler = pipeline->scheduler;
+  scale.held_before = scheduler.HeldRows();
+  // Who waits for no step feels no pause before the switch.
+  scale.pause_begin_us =
+      scheduler.num_residents() > 0 && pipeline->last_step_us > 0 ? pipeline->last_step_us : now_us;
+  scale.first_step_us = 0;
+  std::vector<Holdings> may_hold = pipeline->scheduler.Stop(absl::OkStatus());
+  --num_active_;
+  for (size_t i = 0; i < may_hold.size(); ++i) {
+    pipeline->slots[i].may_hold = std::move(may_hold[i]);
+  }
+  const std::vector<StageSlot> old = std::exchange(pipeline->slots, std::exchange(scale.next, {}));
+  for (StageSlot& slot : pipeline->slots) {
+    HostedStage& hosted = FindWorker(slot.worker)->stages.at(slot.stage_id);
+    hosted.role = HostedStage::Role::kPlace;
+    std::vector<const StageSlot*> followed;
+    for (const StageSlot& each : old) {
+      if (each.worker == slot.worker) followed.push_back(&each);
+    }
+    slot.may_hold = HoldingsOfSuccessor(slot.layers, followed);
+  }
+  for (const StageSlot& slot : old) {
+    Worker* worker = FindWorker(slot.worker);
+    worker->stages.at(slot.stage_id).role = HostedStage::Role::kFollowed;
+    const bool stays =
+        std::any_of(worker->stages.begin(), worker->stages.end(), [&](const auto& entry) {
+          return entry.second.role == HostedStage::Role::kPlace &&
+                 entry.second.pipeline == pipeline->id;
+        });
+    if (!stays) Unload(worker, slot.stage_id);
+  }
+  pipeline->epoch = {context_->options.term, ++last_epoch_counter_};
+  pipeline->state = Pipeline::State::kAssembling;
+  pipeline->since_us = pipeline->retry_at_us = now_us;
+  pipeline->failures = 0;
+  pipeline->switched = true;
+  pipeline->planned_rows = scale.plan.capacity_rows;
+  pipeline->scaled_rows.reset();
+  pipeline->sampled_edge = {};
+  scale.phase = Scale::Phase::kSwitched;
+}
+
+void Cluster::UnloadFollowed(PipelineId pipeline) {
+  for (auto& [worker_id, worker] : workers_) {
+    for (auto& [stage_id, stage] : worker.stages) {
+      if (stage.role == HostedStage::Role::kFollowed && stage.pipeline == pipeline) {
+        Unload(&worker, stage_id);
+      }
+    }
+  }
+}
+
+void Cluster::OnScaledActive(const Pipeline& pipeline) {
+  if (!scale_ || scale_->phase != Scale::Phase::kSwitched || scale_->pipeline != pipeline.id) {
+    return;
+  }
+  const uint64_t kept = pipeline.scheduler.HeldRows();
+  scale_->rows_kept += kept;
+  scale_->rows_lost += scale_->held_before - std::min(scale_->held_before, kept);
+  scale_->phase = Scale::Phase::kGrowing;
+}
+
+void Cluster::OnScaledStep(const Pipeline& pipeline, uint64_t now_us) {
+  if (!scale_ || scale_->phase != Scale::Phase::kGrowing || scale_->pipeline != pipeline.id ||
+      scale_->first_step_us > 0) {
+    return;
+  }
+  scale_->first_step_us = now_us;
+}
+
+void Cluster::AbortScale(PipelineId id, const absl::Status& why) {
+  if (!scale_ || scale_->pipeline != id || scale_->phase == Scale::Phase::kWaiting) return;
+  const bool prepares = scale_->prepares();
+  if (prepares) {
+    pipelines_.at(id)->scaled_rows.reset();
+    for (const StageSlot& slot : scale_->next) {
+      if (slot.state != StageSlot::State::kVacant) Unload(FindWorker(slot.worker), slot.stage_id);
+    }
+  }
+  // No room is the asker's to mend, whatever else is an accident.
+  const auto code = absl::IsResourceExhausted(why) ? absl::StatusCode::kResourceExhausted
+                                                   : absl::StatusCode::kAborted;
+  AnswerScale(
+      absl::Status(code, absl::StrCat("pipeline ", id.value, ": ", std::string(why.message()),
+                                      prepares ? "; its stages are as before"
+                                               : "; it has its new stages, and recovers")));
+}
+
+void Cluster::AnswerScale(const absl::Status& status) {
+  ScaleAnswered answer{scale_->id, status, {}};
+  answer.reply.set_pipelines(scale_->done);
+  answer.reply.set_pause_us(scale_->pause_us);
+  answer.reply.set_rows_kept(scale_->rows_kept);
+  answer.reply.set_rows_lost(scale_->rows_lost);
+  context_->Send(std::move(answer));
+  scale_.reset();
+}
+
+}  // namespace strait
