@@ -94,7 +94,6 @@ absl::Status Stage::AcceptPlan(v1::StepPlan plan, uint64_t now_us, uint32_t* num
     }
   }
   s.ledger.Commit(waiting.checked);
-  waiting.blocks_after = s.ledger.blocks();
   if (s.takes_ids()) {
     for (const v1::CacheOp& op : waiting.checked.plan.cache_ops()) {
       if (op.close().ended()) s.returning.Revoke(SequenceId{op.close().sequence_id()});
