@@ -56,12 +56,6 @@ HostedStage* Worker::Find(uint64_t stage_id) {
   return it == stages.end() ? nullptr : &it->second;
 }
 
-bool Worker::Serves(PipelineId pipeline) const {
-  return std::any_of(stages.begin(), stages.end(), [&](const auto& entry) {
-    return entry.second.role != HostedStage::Role::kUnloading && entry.second.pipeline == pipeline;
-  });
-}
-
 bool Worker::Has(HostedStage::Role role) const {
   return std::any_of(stages.begin(), stages.end(),
                      [&](const auto& entry) { return entry.second.role == role; });

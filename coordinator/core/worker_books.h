@@ -76,8 +76,6 @@ struct Worker {
 
   // Null: it has no such stage, or no more.
   HostedStage* Find(uint64_t stage_id);
-  // Some of its stages is in this pipeline, or will be.
-  bool Serves(PipelineId pipeline) const;
   bool Has(HostedStage::Role role) const;
 };
 
