@@ -148,8 +148,8 @@ class StageModel {
   // The way to the cache's rows beside steps. They are this model's part.
   virtual BlockCopies& copies() = 0;
 
-  // It may hold so many blocks from the next step on. Errors: ResourceExhausted, of memory for tables of
-  // more blocks; nothing is changed. REQUIRES, where they are fewer: no step is begun, no more are held.
+  // It may hold so many blocks from the next step on. Errors: ResourceExhausted, of memory for the tables
+  // of more; nothing is changed. Fewer are always taken. REQUIRES: no step is begun where they are fewer.
   virtual absl::Status SetCapacity(uint32_t pool_blocks) = 0;
 
   virtual const StageSpec& spec() const = 0;

@@ -103,13 +103,16 @@ absl::Status CudaStageModel::SetCapacity(uint32_t pool_blocks) {
   StageSpec spec = spec_;
   spec.pool_blocks = pool_blocks;
   std::array<PinnedMemory, kMaxStepsBegun> arrivals;
+  const uint64_t arrival_bytes = DeviceTables::ArrivalBytes(pool_blocks);
+  const bool more = arrival_bytes > slots_[0].arrivals.bytes();  // fewer keep what there is
   for (PinnedMemory& memory : arrivals) {
-    STRAIT_ASSIGN_OR_RETURN(memory, PinnedMemory::Create(DeviceTables::ArrivalBytes(pool_blocks)));
+    if (!more) break;
+    STRAIT_ASSIGN_OR_RETURN(memory, PinnedMemory::Create(arrival_bytes));
   }
   STRAIT_RETURN_IF_ERROR(
       table_memory_.Resize(DeviceTables::DeviceBytes(spec.layers.size(), pool_blocks),
                            absl::StrCat("page tables of ", pool_blocks, " latent blocks")));
-  for (size_t i = 0; i < slots_.size(); ++i) slots_[i].arrivals = std::move(arrivals[i]);
+  for (size_t i = 0; more && i < slots_.size(); ++i) slots_[i].arrivals = std::move(arrivals[i]);
   page_tables_.emplace(spec, table_memory_.data());  // all is brought anew
   spec_ = spec;
   return absl::OkStatus();
