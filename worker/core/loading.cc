@@ -180,11 +180,7 @@ void WorkerCore::Settle() {
     is_quiet = is_quiet && hosted.stage->num_begun() == 0;
     waits_for_quiet = waits_for_quiet || (shares_.IsSettled(id) && hosted.stage->NeedsSettling());
   }
-  if (shares_.ShrinkIsDue()) {
-    // Who took over more than its share: its first plan says what goes.
-    if (shares_.pool()->used() > shares_.needed()) return;
-    waits_for_quiet = true;
-  }
+  waits_for_quiet = waits_for_quiet || shares_.ShrinkIsDue();
   holds_steps_ = waits_for_quiet && !is_quiet;
   if (holds_steps_) return;
   if (waits_for_quiet) {

@@ -106,10 +106,9 @@ bool Stage::NeedsSettling() const {
 
 void Stage::SettleCapacity() {
   State& s = *state_;
+  if (!NeedsSettling()) return;
   STRAIT_CHECK(s.begun.empty() && blocks_used() <= s.capacity_blocks);
-  if (NeedsSettling()) {
-    STRAIT_CHECK(s.model->SetCapacity(s.capacity_blocks).ok(), "less is always there");
-  }
+  STRAIT_CHECK(s.model->SetCapacity(s.capacity_blocks).ok(), "less is always there");
 }
 
 void Stage::Compact(BlockId end, std::vector<BlockMove>* moves) {
