@@ -174,6 +174,9 @@ cudaError_t LaunchMla(const MlaParams& params, cudaStream_t stream) {
   if (path == MlaPath::kHopper && (params.rank != 512 || params.rope != 64)) {
     return cudaErrorInvalidValue;
   }
+  if (params.units && (path != MlaPath::kHopper || params.format != RowFormat::kBf16)) {
+    return cudaErrorInvalidValue;
+  }
   const cudaError_t error = path == MlaPath::kHopper ? mla::LaunchHopper(params, stream)
                                                      : mla::LaunchPortable(params, stream);
   return error != cudaSuccess ? error : mla::LaunchMerge(params, stream);

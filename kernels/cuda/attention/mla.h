@@ -48,6 +48,12 @@ struct MlaSegment {
   int32_t is_cached = 0;
 };
 
+// A unit is 64 rows of 64 bf16 columns, contiguous; a block of 512 + 64 columns is a list of nine
+// units, which may lie anywhere in the pool, the rope columns' last. Bf16 on the Hopper path alone,
+// to measure what such a pool costs: nothing in the model uses it yet.
+inline constexpr int32_t kMlaBlockUnits = 9;
+inline constexpr int64_t kMlaUnitBytes = kMlaBlockRows * 64 * 2;
+
 // A tensor map over the pool, opaque; made once, for bf16 pools of 512/64 rows.
 struct MlaPoolMap {
   alignas(64) unsigned char bytes[128] = {};
@@ -76,12 +82,16 @@ struct MlaParams {
   int32_t rope = 0;                     // qk_rope_head_dim
   RowFormat format = RowFormat::kBf16;  // of all segments
   bool out_fp32 = false;
+  bool units = false;  // page tables: [blocks, kMlaBlockUnits] ids of units; unit id begins at
+                       // blocks + id * kMlaUnitBytes; pool_map of MakeMlaUnitMap
   MlaPath path = MlaPath::kAuto;
 };
 
 // Describes a pool of num_blocks blocks of 64 bf16 rows of 512 + 64 columns. Host only.
 cudaError_t MakeMlaPoolMap(const void* blocks, int64_t num_blocks, int64_t block_bytes,
                            MlaPoolMap* map);
+// The same of a pool of units. wide: of 128 bytes read, L2 is brought the 256 around them.
+cudaError_t MakeMlaUnitMap(const void* units, int64_t num_units, bool wide, MlaPoolMap* map);
 
 // Once a device, before the first launch or capture: raises shared memory limits.
 cudaError_t PrepareMla();

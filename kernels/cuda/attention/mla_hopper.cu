@@ -45,8 +45,9 @@ namespace {
 
 using namespace hopper;  // NOLINT: its own parts
 
-// kShared: clusters of two thread blocks, whose stretches are of the same cache rows.
-template <RowFormat kFormat, bool kShared>
+// kShared: clusters of two thread blocks, whose stretches are of the same cache rows. kUnits: blocks
+// are lists of units.
+template <RowFormat kFormat, bool kShared, bool kUnits>
 __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constant__ MlaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr bool kBf16 = kFormat == RowFormat::kBf16;
@@ -77,7 +78,13 @@ __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constan
   if (threadIdx.x >= kConsumers) {
     if constexpr (kBf16) {
       wgmma::FewerRegisters<40>();
-      if (threadIdx.x < kConsumers + 32) FeedBf16<kShared>(p, s);
+      if (threadIdx.x < kConsumers + 32) {
+        if constexpr (kUnits) {
+          FeedUnits<kShared>(p, s);
+        } else {
+          FeedBf16<kShared>(p, s);
+        }
+      }
     } else {
       wgmma::FewerRegisters<72>();
       FeedFp8(p, s);
@@ -105,8 +112,9 @@ __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constan
 cudaError_t PrepareHopper() {
   if (ComputeCapabilityMajor() != 9) return cudaSuccess;
   for (const auto kernel :
-       {HopperKernel<RowFormat::kBf16, false>, HopperKernel<RowFormat::kBf16, true>,
-        HopperKernel<RowFormat::kFp8, false>}) {
+       {HopperKernel<RowFormat::kBf16, false, false>, HopperKernel<RowFormat::kBf16, true, false>,
+        HopperKernel<RowFormat::kBf16, false, true>, HopperKernel<RowFormat::kBf16, true, true>,
+        HopperKernel<RowFormat::kFp8, false, false>}) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
     if (error != cudaSuccess) return error;
@@ -118,9 +126,14 @@ cudaError_t LaunchHopper(const MlaParams& params, cudaStream_t stream) {
   const int32_t num_blocks = params.plan.limits.num_thread_blocks;
   const bool shared = params.format == RowFormat::kBf16 && num_blocks % 2 == 0 &&
                       MlaTilesInPairs(params.num_heads, num_blocks);
-  const auto kernel = params.format != RowFormat::kBf16 ? HopperKernel<RowFormat::kFp8, false>
-                      : shared                          ? HopperKernel<RowFormat::kBf16, true>
-                                                        : HopperKernel<RowFormat::kBf16, false>;
+  auto kernel = HopperKernel<RowFormat::kFp8, false, false>;
+  if (params.format == RowFormat::kBf16 && params.units) {
+    kernel = shared ? HopperKernel<RowFormat::kBf16, true, true>
+                    : HopperKernel<RowFormat::kBf16, false, true>;
+  } else if (params.format == RowFormat::kBf16) {
+    kernel = shared ? HopperKernel<RowFormat::kBf16, true, false>
+                    : HopperKernel<RowFormat::kBf16, false, false>;
+  }
   cudaLaunchAttribute attributes[2];
   attributes[0] = EarlyStart();
   attributes[1].id = cudaLaunchAttributeClusterDimension;
@@ -138,18 +151,35 @@ cudaError_t LaunchHopper(const MlaParams& params, cudaStream_t stream) {
 }  // namespace strait::cuda::mla
 
 namespace strait::cuda {
+namespace {
+
+cudaError_t MakeMap(const void* data, const TensorShape& shape, MlaPoolMap* map) {
+  CUtensorMap tensor_map;
+  static_assert(sizeof(tensor_map) == sizeof(map->bytes));
+  const cudaError_t error = MakeTensorMap(data, shape, &tensor_map);
+  if (error == cudaSuccess) __builtin_memcpy(map->bytes, &tensor_map, sizeof(tensor_map));
+  return error;
+}
+
+}  // namespace
 
 cudaError_t MakeMlaPoolMap(const void* blocks, int64_t num_blocks, int64_t block_bytes,
                            MlaPoolMap* map) {
-  CUtensorMap tensor_map;
-  static_assert(sizeof(tensor_map) == sizeof(map->bytes));
-  const TensorShape shape = {{576, kMlaBlockRows, num_blocks},
-                             {RowBytes(RowFormat::kBf16, 512, 64), block_bytes},
-                             {64, kMlaBlockRows, 1},
-                             false};
-  const cudaError_t error = MakeTensorMap(blocks, shape, &tensor_map);
-  if (error == cudaSuccess) __builtin_memcpy(map->bytes, &tensor_map, sizeof(tensor_map));
-  return error;
+  return MakeMap(blocks,
+                 {{576, kMlaBlockRows, num_blocks},
+                  {RowBytes(RowFormat::kBf16, 512, 64), block_bytes},
+                  {64, kMlaBlockRows, 1},
+                  false},
+                 map);
+}
+
+cudaError_t MakeMlaUnitMap(const void* units, int64_t num_units, bool wide, MlaPoolMap* map) {
+  return MakeMap(units,
+                 {{64, kMlaBlockRows, num_units},
+                  {kMlaUnitBytes / kMlaBlockRows, kMlaUnitBytes},
+                  {64, kMlaBlockRows, 1},
+                  wide},
+                 map);
 }
 
 }  // namespace strait::cuda

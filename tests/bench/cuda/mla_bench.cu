@@ -4,6 +4,7 @@
 //
 //   mla_bench [--smoke] [--json FILE] [--format bf16|fp8] [--path hopper|portable]
 //             [--deterministic] [--only TEXT]
+//   mla_bench --units [--pool-gib N] [--smoke] [--json FILE] [--only TEXT]
 //
 // A case is timed as the replay of a graph of launches (attention and merge) that walk over copies
 // of the cache of more than twice the L2; the median of the replays, divided by the launches.
@@ -11,6 +12,7 @@
 // multiply-add of scores and values, of rows that are seen. of_read: GB/s over the read rate.
 // Prompts of bf16 rows also go the expanded way, where the device has it: "expanded" is attention,
 // "and keys" with the product that makes keys and values, whose flops then count.
+// --units: blocks as lists of column units against row-major blocks (mla_units_bench.cuh).
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -26,47 +28,11 @@
 #include "kernels/cuda/attention/mha_prefill.h"
 #include "kernels/cuda/attention/mla.h"
 #include "kernels/cuda/gemm/gemm.h"
+#include "tests/bench/cuda/mla_bench.cuh"
+#include "tests/bench/cuda/mla_units_bench.cuh"
 
 namespace strait::cuda {
 namespace {
-
-void Check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
-  std::exit(1);
-}
-
-template <class T>
-T* Allocate(int64_t count) {
-  void* data = nullptr;
-  Check(cudaMalloc(&data, static_cast<size_t>(count) * sizeof(T)), "device memory");
-  return static_cast<T*>(data);
-}
-
-template <class T>
-T* Upload(const std::vector<T>& from) {
-  T* to = Allocate<T>(static_cast<int64_t>(from.size()));
-  Check(cudaMemcpy(to, from.data(), from.size() * sizeof(T), cudaMemcpyHostToDevice), "upload");
-  return to;
-}
-
-__device__ uint32_t Hash(uint64_t x) {
-  x = (x ^ (x >> 31)) * 0x7fb5d329728ea185ull;
-  x = (x ^ (x >> 27)) * 0x81dadef4bc2dd44dull;
-  return static_cast<uint32_t>(x ^ (x >> 33));
-}
-
-// Values in (-1, 1), of random sign and size.
-__device__ __nv_bfloat16 RandomBf16(uint64_t at) {
-  return __float2bfloat16(static_cast<float>(static_cast<int32_t>(Hash(at))) * 0x1p-31f * 1.7f);
-}
-
-__global__ void FillBf16(__nv_bfloat16* to, int64_t count) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
-       i += int64_t{gridDim.x} * blockDim.x) {
-    to[i] = RandomBf16(static_cast<uint64_t>(i));
-  }
-}
 
 __global__ void FillFp8Rows(std::byte* to, int64_t rows) {
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -97,64 +63,15 @@ __global__ void __launch_bounds__(512) ReadKernel(const uint4* from, int64_t cou
   if (x == 0x12345678u) *sum = x;
 }
 
-// Median microseconds of a launch: `launch(i)` for i < launches, captured once, replayed.
-template <class Launch>
-double Median(int launches, int replays, const Launch& launch) {
-  cudaStream_t stream;
-  Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
-  for (int i = 0; i < launches; ++i) launch(i, stream);
-  Check(cudaStreamSynchronize(stream), "warm-up");
-  cudaGraph_t graph;
-  cudaGraphExec_t exec;
-  Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
-  for (int i = 0; i < launches; ++i) launch(i, stream);
-  Check(cudaStreamEndCapture(stream, &graph), "capture");
-  Check(cudaGraphInstantiate(&exec, graph, 0), "graph");
-  Check(cudaGraphLaunch(exec, stream), "replay");
-  cudaEvent_t begin;
-  cudaEvent_t end;
-  Check(cudaEventCreate(&begin), "event");
-  Check(cudaEventCreate(&end), "event");
-  std::vector<double> times;
-  for (int i = 0; i < replays; ++i) {
-    Check(cudaEventRecord(begin, stream), "event");
-    Check(cudaGraphLaunch(exec, stream), "replay");
-    Check(cudaEventRecord(end, stream), "event");
-    Check(cudaEventSynchronize(end), "replay");
-    float ms = 0;
-    Check(cudaEventElapsedTime(&ms, begin, end), "event");
-    times.push_back(ms * 1000.0 / launches);
-  }
-  std::nth_element(times.begin(), times.begin() + replays / 2, times.end());
-  Check(cudaGraphExecDestroy(exec), "graph");
-  Check(cudaGraphDestroy(graph), "graph");
-  Check(cudaEventDestroy(begin), "event");
-  Check(cudaEventDestroy(end), "event");
-  Check(cudaStreamDestroy(stream), "stream");
-  return times[static_cast<size_t>(replays / 2)];
-}
-
 struct Options {
   bool smoke = false;
   bool deterministic = false;
+  bool units = false;
+  int64_t pool_gib = 0;
   RowFormat format = RowFormat::kBf16;
   MlaPath path = MlaPath::kAuto;
   std::string json;
   std::string only;
-};
-
-struct Size {
-  int32_t heads;
-  int32_t batch;
-  int32_t length;
-  int32_t new_tokens = 1;
-};
-
-struct Device {
-  int32_t multiprocessors = 0;
-  int32_t l2_bytes = 0;
-  double read_gb_per_s = 0;
-  char name[256] = {};
 };
 
 class Bench {
@@ -407,6 +324,10 @@ int Main(int argc, char** argv) {
       options.smoke = true;
     } else if (argument == "--deterministic") {
       options.deterministic = true;
+    } else if (argument == "--units") {
+      options.units = true;
+    } else if (argument == "--pool-gib") {
+      options.pool_gib = std::atoll(value), ++i;
     } else if (argument == "--json") {
       options.json = value, ++i;
     } else if (argument == "--only") {
@@ -429,6 +350,10 @@ int Main(int argc, char** argv) {
                  error != cudaSuccess ? cudaGetErrorString(error) : "no GPU");
     return 77;
   }
+  if (options.units && MlaAutoPath(RowFormat::kBf16, 512, 64) != MlaPath::kHopper) {
+    std::fprintf(stderr, "SKIPPED, nothing was measured: --units is of the Hopper kernel\n");
+    return 77;
+  }
   const Device device = Open(options.smoke);
   Check(PrepareMla(), "prepare");
   Check(PrepareMhaPrefill(), "prepare");
@@ -436,6 +361,11 @@ int Main(int argc, char** argv) {
   if (!options.json.empty() && json == nullptr) {
     std::perror(options.json.c_str());
     return 1;
+  }
+  if (options.units) {
+    const bool same = RunUnits({options.smoke, options.pool_gib << 30, options.only}, device, json);
+    if (json != nullptr) std::fclose(json);
+    return same ? 0 : 1;
   }
   Bench bench(options, device);
   std::vector<Size> sizes = {

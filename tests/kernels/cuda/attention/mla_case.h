@@ -43,6 +43,7 @@ struct Shape {
   bool out_fp32 = false;
   bool block_lse = false;
   bool positions = false;  // blocks say where they begin; every third block is missing
+  bool units = false;      // the pool is units of 64 columns (mla.h), scattered
 };
 
 struct Tokens {
@@ -85,6 +86,32 @@ class Case {
   double LseTolerance() const { return shape_.format == RowFormat::kFp8 ? 1.2e-2 : 2e-3; }
   int64_t pairs() const { return int64_t{num_tokens_} * shape_.heads; }
   float scale() const { return 1.3f / std::sqrt(static_cast<float>(shape_.rank + shape_.rope)); }
+
+  // The same rows and queries, each block nine units at random places of a pool of its own.
+  Case InUnits(kernel_test::Rng& rng) const {
+    Case other = *this;
+    other.shape_.units = true;
+    std::vector<uint32_t> ids(static_cast<size_t>((num_blocks_ + 2) * kMlaBlockUnits));
+    for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<uint32_t>(i);
+    std::shuffle(ids.begin(), ids.end(), rng);
+    other.num_units_ = static_cast<int64_t>(ids.size());
+    other.units_.assign(ids.size() * size_t{kMlaUnitBytes}, std::byte{0xff});  // NaN
+    size_t next = 0;
+    for (const std::vector<uint32_t>& pages : pages_) {
+      other.unit_pages_.emplace_back();
+      for (const uint32_t page : pages) {
+        for (int64_t unit = 0; unit < kMlaBlockUnits; ++unit) {
+          const uint32_t id = ids[next++];
+          other.unit_pages_.back().push_back(id);
+          for (int64_t row = 0; row < 64; ++row) {
+            std::memcpy(other.units_.data() + id * kMlaUnitBytes + row * 128,
+                        pool_.data() + page * block_bytes_ + row * row_bytes_ + unit * 128, 128);
+          }
+        }
+      }
+    }
+    return other;
+  }
 
   // Takes only sequence `index` with its queries, on the same pool.
   Case Alone(size_t index) const {
@@ -158,7 +185,7 @@ class Case {
     std::vector<std::unique_ptr<Buffer<int32_t>>> positions;
     std::vector<MlaSegment> segments;
     for (size_t s = 0; s < tokens_.size(); ++s) {
-      std::vector<uint32_t> table = pages_[s];
+      std::vector<uint32_t> table = shape_.units ? unit_pages_[s] : pages_[s];
       table.resize(table.size() + 40, 0xdeadbeefu);
       tables.push_back(std::make_unique<Buffer<uint32_t>>(table));
       std::vector<int32_t> first = block_positions_[s];
@@ -175,7 +202,7 @@ class Case {
       segments.push_back(segment);
     }
     const Buffer<MlaSegment> device_segments(segments);
-    const Buffer<std::byte> pool(pool_);
+    const Buffer<std::byte> pool(shape_.units ? units_ : pool_);
     // q side by side with room between rows, as a fused projection leaves it
     const int64_t stride = shape_.rank + shape_.rope + 8;
     std::vector<float> q(static_cast<size_t>(pairs() * stride), NAN);
@@ -202,7 +229,10 @@ class Case {
     p.segments = device_segments.data();
     p.blocks = pool.data();
     p.block_bytes = block_bytes_;
-    if (shape_.path == MlaPath::kHopper && shape_.format == RowFormat::kBf16) {
+    p.units = shape_.units;
+    if (shape_.units) {
+      EXPECT_EQ(MakeMlaUnitMap(pool.data(), num_units_, false, &p.pool_map), cudaSuccess);
+    } else if (shape_.path == MlaPath::kHopper && shape_.format == RowFormat::kBf16) {
       EXPECT_EQ(MakeMlaPoolMap(pool.data(), num_blocks_, block_bytes_, &p.pool_map), cudaSuccess);
     }
     p.partial_out = partial_out.data();
@@ -374,13 +404,16 @@ class Case {
   std::vector<int32_t> rows_;
   std::vector<std::vector<uint32_t>> pages_;
   std::vector<std::vector<int32_t>> block_positions_;
-  std::vector<std::byte> pool_;  // as on the device
-  std::vector<float> wide_;      // the same numbers in fp32, as the twin reads them
+  std::vector<std::byte> pool_;   // as on the device
+  std::vector<std::byte> units_;  // where InUnits made them, and their ids, nine a block
+  std::vector<std::vector<uint32_t>> unit_pages_;
+  std::vector<float> wide_;  // the same numbers in fp32, as the twin reads them
   std::vector<float> q_latent_;
   std::vector<float> q_rope_;
   int64_t row_bytes_ = 0;
   int64_t block_bytes_ = 0;
   int64_t num_blocks_ = 0;
+  int64_t num_units_ = 0;
   int32_t num_tokens_ = 0;
 };
 

@@ -172,6 +172,30 @@ TEST_F(MlaTest, PartsOfADeterministicBatchGiveTheSameBits) {
   }
 }
 
+// Ragged ends, new rows, one block alone, stretches of odd length; clusters (128 heads) and not.
+TEST_F(MlaTest, ListsOfUnitsGiveTheBitsOfRowMajorBlocks) {
+  STRAIT_TRACE_SEED();
+  if (major_ != 9) GTEST_SKIP() << "units need the Hopper path";
+  for (const int32_t heads : {16, 64, 128}) {
+    Shape shape{.heads = heads, .out_fp32 = true};
+    shape.block_lse = heads == 16;
+    SCOPED_TRACE(PathName(shape));
+    const Case rows(rng_, shape,
+                    {{1, 0}, {1, 5, true}, {2, 62}, {1, Pick(200, 1500)}, {3, Pick(0, 400)}});
+    const Case units = rows.InUnits(rng_);
+    for (const int32_t grid : {0, 6, 1}) {
+      const Case::Result of_rows = rows.Run(grid);
+      const Case::Result of_units = units.Run(grid);
+      EXPECT_TRUE(kernel_test::SameBits(of_rows.out, of_units.out)) << grid << " thread blocks";
+      EXPECT_TRUE(kernel_test::SameBits(of_rows.lse, of_units.lse)) << grid << " thread blocks";
+      units.Expect(of_units);
+    }
+  }
+  const Case rows(rng_, {.heads = 16, .deterministic = true}, {{1, 1500}, {20, 1010}});
+  const Case::Result of_rows = rows.Run();
+  EXPECT_TRUE(kernel_test::SameBits(of_rows.out, rows.InUnits(rng_).Run().out));
+}
+
 TEST_F(MlaTest, WrongShapesAreRefused) {
   MlaParams p;
   p.rank = 520;
@@ -182,6 +206,13 @@ TEST_F(MlaTest, WrongShapesAreRefused) {
   EXPECT_EQ(LaunchMla(p, nullptr), cudaErrorInvalidValue);
   p.rank = 256;
   p.path = MlaPath::kHopper;
+  EXPECT_EQ(LaunchMla(p, nullptr), cudaErrorInvalidValue);
+  p.units = true;
+  p.path = MlaPath::kPortable;
+  EXPECT_EQ(LaunchMla(p, nullptr), cudaErrorInvalidValue);
+  p.rank = 512;
+  p.path = MlaPath::kHopper;
+  p.format = RowFormat::kFp8;
   EXPECT_EQ(LaunchMla(p, nullptr), cudaErrorInvalidValue);
 }
 
