@@ -17,10 +17,11 @@ SHAPE = "v2-lite"
 MODEL = ROOT / "tests/golden" / SHAPE
 FIXED = [] if BACKEND == "cpu" else ["--deterministic"]
 TOKENS = 400
+MEMORY = "256MiB" if BACKEND == "cpu" else "1GiB"  # a GPU stage has 80 MB of its own: workspace, graphs
 
 
 def cluster_of(workers):
-    return Cluster(MODEL, workers=workers, pipelines=1, random_weights=None, memory="256MiB", args=FIXED)
+    return Cluster(MODEL, workers=workers, pipelines=1, random_weights=None, memory=MEMORY, args=FIXED)
 
 
 def grpc_of(cluster):
