@@ -18,10 +18,13 @@
 
 namespace strait {
 
-// As --cache-format has them.
 constexpr const char* RowFormatName(RowFormat format) {
-  return format == RowFormat::kFp32 ? "fp32" : format == RowFormat::kBf16 ? "bf16" : "fp8";
+  return format == RowFormat::kFp32   ? "fp32"
+         : format == RowFormat::kBf16 ? "bf16"
+         : format == RowFormat::kFp8  ? "fp8"
+                                      : "int4";
 }
+// Of what --cache-format has: formats that new rows are written in, so not int4.
 constexpr std::optional<RowFormat> RowFormatOf(std::string_view name) {
   for (const RowFormat format : {RowFormat::kFp32, RowFormat::kBf16, RowFormat::kFp8}) {
     if (name == RowFormatName(format)) return format;

@@ -183,6 +183,11 @@ TEST_F(MlaTest, WrongShapesAreRefused) {
   p.rank = 256;
   p.path = MlaPath::kHopper;
   EXPECT_EQ(LaunchMla(p, nullptr), cudaErrorInvalidValue);
+  p.path = MlaPath::kAuto;
+  for (const RowFormat format : {RowFormat::kFp32, RowFormat::kInt4}) {
+    p.format = format;
+    EXPECT_EQ(LaunchMla(p, nullptr), cudaErrorInvalidValue);
+  }
 }
 
 }  // namespace
