@@ -135,17 +135,15 @@ constexpr uint64_t UnitBlockBytes(BlockShape shape, uint32_t rope) {
 
 // V3's units, and the blocks of its whole rank, which have no padding.
 static_assert(UnitBytes(64) == 8192 && GrainBytes(64) == 1024);
-static_assert(UnitBlockBytes({RowFormat::kFp32, 512}, 64) ==
-              BlockBytes(RowFormat::kFp32, 512, 64));
-static_assert(UnitBlockBytes({RowFormat::kBf16, 512}, 64) ==
-              BlockBytes(RowFormat::kBf16, 512, 64));
+static_assert(UnitBlockBytes({RowFormat::kFp32, 512}, 64) == BlockBytes(RowFormat::kFp32, 512, 64));
+static_assert(UnitBlockBytes({RowFormat::kBf16, 512}, 64) == BlockBytes(RowFormat::kBf16, 512, 64));
 static_assert(UnitBlockBytes({RowFormat::kFp8, 512}, 64) == BlockBytes(RowFormat::kFp8, 512, 64));
-static_assert(UnitBlockBytes({RowFormat::kInt4, 512}, 64) ==
-              BlockBytes(RowFormat::kInt4, 512, 64));
+static_assert(UnitBlockBytes({RowFormat::kInt4, 512}, 64) == BlockBytes(RowFormat::kInt4, 512, 64));
 // Where a grain of scales, or the last grain of codes, is not full.
 static_assert(BlockUnits({RowFormat::kFp8, 144}, 64).grains() == 8 + 1 + 8 + 1);
 static_assert(BlockUnits({RowFormat::kFp8, 144}, 64).padded_bytes() == 512);
-static_assert(BlockUnits({RowFormat::kInt4, 240}, 64).size() == 3);  // 7.5 grains of codes are a unit
+static_assert(BlockUnits({RowFormat::kInt4, 240}, 64).size() ==
+              3);  // 7.5 grains of codes are a unit
 static_assert(BlockUnits({RowFormat::kInt4, 240}, 64).padded_bytes() == 512);
 
 }  // namespace strait
