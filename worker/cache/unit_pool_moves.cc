@@ -79,7 +79,6 @@ void UnitPool::Compact(std::vector<RunMove>* moves) {
     }
   }
   for (const auto& [now, before] : origins) {
-    if (now == before) continue;  // there and back
     grains_moved_[before] = now;
     to_follow_ += SplitOf(now / kUnitGrains).holders[now % kUnitGrains];
   }
