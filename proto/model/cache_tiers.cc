@@ -10,7 +10,8 @@
 namespace strait {
 namespace {
 
-absl::Status Check(bool right, const std::string& field, uint64_t value, const std::string& expected) {
+absl::Status Check(bool right, const std::string& field, uint64_t value,
+                   const std::string& expected) {
   if (right) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat("cache tiers: ", field, " is ", value, ", expected ", expected));
