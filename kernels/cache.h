@@ -28,10 +28,11 @@ struct CacheLayout {
   int64_t block_bytes = 0;      // at least 64 * row_bytes: between block ids in the pool
 };
 
-// REQUIRES: not kFp8.
+// REQUIRES: kFp32 or kBf16.
 constexpr CacheLayout MakeCacheLayout(RowFormat format, int64_t kv_lora_rank,
                                       int64_t qk_rope_head_dim) {
-  STRAIT_CHECK(format != RowFormat::kFp8, "CPU kernels have no fp8 rows");
+  STRAIT_CHECK(format == RowFormat::kFp32 || format == RowFormat::kBf16,
+               "CPU kernels have fp32 and bf16 rows alone");
   const auto rank = static_cast<uint32_t>(kv_lora_rank);
   const auto rope = static_cast<uint32_t>(qk_rope_head_dim);
   const int64_t row_bytes = RowBytes(format, rank, rope);

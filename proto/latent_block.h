@@ -8,6 +8,9 @@
 //            kFp32, kBf16   latent[rank] rope_key[rope], fp32 or bf16
 //            kFp8           codes[rank] e4m3, zeros to kRowAlign; scales[rank / kScaleCodes, rounded
 //                           up] fp32, code times scale is the value; rope_key[rope] bf16
+//            kInt4          codes[rank], two a byte, column 2i in the low half of byte i, a two's
+//                           complement each, -8 to 7, zeros to kRowAlign; scales[rank / kInt4Codes,
+//                           rounded up] fp16, code times scale is the value; rope_key[rope] bf16
 //          and zeros to kRowAlign. rope_key is rotated for its absolute position. A block is
 //          kBlockTokens rows of one layer; its row r holds the position p with p % kBlockTokens == r.
 //          Transfer: TransferHeader, BlockHeader[num_blocks], then the rows of these blocks, packed
@@ -29,11 +32,13 @@ namespace strait {
 
 // ---- Rows ----
 
-// Numbers as they stand in a BlockHeader. kFp8: GPUs alone.
-enum class RowFormat : uint32_t { kFp32 = 0, kBf16 = 1, kFp8 = 2 };
-inline constexpr uint32_t kNumRowFormats = 3;
+// Numbers as they stand in a BlockHeader. kFp8: GPUs alone. kInt4: old rows under a policy; new rows
+// are never written in it, and no kernel reads it yet.
+enum class RowFormat : uint32_t { kFp32 = 0, kBf16 = 1, kFp8 = 2, kInt4 = 3 };
+inline constexpr uint32_t kNumRowFormats = 4;
 
 inline constexpr uint32_t kScaleCodes = 128;  // codes of an fp8 row that share a scale
+inline constexpr uint32_t kInt4Codes = 32;    // codes of an int4 row that share a scale
 
 constexpr uint32_t RoundUpToRowAlign(uint32_t bytes) {
   return (bytes + limits::kRowAlign - 1) / limits::kRowAlign * limits::kRowAlign;
@@ -42,12 +47,33 @@ constexpr uint32_t RoundUpToRowAlign(uint32_t bytes) {
 // The latent begins the row.
 inline constexpr uint32_t kLatentOffset = 0;
 
+// Of the first `columns` of a latent, scales not counted.
+constexpr uint32_t LatentBytes(RowFormat format, uint32_t columns) {
+  return format == RowFormat::kInt4   ? (columns + 1) / 2
+         : format == RowFormat::kFp8  ? columns
+         : format == RowFormat::kBf16 ? columns * 2
+                                      : columns * 4;
+}
+
+// Of the scales of these columns.
+constexpr uint32_t ScaleBytes(RowFormat format, uint32_t columns) {
+  return format == RowFormat::kInt4  ? (columns + kInt4Codes - 1) / kInt4Codes * 2
+         : format == RowFormat::kFp8 ? (columns + kScaleCodes - 1) / kScaleCodes * 4
+                                     : 0;
+}
+
 // Of an fp8 row.
 constexpr uint32_t ScalesOffset(uint32_t rank) { return RoundUpToRowAlign(rank); }
+// Of an int4 row.
+constexpr uint32_t Int4ScalesOffset(uint32_t rank) {
+  return RoundUpToRowAlign(LatentBytes(RowFormat::kInt4, rank));
+}
 
+// A multiple of 2: what a bf16 needs, and no more with int4.
 constexpr uint32_t RopeKeyOffset(RowFormat format, uint32_t rank) {
-  return format == RowFormat::kFp8 ? ScalesOffset(rank) + (rank + kScaleCodes - 1) / kScaleCodes * 4
-                                   : rank * (format == RowFormat::kFp32 ? 4 : 2);
+  const uint32_t latent = LatentBytes(format, rank);
+  const uint32_t scales = ScaleBytes(format, rank);
+  return scales > 0 ? RoundUpToRowAlign(latent) + scales : latent;
 }
 
 // Where a row's zeros begin.
@@ -73,9 +99,15 @@ static_assert(ScalesOffset(512) == 512);
 static_assert(RopeKeyOffset(RowFormat::kFp8, 512) == 528);
 static_assert(RowBytes(RowFormat::kFp8, 512, 64) == 656);
 static_assert(BlockBytes(RowFormat::kFp8, 512, 64) == 41984);
-// Where the fp8 latent, or the row, is rounded up.
+static_assert(Int4ScalesOffset(512) == 256);
+static_assert(RopeKeyOffset(RowFormat::kInt4, 512) == 288);
+static_assert(RowBytes(RowFormat::kInt4, 512, 64) == 416);
+static_assert(BlockBytes(RowFormat::kInt4, 512, 64) == 26624);
+// Where the latent of codes, or the row, is rounded up.
 static_assert(ScalesOffset(36) == 48 && RopeKeyOffset(RowFormat::kFp8, 36) == 52);
 static_assert(RowEnd(RowFormat::kFp8, 36, 24) == 100 && RowBytes(RowFormat::kFp8, 36, 24) == 112);
+static_assert(Int4ScalesOffset(37) == 32 && RopeKeyOffset(RowFormat::kInt4, 37) == 36);
+static_assert(RowEnd(RowFormat::kInt4, 37, 24) == 84 && RowBytes(RowFormat::kInt4, 37, 24) == 96);
 // No row that the limits allow overflows, nor does a block.
 static_assert(BlockBytes(RowFormat::kFp32, limits::kMaxLoraRank, limits::kMaxHeadDim) ==
               uint64_t{limits::kBlockTokens} * (limits::kMaxLoraRank + limits::kMaxHeadDim) * 4);

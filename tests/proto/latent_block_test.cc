@@ -87,6 +87,8 @@ TEST(LatentBlockTest, RowsOfV3) {
   EXPECT_EQ(BlockBytes(RowFormat::kFp32, 512, 64), 147456u);
   EXPECT_EQ(BlockBytes(RowFormat::kBf16, 512, 64), 73728u);
   EXPECT_EQ(BlockBytes(RowFormat::kFp8, 512, 64), 41984u);
+  EXPECT_EQ(RowBytes(RowFormat::kInt4, 512, 64), 416u);  // 512 / 2 + 16 * 2 + 64 * 2
+  EXPECT_EQ(BlockBytes(RowFormat::kInt4, 512, 64), 26624u);
 }
 
 TEST(LatentBlockTest, OddRowsAreRoundedUp) {
@@ -101,6 +103,38 @@ TEST(LatentBlockTest, OddRowsAreRoundedUp) {
   EXPECT_EQ(RowBytes(RowFormat::kFp8, 128, 16), 176u);  // 128 + 4 + 32: 164
   EXPECT_EQ(RowBytes(RowFormat::kFp8, 144, 16), 192u);  // 144 + 8 + 32: 184
   EXPECT_EQ(RopeKeyOffset(RowFormat::kFp8, 129), 144u + 8);
+  EXPECT_EQ(Int4ScalesOffset(36), 32u);                  // 18 to 32
+  EXPECT_EQ(RopeKeyOffset(RowFormat::kInt4, 36), 36u);   // two scales
+  EXPECT_EQ(RowBytes(RowFormat::kInt4, 36, 24), 96u);    // 36 + 48: 84
+  EXPECT_EQ(RowBytes(RowFormat::kInt4, 128, 16), 112u);  // 64 + 8 + 32: 104
+  EXPECT_EQ(RopeKeyOffset(RowFormat::kInt4, 33), 32u + 4);
+  EXPECT_EQ(RopeKeyOffset(RowFormat::kInt4, 1), 16u + 2);
+}
+
+// Every plane of a row begins behind the one before, where its numbers may lie; a row is a block's 64th.
+TEST(LatentBlockTest, PlanesOfARowDoNotMeet) {
+  for (uint32_t f = 0; f < kNumRowFormats; ++f) {
+    const auto format = static_cast<RowFormat>(f);
+    const bool codes = format == RowFormat::kFp8 || format == RowFormat::kInt4;
+    for (uint32_t rank = 1; rank <= 600; ++rank) {
+      const uint32_t latent = LatentBytes(format, rank);
+      const uint32_t key = RopeKeyOffset(format, rank);
+      ASSERT_EQ(ScaleBytes(format, rank) > 0, codes);
+      ASSERT_GE(key, latent + ScaleBytes(format, rank));
+      ASSERT_EQ(key % (format == RowFormat::kFp32 ? 4 : 2), 0u);
+      if (codes) {
+        const uint32_t scales =
+            format == RowFormat::kFp8 ? ScalesOffset(rank) : Int4ScalesOffset(rank);
+        ASSERT_EQ(key, scales + ScaleBytes(format, rank));
+        ASSERT_GE(scales, latent);
+        ASSERT_LT(scales, latent + limits::kRowAlign);
+      } else {
+        ASSERT_EQ(key, latent);
+      }
+      ASSERT_EQ(RowBytes(format, rank, 24) % limits::kRowAlign, 0u);
+      ASSERT_EQ(BlockBytes(format, rank, 24), 64u * RowBytes(format, rank, 24));
+    }
+  }
 }
 
 TEST(LatentBlockTest, EveryByteOfABlockHeader) {
@@ -199,6 +233,24 @@ TEST(LatentBlockTest, TheLargestAndTheSmallestAreTaken) {
   EXPECT_TRUE(DecodeBlockHeader(Encoded(h)).ok());
 }
 
+TEST(LatentBlockTest, Int4BlocksAreTaken) {
+  BlockHeader h = Sealed();
+  h.row_format = RowFormat::kInt4;
+  for (const uint32_t rank : {1u, 16u, 37u, 512u, 8192u}) {
+    h.rank = rank;
+    SealBlockHeader(Rows(64 * RowBytes(RowFormat::kInt4, rank, 64), 3), &h);
+    const Bytes bytes = Encoded(h);
+    EXPECT_EQ(At<uint32_t>(bytes, 76), 3u);
+    const auto decoded = DecodeBlockHeader(bytes);
+    ASSERT_TRUE(decoded.ok()) << decoded.status();
+    EXPECT_EQ(*decoded, h);
+  }
+  h.rank = 8193;
+  SealBlockHeader(Rows(64 * RowBytes(RowFormat::kInt4, 8193, 64), 3), &h);
+  Bytes bytes(kBlockHeaderBytes);
+  EXPECT_THAT(EncodeBlockHeader(h, absl::MakeSpan(bytes)).message(), HasSubstr("rank is 8193"));
+}
+
 struct Wrong {
   const char* field;
   std::function<void(BlockHeader*)> spoil;
@@ -227,9 +279,10 @@ const std::vector<Wrong>& WrongBlocks() {
       {"row_bytes", [](BlockHeader* h) { h->rank = 256; }},
       {"rope", [](BlockHeader* h) { h->rope = 0; }},
       {"rope", [](BlockHeader* h) { h->rope = 1025; }},
-      {"row_format", [](BlockHeader* h) { h->row_format = static_cast<RowFormat>(3); }},
+      {"row_format", [](BlockHeader* h) { h->row_format = static_cast<RowFormat>(4); }},
       {"row_format", [](BlockHeader* h) { h->row_format = static_cast<RowFormat>(~0u); }},
       {"row_bytes", [](BlockHeader* h) { h->row_format = RowFormat::kBf16; }},
+      {"row_bytes", [](BlockHeader* h) { h->row_format = RowFormat::kInt4; }},
       {"row_bytes", [](BlockHeader* h) { h->row_bytes = 672; }},
       {"payload_bytes", [](BlockHeader* h) { h->payload_bytes -= 656; }},
       {"payload_bytes", [](BlockHeader* h) { h->payload_bytes = 0; }},

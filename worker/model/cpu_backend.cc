@@ -238,6 +238,10 @@ absl::StatusOr<std::unique_ptr<CpuBackend>> CpuBackend::Create(
         "--cache-format fp8 needs --backend cuda: the CPU backend keeps fp32 or bf16 cache rows. A "
         "cluster has one format, so with CPU workers it is one of these");
   }
+  if (options.row_format != RowFormat::kFp32 && options.row_format != RowFormat::kBf16) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "the CPU backend keeps fp32 or bf16 cache rows, not ", RowFormatName(options.row_format)));
+  }
   auto shared = std::make_shared<Shared>();
   shared->options = options;
   shared->weights = std::move(weights);

@@ -56,7 +56,8 @@ cudaError_t RopeTable(const RopeTableParams& p, cudaStream_t stream) {
 
 cudaError_t LatentAppend(const LatentAppendParams& p, cudaStream_t stream) {
   if (p.num_tokens == 0) return cudaSuccess;
-  if (p.rank > latent::kThreads * latent::kHeld || p.format == RowFormat::kFp32) {
+  if (p.rank > latent::kThreads * latent::kHeld ||
+      (p.format != RowFormat::kBf16 && p.format != RowFormat::kFp8)) {
     return cudaErrorInvalidValue;
   }
   return LaunchChained(AppendRow, dim3(static_cast<unsigned>(p.num_tokens), latent::AppendParts(p)),

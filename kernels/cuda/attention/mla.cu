@@ -164,7 +164,8 @@ MlaPath MlaAutoPath(RowFormat, int32_t rank, int32_t rope) {
 cudaError_t LaunchMla(const MlaParams& params, cudaStream_t stream) {
   if (params.rank <= 0 || params.rank > 512 || params.rank % 16 != 0 || params.rope <= 0 ||
       params.rope > 64 || params.rope % 8 != 0 || params.num_heads <= 0 ||
-      params.q_latent_stride % 8 != 0 || params.format == RowFormat::kFp32 ||
+      params.q_latent_stride % 8 != 0 ||
+      (params.format != RowFormat::kBf16 && params.format != RowFormat::kFp8) ||
       params.q_rope_stride % 8 != 0 || params.block_bytes % 16 != 0 ||
       params.plan.limits.num_thread_blocks <= 0) {
     return cudaErrorInvalidValue;

@@ -224,7 +224,7 @@ cudaError_t LatentAppendBeside(const LatentAppendParams& append, const GemmParam
                                cudaStream_t stream) {
   const bool plain = p.tiles == nullptr && p.up.empty() && p.weight.scales == nullptr;
   const int32_t tile = plain && p.num_rows > 0 && p.num_rows <= kFewRows ? FewRowsTileOf(p) : 0;
-  if (tile > 0 && append.format != RowFormat::kFp32) {
+  if (tile > 0 && (append.format == RowFormat::kBf16 || append.format == RowFormat::kFp8)) {
     Check(p);
     return GemmFewRowsBeside(append, p, tile, stream);
   }

@@ -154,5 +154,46 @@ TEST(CacheBooksTest, TheStageWithTheFewestBytesDecides) {
   EXPECT_FALSE(books.CheckEqual(books.Empty()).ok());
 }
 
+// Where rows become old, a sequence gives bytes back while it grows; what is reserved for it does not.
+TEST(CacheBooksTest, TiersAreHeldAndReservedByLength) {
+  CacheTiers::Spec spec;
+  spec.rope = 16;
+  spec.young = {RowFormat::kFp8, 128};
+  spec.old = {{RowFormat::kInt4, 64}, {RowFormat::kFp8, 0}, {RowFormat::kFp8, 128}};
+  spec.sink_rows = 64;
+  spec.young_rows = 128;
+  spec.interval_rows = 256;
+  const CacheTiers tiers = CacheTiers::Create(spec).value();
+  const CachePolicy policy{.tiers = &tiers};
+  CacheBooks books;
+  books.Start(policy, {{{0, 2}, 1 << 20}, {{2, 3}, 1 << 20}});
+  const auto most = static_cast<uint32_t>(books.free_rows());
+  EXPECT_TRUE(books.CanEverHold(most));
+  EXPECT_FALSE(books.CanEverHold(most + 1));
+  StageRows rows;
+  books.Hold(rows);
+  uint32_t reserved = 0;
+  bool gave_back = false;
+  while (rows.next() < 2000) {
+    const uint32_t end = rows.next() + 40 - rows.next() % 40;
+    ASSERT_TRUE(books.CanReserve(reserved, end));
+    books.Reserve(reserved, end);
+    reserved = end;
+    const uint64_t before = books.stages()[0].held_bytes;
+    books.Grow(rows, end - rows.next());
+    rows.Advance(end - rows.next());
+    for (const StageCache& stage : books.stages()) {
+      ASSERT_EQ(stage.held_bytes, HeldBytes(policy, end, stage.layers));
+      ASSERT_EQ(stage.reserved_bytes, ReservedBytes(policy, end, stage.layers));
+      ASSERT_LE(stage.held_bytes, stage.reserved_bytes);
+    }
+    gave_back |= books.stages()[0].held_bytes < before;
+  }
+  EXPECT_TRUE(gave_back);
+  books.Free(rows);
+  books.Release(reserved);
+  EXPECT_TRUE(books.CheckEqual(books.Empty()).ok());
+}
+
 }  // namespace
 }  // namespace strait

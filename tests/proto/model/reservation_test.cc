@@ -46,6 +46,9 @@ TEST(ReservationTest, NamesGoBothWays) {
   }
   EXPECT_EQ(RowFormatOf("fp8"), RowFormat::kFp8);
   for (const char* name : {"", "fp", "FP8", "fp16"}) EXPECT_EQ(RowFormatOf(name), std::nullopt);
+  // Named, but not offered.
+  EXPECT_STREQ(RowFormatName(RowFormat::kInt4), "int4");
+  EXPECT_EQ(RowFormatOf("int4"), std::nullopt);
 }
 
 }  // namespace

@@ -67,6 +67,14 @@ TEST(CpuBackendTest, RefusesFp8RowsAndNamesTheBackendThatHasThem) {
       << backend.status();
 }
 
+TEST(CpuBackendTest, RefusesInt4Rows) {
+  CpuBackendOptions options;
+  options.row_format = RowFormat::kInt4;
+  const auto backend = CpuBackend::Create(options, MakeRandomWeights(TinyV3(), 1, 1));
+  EXPECT_EQ(backend.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(backend.status().message().find("not int4"), std::string::npos) << backend.status();
+}
+
 TEST(CpuBackendTest, LoadsWhatFitsAndGivesItBack) {
   const ModelConfig config = TinyV3();
   uint64_t layer_bytes = LayerWeightBytes(config, 1);

@@ -70,7 +70,7 @@ CudaBackend::~CudaBackend() = default;
 
 absl::StatusOr<std::unique_ptr<CudaBackend>> CudaBackend::Create(
     const CudaBackendOptions& options, std::unique_ptr<WeightSource> weights) {
-  if (options.row_format == RowFormat::kFp32) {
+  if (options.row_format != RowFormat::kBf16 && options.row_format != RowFormat::kFp8) {
     return absl::InvalidArgumentError(
         "--backend cuda keeps bf16 or fp8 cache rows: use --cache-format bf16 or fp8");
   }

@@ -214,6 +214,13 @@ TEST_F(MlaTest, WrongShapesAreRefused) {
   p.path = MlaPath::kHopper;
   p.format = RowFormat::kFp8;
   EXPECT_EQ(LaunchMla(p, nullptr), cudaErrorInvalidValue);
+  p.units = false;
+  p.rank = 512;
+  p.path = MlaPath::kAuto;
+  for (const RowFormat format : {RowFormat::kFp32, RowFormat::kInt4}) {
+    p.format = format;
+    EXPECT_EQ(LaunchMla(p, nullptr), cudaErrorInvalidValue);
+  }
 }
 
 }  // namespace

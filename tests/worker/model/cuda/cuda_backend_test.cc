@@ -252,11 +252,13 @@ TEST_F(CudaBackendTest, ARowFormatIsPartOfWhatItSaysOfItself) {
 
 // No machine needs a GPU to be told so.
 TEST(CudaModelTest, RowsThatTheKernelsDoNotTake) {
-  CudaBackendOptions options;
-  options.row_format = RowFormat::kFp32;
-  const auto backend = CudaBackend::Create(options, MakeRandomWeights(OnCuda(TinyV3()), 1, 1));
-  EXPECT_EQ(backend.status().code(), absl::StatusCode::kInvalidArgument) << backend.status();
-  EXPECT_NE(backend.status().message().find("--cache-format bf16 or fp8"), std::string::npos);
+  for (const RowFormat format : {RowFormat::kFp32, RowFormat::kInt4}) {
+    CudaBackendOptions options;
+    options.row_format = format;
+    const auto backend = CudaBackend::Create(options, MakeRandomWeights(OnCuda(TinyV3()), 1, 1));
+    EXPECT_EQ(backend.status().code(), absl::StatusCode::kInvalidArgument) << backend.status();
+    EXPECT_NE(backend.status().message().find("--cache-format bf16 or fp8"), std::string::npos);
+  }
 }
 
 }  // namespace
