@@ -173,6 +173,11 @@ void Cluster::CollectLate(const Worker& worker, uint64_t now_us,
     if (!stage.resize || now_us <= stage.resize->asked_us + context_->options.step_timeout_us) {
       continue;
     }
+    // Until the next epoch's first plan nothing closes what is in the way.
+    const auto pipeline = pipelines_.find(stage.pipeline);
+    if (pipeline != pipelines_.end() && pipeline->second->state != Pipeline::State::kActive) {
+      continue;
+    }
     late->emplace_back(worker.id, absl::DeadlineExceededError(absl::StrCat(
                                       "the cache of stage ", stage_id, " not resized for ",
                                       context_->options.step_timeout_us / 1000, " ms")));

@@ -29,7 +29,9 @@ namespace strait {
 struct StageSlot {
   enum class State { kVacant, kLoading, kLoaded, kActivating, kActive };
   LayerRange layers;
-  uint64_t cache_bytes = 0;         // of latent blocks, that plans may use
+  uint64_t cache_bytes = 0;     // of latent blocks, that plans may use
+  uint32_t growths_failed = 0;  // since one succeeded, for want of memory
+  uint64_t grow_after_us = 0;
   uint64_t wanted_cache_bytes = 0;  // it grows to it when its worker has room (resizing.cc)
   // Not 0: vacant slots of the same group may go to one worker, where there are too few for one each.
   uint64_t group = 0;

@@ -13,6 +13,13 @@
 #include "proto/base/check.h"
 
 namespace strait {
+namespace {
+
+// A growth for which the worker lacks memory is asked again so often, each wait twice the one before.
+constexpr uint32_t kMaxGrowthsFailed = 5;
+constexpr uint64_t kGrowBackoffUs = 100'000;
+
+}  // namespace
 
 uint64_t Cluster::FreeBytes(const Worker& worker) const {
   return worker.memory_bytes -
@@ -41,7 +48,7 @@ void Cluster::ResizeSlots(Pipeline* pipeline, const std::vector<uint64_t>& cache
 void Cluster::GrowCaches(Pipeline* pipeline, uint64_t now_us) {
   if (pipeline->state != Pipeline::State::kActive || pipeline->scaled_rows) return;
   for (StageSlot& slot : pipeline->slots) {
-    if (slot.wanted_cache_bytes <= slot.cache_bytes) continue;
+    if (slot.wanted_cache_bytes <= slot.cache_bytes || now_us < slot.grow_after_us) continue;
     Worker* worker = FindWorker(slot.worker);
     // What goes there may share with it.
     if (worker->stages.at(slot.stage_id).resize || worker->Has(HostedStage::Role::kUnloading) ||
@@ -98,11 +105,20 @@ void Cluster::OnCacheResized(Worker* worker, const v1::CacheResized& resized, ui
     cache_bytes[stage->slot_index] = stage->cache_bytes;
     ResizeSlots(seat.pipeline, cache_bytes, now_us);
   }
-  if (resized.error_code() == 0) return;
+  if (resized.error_code() == 0) {
+    seat.slot->growths_failed = 0;
+    return;
+  }
   const absl::Status why(static_cast<absl::StatusCode>(resized.error_code()),
                          absl::StrCat("worker ", worker->name, " could not resize a cache to ",
                                       asked, " bytes: ", resized.error_message()));
   worker->last_error = std::string(why.message());
+  // An edge that is torn down has its memory a little longer than the books say.
+  if (asked > stage->cache_bytes && absl::IsResourceExhausted(why) &&
+      ++seat.slot->growths_failed <= kMaxGrowthsFailed) {
+    seat.slot->grow_after_us = now_us + (kGrowBackoffUs << seat.slot->growths_failed);
+    return;
+  }
   // It stays as it is, rather than be asked again and again.
   if (asked > stage->cache_bytes) seat.slot->wanted_cache_bytes = stage->cache_bytes;
   AbortScale(seat.pipeline->id, why);

@@ -177,7 +177,7 @@ void WorkerCore::Settle() {
     if (!shares_.IsSettled(id) && hosted.stage->peak_blocks() <= shares_.BlocksOf(id)) {
       shares_.Settle(id);
     }
-    is_quiet = is_quiet && hosted.stage->num_begun() == 0;
+    is_quiet = is_quiet && hosted.stage->num_begun() == 0 && !hosted.stage->CopiesRows();
     waits_for_quiet = waits_for_quiet || (shares_.IsSettled(id) && hosted.stage->NeedsSettling());
   }
   waits_for_quiet = waits_for_quiet || shares_.ShrinkIsDue();

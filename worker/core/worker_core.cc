@@ -138,7 +138,14 @@ void WorkerCore::OnActivate(const v1::ActivateStage& activate) {
 void WorkerCore::TakeOver(uint64_t stage_id, Hosted& hosted) {
   std::vector<Stage*> predecessors;
   for (const uint64_t before : shares_.PredecessorsOf(stage_id)) {
-    if (Hosted* const it = Find(before)) predecessors.push_back(it->stage.get());
+    Hosted* const it = Find(before);
+    if (it == nullptr) continue;
+    predecessors.push_back(it->stage.get());
+    // A receive that was posted for it would never be matched.
+    ForgetEdges(before);
+    it->in = {};
+    it->out = {};
+    it->memory = {};
   }
   if (predecessors.empty()) return;
   hosted.stage->TakeOver(predecessors);

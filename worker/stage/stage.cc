@@ -25,6 +25,7 @@ bool Stage::is_first() const { return state_->is_first(); }
 bool Stage::is_last() const { return state_->is_last(); }
 size_t Stage::num_begun() const { return state_->begun.size(); }
 uint32_t Stage::blocks_used() const { return state_->residents.cache().blocks_used(); }
+bool Stage::CopiesRows() const { return state_->model->copies().num_under_way() > 0; }
 uint32_t Stage::peak_blocks() const {
   uint64_t peak = cache().blocks_taken();
   for (const WaitingPlan& plan : state_->plans) peak = std::max(peak, plan.checked.blocks_after);

@@ -136,6 +136,7 @@ class Stage {
   bool is_first() const;
   bool is_last() const;
   uint32_t blocks_used() const;
+  bool CopiesRows() const;  // copies of its rows are under way
   // The most that other stages cannot have until the plans that it has have run.
   uint32_t peak_blocks() const;
   const LatentCache& cache() const;

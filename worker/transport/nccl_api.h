@@ -59,6 +59,8 @@ class EdgeDevice {
   virtual absl::Status Use() = 0;
   virtual absl::StatusOr<std::byte*> Take(size_t bytes) = 0;
   virtual void Give(std::byte* memory) = 0;
+  // Whether Give may wait for what runs on the device: then who takes often keeps what it has.
+  virtual bool GiveWaits() const { return true; }
   virtual absl::StatusOr<void*> MakeStream() = 0;
   virtual void FreeStream(void* stream) = 0;
   virtual absl::StatusOr<void*> MakeEvent() = 0;

@@ -48,6 +48,8 @@ class CudaEdgeDevice final : public EdgeDevice {
     taken_.erase(it);
   }
 
+  bool GiveWaits() const override { return !memory_; }
+
   absl::StatusOr<void*> MakeStream() override {
     // Above the layers' stream: an edge's few blocks should not queue behind a step's many.
     int least = 0;

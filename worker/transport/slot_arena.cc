@@ -40,6 +40,7 @@ size_t ArenaPool::bytes_idle() const {
 }
 
 void ArenaPool::PutBack(std::byte* memory, size_t bytes) {
+  if (!device_->GiveWaits()) return device_->Give(memory);
   std::lock_guard lock(mu_);
   idle_.emplace(bytes, memory);
 }

@@ -7,7 +7,7 @@
 // Thread:  any, synchronized inside.
 // Limits:  an arena's bytes; a full one answers nothing, and who asks tries again later.
 // Why:     giving memory back to CUDA waits for everything that runs on the device, a receive that
-//          was posted ahead included. So it is kept.
+//          was posted ahead included. So it is kept, unless the device has memory of another kind.
 #pragma once
 
 #include <cstddef>

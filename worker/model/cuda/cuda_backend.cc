@@ -52,6 +52,8 @@ struct CudaBackend::Shared {
   CudaTraits traits;
   std::shared_ptr<DeviceArena> arena;
   std::unique_ptr<CudaCache> cache;
+  // Before what takes of it.
+  std::shared_ptr<PinnedPool> pinned = std::make_shared<PinnedPool>();
   DeviceParts parts;
 };
 
@@ -137,12 +139,13 @@ absl::StatusOr<std::unique_ptr<StageModel>> CudaBackend::Load(
                           MemoryBudget::Take(shared_->budget, stage.graphs, what));
   STRAIT_ASSIGN_OR_RETURN(DeviceStageParts parts,
                           shared_->parts.Load(*shared_->weights, spec.layers, expands,
-                                              *shared_->arena, what, progress));
+                                              *shared_->arena, *shared_->pinned, what, progress));
   return CudaStageModel::Create({.alive = shared_,
                                  .config = &config,
                                  .arena = shared_->arena.get(),
                                  .cache = shared_->cache.get(),
-                                 .traits = &traits},
+                                 .traits = &traits,
+                                 .pinned = shared_->pinned.get()},
                                 spec, std::move(parts), std::move(graphs));
 }
 

@@ -37,7 +37,7 @@ absl::StatusOr<std::unique_ptr<DeviceCopies>> DeviceCopies::Create(uint32_t num_
   for (cudaEvent_t& event : copies->events_) {
     STRAIT_CUDA_RETURN_IF_ERROR(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   }
-  STRAIT_ASSIGN_OR_RETURN(copies->staging_, PinnedMemory::Create(kCudaCopyStagingBytes));
+  STRAIT_ASSIGN_OR_RETURN(copies->staging_, copies->place_.pinned->Take(kCudaCopyStagingBytes));
   return copies;
 }
 

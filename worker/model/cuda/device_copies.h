@@ -47,6 +47,7 @@ class DeviceCopies final : public BlockCopies {
     const CacheMemory* cache = nullptr;  // whose blocks these are
     uint32_t row_bytes = 0;
     std::byte* staging = nullptr;  // [kCudaCopyStagingBytes] on the device
+    PinnedPool* pinned = nullptr;  // for Create
     // The event behind the newest step that is begun; null: all are finished.
     std::function<cudaEvent_t()> newest_step;
   };

@@ -58,7 +58,7 @@ uint64_t DeviceParts::MissingBytes(const ModelConfig& config, LayerRange layers,
 
 absl::StatusOr<DeviceStageParts> DeviceParts::Load(WeightSource& source, LayerRange layers,
                                                    bool expands, DeviceArena& arena,
-                                                   std::string_view what,
+                                                   PinnedPool& pinned, std::string_view what,
                                                    const LoadProgress& progress) {
   const ModelConfig& config = source.config();
   DeviceStageParts parts;
@@ -95,7 +95,7 @@ absl::StatusOr<DeviceStageParts> DeviceParts::Load(WeightSource& source, LayerRa
     new_head->weights = LayOutHead(config, region);
   }
 
-  STRAIT_ASSIGN_OR_RETURN(std::unique_ptr<Uploader> up, Uploader::Create());
+  STRAIT_ASSIGN_OR_RETURN(std::unique_ptr<Uploader> up, Uploader::Create(pinned));
   const auto tell = [&] {
     if (progress) progress(std::min(up->bytes(), total_bytes), total_bytes);
   };

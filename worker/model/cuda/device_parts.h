@@ -15,6 +15,7 @@
 #include "absl/status/statusor.h"
 #include "worker/model/cuda/cuda_workspace.h"
 #include "worker/model/cuda/device_arena.h"
+#include "worker/model/cuda/pinned.h"
 #include "worker/model/cuda/weights.h"
 #include "worker/model/part_cache.h"
 
@@ -36,8 +37,8 @@ struct DeviceStageParts
 class DeviceParts {
  public:
   absl::StatusOr<DeviceStageParts> Load(WeightSource& source, LayerRange layers, bool expands,
-                                        DeviceArena& arena, std::string_view what,
-                                        const LoadProgress& progress);
+                                        DeviceArena& arena, PinnedPool& pinned,
+                                        std::string_view what, const LoadProgress& progress);
 
   // Of device memory, in slabs, what a stage with these layers would add.
   uint64_t MissingBytes(const ModelConfig& config, LayerRange layers, bool expands,

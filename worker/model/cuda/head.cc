@@ -17,11 +17,11 @@ namespace strait {
 
 static_assert(cuda::kMaxTopTokens >= static_cast<int32_t>(limits::kMaxTopLogprobs));
 
-absl::StatusOr<HeadStep> HeadStep::Create(const StepLimits& limits) {
+absl::StatusOr<HeadStep> HeadStep::Create(PinnedPool& pinned, const StepLimits& limits) {
   HeadStep step;
-  STRAIT_ASSIGN_OR_RETURN(step.tables_, PinnedMemory::Create(HeadTableBytes(limits)));
-  STRAIT_ASSIGN_OR_RETURN(
-      step.results_, PinnedMemory::Create(uint64_t{limits.head_rows} * sizeof(cuda::SampleResult)));
+  STRAIT_ASSIGN_OR_RETURN(step.tables_, pinned.Take(HeadTableBytes(limits)));
+  STRAIT_ASSIGN_OR_RETURN(step.results_,
+                          pinned.Take(uint64_t{limits.head_rows} * sizeof(cuda::SampleResult)));
   return step;
 }
 

@@ -27,7 +27,7 @@ namespace strait {
 // What one step asks of the head, until its results are taken.
 class HeadStep {
  public:
-  static absl::StatusOr<HeadStep> Create(const StepLimits& limits);
+  static absl::StatusOr<HeadStep> Create(PinnedPool& pinned, const StepLimits& limits);
   void Clear() {
     num_top_.clear();
     done_.clear();

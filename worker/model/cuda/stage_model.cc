@@ -86,6 +86,7 @@ absl::Status CudaStageModel::Init() {
                                      .row_bytes = RowBytes(traits.row_format, config_.kv_lora_rank,
                                                            config_.qk_rope_head_dim),
                                      .staging = ws_.copies,
+                                     .pinned = worker_.pinned,
                                      .newest_step = [this] { return newest_step(); }}));
   Log(LogLevel::kInfo, "GPU memory of a stage",
       {{"weights", bytes_.weights},
@@ -107,7 +108,7 @@ absl::Status CudaStageModel::SetCapacity(uint32_t pool_blocks) {
   const bool more = arrival_bytes > slots_[0].arrivals.bytes();  // fewer keep what there is
   for (PinnedMemory& memory : arrivals) {
     if (!more) break;
-    STRAIT_ASSIGN_OR_RETURN(memory, PinnedMemory::Create(arrival_bytes));
+    STRAIT_ASSIGN_OR_RETURN(memory, worker_.pinned->Take(arrival_bytes));
   }
   STRAIT_RETURN_IF_ERROR(
       table_memory_.Resize(DeviceTables::DeviceBytes(spec.layers.size(), pool_blocks),
@@ -119,16 +120,17 @@ absl::Status CudaStageModel::SetCapacity(uint32_t pool_blocks) {
 }
 
 absl::Status CudaStageModel::InitSlot(Slot* slot) {
-  STRAIT_ASSIGN_OR_RETURN(StepTables tables, StepTables::Create(limits_, ws_.tables));
+  STRAIT_ASSIGN_OR_RETURN(StepTables tables,
+                          StepTables::Create(*worker_.pinned, limits_, ws_.tables));
   slot->tables.emplace(std::move(tables));
-  STRAIT_ASSIGN_OR_RETURN(slot->plan, PinnedMemory::Create(limits_.plan_bytes));
+  STRAIT_ASSIGN_OR_RETURN(slot->plan, worker_.pinned->Take(limits_.plan_bytes));
   if (weights_.embed_tokens.empty() || !head_) {
     STRAIT_ASSIGN_OR_RETURN(
         slot->staging,
-        PinnedMemory::Create(uint64_t{limits_.tile_rows} * config_.hidden_size * sizeof(float)));
+        worker_.pinned->Take(uint64_t{limits_.tile_rows} * config_.hidden_size * sizeof(float)));
   }
   if (head_) {
-    STRAIT_ASSIGN_OR_RETURN(slot->head, HeadStep::Create(limits_));
+    STRAIT_ASSIGN_OR_RETURN(slot->head, HeadStep::Create(*worker_.pinned, limits_));
   }
   STRAIT_CUDA_RETURN_IF_ERROR(cudaEventCreateWithFlags(&slot->done, cudaEventDisableTiming));
   return absl::OkStatus();

@@ -44,6 +44,7 @@ struct CudaWorker {
   DeviceArena* arena = nullptr;
   const CudaCache* cache = nullptr;
   const CudaTraits* traits = nullptr;
+  PinnedPool* pinned = nullptr;
 };
 
 class CudaStageModel final : public StageModel {

@@ -11,8 +11,9 @@
 
 namespace strait {
 
-absl::StatusOr<StepTables> StepTables::Create(const StepLimits& limits, std::byte* device) {
-  STRAIT_ASSIGN_OR_RETURN(PinnedMemory host, PinnedMemory::Create(limits.table_bytes));
+absl::StatusOr<StepTables> StepTables::Create(PinnedPool& pinned, const StepLimits& limits,
+                                              std::byte* device) {
+  STRAIT_ASSIGN_OR_RETURN(PinnedMemory host, pinned.Take(limits.table_bytes));
   return StepTables(std::move(host), device);
 }
 

@@ -31,7 +31,8 @@ namespace strait {
 class StepTables {
  public:
   // `device`: [StepLimits::table_bytes].
-  static absl::StatusOr<StepTables> Create(const StepLimits& limits, std::byte* device);
+  static absl::StatusOr<StepTables> Create(PinnedPool& pinned, const StepLimits& limits,
+                                           std::byte* device);
 
   // REQUIRES: what StageBatch promises of a batch; checked.
   // `num_blocks`, `arrivals`: as DeviceTables::Bring.

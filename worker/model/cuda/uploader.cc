@@ -80,13 +80,11 @@ std::byte* Writable(const void* device) {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<Uploader>> Uploader::Create() {
+absl::StatusOr<std::unique_ptr<Uploader>> Uploader::Create(PinnedPool& pinned) {
   std::unique_ptr<Uploader> up(new Uploader());
   STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamCreateWithFlags(&up->stream_, cudaStreamNonBlocking));
   for (Buffer& buffer : up->buffers_) {
-    void* data = nullptr;
-    STRAIT_CUDA_RETURN_IF_ERROR(cudaHostAlloc(&data, kBufferBytes, cudaHostAllocDefault));
-    buffer.data = static_cast<std::byte*>(data);
+    STRAIT_ASSIGN_OR_RETURN(buffer.memory, pinned.Take(kBufferBytes));
     STRAIT_CUDA_RETURN_IF_ERROR(
         cudaEventCreateWithFlags(&buffer.copied, cudaEventDisableTiming | cudaEventBlockingSync));
   }
@@ -97,7 +95,6 @@ Uploader::~Uploader() {
   if (stream_ != nullptr) (void)cudaStreamSynchronize(stream_);
   for (Buffer& buffer : buffers_) {
     if (buffer.copied != nullptr) (void)cudaEventDestroy(buffer.copied);
-    if (buffer.data != nullptr) (void)cudaFreeHost(buffer.data);
   }
   if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
 }
@@ -111,9 +108,9 @@ absl::Status Uploader::Rows(std::byte* to, uint64_t num_rows, uint64_t row_bytes
     Buffer& buffer = buffers_[next_];
     next_ ^= 1;
     STRAIT_CUDA_RETURN_IF_ERROR(cudaEventSynchronize(buffer.copied));
-    for (uint64_t i = 0; i < count; ++i) fill(begin + i, buffer.data + i * row_bytes);
+    for (uint64_t i = 0; i < count; ++i) fill(begin + i, buffer.data() + i * row_bytes);
     STRAIT_CUDA_RETURN_IF_ERROR(cudaMemcpyAsync(
-        to + begin * row_bytes, buffer.data, count * row_bytes, cudaMemcpyHostToDevice, stream_));
+        to + begin * row_bytes, buffer.data(), count * row_bytes, cudaMemcpyHostToDevice, stream_));
     STRAIT_CUDA_RETURN_IF_ERROR(cudaEventRecord(buffer.copied, stream_));
     bytes_ += count * row_bytes;
   }

@@ -20,6 +20,7 @@
 #include "kernels/cuda/gemm/matrix.h"
 #include "kernels/weight.h"
 #include "worker/checkpoint/weights.h"
+#include "worker/model/cuda/pinned.h"
 
 namespace strait {
 
@@ -31,7 +32,7 @@ struct HeadRows {
 
 class Uploader {
  public:
-  static absl::StatusOr<std::unique_ptr<Uploader>> Create();
+  static absl::StatusOr<std::unique_ptr<Uploader>> Create(PinnedPool& pinned);
   ~Uploader();
 
   absl::Status Vector(const VectorView& from, float* to);
@@ -56,7 +57,8 @@ class Uploader {
 
  private:
   struct Buffer {
-    std::byte* data = nullptr;  // pinned
+    PinnedMemory memory;
+    std::byte* data() const { return memory.data(); }
     cudaEvent_t copied = nullptr;
   };
   using FillRow = std::function<void(uint64_t row, std::byte* to)>;

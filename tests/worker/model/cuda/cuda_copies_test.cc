@@ -57,6 +57,7 @@ class DeviceCopiesTest : public CudaTest {
                                            .cache = &cache_,
                                            .row_bytes = kRowBytes,
                                            .staging = staging_.data(),
+                                           .pinned = pinned_.get(),
                                            .newest_step = [this] { return newest_step_; }});
     ASSERT_TRUE(copies.ok()) << copies.status();
     copies_ = *std::move(copies);
@@ -123,6 +124,7 @@ class DeviceCopiesTest : public CudaTest {
     return {scattered, run, rows, mixed, {"one row", {{0, 299, 63, 1}}}};
   }
 
+  const std::shared_ptr<PinnedPool> pinned_ = std::make_shared<PinnedPool>();
   NumberCache cache_;
   DeviceMemory pool_;
   DeviceMemory staging_;

@@ -55,7 +55,7 @@ class OneLayer {
     EXPECT_EQ(cuda::PrepareMla(), cudaSuccess);
     EXPECT_EQ(cuda::PrepareMhaPrefill(), cudaSuccess);
     const auto source = MakeRandomWeights(config_, 3, 1);
-    auto up = Uploader::Create();
+    auto up = Uploader::Create(*pinned_);
     EXPECT_TRUE(up.ok());
     const auto loaded = source->LoadLayer(kLayers.begin);
     EXPECT_TRUE(UploadLayer(**up, config_, *loaded, layer_).ok() && (*up)->Finish().ok());
@@ -67,14 +67,14 @@ class OneLayer {
     EXPECT_EQ(cuda::MakeMlaPoolMap(pool_.blocks, kPoolBlocks, kBlockBytes, &pool_.map),
               cudaSuccess);
     layers_.emplace(config_, pool_, ws_, inv_freq_->data(), nullptr);
-    auto tables = StepTables::Create(limits_, ws_.tables);
+    auto tables = StepTables::Create(*pinned_, limits_, ws_.tables);
     EXPECT_TRUE(tables.ok()) << tables.status();
     tables_.emplace(*std::move(tables));
     StageSpec spec;
     spec.layers = kLayers;
     spec.pool_blocks = kPoolBlocks;
     page_tables_.emplace(spec, table_memory_.data());
-    auto arrivals = PinnedMemory::Create(DeviceTables::ArrivalBytes(kPoolBlocks));
+    auto arrivals = pinned_->Take(DeviceTables::ArrivalBytes(kPoolBlocks));
     EXPECT_TRUE(arrivals.ok());
     arrivals_ = *std::move(arrivals);
   }
@@ -164,6 +164,7 @@ class OneLayer {
   }
 
   const ModelConfig config_ = TrueHeads();
+  const std::shared_ptr<PinnedPool> pinned_ = std::make_shared<PinnedPool>();
   const CudaTraits traits_;
   DeviceLayer layer_;
   StepLimits limits_;

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "tests/kernels/cuda/gpu_test.h"
+#include "tests/worker/model/cuda/cuda_fixture.h"
 #include "tests/worker/model/cuda/wait_for_host.h"
 #include "worker/model/cuda/device_arena.h"
 
@@ -59,6 +60,42 @@ TEST_F(DeviceArenaGpuTest, LeasesDoNotWaitForKernelsOfOthers) {
   (void)cudaGetLastError();
   *flag = 1;
   EXPECT_TRUE(done.get());
+  EXPECT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+  (void)cudaStreamDestroy(stream);
+  (void)cudaFreeHost(flag);
+}
+
+// The bug: a stage gave its pinned memory back to CUDA when it was resized or unloaded. cudaFreeHost waits for
+// every kernel of the process, and no thread launches one meanwhile.
+TEST_F(DeviceArenaGpuTest, StagesComeAndGoWhileAKernelWaits) {
+  const ModelConfig config = OnCuda(TinyV3());
+  const auto backend = MakeCuda(config, {.memory_bytes = uint64_t{1} << 30});
+  const StageSpec whole = {{0, config.num_hidden_layers}, 1000};
+  ASSERT_TRUE(backend->cache().Resize(whole.pool_blocks, {}).ok());
+  ASSERT_TRUE(backend->Load(whole, {}).ok());  // what CUDA does once
+  int* flag = nullptr;
+  ASSERT_EQ(cudaHostAlloc(reinterpret_cast<void**>(&flag), sizeof(int), cudaHostAllocDefault),
+            cudaSuccess);
+  *flag = 0;
+  cudaStream_t stream = nullptr;
+  ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  ASSERT_EQ(cuda_test::LaunchWaitForHost(flag, stream), cudaSuccess);
+  auto done = std::async(std::launch::async, [&] {
+    auto model = backend->Load(whole, {});
+    if (!model.ok()) return model.status();
+    for (const uint32_t blocks : {200'000u, 10u, 1000u}) {
+      const absl::Status status = (*model)->SetCapacity(blocks);
+      if (!status.ok()) return status;
+    }
+    model->reset();
+    return backend->cache().Resize(1, {});
+  });
+  EXPECT_EQ(done.wait_for(std::chrono::seconds(30)), std::future_status::ready)
+      << "it waits for every kernel of the process";
+  EXPECT_EQ(cudaStreamQuery(stream), cudaErrorNotReady);
+  (void)cudaGetLastError();
+  *flag = 1;
+  EXPECT_TRUE(done.get().ok());
   EXPECT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
   (void)cudaStreamDestroy(stream);
   (void)cudaFreeHost(flag);

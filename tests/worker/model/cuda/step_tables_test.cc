@@ -72,11 +72,11 @@ class StepTablesTest : public gpu_test::GpuTest {
     device_.emplace(Spec(), reinterpret_cast<std::byte*>(entries_->data()));
     FillWild({});
     for (Step& step : steps_) {
-      auto tables = StepTables::Create(limits_, rows_->data());
+      auto tables = StepTables::Create(*pinned_, limits_, rows_->data());
       ASSERT_TRUE(tables.ok()) << tables.status();
       step.tables.emplace(*std::move(tables));
       step.entries.resize(static_cast<size_t>(NumEntries()));
-      auto arrivals = PinnedMemory::Create(DeviceTables::ArrivalBytes(kPoolBlocks));
+      auto arrivals = pinned_->Take(DeviceTables::ArrivalBytes(kPoolBlocks));
       ASSERT_TRUE(arrivals.ok()) << arrivals.status();
       step.arrivals = *std::move(arrivals);
       ASSERT_EQ(cudaEventCreateWithFlags(&step.done, cudaEventDisableTiming), cudaSuccess);
@@ -174,6 +174,7 @@ class StepTablesTest : public gpu_test::GpuTest {
   }
 
   const StepLimits limits_ = Limits();
+  const std::shared_ptr<PinnedPool> pinned_ = std::make_shared<PinnedPool>();
   BlockPool pool_{kPoolBlocks};
   LatentCache cache_{kLayers, &pool_};
   cudaStream_t stream_ = nullptr;
