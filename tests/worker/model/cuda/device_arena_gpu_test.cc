@@ -83,7 +83,7 @@ TEST_F(DeviceArenaGpuTest, StagesComeAndGoWhileAKernelWaits) {
   auto done = std::async(std::launch::async, [&] {
     auto model = backend->Load(whole, {});
     if (!model.ok()) return model.status();
-    for (const uint32_t blocks : {200'000u, 10u, 1000u}) {
+    for (const uint32_t blocks : {50'000u, 10u, 1000u}) {
       const absl::Status status = (*model)->SetCapacity(blocks);
       if (!status.ok()) return status;
     }
