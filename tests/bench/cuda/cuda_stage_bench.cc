@@ -4,7 +4,7 @@
 // worker runs them, host work and copies included.
 //
 //   cuda_stage_bench CONFIG_DIR BEGIN END CASE… [--prefill TOKENS] [--memory BYTES] [--deterministic]
-//                    [--cache-format bf16|fp8] [--fp8-activations] [--upload-all]
+//                    [--cache-format bf16|fp8] [--fp8-activations] [--upload-all] [--copies]
 //
 // CASE: BATCH@CONTEXT, a decode step of BATCH sequences behind CONTEXT rows each; max@CONTEXT is
 // the largest batch that fits. END: a layer, or "fit": as many layers as fit with the largest
@@ -14,7 +14,8 @@
 // average) and the cache, at the read rate measured in this run. The cache holds zeros, which
 // costs what any rows cost. begin: of the step alone, the host's time in Begin, and the bytes of page
 // tables that a step brought to the device. These are none here, as no sequence grows: with --upload-all
-// nothing is promised of the tables (BatchSequence::tables_id), so each step brings them all.
+// nothing is promised of the tables (BatchSequence::tables_id), so each step brings them all. --copies:
+// steps ahead, in turn alone and with copies of cache rows to pinned memory beside them.
 #include <algorithm>
 #include <chrono>
 #include <cmath>
@@ -58,6 +59,7 @@ struct Options {
   RowFormat rows = RowFormat::kBf16;
   bool fp8_activations = false;
   bool upload_all = false;
+  bool copies = false;
 };
 
 template <class T>
@@ -181,15 +183,53 @@ double Median(std::vector<double> times) {
   return times[times.size() / 2];
 }
 
+// Copies of cache rows to pinned memory, two always under way: scattered blocks, all rows but the first,
+// which a step of a context that is a multiple of 64 writes.
+class CopyLoad {
+ public:
+  explicit CopyLoad(StageModel& model) : copies_(model.copies()) {
+    const uint32_t blocks = model.spec().pool_blocks;
+    for (uint32_t i = 0; i < std::min(blocks, 256u); ++i) {
+      list_.push_back({0, static_cast<BlockId>(uint64_t{i} * 7919 % blocks), 1, 63});
+    }
+    bytes_ = list_.size() * 63 * copies_.row_bytes();
+    for (CopyMemory& buffer : buffers_) buffer = Must(copies_.Take(bytes_));
+  }
+  ~CopyLoad() {
+    while (copies_.num_under_way() > 0) Turn(false);
+  }
+  void Turn(bool more = true) {
+    for (const CopyEnd& end : copies_.Poll()) {
+      Must(end.status);
+      done_bytes_ += bytes_;
+    }
+    // The oldest has ended, and its buffer is free.
+    while (more && copies_.num_under_way() < 2) {
+      Must(copies_.Read(list_, {{buffers_[next_].data.get(), bytes_}, false}).status());
+      next_ ^= 1;
+    }
+  }
+  double done_bytes() const { return static_cast<double>(done_bytes_); }
+
+ private:
+  BlockCopies& copies_;
+  std::vector<BlockRows> list_;
+  size_t bytes_ = 0;
+  CopyMemory buffers_[2];
+  int next_ = 0;
+  uint64_t done_bytes_ = 0;
+};
+
 struct StepTimes {
   double us = 0;  // from one step's results to the next one's
   double begin_us = 0;
   double page_table_bytes = 0;  // of a step, the average
+  double copies_rate = 0;       // bytes a second
 };
 
-// Medians, with `num_begun` steps begun meanwhile.
+// Medians, with `num_begun` steps begun meanwhile; `copies` beside them, if given.
 StepTimes TimeSteps(StageModel& model, const StageBatch& batch, const ModelConfig& c, int repeats,
-                    int num_begun) {
+                    int num_begun, CopyLoad* copies = nullptr) {
   const StageSpec& spec = model.spec();
   const size_t bytes = size_t{batch.num_tokens} * c.hidden_size * sizeof(float);
   std::vector<std::byte> in(spec.layers.begin == 0 ? 0 : bytes);
@@ -209,8 +249,13 @@ StepTimes TimeSteps(StageModel& model, const StageBatch& batch, const ModelConfi
   for (int i = 1; i < num_begun; ++i) begin();
   auto last = std::chrono::steady_clock::now();
   uint64_t before = 0;
+  double copied_before = 0;
+  auto first = last;
   for (int i = 0; i < repeats + 2; ++i) {
     if (i == 2) before = entries();
+    if (i == 2) first = last;
+    if (i == 2 && copies != nullptr) copied_before = copies->done_bytes();
+    if (copies != nullptr) copies->Turn();
     begin();
     const auto begun = std::chrono::steady_clock::now();
     std::vector<LogitsResult> results;
@@ -225,6 +270,9 @@ StepTimes TimeSteps(StageModel& model, const StageBatch& batch, const ModelConfi
   for (int i = 1; i < num_begun; ++i) {
     std::vector<LogitsResult> results;
     Must(model.Finish(&results));
+  }
+  if (copies != nullptr) {
+    result.copies_rate = (copies->done_bytes() - copied_before) / (Us(last - first).count() * 1e-6);
   }
   result.us = Median(times);
   result.begin_us = Median(begins);
@@ -319,6 +367,30 @@ int Main(Options o) {
         static_cast<double>(one.columns(count) * o.layers.size() * backend->block_bytes()),
         alone.begin_us, alone.page_table_bytes);
   }
+  if (o.copies) {
+    CopyLoad copies(*model);
+    for (const Case& one : o.cases) {
+      const Batch batch(one.batch, one.context, 1, o.layers, last, tables_id);
+      if (tables_id > 0) tables_id += one.batch;
+      if (!model->TakesAhead(one.batch, last ? one.batch : 0)) continue;
+      std::vector<double> ratios;
+      std::vector<double> rates;
+      for (int round = 0; round < 15; ++round) {
+        const double us = TimeSteps(*model, batch.get(), config, 20, kMaxStepsBegun).us;
+        const StepTimes with = TimeSteps(*model, batch.get(), config, 20, kMaxStepsBegun, &copies);
+        ratios.push_back(with.us / us);
+        rates.push_back(with.copies_rate / 1e9);
+      }
+      const auto [least, most] = std::minmax_element(ratios.begin(), ratios.end());
+      std::printf("decode batch %4u at %6u beside copies of %.1f GB/s: x %.3f (%.3f to %.3f)\n",
+                  one.batch, one.context, Median(rates), Median(ratios), *least, *most);
+      std::printf(
+          "JSON {\"bench\":\"copies\",\"config\":\"%s\",\"layers\":%u,\"batch\":%u,\"context\":%u,"
+          "%s,\"ratio\":%.4f,\"gb_s\":%.2f}\n",
+          o.config.c_str(), o.layers.size(), one.batch, one.context, mode.c_str(), Median(ratios),
+          Median(rates));
+    }
+  }
   if (o.prefill > 0) {
     const Batch batch(1, 0, o.prefill, o.layers, last, tables_id);
     const double us = TimeSteps(*model, batch.get(), config, 3, 1).us;
@@ -355,7 +427,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr,
                  "usage: cuda_stage_bench CONFIG_DIR BEGIN END|fit BATCH@CONTEXT… "
                  "[--prefill TOKENS] [--memory BYTES] [--deterministic] [--cache-format bf16|fp8] "
-                 "[--fp8-activations] [--upload-all]\n");
+                 "[--fp8-activations] [--upload-all] [--copies]\n");
     return 2;
   };
   if (argc < 5) return usage();
@@ -380,6 +452,8 @@ int main(int argc, char** argv) {
       options.fp8_activations = true;
     } else if (std::strcmp(argv[i], "--upload-all") == 0) {
       options.upload_all = true;
+    } else if (std::strcmp(argv[i], "--copies") == 0) {
+      options.copies = true;
     } else if (at != nullptr && number(at + 1) > 0) {
       const bool most = std::strncmp(argv[i], "max@", 4) == 0;
       const Case one = {most ? 0 : number(argv[i]), number(at + 1)};
