@@ -127,7 +127,7 @@ void Cluster::CompleteActivation(Pipeline* pipeline, uint64_t now_us) {
   for (StageSlot& slot : pipeline->slots) {
     stages.push_back({slot.layers, slot.cache_bytes});
     told.push_back(std::exchange(slot.may_hold, {}));
-    HostedStage& stage = FindWorker(slot.worker)->stages.at(slot.stage_id);
+    HostedStage& stage = HostedIn(slot);
     if (stage.resize) stage.resize->asked_us = now_us;
   }
   Survivors survivors(std::move(told));

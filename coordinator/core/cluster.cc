@@ -24,6 +24,10 @@ Worker* Cluster::FindWorker(WorkerId id) {
   return it == workers_.end() ? nullptr : &it->second;
 }
 
+HostedStage& Cluster::HostedIn(const StageSlot& slot) {
+  return FindWorker(slot.worker)->stages.at(slot.stage_id);
+}
+
 Cluster::Seat Cluster::SeatOf(Worker* worker, uint64_t stage_id) {
   HostedStage* stage = worker->Find(stage_id);
   if (stage == nullptr) return {};

@@ -90,6 +90,8 @@ class Cluster {
   bool IsIdle(const Worker& worker, uint64_t now_us) const;
   std::vector<Worker*> IdleWorkers(uint64_t now_us);  // most memory first, then oldest
   Worker* FindWorker(WorkerId id);
+  // What its worker is booked to have there. REQUIRES: not vacant.
+  HostedStage& HostedIn(const StageSlot& slot);
   // A worker's stage that has a place, or will have one.
   struct Seat {
     HostedStage* stage = nullptr;  // null: it has none, or no more

@@ -163,17 +163,19 @@ absl::StatusOr<ScalePlan> PlanScale(const CoreOptions& options, const ModelShape
 
 Holdings HoldingsOfSuccessor(LayerRange layers, absl::Span<const StageSlot* const> old_slots) {
   Holdings holdings;
-  std::vector<bool> covered(layers.size(), false);
+  uint32_t num_covered = 0;  // no layer is in two old stages
   std::vector<const Holdings*> sources;
   for (const StageSlot* old : old_slots) {
     const LayerIndex begin = std::max(layers.begin, old->layers.begin);
     const LayerIndex end = std::min(layers.end, old->layers.end);
-    for (LayerIndex l = begin; l < end; ++l) covered[l - layers.begin] = true;
-    if (begin < end) sources.push_back(&old->may_hold);
+    if (begin < end) {
+      num_covered += end - begin;
+      sources.push_back(&old->may_hold);
+    }
     // It may tell any that one of them has, with no rows.
     for (const auto& [id, may_hold] : old->may_hold) holdings.emplace(id, MayHold{});
   }
-  if (!std::all_of(covered.begin(), covered.end(), [](bool c) { return c; })) return holdings;
+  if (num_covered < layers.size()) return holdings;
   for (auto& [id, holding] : holdings) {
     MayHold least{std::numeric_limits<uint32_t>::max(), std::numeric_limits<uint32_t>::max()};
     for (const Holdings* source : sources) {

@@ -73,7 +73,7 @@ bool Cluster::ScaleStep(uint64_t now_us) {
   switch (scale.phase) {
     case Scale::Phase::kMakingRoom:
       for (const StageSlot& slot : pipeline->slots) {
-        if (FindWorker(slot.worker)->stages.at(slot.stage_id).resize) return false;
+        if (HostedIn(slot).resize) return false;
       }
       scale.phase = Scale::Phase::kLoading;
       LoadNext(pipeline, now_us);
@@ -222,7 +222,7 @@ void Cluster::Switch(Pipeline* pipeline, uint64_t now_us) {
   }
   const std::vector<StageSlot> old = std::exchange(pipeline->slots, std::exchange(scale.next, {}));
   for (StageSlot& slot : pipeline->slots) {
-    HostedStage& hosted = FindWorker(slot.worker)->stages.at(slot.stage_id);
+    HostedStage& hosted = HostedIn(slot);
     hosted.role = HostedStage::Role::kPlace;
     std::vector<const StageSlot*> followed;
     for (const StageSlot& each : old) {

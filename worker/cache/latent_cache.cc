@@ -109,10 +109,6 @@ void LatentCache::StepDone(StepId step) {
   kept_.erase(kept_.begin(), end);
 }
 
-void LatentCache::FillViews(Sequence* sequence) {
-  sequence->views.assign(sequence->tables.begin(), sequence->tables.end());
-}
-
 void LatentCache::Open(SequenceId id) {
   const auto [it, inserted] = sequences_.try_emplace(id);
   STRAIT_CHECK(inserted, "the sequence is resident already");
@@ -206,7 +202,7 @@ void LatentCache::Adopt(SequenceId id, uint32_t length, std::vector<std::vector<
     blocks_used_ += static_cast<uint32_t>(table.size());
     for (; table.size() > num_blocks; table.pop_back()) Give(table.back());
   }
-  FillViews(&sequence);
+  sequence.views.assign(sequence.tables.begin(), sequence.tables.end());
 }
 
 uint32_t LatentCache::length(SequenceId id) const {

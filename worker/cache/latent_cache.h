@@ -144,7 +144,6 @@ class LatentCache {
 
   BlockId Take();
   void Give(BlockId block);
-  void FillViews(Sequence* sequence);
 
   const uint32_t num_layers_;
   BlockPool* const pool_;

@@ -12,13 +12,14 @@
 #include <vector>
 
 #include "proto/base/ids.h"
+#include "worker/checkpoint/weights.h"
 
 namespace strait {
 
 // L, E, H: what a backend keeps of a layer, of the embedding, of the head.
 template <class L, class E, class H>
 struct ModelParts {
-  std::vector<std::shared_ptr<const L>> layers;  // null: not had
+  std::vector<std::shared_ptr<const L>> layers;  // as WeightParts::layers; null: not had
   std::shared_ptr<const E> embedding;
   std::shared_ptr<const H> head;
 };
@@ -28,22 +29,30 @@ class PartCache {
  public:
   using Parts = ModelParts<L, E, H>;
 
-  // What is there of a stage with these layers; the embedding and the head whether it needs them or not.
-  Parts Find(LayerRange layers) const {
+  // What is there of `needed`.
+  Parts Find(const WeightParts& needed) const {
     Parts parts;
-    for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
+    for (const LayerIndex layer : needed.layers) {
       const auto it = layers_.find(layer);
       parts.layers.push_back(it == layers_.end() ? nullptr : it->second.lock());
     }
-    parts.embedding = embedding_.lock();
-    parts.head = head_.lock();
+    if (needed.embedding) parts.embedding = embedding_.lock();
+    if (needed.head) parts.head = head_.lock();
     return parts;
   }
-  // All parts of a stage with these layers, for who comes next.
-  void Remember(LayerRange layers, const Parts& parts) {
-    for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
-      layers_[layer] = parts.layers[layer - layers.begin];
+  // What of `needed` Find did not find.
+  static WeightParts Missing(const WeightParts& needed, const Parts& found) {
+    WeightParts missing;
+    for (size_t i = 0; i < needed.layers.size(); ++i) {
+      if (found.layers[i] == nullptr) missing.layers.push_back(needed.layers[i]);
     }
+    missing.embedding = needed.embedding && found.embedding == nullptr;
+    missing.head = needed.head && found.head == nullptr;
+    return missing;
+  }
+  // All of `needed`, for who comes next.
+  void Remember(const WeightParts& needed, const Parts& parts) {
+    for (size_t i = 0; i < needed.layers.size(); ++i) layers_[needed.layers[i]] = parts.layers[i];
     if (parts.embedding != nullptr) embedding_ = parts.embedding;
     if (parts.head != nullptr) head_ = parts.head;
   }

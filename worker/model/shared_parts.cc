@@ -27,15 +27,8 @@ absl::StatusOr<StageParts> SharedParts::Load(WeightSource& source, LayerRange la
                                              uint32_t num_threads, const LoadProgress& progress) {
   const WeightParts needed = PartsOf(source.config(), layers);
   StageParts parts;
-  static_cast<decltype(cache_)::Parts&>(parts) = cache_.Find(layers);
-  if (!needed.embedding) parts.embedding = nullptr;
-  if (!needed.head) parts.head = nullptr;
-  WeightParts missing;
-  for (const LayerIndex layer : needed.layers) {
-    if (parts.layers[layer - layers.begin] == nullptr) missing.layers.push_back(layer);
-  }
-  missing.embedding = needed.embedding && parts.embedding == nullptr;
-  missing.head = needed.head && parts.head == nullptr;
+  static_cast<decltype(cache_)::Parts&>(parts) = cache_.Find(needed);
+  const WeightParts missing = cache_.Missing(needed, parts);
 
   // Before anything is read: a stage that cannot fit must not push others out of the page cache.
   STRAIT_ASSIGN_OR_RETURN(
@@ -58,7 +51,7 @@ absl::StatusOr<StageParts> SharedParts::Load(WeightSource& source, LayerRange la
   for (const auto& part : parts.layers) parts.bytes += part->weights.bytes;
   if (parts.embedding != nullptr) parts.bytes += parts.embedding->weights.bytes;
   if (parts.head != nullptr) parts.bytes += parts.head->weights.bytes;
-  cache_.Remember(layers, parts);
+  cache_.Remember(needed, parts);
   return parts;
 }
 

@@ -109,51 +109,15 @@ class Bench {
     }
     MlaSegment* device_segments = Upload(segments);
 
-    std::vector<MlaSequence> sequences;
-    for (int32_t s = 0; s < size.batch; ++s) {
-      const int32_t before = size.length - size.new_tokens;
-      sequences.push_back({s, s * size.new_tokens, size.new_tokens, before, -1, before});
-    }
-    const int32_t tokens = size.batch * size.new_tokens;
-    const MlaPlanLimits limits = MaxMlaPlan(device_.multiprocessors, size.batch, tokens, size.heads,
-                                            size.length, options_.deterministic);
-    MlaPlan plan;
-    if (!PlanMla(sequences.data(), size.batch,
-                 {.num_heads = size.heads, .deterministic = options_.deterministic}, limits,
-                 &plan)) {
-      std::fprintf(stderr, "no plan\n");
-      std::exit(1);
-    }
-    std::vector<std::byte> plan_bytes(static_cast<size_t>(MlaPlanBytes(limits)));
-    WriteMlaPlan(plan, plan_bytes.data());
-    std::byte* device_plan = Upload(plan_bytes);
-    const int64_t rows = int64_t{tokens} * size.heads;
-    __nv_bfloat16* q = Allocate<__nv_bfloat16>(rows * 576);
-    FillBf16<<<1024, 256>>>(q, rows * 576);
-    __nv_bfloat16* out = Allocate<__nv_bfloat16>(rows * 512);
-    float* lse = Allocate<float>(rows);
-    float* partial_out = Allocate<float>(std::max(1, plan.num_partials) * int64_t{64} * 512);
-    float* partial_lse = Allocate<float>(std::max(1, plan.num_partials) * int64_t{64});
+    const Attention attention(size, device_, options_.deterministic);
     Check(cudaDeviceSynchronize(), "fill");
 
-    MlaParams p;
-    p.q_latent = q;
-    p.q_rope = q + 512;
-    p.q_latent_stride = p.q_rope_stride = 576;
+    MlaParams p = attention.params;
     p.blocks = pool;
     p.block_bytes = block_bytes;
     if (options_.format == RowFormat::kBf16) {
       Check(MakeMlaPoolMap(pool, num_blocks, block_bytes, &p.pool_map), "tensor map");
     }
-    p.plan = ViewMlaPlan(limits, device_plan);
-    p.partial_out = partial_out;
-    p.partial_lse = partial_lse;
-    p.out = out;
-    p.lse = lse;
-    p.softmax_scale = 0.1f;
-    p.num_heads = size.heads;
-    p.rank = 512;
-    p.rope = 64;
     p.format = options_.format;
     p.path = options_.path;
     const bool long_run = size.new_tokens > 1;
@@ -170,7 +134,7 @@ class Bench {
     double seen = 0;  // pairs of token and row
     for (int32_t t = 0; t < size.new_tokens; ++t) seen += size.length - size.new_tokens + 1 + t;
     const double flops = 2.0 * size.batch * size.heads * seen * (576 + 512);
-    const double bytes = static_cast<double>(cache_bytes) + rows * (576 + 512) * 2.0;
+    const double bytes = static_cast<double>(cache_bytes) + attention.rows * (576 + 512) * 2.0;
     const double gb_per_s = bytes / us / 1e3;
     const char* format = options_.format == RowFormat::kBf16 ? "bf16" : "fp8";
     std::printf("%-34s %-5s %10.1f us %8.1f TFLOP/s %8.0f GB/s %6.3f of read\n", name.c_str(),
@@ -186,12 +150,10 @@ class Bench {
                    device_.read_gb_per_s, device_.name);
     }
     if (long_run && options_.format == RowFormat::kBf16 && HasMhaPrefill()) {
-      RunExpanded(size, name, pool, block_bytes, device_segments, q, out, json);
+      RunExpanded(size, name, pool, block_bytes, device_segments, attention.q, attention.out, json);
     }
     for (void* memory : {static_cast<void*>(pool), static_cast<void*>(tables),
-                         static_cast<void*>(device_segments), static_cast<void*>(device_plan),
-                         static_cast<void*>(q), static_cast<void*>(out), static_cast<void*>(lse),
-                         static_cast<void*>(partial_out), static_cast<void*>(partial_lse)}) {
+                         static_cast<void*>(device_segments)}) {
       Check(cudaFree(memory), "free");
     }
   }

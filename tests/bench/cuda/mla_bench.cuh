@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 #include <utility>
 #include <vector>
 
@@ -129,6 +130,63 @@ struct Device {
   int32_t l2_bytes = 0;
   double read_gb_per_s = 0;
   char name[256] = {};
+};
+
+// What a launch needs besides the cache: the plan of a batch whose sequences end at `size.length` rows,
+// random queries, room for results. params: all but blocks, segments, map, format and path.
+class Attention {
+ public:
+  Attention(const Size& size, const Device& device, bool deterministic) {
+    std::vector<MlaSequence> sequences;
+    for (int32_t s = 0; s < size.batch; ++s) {
+      const int32_t before = size.length - size.new_tokens;
+      sequences.push_back({s, s * size.new_tokens, size.new_tokens, before, -1, before});
+    }
+    const int32_t tokens = size.batch * size.new_tokens;
+    const MlaPlanLimits limits = MaxMlaPlan(device.multiprocessors, size.batch, tokens, size.heads,
+                                            size.length, deterministic);
+    MlaPlan plan;
+    if (!PlanMla(sequences.data(), size.batch,
+                 {.num_heads = size.heads, .deterministic = deterministic}, limits, &plan)) {
+      std::fprintf(stderr, "no plan\n");
+      std::exit(1);
+    }
+    std::vector<std::byte> plan_bytes(static_cast<size_t>(MlaPlanBytes(limits)));
+    WriteMlaPlan(plan, plan_bytes.data());
+    plan_ = Upload(plan_bytes);
+    rows = int64_t{tokens} * size.heads;
+    q = Allocate<__nv_bfloat16>(rows * 576);
+    FillBf16<<<1024, 256>>>(q, rows * 576);
+    out = Allocate<__nv_bfloat16>(rows * 512);
+    params.q_latent = q;
+    params.q_rope = q + 512;
+    params.q_latent_stride = params.q_rope_stride = 576;
+    params.plan = ViewMlaPlan(limits, plan_);
+    params.partial_out = Allocate<float>(std::max(1, plan.num_partials) * int64_t{64} * 512);
+    params.partial_lse = Allocate<float>(std::max(1, plan.num_partials) * int64_t{64});
+    params.out = out;
+    params.lse = Allocate<float>(rows);
+    params.softmax_scale = 0.1f;
+    params.num_heads = size.heads;
+    params.rank = 512;
+    params.rope = 64;
+  }
+  ~Attention() {
+    for (void* memory : std::initializer_list<void*>{plan_, q, out, params.lse, params.partial_out,
+                                                     params.partial_lse}) {
+      Check(cudaFree(memory), "free");
+    }
+  }
+  Attention(const Attention&) = delete;
+  Attention& operator=(const Attention&) = delete;
+
+  MlaParams params;
+  int64_t rows = 0;              // of queries: tokens times heads
+  __nv_bfloat16* q = nullptr;    // [rows, 576]
+  __nv_bfloat16* out = nullptr;  // [rows, 512]
+
+ private:
+  std::byte* plan_ = nullptr;
 };
 
 }  // namespace strait::cuda

@@ -79,45 +79,12 @@ class UnitsBench {
     MlaSegment* const together_segments =
         Segments(size, copies, together_table, blocks * kMlaBlockUnits);
 
-    std::vector<MlaSequence> sequences;
-    for (int32_t s = 0; s < size.batch; ++s) {
-      sequences.push_back({s, s, 1, size.length - 1, -1, size.length - 1});
-    }
-    const MlaPlanLimits limits =
-        MaxMlaPlan(device_.multiprocessors, size.batch, size.batch, size.heads, size.length, false);
-    MlaPlan plan;
-    if (!PlanMla(sequences.data(), size.batch, {.num_heads = size.heads}, limits, &plan)) {
-      std::fprintf(stderr, "no plan\n");
-      std::exit(1);
-    }
-    std::vector<std::byte> plan_bytes(static_cast<size_t>(MlaPlanBytes(limits)));
-    WriteMlaPlan(plan, plan_bytes.data());
-    std::byte* const device_plan = Upload(plan_bytes);
-    const int64_t rows = int64_t{size.batch} * size.heads;
-    __nv_bfloat16* const q = Allocate<__nv_bfloat16>(rows * 576);
-    FillBf16<<<1024, 256>>>(q, rows * 576);
-    __nv_bfloat16* const out = Allocate<__nv_bfloat16>(rows * 512);
-    float* const lse = Allocate<float>(rows);
-    float* const partial_out = Allocate<float>(std::max(1, plan.num_partials) * int64_t{64} * 512);
-    float* const partial_lse = Allocate<float>(std::max(1, plan.num_partials) * int64_t{64});
+    const Attention attention(size, device_, false);
     Check(cudaDeviceSynchronize(), "fill");
 
-    MlaParams p;
-    p.q_latent = q;
-    p.q_rope = q + 512;
-    p.q_latent_stride = p.q_rope_stride = 576;
-    p.plan = ViewMlaPlan(limits, device_plan);
-    p.partial_out = partial_out;
-    p.partial_lse = partial_lse;
-    p.out = out;
-    p.lse = lse;
-    p.softmax_scale = 0.1f;
-    p.num_heads = size.heads;
-    p.rank = 512;
-    p.rope = 64;
-    p.path = MlaPath::kHopper;
     std::array<MlaParams, kLayouts> layouts;
-    layouts.fill(p);
+    layouts.fill(attention.params);
+    for (MlaParams& layout : layouts) layout.path = MlaPath::kHopper;
     for (const int i : {0, 1}) {
       layouts[i].blocks = row_pool;
       layouts[i].block_bytes = kBlockBytes;
@@ -133,12 +100,12 @@ class UnitsBench {
                            &layouts[i].pool_map),
             "tensor map");
     }
+    const int64_t rows = attention.rows;
     const bool same = SameBits(layouts, size.batch, copies, rows);
     Measure(layouts, name, size, copies, cache_bytes + rows * (576 + 512) * 2, same, json);
     for (void* memory : std::initializer_list<void*>{row_pool, unit_pool, together_pool, row_table,
                                                      unit_table, together_table, row_segments,
-                                                     unit_segments, together_segments, device_plan,
-                                                     q, out, lse, partial_out, partial_lse}) {
+                                                     unit_segments, together_segments}) {
       Check(cudaFree(memory), "free");
     }
     return same;

@@ -41,18 +41,14 @@ DeviceStage DeviceStageParts::View() const {
 
 uint64_t DeviceParts::MissingBytes(const ModelConfig& config, LayerRange layers, bool expands,
                                    const CudaTraits& traits) const {
-  const auto have = cache_.Find(layers);
+  const WeightParts needed = PartsOf(config, layers);
+  const WeightParts missing = cache_.Missing(needed, cache_.Find(needed));
   uint64_t bytes = 0;
-  for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
-    if (have.layers[layer - layers.begin] != nullptr) continue;
+  for (const LayerIndex layer : missing.layers) {
     bytes += traits.RoundUp(DeviceLayerBytes(config, layer, expands));
   }
-  if (layers.begin == 0 && have.embedding == nullptr) {
-    bytes += traits.RoundUp(DeviceEmbeddingBytes(config));
-  }
-  if (layers.end == config.num_hidden_layers && have.head == nullptr) {
-    bytes += traits.RoundUp(DeviceHeadBytes(config));
-  }
+  if (missing.embedding) bytes += traits.RoundUp(DeviceEmbeddingBytes(config));
+  if (missing.head) bytes += traits.RoundUp(DeviceHeadBytes(config));
   return bytes;
 }
 
@@ -61,13 +57,13 @@ absl::StatusOr<DeviceStageParts> DeviceParts::Load(WeightSource& source, LayerRa
                                                    PinnedPool& pinned, std::string_view what,
                                                    const LoadProgress& progress) {
   const ModelConfig& config = source.config();
+  const WeightParts needed = PartsOf(config, layers);
   DeviceStageParts parts;
-  static_cast<decltype(cache_)::Parts&>(parts) = cache_.Find(layers);
-  if (layers.begin > 0) parts.embedding = nullptr;
-  if (layers.end < config.num_hidden_layers) parts.head = nullptr;
+  static_cast<decltype(cache_)::Parts&>(parts) = cache_.Find(needed);
+  const WeightParts missing = cache_.Missing(needed, parts);
 
   // All memory first: nothing is read for a stage that does not fit.
-  std::vector<std::shared_ptr<DevicePart<DeviceLayer>>> new_layers(layers.size());
+  std::vector<std::shared_ptr<DevicePart<DeviceLayer>>> new_layers(missing.layers.size());
   std::shared_ptr<DevicePart<cuda::Matrix>> new_embedding;
   std::shared_ptr<DevicePart<DeviceHead>> new_head;
   uint64_t total_bytes = 0;
@@ -77,19 +73,18 @@ absl::StatusOr<DeviceStageParts> DeviceParts::Load(WeightSource& source, LayerRa
     STRAIT_ASSIGN_OR_RETURN((*part)->memory, arena.Take(bytes, what));
     return absl::OkStatus();
   };
-  for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
-    const uint32_t index = layer - layers.begin;
-    if (parts.layers[index] != nullptr) continue;
-    STRAIT_RETURN_IF_ERROR(take(DeviceLayerBytes(config, layer, expands), &new_layers[index]));
-    Region region(new_layers[index]->memory.data());
-    new_layers[index]->weights = LayOutLayer(config, layer, expands, region);
+  for (size_t i = 0; i < missing.layers.size(); ++i) {
+    const LayerIndex layer = missing.layers[i];
+    STRAIT_RETURN_IF_ERROR(take(DeviceLayerBytes(config, layer, expands), &new_layers[i]));
+    Region region(new_layers[i]->memory.data());
+    new_layers[i]->weights = LayOutLayer(config, layer, expands, region);
   }
-  if (layers.begin == 0 && parts.embedding == nullptr) {
+  if (missing.embedding) {
     STRAIT_RETURN_IF_ERROR(take(DeviceEmbeddingBytes(config), &new_embedding));
     Region region(new_embedding->memory.data());
     new_embedding->weights = LayOutEmbedding(config, region);
   }
-  if (layers.end == config.num_hidden_layers && parts.head == nullptr) {
+  if (missing.head) {
     STRAIT_RETURN_IF_ERROR(take(DeviceHeadBytes(config), &new_head));
     Region region(new_head->memory.data());
     new_head->weights = LayOutHead(config, region);
@@ -99,30 +94,29 @@ absl::StatusOr<DeviceStageParts> DeviceParts::Load(WeightSource& source, LayerRa
   const auto tell = [&] {
     if (progress) progress(std::min(up->bytes(), total_bytes), total_bytes);
   };
-  for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
-    const auto& part = new_layers[layer - layers.begin];
-    if (part == nullptr) continue;
+  for (size_t i = 0; i < missing.layers.size(); ++i) {
+    const LayerIndex layer = missing.layers[i];
     STRAIT_ASSIGN_OR_RETURN(const LayerWeights weights, source.LoadLayer(layer));
-    STRAIT_RETURN_IF_ERROR(UploadLayer(*up, config, weights, part->weights));
+    STRAIT_RETURN_IF_ERROR(UploadLayer(*up, config, weights, new_layers[i]->weights));
     tell();
   }
-  if (new_embedding != nullptr) {
+  if (missing.embedding) {
     STRAIT_ASSIGN_OR_RETURN(const EmbeddingWeights weights, source.LoadEmbedding());
     STRAIT_RETURN_IF_ERROR(up->Matrix(weights.embed_tokens, new_embedding->weights));
     tell();
   }
-  if (new_head != nullptr) {
+  if (missing.head) {
     STRAIT_ASSIGN_OR_RETURN(const HeadWeights weights, source.LoadHead());
     STRAIT_RETURN_IF_ERROR(up->Vector(weights.norm, new_head->weights.norm));
     STRAIT_RETURN_IF_ERROR(up->Matrix(weights.lm_head, new_head->weights.lm_head));
   }
   STRAIT_RETURN_IF_ERROR(up->Finish());
-  for (uint32_t index = 0; index < layers.size(); ++index) {
-    if (new_layers[index] != nullptr) parts.layers[index] = std::move(new_layers[index]);
+  for (size_t i = 0; i < missing.layers.size(); ++i) {
+    parts.layers[missing.layers[i] - layers.begin] = std::move(new_layers[i]);
   }
-  if (new_embedding != nullptr) parts.embedding = std::move(new_embedding);
-  if (new_head != nullptr) parts.head = std::move(new_head);
-  cache_.Remember(layers, parts);
+  if (missing.embedding) parts.embedding = std::move(new_embedding);
+  if (missing.head) parts.head = std::move(new_head);
+  cache_.Remember(needed, parts);
   if (progress) progress(total_bytes, total_bytes);
   return parts;
 }

@@ -41,11 +41,4 @@ void PinnedPool::PutBack(PinnedMemory::Owner memory) {
   idle_.emplace(size, std::move(memory));
 }
 
-uint64_t PinnedPool::idle_bytes() const {
-  const std::lock_guard lock(mutex_);
-  uint64_t bytes = 0;
-  for (const auto& [size, memory] : idle_) bytes += size;
-  return bytes;
-}
-
 }  // namespace strait

@@ -94,13 +94,12 @@ class PinnedMemory {
 class PinnedPool : public std::enable_shared_from_this<PinnedPool> {
  public:
   absl::StatusOr<PinnedMemory> Take(uint64_t bytes);
-  uint64_t idle_bytes() const;
 
  private:
   friend class PinnedMemory;
   void PutBack(PinnedMemory::Owner memory);
 
-  mutable std::mutex mutex_;
+  std::mutex mutex_;
   std::multimap<uint64_t, PinnedMemory::Owner> idle_ ABSL_GUARDED_BY(mutex_);  // by size
 };
 

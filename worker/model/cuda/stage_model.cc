@@ -51,12 +51,11 @@ absl::Status CudaStageModel::Init() {
   const CudaTraits& traits = *worker_.traits;
   const auto what =
       absl::StrCat("a stage of layers ", spec_.layers.begin, " to ", spec_.layers.end);
-  bytes_ = LayOutStage(config_, spec_, traits, nullptr).bytes;
-  STRAIT_ASSIGN_OR_RETURN(
-      workspace_memory_,
-      worker_.arena->Take(LayOutStage(config_, spec_, traits, nullptr).region_end, what));
-  CudaStageLayout layout = LayOutStage(config_, spec_, traits, workspace_memory_.data());
-  limits_ = layout.limits;
+  const CudaStageLayout measured = LayOutStage(config_, spec_, traits, nullptr);
+  bytes_ = measured.bytes;
+  limits_ = measured.limits;
+  STRAIT_ASSIGN_OR_RETURN(workspace_memory_, worker_.arena->Take(measured.region_end, what));
+  const CudaStageLayout layout = LayOutStage(config_, spec_, traits, workspace_memory_.data());
   ws_ = layout.workspace;
   const size_t handed = size_t{cuda::kMaxChooseTokens} * config_.n_routed_experts;
   if (handed > 0) {
