@@ -42,6 +42,8 @@ struct CoreOptions {
   // Steps in flight that may sample for one sequence: all but the first are planned before their
   // token is known, with sampled(step k). 1: none is granted.
   uint32_t grant_depth = 2;
+  // Sequences of the same first tokens share their rows (scheduler.h).
+  bool prefix_cache = false;
   bool grants() const { return grant_depth > 1 && steps_in_flight != 1; }
   // Per pipeline; 0: num_stages + 1, and one more for each step of grant_depth above 2.
   uint32_t steps_in_flight = 0;
@@ -102,6 +104,11 @@ struct RequestRefused {
 struct RequestAdmitted {
   RequestId request;
 };
+struct PromptCached {
+  RequestId request;
+  uint32_t sequence_index;
+  uint32_t cached_tokens;
+};
 struct PromptScored {
   RequestId request;
   uint32_t sequence_index;
@@ -128,7 +135,8 @@ struct ScaleAnswered {
   v1::ScaleReply reply;
 };
 using CoreMessage = std::variant<SendToWorker, EvictWorker, RequestRefused, RequestAdmitted,
-                                 PromptScored, TokenEmitted, SequenceEnded, ScaleAnswered>;
+                                 PromptCached, PromptScored, TokenEmitted, SequenceEnded,
+                                 ScaleAnswered>;
 
 // Counters that only grow, and gauges; for metrics and status.
 struct CoreStats {
@@ -140,6 +148,8 @@ struct CoreStats {
   uint64_t kept_rows = 0;  // that stages took along into a new epoch; each stage counts its own
   uint64_t granted_tokens = 0;  // planned before the token that they feed was known
   uint64_t surplus_tokens = 0;  // sampled for sequences that had ended
+  uint64_t cached_rows = 0;            // that sequences found in prefix blocks
+  uint64_t prefix_blocks_dropped = 0;  // to make room
   uint64_t preemptions = 0;
   uint64_t recoveries = 0;  // pipelines that came back with a new epoch
   uint64_t workers_lost = 0;
@@ -149,6 +159,7 @@ struct CoreStats {
   uint32_t waiting = 0;
   uint32_t pipelines_active = 0;
   uint64_t cache_bytes_used = 0;  // of latent blocks that rows hold
+  uint64_t cache_bytes_free_prefixes = 0;  // of these: of prefix blocks that no sequence has now
   uint64_t cache_bytes_total = 0;
 };
 
