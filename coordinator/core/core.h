@@ -148,8 +148,11 @@ struct CoreStats {
   uint64_t kept_rows = 0;  // that stages took along into a new epoch; each stage counts its own
   uint64_t granted_tokens = 0;  // planned before the token that they feed was known
   uint64_t surplus_tokens = 0;  // sampled for sequences that had ended
-  uint64_t cached_rows = 0;            // that sequences found in prefix blocks
-  uint64_t prefix_blocks_dropped = 0;  // to make room
+  uint64_t cached_rows = 0;             // that sequences found in prefix blocks when they were placed
+  uint64_t prefix_blocks_made = 0;      // full blocks that became prefix blocks
+  uint64_t prefix_blocks_dropped = 0;   // to make room
+  uint64_t prefix_blocks_survived = 0;  // that sequences took along into a new epoch, on any stage
+  uint64_t prefix_blocks_mended = 0;    // of these, that were computed again where a stage lacked them
   uint64_t preemptions = 0;
   uint64_t recoveries = 0;  // pipelines that came back with a new epoch
   uint64_t workers_lost = 0;

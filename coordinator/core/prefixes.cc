@@ -126,6 +126,7 @@ void Scheduler::TakeKept(Residency* residency, const KeptRows& kept) {
       books_.AddPrefix(s);
     }
     index_.Hold(node);
+    ++context_->stats.prefix_blocks_survived;
     residency->prefix.path.push_back(node);
     parent = node;
   }
@@ -183,6 +184,7 @@ bool Scheduler::PlanKeep(SequenceId id, const PrefixKeep& keep, PrefixHold* hold
       node = index_.Add(key, block == 0 ? nullptr : hold->path.back(), block);
       index_.Hold(node);
       hold->path.push_back(node);
+      ++context_->stats.prefix_blocks_made;
     } else {
       // It may make whole what it has itself wherever that is.
       all = !node->whole() && hold->path.size() > block && hold->path[block] == node;
@@ -190,6 +192,7 @@ bool Scheduler::PlanKeep(SequenceId id, const PrefixKeep& keep, PrefixHold* hold
         all = node->on(s) == (hold->blocks.at(s) > block);
       }
       if (!all) break;
+      ++context_->stats.prefix_blocks_mended;
     }
     // What was its own becomes the prefix block's: the books stay as they are.
     index_.SetWhole(node);
