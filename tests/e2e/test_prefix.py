@@ -117,6 +117,20 @@ def test_a_worker_dies_under_sharers(cold):
         print({name: stats[name] for name in ("prefix_blocks_survived", "prefix_blocks_mended", "replayed_tokens")})
         assert ask(cluster, BASE)[:2] == cold["base"]
 
+def test_a_prompt_cancelled_halfway(cold):
+    """What was computed of it is whole blocks, and serves the next one."""
+    args = ["--prefill-chunk", "64", "--max-step-tokens", "64"] + FIXED
+    with Cluster(workers=2, memory=MEMORY, args=args) as cluster:
+        with cluster.client() as client:
+            body = dict(prompt=BASE, max_tokens=5, stream=True)
+            with client.stream("POST", "/v1/completions", json=body):
+                wait_until(lambda: any(1_000 < s["rows"] for s in cluster.status()["sequences"]), what="half a prompt")
+        wait_until(lambda: not cluster.status()["sequences"], what="the cancelled request's end")
+        answer = ask(cluster, BASE)
+        assert 1_000 < cached(answer[2]) < LENGTH - BLOCK, "it was cancelled too late"
+        assert bits(answer) == cold["base"]
+
+
 def test_siblings_wait_for_the_one_that_computes():
     prompt = tokens(1_500, seed=5)
     with Cluster(workers=2, memory=MEMORY, args=FIXED) as cluster:
