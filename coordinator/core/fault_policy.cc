@@ -9,6 +9,8 @@ namespace {
 
 // Orders of more workers are not all tried.
 constexpr size_t kMaxOrdered = 7;
+// A step of few rows reads the weights all the same.
+constexpr double kLeastShare = 1.0 / 8;
 constexpr uint32_t kFailed = 2;
 constexpr uint32_t kFailedBackward = 1;
 // Whoever has a neighbour that works is better than who was set aside.
@@ -22,7 +24,7 @@ uint64_t Doubling(uint64_t first, uint32_t times, uint64_t most) {
 
 double EstimateStepUs(const StageTimes& times, uint32_t num_rows, uint64_t weight_bytes) {
   if (times.steps > 0) {
-    return times.compute_us * std::max(1.0, num_rows / std::max(1.0, times.rows));
+    return times.compute_us * std::max(kLeastShare, num_rows / std::max(1.0, times.rows));
   }
   const double reads = std::max(1.0, static_cast<double>(num_rows) / kFirstStepRows);
   return reads * static_cast<double>(weight_bytes) / kFirstStepBytesPerUs;
@@ -91,6 +93,36 @@ std::vector<WorkerId> FaultPolicy::BestOrder(std::vector<WorkerId> workers, bool
   return best;
 }
 
+std::vector<WorkerId> FaultPolicy::ChooseCrew(std::vector<WorkerId> candidates, size_t size,
+                                              bool ring, uint64_t now_us) const {
+  const auto ordered = [&](std::vector<WorkerId> crew) {
+    std::sort(crew.begin(), crew.end());
+    return BestOrder(std::move(crew), ring, now_us);
+  };
+  std::vector<WorkerId> crew(candidates.begin(), candidates.begin() + size);
+  std::vector<WorkerId> best = ordered(crew);
+  uint32_t least = CostOf(best, ring, now_us);
+  // One exchanged for one, as long as that is better.
+  for (bool better = least > 0; std::exchange(better, false);) {
+    const std::vector<WorkerId> before = crew;
+    for (size_t i = 0; i < size; ++i) {
+      for (const WorkerId other : candidates) {
+        if (std::find(before.begin(), before.end(), other) != before.end()) continue;
+        std::vector<WorkerId> tried = before;
+        tried[i] = other;
+        std::vector<WorkerId> order = ordered(tried);
+        const uint32_t cost = CostOf(order, ring, now_us);
+        if (cost >= least) continue;
+        least = cost;
+        best = std::move(order);
+        crew = std::move(tried);
+        better = true;
+      }
+    }
+  }
+  return best;
+}
+
 std::vector<WorkerId> FaultPolicy::SetAside(uint64_t now_us) const {
   std::vector<WorkerId> aside;
   const auto is_aside = [&](WorkerId id) {
@@ -148,11 +180,27 @@ std::vector<FaultPolicy::FailedLink> FaultPolicy::FailedLinksOf(WorkerId worker,
   return links;
 }
 
-// ---------------------------------------------------------------- stages, loads
+// ---------------------------------------------------------------- stages, sequences, loads
 
 uint32_t FaultPolicy::stage_errors(uint64_t stage_id) const {
   const auto it = stage_errors_.find(stage_id);
   return it == stage_errors_.end() ? 0 : it->second;
+}
+
+void FaultPolicy::OnDied(uint64_t instance, std::vector<SequenceId> sequences) {
+  if (sequences.empty()) return;
+  deaths_.emplace_back(instance, std::move(sequences));
+  if (deaths_.size() > kMaxDeaths) deaths_.pop_front();
+}
+
+std::vector<SequenceId> FaultPolicy::OnReturned(uint64_t instance) {
+  std::vector<SequenceId> sequences;
+  std::erase_if(deaths_, [&](auto& death) {
+    if (death.first != instance) return false;
+    sequences.insert(sequences.end(), death.second.begin(), death.second.end());
+    return true;
+  });
+  return sequences;
 }
 
 void FaultPolicy::OnLoadFailed(WorkerId worker, uint64_t now_us) {

@@ -6,13 +6,14 @@
 // Owns:    all blame of workers and stages. Of sequences it has the rules; the counts are theirs (Sequence), and go
 //          with the next token.
 // Thread:  loop thread only; no I/O, no clock: events and `now` go in, verdicts come out.
-// Limits:  kBlameUs, kMaxStageErrors; it remembers pairs of workers that are attached.
+// Limits:  kBlameUs, kMaxStageErrors, kMaxDeaths; it remembers pairs of workers that are attached.
 // Why:     a link that fails shows two ends and not which of them is at fault. So the pair is blamed, and another
 //          neighbour tells: who fails with several is at fault, who works with another is not. A link's failure evicts
 //          nobody: an evicted worker comes back at once, and knows no more than before.
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <string>
 #include <utility>
@@ -40,6 +41,8 @@ inline constexpr uint64_t kLoadBackoffMaxUs = 60'000'000;
 // Wait before an activation after a failure that cost no worker: doubles from the first to the last.
 inline constexpr uint64_t kActivateBackoffUs = 20'000;
 inline constexpr uint64_t kActivateBackoffMaxUs = 2'000'000;
+// Processes that may come back, of which it is known who was in their hands.
+inline constexpr size_t kMaxDeaths = 64;
 // A step that takes so many times its estimate hangs.
 inline constexpr uint32_t kStepPatience = 20;
 // What a stage without a step in its times is taken for: it reads its weights once for so many rows. CPUs that serve
@@ -47,8 +50,6 @@ inline constexpr uint32_t kStepPatience = 20;
 inline constexpr uint64_t kFirstStepBytesPerUs = 20'000;
 inline constexpr uint32_t kFirstStepRows = 64;
 inline constexpr uint64_t kFirstStepMaxUs = 300'000'000;
-// A sequence that was in the failing step of so many workers that died replays alone; of one more, it ends.
-inline constexpr uint32_t kDeathsToReplayAlone = 2;
 
 uint64_t Doubling(uint64_t first, uint32_t times, uint64_t most);
 
@@ -78,6 +79,9 @@ class FaultPolicy {
   uint32_t CostOf(absl::Span<const WorkerId> workers, bool ring, uint64_t now_us) const;
   // The same workers in the order against which least speaks; as they are where no order is better.
   std::vector<WorkerId> BestOrder(std::vector<WorkerId> workers, bool ring, uint64_t now_us) const;
+  // `size` of them, the first ones before others, by age unless another order is better.
+  std::vector<WorkerId> ChooseCrew(std::vector<WorkerId> candidates, size_t size, bool ring,
+                                   uint64_t now_us) const;
   Standing StandingOf(WorkerId worker, uint64_t now_us) const;
   // For people.
   struct FailedLink {
@@ -95,6 +99,12 @@ class FaultPolicy {
   uint32_t stage_errors(uint64_t stage_id) const;
   // A step went through this stage and all others of its pipeline; or the stage is gone.
   void ForgiveStage(uint64_t stage_id) { stage_errors_.erase(stage_id); }
+
+  // ---- Sequences ----
+  // A process is gone, for all that is known, and these were in its unfinished step.
+  void OnDied(uint64_t instance, std::vector<SequenceId> sequences);
+  // It was not: its stream alone had ended. Those for whom its death was counted.
+  std::vector<SequenceId> OnReturned(uint64_t instance);
 
   // ---- Loads ----
   void OnLoadFailed(WorkerId worker, uint64_t now_us);
@@ -129,6 +139,7 @@ class FaultPolicy {
   std::map<WorkerId, std::pair<uint64_t, uint64_t>> worked_us_;
   std::map<uint64_t, uint32_t> stage_errors_;
   std::map<WorkerId, Load> loads_;
+  std::deque<std::pair<uint64_t, std::vector<SequenceId>>> deaths_;  // by instance, the last ones
 };
 
 }  // namespace strait

@@ -279,10 +279,9 @@ void WorkerCore::OnPlan(v1::StepPlan plan, uint64_t now_us) {
   const PipelineEpoch epoch = FromWire(plan.epoch());
   Hosted* const hosted = Find(id);
   if (hosted == nullptr || hosted->stage == nullptr) {
-    return ports_->Tell(
-        StuckMessage(id, epoch, step,
-                     absl::NotFoundError(absl::StrCat("stage ", id, " is not loaded here")),
-                     nullptr));
+    return ports_->Tell(StuckMessage(
+        id, epoch, step, absl::NotFoundError(absl::StrCat("stage ", id, " is not loaded here")),
+        nullptr));
   }
   if (const std::vector<uint64_t> before = shares_.WaitsFor(id); !before.empty()) {
     return TellStuck(*hosted, step,

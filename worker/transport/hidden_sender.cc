@@ -60,8 +60,8 @@ struct ProbeCall {
 
 absl::Status Unanswered(const grpc::Status& status, std::chrono::milliseconds timeout) {
   if (status.error_code() != grpc::StatusCode::DEADLINE_EXCEEDED) return rpc::FromGrpc(status);
-  return absl::DeadlineExceededError(absl::StrCat(
-      "no answer within ", timeout.count(), " ms: nothing passes, there or back"));
+  return absl::DeadlineExceededError(
+      absl::StrCat("no answer within ", timeout.count(), " ms: nothing passes, there or back"));
 }
 
 struct HiddenSender::Outgoing {
@@ -83,10 +83,7 @@ struct HiddenSender::Outgoing {
 
 HiddenSender::HiddenSender(const char* method, uint32_t hidden_row_bytes, Timeouts timeouts,
                            const TransportEvents* events)
-    : method_(method),
-      hidden_row_bytes_(hidden_row_bytes),
-      timeouts_(timeouts),
-      events_(events) {}
+    : method_(method), hidden_row_bytes_(hidden_row_bytes), timeouts_(timeouts), events_(events) {}
 
 HiddenSender::~HiddenSender() {
   for (auto& [id, outgoing] : edges_) outgoing->state->silent = true;
@@ -184,16 +181,17 @@ void HiddenSender::Probe(uint64_t from_stage_id) {
   outgoing->probe_ended = call->ended.get_future();
   call->context.set_deadline(std::chrono::system_clock::now() + timeouts_.answer);
   v1::StageTransport::Stub stub(outgoing->channel);
-  stub.async()->Probe(&call->context, &call->request, &call->reply,
-                      [call, state = outgoing->state, timeout = timeouts_.answer](const grpc::Status& status) {
-                        state->probing = false;
-                        if (status.ok()) {
-                          state->TellAnswered();
-                        } else {
-                          state->TellDown(About(state->edge, Unanswered(status, timeout)));
-                        }
-                        call->ended.set_value();
-                      });
+  stub.async()->Probe(
+      &call->context, &call->request, &call->reply,
+      [call, state = outgoing->state, timeout = timeouts_.answer](const grpc::Status& status) {
+        state->probing = false;
+        if (status.ok()) {
+          state->TellAnswered();
+        } else {
+          state->TellDown(About(state->edge, Unanswered(status, timeout)));
+        }
+        call->ended.set_value();
+      });
 }
 
 void HiddenSender::Disconnect(uint64_t from_stage_id) {
@@ -221,9 +219,10 @@ void HiddenSender::CheckDeadlines(uint64_t now_us) {
       if (up ? outgoing->stream->WriteAgeMicros(now_us) > stall_us
              : now_us > outgoing->opened_us + accept_us) {
         stalled.emplace_back(
-            outgoing, absl::DeadlineExceededError(
-                          up ? absl::StrCat("nothing could be written for ", timeouts_.stall.count(), " ms")
-                             : absl::StrCat("not let in for ", timeouts_.accept.count(), " ms")));
+            outgoing,
+            absl::DeadlineExceededError(
+                up ? absl::StrCat("nothing could be written for ", timeouts_.stall.count(), " ms")
+                   : absl::StrCat("not let in for ", timeouts_.accept.count(), " ms")));
       }
     }
   }
