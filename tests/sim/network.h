@@ -44,6 +44,7 @@ class Network {
   // Links from this address come up but carry nothing: each breaks when it is first used.
   void Spoil(const std::string& address) { spoiled_[address]; }
   void Mend(const std::string& address) { spoiled_.erase(address); }
+  bool IsSpoiled(const std::string& address) const { return spoiled_.contains(address); }
   // Breaks of one spoiled address, the most there were.
   uint32_t spoiled_breaks_max() const { return spoiled_breaks_max_; }
 
