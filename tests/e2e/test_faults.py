@@ -204,8 +204,10 @@ class Namespaces:
         return f"{self.net}.{2 + index}"
 
     def drop(self, a, b):
-        """Nothing passes from b to a any more; nobody is told."""
-        self.must("ip", "-n", self.names[b], "route", "add", "blackhole", f"{self.address(a)}/32")
+        """Nothing passes between a and b any more, and nobody is told: their packets go to a link address that is no one's."""
+        for at, to in ((a, b), (b, a)):
+            self.must("ip", "-n", self.names[at], "neigh", "replace", self.address(to), "lladdr", "02:00:00:00:00:99",
+                      "dev", f"sti{self.tag}-{at}", "nud", "permanent")
 
     def args(self, index):
         return ["--listen", f"{self.address(index)}:0", "--insecure"]

@@ -150,6 +150,46 @@ TEST(PatienceTest, ALoadThatStandsStillEndsTheWorkerOneThatAdvancesDoesNot) {
   EXPECT_THAT(h.workers.at(worker).why.ToString(), HasSubstr("loading stands still at 3000"));
 }
 
+// Whoever loads several stages does it one after the other: those that wait stand still and are not to blame.
+TEST(PatienceTest, AWorkerThatLoadsAnotherStageStandsNotStill) {
+  Harness h(Options(2), SmallModel());
+  WorkerId first = h.Attach(kMemory);
+  h.Attach(kMemory);
+  ASSERT_TRUE(h.core.Ready());
+  h.answer_loads = false;
+  h.Scale(4);
+  ASSERT_EQ(h.workers.at(first).stages.size(), 3u);
+  const uint64_t loads = std::next(h.workers.at(first).stages.begin())->first;
+  for (int i = 1; i <= 2; ++i) {
+    h.Tick(20'000'000);
+    v1::FromWorker progress;
+    progress.mutable_load_progress()->set_stage_id(loads);
+    progress.mutable_load_progress()->set_bytes_loaded(i);
+    h.core.OnWorkerMessage(first, progress, h.now_us);
+  }
+  EXPECT_FALSE(h.workers.at(first).evicted) << h.workers.at(first).why;
+}
+
+// A step may take long where steps do; where they are fast it hangs after ten seconds.
+TEST(PatienceTest, AStepHangsByWhatStepsTook) {
+  for (const uint64_t compute_us : {1'000u, 2'000'000u}) {
+    Harness h(Options(1), SmallModel());
+    const WorkerId worker = h.Attach(kMemory);
+    h.Submit(OneSequence(1, 20));
+    for (int i = 0; i < 5; ++i) {
+      v1::StageReport report = h.MakeReport(worker);
+      report.set_compute_us(compute_us);
+      h.Send(worker, report);
+    }
+    const uint64_t patience_us = compute_us == 1'000 ? 10'000'000 : 40'000'000;
+    h.Tick(patience_us - 100'000);
+    EXPECT_FALSE(h.workers.at(worker).evicted) << h.workers.at(worker).why;
+    h.Tick(300'000);
+    ASSERT_TRUE(h.workers.at(worker).evicted);
+    EXPECT_THAT(h.workers.at(worker).why.ToString(), HasSubstr("not reported for"));
+  }
+}
+
 // The bug: after the coordinator had been stopped (SIGSTOP, a paused machine), it blamed workers
 // for the time that it had slept.
 TEST(PatienceTest, APauseOfTheCoordinatorBlamesNobody) {
