@@ -54,8 +54,19 @@ void Cluster::CollectLate(const Pipeline& pipeline, uint64_t now_us,
   const StepLedger& ledger = pipeline.scheduler.ledger();
   if (pipeline.state == Pipeline::State::kActivating &&
       now_us > pipeline.since_us + context_->options.activation_timeout_us) {
-    for (const StageSlot& slot : pipeline.slots) {
-      if (!slot.owes_answer()) continue;
+    // Who waits to be let in by one that has not answered either is not to blame.
+    const size_t num_stages = pipeline.slots.size();
+    const auto waits = [&](size_t i) {
+      return (i + 1 < num_stages || IsRing()) && pipeline.slots[(i + 1) % num_stages].owes_answer();
+    };
+    size_t owing = 0, waiting = 0;
+    for (size_t i = 0; i < num_stages; ++i) {
+      owing += pipeline.slots[i].owes_answer();
+      waiting += pipeline.slots[i].owes_answer() && waits(i);
+    }
+    for (size_t i = 0; i < num_stages; ++i) {
+      const StageSlot& slot = pipeline.slots[i];
+      if (!slot.owes_answer() || (waits(i) && waiting < owing)) continue;
       late->emplace_back(slot.worker, absl::DeadlineExceededError("activation not answered"));
     }
   }
@@ -116,7 +127,8 @@ void Cluster::OnStageError(Worker* worker, const Seat& seat, const absl::Status&
   if (is_link) {
     for (const auto& [id, residency] : pipeline->scheduler.residents()) {
       uint64_t& since_us = residency->sequence->blame.links_since_us;
-      if (residency->opened && since_us == 0) since_us = now_us;
+      // While links carried steps it was not for their sake that no token came.
+      if (residency->opened && (since_us == 0 || pipeline->links_worked)) since_us = now_us;
     }
   }
   Fail(pipeline, why, now_us);

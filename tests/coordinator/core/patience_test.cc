@@ -222,6 +222,19 @@ TEST(PatienceTest, APauseOfTheCoordinatorBlamesNobody) {
   EXPECT_EQ(h.core.Stats().recoveries, 0u);
 }
 
+// The bug: the stage before one that hangs waits to be let in, and was evicted with it.
+TEST(PatienceTest, WhoWaitsForAnotherToActivateIsNotToBlame) {
+  Harness h(Options(3), SmallModel());
+  h.answer_activations = false;
+  std::vector<WorkerId> w = AttachAll(h, 3, kMemory);
+  h.AnswerActivation(w[2]);
+  h.Pump();
+  h.Tick(31'000'000);
+  EXPECT_FALSE(h.workers.at(w[0]).evicted);
+  EXPECT_TRUE(h.workers.at(w[1]).evicted);
+  EXPECT_FALSE(h.workers.at(w[2]).evicted);
+}
+
 TEST(PatienceTest, AnActivationIsNotWaitedForForever) {
   Harness h(Options(1), SmallModel());
   h.answer_activations = false;

@@ -290,6 +290,30 @@ TEST(RecoveryTest, AWorkerThatComesBackHasNotDied) {
   EXPECT_EQ(h.tokens[id].size(), 5u);
 }
 
+// A long replay is no fault of links that failed before it and after it.
+TEST(RecoveryTest, TimeInWhichLinksCarryStepsCountsForNobody) {
+  CoreOptions options = Options(2);
+  options.max_step_tokens = options.prefill_chunk = 10;
+  Harness h(options, SmallModel());
+  const WorkerId first = h.Attach(kMemory);
+  const WorkerId last = h.Attach(kMemory);
+  const RequestId id = h.Submit(OneSequence(500, 5));
+  for (int round = 0; round < 6; ++round) {
+    h.Send(first, Error(h, first, absl::StatusCode::kUnavailable));
+    while (!h.core.Ready()) h.Tick(100'000);
+    // Rows, and no token.
+    for (int i = 0; i < 3; ++i) {
+      h.Report(first);
+      h.Report(last);
+      h.Tick(9'000'000);
+    }
+  }
+  EXPECT_TRUE(h.tokens[id].empty());
+  EXPECT_FALSE(h.ended.contains(id)) << h.ended.at(id).status;
+  h.Run();
+  EXPECT_EQ(h.tokens[id].size(), 5u);
+}
+
 // Links may fail for as long as --replay-timeout says, and not a number of times.
 TEST(RecoveryTest, WhoGetsNoTokenBecauseOfLinksEndsInTime) {
   Harness h(Options(2), SmallModel());
