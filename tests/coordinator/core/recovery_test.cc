@@ -234,34 +234,40 @@ TEST(RecoveryTest, ASequenceThatKillsWorkersEndsAtLast) {
 
 // Of two sequences one kills its workers. The other is beside it at first, and must not end with it.
 TEST(RecoveryTest, WhoWasInTwoDeathsReplaysAloneAndOthersGoOn) {
-  Harness h(Options(1), SmallModel());
-  WorkerId worker = h.Attach(kMemory);
-  const RequestId deadly = h.Submit(OneSequence(40, 5));
-  const RequestId other = h.Submit(OneSequence(41, 5));
-  int deaths = 0;
-  for (int round = 0; round < 50 && !h.ended.contains(other); ++round) {
-    const v1::StepPlan& plan = h.StageOf(worker).plans.front();
-    bool has_deadly = false;
-    for (const v1::SequenceStep& step : plan.sequences()) {
-      has_deadly = has_deadly || step.sequence_id() == 1;
+  for (const uint32_t grant_depth : {1, 3}) {
+    CoreOptions options = Options(1);
+    options.grant_depth = grant_depth;
+    options.steps_in_flight = 4;
+    Harness h(options, SmallModel());
+    WorkerId worker = h.Attach(kMemory);
+    const RequestId deadly = h.Submit(OneSequence(40, 5));
+    const RequestId other = h.Submit(OneSequence(41, 5));
+    const auto has_deadly = [](const v1::StepPlan& plan) {
+      return std::any_of(plan.sequences().begin(), plan.sequences().end(),
+                         [](const v1::SequenceStep& step) { return step.sequence_id() == 1; });
+    };
+    int deaths = 0;
+    for (int round = 0; round < 50 && !h.ended.contains(other); ++round) {
+      // Those that are granted, too.
+      for (const v1::StepPlan& plan : h.StageOf(worker).plans) {
+        EXPECT_TRUE(deaths < 2 || !has_deadly(plan) || plan.sequences_size() == 1)
+            << plan.ShortDebugString();
+      }
+      if (!has_deadly(h.StageOf(worker).plans.front())) {
+        h.Report(worker);
+        continue;
+      }
+      ++deaths;
+      h.Lose(worker);
+      worker = h.Attach(kMemory);
     }
-    if (!has_deadly) {
-      h.Report(worker);
-      continue;
-    }
-    if (deaths >= 2) {
-      EXPECT_EQ(plan.sequences_size(), 1) << plan.ShortDebugString();
-    }
-    ++deaths;
-    h.Lose(worker);
-    worker = h.Attach(kMemory);
+    EXPECT_EQ(deaths, 3);
+    ASSERT_TRUE(h.ended.contains(deadly));
+    EXPECT_EQ(h.ended.at(deadly).status.code(), absl::StatusCode::kInternal);
+    h.Run();
+    EXPECT_EQ(h.tokens[other].size(), 5u);
+    EXPECT_THAT(h.problems, ElementsAre());
   }
-  EXPECT_EQ(deaths, 3);
-  ASSERT_TRUE(h.ended.contains(deadly));
-  EXPECT_EQ(h.ended.at(deadly).status.code(), absl::StatusCode::kInternal);
-  h.Run();
-  EXPECT_EQ(h.tokens[other].size(), 5u);
-  EXPECT_THAT(h.problems, ElementsAre());
 }
 
 TEST(RecoveryTest, DeathsWithTokensInBetweenCountForNobody) {
