@@ -35,6 +35,7 @@ struct SequenceSpec {
   bool score_prompt = false;            // log-probabilities of prompt tokens 1 … n-1
   bool want_logprobs = false;           // of generated tokens
   uint32_t num_top = 0;                 // alternatives, at most limits::kMaxTopLogprobs
+  std::string cache_salt;               // sequences of unequal ones share no rows
 
   // Sampling (as OpenAI and vLLM mean them).
   uint64_t seed = 0;
@@ -69,6 +70,11 @@ class RequestListener {
   virtual ~RequestListener() = default;
   virtual void OnRefused(absl::Status why) = 0;
   virtual void OnAdmitted(RequestId id) = 0;
+  // So many tokens of its prompt need not be computed, another sequence's are in a cache. At most once a
+  // sequence, before all that follows for it; who is not told: none.
+  virtual void OnPromptCached(uint32_t sequence_index, uint32_t cached_tokens) {
+    (void)sequence_index, (void)cached_tokens;
+  }
   // Scores of prompt positions, in order, in one or several calls; all before the sequence's first token.
   virtual void OnPromptScores(uint32_t sequence_index, std::vector<TokenInfo> scores) = 0;
   virtual void OnToken(uint32_t sequence_index, TokenInfo token) = 0;

@@ -42,6 +42,7 @@ struct Flags {
   std::string http = "127.0.0.1:8000";
   std::string served_model_name;
   std::string cache_format = "fp32";
+  std::string prefix_cache = "on";
   std::string ready_file;
   std::vector<std::string> api_keys;
   CoreOptions core;
@@ -145,6 +146,7 @@ absl::Status Run(Flags flags) {
         {{"tokenizer", served.tokenizer->vocab_size()}, {"model", config.vocab_size}});
   }
 
+  flags.core.prefix_cache = flags.prefix_cache == "on";
   flags.core.request_timeout_us = static_cast<uint64_t>(flags.request_timeout_s * 1e6);
   flags.core.heartbeat_timeout_us = static_cast<uint64_t>(flags.heartbeat_timeout_s * 1e6);
   flags.core.no_pipeline_grace_us = static_cast<uint64_t>(flags.no_pipeline_grace_s * 1e6);
@@ -223,6 +225,10 @@ int main(int argc, char** argv) {
   AddFlag(app, "--grant-depth", flags.core.grant_depth,
           "Steps in flight that may sample for one sequence; 1: the next is planned when its token "
           "is back");
+  AddFlag(app, "--prefix-cache", flags.prefix_cache,
+          "on: sequences of the same first tokens, and of the same cache_salt or API key, share "
+          "their cache rows; off")
+      ->check(CLI::IsMember({"on", "off"}));
   AddFlag(app, "--max-running", flags.core.max_running, "Sequences resident in one pipeline");
   AddFlag(app, "--max-waiting", flags.core.max_waiting,
           "Sequences that may wait; beyond, requests are answered 429");

@@ -93,6 +93,8 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
       {"--served-model-name", true, false, "Name of the model in the API (default: the folder's)"},
       {"--cache-format", true, true,
        "Row format of the latent cache: fp32, bf16; fp8 with --backend cuda"},
+      {"--prefix-cache", true, false,
+       "on, or off: sequences of the same first tokens share no cache rows"},
       {"--transport", false, true,
        "How hidden states travel: auto (NCCL between GPU workers, else gRPC), grpc or nccl"},
       {"--simd", false, true,

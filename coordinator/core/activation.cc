@@ -141,7 +141,11 @@ void Cluster::CompleteActivation(Pipeline* pipeline, uint64_t now_us) {
   pipeline->state = Pipeline::State::kActive;
   pipeline->since_us = now_us;
   EndDeadly();
-  pipeline->scheduler.Start(std::move(stages), std::move(survivors));
+  RowSource source{.weights = weights_fingerprint_, .numerics = {}};
+  for (const Worker* worker : WorkersOf(*pipeline)) {
+    absl::StrAppend(&source.numerics, worker->numerics_id, "\n");
+  }
+  pipeline->scheduler.Start(std::move(stages), std::move(survivors), std::move(source));
   ++num_active_;
   if (pipeline->served && !pipeline->switched) ++context_->stats.recoveries;
   pipeline->served = true;

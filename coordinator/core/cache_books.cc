@@ -2,6 +2,7 @@
 #include "coordinator/core/cache_books.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -24,20 +25,31 @@ bool CacheBooks::CanEverHold(uint32_t rows) const {
   });
 }
 
-bool CacheBooks::HasRoom(uint32_t rows, uint32_t num_growing) const {
-  return std::all_of(stages_.begin(), stages_.end(), [&](const StageCache& stage) {
-    // A block more in each layer for each, but no more than a sixteenth of all.
-    const uint64_t block = ReservedBytes(policy_, limits::kBlockTokens, stage.layers);
-    const uint64_t most = (stage.capacity_bytes / block + 15) / 16;
-    const uint64_t headroom = block * std::min<uint64_t>(num_growing, most);
-    return ReservedBytes(policy_, rows, stage.layers) + headroom <= stage.free_bytes();
-  });
+uint64_t CacheBooks::PrefixBytes(LayerRange layers) const {
+  return HeldBytes(policy_, limits::kBlockTokens, layers);
 }
 
-uint64_t CacheBooks::free_rows() const {
-  uint64_t rows = RowsThatFit(policy_, stages_.front().free_bytes(), stages_.front().layers);
+bool CacheBooks::HasRoom(uint32_t rows, const StageBlocks& prefix, uint64_t num_free,
+                         uint32_t num_growing) const {
+  for (uint32_t s = 0; s < stages_.size(); ++s) {
+    const StageCache& stage = stages_[s];
+    // A block more in each layer for each, but no more than a sixteenth of all.
+    const uint64_t block = PrefixBytes(stage.layers);
+    const uint64_t most = (stage.capacity_bytes / block + 15) / 16;
+    const uint64_t headroom = block * std::min<uint64_t>(num_growing, most);
+    if (ReservedBytes(policy_, rows, stage.layers) + headroom >
+        stage.free_bytes() + block * (prefix.at(s) + num_free)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+uint64_t CacheBooks::free_rows(uint64_t num_free) const {
+  uint64_t rows = std::numeric_limits<uint64_t>::max();
   for (const StageCache& stage : stages_) {
-    rows = std::min(rows, RowsThatFit(policy_, stage.free_bytes(), stage.layers));
+    const uint64_t bytes = stage.free_bytes() + num_free * PrefixBytes(stage.layers);
+    rows = std::min(rows, RowsThatFit(policy_, bytes, stage.layers));
   }
   return rows;
 }
@@ -75,15 +87,52 @@ void CacheBooks::Reserve(uint32_t from, uint32_t to) {
   }
 }
 
-void CacheBooks::Hold(const StageRows& rows) {
+bool CacheBooks::CanEnter(uint32_t reserved_rows, const StageBlocks& prefix) const {
+  return HasRoom(reserved_rows, prefix, 0, 0);
+}
+
+void CacheBooks::Enter(uint32_t reserved_rows, const StageBlocks& prefix) {
   for (uint32_t s = 0; s < stages_.size(); ++s) {
-    stages_[s].held_bytes += HeldBytes(policy_, rows.at(s), stages_[s].layers);
+    StageCache& stage = stages_[s];
+    stage.reserved_bytes += ReservedBytes(policy_, reserved_rows, stage.layers);
+    stage.reserved_bytes -= prefix.at(s) * PrefixBytes(stage.layers);
+    STRAIT_CHECK(stage.reserved_bytes <= stage.capacity_bytes);
   }
 }
 
-void CacheBooks::Free(const StageRows& rows) {
+void CacheBooks::Leave(uint32_t reserved_rows, const StageBlocks& prefix) {
   for (uint32_t s = 0; s < stages_.size(); ++s) {
-    stages_[s].held_bytes -= HeldBytes(policy_, rows.at(s), stages_[s].layers);
+    StageCache& stage = stages_[s];
+    stage.reserved_bytes += prefix.at(s) * PrefixBytes(stage.layers);
+    stage.reserved_bytes -= ReservedBytes(policy_, reserved_rows, stage.layers);
+  }
+}
+
+void CacheBooks::AddPrefix(uint32_t stage_index) {
+  StageCache& stage = stages_[stage_index];
+  stage.reserved_bytes += PrefixBytes(stage.layers);
+  stage.held_bytes += PrefixBytes(stage.layers);
+}
+
+void CacheBooks::RemovePrefix(uint32_t stage_index) {
+  StageCache& stage = stages_[stage_index];
+  stage.reserved_bytes -= PrefixBytes(stage.layers);
+  stage.held_bytes -= PrefixBytes(stage.layers);
+}
+
+void CacheBooks::Hold(const StageRows& rows, const StageBlocks& prefix) {
+  for (uint32_t s = 0; s < stages_.size(); ++s) {
+    StageCache& stage = stages_[s];
+    stage.held_bytes += HeldBytes(policy_, rows.at(s), stage.layers);
+    stage.held_bytes -= prefix.at(s) * PrefixBytes(stage.layers);
+  }
+}
+
+void CacheBooks::Free(const StageRows& rows, const StageBlocks& prefix) {
+  for (uint32_t s = 0; s < stages_.size(); ++s) {
+    StageCache& stage = stages_[s];
+    stage.held_bytes += prefix.at(s) * PrefixBytes(stage.layers);
+    stage.held_bytes -= HeldBytes(policy_, rows.at(s), stage.layers);
   }
 }
 
@@ -97,9 +146,10 @@ void CacheBooks::Grow(const StageRows& rows, uint32_t num_rows) {
   }
 }
 
-uint64_t CacheBooks::HeldInLayer(const StageRows& rows, uint32_t stage_index,
-                                 LayerIndex layer) const {
-  return HeldBytes(policy_, rows.at(stage_index), {layer, layer + 1});
+uint64_t CacheBooks::HeldInLayer(const StageRows& rows, const StageBlocks& prefix,
+                                 uint32_t stage_index, LayerIndex layer) const {
+  return HeldBytes(policy_, rows.at(stage_index), {layer, layer + 1}) -
+         prefix.at(stage_index) * PrefixBytes({layer, layer + 1});
 }
 
 absl::Status CacheBooks::CheckEqual(const CacheBooks& due) const {

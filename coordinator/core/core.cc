@@ -231,6 +231,7 @@ void Core::State::PlaceWaiting() {
     if (pipeline->scheduler.started()) active.push_back(pipeline.get());
   }
   std::vector<RouteCandidate> candidates(active.size());
+  std::vector<Scheduler::Prospect> prospects(active.size());
   const auto& waiting = journal.waiting();
   for (auto it = waiting.begin(); it != waiting.end();) {
     Sequence* sequence = it->second;
@@ -239,11 +240,18 @@ void Core::State::PlaceWaiting() {
     if (sequence->home() != nullptr) return;
     bool held_by_any = false;
     for (size_t i = 0; i < active.size(); ++i) {
-      const Scheduler& scheduler = active[i]->scheduler;
+      Scheduler& scheduler = active[i]->scheduler;
       held_by_any = held_by_any || scheduler.CanEverHold(*sequence);
-      candidates[i] = {scheduler.HasRoom(*sequence), scheduler.load(), scheduler.free_rows()};
+      prospects[i] = scheduler.Look(sequence);
+      const uint32_t known = prospects[i].cached_rows + prospects[i].promised_rows;
+      candidates[i] = {scheduler.HasRoom(sequence),
+                       scheduler.load() + (sequence->rows_wanted() - known), scheduler.free_rows()};
     }
     if (const std::optional<size_t> choice = ChoosePipeline(candidates)) {
+      if (prospects[*choice].promised_rows > 0) {
+        active[*choice]->scheduler.Await();
+        continue;  // others may pass
+      }
       active[*choice]->scheduler.Place(sequence);
     } else if (held_by_any) {
       return;  // first come, first served
@@ -270,6 +278,7 @@ CoreStats Core::Stats() const {
   for (const auto& [id, pipeline] : state_->cluster.pipelines()) {
     const Scheduler& scheduler = pipeline->scheduler;
     stats.running += scheduler.num_residents();
+    stats.cache_bytes_free_prefixes += scheduler.unheld_prefix_bytes();
     for (const StageCache& stage : scheduler.stages()) {
       stats.cache_bytes_used += stage.held_bytes;
       stats.cache_bytes_total += stage.capacity_bytes;

@@ -42,6 +42,8 @@ struct CoreOptions {
   // Steps in flight that may sample for one sequence: all but the first are planned before their
   // token is known, with sampled(step k). 1: none is granted.
   uint32_t grant_depth = 2;
+  // Sequences of the same first tokens share their rows (scheduler.h).
+  bool prefix_cache = false;
   bool grants() const { return grant_depth > 1 && steps_in_flight != 1; }
   // Per pipeline; 0: num_stages + 1, and one more for each step of grant_depth above 2.
   uint32_t steps_in_flight = 0;
@@ -105,6 +107,11 @@ struct RequestRefused {
 struct RequestAdmitted {
   RequestId request;
 };
+struct PromptCached {
+  RequestId request;
+  uint32_t sequence_index;
+  uint32_t cached_tokens;
+};
 struct PromptScored {
   RequestId request;
   uint32_t sequence_index;
@@ -131,7 +138,8 @@ struct ScaleAnswered {
   v1::ScaleReply reply;
 };
 using CoreMessage = std::variant<SendToWorker, EvictWorker, RequestRefused, RequestAdmitted,
-                                 PromptScored, TokenEmitted, SequenceEnded, ScaleAnswered>;
+                                 PromptCached, PromptScored, TokenEmitted, SequenceEnded,
+                                 ScaleAnswered>;
 
 // Counters that only grow, and gauges; for metrics and status.
 struct CoreStats {
@@ -143,6 +151,11 @@ struct CoreStats {
   uint64_t kept_rows = 0;  // that stages took along into a new epoch; each stage counts its own
   uint64_t granted_tokens = 0;  // planned before the token that they feed was known
   uint64_t surplus_tokens = 0;  // sampled for sequences that had ended
+  uint64_t cached_rows = 0;             // that sequences found in prefix blocks when they were placed
+  uint64_t prefix_blocks_made = 0;      // full blocks that became prefix blocks
+  uint64_t prefix_blocks_dropped = 0;   // to make room
+  uint64_t prefix_blocks_survived = 0;  // that sequences took along into a new epoch, on any stage
+  uint64_t prefix_blocks_mended = 0;    // of these, that were computed again where a stage lacked them
   uint64_t preemptions = 0;
   uint64_t recoveries = 0;  // pipelines that came back with a new epoch
   uint64_t workers_lost = 0;
@@ -152,6 +165,7 @@ struct CoreStats {
   uint32_t waiting = 0;
   uint32_t pipelines_active = 0;
   uint64_t cache_bytes_used = 0;  // of latent blocks that rows hold
+  uint64_t cache_bytes_free_prefixes = 0;  // of these: of prefix blocks that no sequence has now
   uint64_t cache_bytes_total = 0;
 };
 

@@ -7,48 +7,62 @@
 
 #include "coordinator/core/scheduler.h"
 #include "proto/base/check.h"
+#include "proto/base/limits.h"
 #include "proto/wire/tables_digest.h"
 
 namespace strait {
 
 void Scheduler::PlanSurvivors(Draft* draft) {
-  for (const SequenceId id : std::exchange(unnamed_, {})) {
+  for (const SequenceId id : unnamed_) {
     const auto it = residents_.find(id);
     if (it != residents_.end()) {
-      const Sequence& sequence = *it->second->sequence;
-      PlanOpen(it->second, survivors_.Kept(id, sequence.rows_settled()), draft);
+      PlanOpen(it->second, KeptOf(*it->second->sequence).rows, draft);
     } else {
       v1::CloseSequence* close = draft->plan.add_cache_ops()->mutable_close();
       close->set_sequence_id(id.value);
       close->set_ended(journal_->Find(id) == nullptr);
     }
   }
+  unnamed_.clear();
 }
 
-void Scheduler::PlanOpen(Residency* residency, const std::vector<uint32_t>& kept, Draft* draft) {
+void Scheduler::PlanOpen(Residency* residency, const std::vector<uint32_t>& kept_rows,
+                         Draft* draft) {
   const Sequence& sequence = *residency->sequence;
   residency->opened = true;
   v1::OpenSequence* open = draft->plan.add_cache_ops()->mutable_open();
   open->set_sequence_id(sequence.id.value);
   open->set_prompt_tokens(sequence.prompt_tokens);
   *open->mutable_sampling() = ToWire(sequence);
-  open->mutable_kept_rows()->Add(kept.begin(), kept.end());
-  for (const uint32_t rows : kept) context_->stats.kept_rows += rows;
-  books_.Hold(residency->rows);
+  open->mutable_kept_rows()->Add(kept_rows.begin(), kept_rows.end());
+  for (const uint32_t rows : kept_rows) context_->stats.kept_rows += rows;
+  if (kept_rows.empty()) {
+    for (const PrefixIndex::Node* node : residency->prefix.path) {
+      AppendTo(node->key, open->mutable_prefix_keys());
+    }
+    const uint32_t rows = residency->rows.next();
+    draft->prefix_tokens += rows;
+    open->mutable_prefix_tokens()->mutable_ids()->Add(sequence.tokens.begin(),
+                                                      sequence.tokens.begin() + rows);
+  }
+  books_.Hold(residency->rows, residency->prefix.blocks);
 }
 
-void Scheduler::PlanClose(const Closing& closing, bool ended, Draft* draft) {
+void Scheduler::PlanClose(Closing closing, bool ended, Draft* draft) {
+  if (!closing.keep.keys.empty()) PlanKeep(closing.id, closing.keep, &closing.prefix, draft);
   v1::CloseSequence* close = draft->plan.add_cache_ops()->mutable_close();
   close->set_sequence_id(closing.id.value);
   close->set_ended(ended);
-  books_.Free(closing.rows);
-  books_.Release(closing.reserved_rows);
-  draft->record.closed.push_back({closing.id, closing.rows});
+  books_.Free(closing.rows, closing.prefix.blocks);
+  books_.Leave(closing.reserved_rows, closing.prefix.blocks);
+  draft->record.closed.push_back({closing.id, closing.rows, closing.prefix.blocks});
+  LeavePrefix(&closing.prefix, draft);
 }
 
 void Scheduler::PlanCloses(Draft* draft) {
-  for (const Closing& closing : closing_) PlanClose(closing, kEnded, draft);
-  closing_.clear();
+  for (Closing& closing : std::exchange(closing_, {})) {
+    PlanClose(std::move(closing), kEnded, draft);
+  }
   close_now_ = false;
 }
 
@@ -56,13 +70,18 @@ void Scheduler::Preempt(Residency* residency, Draft* draft) {
   ++context_->stats.preemptions;
   Sequence* sequence = residency->sequence;
   if (residency->opened) {
-    PlanClose({sequence->id, residency->rows, residency->reserved_rows}, !kEnded, draft);
+    PrefixKeep keep = Keepable(residency);
+    PlanClose({sequence->id, residency->rows, residency->reserved_rows,
+               std::move(residency->prefix), std::move(keep)},
+              !kEnded, draft);
   } else {
-    books_.Release(residency->reserved_rows);
+    books_.Leave(residency->reserved_rows, residency->prefix.blocks);
+    LeavePrefix(&residency->prefix, nullptr);
   }
   Forget(residency);
   residency->leaving = true;
   residency->rows = {};
+  residency->prefix = {};
   residency->reserved_rows = 0;
   residency->opened = false;
   residency->ready_ticket = 0;
@@ -74,6 +93,7 @@ bool Scheduler::ReserveOneMore(Residency* residency, Draft* draft) {
   const uint32_t from = residency->reserved_rows;
   const uint32_t to = std::max(from, residency->rows.next() + 1);
   while (!books_.CanReserve(from, to)) {
+    if (DropOldest(draft)) continue;
     Residency* youngest = residents_.rbegin()->second;
     // Alone, it fits: admission has seen to that.
     STRAIT_CHECK(residents_.size() > 1, "the only resident outgrew the cache");
@@ -130,6 +150,11 @@ void Scheduler::PlanPrefill(Draft* draft) {
     if (is_oldest) kept_back = 0;
     const uint32_t seats = is_oldest || oldest_planned ? 0 : 1;  // kept back, too
     if (draft->tokens_left <= kept_back || draft->sequences_left <= seats) continue;
+    const uint32_t prefix_tokens = residency->opened ? 0 : residency->rows.next();
+    if (draft->prefix_tokens > 0 &&
+        draft->prefix_tokens + prefix_tokens > limits::kMaxStepPrefixTokens) {
+      continue;  // the plan would be too long a message
+    }
     oldest_planned = oldest_planned || is_oldest;
     PlanChunk(residency, draft->tokens_left - kept_back, draft);
   }
@@ -181,6 +206,10 @@ void Scheduler::PlanRows(Residency* residency, StageRows::Chunk chunk, Draft* dr
   CountRows(*residency, chunk, draft);
   STRAIT_CHECK(end <= residency->reserved_rows, "rows beyond the reservation");
   books_.Grow(residency->rows, chunk.num_rows);
+  if (residency->shares && chunk.replay_stages == 0 &&
+      end / limits::kBlockTokens > begin / limits::kBlockTokens) {
+    draft->record.filled.push_back({sequence.id, residency->epoch, end});
+  }
   num_uneven_ -= !residency->rows.even();
   residency->rows.Advance(chunk.num_rows);
   num_uneven_ += !residency->rows.even();

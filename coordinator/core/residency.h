@@ -10,7 +10,11 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
+#include <vector>
 
+#include "absl/types/span.h"
+#include "coordinator/core/prefix_index.h"
 #include "coordinator/core/replay.h"
 #include "proto/base/ids.h"
 
@@ -18,6 +22,18 @@ namespace strait {
 
 struct Sequence;
 class Scheduler;
+
+// Prefix blocks of a sequence: its leading blocks that others may have, too.
+struct PrefixHold {
+  std::vector<PrefixIndex::Node*> path;  // from block 0 on, those that are such on any stage
+  StageBlocks blocks;                    // of these, by stage; most() is path.size()
+};
+
+// Blocks that become prefix blocks with the next plan.
+struct PrefixKeep {
+  uint32_t first_block = 0;
+  std::vector<ContentKey> keys;
+};
 
 struct Residency {
   // --- Constant ---
@@ -27,8 +43,14 @@ struct Residency {
 
   // --- What it has there ---
   StageRows rows;  // planned
-  // Each stage has ReservedBytes of so many rows set aside for it (proto/model/reservation.h).
+  // Each stage has ReservedBytes of so many rows set aside for it (proto/model/reservation.h), less
+  // those of its prefix blocks.
   uint32_t reserved_rows = 0;
+  PrefixHold prefix;
+  // Its next full blocks become prefix blocks; false: another sequence's of the same tokens are.
+  bool shares = false;
+  uint32_t rows_done = 0;      // below, rows are computed on all stages, and the journal has their tokens
+  uint32_t promised_end = 0;   // blocks of the prefix index's promises that may be its own
   bool opened = false;  // a plan with its OpenSequence is out
   // It was preempted: nothing of the above is left, and it lives only until the results under way
   // are there.

@@ -165,12 +165,18 @@ absl::StatusOr<StageStep> Scheduler::OnReport(uint32_t stage_index, const v1::St
   links_proven_ = links_proven_ || (all_the_way && (!hands_back || !record->granted.empty()));
   const StepId step = record->id;
   const std::vector<WantedResult> wanted = record->wanted;
+  const std::vector<FilledRows> filled = last ? record->filled : std::vector<FilledRows>();
   if (first) ledger_.FedByFirst(step, fed);
   if (last) ledger_.Sampled(step, SampledIds(report));
   ledger_.Reported(stage_index, now_us);
   // The first plan is done there: what the stage told before it is kept, and counted, or gone.
   if (step.value == 1) survivors_.Forget(stage_index);
-  if (last) ApplyResults(wanted, report);
+  if (last) {
+    // What fills a block is done when the step is answered; its tokens are in the journal: the last of
+    // them came with an earlier step's results, or is the prompt's.
+    MarkDone(filled);
+    ApplyResults(wanted, report);
+  }
   return done;
 }
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Router picks the pipeline for a sequence: the least load, then the most room, then the oldest
-// pipeline. (Later: first of all the longest cached prefix. What stages kept over an epoch is no
-// matter of routing: Scheduler::Start places it.)
+// Router picks the pipeline for a sequence: the fewest rows to compute before it is done with its
+// prompt, others' and its own, then the most room, then the oldest pipeline. Rows that are in prefix
+// blocks, or that another sequence computes now, need not be computed. (What stages kept over an epoch is
+// no matter of routing: Scheduler::Start places it.)
 //
 // Thread:  pure function.
 // Why:     sequences are routed when they can start, not when they arrive, so a pipeline that
@@ -19,7 +20,7 @@ namespace strait {
 
 struct RouteCandidate {
   bool has_room = false;  // the sequence could start now
-  uint64_t load = 0;      // rows that its residents still want, and one for each
+  uint64_t load = 0;  // rows that its residents still want, and one for each; and its own, less cached ones
   uint64_t free_rows =
       0;  // that its fullest stage could take: bytes do not compare, as layers differ
 };

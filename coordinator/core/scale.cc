@@ -177,12 +177,14 @@ Holdings HoldingsOfSuccessor(LayerRange layers, absl::Span<const StageSlot* cons
   }
   if (num_covered < layers.size()) return holdings;
   for (auto& [id, holding] : holdings) {
-    MayHold least{std::numeric_limits<uint32_t>::max(), std::numeric_limits<uint32_t>::max()};
+    constexpr uint32_t kAny = std::numeric_limits<uint32_t>::max();
+    MayHold least{kAny, kAny, kAny};
     for (const Holdings* source : sources) {
       const auto it = source->find(id);
       const MayHold has = it == source->end() ? MayHold{} : it->second;
       least.planned = std::min(least.planned, has.planned);
       least.confirmed = std::min(least.confirmed, has.confirmed);
+      least.prefix_blocks = std::min(least.prefix_blocks, has.prefix_blocks);
     }
     holding = least;
   }

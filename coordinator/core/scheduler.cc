@@ -11,7 +11,7 @@
 
 namespace strait {
 
-void Scheduler::Start(std::vector<StageCache> stages, Survivors survivors) {
+void Scheduler::Start(std::vector<StageCache> stages, Survivors survivors, RowSource source) {
   STRAIT_CHECK(!started() && residents_.empty() && !stages.empty());
   num_stages_ = static_cast<uint32_t>(stages.size());
   const uint32_t wanted = context_->options.steps_in_flight;
@@ -22,31 +22,38 @@ void Scheduler::Start(std::vector<StageCache> stages, Survivors survivors) {
   times_.assign(num_stages_, {});
   books_.Start(context_->model.policy(), std::move(stages));
   ledger_.Start(num_stages_);
+  index_.Start(num_stages_);
+  is_new_source_ = source.weights != source_.weights || source.numerics != source_.numerics;
+  source_ = std::move(source);
   survivors_ = std::move(survivors);
   unnamed_ = survivors_.Ids();
   for (const SequenceId id : unnamed_) {
     Sequence* sequence = journal_->Find(id);
     // Ended, placed elsewhere meanwhile, or leaving another place.
     if (sequence == nullptr || sequence->home() != nullptr) continue;
-    if (survivors_.Kept(id, sequence->rows_settled()).empty()) continue;
-    if (HasRoom(*sequence)) Place(sequence);
+    if (KeptOf(*sequence).empty()) continue;
+    if (HasRoom(sequence)) Place(sequence);
   }
 }
 
 Holdings Scheduler::MayBeHeld(uint32_t stage_index) const {
   Holdings holdings = survivors_.of_stage(stage_index);
-  const auto add = [&](SequenceId id, const StageRows& rows) {
+  const auto add = [&](SequenceId id, const StageRows& rows, const StageBlocks& prefix) {
     const Sequence* sequence = journal_->Find(id);
     const size_t confirmed = sequence == nullptr ? 0 : sequence->tokens.size();
-    AddHolding(id, {rows.at(stage_index), static_cast<uint32_t>(confirmed)}, &holdings);
+    AddHolding(
+        id, {rows.at(stage_index), static_cast<uint32_t>(confirmed), prefix.at(stage_index)},
+        &holdings);
   };
   for (const auto& [id, residency] : residents_) {
-    if (residency->opened) add(id, residency->rows);
+    if (residency->opened) add(id, residency->rows, residency->prefix.blocks);
   }
-  for (const Closing& closing : closing_) add(closing.id, closing.rows);
+  for (const Closing& closing : closing_) add(closing.id, closing.rows, closing.prefix.blocks);
   for (const StepRecord& record : ledger_.records()) {
     if (!ledger_.Unanswered(record, stage_index)) continue;
-    for (const ClosedRows& closed : record.closed) add(closed.sequence, closed.rows);
+    for (const ClosedRows& closed : record.closed) {
+      add(closed.sequence, closed.rows, closed.prefix);
+    }
   }
   return holdings;
 }
@@ -76,6 +83,9 @@ std::vector<Holdings> Scheduler::Stop() {
     if (!sequence->resident()) journal_->Wait(sequence);
   }
   books_.Stop();
+  index_.Clear();
+  dropped_.clear();
+  keepers_.clear();
   num_stages_ = 0;
   unplanned_rows_ = 0;
   return may_hold;
@@ -95,26 +105,23 @@ bool Scheduler::CanEverHold(const Sequence& sequence) const {
   return started() && books_.CanEverHold(sequence.rows_max());
 }
 
-bool Scheduler::HasRoom(const Sequence& sequence) const {
-  if (!started() || residents_.size() >= context_->options.max_running) return false;
-  if (!CanEverHold(sequence)) return false;
-  // Residents grow; without some room left for that, whoever is placed would be preempted at once.
-  // Who has rows here was a resident, and would lose them.
-  const bool survives = std::binary_search(unnamed_.begin(), unnamed_.end(), sequence.id);
-  const size_t growing = survives ? 0 : residents_.size();
-  return books_.HasRoom(sequence.rows_wanted(), static_cast<uint32_t>(growing));
-}
-
 void Scheduler::Place(Sequence* sequence) {
   STRAIT_CHECK(sequence->home() == nullptr);
   journal_->StopWaiting(sequence);
   Residency* residency = sequence->AddResidency(journal_->NextPlacement(), this);
-  if (std::binary_search(unnamed_.begin(), unnamed_.end(), sequence->id)) {
-    residency->rows = StageRows(survivors_.Kept(sequence->id, sequence->rows_settled()));
+  const KeptRows kept = KeptOf(*sequence);
+  if (kept.empty()) {
+    TakeCached(residency);
+  } else {
+    TakeKept(residency, kept);
     num_uneven_ += !residency->rows.even();
   }
   residency->reserved_rows = sequence->rows_wanted();
-  books_.Reserve(0, residency->reserved_rows);
+  while (!books_.CanEnter(residency->reserved_rows, residency->prefix.blocks)) {
+    STRAIT_CHECK(DropOldest(nullptr), "it was placed without room");
+  }
+  books_.Enter(residency->reserved_rows, residency->prefix.blocks);
+  MakePromises(residency);
   unplanned_rows_ += sequence->rows_wanted() - residency->rows.next();
   residents_.emplace(sequence->id, residency);
   prefilling_.emplace(sequence->id, residency);
@@ -128,16 +135,21 @@ void Scheduler::Forget(Residency* residency) {
   }
   if (residency->ready_ticket != 0) ready_.erase(residency->ready_ticket);
   num_uneven_ -= !residency->rows.even();
+  BreakPromises(residency);
+  keepers_.erase(sequence.id);
   residents_.erase(sequence.id);
 }
 
 void Scheduler::Drop(Residency* residency) {
   if (!residency->leaving) {
     if (residency->opened) {
-      closing_.push_back({residency->sequence->id, residency->rows, residency->reserved_rows});
+      PrefixKeep keep = Keepable(residency);
+      closing_.push_back({residency->sequence->id, residency->rows, residency->reserved_rows,
+                          std::move(residency->prefix), std::move(keep)});
       close_now_ = close_now_ || (num_stages_ > 1 && residency->samples_pending > 1);
     } else {
-      books_.Release(residency->reserved_rows);
+      books_.Leave(residency->reserved_rows, residency->prefix.blocks);
+      LeavePrefix(&residency->prefix, nullptr);
     }
     Forget(residency);
   }
@@ -212,11 +224,14 @@ std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
   if (!started() || ledger_.in_flight() >= limits::kMaxStepsInFlight) return std::nullopt;
   const bool full = ledger_.with_rows() >= steps_in_flight_max_;
   if (full && !close_now_) return std::nullopt;
-  if (unnamed_.empty() && closing_.empty() && prefilling_.empty() && !WorthDecoding()) {
+  const bool is_awaited = std::exchange(is_awaited_, false) && !keepers_.empty();
+  if (unnamed_.empty() && closing_.empty() && prefilling_.empty() && !WorthDecoding() &&
+      !is_awaited) {
     return std::nullopt;
   }
   Draft draft = Begin();
   PlanSurvivors(&draft);
+  PlanKeeps(&draft);
   PlanCloses(&draft);
   if (!full) {
     if (Residency* const alone = ChooseAlone()) {
@@ -227,22 +242,26 @@ std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
     }
   }
   std::optional<v1::StepPlan> plan = Send(std::move(draft), now_us);
-  STRAIT_CHECK(plan.has_value());
+  STRAIT_CHECK(plan.has_value() || is_awaited);
   return plan;
 }
 
-Scheduler::Draft Scheduler::Begin() const {
+Scheduler::Draft Scheduler::Begin() {
   Draft draft;
   draft.record.id = ledger_.next_step();
   draft.record.stages.resize(num_stages_);
   draft.plan.set_step_id(draft.record.id.value);
   draft.tokens_left = context_->options.max_step_tokens;
   draft.sequences_left = limits::kMaxStepSequences;
+  PlanDrops(&draft);
   return draft;
 }
 
 std::optional<v1::StepPlan> Scheduler::Send(Draft draft, uint64_t now_us) {
   if (draft.plan.cache_ops_size() + draft.plan.sequences_size() == 0) return std::nullopt;
+  if (draft.record.id.value == 1) {  // then stages drop them unasked
+    for (PrefixIndex::Node* node : index_.Unheld()) RemovePrefix(node);
+  }
   Complete(&draft);
   ledger_.Add(std::move(draft.record), now_us);
   ++context_->stats.steps;
@@ -269,6 +288,7 @@ std::optional<v1::StepPlan> Scheduler::Resize(const std::vector<uint64_t>& capac
     Draft draft = Begin();
     PlanCloses(&draft);
     while (!books_.Fits(capacity_bytes)) {
+      if (DropOldest(&draft)) continue;
       STRAIT_CHECK(residents_.size() > 1, "the only resident outgrew the cache");
       Preempt(residents_.rbegin()->second, &draft);
     }
@@ -282,15 +302,19 @@ std::optional<v1::StepPlan> Scheduler::Resize(const std::vector<uint64_t>& capac
 std::vector<uint64_t> Scheduler::HeldByLayer(uint32_t stage_index) const {
   const LayerRange layers = stages()[stage_index].layers;
   std::vector<uint64_t> held(layers.size(), 0);
-  const auto add = [&](const StageRows& rows) {
+  const auto add = [&](const StageRows& rows, const StageBlocks& prefix) {
     for (uint32_t l = 0; l < layers.size(); ++l) {
-      held[l] += books_.HeldInLayer(rows, stage_index, layers.begin + l);
+      held[l] += books_.HeldInLayer(rows, prefix, stage_index, layers.begin + l);
     }
   };
   for (const auto& [id, residency] : residents_) {
-    if (residency->opened) add(residency->rows);
+    if (residency->opened) add(residency->rows, residency->prefix.blocks);
   }
-  for (const Closing& closing : closing_) add(closing.rows);
+  for (const Closing& closing : closing_) add(closing.rows, closing.prefix.blocks);
+  for (uint32_t l = 0; l < layers.size(); ++l) {
+    held[l] += index_.num_on(stage_index) *
+               books_.PrefixBytes({layers.begin + l, layers.begin + l + 1});
+  }
   return held;
 }
 
@@ -309,7 +333,9 @@ absl::Status Scheduler::CheckResident(const Residency& residency) const {
   const uint32_t rows = residency.rows.next();
   uint32_t most = 0;
   for (uint32_t s = 0; s < num_stages_; ++s) most = std::max(most, residency.rows.at(s));
-  const bool survives = !residency.opened && (rows > 0 || !residency.rows.even());
+  const bool survives =
+      !residency.opened && (rows != residency.prefix.blocks.least() * limits::kBlockTokens ||
+                            !residency.rows.even());
   const bool feasible = residency.scheduler == this && !residency.leaving &&
                         most <= residency.reserved_rows && (!survives || !unnamed_.empty()) &&
                         residency.samples_pending <= residency.results_pending &&
@@ -334,17 +360,18 @@ absl::Status Scheduler::CheckIntegrity() const {
   uint64_t unplanned = 0;
   uint32_t uneven = 0;
   CacheBooks due = books_.Empty();
+  STRAIT_RETURN_IF_ERROR(CheckPrefixes(&due));
   for (const auto& [id, residency] : residents_) {
     STRAIT_RETURN_IF_ERROR(CheckResident(*residency));
-    due.Reserve(0, residency->reserved_rows);
-    if (residency->opened) due.Hold(residency->rows);
+    due.Enter(residency->reserved_rows, residency->prefix.blocks);
+    if (residency->opened) due.Hold(residency->rows, residency->prefix.blocks);
     uneven += !residency->rows.even();
     if (!prefilling_.contains(id)) continue;
     unplanned += residency->sequence->rows_wanted() - residency->rows.next();
   }
   for (const Closing& closing : closing_) {
-    due.Reserve(0, closing.reserved_rows);
-    due.Hold(closing.rows);
+    due.Enter(closing.reserved_rows, closing.prefix.blocks);
+    due.Hold(closing.rows, closing.prefix.blocks);
   }
   if (unplanned != unplanned_rows_ || uneven != num_uneven_) {
     return absl::InternalError(absl::StrCat("rows to plan ", unplanned_rows_, " (counted ",

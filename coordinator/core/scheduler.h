@@ -26,11 +26,19 @@
 //     just in time; or when nothing else is to do. A prompt's first step then waits for at most
 //     grant_depth - 1 trips through the pipeline more than without grants.
 //   - Preempted with tokens under way, a sequence gets them all, then it is placed anew.
+//
+// Prefix blocks (prefixes.cc; CoreOptions::prefix_cache). A block whose rows all stages have computed, and
+// whose tokens the journal has, becomes a prefix block. A sequence begins with as many as its tokens have,
+// never with the row that it needs next. Those that none has go when there is no room else, the one used
+// longest ago first. With the epoch go all that no survivor has. A sequence whose next blocks another one
+// computes is not placed before they are there.
 #pragma once
 
 #include <cstdint>
 #include <map>
 #include <optional>
+#include <set>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -38,6 +46,7 @@
 #include "absl/types/span.h"
 #include "coordinator/core/cache_books.h"
 #include "coordinator/core/journal.h"
+#include "coordinator/core/prefix_index.h"
 #include "coordinator/core/step_ledger.h"
 #include "coordinator/core/survivors.h"
 
@@ -53,6 +62,12 @@ struct StageTimes {
   void Add(const v1::StageReport& report);
 };
 
+// What the rows of a pipeline follow from besides tokens: as ContentOrigin has it.
+struct RowSource {
+  uint64_t weights = 0;
+  std::string numerics;
+};
+
 class Scheduler {
  public:
   Scheduler(Context* context, Journal* journal) : context_(context), journal_(journal) {}
@@ -61,7 +76,7 @@ class Scheduler {
 
   // The stages have `survivors`; who of them can stay is placed at once.
   // REQUIRES: stopped.
-  void Start(std::vector<StageCache> stages, Survivors survivors);
+  void Start(std::vector<StageCache> stages, Survivors survivors, RowSource source = {});
   // Forgets steps and bytes; residents wait again. Returns what each stage may have now.
   std::vector<Holdings> Stop();
   // Who is in the oldest step that this stage has not reported, if the stage before it has. REQUIRES: started.
@@ -70,9 +85,17 @@ class Scheduler {
 
   // ---- Routing ----
   bool CanEverHold(const Sequence& sequence) const;
-  bool HasRoom(const Sequence& sequence) const;
+  bool HasRoom(Sequence* sequence);
+  // Rows of it that are in prefix blocks; that will be: others compute them now. REQUIRES: started.
+  struct Prospect {
+    uint32_t cached_rows = 0;
+    uint32_t promised_rows = 0;
+  };
+  Prospect Look(Sequence* sequence);
+  // A sequence waits for promised rows.
+  void Await() { is_awaited_ = true; }
   // The longest sequence that has room. REQUIRES: started.
-  uint64_t free_rows() const { return books_.free_rows(); }
+  uint64_t free_rows() const { return books_.free_rows(index_.num_unheld()); }
   // Rows that its residents still want, and one for each resident.
   uint64_t load() const { return unplanned_rows_ + residents_.size(); }
   // REQUIRES: HasRoom(*sequence); it waits, and no result of it is pending.
@@ -114,6 +137,10 @@ class Scheduler {
   std::vector<uint64_t> HeldByLayer(uint32_t stage_index) const;
   // Rows of its residents, kept ones included, summed over stages and their layers.
   uint64_t HeldRows() const;
+  // Prefix blocks; those of them that no sequence has.
+  size_t num_prefix_blocks() const { return index_.num_nodes(); }
+  size_t num_unheld_prefix_blocks() const { return index_.num_unheld(); }
+  uint64_t unheld_prefix_bytes() const;
   const std::map<SequenceId, Residency*>& residents() const { return residents_; }
   absl::Status CheckIntegrity() const;
 
@@ -124,12 +151,15 @@ class Scheduler {
     uint32_t rows_through_all = 0;  // the others are in the record's stages already
     uint32_t tokens_left = 0;
     uint32_t sequences_left = 0;
+    uint32_t prefix_tokens = 0;  // of sequences that it opens
   };
   // An ended sequence whose CloseSequence is not planned yet.
   struct Closing {
     SequenceId id;
     StageRows rows;
-    uint32_t reserved_rows;
+    uint32_t reserved_rows = 0;
+    PrefixHold prefix;
+    PrefixKeep keep;
   };
   static constexpr bool kEnded = true;
 
@@ -152,19 +182,19 @@ class Scheduler {
   // One that replays in steps of its own, and whose turn it is; null: others' turn.
   Residency* ChooseAlone();
   void PlanChunk(Residency* residency, uint32_t rows_max, Draft* draft);
-  void PlanOpen(Residency* residency, const std::vector<uint32_t>& kept, Draft* draft);
+  void PlanOpen(Residency* residency, const std::vector<uint32_t>& kept_rows, Draft* draft);
   void PlanRows(Residency* residency, StageRows::Chunk chunk, Draft* draft);
   // Scores and samples of rows [begin, begin + num_rows), which end the step's sequences.
   void PlanLogits(Residency* residency, uint32_t begin, uint32_t num_rows, Draft* draft);
   void CountRows(const Residency& residency, StageRows::Chunk chunk, Draft* draft);
-  void PlanClose(const Closing& closing, bool ended, Draft* draft);
+  void PlanClose(Closing closing, bool ended, Draft* draft);
   // Reserves one more row of `residency`, room for which is made from the youngest down. False: it
   // went itself.
   bool ReserveOneMore(Residency* residency, Draft* draft);
   void Preempt(Residency* residency, Draft* draft);
   // What every stage will report of it.
   void Complete(Draft* draft) const;
-  Draft Begin() const;
+  Draft Begin();
   // Null: it says nothing.
   std::optional<v1::StepPlan> Send(Draft draft, uint64_t now_us);
 
@@ -172,6 +202,32 @@ class Scheduler {
   // A result under way for it is there, or never will be. It may be gone then.
   static void Answered(Residency* residency, bool sampled);
   Holdings MayBeHeld(uint32_t stage_index) const;
+
+  // Prefix blocks (prefixes.cc).
+  bool Survives(const Sequence& sequence) const;
+  // What stages kept of it. Empty, also where rows follow from other numerics than they did.
+  KeptRows KeptOf(const Sequence& sequence) const;
+  ContentKey KeyOf(Sequence* sequence, uint32_t block);
+  // What it begins with, of which others have some already.
+  void TakeKept(Residency* residency, const KeptRows& kept);
+  void TakeCached(Residency* residency);
+  void MakePromises(Residency* residency);
+  void BreakPromises(Residency* residency);
+  // The last stage has answered the step: what it filled is done everywhere.
+  void MarkDone(const std::vector<FilledRows>& filled);
+  // Blocks of it that are done and no prefix blocks yet.
+  PrefixKeep Keepable(Residency* residency);
+  // They become such, as far as no other sequence's do already; false: not all.
+  bool PlanKeep(SequenceId id, const PrefixKeep& keep, PrefixHold* hold, Draft* draft);
+  void PlanKeeps(Draft* draft);
+  void PlanDrops(Draft* draft);
+  // It has none of them any more. `draft` null: none is made, and no stage has been told of the sequence.
+  void LeavePrefix(PrefixHold* hold, Draft* draft);
+  // One that no sequence has makes room, the one used longest ago; false: there is none. `draft` null: the
+  // next plan says so.
+  bool DropOldest(Draft* draft);
+  void RemovePrefix(PrefixIndex::Node* node);
+  absl::Status CheckPrefixes(CacheBooks* due) const;
 
   absl::Status CheckResident(const Residency& residency) const;
   absl::Status CheckResults(const StepRecord& record, const v1::StageReport& report) const;
@@ -200,6 +256,12 @@ class Scheduler {
   // say that it is still to come.
   Survivors survivors_;
   std::vector<SequenceId> unnamed_;  // by rising id
+  RowSource source_;
+  bool is_new_source_ = false;  // what survivors have follows from another one
+  PrefixIndex index_;
+  std::vector<ContentKey> dropped_;  // that the next plan drops
+  std::set<SequenceId> keepers_;     // residents with blocks to become prefix blocks
+  bool is_awaited_ = false;          // a sequence waits for that
   StepLedger ledger_;
   std::vector<StageTimes> times_;  // of each stage
 };

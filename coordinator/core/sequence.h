@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "coordinator/core/prefix_keys.h"
 #include "coordinator/core/residency.h"
 #include "coordinator/engine.h"
 #include "proto/base/ids.h"
@@ -50,6 +51,9 @@ struct Sequence {
   uint32_t scored = 0;              // prompt tokens whose score the client has, from position 1 on
   uint32_t rows_computed_once = 0;  // rows below were planned before: counted as replayed
   SequenceBlame blame;
+  PrefixKeys prefix_keys;           // of its full blocks
+  bool was_placed = false;
+  uint32_t cached_tokens = 0;  // of its prompt, that it found in a cache when it was placed first
 
   // --- Where it lives ---
   // None: it waits. Two while it moves from one pipeline to another: no code makes a second one yet,

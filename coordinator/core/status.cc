@@ -228,6 +228,8 @@ json::Object PipelineJson(const Pipeline& pipeline, const Cluster& cluster, cons
   out["running"] = scheduler.num_residents();
   out["prefilling"] = scheduler.num_prefilling();
   out["steps_in_flight"] = scheduler.ledger().in_flight();
+  out["prefix_blocks"] = scheduler.num_prefix_blocks();
+  out["prefix_blocks_free"] = scheduler.num_unheld_prefix_blocks();
   json::Array stages;
   std::string numerics;
   bool mixed = false;
@@ -252,6 +254,7 @@ json::Object SequenceJson(const Sequence& sequence,
   out["client_id"] = sequence.request->client_id;
   out["prompt_tokens"] = sequence.prompt_tokens;
   out["generated_tokens"] = sequence.generated();
+  out["cached_tokens"] = sequence.cached_tokens;
   out["max_tokens"] = sequence.spec.max_tokens;
   const Residency* home = sequence.home();
   const uint32_t rows = home == nullptr ? 0 : home->rows.next();
@@ -289,6 +292,11 @@ json::Object StatsJson(const CoreStats& stats) {
   out["kept_rows"] = stats.kept_rows;
   out["granted_tokens"] = stats.granted_tokens;
   out["surplus_tokens"] = stats.surplus_tokens;
+  out["cached_rows"] = stats.cached_rows;
+  out["prefix_blocks_made"] = stats.prefix_blocks_made;
+  out["prefix_blocks_dropped"] = stats.prefix_blocks_dropped;
+  out["prefix_blocks_survived"] = stats.prefix_blocks_survived;
+  out["prefix_blocks_mended"] = stats.prefix_blocks_mended;
   out["preemptions"] = stats.preemptions;
   out["recoveries"] = stats.recoveries;
   out["workers_lost"] = stats.workers_lost;
@@ -298,6 +306,7 @@ json::Object StatsJson(const CoreStats& stats) {
   out["waiting"] = stats.waiting;
   out["pipelines_active"] = stats.pipelines_active;
   out["cache_bytes_used"] = stats.cache_bytes_used;
+  out["cache_bytes_free_prefixes"] = stats.cache_bytes_free_prefixes;
   out["cache_bytes_total"] = stats.cache_bytes_total;
   return out;
 }

@@ -19,6 +19,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "coordinator/core/prefix_index.h"
 #include "coordinator/core/replay.h"
 #include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
@@ -47,6 +48,14 @@ struct GrantedRow {
 struct ClosedRows {
   SequenceId sequence;
   StageRows rows;
+  StageBlocks prefix;
+};
+
+// A sequence with a block of rows that is full, on all stages, once the last one has answered the step.
+struct FilledRows {
+  SequenceId sequence;
+  PlacementEpoch placement;
+  uint32_t end = 0;  // of its rows in that step
 };
 
 // What one stage must report of a step.
@@ -67,6 +76,7 @@ struct StepRecord {
   std::vector<GrantedRow> granted;         // in plan order
   std::vector<TokenId> granted_ids_first;  // that the first stage fed for them, once it reported
   std::vector<ClosedRows> closed;
+  std::vector<FilledRows> filled;
 };
 
 class StepLedger {

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "absl/strings/str_cat.h"
+#include "proto/base/limits.h"
 
 namespace strait {
 
@@ -13,6 +14,7 @@ void AddHolding(SequenceId id, MayHold also, Holdings* holdings) {
   if (is_new) return;
   it->second.planned = std::max(it->second.planned, also.planned);
   it->second.confirmed = std::min(it->second.confirmed, also.confirmed);
+  it->second.prefix_blocks = std::max(it->second.prefix_blocks, also.prefix_blocks);
 }
 
 absl::Status CheckHeld(const Holdings& holdings, const HeldList& told) {
@@ -34,6 +36,12 @@ absl::Status CheckHeld(const Holdings& holdings, const HeldList& told) {
                                                         last_id, ", at most ", it->second.planned,
                                                         " were planned there"));
     }
+    const uint32_t most = std::min(it->second.prefix_blocks, held.rows() / limits::kBlockTokens);
+    if (held.prefix_blocks() > most) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("tells ", held.prefix_blocks(), " prefix blocks of sequence ", last_id,
+                       " with ", held.rows(), " rows, at most ", most, " can be"));
+    }
   }
   return absl::OkStatus();
 }
@@ -44,7 +52,8 @@ Holdings Narrowed(const Holdings& holdings, const HeldList& told) {
     const SequenceId id{held.sequence_id()};
     const uint32_t confirmed = holdings.at(id).confirmed;
     narrowed.emplace_hint(narrowed.end(), id,
-                          MayHold{held.rows(), std::min(held.rows(), confirmed)});
+                          MayHold{held.rows(), std::min(held.rows(), confirmed),
+                                  held.prefix_blocks()});
   }
   return narrowed;
 }
@@ -57,14 +66,23 @@ std::vector<SequenceId> Survivors::Ids() const {
   return {ids.begin(), ids.end()};
 }
 
-std::vector<uint32_t> Survivors::Kept(SequenceId id, uint32_t rows_settled) const {
-  std::vector<uint32_t> kept;
+KeptRows Survivors::Kept(SequenceId id, uint32_t rows_settled) const {
+  KeptRows kept;
   for (const Holdings& holdings : by_stage_) {
     const auto it = holdings.find(id);
-    kept.push_back(it == holdings.end() ? 0 : std::min(it->second.confirmed, rows_settled));
+    const MayHold held = it == holdings.end() ? MayHold{} : it->second;
+    uint32_t rows = std::min(held.confirmed, rows_settled);
+    uint32_t prefix_blocks = held.prefix_blocks;
+    if (rows < prefix_blocks * limits::kBlockTokens) {
+      prefix_blocks = rows / limits::kBlockTokens;
+      rows = prefix_blocks * limits::kBlockTokens;
+    }
+    kept.rows.push_back(rows);
+    kept.prefix_blocks.push_back(prefix_blocks);
   }
-  const bool any = std::any_of(kept.begin(), kept.end(), [](uint32_t rows) { return rows > 0; });
-  return any ? kept : std::vector<uint32_t>();
+  const bool any =
+      std::any_of(kept.rows.begin(), kept.rows.end(), [](uint32_t rows) { return rows > 0; });
+  return any ? kept : KeptRows();
 }
 
 }  // namespace strait

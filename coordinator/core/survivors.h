@@ -28,6 +28,14 @@ struct MayHold {
   uint32_t planned = 0;  // rows at most
   uint32_t confirmed =
       0;  // rows below are of tokens that the journal had when they were last known
+  uint32_t prefix_blocks = 0;  // at most; of what it told: so many
+};
+
+// What the stages of a pipeline keep of one sequence.
+struct KeptRows {
+  std::vector<uint32_t> rows;           // by stage; empty: none keeps any
+  std::vector<uint32_t> prefix_blocks;  // of these, by stage
+  bool empty() const { return rows.empty(); }
 };
 using Holdings = std::map<SequenceId, MayHold>;  // of one stage
 
@@ -48,8 +56,9 @@ class Survivors {
 
   // Sequences that any stage has, by rising id.
   std::vector<SequenceId> Ids() const;
-  // Rows of it that each stage keeps, `rows_settled` at most: Sequence has that. Empty: none keeps any.
-  std::vector<uint32_t> Kept(SequenceId id, uint32_t rows_settled) const;
+  // Rows of it that each stage keeps, `rows_settled` at most: Sequence has that. A cut through a prefix
+  // block is at its begin.
+  KeptRows Kept(SequenceId id, uint32_t rows_settled) const;
 
   // The stage has done what the epoch's first plan says: what it told counts no more.
   void Forget(uint32_t stage_index) { by_stage_[stage_index].clear(); }

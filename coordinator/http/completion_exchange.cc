@@ -57,6 +57,9 @@ void CompletionExchange::Start() {
 
 void CompletionExchange::OnRefused(absl::Status why) { Enqueue(Refused{std::move(why)}); }
 void CompletionExchange::OnAdmitted(RequestId id) { Enqueue(Admitted{id}); }
+void CompletionExchange::OnPromptCached(uint32_t index, uint32_t cached_tokens) {
+  Enqueue(Cached{index, cached_tokens});
+}
 void CompletionExchange::OnPromptScores(uint32_t index, std::vector<TokenInfo> scores) {
   Enqueue(Scores{index, std::move(scores)});
 }
@@ -112,6 +115,10 @@ void CompletionExchange::Handle(Admitted event) {
   head.headers.emplace_back("Cache-Control", "no-cache");
   head.headers.emplace_back("X-Accel-Buffering", "no");
   responder_->StartStream(std::move(head), kPing);
+}
+
+void CompletionExchange::Handle(Cached event) {
+  choices_[event.index].cached_tokens = event.tokens;
 }
 
 void CompletionExchange::Handle(Scores event) {
@@ -210,7 +217,10 @@ Usage CompletionExchange::CurrentUsage() const {
   Usage usage;
   for (size_t i = 0; i < choices_.size(); ++i) {
     // The choices of one prompt share it.
-    if (i % request_.n == 0) usage.prompt_tokens += choices_[i].choice.spec().prompt.size();
+    if (i % request_.n == 0) {
+      usage.prompt_tokens += choices_[i].choice.spec().prompt.size();
+      usage.cached_tokens += choices_[i].cached_tokens;
+    }
     usage.generated_tokens += choices_[i].choice.num_generated();
   }
   return usage;

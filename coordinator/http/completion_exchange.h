@@ -53,6 +53,7 @@ class CompletionExchange : public RequestListener,
 
   void OnRefused(absl::Status why) override;
   void OnAdmitted(RequestId id) override;
+  void OnPromptCached(uint32_t sequence_index, uint32_t cached_tokens) override;
   void OnPromptScores(uint32_t sequence_index, std::vector<TokenInfo> scores) override;
   void OnToken(uint32_t sequence_index, TokenInfo token) override;
   void OnSequenceEnd(uint32_t sequence_index, FinishReason reason,
@@ -65,6 +66,10 @@ class CompletionExchange : public RequestListener,
   };
   struct Admitted {
     RequestId id;
+  };
+  struct Cached {
+    uint32_t index;
+    uint32_t tokens;
   };
   struct Scores {
     uint32_t index;
@@ -80,7 +85,7 @@ class CompletionExchange : public RequestListener,
     std::optional<TokenId> stop_token;
     absl::Status status;
   };
-  using Event = std::variant<Refused, Admitted, Scores, Token, End>;
+  using Event = std::variant<Refused, Admitted, Cached, Scores, Token, End>;
 
   // One choice and where it stands.
   struct Progress {
@@ -89,7 +94,8 @@ class CompletionExchange : public RequestListener,
     std::optional<TokenInfo> held;  // may be the last token
     bool echoed = false;
     bool ended = false;
-    size_t received = 0;  // tokens
+    size_t received = 0;       // tokens
+    size_t cached_tokens = 0;  // of the prompt
     Clock::time_point last_token{};
   };
 
@@ -97,6 +103,7 @@ class CompletionExchange : public RequestListener,
   void Drain();
   void Handle(Refused event);
   void Handle(Admitted event);
+  void Handle(Cached event);
   void Handle(Scores event);
   void Handle(Token event);
   void Handle(End event);

@@ -24,6 +24,9 @@ void WriteUsage(JsonWriter& json, Usage usage) {
   json.Key("prompt_tokens").Int(usage.prompt_tokens);
   json.Key("completion_tokens").Int(usage.generated_tokens);
   json.Key("total_tokens").Int(usage.prompt_tokens + usage.generated_tokens);
+  json.Key("prompt_tokens_details").BeginObject();
+  json.Key("cached_tokens").Int(usage.cached_tokens);
+  json.EndObject();
   json.EndObject();
 }
 

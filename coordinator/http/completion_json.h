@@ -25,6 +25,7 @@ struct AnswerHead {
 
 struct Usage {
   size_t prompt_tokens = 0;
+  size_t cached_tokens = 0;  // of the prompts
   size_t generated_tokens = 0;
 };
 

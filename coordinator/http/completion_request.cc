@@ -160,6 +160,16 @@ SequenceSpec ReadSampling(Fields& fields, const RequestContext& context,
                            context.eos_token_ids.end());
   }
 
+  sequence.cache_salt = context.default_salt;
+  if (const std::optional<std::string> salt = fields.String("cache_salt")) {
+    if (salt->empty() || salt->size() > limits::kMaxCacheSaltBytes) {
+      fields.Fail("cache_salt", "\"cache_salt\" has " + std::to_string(salt->size()) +
+                                    " bytes; it must have 1 to " +
+                                    std::to_string(limits::kMaxCacheSaltBytes));
+    }
+    sequence.cache_salt = "salt " + *salt;
+  }
+
   request.n = static_cast<uint32_t>(fields.Int("n", 1, kMaxChoices).value_or(1));
   request.stream = fields.Bool("stream", false);
   if (const json::Object* object = fields.Object("stream_options")) {

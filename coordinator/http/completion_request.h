@@ -33,6 +33,8 @@ struct RequestContext {
   uint32_t max_positions;
   uint32_t vocab_size;
   std::vector<TokenId> eos_token_ids;
+  // Of requests without a cache_salt: of the API key that they came with.
+  std::string default_salt = {};
 };
 
 struct CompletionRequest {

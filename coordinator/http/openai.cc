@@ -143,21 +143,21 @@ OpenAiHandler::OpenAiHandler(OpenAiOptions options, Engine* engine)
   state_->engine = engine;
 }
 
-bool OpenAiHandler::Authorized(const HttpRequest& request) const {
-  if (api_keys_.empty()) return true;
+std::optional<std::string> OpenAiHandler::KeyOf(const HttpRequest& request) const {
+  if (api_keys_.empty()) return "";
   const std::string_view header = request.Header("authorization");
   constexpr std::string_view kBearer = "bearer ";
-  if (header.size() < kBearer.size()) return false;
+  if (header.size() < kBearer.size()) return std::nullopt;
   for (size_t i = 0; i < kBearer.size(); ++i) {
     const char c =
         header[i] >= 'A' && header[i] <= 'Z' ? static_cast<char>(header[i] + 32) : header[i];
-    if (c != kBearer[i]) return false;
+    if (c != kBearer[i]) return std::nullopt;
   }
-  bool any = false;  // every key is compared, so that time does not tell which
+  std::optional<std::string> shown;  // every key is compared, so that time does not tell which
   for (const std::string& key : api_keys_) {
-    any |= EqualConstantTime(header.substr(kBearer.size()), key);
+    if (EqualConstantTime(header.substr(kBearer.size()), key)) shown = key;
   }
-  return any;
+  return shown;
 }
 
 void OpenAiHandler::OnRejected(int status) { state_->metrics.CountAnswer("other", status); }
@@ -177,7 +177,7 @@ void OpenAiHandler::Handle(HttpRequest request, std::shared_ptr<Responder> respo
           {405, call.route + " takes " + std::string(route->method) + ", not " + method, "",
            "method_not_allowed"});
       response.headers.emplace_back("Allow", std::string(route->method));
-    } else if (route->needs_key && !Authorized(call.request)) {
+    } else if (route->needs_key && !KeyOf(call.request)) {
       response = ErrorResponse({401, "a valid API key is needed, as \"Authorization: Bearer KEY\"",
                                 "", "invalid_api_key"});
     } else if (route->answer == nullptr) {
@@ -194,7 +194,8 @@ void OpenAiHandler::Handle(HttpRequest request, std::shared_ptr<Responder> respo
 void OpenAiHandler::Complete(Call& call, bool chat) {
   const Engine& engine = *state_->engine;
   const RequestContext context{state_->model, engine.max_positions(), engine.vocab_size(),
-                               engine.eos_token_ids()};
+                               engine.eos_token_ids(),
+                               api_keys_.empty() ? "" : "key " + *KeyOf(call.request)};
   std::variant<uint64_t, ApiError> timeout = TimeoutOf(call.request);
   CompletionOrError parsed = ApiError{503, "the server is stopping", "", "stopping"};
   if (ApiError* error = std::get_if<ApiError>(&timeout)) {

@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -51,7 +52,8 @@ class OpenAiHandler : public HttpHandler {
   struct Call;
   static const Route* FindRoute(std::string_view path);
 
-  bool Authorized(const HttpRequest& request) const;
+  // The API key that it came with, "" where none is needed; null: none of ours.
+  std::optional<std::string> KeyOf(const HttpRequest& request) const;
   void Complete(Call& call, bool chat);
   HttpResponse Health(const Call& call);
   HttpResponse Live(const Call& call);

@@ -52,6 +52,12 @@ std::string EngineMetricsText(const CoreStats& stats, uint64_t workers_attached)
           "Tokens planned before the one that they follow was known.", stats.granted_tokens);
   counter("strait_surplus_tokens_total", "Tokens sampled for sequences that had ended.",
           stats.surplus_tokens);
+  counter("strait_prefix_cached_rows_total", "Rows that sequences found in prefix blocks.",
+          stats.cached_rows);
+  counter("strait_prefix_blocks_made_total", "Full blocks that became prefix blocks.",
+          stats.prefix_blocks_made);
+  counter("strait_prefix_blocks_dropped_total", "Prefix blocks that made room for others.",
+          stats.prefix_blocks_dropped);
   counter("strait_num_preemptions_total", "Sequences that lost their blocks to older ones.",
           stats.preemptions);
   counter("strait_pipeline_recoveries_total", "Pipelines that came back with a new epoch.",

@@ -318,6 +318,11 @@ class CoordinatorService::Impl {
   void Do(RequestAdmitted& admitted) {
     if (auto* listener = Find(admitted.request)) listener->OnAdmitted(admitted.request);
   }
+  void Do(PromptCached& cached) {
+    if (auto* listener = Find(cached.request)) {
+      listener->OnPromptCached(cached.sequence_index, cached.cached_tokens);
+    }
+  }
   void Do(PromptScored& scored) {
     if (auto* listener = Find(scored.request)) {
       listener->OnPromptScores(scored.sequence_index, std::move(scored.scores));

@@ -15,6 +15,7 @@ find_package(prometheus-cpp CONFIG REQUIRED COMPONENTS core)
 find_package(Boost 1.75 REQUIRED)
 pkg_check_modules(PCRE2 REQUIRED IMPORTED_TARGET libpcre2-8>=10.40)
 pkg_check_modules(XXHASH REQUIRED IMPORTED_TARGET libxxhash)
+find_package(OpenSSL 3.0 REQUIRED COMPONENTS Crypto)
 
 if(STRAIT_TESTS)
   find_package(GTest REQUIRED)

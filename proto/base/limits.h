@@ -24,6 +24,8 @@ inline constexpr uint32_t kMaxStepsInFlight = 64;    // accepted, not yet report
 inline constexpr uint32_t kMaxGrantDepth = 16;       // sampling steps of one sequence in flight
 inline constexpr uint32_t kMaxCacheOps = 4096;       // in one StepPlan
 inline constexpr uint32_t kMaxTopLogprobs = 20;      // alternatives reported per position
+// Tokens of prefix blocks that sequences of one StepPlan begin with; of a single one any number.
+inline constexpr uint32_t kMaxStepPrefixTokens = 1 << 20;
 
 // ---- One request ----
 inline constexpr uint32_t kMaxStopTokens = 64;
@@ -31,6 +33,7 @@ inline constexpr uint32_t kMaxLogitBias = 1024;
 inline constexpr uint32_t kMaxChoices = 128;  // n, and prompts times n
 inline constexpr uint32_t kMaxStopStrings = 16;
 inline constexpr size_t kMaxStopStringBytes = 1024;
+inline constexpr size_t kMaxCacheSaltBytes = 256;
 
 // ---- Cluster ----
 inline constexpr uint32_t kMaxWorkers = 1024;

@@ -9,6 +9,7 @@ Starts a server of each build, both stay up, and asks them in turn, A B, B A, â€
 also decodes. Prints the median of each, and of the ratios b/a pair by pair with their quartiles. Random weights.
 """
 import argparse
+import os
 import pathlib
 import statistics
 import time
@@ -50,6 +51,7 @@ def main():
     parser.add_argument("--output", type=int, default=32, help="tokens")
     parser.add_argument("--arg", action="append", default=[], help="one more argument of strait up; repeat it")
     o = parser.parse_args()
+    os.environ["STRAIT_PREFIX_CACHE"] = "off"  # the second request of a pair has the first one's prompt
     with Server(o.a, o.model, o.workers, o.threads, o.arg) as a, Server(o.b, o.model, o.workers, o.threads, o.arg) as b:
         for server in (a, b):
             measure(server, 0, o.prompt, o.output)

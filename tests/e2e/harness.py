@@ -145,6 +145,11 @@ class Http:
         assert reply.status_code == 200, reply.text
         return reply.json()
 
+    def bytes_in_use(self):
+        """Of the caches, without prefix blocks that no sequence has now."""
+        stats = self.status()["stats"]
+        return stats["cache_bytes_used"] - stats["cache_bytes_free_prefixes"]
+
     def model_name(self):
         return self.get("/v1/models").json()["data"][0]["id"]
 

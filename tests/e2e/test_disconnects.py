@@ -119,7 +119,7 @@ def test_64_clients_that_come_and_go():
     print(f"seed {SEED}, {SECONDS} s", flush=True)
     # Little room, so that sequences also wait and give way: a first cluster tells what memory leaves 30 columns.
     memory_bytes = (96 if BACKEND == "cpu" else 160) << 20  # GPU workers may count an NCCL edge: 64 MiB
-    args = ["--max-running", "24", "--prefill-chunk", "64"]
+    args = ["--max-running", "24", "--prefill-chunk", "64", "--prefix-cache", "off"]
     with Cluster(workers=2, memory=str(memory_bytes), args=args) as cluster:
         stages = [w["stages"][0] for w in cluster.status()["workers"]]
     columns = [s["cache_bytes_total"] // s["block_bytes"] // (s["layer_end"] - s["layer_begin"]) for s in stages]

@@ -19,7 +19,7 @@ BLOCK_ROWS = 64
 CONFIG = json.loads((TINY / "config.json").read_text())
 LAYERS = CONFIG["num_hidden_layers"]
 # A whole prompt is one step, so that it is planned at once. A worker that is stopped for a moment is not lost.
-STEP = ["--max-step-tokens", "8192", "--prefill-chunk", "8192", "--heartbeat-timeout", "60"]
+STEP = ["--max-step-tokens", "8192", "--prefill-chunk", "8192", "--heartbeat-timeout", "60", "--prefix-cache", "off"]
 
 
 def tokens(count):

@@ -198,7 +198,7 @@ def test_granted_steps(alone, stages):
                 for count, _ in enumerate(s.iter_lines()):
                     if count == 7:
                         break
-            wait_until(lambda: cluster.status()["stats"]["cache_bytes_used"] == 0, what="the cancelled stream's blocks")
+            wait_until(lambda: cluster.bytes_in_use() == 0, what="the cancelled stream's blocks")
             stats = cluster.status()["stats"]
             assert (stats["granted_tokens"] > 0) == (depth > 1), stats
             if depth == 1:

@@ -76,7 +76,7 @@ def place(index):
 
 def daemons(worker_args=(), **more):
     return Daemons(MODEL, stages=3, random_weights=None, memory="2GiB" if GPU else "256MiB", worker_env=place,
-                   coordinator_args=["--cache-format", "bf16"] if GPU else [], worker_args=FIXED + list(worker_args), **more)
+                   coordinator_args=["--prefix-cache", "off"] + (["--cache-format", "bf16"] if GPU else []), worker_args=FIXED + list(worker_args), **more)
 
 
 def stages(cluster):

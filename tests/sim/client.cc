@@ -23,15 +23,26 @@ bool Same(const TokenInfo& a, const TokenInfo& b) {
 
 }  // namespace
 
+TokenId Clients::StemToken(uint64_t position) {
+  while (stem_.size() <= position) {
+    stem_.push_back(static_cast<TokenId>(world_->Random(0, scenario_->model.vocab_size - 1)));
+  }
+  return stem_[position];
+}
+
 SequenceSpec Clients::MakeSequence() {
   World& w = *world_;
   const ModelShape& model = scenario_->model;
   SequenceSpec spec;
   const uint64_t prompt_tokens =
       w.Chance(0.2) ? w.Pick<uint64_t>({1, 63, 64, 65}) : w.Random(1, scenario_->prompt_tokens_max);
+  const uint64_t stem_tokens = w.Chance(scenario_->stem_chance) ? w.Random(0, prompt_tokens) : 0;
   for (uint64_t i = 0; i < std::min<uint64_t>(prompt_tokens, model.max_positions - 1); ++i) {
-    spec.prompt.push_back(static_cast<TokenId>(w.Random(0, model.vocab_size - 1)));
+    spec.prompt.push_back(i < stem_tokens
+                              ? StemToken(i)
+                              : static_cast<TokenId>(w.Random(0, model.vocab_size - 1)));
   }
+  if (w.Chance(0.1)) spec.cache_salt = "other";
   spec.max_tokens = static_cast<uint32_t>(std::min<uint64_t>(
       w.Random(1, scenario_->max_tokens_max), model.max_positions - spec.prompt.size()));
   if (scenario_->tokens_each > 0) {
@@ -184,6 +195,24 @@ void Clients::OnMessage(const RequestAdmitted& message) {
                                           live->bad ? "though it is bad" : "twice"));
   }
   live->admitted = true;
+}
+
+void Clients::OnMessage(const PromptCached& message) {
+  Stream* stream = FindStream(message.request, message.sequence_index, "cached tokens");
+  if (stream == nullptr) return;
+  const SequenceSpec& spec = live_.at(message.request).spec.sequences[message.sequence_index];
+  const bool feasible = scenario_->options.prefix_cache && !stream->cached && stream->tokens == 0 &&
+                        stream->scores == 0 && message.cached_tokens > 0 &&
+                        message.cached_tokens % limits::kBlockTokens == 0 &&
+                        message.cached_tokens < spec.prompt.size() &&
+                        !(spec.score_prompt && spec.prompt.size() > 1);
+  if (!feasible) {
+    world_->Violation(absl::StrCat("request ", message.request.value, " with a prompt of ",
+                                   spec.prompt.size(), " is told of ", message.cached_tokens,
+                                   " cached tokens"));
+  }
+  stream->cached = true;
+  num_cached_ += message.cached_tokens;
 }
 
 void Clients::OnMessage(const PromptScored& message) {

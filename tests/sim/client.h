@@ -35,18 +35,21 @@ class Clients {
   // `core_ready`: a pipeline is active; `no_pipeline_us`: for how long none was.
   void OnMessage(const RequestRefused& message, bool core_ready);
   void OnMessage(const RequestAdmitted& message);
+  void OnMessage(const PromptCached& message);
   void OnMessage(const PromptScored& message);
   void OnMessage(const TokenEmitted& message);
   void OnMessage(const SequenceEnded& message, uint64_t no_pipeline_us, uint64_t workers_lost);
 
   uint32_t num_live() const { return num_live_; }          // requests not refused and not ended
   uint32_t num_finished() const { return num_finished_; }  // sequences that got all they asked for
+  uint64_t num_cached() const { return num_cached_; }     // prompt tokens, as told
   uint32_t num_nan() const { return num_nan_; }            // sequences that ended for NaN logits
   std::string Stuck() const;                               // those that live, for the violation
 
  private:
   struct Stream {
     Expected expected;
+    bool cached = false;  // some of its prompt was
     size_t scores = 0;
     size_t tokens = 0;
     bool cancelled = false;
@@ -61,12 +64,16 @@ class Clients {
     bool ended = false;
   };
   SequenceSpec MakeSequence();
+  // Of the common begin of many prompts.
+  TokenId StemToken(uint64_t position);
   Live* Find(RequestId id, const char* what);
   Stream* FindStream(RequestId id, uint32_t index, const char* what);
 
   World* const world_;
   const Scenario* const scenario_;
   uint64_t last_id_ = 0;
+  std::vector<TokenId> stem_;
+  uint64_t num_cached_ = 0;
   std::map<RequestId, Live> live_;
   uint32_t num_live_ = 0;
   uint32_t num_finished_ = 0;

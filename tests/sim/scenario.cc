@@ -66,6 +66,8 @@ Scenario MakeScenario(World* world) {
   s.nan_chance = w.Pick({0.0, 0.0, 0.2});
   s.prompt_tokens_max = static_cast<uint32_t>(w.Pick({4, 30, 100, 200}));
   s.max_tokens_max = static_cast<uint32_t>(w.Pick({3, 20, 80, 200, 200}));
+  o.prefix_cache = w.Chance(0.7);
+  s.stem_chance = w.Pick({0.0, 0.5, 0.5, 1.0});
 
   s.control_delay_us_max = w.Pick({100, 1'000, 5'000});
   s.data_delay_us_max = w.Pick({100, 1'000, 5'000});

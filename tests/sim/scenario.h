@@ -29,6 +29,7 @@ struct Scenario {
   double nan_chance = 0;     // of a sequence whose logits become NaN
   uint32_t tokens_each = 0;  // prompt and output of every sequence, one a request; 0: any
   uint32_t prompt_tokens_max = 0;
+  double stem_chance = 0;  // of a prompt that begins as others do
   uint32_t max_tokens_max = 0;
 
   uint64_t control_delay_us_max = 0;

@@ -75,6 +75,10 @@ TEST(SimTest, ManySeeds) {
     sum.stats.surplus_tokens += outcome.stats.surplus_tokens;
     sum.stats.replayed_tokens += outcome.stats.replayed_tokens;
     sum.stats.recomputed_rows += outcome.stats.recomputed_rows;
+    sum.stats.cached_rows += outcome.stats.cached_rows;
+    sum.stats.prefix_blocks_dropped += outcome.stats.prefix_blocks_dropped;
+    sum.stats.prefix_blocks_survived += outcome.stats.prefix_blocks_survived;
+    sum.stats.prefix_blocks_mended += outcome.stats.prefix_blocks_mended;
     sum.stats.kept_rows += outcome.stats.kept_rows;
   }
   std::printf(
@@ -107,6 +111,12 @@ TEST(SimTest, ManySeeds) {
   EXPECT_GT(sum.stats.kept_rows, count * 10);
   EXPECT_GT(sum.stats.granted_tokens, sum.stats.generated_tokens / 4);
   EXPECT_GT(sum.stats.surplus_tokens, count / 10);
+  EXPECT_GT(sum.stats.cached_rows, count * 10);
+  EXPECT_GT(sum.stats.prefix_blocks_dropped, count / 2);
+  EXPECT_GT(sum.stats.prefix_blocks_survived, count / 10);
+  if (count >= 2000) {
+    EXPECT_GT(sum.stats.prefix_blocks_mended, 0u);
+  }
   EXPECT_GT(sum.scales_done, count / 10);
   EXPECT_GT(sum.scale_kept, count);
   EXPECT_GT(sum.steps_ahead, count * 10);

@@ -472,25 +472,30 @@ bool Simulation::Settled() const {
       clients_.num_live() > 0)
     return false;
   const CoreStats stats = core_.Stats();
-  if (stats.cache_bytes_used > 0) return false;
+  if (stats.cache_bytes_used > stats.cache_bytes_free_prefixes) return false;
   return !scenario_.heals || stats.pipelines_active == scenario_.options.num_pipelines;
 }
 
 void Simulation::CheckIdle() {
   CheckSound();
   const CoreStats stats = core_.Stats();
-  if (stats.running + stats.waiting + stats.cache_bytes_used != 0) {
+  if (stats.running + stats.waiting != 0 ||
+      stats.cache_bytes_used != stats.cache_bytes_free_prefixes) {
     return world_.Violation(absl::StrCat("at idle ", stats.running, " run, ", stats.waiting,
                                          " wait, ", stats.cache_bytes_used,
                                          " bytes of cache are used"));
   }
   if (stats.pipelines_active < scenario_.options.num_pipelines) return;
+  uint64_t held_bytes = 0;
+  bool any_dead = false;  // whose end a coordinator that stood still may not know yet
   for (const auto& worker : workers_) {
-    if (worker->alive() && worker->BlocksHeld() != 0) {
-      return world_.Violation(absl::StrCat("at idle w", worker->instance(), " holds ",
-                                           worker->BlocksHeld(), " blocks"));
-    }
+    any_dead = any_dead || !worker->alive();
+    if (worker->alive()) held_bytes += worker->BlocksHeld() * scenario_.model.block_bytes;
   }
+  if (held_bytes == stats.cache_bytes_free_prefixes) return;
+  if (held_bytes < stats.cache_bytes_free_prefixes && any_dead) return;
+  world_.Violation(absl::StrCat("at idle workers hold ", held_bytes, " bytes, ",
+                                stats.cache_bytes_free_prefixes, " are of prefix blocks"));
 }
 
 Outcome Simulation::Run() {
@@ -545,6 +550,7 @@ Outcome Simulation::Run() {
   outcome_.stats = core_.Stats();
   outcome_.sequences_finished = clients_.num_finished();
   outcome_.sequences_nan = clients_.num_nan();
+  outcome_.cached_tokens = clients_.num_cached();
   for (const auto& worker : workers_) {
     outcome_.steps_ahead += worker->steps_ahead();
     outcome_.late_ids += worker->late_ids();

@@ -22,6 +22,7 @@ struct Outcome {
   uint32_t requests = 0;
   uint32_t sequences_finished = 0;  // got all that they asked for
   uint32_t sequences_nan = 0;       // ended because their logits were NaN
+  uint64_t cached_tokens = 0;       // of prompts, when they were placed first
   uint32_t scales = 0;              // asked for
   uint32_t scales_done = 0;         // of them, all pipelines had it in the end
   uint64_t scale_kept = 0;          // rows that stayed, summed over layers

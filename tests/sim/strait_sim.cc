@@ -2,6 +2,7 @@
 //
 // strait_sim runs simulations by their seeds: one with --trace to look into a failure, or many.
 #include <chrono>
+#include <cinttypes>
 #include <csignal>
 #include <cstdint>
 #include <cstdio>
@@ -51,11 +52,18 @@ int main(int argc, char** argv) {
   for (const int signal : {SIGABRT, SIGFPE, SIGSEGV}) std::signal(signal, OnCrash);
   uint64_t failures = 0;
   strait::sim::EventCounts events;
+  uint64_t cached_rows = 0, blocks_made = 0, blocks_dropped = 0, blocks_survived = 0,
+           blocks_mended = 0;
   const auto begin = std::chrono::steady_clock::now();
   for (uint64_t i = 0; i < count; ++i) {
     running_seed = seed + i;
     const strait::sim::Outcome outcome = strait::sim::RunSimulation(seed + i, options);
     events.Add(outcome.events);
+    cached_rows += outcome.stats.cached_rows;
+    blocks_made += outcome.stats.prefix_blocks_made;
+    blocks_dropped += outcome.stats.prefix_blocks_dropped;
+    blocks_survived += outcome.stats.prefix_blocks_survived;
+    blocks_mended += outcome.stats.prefix_blocks_mended;
     if (outcome.violation.empty()) continue;
     ++failures;
     std::printf("seed %llu: %s\n  replay: strait_sim --seed %llu --trace\n",
@@ -64,7 +72,11 @@ int main(int argc, char** argv) {
   }
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
   if (count > 1) {
-    std::printf("%s\n%.0f seeds a minute on one core\n", events.Table().c_str(),
+    std::printf("%s\nrows found in prefix blocks %" PRIu64 "; prefix blocks made %" PRIu64
+                ", dropped for room %" PRIu64 ", over epochs %" PRIu64 ", mended %" PRIu64
+                "\n%.0f seeds a minute on one core\n",
+                events.Table().c_str(), cached_rows, blocks_made, blocks_dropped, blocks_survived,
+                blocks_mended,
                 static_cast<double>(count) * 60 / took.count());
   }
   std::printf("%llu of %llu seeds failed\n", static_cast<unsigned long long>(failures),

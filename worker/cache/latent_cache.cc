@@ -109,12 +109,35 @@ void LatentCache::StepDone(StepId step) {
   kept_.erase(kept_.begin(), end);
 }
 
-void LatentCache::Open(SequenceId id) {
+void LatentCache::Give(const Prefix& prefix) {
+  for (uint32_t layer = num_layers_; layer-- > 0;) {
+    if (!given_[layer]) Give(prefix.blocks[layer]);
+  }
+}
+
+void LatentCache::LeavePrefix(Sequence* sequence, size_t num_left) {
+  for (; sequence->prefix.size() > num_left; sequence->prefix.pop_back()) {
+    --prefixes_.at(sequence->prefix.back()).holders;
+  }
+}
+
+void LatentCache::Open(SequenceId id, absl::Span<const ContentKey> prefix) {
   const auto [it, inserted] = sequences_.try_emplace(id);
   STRAIT_CHECK(inserted, "the sequence is resident already");
-  it->second.tables_id = ++last_tables_id_;
-  it->second.tables.resize(num_layers_);
-  it->second.views.resize(num_layers_);
+  Sequence& sequence = it->second;
+  sequence.tables_id = ++last_tables_id_;
+  sequence.length = static_cast<uint32_t>(prefix.size()) * limits::kBlockTokens;
+  sequence.prefix.assign(prefix.begin(), prefix.end());
+  sequence.tables.resize(num_layers_);
+  for (const ContentKey& key : prefix) {
+    const auto shared = prefixes_.find(key);
+    STRAIT_CHECK(shared != prefixes_.end(), "a sequence begins with a block that is not here");
+    ++shared->second.holders;
+    for (uint32_t layer = 0; layer < num_layers_; ++layer) {
+      sequence.tables[layer].push_back(shared->second.blocks[layer]);
+    }
+  }
+  sequence.views.assign(sequence.tables.begin(), sequence.tables.end());
 }
 
 void LatentCache::Close(SequenceId id) {
@@ -122,13 +145,54 @@ void LatentCache::Close(SequenceId id) {
   STRAIT_CHECK(it != sequences_.end(), "the sequence is not resident");
   // Backwards, so that the stack hands the blocks out again in the order that they were taken.
   for (auto table = it->second.tables.rbegin(); table != it->second.tables.rend(); ++table) {
-    for (auto block = table->rbegin(); block != table->rend(); ++block) Give(*block);
+    while (table->size() > it->second.prefix.size()) {
+      Give(table->back());
+      table->pop_back();
+    }
   }
+  LeavePrefix(&it->second, 0);
   sequences_.erase(it);
 }
 
 void LatentCache::CloseAll() {
   while (!sequences_.empty()) Close(sequences_.begin()->first);
+  DropUnheldPrefixes();
+}
+
+void LatentCache::KeepPrefix(SequenceId id, const ContentKey& key) {
+  const auto it = sequences_.find(id);
+  STRAIT_CHECK(it != sequences_.end(), "the sequence is not resident");
+  Sequence& sequence = it->second;
+  const size_t index = sequence.prefix.size();
+  STRAIT_CHECK((index + 1) * limits::kBlockTokens <= sequence.length, "the block is not full");
+  Prefix prefix{.blocks = {}, .holders = 1};
+  for (const auto& table : sequence.tables) prefix.blocks.push_back(table[index]);
+  STRAIT_CHECK(prefixes_.emplace(key, std::move(prefix)).second, "the key is taken");
+  sequence.prefix.push_back(key);
+}
+
+void LatentCache::DropPrefix(const ContentKey& key) {
+  const auto it = prefixes_.find(key);
+  STRAIT_CHECK(it != prefixes_.end() && it->second.holders == 0, "a sequence has the block");
+  Give(it->second);
+  prefixes_.erase(it);
+}
+
+void LatentCache::DropUnheldPrefixes() {
+  for (auto it = prefixes_.begin(); it != prefixes_.end();) {
+    if (it->second.holders > 0) {
+      ++it;
+      continue;
+    }
+    Give(it->second);
+    it = prefixes_.erase(it);
+  }
+}
+
+absl::Span<const ContentKey> LatentCache::prefix(SequenceId id) const {
+  const auto it = sequences_.find(id);
+  STRAIT_CHECK(it != sequences_.end(), "the sequence is not resident");
+  return it->second.prefix;
 }
 
 void LatentCache::Grow(SequenceId id, uint32_t length) {
@@ -154,53 +218,81 @@ void LatentCache::Cut(SequenceId id, uint32_t length) {
   const uint32_t num_blocks = BlocksPerLayer(length);
   if (num_blocks < BlocksPerLayer(sequence.length)) sequence.tables_id = ++last_tables_id_;
   sequence.length = length;
+  const size_t num_prefix = sequence.prefix.size();
+  STRAIT_CHECK(num_prefix * limits::kBlockTokens <= length || length % limits::kBlockTokens == 0,
+               "a prefix block would be written");
   for (uint32_t layer = 0; layer < num_layers_; ++layer) {
     std::vector<BlockId>& table = sequence.tables[layer];
-    for (; table.size() > num_blocks; table.pop_back()) Give(table.back());
+    for (; table.size() > num_blocks; table.pop_back()) {
+      if (table.size() > num_prefix) Give(table.back());
+    }
     sequence.views[layer] = table;
   }
+  LeavePrefix(&sequence, std::min<size_t>(num_prefix, num_blocks));
 }
 
 void LatentCache::Compact(BlockId end, std::vector<BlockMove>* moves) {
   STRAIT_CHECK(kept_.empty());
+  const auto move = [&](BlockId* block) {
+    if (*block < end) return;
+    moves->push_back({*block, pool_->Take()});
+    pool_->Give(*block);
+    *block = moves->back().to;
+  };
+  for (auto& [key, prefix] : prefixes_) {
+    for (BlockId& block : prefix.blocks) move(&block);
+  }
   for (auto& [id, sequence] : sequences_) {
     const size_t before = moves->size();
-    for (std::vector<BlockId>& table : sequence.tables) {
-      for (BlockId& block : table) {
-        if (block < end) continue;
-        moves->push_back({block, pool_->Take()});
-        pool_->Give(block);
-        block = moves->back().to;
+    bool is_changed = false;
+    for (size_t i = 0; i < sequence.prefix.size(); ++i) {
+      const Prefix& prefix = prefixes_.at(sequence.prefix[i]);
+      for (uint32_t layer = 0; layer < num_layers_; ++layer) {
+        BlockId& block = sequence.tables[layer][i];
+        is_changed = is_changed || block != prefix.blocks[layer];
+        block = prefix.blocks[layer];
       }
     }
-    if (moves->size() > before) sequence.tables_id = ++last_tables_id_;
+    for (std::vector<BlockId>& table : sequence.tables) {
+      for (size_t i = sequence.prefix.size(); i < table.size(); ++i) move(&table[i]);
+    }
+    if (is_changed || moves->size() > before) sequence.tables_id = ++last_tables_id_;
   }
 }
 
-std::map<SequenceId, std::vector<BlockId>> LatentCache::GiveLayer(uint32_t layer) {
+LatentCache::Layer LatentCache::GiveLayer(uint32_t layer) {
   STRAIT_CHECK(layer < num_layers_ && !given_[layer], "a layer is given once");
   STRAIT_CHECK(kept_.empty());
-  given_[layer] = true;
-  std::map<SequenceId, std::vector<BlockId>> blocks;
+  Layer given;
   for (auto& [id, sequence] : sequences_) {
-    blocks_used_ -= static_cast<uint32_t>(sequence.tables[layer].size());
-    blocks[id] = std::exchange(sequence.tables[layer], {});
+    blocks_used_ -= static_cast<uint32_t>(sequence.tables[layer].size() - sequence.prefix.size());
+    given.tables[id] = std::exchange(sequence.tables[layer], {});
     sequence.views[layer] = {};
   }
-  return blocks;
+  for (const auto& [key, prefix] : prefixes_) given.prefixes.emplace(key, prefix.blocks[layer]);
+  blocks_used_ -= static_cast<uint32_t>(prefixes_.size());
+  given_[layer] = true;
+  return given;
 }
 
-void LatentCache::Adopt(SequenceId id, uint32_t length, std::vector<std::vector<BlockId>> tables) {
-  STRAIT_CHECK(tables.size() == num_layers_);
-  Open(id);
+void LatentCache::AdoptPrefix(const ContentKey& key, std::vector<BlockId> blocks) {
+  STRAIT_CHECK(blocks.size() == num_layers_);
+  blocks_used_ += num_layers_;
+  STRAIT_CHECK(prefixes_.emplace(key, Prefix{std::move(blocks), 0}).second, "the key is taken");
+}
+
+void LatentCache::Adopt(SequenceId id, uint32_t length, absl::Span<const ContentKey> prefix,
+                        std::vector<std::vector<BlockId>> own) {
+  STRAIT_CHECK(own.size() == num_layers_);
+  Open(id, prefix);
   Sequence& sequence = sequences_.at(id);
+  STRAIT_CHECK(length >= sequence.length, "it has its prefix blocks whole");
   sequence.length = length;
-  sequence.tables = std::move(tables);
-  const uint32_t num_blocks = BlocksPerLayer(length);
-  for (std::vector<BlockId>& table : sequence.tables) {
-    STRAIT_CHECK(table.size() >= num_blocks, "fewer blocks were given than the length needs");
-    blocks_used_ += static_cast<uint32_t>(table.size());
-    for (; table.size() > num_blocks; table.pop_back()) Give(table.back());
+  for (uint32_t layer = 0; layer < num_layers_; ++layer) {
+    std::vector<BlockId>& table = sequence.tables[layer];
+    table.insert(table.end(), own[layer].begin(), own[layer].end());
+    STRAIT_CHECK(table.size() == BlocksPerLayer(length), "other blocks were given than are needed");
+    blocks_used_ += static_cast<uint32_t>(own[layer].size());
   }
   sequence.views.assign(sequence.tables.begin(), sequence.tables.end());
 }
@@ -229,6 +321,30 @@ uint64_t LatentCache::Digest() const {
   return digest.Value();
 }
 
+absl::Status LatentCache::CheckPrefixes(std::vector<bool>* seen, uint64_t* num_blocks) const {
+  std::map<ContentKey, uint32_t> holders;
+  for (const auto& [id, sequence] : sequences_) {
+    for (const ContentKey& key : sequence.prefix) ++holders[key];
+  }
+  for (const auto& [key, prefix] : prefixes_) {
+    const auto where = absl::StrCat("prefix block ", absl::Hex(key.low), ": ");
+    if (holders[key] != prefix.holders) {
+      return absl::InternalError(absl::StrCat(where, holders[key], " sequences have it (counted ",
+                                              prefix.holders, ")"));
+    }
+    for (uint32_t layer = 0; layer < num_layers_; ++layer) {
+      if (given_[layer]) continue;
+      const BlockId block = prefix.blocks[layer];
+      if (!pool_->held(block) || (*seen)[block]) {
+        return absl::InternalError(absl::StrCat(where, "block ", block, " is not held, or twice"));
+      }
+      (*seen)[block] = true;
+      ++*num_blocks;
+    }
+  }
+  return absl::OkStatus();
+}
+
 absl::Status LatentCache::CheckIntegrity() const {
   STRAIT_RETURN_IF_ERROR(pool_->CheckIntegrity());
   std::vector<bool> seen(pool_->size(), false);
@@ -251,7 +367,14 @@ absl::Status LatentCache::CheckIntegrity() const {
           sequence.views[layer].size() != table.size()) {
         return absl::InternalError(absl::StrCat(where, "the view is not of its table"));
       }
-      for (const BlockId block : table) {
+      if (table.empty()) continue;  // it was given, or the sequence is empty
+      for (size_t i = 0; i < table.size(); ++i) {
+        const BlockId block = table[i];
+        if (i < sequence.prefix.size()) {
+          const auto prefix = prefixes_.find(sequence.prefix[i]);
+          if (prefix != prefixes_.end() && prefix->second.blocks[layer] == block) continue;
+          return absl::InternalError(absl::StrCat(where, "block ", block, " is no prefix block"));
+        }
         if (!pool_->held(block)) {
           return absl::InternalError(absl::StrCat(where, "block ", block, " is not held"));
         }
@@ -259,13 +382,14 @@ absl::Status LatentCache::CheckIntegrity() const {
           return absl::InternalError(absl::StrCat(where, "block ", block, " is in two tables"));
         }
         seen[block] = true;
+        ++num_blocks;
       }
-      num_blocks += table.size();
     }
   }
+  STRAIT_RETURN_IF_ERROR(CheckPrefixes(&seen, &num_blocks));
   if (num_blocks != blocks_used_) {
     return absl::InternalError(
-        absl::StrCat("tables name ", num_blocks, " blocks, the pool lent ", blocks_used_));
+        absl::StrCat("tables and prefixes name ", num_blocks, " blocks, the pool lent ", blocks_used_));
   }
   return absl::OkStatus();
 }

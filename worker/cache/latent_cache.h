@@ -3,8 +3,12 @@
 // LatentCache keeps the books of a stage's latent blocks: which physical block holds which 64 rows
 // of which layer of which sequence. It never touches a row: rows belong to the backend.
 //
-// Owns:    page tables; the blocks in them, until it ends; those that it freed and that steps under way may
-//          still use.
+// Prefix blocks. A full block of a sequence can be made a prefix block: the cache then has it by its
+// content key, in all layers, and other sequences may begin with it. A sequence's prefix blocks lead its
+// tables, without a gap. Nobody writes them again; they stay when their sequences go.
+//
+// Owns:    page tables; the blocks in them and the prefix blocks, until it ends; those that it freed and
+//          that steps under way may still use.
 // Borrows: the worker's BlockPool, which outlives it.
 // Thread:  loop thread only.
 // Errors:  none but CheckIntegrity's: whether blocks suffice was decided when the plan was
@@ -24,14 +28,14 @@
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "proto/base/ids.h"
+#include "proto/model/content_key.h"
 #include "proto/model/reservation.h"
 #include "worker/cache/cache_memory.h"
 
 namespace strait {
 
-// The physical blocks of one worker: each is free or held. Blocks have one holder each; once
-// sequences share a prefix, a count of holders per block comes here, and `used` stays the number of
-// distinct blocks.
+// The physical blocks of one worker: each is free or held by one cache, once. Who shares a prefix block is
+// known to that cache alone.
 class BlockPool {
  public:
   explicit BlockPool(uint32_t num_blocks = 0) { Grow(num_blocks); }
@@ -71,17 +75,30 @@ class LatentCache {
   LatentCache(const LatentCache&) = delete;
   LatentCache& operator=(const LatentCache&) = delete;
 
-  // REQUIRES: not resident.
-  void Open(SequenceId id);
-  // Its blocks are free afterwards. REQUIRES: resident.
+  // It begins with these prefix blocks. REQUIRES: not resident; has_prefix(each).
+  void Open(SequenceId id, absl::Span<const ContentKey> prefix = {});
+  // Its blocks are free afterwards, but for prefix blocks. REQUIRES: resident.
   void Close(SequenceId id);
-  void CloseAll();
+  void CloseAll();  // prefix blocks too
   // Blocks for rows [0, length) of every layer. REQUIRES: resident, length not below length(id),
   // and blocks enough: BlocksOfSequence of proto/model/reservation.h says how many that are.
   void Grow(SequenceId id, uint32_t length);
 
-  // Blocks beyond rows [0, length) are free afterwards. REQUIRES: resident, length not above length(id).
+  // Blocks beyond rows [0, length) are free afterwards, but for prefix blocks, which it has no more.
+  // REQUIRES: resident, length not above length(id); a cut through a prefix block is at a block's end.
   void Cut(SequenceId id, uint32_t length);
+
+  // ---- Prefix blocks ----
+  // Its first block behind its prefix blocks becomes one. REQUIRES: resident, that block is full;
+  // no prefix block has this key.
+  void KeepPrefix(SequenceId id, const ContentKey& key);
+  // REQUIRES: has_prefix, and no sequence has it.
+  void DropPrefix(const ContentKey& key);
+  void DropUnheldPrefixes();
+  bool has_prefix(const ContentKey& key) const { return prefixes_.count(key) > 0; }
+  size_t num_prefixes() const { return prefixes_.size(); }
+  // The keys of its prefix blocks. Valid until one of the calls above. REQUIRES: resident.
+  absl::Span<const ContentKey> prefix(SequenceId id) const;
 
   // Blocks that are freed from now on are other caches' when this step is done; 0: at once.
   void KeepFreed(StepId until) { keep_until_ = until; }
@@ -93,19 +110,26 @@ class LatentCache {
   void Compact(BlockId end, std::vector<BlockMove>* moves);
 
   // ---- To a successor on the same worker ----
-  // The blocks of one layer, of every sequence: they are this cache's no more. What is left of it can
-  // only be closed.
-  std::map<SequenceId, std::vector<BlockId>> GiveLayer(uint32_t layer);
+  struct Layer {
+    // Of every sequence, by position / 64; the leading ones are prefix blocks, where it has such.
+    std::map<SequenceId, std::vector<BlockId>> tables;
+    std::map<ContentKey, BlockId> prefixes;  // every one, whoever has it
+  };
+  // The blocks of one layer: they are this cache's no more. What is left of it can only be closed.
+  Layer GiveLayer(uint32_t layer);
   bool given(uint32_t layer) const { return given_[layer]; }
-  // A sequence of `length` rows whose blocks were given: [num_layers], each at least as long as the
-  // length needs; what is beyond is free afterwards. REQUIRES: not resident.
-  void Adopt(SequenceId id, uint32_t length, std::vector<std::vector<BlockId>> tables);
+  // A prefix block whose blocks, [num_layers], were given. REQUIRES: !has_prefix.
+  void AdoptPrefix(const ContentKey& key, std::vector<BlockId> blocks);
+  // A sequence of `length` rows that begins with these prefix blocks, and whose blocks behind them were
+  // given: [num_layers], each as long as the length needs. REQUIRES: not resident; has_prefix(each).
+  void Adopt(SequenceId id, uint32_t length, absl::Span<const ContentKey> prefix,
+             std::vector<std::vector<BlockId>> own);
 
   bool resident(SequenceId id) const { return sequences_.count(id) > 0; }
   uint32_t length(SequenceId id) const;  // REQUIRES: resident
   uint32_t num_sequences() const { return static_cast<uint32_t>(sequences_.size()); }
   uint32_t num_layers() const { return num_layers_; }
-  // In its tables.
+  // In its tables, each counted once, and of prefix blocks.
   uint32_t blocks_used() const { return blocks_used_; }
   // That no other cache can have: also those that are kept until a step is done.
   uint32_t blocks_taken() const { return blocks_used_ + static_cast<uint32_t>(kept_.size()); }
@@ -113,9 +137,14 @@ class LatentCache {
   template <class Visit>
   void ForBlocks(Visit visit) const {
     for (const auto& [block, until] : kept_) visit(block);
+    for (const auto& [key, prefix] : prefixes_) {
+      for (uint32_t layer = 0; layer < num_layers_; ++layer) {
+        if (!given_[layer]) visit(prefix.blocks[layer]);
+      }
+    }
     for (const auto& [id, sequence] : sequences_) {
       for (const auto& table : sequence.tables) {
-        for (const BlockId block : table) visit(block);
+        for (size_t i = sequence.prefix.size(); i < table.size(); ++i) visit(table[i]);
       }
     }
   }
@@ -138,12 +167,22 @@ class LatentCache {
   struct Sequence {
     uint32_t length = 0;
     uint64_t tables_id = 0;
+    std::vector<ContentKey> prefix;                // of the tables' leading blocks
     std::vector<std::vector<BlockId>> tables;      // [num_layers]
     std::vector<absl::Span<const BlockId>> views;  // [num_layers] of tables
   };
 
+  struct Prefix {
+    std::vector<BlockId> blocks;  // [num_layers]
+    uint32_t holders = 0;         // sequences that have it
+  };
+
   BlockId Take();
   void Give(BlockId block);
+  void Give(const Prefix& prefix);
+  // Of all prefix blocks behind the first `num_left`, it is a holder no more.
+  void LeavePrefix(Sequence* sequence, size_t num_left);
+  absl::Status CheckPrefixes(std::vector<bool>* seen, uint64_t* num_blocks) const;
 
   const uint32_t num_layers_;
   BlockPool* const pool_;
@@ -152,6 +191,7 @@ class LatentCache {
   StepId keep_until_;
   std::vector<std::pair<BlockId, StepId>> kept_;  // by rising step
   std::vector<bool> given_;                       // [num_layers]
+  std::map<ContentKey, Prefix> prefixes_;         // ordered, so that blocks are freed in one order
   std::map<SequenceId, Sequence> sequences_;      // ordered: the digest goes by rising id
 };
 

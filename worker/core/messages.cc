@@ -46,6 +46,7 @@ v1::FromWorker ActiveMessage(const Stage& stage) {
     v1::HeldSequence* told = message.mutable_stage_state()->add_held();
     told->set_sequence_id(held.id.value);
     told->set_rows(held.rows);
+    told->set_prefix_blocks(held.prefix_blocks);
   }
   return message;
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/stage/plan_ledger.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -25,10 +26,14 @@ absl::Status CheckCount(const char* what, uint64_t count, uint64_t most) {
 
 }  // namespace
 
-PlanLedger::PlanLedger(const StageShape& shape,
-                       const absl::flat_hash_map<SequenceId, uint32_t>& left)
-    : shape_(shape), left_(left) {
-  for (const auto& [id, rows] : left_) blocks_ += BlocksOfSequence(rows, shape_.num_layers);
+PlanLedger::PlanLedger(const StageShape& shape, LeftMap left, PrefixLedger prefixes)
+    : shape_(shape), left_(std::move(left)), prefixes_(std::move(prefixes)) {
+  blocks_ = prefixes_.num_prefixes() * shape_.num_layers;
+  for (const auto& [id, rows] : left_) blocks_ += OwnBlocks(rows.rows, rows.prefix_blocks);
+}
+
+uint64_t PlanLedger::OwnBlocks(uint32_t length, size_t prefix_blocks) const {
+  return BlocksOfSequence(length, shape_.num_layers) - prefix_blocks * shape_.num_layers;
 }
 
 const PlanLedger::Sequence* PlanLedger::Find(const CheckedPlan& checked, SequenceId id) const {
@@ -52,23 +57,15 @@ absl::StatusOr<PlanLedger::CheckedPlan> PlanLedger::Check(v1::StepPlan plan) con
     checked.blocks_after = blocks_;
     checked.sequences_after = static_cast<uint32_t>(sequences_.size());
     for (const v1::CacheOp& op : plan.cache_ops()) {
-      switch (op.op_case()) {
-        case v1::CacheOp::kOpen:
-          STRAIT_RETURN_IF_ERROR(CheckOpen(op.open(), &checked));
-          break;
-        case v1::CacheOp::kClose:
-          STRAIT_RETURN_IF_ERROR(CheckClose(op.close(), &checked));
-          break;
-        case v1::CacheOp::OP_NOT_SET:
-          return absl::InvalidArgumentError(
-              "a cache operation of a kind that this worker does not know; are versions equal?");
-      }
+      STRAIT_RETURN_IF_ERROR(CheckOp(op, &checked));
     }
     if (checked.num_left_named != left_.size()) {
       return absl::FailedPreconditionError(absl::StrCat(
           "it is the first of its epoch and opens or closes ", checked.num_left_named, " of the ",
           left_.size(), " sequences that are left from before, and must do so with all"));
     }
+    if (next_step_.value == 1) prefixes_.DropUnheld(&checked.prefixes);
+    checked.blocks_after += static_cast<uint64_t>(checked.prefixes.num_prefixes) * shape_.num_layers;
     for (const v1::SequenceStep& step : plan.sequences()) {
       const absl::Status status = CheckSequence(step, &checked);
       if (!status.ok()) {
@@ -88,13 +85,95 @@ absl::StatusOr<PlanLedger::CheckedPlan> PlanLedger::Check(v1::StepPlan plan) con
   return checked;
 }
 
-std::optional<uint32_t> PlanLedger::Left(const CheckedPlan& checked, SequenceId id) const {
+std::optional<PlanLedger::Left> PlanLedger::FindLeft(const CheckedPlan& checked,
+                                                     SequenceId id) const {
   const auto it = left_.find(id);
   if (it == left_.end() || checked.changes.contains(id)) return std::nullopt;
   return it->second;
 }
 
-absl::StatusOr<uint32_t> PlanLedger::CheckKept(const v1::OpenSequence& open, uint32_t left) const {
+absl::Status PlanLedger::CheckOp(const v1::CacheOp& op, CheckedPlan* checked) const {
+  const auto annotate = [](const char* what, uint64_t id, const absl::Status& status) {
+    return absl::Status(status.code(),
+                        absl::StrCat(what, " of sequence ", id, ": ", status.message()));
+  };
+  switch (op.op_case()) {
+    case v1::CacheOp::kOpen:
+      return annotate("open", op.open().sequence_id(), CheckOpen(op.open(), checked));
+    case v1::CacheOp::kClose:
+      return CheckClose(op.close(), checked);
+    case v1::CacheOp::kKeepPrefix:
+      return annotate("keep", op.keep_prefix().sequence_id(), CheckKeep(op.keep_prefix(), checked));
+    case v1::CacheOp::kDropPrefix:
+      return CheckDrop(op.drop_prefix(), checked);
+    case v1::CacheOp::OP_NOT_SET:
+      break;
+  }
+  return absl::InvalidArgumentError(
+      "a cache operation of a kind that this worker does not know; are versions equal?");
+}
+
+absl::StatusOr<uint32_t> PlanLedger::CheckPrefix(const v1::OpenSequence& open,
+                                                 CheckedPlan* checked) const {
+  STRAIT_ASSIGN_OR_RETURN(std::vector<ContentKey> keys, ParseContentKeys(open.prefix_keys()));
+  const auto& tokens = open.prefix_tokens().ids();
+  const uint64_t rows = keys.size() * limits::kBlockTokens;
+  if (static_cast<uint64_t>(tokens.size()) != rows) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        tokens.size(), " tokens of ", keys.size(), " prefix blocks, which have ", rows));
+  }
+  if (keys.empty()) return 0;
+  if (!open.kept_rows().empty()) {
+    return absl::InvalidArgumentError("it keeps rows and begins with prefix blocks");
+  }
+  if (rows >= shape_.max_positions) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        rows, " rows of prefix blocks leave none of the model's ", shape_.max_positions));
+  }
+  checked->num_prefix_tokens += rows;
+  STRAIT_RETURN_IF_ERROR(CheckCount("tokens of prefix blocks in one step", checked->num_prefix_tokens,
+                                    limits::kMaxPositionEmbeddings));
+  for (const uint32_t token : tokens) {
+    if (token < shape_.vocab_size) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("token id ", token, ", the vocabulary has ", shape_.vocab_size));
+  }
+  STRAIT_RETURN_IF_ERROR(
+      prefixes_.Open(SequenceId{open.sequence_id()}, keys, &checked->prefixes));
+  checked->keys.push_back(std::move(keys));
+  return static_cast<uint32_t>(rows);
+}
+
+absl::Status PlanLedger::CheckKeep(const v1::KeepPrefix& keep, CheckedPlan* checked) const {
+  const SequenceId id{keep.sequence_id()};
+  const Sequence* sequence = Find(*checked, id);
+  if (sequence == nullptr) return absl::FailedPreconditionError("it is not resident");
+  STRAIT_ASSIGN_OR_RETURN(std::vector<ContentKey> keys, ParseContentKeys(keep.keys()));
+  if (keys.empty()) return absl::InvalidArgumentError("no keys");
+  const uint64_t end = (uint64_t{keep.first_block()} + keys.size()) * limits::kBlockTokens;
+  if (end > sequence->length) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("keeps blocks to row ", end, ", it has ", sequence->length));
+  }
+  uint32_t num_new = 0;
+  STRAIT_RETURN_IF_ERROR(
+      prefixes_.Keep(id, keep.first_block(), keys, &checked->prefixes, &num_new));
+  checked->blocks_after -= uint64_t{num_new} * shape_.num_layers;  // its own no more
+  // Those that are prefix blocks already are passed over.
+  keys.erase(keys.begin(), keys.end() - num_new);
+  checked->keys.push_back(std::move(keys));
+  return absl::OkStatus();
+}
+
+absl::Status PlanLedger::CheckDrop(const v1::DropPrefix& drop, CheckedPlan* checked) const {
+  STRAIT_ASSIGN_OR_RETURN(std::vector<ContentKey> keys, ParseContentKeys(drop.keys()));
+  STRAIT_RETURN_IF_ERROR(prefixes_.Drop(keys, &checked->prefixes));
+  checked->keys.push_back(std::move(keys));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<uint32_t> PlanLedger::CheckKept(const v1::OpenSequence& open,
+                                               const Left& left) const {
   if (open.kept_rows().empty()) return 0;
   if (next_step_.value != 1) {
     return absl::InvalidArgumentError("rows are kept in the first plan of an epoch alone");
@@ -104,39 +183,44 @@ absl::StatusOr<uint32_t> PlanLedger::CheckKept(const v1::OpenSequence& open, uin
                                                    " stages, there are ", shape_.num_stages));
   }
   const uint32_t kept = open.kept_rows(static_cast<int>(shape_.stage_index));
-  if (kept > left) {
+  if (kept > left.rows) {
     return absl::FailedPreconditionError(
-        absl::StrCat("keeps ", kept, " rows, this stage has ", left));
+        absl::StrCat("keeps ", kept, " rows, this stage has ", left.rows));
+  }
+  if (kept < left.prefix_blocks * limits::kBlockTokens && kept % limits::kBlockTokens != 0) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("keeps ", kept, " rows, which ends within one of its ", left.prefix_blocks,
+                     " prefix blocks"));
   }
   return kept;
 }
 
 absl::Status PlanLedger::CheckOpen(const v1::OpenSequence& open, CheckedPlan* checked) const {
   const SequenceId id{open.sequence_id()};
-  const auto where = absl::StrCat("open of sequence ", id.value, ": ");
   if (Find(*checked, id) != nullptr) {
-    return absl::FailedPreconditionError(absl::StrCat(where, "it is resident already"));
+    return absl::FailedPreconditionError("it is resident already");
   }
   if (open.prompt_tokens() == 0 || open.prompt_tokens() > shape_.max_positions) {
-    return absl::InvalidArgumentError(absl::StrCat(where, "prompt_tokens is ", open.prompt_tokens(),
+    return absl::InvalidArgumentError(absl::StrCat("prompt_tokens is ", open.prompt_tokens(),
                                                    ", it must be 1 to ", shape_.max_positions));
   }
   STRAIT_RETURN_IF_ERROR(CheckCount("resident sequences", uint64_t{checked->sequences_after} + 1,
                                     limits::kMaxSequencesResident));
-  const std::optional<uint32_t> left = Left(*checked, id);
-  const absl::StatusOr<uint32_t> kept = CheckKept(open, left.value_or(0));
-  if (!kept.ok()) {
-    return absl::Status(kept.status().code(), absl::StrCat(where, kept.status().message()));
+  const std::optional<Left> left = FindLeft(*checked, id);
+  STRAIT_ASSIGN_OR_RETURN(const uint32_t kept, CheckKept(open, left.value_or(Left{})));
+  STRAIT_ASSIGN_OR_RETURN(SamplingParams sampling,
+                          CheckSampling(open.sampling(), shape_.vocab_size));
+  checked->sampling.push_back(std::move(sampling));
+  uint32_t kept_blocks = 0;  // prefix blocks
+  if (left) {
+    kept_blocks = std::min(left->prefix_blocks, kept / limits::kBlockTokens);
+    prefixes_.Leave(id, kept_blocks, &checked->prefixes);
+    checked->blocks_after -= OwnBlocks(left->rows, left->prefix_blocks);
+    ++checked->num_left_named;
   }
-  absl::StatusOr<SamplingParams> sampling = CheckSampling(open.sampling(), shape_.vocab_size);
-  if (!sampling.ok()) {
-    return absl::Status(sampling.status().code(), absl::StrCat(where, sampling.status().message()));
-  }
-  checked->sampling.push_back(*std::move(sampling));
-  checked->num_left_named += left.has_value();
-  checked->blocks_after += BlocksOfSequence(*kept, shape_.num_layers);
-  checked->blocks_after -= BlocksOfSequence(left.value_or(0), shape_.num_layers);
-  checked->changes[id] = Sequence{.length = *kept};
+  STRAIT_ASSIGN_OR_RETURN(const uint32_t begun, CheckPrefix(open, checked));
+  checked->blocks_after += OwnBlocks(kept, kept_blocks);
+  checked->changes[id] = Sequence{.length = kept + begun};
   ++checked->sequences_after;
   return absl::OkStatus();
 }
@@ -144,13 +228,14 @@ absl::Status PlanLedger::CheckOpen(const v1::OpenSequence& open, CheckedPlan* ch
 absl::Status PlanLedger::CheckClose(const v1::CloseSequence& close, CheckedPlan* checked) const {
   const SequenceId id{close.sequence_id()};
   const Sequence* sequence = Find(*checked, id);
-  const std::optional<uint32_t> left = Left(*checked, id);
+  const std::optional<Left> left = FindLeft(*checked, id);
   if (sequence == nullptr && !left && next_step_.value != 1) {
     return absl::FailedPreconditionError(
         absl::StrCat("close of sequence ", id.value, ": it is not resident"));
   }
-  const uint32_t length = sequence != nullptr ? sequence->length : left.value_or(0);
-  checked->blocks_after -= BlocksOfSequence(length, shape_.num_layers);
+  const uint32_t length = sequence != nullptr ? sequence->length : left.value_or(Left{}).rows;
+  checked->blocks_after -= OwnBlocks(length, prefixes_.PrefixOf(checked->prefixes, id).size());
+  prefixes_.Leave(id, 0, &checked->prefixes);
   checked->sequences_after -= sequence != nullptr;
   checked->num_left_named += left.has_value();
   checked->changes[id] = std::nullopt;
@@ -315,6 +400,7 @@ void PlanLedger::Commit(const CheckedPlan& checked) {
       sequences_.erase(id);
     }
   }
+  prefixes_.Commit(checked.prefixes);
   blocks_ = checked.blocks_after;
   left_.clear();
   STRAIT_CHECK(sequences_.size() == checked.sequences_after);

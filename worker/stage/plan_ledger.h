@@ -7,10 +7,10 @@
 // Thread:  loop thread only.
 // Errors:  Check names step, sequence and number: InvalidArgument (malformed), FailedPrecondition
 //          (gap in steps, sequence unknown or resident twice, positions that do not follow, a
-//          grant that this stage cannot follow, rows that it does not have), ResourceExhausted (a limit, blocks). It changes
-//          nothing.
+//          grant that this stage cannot follow, rows or prefix blocks that it does not have),
+//          ResourceExhausted (a limit, blocks). It changes nothing.
 // Limits:  proto/base/limits.h: kMaxStepTokens, kMaxStepSequences, kMaxCacheOps, kMaxTopLogprobs,
-//          kMaxSequencesResident; the pool.
+//          kMaxSequencesResident, kMaxPositionEmbeddings (tokens of prefix blocks); the pool.
 // Why:     what passes here cannot fail for its own reasons when it runs, however much later that
 //          is.
 #pragma once
@@ -25,6 +25,7 @@
 #include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
 #include "worker/backend.h"
+#include "worker/stage/prefix_ledger.h"
 
 namespace strait {
 
@@ -41,8 +42,14 @@ struct StageShape {
 
 class PlanLedger {
  public:
-  // `left`: rows of sequences that an earlier epoch left here; the first plan names each.
-  PlanLedger(const StageShape& shape, const absl::flat_hash_map<SequenceId, uint32_t>& left);
+  // What an earlier epoch left of a sequence.
+  struct Left {
+    uint32_t rows = 0;
+    uint32_t prefix_blocks = 0;  // of these
+  };
+  using LeftMap = absl::flat_hash_map<SequenceId, Left>;
+  // The first plan names each of `left`; `prefixes` has the keys of their prefix blocks.
+  PlanLedger(const StageShape& shape, LeftMap left, PrefixLedger prefixes = {});
 
   struct Sequence {
     uint32_t length = 0;
@@ -58,6 +65,10 @@ class PlanLedger {
     uint32_t num_stored = 0;     // of these, those that are new to the cache
     size_t num_sequences = 0;    // the plan's leading ones, whose rows go through this stage
     std::vector<SamplingParams> sampling;  // of its OpenSequence ops, in order
+    // Of its operations, in order, those that have keys.
+    std::vector<std::vector<ContentKey>> keys;
+    PrefixLedger::Change prefixes;
+    uint64_t num_prefix_tokens = 0;
     // Absent value: closed.
     absl::flat_hash_map<SequenceId, std::optional<Sequence>> changes;
     size_t num_left_named = 0;  // of those that an earlier epoch left
@@ -81,8 +92,15 @@ class PlanLedger {
  private:
   const Sequence* Find(const CheckedPlan& checked, SequenceId id) const;
   // Rows that an earlier epoch left of it, if the plan is the epoch's first and has not named it.
-  std::optional<uint32_t> Left(const CheckedPlan& checked, SequenceId id) const;
-  absl::StatusOr<uint32_t> CheckKept(const v1::OpenSequence& open, uint32_t left) const;
+  std::optional<Left> FindLeft(const CheckedPlan& checked, SequenceId id) const;
+  absl::StatusOr<uint32_t> CheckKept(const v1::OpenSequence& open, const Left& left) const;
+  // How many rows it begins with.
+  absl::StatusOr<uint32_t> CheckPrefix(const v1::OpenSequence& open, CheckedPlan* checked) const;
+  absl::Status CheckKeep(const v1::KeepPrefix& keep, CheckedPlan* checked) const;
+  absl::Status CheckDrop(const v1::DropPrefix& drop, CheckedPlan* checked) const;
+  absl::Status CheckOp(const v1::CacheOp& op, CheckedPlan* checked) const;
+  // Latent blocks of `length` rows behind so many prefix blocks.
+  uint64_t OwnBlocks(uint32_t length, size_t prefix_blocks) const;
   absl::Status CheckOpen(const v1::OpenSequence& open, CheckedPlan* checked) const;
   absl::Status CheckClose(const v1::CloseSequence& close, CheckedPlan* checked) const;
   absl::Status CheckSequence(const v1::SequenceStep& step, CheckedPlan* checked) const;
@@ -99,7 +117,8 @@ class PlanLedger {
   StepId next_step_{1};
   uint64_t blocks_ = 0;
   absl::flat_hash_map<SequenceId, Sequence> sequences_;
-  absl::flat_hash_map<SequenceId, uint32_t> left_;  // empty after the first plan
+  LeftMap left_;  // empty after the first plan
+  PrefixLedger prefixes_;
 };
 
 }  // namespace strait

@@ -15,7 +15,8 @@ std::shared_ptr<Resident> Residents::Find(SequenceId id) const {
   return it == residents_.end() ? nullptr : it->second;
 }
 
-void Residents::Open(const v1::OpenSequence& open, SamplingParams sampling, uint32_t kept_rows) {
+void Residents::Open(const v1::OpenSequence& open, SamplingParams sampling, uint32_t kept_rows,
+                     absl::Span<const ContentKey> prefix) {
   const SequenceId id{open.sequence_id()};
   auto resident = std::make_shared<Resident>();
   const auto left = left_.find(id);
@@ -29,7 +30,10 @@ void Residents::Open(const v1::OpenSequence& open, SamplingParams sampling, uint
   } else {
     STRAIT_CHECK(kept_rows == 0, "nothing is left of it");
     Close(id);
-    cache_.Open(id);
+    cache_.Open(id, prefix);
+    const auto& tokens = open.prefix_tokens().ids();
+    resident->tokens.assign(tokens.begin(), tokens.end());
+    resident->finished = cache_.length(id);
   }
   resident->prompt_tokens = open.prompt_tokens();
   resident->sampling = std::move(sampling);
@@ -55,7 +59,8 @@ std::vector<HeldRows> Residents::left() const {
   std::vector<HeldRows> left;
   left.reserve(left_.size());
   for (const auto& [id, resident] : left_) {
-    left.push_back({id, static_cast<uint32_t>(resident->tokens.size())});
+    left.push_back({id, static_cast<uint32_t>(resident->tokens.size()),
+                    static_cast<uint32_t>(cache_.prefix(id).size())});
   }
   std::sort(left.begin(), left.end(),
             [](const HeldRows& a, const HeldRows& b) { return a.id < b.id; });
@@ -63,9 +68,10 @@ std::vector<HeldRows> Residents::left() const {
 }
 
 void Residents::AdoptLeft(SequenceId id, absl::Span<const TokenId> tokens,
-                          std::vector<std::vector<BlockId>> tables) {
+                          absl::Span<const ContentKey> prefix,
+                          std::vector<std::vector<BlockId>> own) {
   const auto rows = static_cast<uint32_t>(tokens.size());
-  cache_.Adopt(id, rows, std::move(tables));
+  cache_.Adopt(id, rows, prefix, std::move(own));
   auto resident = std::make_shared<Resident>();
   resident->tokens.assign(tokens.begin(), tokens.end());
   resident->finished = rows;

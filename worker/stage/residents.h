@@ -40,6 +40,7 @@ struct Resident {
 struct HeldRows {
   SequenceId id;
   uint32_t rows = 0;
+  uint32_t prefix_blocks = 0;  // of these
 };
 
 class Residents {
@@ -49,8 +50,10 @@ class Residents {
   // Of this epoch; null: not resident. Shared with the steps that have it and are not finished.
   std::shared_ptr<Resident> Find(SequenceId id) const;
 
-  // Cuts what is left of it to `kept_rows`. REQUIRES: not resident; no more than what is left.
-  void Open(const v1::OpenSequence& open, SamplingParams sampling, uint32_t kept_rows);
+  // Cuts what is left of it to `kept_rows`, or begins it with prefix blocks. REQUIRES: not resident; no
+  // more than what is left; LatentCache::Cut, Open.
+  void Open(const v1::OpenSequence& open, SamplingParams sampling, uint32_t kept_rows,
+            absl::Span<const ContentKey> prefix);
   // Its blocks are free afterwards, whether it is resident or left; else nothing.
   void Close(SequenceId id);
   // The epoch is over: what is resident is left, with its finished rows. REQUIRES: no step is begun.
@@ -60,10 +63,10 @@ class Residents {
   std::vector<HeldRows> left() const;
   // The token ids of one that is left, of its rows. REQUIRES: it is.
   absl::Span<const TokenId> TokensLeft(SequenceId id) const { return left_.at(id)->tokens; }
-  // One that a predecessor of the stage left, with the blocks of every layer. REQUIRES: neither resident
-  // nor left.
+  // One that a predecessor of the stage left, as LatentCache::Adopt has it. REQUIRES: neither resident nor
+  // left.
   void AdoptLeft(SequenceId id, absl::Span<const TokenId> tokens,
-                 std::vector<std::vector<BlockId>> tables);
+                 absl::Span<const ContentKey> prefix, std::vector<std::vector<BlockId>> own);
 
   LatentCache& cache() { return cache_; }
   const LatentCache& cache() const { return cache_; }

@@ -56,6 +56,22 @@ absl::Status Stage::State::CheckEpoch(PipelineEpoch theirs, const char* what) co
   return absl::OkStatus();
 }
 
+absl::Status Stage::State::CheckFinished(const v1::StepPlan& plan) const {
+  for (const v1::CacheOp& op : plan.cache_ops()) {
+    if (!op.has_keep_prefix()) continue;
+    const v1::KeepPrefix& keep = op.keep_prefix();
+    const std::shared_ptr<Resident> resident = residents.Find(SequenceId{keep.sequence_id()});
+    const uint32_t finished = resident == nullptr ? 0 : resident->finished;
+    const uint64_t end =
+        (keep.first_block() + keep.keys().size() / kContentKeyBytes) * limits::kBlockTokens;
+    if (end <= finished) continue;
+    return absl::FailedPreconditionError(
+        absl::StrCat("keep of sequence ", keep.sequence_id(), " to row ", end, ", of which ",
+                     finished, " are finished here"));
+  }
+  return absl::OkStatus();
+}
+
 uint32_t Stage::State::NumPlansWithRows() const {
   return static_cast<uint32_t>(std::count_if(
       plans.begin(), plans.end(), [](const WaitingPlan& plan) { return plan.has_rows(); }));
@@ -84,6 +100,7 @@ absl::Status Stage::AcceptPlan(v1::StepPlan plan, uint64_t now_us, uint32_t* num
     return absl::ResourceExhaustedError(
         absl::StrCat(s.plans.size(), " plans wait at stage ", s.stage_id, ", it takes no more"));
   }
+  STRAIT_RETURN_IF_ERROR(s.CheckFinished(plan));
   WaitingPlan waiting;
   STRAIT_ASSIGN_OR_RETURN(waiting.checked, s.ledger.Check(std::move(plan)));
   waiting.arrived_us = now_us;

@@ -33,9 +33,14 @@ void Stage::State::LeaveEpoch() {
 }
 
 void Stage::State::ResetLedger() {
-  absl::flat_hash_map<SequenceId, uint32_t> left;
-  for (const HeldRows& held : residents.left()) left.emplace(held.id, held.rows);
-  ledger = PlanLedger(Shape(), left);
+  PlanLedger::LeftMap left;
+  PrefixLedger prefixes;
+  residents.cache().DropUnheldPrefixes();
+  for (const HeldRows& held : residents.left()) {
+    left.emplace(held.id, PlanLedger::Left{held.rows, held.prefix_blocks});
+    prefixes.Left(held.id, residents.cache().prefix(held.id));
+  }
+  ledger = PlanLedger(Shape(), std::move(left), std::move(prefixes));
 }
 
 absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages,

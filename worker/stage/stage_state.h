@@ -62,11 +62,14 @@ struct Stage::State {
 
   absl::Status CheckEpoch(PipelineEpoch theirs, const char* what) const;
   absl::Status CheckPairing(const WaitingPlan* plan, const HiddenStep* hidden) const;
+  // That the rows which it makes prefix blocks are finished.
+  absl::Status CheckFinished(const v1::StepPlan& plan) const;
   uint32_t NumPlansWithRows() const;
 
   bool MayGoAhead(const WaitingPlan& next) const;
 
-  void ApplyCacheOps(const v1::StepPlan& plan, absl::Span<SamplingParams> opened);
+  // REQUIRES: `checked` is of `plan`.
+  void ApplyCacheOps(PlanLedger::CheckedPlan* checked, const v1::StepPlan& plan);
   // Rows that are new here: their tokens and blocks.
   void StoreRows(const v1::SequenceStep& step, Resident& resident, BatchSequence* sequence,
                  BegunStep* begun);

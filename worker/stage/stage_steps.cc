@@ -35,20 +35,33 @@ bool Stage::State::MayGoAhead(const WaitingPlan& next) const {
   return true;
 }
 
-void Stage::State::ApplyCacheOps(const v1::StepPlan& plan, absl::Span<SamplingParams> opened) {
+void Stage::State::ApplyCacheOps(PlanLedger::CheckedPlan* checked, const v1::StepPlan& plan) {
   size_t num_opened = 0;
+  size_t num_keys = 0;
   for (const v1::CacheOp& op : plan.cache_ops()) {
     if (op.has_open()) {
       const v1::OpenSequence& open = op.open();
       const uint32_t kept =
           open.kept_rows().empty() ? 0 : open.kept_rows(static_cast<int>(stage_index));
-      residents.Open(open, std::move(opened[num_opened++]), kept);
+      absl::Span<const ContentKey> prefix;
+      if (!open.prefix_keys().empty()) prefix = checked->keys[num_keys++];
+      residents.Open(open, std::move(checked->sampling[num_opened++]), kept, prefix);
+    } else if (op.has_keep_prefix()) {
+      const SequenceId id{op.keep_prefix().sequence_id()};
+      for (const ContentKey& key : checked->keys[num_keys]) residents.cache().KeepPrefix(id, key);
+      ++num_keys;
+    } else if (op.has_drop_prefix()) {
+      for (const ContentKey& key : checked->keys[num_keys]) {
+        if (residents.cache().has_prefix(key)) residents.cache().DropPrefix(key);
+      }
+      ++num_keys;
     } else {
       const SequenceId id{op.close().sequence_id()};
       residents.Close(id);
       returning.Closed(id);
     }
   }
+  if (plan.step_id() == 1) residents.cache().DropUnheldPrefixes();
 }
 
 void Stage::State::StoreRows(const v1::SequenceStep& step, Resident& resident,
@@ -112,7 +125,7 @@ absl::Status Stage::State::Begin(WaitingPlan plan, const HiddenMemory& memory, B
   sequences.reserve(static_cast<size_t>(step->plan.sequences_size()));
   // What this closes, the step before may still use; only this stage's steps come behind it.
   if (begun.size() > 1) residents.cache().KeepFreed(begun[begun.size() - 2].id());
-  ApplyCacheOps(step->plan, absl::MakeSpan(plan.checked.sampling));
+  ApplyCacheOps(&plan.checked, step->plan);
   residents.cache().KeepFreed(StepId{});
   uint32_t row = 0;
   for (size_t i = 0; i < plan.checked.num_sequences; ++i) {

@@ -303,6 +303,7 @@ class Harness {
   std::map<RequestId, std::vector<TokenInfo>> tokens;
   std::map<RequestId, std::vector<TokenInfo>> scores;
   std::map<RequestId, SequenceEnded> ended;
+  std::map<RequestId, std::vector<uint32_t>> cached;
   std::map<RequestId, absl::Status> refused;
   std::map<ScaleId, ScaleAnswered> scaled;
   std::vector<std::string> problems;
@@ -472,6 +473,7 @@ class Harness {
   void On(const ScaleAnswered& m) { scaled[m.scale] = m; }
   void On(const RequestRefused& m) { refused[m.request] = m.why; }
   void On(const RequestAdmitted&) {}
+  void On(const PromptCached& m) { cached[m.request].push_back(m.cached_tokens); }
   void On(const PromptScored& m) {
     auto& all = scores[m.request];
     all.insert(all.end(), m.scores.begin(), m.scores.end());

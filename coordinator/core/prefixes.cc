@@ -1,0 +1,294 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the scheduler does about prefix blocks: who begins with which, which full blocks become such, and
+// which make room.
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/core/core.h"
+#include "coordinator/core/scheduler.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
+
+namespace strait {
+namespace {
+
+constexpr uint32_t kBlock = limits::kBlockTokens;
+// Of one plan: so that its operations stay far below limits::kMaxCacheOps.
+constexpr size_t kMaxKeeps = 512;
+
+}  // namespace
+
+bool Scheduler::Survives(const Sequence& sequence) const {
+  return std::binary_search(unnamed_.begin(), unnamed_.end(), sequence.id);
+}
+
+KeptRows Scheduler::KeptOf(const Sequence& sequence) const {
+  if (!Survives(sequence)) return {};
+  KeptRows kept = survivors_.Kept(sequence.id, sequence.rows_settled());
+  const auto& blocks = kept.prefix_blocks;
+  const bool has_prefix = std::any_of(blocks.begin(), blocks.end(), [](auto n) { return n > 0; });
+  // Their keys would be others than stages have them by.
+  return is_new_source_ && has_prefix ? KeptRows() : kept;
+}
+
+ContentKey Scheduler::KeyOf(Sequence* sequence, uint32_t block) {
+  PrefixKeys& keys = sequence->prefix_keys;
+  if (!keys.is_reset() || keys.source() != source_.numerics) {
+    const std::string policy = absl::StrCat("exact ", context_->model.block_bytes);
+    keys.Reset(source_.numerics, DigestOf({.model = context_->model.fingerprint,
+                                           .weights = source_.weights,
+                                           .numerics = source_.numerics,
+                                           .policy = policy,
+                                           .salt = sequence->spec.cache_salt}));
+  }
+  return keys.At(block, sequence->tokens);
+}
+
+Scheduler::Prospect Scheduler::Look(Sequence* sequence) {
+  Prospect prospect;
+  if (!context_->options.prefix_cache || !KeptOf(*sequence).empty()) return prospect;
+  const uint32_t most = sequence->rows_settled() / kBlock;
+  uint32_t block = 0;
+  for (; block < most; ++block) {
+    const PrefixIndex::Node* node = index_.Find(KeyOf(sequence, block));
+    if (node == nullptr || !node->whole()) break;
+  }
+  prospect.cached_rows = block * kBlock;
+  for (; block < most; ++block) {
+    const std::optional<SequenceId> by = index_.Promised(KeyOf(sequence, block));
+    if (!by || *by == sequence->id) break;
+  }
+  prospect.promised_rows = block * kBlock - prospect.cached_rows;
+  return prospect;
+}
+
+bool Scheduler::HasRoom(Sequence* sequence) {
+  if (!started() || residents_.size() >= context_->options.max_running) return false;
+  if (!CanEverHold(*sequence)) return false;
+  const KeptRows kept = KeptOf(*sequence);
+  // Of its prefix blocks those that are there already cost nothing, and cannot make room.
+  const uint32_t cached = kept.empty() ? Look(sequence).cached_rows / kBlock : 0;
+  std::vector<uint32_t> there(num_stages_, cached);
+  uint64_t num_free = index_.num_unheld();
+  uint32_t end = cached;
+  for (const uint32_t blocks : kept.prefix_blocks) end = std::max(end, blocks);
+  for (uint32_t block = 0; block < end; ++block) {
+    const PrefixIndex::Node* node = index_.Find(KeyOf(sequence, block));
+    if (node == nullptr) break;
+    num_free -= node->holders == 0;
+    for (uint32_t s = 0; s < kept.prefix_blocks.size(); ++s) {
+      there[s] += block < kept.prefix_blocks[s] && node->on(s);
+    }
+  }
+  // Residents grow; without some room left for that, whoever is placed would be preempted at once.
+  // Who has rows here was a resident, and would lose them.
+  const size_t growing = Survives(*sequence) ? 0 : residents_.size();
+  return books_.HasRoom(sequence->rows_wanted(), StageBlocks(std::move(there)), num_free,
+                        static_cast<uint32_t>(growing));
+}
+
+void Scheduler::TakeCached(Residency* residency) {
+  Sequence* sequence = residency->sequence;
+  const uint32_t cached = Look(sequence).cached_rows / kBlock;
+  for (uint32_t block = 0; block < cached; ++block) {
+    PrefixIndex::Node* node = index_.Find(KeyOf(sequence, block));
+    index_.Hold(node);
+    residency->prefix.path.push_back(node);
+  }
+  residency->prefix.blocks = StageBlocks(cached);
+  residency->rows = StageRows(std::vector<uint32_t>(num_stages_, cached * kBlock));
+  residency->rows_done = cached * kBlock;
+  residency->shares = context_->options.prefix_cache;
+  context_->stats.cached_rows += cached * kBlock;
+  if (sequence->was_placed) return;
+  sequence->was_placed = true;
+  sequence->cached_tokens = cached * kBlock;
+  if (cached == 0) return;
+  context_->Send(PromptCached{sequence->request->id, sequence->index, sequence->cached_tokens});
+}
+
+void Scheduler::TakeKept(Residency* residency, const KeptRows& kept) {
+  Sequence* sequence = residency->sequence;
+  residency->rows = StageRows(kept.rows);
+  residency->prefix.blocks = StageBlocks(kept.prefix_blocks);
+  residency->shares = context_->options.prefix_cache;
+  const PrefixIndex::Node* parent = nullptr;
+  for (uint32_t block = 0; block < residency->prefix.blocks.most(); ++block) {
+    const ContentKey key = KeyOf(sequence, block);
+    PrefixIndex::Node* node = index_.Find(key);
+    if (node == nullptr) node = index_.Add(key, parent, block);
+    for (uint32_t s = 0; s < num_stages_; ++s) {
+      if (block >= kept.prefix_blocks[s] || node->on(s)) continue;
+      index_.SetOn(node, s);
+      books_.AddPrefix(s);
+    }
+    index_.Hold(node);
+    ++context_->stats.prefix_blocks_survived;
+    residency->prefix.path.push_back(node);
+    parent = node;
+  }
+}
+
+void Scheduler::MakePromises(Residency* residency) {
+  if (!residency->shares) return;
+  Sequence* sequence = residency->sequence;
+  residency->promised_end = sequence->rows_wanted() / kBlock;
+  for (uint32_t b = residency->prefix.blocks.least(); b < residency->promised_end; ++b) {
+    const ContentKey key = KeyOf(sequence, b);
+    const PrefixIndex::Node* node = index_.Find(key);
+    if (node == nullptr || !node->whole()) index_.Promise(key, sequence->id);
+  }
+}
+
+void Scheduler::BreakPromises(Residency* residency) {
+  const uint32_t end = std::exchange(residency->promised_end, 0);
+  for (uint32_t b = 0; b < end; ++b) {
+    index_.Unpromise(KeyOf(residency->sequence, b), residency->sequence->id);
+  }
+}
+
+void Scheduler::MarkDone(const std::vector<FilledRows>& filled) {
+  for (const FilledRows& rows : filled) {
+    Sequence* sequence = journal_->Find(rows.sequence);
+    Residency* residency = sequence == nullptr ? nullptr : sequence->Find(rows.placement);
+    if (residency == nullptr || residency->leaving || !residency->shares) continue;
+    STRAIT_CHECK(rows.end <= sequence->tokens.size(), "a row is done whose token is not known");
+    residency->rows_done = std::max(residency->rows_done, rows.end);
+    keepers_.insert(sequence->id);
+  }
+}
+
+PrefixKeep Scheduler::Keepable(Residency* residency) {
+  PrefixKeep keep{.first_block = residency->prefix.blocks.least(), .keys = {}};
+  if (!residency->shares) return keep;
+  for (uint32_t b = keep.first_block; b < residency->rows_done / kBlock; ++b) {
+    keep.keys.push_back(KeyOf(residency->sequence, b));
+  }
+  return keep;
+}
+
+bool Scheduler::PlanKeep(SequenceId id, const PrefixKeep& keep, PrefixHold* hold, Draft* draft) {
+  v1::KeepPrefix op;
+  op.set_sequence_id(id.value);
+  op.set_first_block(keep.first_block);
+  bool all = true;
+  for (uint32_t i = 0; i < keep.keys.size() && all; ++i) {
+    const ContentKey& key = keep.keys[i];
+    const uint32_t block = keep.first_block + i;
+    PrefixIndex::Node* node = index_.Find(key);
+    if (node == nullptr) {
+      STRAIT_CHECK(hold->path.size() == block && hold->blocks.even());
+      node = index_.Add(key, block == 0 ? nullptr : hold->path.back(), block);
+      index_.Hold(node);
+      hold->path.push_back(node);
+      ++context_->stats.prefix_blocks_made;
+    } else {
+      // It may make whole what it has itself wherever that is.
+      all = !node->whole() && hold->path.size() > block && hold->path[block] == node;
+      for (uint32_t s = 0; s < num_stages_ && all; ++s) {
+        all = node->on(s) == (hold->blocks.at(s) > block);
+      }
+      if (!all) break;
+      ++context_->stats.prefix_blocks_mended;
+    }
+    // What was its own becomes the prefix block's: the books stay as they are.
+    index_.SetWhole(node);
+    hold->blocks.RaiseLeast();
+    index_.Unpromise(key, id);
+    AppendTo(key, op.mutable_keys());
+  }
+  if (!op.keys().empty()) *draft->plan.add_cache_ops()->mutable_keep_prefix() = std::move(op);
+  return all;
+}
+
+void Scheduler::PlanKeeps(Draft* draft) {
+  for (size_t i = 0; i < kMaxKeeps && !keepers_.empty(); ++i) {
+    Residency* residency = residents_.at(*keepers_.begin());
+    keepers_.erase(keepers_.begin());
+    if (PlanKeep(residency->sequence->id, Keepable(residency), &residency->prefix, draft)) continue;
+    residency->shares = false;
+    BreakPromises(residency);
+  }
+}
+
+void Scheduler::PlanDrops(Draft* draft) {
+  // The first plan of an epoch leaves no prefix block without a sequence.
+  std::vector<ContentKey> dropped = std::exchange(dropped_, {});
+  if (dropped.empty() || draft->record.id.value == 1) return;
+  *draft->plan.add_cache_ops()->mutable_drop_prefix()->mutable_keys() = Pack(dropped);
+}
+
+void Scheduler::RemovePrefix(PrefixIndex::Node* node) {
+  for (uint32_t s = 0; s < num_stages_; ++s) {
+    if (node->on(s)) books_.RemovePrefix(s);
+  }
+  index_.Remove(node);
+}
+
+bool Scheduler::DropOldest(Draft* draft) {
+  PrefixIndex::Node* node = index_.Oldest();
+  if (node == nullptr) return false;
+  ++context_->stats.prefix_blocks_dropped;
+  if (draft == nullptr) {
+    dropped_.push_back(node->key);
+  } else {
+    const int num_ops = draft->plan.cache_ops_size();
+    const bool goes_on = num_ops > 0 && draft->plan.cache_ops(num_ops - 1).has_drop_prefix();
+    v1::CacheOp* op =
+        goes_on ? draft->plan.mutable_cache_ops(num_ops - 1) : draft->plan.add_cache_ops();
+    AppendTo(node->key, op->mutable_drop_prefix()->mutable_keys());
+  }
+  RemovePrefix(node);
+  return true;
+}
+
+void Scheduler::LeavePrefix(PrefixHold* hold, Draft* draft) {
+  for (; !hold->path.empty(); hold->path.pop_back()) {
+    PrefixIndex::Node* node = hold->path.back();
+    if (!index_.Leave(node) || node->whole()) continue;
+    if (draft != nullptr) {
+      AppendTo(node->key, draft->plan.add_cache_ops()->mutable_drop_prefix()->mutable_keys());
+    }
+    RemovePrefix(node);
+  }
+  hold->blocks = {};
+}
+
+uint64_t Scheduler::unheld_prefix_bytes() const {
+  uint64_t bytes = 0;
+  for (const StageCache& stage : stages()) {
+    bytes += index_.num_unheld() * books_.PrefixBytes(stage.layers);
+  }
+  return bytes;
+}
+
+absl::Status Scheduler::CheckPrefixes(CacheBooks* due) const {
+  absl::flat_hash_map<const PrefixIndex::Node*, uint32_t> holders;
+  const auto count = [&](SequenceId id, const PrefixHold& hold,
+                         const StageRows& rows) -> absl::Status {
+    for (const PrefixIndex::Node* node : hold.path) ++holders[node];
+    bool sound = hold.path.size() == hold.blocks.most();
+    for (uint32_t s = 0; s < num_stages_; ++s) {
+      sound = sound && hold.blocks.at(s) * kBlock <= rows.at(s);
+      for (uint32_t b = 0; b < hold.blocks.at(s) && sound; ++b) sound = hold.path[b]->on(s);
+    }
+    if (sound) return absl::OkStatus();
+    return absl::InternalError(
+        absl::StrCat("sequence ", id.value, " has prefix blocks that are none, or no rows for them"));
+  };
+  for (const auto& [id, residency] : residents_) {
+    STRAIT_RETURN_IF_ERROR(count(id, residency->prefix, residency->rows));
+  }
+  for (const Closing& closing : closing_) {
+    STRAIT_RETURN_IF_ERROR(count(closing.id, closing.prefix, closing.rows));
+  }
+  for (uint32_t s = 0; s < num_stages_; ++s) {
+    for (uint32_t i = 0; i < index_.num_on(s); ++i) due->AddPrefix(s);
+  }
+  return index_.CheckIntegrity(holders);
+}
+
+}  // namespace strait

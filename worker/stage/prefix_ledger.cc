@@ -1,0 +1,135 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/stage/prefix_ledger.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace strait {
+namespace {
+
+std::string Name(const ContentKey& key) {
+  return absl::StrCat("prefix block ", absl::Hex(key.high, absl::kZeroPad16),
+                      absl::Hex(key.low, absl::kZeroPad16));
+}
+
+}  // namespace
+
+void PrefixLedger::Left(SequenceId id, absl::Span<const ContentKey> prefix) {
+  if (prefix.empty()) return;
+  prefixes_[id].assign(prefix.begin(), prefix.end());
+  for (const ContentKey& key : prefix) ++holders_[key];
+}
+
+const PrefixLedger::Keys& PrefixLedger::PrefixOf(const Change& change, SequenceId id) const {
+  static const Keys kNone;
+  const auto changed = change.prefixes.find(id);
+  if (changed != change.prefixes.end()) return changed->second;
+  const auto it = prefixes_.find(id);
+  return it == prefixes_.end() ? kNone : it->second;
+}
+
+std::optional<uint32_t> PrefixLedger::Holders(const Change& change, const ContentKey& key) const {
+  const auto changed = change.holders.find(key);
+  if (changed != change.holders.end()) return changed->second;
+  const auto it = holders_.find(key);
+  return it == holders_.end() ? std::nullopt : std::optional<uint32_t>(it->second);
+}
+
+absl::Status PrefixLedger::Open(SequenceId id, Keys keys, Change* change) const {
+  for (const ContentKey& key : keys) {
+    const std::optional<uint32_t> holders = Holders(*change, key);
+    if (!holders) {
+      return absl::FailedPreconditionError(absl::StrCat(Name(key), " is not here"));
+    }
+    change->holders[key] = *holders + 1;
+  }
+  change->prefixes[id] = std::move(keys);
+  return absl::OkStatus();
+}
+
+void PrefixLedger::Leave(SequenceId id, size_t num_left, Change* change) const {
+  const Keys& before = PrefixOf(*change, id);
+  if (before.size() <= num_left) return;
+  for (size_t i = num_left; i < before.size(); ++i) {
+    change->holders[before[i]] = *Holders(*change, before[i]) - 1;
+  }
+  change->prefixes[id] = Keys(before.begin(), before.begin() + static_cast<ptrdiff_t>(num_left));
+}
+
+absl::Status PrefixLedger::Keep(SequenceId id, uint32_t first_block,
+                                absl::Span<const ContentKey> keys, Change* change,
+                                uint32_t* num_new) const {
+  Keys prefix = PrefixOf(*change, id);
+  *num_new = 0;
+  if (first_block > prefix.size()) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "keeps blocks from ", first_block, " on, of which the first ", prefix.size(), " are kept"));
+  }
+  for (size_t i = 0; i < keys.size(); ++i) {
+    const size_t block = first_block + i;
+    if (block < prefix.size()) {
+      if (prefix[block] == keys[i]) continue;
+      return absl::FailedPreconditionError(
+          absl::StrCat("block ", block, " is ", Name(prefix[block]), ", not ", Name(keys[i])));
+    }
+    if (Holders(*change, keys[i])) {
+      return absl::FailedPreconditionError(absl::StrCat(Name(keys[i]), " is another block"));
+    }
+    change->holders[keys[i]] = 1;
+    prefix.push_back(keys[i]);
+    ++*num_new;
+  }
+  change->num_prefixes += *num_new;
+  change->prefixes[id] = std::move(prefix);
+  return absl::OkStatus();
+}
+
+absl::Status PrefixLedger::Drop(absl::Span<const ContentKey> keys, Change* change) const {
+  for (const ContentKey& key : keys) {
+    const std::optional<uint32_t> holders = Holders(*change, key);
+    if (!holders) continue;
+    if (*holders > 0) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("drop of ", Name(key), ", which ", *holders, " sequences have"));
+    }
+    change->holders[key] = std::nullopt;
+    --change->num_prefixes;
+  }
+  return absl::OkStatus();
+}
+
+void PrefixLedger::DropUnheld(Change* change) const {
+  const auto drop = [&](const ContentKey& key, uint32_t holders) {
+    if (holders > 0) return;
+    change->holders[key] = std::nullopt;
+    --change->num_prefixes;
+  };
+  for (const auto& [key, holders] : holders_) {
+    if (!change->holders.contains(key)) drop(key, holders);
+  }
+  std::vector<ContentKey> changed;
+  for (const auto& [key, holders] : change->holders) {
+    if (holders && *holders == 0) changed.push_back(key);
+  }
+  for (const ContentKey& key : changed) drop(key, 0);
+}
+
+void PrefixLedger::Commit(const Change& change) {
+  for (const auto& [key, holders] : change.holders) {
+    if (holders) {
+      holders_[key] = *holders;
+    } else {
+      holders_.erase(key);
+    }
+  }
+  for (const auto& [id, prefix] : change.prefixes) {
+    if (prefix.empty()) {
+      prefixes_.erase(id);
+    } else {
+      prefixes_[id] = prefix;
+    }
+  }
+}
+
+}  // namespace strait
