@@ -51,11 +51,15 @@ struct Flags {
   double heartbeat_timeout_s = 5;
   double stop_grace_s = 3;
   double no_pipeline_grace_s = 30;
+  double load_timeout_s = 30;
+  double step_timeout_s = 10;
+  double replay_timeout_s = 120;
   bool insecure = false;
   LogFlags log;
 };
 
 constexpr double kMaxSeconds = 1e7;
+constexpr double kMaxFaultSeconds = 86'400;
 
 ModelShape MakeShape(const ModelConfig& config, const Flags& flags) {
   ModelShape shape;
@@ -146,6 +150,9 @@ absl::Status Run(Flags flags) {
   flags.core.request_timeout_us = static_cast<uint64_t>(flags.request_timeout_s * 1e6);
   flags.core.heartbeat_timeout_us = static_cast<uint64_t>(flags.heartbeat_timeout_s * 1e6);
   flags.core.no_pipeline_grace_us = static_cast<uint64_t>(flags.no_pipeline_grace_s * 1e6);
+  flags.core.load_timeout_us = static_cast<uint64_t>(flags.load_timeout_s * 1e6);
+  flags.core.step_timeout_us = static_cast<uint64_t>(flags.step_timeout_s * 1e6);
+  flags.core.replay_timeout_us = static_cast<uint64_t>(flags.replay_timeout_s * 1e6);
   // A coordinator that takes over must have a higher term: the time serves, until one is stored. In
   // microseconds, so that two starts within a second differ.
   flags.core.term = static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(
@@ -246,6 +253,18 @@ int main(int argc, char** argv) {
   AddFlag(app, "--no-pipeline-grace", flags.no_pipeline_grace_s,
           "Seconds that requests wait for a lost pipeline to come back; then they are answered 503")
       ->check(CLI::Range(0.0, kMaxSeconds));
+  AddFlag(app, "--load-timeout", flags.load_timeout_s,
+          "Seconds without a byte more after which a worker that loads is given up")
+      ->check(CLI::Range(0.1, kMaxFaultSeconds));
+  AddFlag(
+      app, "--step-timeout", flags.step_timeout_s,
+      "Seconds after which a worker that sits on a step is given up; of a step that should take "
+      "long, 20 times as long as it should")
+      ->check(CLI::Range(0.1, kMaxFaultSeconds));
+  AddFlag(app, "--replay-timeout", flags.replay_timeout_s,
+          "Seconds that a sequence goes on without a token while links between workers fail; then "
+          "it ends with an error")
+      ->check(CLI::Range(0.1, kMaxFaultSeconds));
   AddFlag(app, "--stop-grace", flags.stop_grace_s,
           "Seconds that running requests get when the coordinator is told to stop")
       ->check(CLI::Range(0.0, kMaxSeconds));

@@ -12,6 +12,7 @@ namespace strait {
 
 void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
   pipeline->state = Pipeline::State::kActivating;
+  pipeline->links_worked = false;
   pipeline->since_us = now_us;
   for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
     StageSlot& slot = pipeline->slots[i];
@@ -139,6 +140,7 @@ void Cluster::CompleteActivation(Pipeline* pipeline, uint64_t now_us) {
   UnloadFollowed(pipeline->id);
   pipeline->state = Pipeline::State::kActive;
   pipeline->since_us = now_us;
+  EndDeadly();
   RowSource source{.weights = weights_fingerprint_, .numerics = {}};
   for (const Worker* worker : WorkersOf(*pipeline)) {
     absl::StrAppend(&source.numerics, worker->numerics_id, "\n");

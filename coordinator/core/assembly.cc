@@ -37,7 +37,7 @@ uint64_t Cluster::capacity_rows() const {
 }
 
 bool Cluster::IsIdle(const Worker& worker, uint64_t now_us) const {
-  return worker.stages.empty() && worker.unfit_until_us <= now_us;
+  return worker.stages.empty() && faults_.IsFit(worker.id, now_us);
 }
 
 std::vector<Worker*> Cluster::IdleWorkers(uint64_t now_us) {
@@ -45,7 +45,11 @@ std::vector<Worker*> Cluster::IdleWorkers(uint64_t now_us) {
   for (auto& [id, worker] : workers_) {
     if (IsIdle(worker, now_us)) idle.push_back(&worker);
   }
-  std::stable_sort(idle.begin(), idle.end(), [](const Worker* a, const Worker* b) {
+  const auto standing = [&](const Worker* worker) {
+    return faults_.StandingOf(worker->id, now_us);
+  };
+  std::stable_sort(idle.begin(), idle.end(), [&](const Worker* a, const Worker* b) {
+    if (standing(a) != standing(b)) return standing(a) < standing(b);
     return a->memory_bytes > b->memory_bytes;
   });
   return idle;
@@ -65,17 +69,22 @@ void Cluster::Advance(uint64_t now_us) {
       if (pipelines_.size() == before) break;
     }
   }
+  if (num_active_ > 0) EndDeadly();
   AdvanceScale(now_us);
-  for (const auto& [id, pipeline] : pipelines_) {
-    GrowCaches(pipeline.get(), now_us);
+  std::vector<PipelineId> ids;  // one may be dissolved
+  for (const auto& [id, pipeline] : pipelines_) ids.push_back(id);
+  for (const PipelineId id : ids) {
+    Pipeline* const pipeline = pipelines_.at(id).get();
+    GrowCaches(pipeline, now_us);
     const bool loaded =
         std::all_of(pipeline->slots.begin(), pipeline->slots.end(),
                     [](const StageSlot& slot) { return slot.state == StageSlot::State::kLoaded; });
-    if (loaded && now_us >= pipeline->retry_at_us) Activate(pipeline.get(), now_us);
+    if (!loaded || now_us < pipeline->retry_at_us) continue;
+    if (!PartBlamed(pipeline, now_us)) Activate(pipeline, now_us);
   }
 }
 
-Cluster::Crew Cluster::ChooseCrew(std::vector<Worker*> candidates) const {
+Cluster::Crew Cluster::ChooseCrew(std::vector<Worker*> candidates, uint64_t now_us) {
   Crew crew;
   const size_t least = context_->num_hosts;
   if (candidates.size() < least) return crew;
@@ -84,9 +93,12 @@ Cluster::Crew Cluster::ChooseCrew(std::vector<Worker*> candidates) const {
       least * (context_->options.num_pipelines -
                std::min<size_t>(pipelines_.size() + 1, context_->options.num_pipelines));
   const size_t most = std::max(least, candidates.size() - std::min(candidates.size(), later));
-  candidates.resize(std::min<size_t>(most, context_->num_stages));
-  std::sort(candidates.begin(), candidates.end(),
-            [](const Worker* a, const Worker* b) { return a->id < b->id; });
+  const size_t size = std::min<size_t>(most, context_->num_stages);
+  std::vector<WorkerId> ids;
+  for (const Worker* worker : candidates) ids.push_back(worker->id);
+  ids = faults_.ChooseCrew(std::move(ids), size, IsRing(), now_us);
+  candidates.clear();
+  for (const WorkerId id : ids) candidates.push_back(&workers_.at(id));
   std::vector<uint64_t> bytes;
   for (const Worker* worker : candidates) bytes.push_back(worker->memory_bytes);
   const std::vector<uint32_t> counts = StagesOfHosts(bytes, context_->num_stages);
@@ -100,7 +112,7 @@ Cluster::Crew Cluster::ChooseCrew(std::vector<Worker*> candidates) const {
 
 void Cluster::FormPipeline(uint64_t now_us) {
   plan_problem_ = absl::OkStatus();
-  const Crew crew = ChooseCrew(IdleWorkers(now_us));
+  const Crew crew = ChooseCrew(IdleWorkers(now_us), now_us);
   if (crew.workers.empty()) return;
   absl::StatusOr<PipelinePlan> plan = PlanPipeline(context_->options, context_->model, crew.memory);
   if (!plan.ok()) {
@@ -131,11 +143,14 @@ void Cluster::FormPipeline(uint64_t now_us) {
 }
 
 std::vector<Cluster::Fill> Cluster::ChooseFills(const Pipeline& pipeline,
-                                                const std::vector<Worker*>& idle) const {
+                                                const std::vector<Worker*>& idle,
+                                                uint64_t now_us) const {
   const CoreOptions& options = context_->options;
   const ModelShape& model = context_->model;
   const bool one_each = idle.size() >= pipeline.num_vacant();
   std::vector<Fill> fills;
+  std::vector<WorkerId> workers = WorkerIdsOf(pipeline);
+  std::vector<Worker*> left = idle;
   for (uint32_t i = 0; i < pipeline.slots.size(); ++i) {
     const StageSlot& slot = pipeline.slots[i];
     if (slot.state != StageSlot::State::kVacant) continue;
@@ -144,10 +159,15 @@ std::vector<Cluster::Fill> Cluster::ChooseFills(const Pipeline& pipeline,
                        pipeline.slots[i - 1].group == slot.group;
     if (joins) {
       fills.back().slots.push_back(i);
-    } else if (fills.size() < idle.size()) {
-      // Most memory first, so the first is the roomiest.
-      fills.push_back({idle[fills.size()], {i}, 0});
+    } else if (!left.empty()) {
+      // Most memory first, so the first is the roomiest of those against which least speaks.
+      const size_t choice = ChooseForSlot(workers, i, left, now_us);
+      fills.push_back({left[choice], {i}, 0});
+      left.erase(left.begin() + static_cast<std::ptrdiff_t>(choice));
+    } else {
+      continue;
     }
+    workers[i] = fills.back().worker->id;
   }
   for (Fill& fill : fills) {
     const WorkerMemory memory = fill.worker->memory();
@@ -170,7 +190,7 @@ std::vector<Cluster::Fill> Cluster::ChooseFills(const Pipeline& pipeline,
 void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
   const std::vector<Worker*> idle = IdleWorkers(now_us);
   if (idle.empty()) return;
-  const std::vector<Fill> fills = ChooseFills(*pipeline, idle);
+  const std::vector<Fill> fills = ChooseFills(*pipeline, idle, now_us);
   uint64_t rows = pipeline->capacity_rows(context_->model.policy());
   for (const Fill& fill : fills) rows = std::min(rows, fill.rows);
   // What the roomiest workers at hand could do with other layer ranges. Loading everything anew
@@ -180,7 +200,7 @@ void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
   std::stable_sort(all.begin(), all.end(), [](const Worker* a, const Worker* b) {
     return a->memory_bytes > b->memory_bytes;
   });
-  if (const Crew crew = ChooseCrew(std::move(all)); !crew.workers.empty()) {
+  if (const Crew crew = ChooseCrew(std::move(all), now_us); !crew.workers.empty()) {
     const absl::StatusOr<PipelinePlan> plan =
         PlanPipeline(context_->options, context_->model, crew.memory);
     const uint64_t anew = plan.ok() ? plan->capacity_rows : 0;
@@ -255,7 +275,11 @@ void Cluster::Fail(Pipeline* pipeline, const absl::Status& why, uint64_t now_us)
   pipeline->switched = false;
   if (pipeline->state == Pipeline::State::kActive) {
     --num_active_;
-    std::vector<Holdings> may_hold = pipeline->scheduler.Stop(why);
+    for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
+      const StageTimes& times = pipeline->scheduler.times(i);
+      if (times.steps > 0) pipeline->slots[i].times = times;
+    }
+    std::vector<Holdings> may_hold = pipeline->scheduler.Stop();
     for (size_t i = 0; i < may_hold.size(); ++i) {
       pipeline->slots[i].may_hold = std::move(may_hold[i]);
     }
@@ -285,6 +309,7 @@ void Cluster::Dissolve(PipelineId id) {
 }
 
 void Cluster::Unload(Worker* worker, uint64_t stage_id) {
+  faults_.ForgiveStage(stage_id);
   worker->stages.at(stage_id).role = HostedStage::Role::kUnloading;
   SendToWorker out{worker->id, {}};
   out.message.mutable_unload_stage()->set_stage_id(stage_id);

@@ -11,14 +11,6 @@
 #include "proto/wire/epoch_wire.h"
 
 namespace strait {
-namespace {
-
-uint64_t Doubling(uint64_t first, uint32_t times, uint64_t most) {
-  return times >= 32 ? most : std::min(first << times, most);
-}
-
-}  // namespace
-
 Worker* Cluster::FindWorker(WorkerId id) {
   const auto it = workers_.find(id);
   return it == workers_.end() ? nullptr : &it->second;
@@ -55,17 +47,17 @@ std::vector<Worker*> Cluster::WorkersOf(const Pipeline& pipeline) {
 
 void Cluster::OnLost(WorkerId id, const absl::Status& why, uint64_t now_us) {
   if (FindWorker(id) == nullptr) return;
-  Remove(id, why.ok() ? absl::UnavailableError("its stream ended") : why, true, now_us);
+  Remove(id, why.ok() ? absl::UnavailableError("its stream ended") : why, true, true, now_us);
 }
 
-void Cluster::Evict(WorkerId id, absl::Status why, uint64_t now_us) {
+void Cluster::Evict(WorkerId id, absl::Status why, bool died, uint64_t now_us) {
   context_->Send(EvictWorker{id, why});
-  Remove(id, why, false, now_us);
+  Remove(id, why, false, died, now_us);
 }
 
 void Cluster::EndStream(WorkerId id, absl::Status why, uint64_t now_us) {
   context_->Send(EvictWorker{id, why});
-  Remove(id, why, true, now_us);
+  Remove(id, why, true, true, now_us);
 }
 
 void Cluster::RememberStages(const Worker& worker, bool may_return) {
@@ -88,8 +80,10 @@ void Cluster::RememberStages(const Worker& worker, bool may_return) {
   }
 }
 
-void Cluster::Remove(WorkerId id, const absl::Status& why, bool may_return, uint64_t now_us) {
+void Cluster::Remove(WorkerId id, const absl::Status& why, bool may_return, bool died,
+                     uint64_t now_us) {
   Worker* worker = FindWorker(id);
+  if (died) CountDeath(*worker, why);
   ++context_->stats.workers_lost;
   const absl::Status lost(why.code(),
                           absl::StrCat("worker ", worker->name, ": ", std::string(why.message())));
@@ -109,83 +103,14 @@ void Cluster::Remove(WorkerId id, const absl::Status& why, bool may_return, uint
   }
   RememberStages(*worker, may_return);
   for (const auto& [stage_id, stage] : worker->stages) {
+    faults_.ForgiveStage(stage_id);
     if (stage.role != HostedStage::Role::kPlace) continue;
     Vacate(pipelines_.at(stage.pipeline).get(), stage.slot_index, now_us);
   }
   workers_.erase(id);
   edges_.Forget(id);
+  faults_.Forget(id);
   look_again_ = true;
-}
-
-void Cluster::OnTick(uint64_t now_us) {
-  look_again_ = true;  // backoffs run out
-  using Late = std::vector<std::pair<WorkerId, absl::Status>>;
-  Late silent;
-  for (const auto& [id, worker] : workers_) {
-    const uint64_t silent_us = now_us - std::min(now_us, worker.last_heard_us);
-    if (silent_us <= context_->options.heartbeat_timeout_us) continue;
-    silent.emplace_back(id, absl::DeadlineExceededError(
-                                absl::StrCat("no heartbeat for ", silent_us / 1000, " ms, at most ",
-                                             context_->options.heartbeat_timeout_us / 1000)));
-  }
-  for (auto& [id, why] : silent) EndStream(id, std::move(why), now_us);
-  TickScale(now_us);
-  Late late;
-  for (const auto& [id, pipeline] : pipelines_) CollectLate(*pipeline, now_us, &late);
-  for (const auto& [id, worker] : workers_) CollectLate(worker, now_us, &late);
-  for (auto& [id, why] : late) {
-    if (FindWorker(id) != nullptr) Evict(id, std::move(why), now_us);
-  }
-}
-
-void Cluster::CollectLate(const Pipeline& pipeline, uint64_t now_us,
-                          std::vector<std::pair<WorkerId, absl::Status>>* late) const {
-  const bool scales = scale_ && scale_->prepares() && scale_->pipeline == pipeline.id;
-  for (const std::vector<StageSlot>* slots : {&pipeline.slots, scales ? &scale_->next : nullptr}) {
-    if (slots == nullptr) continue;
-    for (const StageSlot& slot : *slots) {
-      if (slot.state != StageSlot::State::kLoading ||
-          now_us <= slot.load_progress_us + context_->options.load_timeout_us) {
-        continue;
-      }
-      late->emplace_back(
-          slot.worker, absl::DeadlineExceededError(absl::StrCat(
-                           "loading stands still at ", slot.bytes_loaded, " of ", slot.bytes_total,
-                           " bytes for ", context_->options.load_timeout_us / 1000, " ms")));
-    }
-  }
-  const StepLedger& ledger = pipeline.scheduler.ledger();
-  if (pipeline.state == Pipeline::State::kActivating &&
-      now_us > pipeline.since_us + context_->options.activation_timeout_us) {
-    for (const StageSlot& slot : pipeline.slots) {
-      if (!slot.owes_answer()) continue;
-      late->emplace_back(slot.worker, absl::DeadlineExceededError("activation not answered"));
-    }
-  }
-  if (pipeline.state == Pipeline::State::kActive && ledger.in_flight() > 0 &&
-      now_us > ledger.last_progress_us() + context_->options.step_timeout_us) {
-    late->emplace_back(pipeline.slots[ledger.SlowestStage()].worker,
-                       absl::DeadlineExceededError(absl::StrCat(
-                           "step ", ledger.records().front().id.value, " not reported for ",
-                           context_->options.step_timeout_us / 1000, " ms")));
-  }
-}
-
-void Cluster::CollectLate(const Worker& worker, uint64_t now_us,
-                          std::vector<std::pair<WorkerId, absl::Status>>* late) const {
-  for (const auto& [stage_id, stage] : worker.stages) {
-    if (!stage.resize || now_us <= stage.resize->asked_us + context_->options.step_timeout_us) {
-      continue;
-    }
-    // Until the next epoch's first plan nothing closes what is in the way.
-    const auto pipeline = pipelines_.find(stage.pipeline);
-    if (pipeline != pipelines_.end() && pipeline->second->state != Pipeline::State::kActive) {
-      continue;
-    }
-    late->emplace_back(worker.id, absl::DeadlineExceededError(absl::StrCat(
-                                      "the cache of stage ", stage_id, " not resized for ",
-                                      context_->options.step_timeout_us / 1000, " ms")));
-  }
 }
 
 // ---------------------------------------------------------------- what workers say
@@ -219,7 +144,7 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
 void Cluster::OnLoadProgress(Worker* worker, const v1::LoadProgress& progress, uint64_t now_us) {
   StageSlot* slot = SeatOf(worker, progress.stage_id()).slot;
   if (slot == nullptr) return;  // of a stage that is given up
-  if (progress.bytes_loaded() > slot->bytes_loaded) slot->load_progress_us = now_us;
+  if (progress.bytes_loaded() > slot->bytes_loaded) worker->load_progress_us = now_us;
   slot->bytes_loaded = progress.bytes_loaded();
   slot->bytes_total = progress.bytes_total();
 }
@@ -256,7 +181,9 @@ void Cluster::OnStageState(Worker* worker, const v1::StageState& state, uint64_t
                                                                 slot->cache_bytes, " asked for")),
                      now_us);
       }
-      worker->load_failures = 0;
+      // Its other stages come one after the other.
+      worker->load_progress_us = now_us;
+      faults_.OnLoaded(worker->id);
       slot->state = StageSlot::State::kLoaded;
       slot->weight_bytes = state.weight_bytes();
       slot->bytes_loaded = slot->bytes_total = state.weight_bytes();
@@ -310,12 +237,11 @@ void Cluster::OnFailed(Worker* worker, const Seat& seat, const v1::StageState& s
     if (FromWire(state.epoch()) < pipeline->epoch) return;
     OnNcclFailure(*pipeline, state.failed_nccl_edge(), error, now_us);
     RenewEdges(pipeline);
-    return OnStageError(worker, seat, error, now_us);
+    return OnStageError(worker, seat, error, state.failed_link(), now_us);
   }
   // Not evicted: it would come back and fail again at once. Others may have better luck meanwhile.
   worker->last_error = absl::StrCat("could not load: ", std::string(error.message()));
-  worker->unfit_until_us =
-      now_us + Doubling(kLoadBackoffUs, worker->load_failures++, kLoadBackoffMaxUs);
+  faults_.OnLoadFailed(worker->id, now_us);
   look_again_ = true;
   const std::string what = absl::StrCat("worker ", worker->name, " ", worker->last_error);
   const HostedStage stage = *seat.stage;
@@ -357,7 +283,7 @@ void Cluster::OnReport(Worker* worker, const v1::StageReport& report, uint64_t n
                              report.error_message());
     OnNcclFailure(*pipeline, report.failed_nccl_edge(), error, now_us);
     if (report.step_id() == 0) RenewEdges(pipeline);
-    return OnStageError(worker, seat, error, now_us);
+    return OnStageError(worker, seat, error, report.failed_link(), now_us);
   }
   if (pipeline->state != Pipeline::State::kActive) {
     return Evict(id, absl::FailedPreconditionError("reports a step before any was planned"),
@@ -382,34 +308,7 @@ void Cluster::OnReport(Worker* worker, const v1::StageReport& report, uint64_t n
   if (slot_index + 1 != pipeline->slots.size() || done->rows_computed == 0) return;
   pipeline->last_step_us = now_us;
   OnScaledStep(*pipeline, now_us);
-  for (StageSlot& each : pipeline->slots) each.errors = 0;
-  if (!pipeline->scheduler.links_proven()) return;
-  for (StageSlot& each : pipeline->slots) each.link_errors = 0;
-  pipeline->failures = 0;
-}
-
-void Cluster::OnStageError(Worker* worker, const Seat& seat, const absl::Status& error,
-                           uint64_t now_us) {
-  StageSlot* slot = seat.slot;
-  worker->last_error = std::string(error.message());
-  const bool link = absl::IsUnavailable(error) || absl::IsDeadlineExceeded(error) ||
-                    absl::IsAborted(error) || absl::IsCancelled(error);
-  ++(link ? slot->link_errors : slot->errors);
-  if (slot->errors >= kMaxStageErrors || slot->link_errors >= kMaxLinkErrors) {
-    return Evict(
-        worker->id,
-        absl::Status(error.code(), absl::StrCat("its stage failed ", slot->errors,
-                                                " times and its link ", slot->link_errors,
-                                                " times, last: ", std::string(error.message()))),
-        now_us);
-  }
-  Pipeline* pipeline = seat.pipeline;
-  Fail(pipeline,
-       absl::Status(error.code(),
-                    absl::StrCat("worker ", worker->name, ": ", std::string(error.message()))),
-       now_us);
-  pipeline->retry_at_us =
-      now_us + Doubling(kActivateBackoffUs, pipeline->failures++, kActivateBackoffMaxUs);
+  OnStepFinished(pipeline, now_us);
 }
 
 }  // namespace strait

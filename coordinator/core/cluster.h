@@ -3,7 +3,7 @@
 // Cluster knows the workers and puts pipelines together from them: it forms them, fills the place
 // of a worker that died, and gives a pipeline a new epoch whenever something of it failed.
 //
-// Owns:    workers, pipelines (each with its Scheduler).
+// Owns:    workers, pipelines (each with its Scheduler), a FaultPolicy, which says whom to blame.
 // Borrows: the Context, the Journal.
 // Thread:  loop thread only.
 // Errors:  what a worker does wrong evicts it, with a status that names the discrepancy.
@@ -26,6 +26,7 @@
 #include "coordinator/core/context.h"
 #include "coordinator/core/departed.h"
 #include "coordinator/core/edges.h"
+#include "coordinator/core/fault_policy.h"
 #include "coordinator/core/journal.h"
 #include "coordinator/core/pipeline.h"
 #include "coordinator/core/planner.h"
@@ -34,19 +35,10 @@
 
 namespace strait {
 
-// A worker whose stage fails so often without a finished step in between is evicted. A broken link
-// counts apart, and longer than a heartbeat timeout: mostly the other end of it is to blame.
-inline constexpr uint32_t kMaxStageErrors = 3;
-inline constexpr uint32_t kMaxLinkErrors = 12;
-// Wait before an activation after a failure that cost no worker: doubles from the first to the
-// last.
-inline constexpr uint64_t kActivateBackoffUs = 20'000;
-inline constexpr uint64_t kActivateBackoffMaxUs = 2'000'000;
-// A worker that could not load a stage is left alone so long, doubling.
-inline constexpr uint64_t kLoadBackoffUs = 1'000'000;
-inline constexpr uint64_t kLoadBackoffMaxUs = 60'000'000;
 // Of two pipelines that lack workers for so long, the younger one gives its workers to the older.
 inline constexpr uint64_t kConsolidateAfterUs = 10'000'000;
+// A worker that does not answer how its memory is lent out, by ResizeCache or UnloadStage, for so long.
+inline constexpr uint64_t kMemoryTimeoutUs = 300'000'000;
 
 class Cluster {
  public:
@@ -67,6 +59,7 @@ class Cluster {
   using Pipelines = std::map<PipelineId, std::unique_ptr<Pipeline>>;
   const Pipelines& pipelines() const { return pipelines_; }
   const std::map<WorkerId, Worker>& workers() const { return workers_; }
+  const FaultPolicy& faults() const { return faults_; }
   uint32_t num_active() const { return num_active_; }
   // Of the roomiest pipeline, whatever its state.
   uint64_t capacity_rows() const;
@@ -107,9 +100,31 @@ class Cluster {
   void OnActive(Worker* worker, const Seat& seat, const v1::StageState& state, uint64_t now_us);
   void OnFailed(Worker* worker, const Seat& seat, const v1::StageState& state, uint64_t now_us);
   void OnReport(Worker* worker, const v1::StageReport& report, uint64_t now_us);
-  // A stage says that it failed: the pipeline starts anew, the worker goes if it was once too
-  // often.
-  void OnStageError(Worker* worker, const Seat& seat, const absl::Status& error, uint64_t now_us);
+
+  // ---- Faults (faults.cc) ----
+  // A stage says that it failed: the pipeline starts anew, the worker goes if its step failed once too often.
+  // `link`: the edge that it names.
+  void OnStageError(Worker* worker, const Seat& seat, const absl::Status& error,
+                    const v1::LinkFailure& link, uint64_t now_us);
+  // The edge failed: its two workers are blamed, in words that name them.
+  std::string OnLinkFailed(const Pipeline& pipeline, const v1::LinkFailure& link,
+                           const absl::Status& error, uint64_t now_us);
+  // A step went all the way.
+  void OnStepFinished(Pipeline* pipeline, uint64_t now_us);
+  // Who had got no token for too long because of links ends.
+  void EndUnreachable(const absl::Status& why, uint64_t now_us);
+  // For sequences that the worker had in hand when it died; those that have seen too many of it end, but not before
+  // they could run again: until then the worker may come back, and has not died.
+  void CountDeath(const Worker& worker, const absl::Status& why);
+  void EndDeadly();
+  // They had not died: who is not running by now is forgiven.
+  void Uncount(uint64_t instance);
+  // Its workers as they are blamed for a failed link or several; true: others load in their place, or it is
+  // dissolved to be formed in another order.
+  bool PartBlamed(Pipeline* pipeline, uint64_t now_us);
+  std::vector<WorkerId> WorkerIdsOf(const Pipeline& pipeline) const;
+  bool IsRing() const { return context_->options.grants(); }
+  uint64_t PatienceWithStep(const Pipeline& pipeline) const;
   // Edges of it failed, or may have: all are opened anew.
   static void RenewEdges(Pipeline* pipeline);
   void Unload(Worker* worker, uint64_t stage_id);
@@ -153,14 +168,18 @@ class Cluster {
     std::vector<Worker*> workers;
     std::vector<WorkerMemory> memory;
   };
-  Crew ChooseCrew(std::vector<Worker*> candidates) const;
+  Crew ChooseCrew(std::vector<Worker*> candidates, uint64_t now_us);
   // Which of them take which vacant slots.
   struct Fill {
     Worker* worker;
     std::vector<uint32_t> slots;
     uint64_t rows;
   };
-  std::vector<Fill> ChooseFills(const Pipeline& pipeline, const std::vector<Worker*>& idle) const;
+  std::vector<Fill> ChooseFills(const Pipeline& pipeline, const std::vector<Worker*>& idle,
+                                uint64_t now_us) const;
+  // Of those that are free for this slot, the one against which least speaks beside these neighbours.
+  size_t ChooseForSlot(const std::vector<WorkerId>& workers, uint32_t slot_index,
+                       const std::vector<Worker*>& idle, uint64_t now_us) const;
   void Consolidate(uint64_t now_us);
   // `worker` loads a stage for this slot, which is in its place or will be.
   void Assign(StageSlot* slot, HostedStage hosted, Worker* worker, uint64_t now_us);
@@ -183,10 +202,14 @@ class Cluster {
   // Its workers unload and are idle afterwards. REQUIRES: not active.
   void Dissolve(PipelineId id);
   // For what it did: if it comes back, its stages are loaded anew.
-  void Evict(WorkerId id, absl::Status why, uint64_t now_us);
+  void Evict(WorkerId id, absl::Status why, uint64_t now_us) {
+    Evict(id, std::move(why), /*died=*/false, now_us);
+  }
+  // `died`: not for what it said, but because it does not work any more.
+  void Evict(WorkerId id, absl::Status why, bool died, uint64_t now_us);
   // Its stream is over, and may be the only thing that is: it keeps what it has.
   void EndStream(WorkerId id, absl::Status why, uint64_t now_us);
-  void Remove(WorkerId id, const absl::Status& why, bool may_return, uint64_t now_us);
+  void Remove(WorkerId id, const absl::Status& why, bool may_return, bool died, uint64_t now_us);
   // Its stages, of which no slot knows from now on.
   void RememberStages(const Worker& worker, bool may_return);
 
@@ -197,6 +220,7 @@ class Cluster {
   Context* const context_;
   Journal* const journal_;
   EdgeChooser edges_;
+  FaultPolicy faults_;
   DepartedStages departed_;
   std::map<WorkerId, Worker> workers_;
   Pipelines pipelines_;
@@ -207,6 +231,7 @@ class Cluster {
   uint64_t last_epoch_counter_ = 0;
   uint64_t weights_fingerprint_ = 0;  // of the workers that are attached, or were last
   std::optional<Scale> scale_;
+  std::string deadly_;         // not empty: a sequence has seen too many deaths; the last one
   absl::Status plan_problem_;  // why no further pipeline was formed
   bool look_again_ =
       false;  // workers or their fitness changed since pipelines were last put together

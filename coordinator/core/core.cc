@@ -43,6 +43,12 @@ absl::Status ValidateOptions(const CoreOptions& options, const ModelShape& model
       CheckOption("--grant-depth", options.grant_depth, 1, limits::kMaxGrantDepth));
   STRAIT_RETURN_IF_ERROR(CheckOption("--heartbeat-timeout, in microseconds,",
                                      options.heartbeat_timeout_us, 10'000, 3'600'000'000));
+  for (const auto& [name, us] :
+       {std::pair("--load-timeout, in microseconds,", options.load_timeout_us),
+        std::pair("--step-timeout, in microseconds,", options.step_timeout_us),
+        std::pair("--replay-timeout, in microseconds,", options.replay_timeout_us)}) {
+    STRAIT_RETURN_IF_ERROR(CheckOption(name, us, 100'000, 86'400'000'000));
+  }
   STRAIT_RETURN_IF_ERROR(CheckOption("the model's vocab_size", model.vocab_size, 1, 1u << 31));
   STRAIT_RETURN_IF_ERROR(
       CheckOption("the model's max_positions", model.max_positions, 1, 1u << 30));

@@ -56,11 +56,14 @@ struct CoreOptions {
   uint64_t max_cache_bytes_per_stage = 0;  // 0: what memory leaves after weights
   // For tests with made-up workers: a Hello may leave weights_fingerprint and cache_row_bytes 0.
   bool accept_untold = false;
-  // A stage that loads, and has not got any further for longer than this, is evicted.
-  uint64_t load_timeout_us = 300'000'000;
-  // A stage that sits on a step, or on an activation, for longer than this is evicted.
-  uint64_t step_timeout_us = 300'000'000;
+  // A worker that loads, and has not got any further for longer than this, is evicted.
+  uint64_t load_timeout_us = 30'000'000;
+  // A stage that sits on a step for longer than this and kStepPatience times its estimate is evicted
+  // (coordinator/core/fault_policy.h), or on an activation for longer than that.
+  uint64_t step_timeout_us = 10'000'000;
   uint64_t activation_timeout_us = 30'000'000;
+  // A sequence that gets no token for so long because links fail ends Unavailable.
+  uint64_t replay_timeout_us = 120'000'000;
   // Of this process, random; edge nonces are made from it, so nobody outside can guess one.
   uint64_t edge_secret = 0;
 };

@@ -65,7 +65,9 @@ void Journal::GiveScores(Sequence* sequence, std::vector<TokenInfo> scores) {
     STRAIT_CHECK(score.position == sequence->scored + 1, "scores come in position order");
     sequence->scored = score.position;
   }
-  sequence->fruitless_replays = 0;
+  sequence->blame.links_since_us = 0;
+  // Of one that samples, too, the token tells: what it may be granted hangs on it.
+  if (sequence->score_only()) sequence->blame.deaths = 0;
   context_->Send(PromptScored{sequence->request->id, sequence->index, std::move(scores)});
 }
 
@@ -73,7 +75,7 @@ std::optional<Journal::Finish> Journal::GiveToken(Sequence* sequence, TokenInfo 
   STRAIT_CHECK(token.position == sequence->tokens.size(), "tokens come in position order");
   const TokenId id = token.id;
   sequence->tokens.push_back(id);
-  sequence->fruitless_replays = 0;
+  sequence->blame = {};
   ++context_->stats.generated_tokens;
   context_->Send(TokenEmitted{sequence->request->id, sequence->index, std::move(token)});
   if (IsStop(*sequence, id, sequence->generated())) return Finish{FinishReason::kStop, id};

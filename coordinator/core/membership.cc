@@ -55,6 +55,7 @@ void Cluster::OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us) {
     break;
   }
   if (absl::Status sound = CheckHeldStages(hello); !sound.ok()) return refuse(std::move(sound));
+  Uncount(hello.instance());
   if (workers_.size() >= limits::kMaxWorkers) {
     return refuse(absl::ResourceExhaustedError(
         absl::StrCat(workers_.size(), " workers are attached, at most ", limits::kMaxWorkers)));

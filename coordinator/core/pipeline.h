@@ -42,8 +42,7 @@ struct StageSlot {
   uint64_t bytes_total = 0;
   uint64_t load_progress_us = 0;  // when bytes_loaded last grew
   uint64_t weight_bytes = 0;
-  uint32_t errors = 0;         // since a step was finished by all stages
-  uint32_t link_errors = 0;    // since every link carried something
+  StageTimes times;            // of its epochs before
   uint64_t rows_computed = 0;  // since it was loaded, as it reported
   uint64_t rows_stored = 0;
   // What it may have of sequences; once it is active: what it told. The scheduler's while that runs.
@@ -74,6 +73,7 @@ struct Pipeline {
   uint64_t last_step_us = 0;  // when the last stage reported rows
   uint64_t retry_at_us = 0;   // no activation before
   uint32_t failures = 0;      // since every link carried something
+  bool links_worked = false;  // in this epoch each of them has carried something
   uint64_t planned_rows = 0;  // what its first workers could hold, see PipelinePlan::capacity_rows
   // While a scale prepares: what it will hold. Its caches do not grow meanwhile.
   std::optional<uint64_t> scaled_rows;

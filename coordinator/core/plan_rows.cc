@@ -126,23 +126,63 @@ void Scheduler::PlanDecodes(Draft* draft) {
   }
 }
 
+// Of a step's rows, this part belongs to the oldest; shorter ones come first in the rest. So whoever has little left goes
+// on soon, and whoever has much is never without.
+constexpr uint32_t kOldestShare = 4;
+
 void Scheduler::PlanPrefill(Draft* draft) {
-  auto it = prefilling_.begin();
-  while (it != prefilling_.end() && draft->tokens_left > 0 && draft->sequences_left > 0) {
-    Residency* residency = it->second;
+  std::vector<Residency*> waiting;
+  for (const auto& [id, residency] : prefilling_) {
+    if (!residency->sequence->replays_alone()) waiting.push_back(residency);
+  }
+  if (waiting.empty() || draft->tokens_left == 0) return;
+  const auto wanted = [](const Residency* residency) {
+    return residency->sequence->rows_wanted() - residency->rows.next();
+  };
+  Residency* const oldest = waiting.front();
+  uint32_t kept_back = std::min({wanted(oldest), context_->options.prefill_chunk,
+                                 (draft->tokens_left - 1) / kOldestShare + 1});
+  std::stable_sort(waiting.begin(), waiting.end(),
+                   [&](const Residency* a, const Residency* b) { return wanted(a) < wanted(b); });
+  bool oldest_planned = false;
+  for (Residency* residency : waiting) {
+    const bool is_oldest = residency == oldest;
+    if (is_oldest) kept_back = 0;
+    const uint32_t seats = is_oldest || oldest_planned ? 0 : 1;  // kept back, too
+    if (draft->tokens_left <= kept_back || draft->sequences_left <= seats) continue;
     const uint32_t prefix_tokens = residency->opened ? 0 : residency->rows.next();
     if (draft->prefix_tokens > 0 &&
         draft->prefix_tokens + prefix_tokens > limits::kMaxStepPrefixTokens) {
-      ++it;  // the plan would be too long a message
-      continue;
+      continue;  // the plan would be too long a message
     }
-    const uint32_t wanted = residency->sequence->rows_wanted() - residency->rows.next();
-    const StageRows::Chunk chunk = residency->rows.Cut(
-        std::min({wanted, context_->options.prefill_chunk, draft->tokens_left}));
-    unplanned_rows_ -= chunk.num_rows;
-    it = chunk.num_rows == wanted ? prefilling_.erase(it) : std::next(it);
-    PlanRows(residency, chunk, draft);
+    oldest_planned = oldest_planned || is_oldest;
+    PlanChunk(residency, draft->tokens_left - kept_back, draft);
   }
+}
+
+Residency* Scheduler::ChooseAlone() {
+  Residency* alone = nullptr;
+  bool others = false;
+  for (const auto& [id, residency] : prefilling_) {
+    if (!residency->sequence->replays_alone()) {
+      others = true;
+    } else if (alone == nullptr) {
+      alone = residency;
+    }
+  }
+  // In turn with the others.
+  if (alone != nullptr && alone_last_ && (others || WorthDecoding())) alone = nullptr;
+  alone_last_ = alone != nullptr;
+  return alone;
+}
+
+void Scheduler::PlanChunk(Residency* residency, uint32_t rows_max, Draft* draft) {
+  const uint32_t wanted = residency->sequence->rows_wanted() - residency->rows.next();
+  const StageRows::Chunk chunk =
+      residency->rows.Cut(std::min({wanted, context_->options.prefill_chunk, rows_max}));
+  unplanned_rows_ -= chunk.num_rows;
+  if (chunk.num_rows == wanted) prefilling_.erase(residency->sequence->id);
+  PlanRows(residency, chunk, draft);
 }
 
 void Scheduler::PlanRows(Residency* residency, StageRows::Chunk chunk, Draft* draft) {
@@ -174,6 +214,7 @@ void Scheduler::PlanRows(Residency* residency, StageRows::Chunk chunk, Draft* dr
   residency->rows.Advance(chunk.num_rows);
   num_uneven_ += !residency->rows.even();
   draft->record.num_rows += chunk.num_rows;
+  draft->record.sequences.push_back(sequence.id);
   draft->tokens_left -= chunk.num_rows;
   --draft->sequences_left;
   PlanLogits(residency, begin, chunk.num_rows, draft);

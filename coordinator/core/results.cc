@@ -77,6 +77,7 @@ void StageTimes::Add(const v1::StageReport& report) {
   };
   add(report.compute_us(), &compute_us);
   add(report.wait_us(), &wait_us);
+  add(report.rows_computed(), &rows);
 }
 
 absl::Status Scheduler::CheckResults(const StepRecord& record,

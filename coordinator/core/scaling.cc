@@ -54,12 +54,12 @@ void Cluster::TickScale(uint64_t now_us) {
   // Whoever holds up another phase is evicted.
   if (!scale_ ||
       (scale_->phase != Scale::Phase::kWaiting && scale_->phase != Scale::Phase::kGrowing) ||
-      now_us <= scale_->since_us + context_->options.load_timeout_us) {
+      now_us <= scale_->since_us + kMemoryTimeoutUs) {
     return;
   }
   AnswerScale(absl::DeadlineExceededError(absl::StrCat(
-      "a worker has not given memory back for ", context_->options.load_timeout_us / 1'000'000,
-      " s; ", scale_->done, " pipeline(s) have ", scale_->num_stages, " stage(s) all the same")));
+      "a worker has not given memory back for ", kMemoryTimeoutUs / 1'000'000, " s; ", scale_->done,
+      " pipeline(s) have ", scale_->num_stages, " stage(s) all the same")));
 }
 
 void Cluster::AdvanceScale(uint64_t now_us) {
@@ -215,7 +215,7 @@ void Cluster::Switch(Pipeline* pipeline, uint64_t now_us) {
   scale.pause_begin_us =
       scheduler.num_residents() > 0 && pipeline->last_step_us > 0 ? pipeline->last_step_us : now_us;
   scale.first_step_us = 0;
-  std::vector<Holdings> may_hold = pipeline->scheduler.Stop(absl::OkStatus());
+  std::vector<Holdings> may_hold = pipeline->scheduler.Stop();
   --num_active_;
   for (size_t i = 0; i < may_hold.size(); ++i) {
     pipeline->slots[i].may_hold = std::move(may_hold[i]);

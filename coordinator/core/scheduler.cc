@@ -58,7 +58,7 @@ Holdings Scheduler::MayBeHeld(uint32_t stage_index) const {
   return holdings;
 }
 
-std::vector<Holdings> Scheduler::Stop(const absl::Status& why) {
+std::vector<Holdings> Scheduler::Stop() {
   std::vector<Holdings> may_hold;
   for (uint32_t s = 0; s < num_stages_; ++s) may_hold.push_back(MayBeHeld(s));
   // Preempted sequences may have results pending too, so this goes by steps, not by residents.
@@ -71,24 +71,16 @@ std::vector<Holdings> Scheduler::Stop(const absl::Status& why) {
   }
   ledger_.Stop();
   closing_.clear();
-  close_now_ = false;
+  close_now_ = alone_last_ = false;
   survivors_ = {};
   unnamed_.clear();
   const std::map<SequenceId, Residency*> residents = residents_;
   for (const auto& [id, residency] : residents) {
-    const bool worked_on = residency->opened;
     Sequence* sequence = residency->sequence;
     STRAIT_CHECK(residency->results_pending == 0 && residency->samples_pending == 0);
     Forget(residency);
     sequence->Remove(residency);
-    if (sequence->resident()) continue;
-    journal_->Wait(sequence);
-    if (why.ok() || !worked_on || ++sequence->fruitless_replays <= kMaxFruitlessReplays) continue;
-    journal_->End(sequence, FinishReason::kError, std::nullopt,
-                  absl::UnavailableError(absl::StrCat(
-                      "the pipeline failed ", sequence->fruitless_replays,
-                      " times without a token of this sequence in between; the last failure: ",
-                      std::string(why.message()))));
+    if (!sequence->resident()) journal_->Wait(sequence);
   }
   books_.Stop();
   index_.Clear();
@@ -97,6 +89,16 @@ std::vector<Holdings> Scheduler::Stop(const absl::Status& why) {
   num_stages_ = 0;
   unplanned_rows_ = 0;
   return may_hold;
+}
+
+std::vector<SequenceId> Scheduler::InHand(uint32_t stage_index) const {
+  for (const StepRecord& record : ledger_.records()) {
+    if (!ledger_.Unanswered(record, stage_index) || record.num_rows == 0) continue;
+    // What it waits for it cannot have failed at.
+    const bool had_it = stage_index == 0 || !ledger_.Unanswered(record, stage_index - 1);
+    return had_it ? record.sequences : std::vector<SequenceId>();
+  }
+  return {};
 }
 
 bool Scheduler::CanEverHold(const Sequence& sequence) const {
@@ -185,6 +187,8 @@ bool Scheduler::WorthDecoding() const {
 
 bool Scheduler::MayDecode(const Residency& residency) const {
   const Sequence& sequence = *residency.sequence;
+  // Who replays alone would be with others in a step that is granted: first its token must come.
+  if (sequence.replays_alone() && residency.samples_pending > 0) return false;
   return residency.samples_pending < context_->options.grant_depth &&
          sequence.generated() + residency.samples_pending < sequence.spec.max_tokens;
 }
@@ -230,8 +234,12 @@ std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
   PlanKeeps(&draft);
   PlanCloses(&draft);
   if (!full) {
-    PlanDecodes(&draft);
-    PlanPrefill(&draft);
+    if (Residency* const alone = ChooseAlone()) {
+      PlanChunk(alone, draft.tokens_left, &draft);
+    } else {
+      PlanDecodes(&draft);
+      PlanPrefill(&draft);
+    }
   }
   std::optional<v1::StepPlan> plan = Send(std::move(draft), now_us);
   STRAIT_CHECK(plan.has_value() || is_awaited);

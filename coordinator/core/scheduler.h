@@ -56,6 +56,7 @@ namespace strait {
 struct StageTimes {
   uint64_t steps = 0;
   double compute_us = 0;
+  double rows = 0;
   double wait_us = 0;  // from a plan's arrival to that of its hidden states: the pipeline's bubble
 
   void Add(const v1::StageReport& report);
@@ -76,10 +77,10 @@ class Scheduler {
   // The stages have `survivors`; who of them can stay is placed at once.
   // REQUIRES: stopped.
   void Start(std::vector<StageCache> stages, Survivors survivors, RowSource source = {});
-  // Forgets steps and bytes; residents wait again. Those that fail once too often without a token
-  // in between end Unavailable because of `why`; where that is ok nothing failed, and it counts for nobody.
-  // Returns what each stage may have now.
-  std::vector<Holdings> Stop(const absl::Status& why);
+  // Forgets steps and bytes; residents wait again. Returns what each stage may have now.
+  std::vector<Holdings> Stop();
+  // Who is in the oldest step that this stage has not reported, if the stage before it has. REQUIRES: started.
+  std::vector<SequenceId> InHand(uint32_t stage_index) const;
   bool started() const { return num_stages_ > 0; }
 
   // ---- Routing ----
@@ -178,6 +179,9 @@ class Scheduler {
   void PlanCloses(Draft* draft);
   void PlanDecodes(Draft* draft);
   void PlanPrefill(Draft* draft);
+  // One that replays in steps of its own, and whose turn it is; null: others' turn.
+  Residency* ChooseAlone();
+  void PlanChunk(Residency* residency, uint32_t rows_max, Draft* draft);
   void PlanOpen(Residency* residency, const std::vector<uint32_t>& kept_rows, Draft* draft);
   void PlanRows(Residency* residency, StageRows::Chunk chunk, Draft* draft);
   // Scores and samples of rows [begin, begin + num_rows), which end the step's sequences.
@@ -246,7 +250,8 @@ class Scheduler {
   std::map<uint64_t, Residency*> ready_;  // residents with a token to feed; longest waiting first
   uint32_t num_uneven_ = 0;               // residents of which stages have different lengths
   std::vector<Closing> closing_;
-  bool close_now_ = false;  // one of them has a granted row that may wait for an id
+  bool alone_last_ = false;  // the last step was of one that replays alone
+  bool close_now_ = false;   // one of them has a granted row that may wait for an id
   // What stages told, each until it has reported the first step; which names it, if `unnamed_` does not
   // say that it is still to come.
   Survivors survivors_;

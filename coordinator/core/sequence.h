@@ -27,9 +27,15 @@ namespace strait {
 
 struct Request;
 
-// Failures of its pipeline that a sequence survives without having got a token in between. A
-// sequence that kills every worker it meets must not kill them forever.
-inline constexpr uint32_t kMaxFruitlessReplays = 8;
+// A sequence that kills every worker it meets must not kill them forever, nor be mistaken for one that was only there:
+// after so many deaths it replays in steps of its own, and one more is its own.
+inline constexpr uint32_t kDeathsToReplayAlone = 2;
+
+// What happened to a sequence since it got a token. The rules are FaultPolicy's and Scheduler's.
+struct SequenceBlame {
+  uint32_t deaths = 0;          // of workers that had it in the step that they left unfinished
+  uint64_t links_since_us = 0;  // not 0: since when links of its pipelines fail
+};
 
 struct Sequence {
   // --- Constant after admission ---
@@ -44,7 +50,7 @@ struct Sequence {
   std::vector<TokenId> tokens;      // prompt, then generated
   uint32_t scored = 0;              // prompt tokens whose score the client has, from position 1 on
   uint32_t rows_computed_once = 0;  // rows below were planned before: counted as replayed
-  uint32_t fruitless_replays = 0;   // failures of its pipeline since it got a token
+  SequenceBlame blame;
   PrefixKeys prefix_keys;           // of its full blocks
   bool was_placed = false;
   uint32_t cached_tokens = 0;  // of its prompt, that it found in a cache when it was placed first
@@ -68,6 +74,8 @@ struct Sequence {
   void Remove(Residency* residency);
 
   uint32_t generated() const { return static_cast<uint32_t>(tokens.size()) - prompt_tokens; }
+  // No other sequence is in its steps, until it gets a token.
+  bool replays_alone() const { return blame.deaths >= kDeathsToReplayAlone; }
   bool score_only() const { return spec.max_tokens == 0; }
   // Rows that its next sampling needs; of the last prompt token nothing is wanted when it only
   // scores.

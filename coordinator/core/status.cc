@@ -134,6 +134,18 @@ json::Object StageJson(uint64_t stage_id, const HostedStage& stage) {
   return out;
 }
 
+const char* Name(FaultPolicy::Standing standing) {
+  switch (standing) {
+    case FaultPolicy::Standing::kGood:
+      return "good";
+    case FaultPolicy::Standing::kSuspect:
+      return "suspect";
+    case FaultPolicy::Standing::kSetAside:
+      return "set_aside";
+  }
+  return "";
+}
+
 // What the worker does, by its stages; of several that differ the least settled.
 const char* WorkerState(const Worker& worker, const Cluster& cluster) {
   const char* state = worker.stages.empty() ? "idle" : "unloading";
@@ -187,6 +199,18 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Cont
   out["state"] = WorkerState(worker, cluster);
   out["stages"] = std::move(stages);
   if (!worker.last_error.empty()) out["last_error"] = worker.last_error;
+  out["standing"] = Name(cluster.faults().StandingOf(worker.id, now_us));
+  json::Array failed;
+  for (const FaultPolicy::FailedLink& link : cluster.faults().FailedLinksOf(worker.id, now_us)) {
+    json::Object one;
+    one["from"] = cluster.workers().at(link.from).name;
+    one["to"] = cluster.workers().at(link.to).name;
+    one["times"] = link.times;
+    one["why"] = link.why;
+    one["blamed_s"] = (link.until_us - now_us) / 1'000'000;
+    failed.push_back(std::move(one));
+  }
+  if (!failed.empty()) out["failed_links"] = std::move(failed);
   return out;
 }
 

@@ -69,8 +69,9 @@ struct StageStep {
 struct StepRecord {
   StepId id;
   uint32_t num_rows = 0;
-  bool decodes = false;           // has rows of sequences past their prefill
-  std::vector<StageStep> stages;  // by index
+  bool decodes = false;               // has rows of sequences past their prefill
+  std::vector<StageStep> stages;      // by index
+  std::vector<SequenceId> sequences;  // with rows, in plan order
   std::vector<WantedResult> wanted;
   std::vector<GrantedRow> granted;         // in plan order
   std::vector<TokenId> granted_ids_first;  // that the first stage fed for them, once it reported

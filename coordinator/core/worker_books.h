@@ -69,9 +69,8 @@ struct Worker {
   uint64_t attached_us = 0;
   uint64_t last_heard_us = 0;
   uint64_t resident_bytes = 0;
-  HostedStages stages;  // none: a spare
-  uint32_t load_failures = 0;
-  uint64_t unfit_until_us = 0;
+  HostedStages stages;            // none: a spare
+  uint64_t load_progress_us = 0;  // when the bytes of any of its stages last grew
   std::string last_error;
 
   // Null: it has no such stage, or no more.

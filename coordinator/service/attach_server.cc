@@ -80,6 +80,19 @@ absl::Status CheckHello(const v1::Hello& hello) {
   return absl::OkStatus();
 }
 
+absl::Status CheckReachable(const v1::Hello& hello, std::string_view peer) {
+  const absl::StatusOr<rpc::HostPort> data = rpc::ParseHostPort(hello.data_address());
+  const std::string host = rpc::HostOfPeer(peer);
+  if (!data.ok() || !rpc::IsLoopback(data->host) || host.empty() || rpc::IsOfThisMachine(host)) {
+    return absl::OkStatus();
+  }
+  return absl::FailedPreconditionError(absl::StrCat(
+      "worker ", hello.name(), " attaches from ", host, " and says that other workers reach it at ",
+      hello.data_address(), ", which is an address of each machine's own: start it with --listen ",
+      host,
+      ":0 (or another address of its machine) and --insecure, or with --advertise HOST:PORT"));
+}
+
 class AttachServer::Impl final : public v1::Coordinator::CallbackService {
  public:
   Impl(AttachServerOptions options, AttachEvents events)
@@ -197,6 +210,7 @@ class AttachServer::Impl final : public v1::Coordinator::CallbackService {
     absl::Status valid = message.has_hello()
                              ? CheckHello(message.hello())
                              : absl::InvalidArgumentError("the first message of a worker is Hello");
+    if (valid.ok()) valid = CheckReachable(message.hello(), attachment->stream->peer());
     if (valid.ok()) valid = Admit(attachment);
     if (!valid.ok()) {
       Log(LogLevel::kWarning, "worker refused",

@@ -20,6 +20,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 
 #include "absl/status/status.h"
 #include "proto/base/ids.h"
@@ -48,6 +49,9 @@ struct AttachEvents {
 
 // What must hold of a Hello whatever the model is.
 absl::Status CheckHello(const v1::Hello& hello);
+// FailedPrecondition: the worker is on another machine, by its `peer` as gRPC has it, and says that others reach it
+// under an address of theirs.
+absl::Status CheckReachable(const v1::Hello& hello, std::string_view peer);
 
 class AttachServer {
  public:

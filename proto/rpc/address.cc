@@ -2,10 +2,13 @@
 #include "proto/rpc/address.h"
 
 #include <arpa/inet.h>
+#include <ifaddrs.h>
 
+#include <algorithm>
 #include <charconv>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_replace.h"
 #include "proto/base/status_macros.h"
 #include "proto/base/text.h"
 
@@ -52,6 +55,42 @@ absl::StatusOr<HostPort> ParseHostPort(std::string_view text) {
   }
   result.host = std::string(host);
   return result;
+}
+
+std::string HostOfPeer(std::string_view peer) {
+  const bool v4 = peer.starts_with("ipv4:");
+  if (!v4 && !peer.starts_with("ipv6:")) return "";
+  std::string host = absl::StrReplaceAll(ToAbsl(peer.substr(5)), {{"%5B", "["}, {"%5D", "]"}});
+  host.resize(std::min(host.rfind(':'), host.size()));
+  if (v4) return host;
+  if (host.starts_with('[')) host.erase(0, 1);
+  host.resize(std::min(host.find_first_of("]%"), host.size()));
+  constexpr std::string_view kMapped = "::ffff:";
+  if (host.starts_with(kMapped) && host.find('.') != std::string::npos) {
+    host.erase(0, kMapped.size());
+  }
+  return host;
+}
+
+bool IsOfThisMachine(std::string_view host) {
+  if (IsLoopback(host)) return true;
+  ifaddrs* all = nullptr;
+  if (getifaddrs(&all) != 0) return false;
+  bool found = false;
+  for (const ifaddrs* one = all; one != nullptr && !found; one = one->ifa_next) {
+    if (one->ifa_addr == nullptr) continue;
+    char text[INET6_ADDRSTRLEN] = "";
+    if (one->ifa_addr->sa_family == AF_INET) {
+      const auto* v4 = reinterpret_cast<const sockaddr_in*>(one->ifa_addr);
+      inet_ntop(AF_INET, &v4->sin_addr, text, sizeof(text));
+    } else if (one->ifa_addr->sa_family == AF_INET6) {
+      const auto* v6 = reinterpret_cast<const sockaddr_in6*>(one->ifa_addr);
+      inet_ntop(AF_INET6, &v6->sin6_addr, text, sizeof(text));
+    }
+    found = host == text;
+  }
+  freeifaddrs(all);
+  return found;
 }
 
 bool IsLoopback(std::string_view host) {

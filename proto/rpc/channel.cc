@@ -10,9 +10,15 @@
 namespace strait::rpc {
 namespace {
 
-constexpr int kKeepaliveMs = 10'000;
-constexpr int kKeepaliveTimeoutMs = 5'000;
-constexpr int kServerMinPingMs = 5'000;
+// Of data sooner: a link that carries nothing any more should show before the coordinator's patience with a step is
+// over, or it would blame the stage that waits.
+struct Keepalive {
+  int time_ms;
+  int timeout_ms;
+  int server_min_ping_ms;  // that a server allows
+};
+constexpr Keepalive kControlKeepalive{10'000, 5'000, 5'000};
+constexpr Keepalive kDataKeepalive{3'000, 3'000, 1'000};
 constexpr int kMaxReconnectBackoffMs = 2'000;
 // gRPC takes the least reconnect back-off as the time that one attempt to connect may last. A busy peer
 // can need a while for the handshake.
@@ -23,14 +29,18 @@ int MaxMessageBytes(Traffic traffic) {
                                       : limits::kMaxDataMessageBytes;
 }
 
+const Keepalive& KeepaliveOf(Traffic traffic) {
+  return traffic == Traffic::kControl ? kControlKeepalive : kDataKeepalive;
+}
+
 }  // namespace
 
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, Traffic traffic) {
   grpc::ChannelArguments args;
   args.SetMaxReceiveMessageSize(MaxMessageBytes(traffic));
   args.SetMaxSendMessageSize(MaxMessageBytes(traffic));
-  args.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
-  args.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+  args.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, KeepaliveOf(traffic).time_ms);
+  args.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KeepaliveOf(traffic).timeout_ms);
   args.SetInt(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
   args.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);
   args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
@@ -53,10 +63,10 @@ void ConfigureServer(grpc::ServerBuilder& builder, const std::string& listen_add
   builder.SetMaxReceiveMessageSize(MaxMessageBytes(traffic));
   builder.SetMaxSendMessageSize(MaxMessageBytes(traffic));
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
-                             kServerMinPingMs);
+                             KeepaliveOf(traffic).server_min_ping_ms);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, KeepaliveOf(traffic).time_ms);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, KeepaliveOf(traffic).timeout_ms);
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
 }
 

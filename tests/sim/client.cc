@@ -279,10 +279,12 @@ void Clients::OnMessage(const SequenceEnded& message, uint64_t no_pipeline_us,
                   world_->now_us() >= live.submitted_us + live.spec.timeout_us;
       } else if (text.find("no pipeline serves") != std::string::npos) {
         allowed = no_pipeline_us >= scenario_->options.no_pipeline_grace_us;
-      } else if (text.find("times without a token") != std::string::npos) {
-        allowed = scenario_->num_faults + scenario_->num_lies > kMaxFruitlessReplays ||
-                  many_failures_ ||
-                  scenario_->slow_message_chance > 0;  // late heartbeats evict, too
+      } else if (text.find("--replay-timeout") != std::string::npos) {
+        allowed = many_failures_ && absl::IsUnavailable(message.status);
+      } else if (text.find("workers that died") != std::string::npos) {
+        allowed = (scenario_->num_faults + scenario_->num_lies > kDeathsToReplayAlone ||
+                   scenario_->slow_message_chance > 0) &&  // late heartbeats evict, too
+                  absl::IsInternal(message.status);
       } else if (absl::IsResourceExhausted(message.status)) {
         allowed = !scenario_->equal_memory && workers_lost > 0;
       }

@@ -140,6 +140,17 @@ absl::Status SimTransport::Carry(uint64_t from_stage_id,
   return absl::OkStatus();
 }
 
+void SimTransport::Probe(uint64_t from_stage_id) {
+  const LinkPtr link = outgoing_.at(from_stage_id);
+  network_->world_->After(2 * network_->Delay(), [link] {
+    if (link->state != Link::State::kUp) return;  // its end is told
+    SimTransport* from = link->from;
+    from->run_(0, [from, link] {
+      if (link->state == Link::State::kUp) from->events_.on_edge_up(link->edge, {});
+    });
+  });
+}
+
 void SimTransport::Disconnect(uint64_t from_stage_id) {
   const auto it = outgoing_.find(from_stage_id);
   if (it == outgoing_.end()) return;

@@ -44,6 +44,7 @@ class Network {
   // Links from this address come up but carry nothing: each breaks when it is first used.
   void Spoil(const std::string& address) { spoiled_[address]; }
   void Mend(const std::string& address) { spoiled_.erase(address); }
+  bool IsSpoiled(const std::string& address) const { return spoiled_.contains(address); }
   // Breaks of one spoiled address, the most there were.
   uint32_t spoiled_breaks_max() const { return spoiled_breaks_max_; }
 
@@ -71,6 +72,7 @@ class SimTransport : public Transport {
   void Connect(const Edge& edge) override;
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
   absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
+  void Probe(uint64_t from_stage_id) override;
   void Disconnect(uint64_t from_stage_id) override;
   void Expect(const Edge& edge) override;
   void Forget(uint64_t to_stage_id) override;

@@ -26,8 +26,8 @@ constexpr uint64_t kSettleUs = 240'000'000;
 
 constexpr uint32_t kMostStages = 3;  // that a scale asks for
 
-// A link that carries nothing breaks this often before its worker is gone: both ends may be blamed
-// in turn, and be put together otherwise in between.
+// A link that carries nothing breaks this often before its worker has no place any more, where there is another for
+// it: both ends may be blamed in turn, and be put together otherwise in between.
 constexpr uint32_t kSpoiledBreaksMax = 100;
 
 template <class... Ts>
@@ -307,7 +307,7 @@ void Simulation::Tick() {
   Pump();
   clients_.CheckDeadlines(2 * kTickUs + gate_.shut_us());
   const uint64_t no_pipeline_us = world_.now_us() - last_ready_us_;
-  if (network_.spoiled_breaks_max() > kSpoiledBreaksMax) {
+  if (scenario_.heals && network_.spoiled_breaks_max() > kSpoiledBreaksMax) {
     world_.Violation("a worker whose links carry nothing is kept and tried again and again");
   }
   const uint64_t slack_us = (4 + 4 * gate_.num_shut()) * kTickUs;
@@ -451,6 +451,12 @@ void Simulation::Heal() {
     if (!worker->alive() || worker->is_foreign()) continue;
     const auto it = missing.find(worker->memory_bytes());
     if (it != missing.end()) missing.erase(it);
+  }
+  // Who cannot pass anything on is needed until another can.
+  for (const auto& worker : workers_) {
+    if (!worker->alive() || worker->is_foreign() || !network_.IsSpoiled(worker->address()))
+      continue;
+    missing.insert(worker->memory_bytes());
   }
   for (const uint64_t memory : missing) StartWorker(memory);
   if (scenario_.num_scales == 0) return;

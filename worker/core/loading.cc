@@ -99,7 +99,7 @@ void WorkerCore::OnLoaded(const LoadOrder& order,
   if (!model.ok()) {
     ports_->Note(LogLevel::kWarning, "stage request failed",
                  {{"stage", id}, {"why", rpc::Bounded(model.status())}});
-    return Release(id, FailedMessage(id, model.status(), {}, 0));
+    return Release(id, FailedMessage(id, model.status(), {}, nullptr));
   }
   v1::FromWorker message = LoadedMessage(id, **model, traits_.block_bytes);
   ports_->Note(LogLevel::kInfo, "stage loaded",

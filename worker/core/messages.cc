@@ -75,19 +75,30 @@ v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string
   return message;
 }
 
+namespace {
+
+template <class Message>
+void SetFailed(const Edge& edge, Message* message) {
+  message->mutable_failed_link()->set_from_stage_id(edge.from_stage_id);
+  message->mutable_failed_link()->set_to_stage_id(edge.to_stage_id);
+  if (edge.over_nccl) message->set_failed_nccl_edge(edge.to_stage_id);
+}
+
+}  // namespace
+
 v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch,
-                             uint64_t nccl_edge) {
+                             const Edge* edge) {
   v1::FromWorker message = StateMessage(stage_id, v1::StageState::FAILED);
   v1::StageState& state = *message.mutable_stage_state();
   state.set_error_code(static_cast<uint32_t>(why.code()));
   state.set_error_message(std::string(rpc::Bounded(why).message()));
   ToWire(epoch, state.mutable_epoch());
-  state.set_failed_nccl_edge(nccl_edge);
+  if (edge != nullptr) SetFailed(*edge, &state);
   return message;
 }
 
 v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
-                            const absl::Status& why, uint64_t nccl_edge) {
+                            const absl::Status& why, const Edge* edge) {
   v1::FromWorker message;
   v1::StageReport& report = *message.mutable_report();
   report.set_stage_id(stage_id);
@@ -95,7 +106,7 @@ v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t ste
   ToWire(epoch, report.mutable_epoch());
   report.set_error_code(static_cast<uint32_t>(why.code()));
   report.set_error_message(std::string(rpc::Bounded(why).message()));
-  report.set_failed_nccl_edge(nccl_edge);
+  if (edge != nullptr) SetFailed(*edge, &report);
   return message;
 }
 

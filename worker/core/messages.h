@@ -29,12 +29,12 @@ v1::FromWorker UnloadedMessage(uint64_t stage_id);
 v1::FromWorker ResizedMessage(uint64_t stage_id, uint64_t cache_bytes, const absl::Status& error);
 v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id);
 // Answers a request of the coordinator that failed; `epoch` of an activation.
-// `nccl_edge`: the stage that the NCCL edge ends at that is what failed; 0: none.
+// `edge`: what failed, if it was one; null otherwise.
 v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch,
-                             uint64_t nccl_edge);
+                             const Edge* edge);
 // The stage cannot go on in this epoch. `step_id` 0: no step's fault, an edge broke.
 v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
-                            const absl::Status& why, uint64_t nccl_edge);
+                            const absl::Status& why, const Edge* edge);
 
 // How many latent blocks these are. InvalidArgument: no whole number of them, none, or too many.
 absl::StatusOr<uint32_t> CheckCacheBytes(uint64_t cache_bytes, uint64_t block_bytes);

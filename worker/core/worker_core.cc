@@ -179,7 +179,11 @@ void WorkerCore::SetIncoming(uint64_t stage_id, Hosted& hosted, const std::optio
 }
 
 bool WorkerCore::SetOutgoing(uint64_t stage_id, Hosted& hosted, const std::optional<Edge>& next) {
-  if (hosted.out.Continues(next)) return hosted.out.is_up;
+  if (hosted.out.Continues(next)) {
+    // That it worked is no proof that it does: who answers now is there.
+    if (hosted.out.is_up) transport_->Probe(stage_id);
+    return false;
+  }
   const bool had_one = hosted.out.edge.has_value();
   hosted.out = {.edge = next};
   hosted.memory = {};
@@ -218,24 +222,24 @@ void WorkerCore::OnEdgeUp(const Edge& edge, HiddenMemory memory) {
 }
 
 void WorkerCore::OnEdgeDown(const Edge& edge, const absl::Status& why) {
-  const uint64_t nccl_edge = edge.over_nccl ? edge.to_stage_id : 0;
   if (Hosted* const from = FindByEdge(edge.from_stage_id, &Hosted::out, edge)) {
     from->out.is_up = false;
     from->out.is_down = true;
     if (std::exchange(from->activating, false)) {
       from->is_stuck = true;
-      TellFailed(edge.from_stage_id, why, from->stage->epoch(), nccl_edge);
+      TellFailed(edge.from_stage_id, why, from->stage->epoch(), &edge);
     } else {
-      TellStuck(*from, 0, why, nccl_edge);
+      TellStuck(*from, 0, why, &edge);
     }
     if (edge.over_nccl) DropNcclEdges(edge.from_stage_id, *from);
   }
   if (Hosted* const to = FindByEdge(edge.to_stage_id, &Hosted::in, edge)) {
     to->in.is_down = true;
-    const bool over_nccl = to->in.edge->over_nccl;
-    TellStuck(*to, 0, why, over_nccl ? edge.to_stage_id : 0);
+    // As it was told: a receiver knows less of it.
+    const Edge told = *to->in.edge;
+    TellStuck(*to, 0, why, &told);
     // Told first: the other end of an edge that did not break sees it end, too, and is not to be believed.
-    if (over_nccl) DropNcclEdges(edge.to_stage_id, *to);
+    if (told.over_nccl) DropNcclEdges(edge.to_stage_id, *to);
   }
 }
 
@@ -275,9 +279,9 @@ void WorkerCore::OnPlan(v1::StepPlan plan, uint64_t now_us) {
   const PipelineEpoch epoch = FromWire(plan.epoch());
   Hosted* const hosted = Find(id);
   if (hosted == nullptr || hosted->stage == nullptr) {
-    return ports_->Tell(
-        StuckMessage(id, epoch, step,
-                     absl::NotFoundError(absl::StrCat("stage ", id, " is not loaded here")), 0));
+    return ports_->Tell(StuckMessage(
+        id, epoch, step, absl::NotFoundError(absl::StrCat("stage ", id, " is not loaded here")),
+        nullptr));
   }
   if (const std::vector<uint64_t> before = shares_.WaitsFor(id); !before.empty()) {
     return TellStuck(*hosted, step,
@@ -345,8 +349,7 @@ void WorkerCore::FinishStep(uint64_t stage_id, const Clock& clock) {
   if (!stage.is_first()) transport_->Consumed(stage_id, stage.epoch(), step);
   if (!sent.ok()) {
     hosted.out.is_down = true;
-    TellStuck(hosted, 0, sent,
-              hosted.out.edge && hosted.out.edge->over_nccl ? hosted.out.edge->to_stage_id : 0);
+    TellStuck(hosted, 0, sent, hosted.out.edge ? &*hosted.out.edge : nullptr);
   }
   Settle();
 }
@@ -370,14 +373,14 @@ void WorkerCore::TellActive(const Hosted& hosted) {
 }
 
 void WorkerCore::TellFailed(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch,
-                            uint64_t nccl_edge) {
+                            const Edge* edge) {
   ports_->Note(LogLevel::kWarning, "stage request failed",
                {{"stage", stage_id}, {"why", rpc::Bounded(why)}});
-  ports_->Tell(FailedMessage(stage_id, why, epoch, nccl_edge));
+  ports_->Tell(FailedMessage(stage_id, why, epoch, edge));
 }
 
 void WorkerCore::TellStuck(Hosted& hosted, uint64_t step, const absl::Status& why,
-                           uint64_t nccl_edge) {
+                           const Edge* edge) {
   if (std::exchange(hosted.is_stuck, true)) return;
   const Stage& stage = *hosted.stage;
   ports_->Note(LogLevel::kWarning, "stage cannot go on",
@@ -385,7 +388,7 @@ void WorkerCore::TellStuck(Hosted& hosted, uint64_t step, const absl::Status& wh
                 {"epoch", ToString(stage.epoch())},
                 {"step", step},
                 {"why", rpc::Bounded(why)}});
-  ports_->Tell(StuckMessage(stage.stage_id(), stage.epoch(), step, why, nccl_edge));
+  ports_->Tell(StuckMessage(stage.stage_id(), stage.epoch(), step, why, edge));
 }
 
 // ---------------------------------------------------------------- what others may ask

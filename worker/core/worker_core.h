@@ -168,17 +168,19 @@ class WorkerCore {
 
   void Enter(uint64_t stage_id, Hosted& hosted, const v1::ActivateStage& activate);
   void SetIncoming(uint64_t stage_id, Hosted& hosted, const std::optional<Edge>& next);
-  // Whether it is up already, or there is none.
+  // Whether there is none: of one, on_edge_up tells that the receiver answered in this epoch.
   bool SetOutgoing(uint64_t stage_id, Hosted& hosted, const std::optional<Edge>& next);
   void ForgetEdges(uint64_t stage_id);
   // Those over NCCL, which end with the epoch: together, and before any of the next is made.
   void DropNcclEdges(uint64_t stage_id, Hosted& hosted);
 
   void TellActive(const Hosted& hosted);
+  // `edge`: what failed, if it was one.
   void TellFailed(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch = {},
-                  uint64_t nccl_edge = 0);
+                  const Edge* edge = nullptr);
   // Once in an epoch.
-  void TellStuck(Hosted& hosted, uint64_t step, const absl::Status& why, uint64_t nccl_edge = 0);
+  void TellStuck(Hosted& hosted, uint64_t step, const absl::Status& why,
+                 const Edge* edge = nullptr);
 
   const WorkerCoreOptions options_;
   const StageTraits traits_;

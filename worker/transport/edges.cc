@@ -66,6 +66,8 @@ absl::Status Edges::SendSampled(uint64_t from_stage_id, SampledStep sampled) {
   return Outgoing(from_stage_id).SendSampled(from_stage_id, std::move(sampled));
 }
 
+void Edges::Probe(uint64_t from_stage_id) { Outgoing(from_stage_id).Probe(from_stage_id); }
+
 void Edges::Disconnect(uint64_t from_stage_id) {
   Outgoing(from_stage_id).Disconnect(from_stage_id);
   nccl_outgoing_.erase(from_stage_id);

@@ -28,6 +28,7 @@ class Edges final : public Transport {
   void Connect(const Edge& edge) override;
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
   absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
+  void Probe(uint64_t from_stage_id) override;
   void Disconnect(uint64_t from_stage_id) override;
   void Expect(const Edge& edge) override;
   void Forget(uint64_t to_stage_id) override;

@@ -25,7 +25,8 @@ constexpr char kSampledMethod[] = "/strait.v1.StageTransport/Sampled";
 
 class Service final
     : public v1::StageTransport::WithRawCallbackMethod_Hidden<
-          v1::StageTransport::WithRawCallbackMethod_Sampled<v1::StageTransport::Service>> {
+          v1::StageTransport::WithRawCallbackMethod_Sampled<
+              v1::StageTransport::WithCallbackMethod_Probe<v1::StageTransport::Service>>> {
  public:
   Service(HiddenReceiver* receiver, HiddenReceiver* sampled_receiver)
       : receiver_(receiver), sampled_receiver_(sampled_receiver) {}
@@ -36,6 +37,13 @@ class Service final
   grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Sampled(
       grpc::CallbackServerContext* context) override {
     return sampled_receiver_->Accept(context);
+  }
+
+  grpc::ServerUnaryReactor* Probe(grpc::CallbackServerContext* context, const v1::ProbeRequest*,
+                                  v1::ProbeReply*) override {
+    grpc::ServerUnaryReactor* const reactor = context->DefaultReactor();
+    reactor->Finish(grpc::Status::OK);
+    return reactor;
   }
 
  private:
@@ -60,12 +68,13 @@ class GrpcTransport::Impl {
       : events_(std::move(events)),
         receiver(options.hidden_row_bytes, options.accept_timeout, options.stall_timeout,
                  options.receive_bytes_max, &events_),
-        sender(kHiddenMethod, options.hidden_row_bytes, options.accept_timeout,
-               options.stall_timeout, &events_),
+        sender(kHiddenMethod, options.hidden_row_bytes,
+               {options.answer_timeout, options.accept_timeout, options.stall_timeout}, &events_),
         sampled_receiver(kSampledRowBytes, options.accept_timeout, options.stall_timeout,
                          options.receive_bytes_max, &sampled_events_),
-        sampled_sender(kSampledMethod, kSampledRowBytes, options.accept_timeout,
-                       options.stall_timeout, &sampled_events_),
+        sampled_sender(kSampledMethod, kSampledRowBytes,
+                       {options.answer_timeout, options.accept_timeout, options.stall_timeout},
+                       &sampled_events_),
         service_(&receiver, &sampled_receiver) {}
 
   absl::Status Start(const std::string& listen_address) {
@@ -155,6 +164,10 @@ absl::Status GrpcTransport::Send(uint64_t from_stage_id, HiddenStep hidden) {
   return impl_->sender.Send(from_stage_id, std::move(hidden));
 }
 // A stage has one edge at either end, of the one kind or of the other.
+void GrpcTransport::Probe(uint64_t from_stage_id) {
+  impl_->sender.Probe(from_stage_id);
+  impl_->sampled_sender.Probe(from_stage_id);
+}
 void GrpcTransport::Disconnect(uint64_t from_stage_id) {
   impl_->sender.Disconnect(from_stage_id);
   impl_->sampled_sender.Disconnect(from_stage_id);

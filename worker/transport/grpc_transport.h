@@ -34,6 +34,8 @@ inline constexpr size_t kMaxParkedOpens = 64;
 struct GrpcTransportOptions {
   std::string listen_address = "127.0.0.1:0";
   uint32_t hidden_row_bytes = 0;
+  // From dialling, or probing, to the peer's first word.
+  std::chrono::milliseconds answer_timeout = kAnswerTimeout;
   // From dialling to the peer's acceptance; also how long an unexpected sender is parked. Long,
   // because a peer is activated between two steps.
   std::chrono::milliseconds accept_timeout{30'000};
@@ -59,6 +61,7 @@ class GrpcTransport final : public Transport {
   void Connect(const Edge& edge) override;
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
   absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
+  void Probe(uint64_t from_stage_id) override;
   void Disconnect(uint64_t from_stage_id) override;
   // And only a sender that shows the edge's nonce: this port is open to all who reach it, as a
   // simulated one is not.

@@ -151,6 +151,8 @@ void HiddenReceiver::OnOpen(const IncomingPtr& incoming, const v1::HiddenOpen& o
   incoming->nonce = open.edge_nonce();
   incoming->edge_id = open.edge_id();
   incoming->opened = true;
+  // Whether it is let in may take a while; that its way here and back is open shows at once.
+  Answer(*incoming, false);
   absl::Status admitted;
   Settled replaced;
   {
@@ -167,7 +169,7 @@ void HiddenReceiver::OnOpen(const IncomingPtr& incoming, const v1::HiddenOpen& o
   }
   Settle(replaced);
   if (admitted.ok()) {
-    SendAccepted(*incoming);
+    Answer(*incoming, true);
   } else {
     ++opens_refused_;
     incoming->stream->Close(admitted);
@@ -215,9 +217,9 @@ absl::Status HiddenReceiver::Admit(const IncomingPtr& incoming, Settled* settled
   return absl::OkStatus();
 }
 
-void HiddenReceiver::SendAccepted(Incoming& incoming) {
+void HiddenReceiver::Answer(Incoming& incoming, bool accepted) {
   v1::HiddenReply reply;
-  reply.set_accepted(true);
+  reply.set_accepted(accepted);
   // Fails only when the stream has ended, which OnEnd tells.
   (void)incoming.stream->Send(EncodeReply(reply));
 }
@@ -309,7 +311,7 @@ void HiddenReceiver::Expect(const Edge& edge) {
 void HiddenReceiver::Settle(const Settled& settled) {
   for (const auto& [incoming, status] : settled) {
     if (status.ok()) {
-      SendAccepted(*incoming);
+      Answer(*incoming, true);
       incoming->stream->Resume();
     } else {
       incoming->stream->Close(status);

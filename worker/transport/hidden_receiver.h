@@ -75,7 +75,7 @@ class HiddenReceiver {
   absl::Status Admit(const IncomingPtr& incoming, Settled* settled);
   // Those that are Ok are let in, the others end.
   void Settle(const Settled& settled);
-  void SendAccepted(Incoming& incoming);
+  void Answer(Incoming& incoming, bool accepted);
 
   const uint32_t hidden_row_bytes_;
   const std::chrono::milliseconds accept_timeout_;

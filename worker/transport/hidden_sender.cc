@@ -2,6 +2,7 @@
 #include "worker/transport/hidden_sender.h"
 
 #include <algorithm>
+#include <future>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -10,6 +11,7 @@
 #include "proto/base/limits.h"
 #include "proto/rpc/channel.h"
 #include "proto/rpc/clock.h"
+#include "proto/rpc/status.h"
 #include "proto/rpc/stream.h"
 #include "strait/v1/transfer.grpc.pb.h"
 #include "worker/transport/hidden_frame.h"
@@ -25,9 +27,13 @@ struct EdgeState {
   const TransportEvents* events;
   std::atomic<bool> up = false;
   std::atomic<bool> silent = false;  // dropped by us, or its end was told
+  std::atomic<bool> probing = false;
 
   void TellUp() {
     if (!silent && !up.exchange(true)) events->on_edge_up(edge, {});
+  }
+  void TellAnswered() {
+    if (!silent) events->on_edge_up(edge, {});
   }
   void TellDown(absl::Status why) {
     if (!silent.exchange(true)) events->on_edge_down(edge, std::move(why));
@@ -44,19 +50,40 @@ absl::Status About(const Edge& edge, const absl::Status& status) {
 
 }  // namespace
 
-struct HiddenSender::Outgoing {
-  std::shared_ptr<EdgeState> state;
-  std::unique_ptr<Stream> stream;
+// A question whether the peer is there. The call's events hold it, as long as they last.
+struct ProbeCall {
+  grpc::ClientContext context;
+  v1::ProbeRequest request;
+  v1::ProbeReply reply;
+  std::promise<void> ended;
 };
 
-HiddenSender::HiddenSender(const char* method, uint32_t hidden_row_bytes,
-                           std::chrono::milliseconds accept_timeout,
-                           std::chrono::milliseconds stall_timeout, const TransportEvents* events)
-    : method_(method),
-      hidden_row_bytes_(hidden_row_bytes),
-      accept_timeout_(accept_timeout),
-      stall_timeout_(stall_timeout),
-      events_(events) {}
+absl::Status Unanswered(const grpc::Status& status, std::chrono::milliseconds timeout) {
+  if (status.error_code() != grpc::StatusCode::DEADLINE_EXCEEDED) return rpc::FromGrpc(status);
+  return absl::DeadlineExceededError(
+      absl::StrCat("no answer within ", timeout.count(), " ms: nothing passes, there or back"));
+}
+
+struct HiddenSender::Outgoing {
+  std::shared_ptr<EdgeState> state;
+  std::shared_ptr<grpc::Channel> channel;
+  std::unique_ptr<Stream> stream;
+  uint64_t opened_us = 0;
+  std::shared_ptr<ProbeCall> probe;  // the last one; loop thread, until it is dropped
+  std::future<void> probe_ended;
+
+  ~Outgoing() { EndProbe(); }
+  void EndProbe() {
+    if (!probe) return;
+    probe->context.TryCancel();
+    probe_ended.wait();
+    probe.reset();
+  }
+};
+
+HiddenSender::HiddenSender(const char* method, uint32_t hidden_row_bytes, Timeouts timeouts,
+                           const TransportEvents* events)
+    : method_(method), hidden_row_bytes_(hidden_row_bytes), timeouts_(timeouts), events_(events) {}
 
 HiddenSender::~HiddenSender() {
   for (auto& [id, outgoing] : edges_) outgoing->state->silent = true;
@@ -73,7 +100,7 @@ void HiddenSender::Connect(const Edge& edge) {
   options.max_queued_bytes = limits::kDataQueueBytes;
   options.max_queued_messages = limits::kDataQueueBytes;  // the bytes bound
   options.max_message_bytes = limits::kMaxDataMessageBytes;
-  options.first_message_timeout = accept_timeout_;
+  options.first_message_timeout = timeouts_.answer;
   rpc::StreamEvents<v1::HiddenReply> events;
   events.on_message = [state = outgoing->state](v1::HiddenReply reply) {
     if (reply.accepted()) state->TellUp();
@@ -82,8 +109,9 @@ void HiddenSender::Connect(const Edge& edge) {
   events.on_end = [state = outgoing->state](absl::Status status) {
     state->TellDown(About(state->edge, status));
   };
-  grpc::TemplatedGenericStub<grpc::ByteBuffer, v1::HiddenReply> stub(
-      rpc::MakeChannel(edge.peer_address, rpc::Traffic::kData));
+  outgoing->channel = rpc::MakeChannel(edge.peer_address, rpc::Traffic::kData);
+  outgoing->opened_us = MonotonicMicros();
+  grpc::TemplatedGenericStub<grpc::ByteBuffer, v1::HiddenReply> stub(outgoing->channel);
   outgoing->stream = std::make_unique<Stream>(
       options, std::move(events), [&, this](grpc::ClientContext* context, auto* reactor) {
         stub.PrepareBidiStreamingCall(context, method_, grpc::StubOptions(), reactor);
@@ -137,6 +165,35 @@ absl::Status HiddenSender::Send(uint64_t from_stage_id, HiddenStep hidden) {
   return absl::OkStatus();
 }
 
+void HiddenSender::Probe(uint64_t from_stage_id) {
+  std::shared_ptr<Outgoing> outgoing;
+  {
+    std::lock_guard lock(mu_);
+    auto it = edges_.find(from_stage_id);
+    if (it == edges_.end()) return;
+    outgoing = it->second;
+  }
+  // One that is under way answers for this one, too.
+  if (outgoing->state->probing.exchange(true)) return;
+  outgoing->EndProbe();
+  auto call = std::make_shared<ProbeCall>();
+  outgoing->probe = call;
+  outgoing->probe_ended = call->ended.get_future();
+  call->context.set_deadline(std::chrono::system_clock::now() + timeouts_.answer);
+  v1::StageTransport::Stub stub(outgoing->channel);
+  stub.async()->Probe(
+      &call->context, &call->request, &call->reply,
+      [call, state = outgoing->state, timeout = timeouts_.answer](const grpc::Status& status) {
+        state->probing = false;
+        if (status.ok()) {
+          state->TellAnswered();
+        } else {
+          state->TellDown(About(state->edge, Unanswered(status, timeout)));
+        }
+        call->ended.set_value();
+      });
+}
+
 void HiddenSender::Disconnect(uint64_t from_stage_id) {
   std::lock_guard lock(mu_);
   auto it = edges_.find(from_stage_id);
@@ -149,24 +206,29 @@ void HiddenSender::Disconnect(uint64_t from_stage_id) {
 }
 
 void HiddenSender::CheckDeadlines(uint64_t now_us) {
-  const auto stall_us = static_cast<uint64_t>(stall_timeout_.count()) * 1000;
+  const auto stall_us = static_cast<uint64_t>(timeouts_.stall.count()) * 1000;
+  const auto accept_us = static_cast<uint64_t>(timeouts_.accept.count()) * 1000;
   std::vector<std::shared_ptr<Outgoing>> buried;
-  std::vector<std::shared_ptr<Outgoing>> stalled;
+  std::vector<std::pair<std::shared_ptr<Outgoing>, absl::Status>> stalled;
   {
     std::lock_guard lock(mu_);
     buried.swap(dropped_);
     for (auto& [id, outgoing] : edges_) {
       // Before acceptance the accept timeout rules: the peer may park us.
-      if (outgoing->state->up && outgoing->stream->WriteAgeMicros(now_us) > stall_us) {
-        stalled.push_back(outgoing);
+      const bool up = outgoing->state->up;
+      if (up ? outgoing->stream->WriteAgeMicros(now_us) > stall_us
+             : now_us > outgoing->opened_us + accept_us) {
+        stalled.emplace_back(
+            outgoing,
+            absl::DeadlineExceededError(
+                up ? absl::StrCat("nothing could be written for ", timeouts_.stall.count(), " ms")
+                   : absl::StrCat("not let in for ", timeouts_.accept.count(), " ms")));
       }
     }
   }
-  for (auto& outgoing : stalled) {
+  for (auto& [outgoing, why] : stalled) {
     if (outgoing->state->silent) continue;
     ++stalls_;
-    const absl::Status why = absl::DeadlineExceededError(
-        absl::StrCat("nothing could be written for ", stall_timeout_.count(), " ms"));
     outgoing->state->TellDown(About(outgoing->state->edge, why));
     outgoing->stream->Close(why);
   }

@@ -4,7 +4,7 @@
 // edge.
 //
 // Owns:    streams and their channels; those of dropped edges until CheckDeadlines buries them.
-// Thread:  Connect, Send, Disconnect: loop thread. CheckDeadlines: watchdog thread. Never a gRPC
+// Thread:  Connect, Send, Probe, Disconnect: loop thread. CheckDeadlines: watchdog thread. Never a gRPC
 //          thread, and destroyed on none.
 // Errors:  as Transport.
 #pragma once
@@ -24,14 +24,20 @@ namespace strait {
 
 class HiddenSender {
  public:
+  struct Timeouts {
+    std::chrono::milliseconds answer;  // GrpcTransportOptions say what they bound
+    std::chrono::milliseconds accept;
+    std::chrono::milliseconds stall;
+  };
   // `method`: the one of StageTransport that it calls.
-  HiddenSender(const char* method, uint32_t hidden_row_bytes,
-               std::chrono::milliseconds accept_timeout, std::chrono::milliseconds stall_timeout,
+  HiddenSender(const char* method, uint32_t hidden_row_bytes, Timeouts timeouts,
                const TransportEvents* events);
   ~HiddenSender();
 
   void Connect(const Edge& edge);
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden);
+  // Nothing where the stage has no edge of this kind.
+  void Probe(uint64_t from_stage_id);
   void Disconnect(uint64_t from_stage_id);
   void CheckDeadlines(uint64_t now_us);
 
@@ -43,8 +49,7 @@ class HiddenSender {
 
   const char* const method_;
   const uint32_t hidden_row_bytes_;
-  const std::chrono::milliseconds accept_timeout_;
-  const std::chrono::milliseconds stall_timeout_;
+  const Timeouts timeouts_;
   const TransportEvents* const events_;
   std::atomic<uint64_t> stalls_ = 0;
   std::atomic<uint64_t> bytes_sent_ = 0;

@@ -92,6 +92,8 @@ class NcclTransport final : public Transport {
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
   // Internal: sampled ids go over gRPC.
   absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
+  // Never: an edge over NCCL ends with its epoch, so each epoch makes and proves its own.
+  void Probe(uint64_t from_stage_id) override;
   void Disconnect(uint64_t from_stage_id) override;
   // Makes an id, tells it by on_nccl_id, and waits for the sender.
   void Expect(const Edge& edge) override;

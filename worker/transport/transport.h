@@ -10,6 +10,7 @@
 //          must only enqueue.
 // Errors:  an edge that broke, stalled past its deadline or was refused is told once by
 //          on_edge_down; a dead peer never blocks a caller. Both sides of a broken edge tell it.
+//          Who does not answer at all does not for kAnswerTimeout.
 // Limits:  kDataQueueBytes waiting per edge, then Send answers ResourceExhausted; as many bytes
 //          delivered and not consumed on the receiving side, then it reads no more.
 // Why:     an edge has an id of its own and knows no pipeline epoch: steps carry theirs, and what
@@ -17,6 +18,7 @@
 //          failure of another stage.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -26,6 +28,10 @@
 #include "worker/hidden_step.h"
 
 namespace strait {
+
+// From Connect, or Probe, to a first word of the peer. It comes from a thread that does nothing else, so a worker that
+// computes answers, too; only one that cannot be reached is silent for so long.
+inline constexpr std::chrono::milliseconds kAnswerTimeout{4'000};
 
 // One direction of one pipeline edge.
 struct Edge {
@@ -41,7 +47,7 @@ struct Edge {
 };
 
 struct TransportEvents {
-  // The receiver accepted. `memory` is where hidden states for Send should be written, loop thread
+  // The receiver accepted, or answered a Probe. `memory` is where hidden states for Send should be written, loop thread
   // only, while the edge is connected; empty: host memory.
   std::function<void(const Edge&, HiddenMemory memory)> on_edge_up;
   std::function<void(const Edge&, absl::Status)> on_edge_down;
@@ -59,6 +65,9 @@ class Transport {
   virtual absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) = 0;
   // Over an edge that is `sampled`.
   virtual absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) = 0;
+  // Whether the way to the receiver and back is open still, of an edge that is up. Answered by on_edge_up again, or
+  // by on_edge_down.
+  virtual void Probe(uint64_t from_stage_id) = 0;
   virtual void Disconnect(uint64_t from_stage_id) = 0;
   // Whom the receiving side lets in: only this edge. Senders of older ones are ended with Aborted;
   // a sender of a newer one waits until it is expected. `from_stage_id` 0: whichever opens first. A

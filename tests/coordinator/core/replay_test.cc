@@ -133,7 +133,7 @@ TEST(ReplayTest, RowsThatDoNotReachTheLastStageProveNoLink) {
     EXPECT_EQ(scheduler.links_proven(), replay_stages == 0);
   }
   EXPECT_TRUE(scheduler.CheckIntegrity().ok());
-  (void)scheduler.Stop(absl::UnavailableError("the end"));
+  (void)scheduler.Stop();
 }
 
 TEST(CacheBooksTest, TheStageWithTheFewestBytesDecides) {

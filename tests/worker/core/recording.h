@@ -20,6 +20,7 @@ class RecordingTransport final : public Transport {
     return absl::OkStatus();
   }
   absl::Status SendSampled(uint64_t, SampledStep) override { return absl::OkStatus(); }
+  void Probe(uint64_t) override { calls += " probe"; }
   void Disconnect(uint64_t) override { calls += " disconnect"; }
   void Expect(const Edge& edge) override { calls += " expect " + std::to_string(edge.id); }
   void Forget(uint64_t) override { calls += " forget"; }

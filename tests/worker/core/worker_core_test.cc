@@ -178,8 +178,8 @@ const Case kCases[] = {
       {kLoading, "FAILED 9"},
       {kActivating, ""},
       {kActivating, "FAILED 10"},  // the activation before it
-      {kActive, "ACTIVE"},         // its edges go on
-      {kActive, "ACTIVE"}}},
+      {kActivating, ""},           // its edges go on, if the next stage answers
+      {kActivating, ""}}},
     {"plan",
      [](Rig& r) { r.Plan(); },
      {{kNone, "report 5"},
@@ -334,12 +334,38 @@ TEST(WorkerCoreTest, AnUnloadThatMeetsALoadIsAnsweredByIt) {
   EXPECT_EQ(r.core.StateOf(kStage), State::kNone);
 }
 
+TEST(WorkerCoreTest, WhichLinkFailedIsTold) {
+  const auto ends = [](const v1::LinkFailure& link) {
+    return std::to_string(link.from_stage_id()) + " to " + std::to_string(link.to_stage_id());
+  };
+  const std::string out =
+      std::to_string(Out().from_stage_id) + " to " + std::to_string(Out().to_stage_id);
+  {
+    Rig r(State::kActivating);
+    r.core.OnEdgeDown(Out(), absl::DeadlineExceededError("no answer"));
+    EXPECT_EQ(ends(r.ports.messages.back().stage_state().failed_link()), out);
+  }
+  for (const Edge& edge : {In(), Out()}) {
+    Rig r(State::kActive);
+    r.core.OnEdgeDown(edge, absl::UnavailableError("it broke"));
+    const v1::StageReport& report = r.ports.messages.back().report();
+    EXPECT_EQ(ends(report.failed_link()),
+              std::to_string(edge.from_stage_id) + " to " + std::to_string(edge.to_stage_id));
+    EXPECT_EQ(report.failed_nccl_edge(), 0u);
+  }
+}
+
 TEST(WorkerCoreTest, EdgesGoOnWhileTheirIdsStay) {
   Rig r(State::kActive);
   EXPECT_EQ(r.transport.calls, " expect 21 connect 22");
   r.transport.calls.clear();
   r.core.OnMessage(Activation(++r.epoch), 0);
-  EXPECT_EQ(r.transport.calls, "");
+  EXPECT_EQ(r.transport.calls, " probe");
+  // The bug: that it had worked was taken for a proof that it does.
+  EXPECT_EQ(r.core.StateOf(kStage), State::kActivating);
+  r.core.OnEdgeUp(Out(), {});
+  EXPECT_EQ(r.core.StateOf(kStage), State::kActive);
+  r.transport.calls.clear();
   // A newer one takes the place of the one before.
   v1::ToWorker other = Activation(++r.epoch);
   other.mutable_activate_stage()->set_next_edge_id(30);

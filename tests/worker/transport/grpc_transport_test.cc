@@ -361,6 +361,8 @@ TEST(GrpcTransport, PartOfAStepIsNotWaitedForForever) {
   ASSERT_TRUE(stream->Write(chunk));
   v1::HiddenReply reply;
   EXPECT_TRUE(stream->Read(&reply));
+  EXPECT_FALSE(reply.accepted()) << "at first, that it came";
+  EXPECT_TRUE(stream->Read(&reply));
   EXPECT_TRUE(reply.accepted());
   EXPECT_FALSE(stream->Read(&reply));
   EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::DEADLINE_EXCEEDED);
