@@ -74,7 +74,7 @@ class Bench {
     forming_.clear();
     reports_.clear();
   }
-  ~Bench() { (void)scheduler_.Stop(absl::UnavailableError("the end")); }
+  ~Bench() { (void)scheduler_.Stop(); }
 
   // One more step is planned, as far as one may be, and the oldest is reported by all stages.
   void Step() {
