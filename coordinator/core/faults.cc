@@ -162,6 +162,7 @@ void Cluster::OnStepFinished(Pipeline* pipeline, uint64_t now_us) {
   if (!pipeline->scheduler.links_proven()) return;
   pipeline->failures = 0;
   if (std::exchange(pipeline->links_worked, true)) return;
+  for (const auto& [id, sequence] : journal_->waiting()) sequence->blame.links_since_us = 0;
   const size_t num_stages = pipeline->slots.size();
   for (size_t i = 0; i + (IsRing() ? 0 : 1) < num_stages && num_stages > 1; ++i) {
     faults_.OnLinkWorked(pipeline->slots[i].worker, pipeline->slots[(i + 1) % num_stages].worker,
@@ -172,7 +173,9 @@ void Cluster::OnStepFinished(Pipeline* pipeline, uint64_t now_us) {
 void Cluster::EndUnreachable(const absl::Status& why, uint64_t now_us) {
   const std::map<SequenceId, Sequence*> waiting = journal_->waiting();
   for (const auto& [id, sequence] : waiting) {
-    const uint64_t since_us = sequence->blame.links_since_us;
+    uint64_t& since_us = sequence->blame.links_since_us;
+    // Who has not run yet waits for the same links, where there are no others.
+    if (since_us == 0 && num_active_ == 0) since_us = now_us;
     if (since_us == 0 || now_us < since_us + context_->options.replay_timeout_us) continue;
     if (sequence->home() != nullptr) continue;  // it leaves another place
     journal_->End(

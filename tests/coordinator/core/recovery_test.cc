@@ -296,6 +296,22 @@ TEST(RecoveryTest, AWorkerThatComesBackHasNotDied) {
   EXPECT_EQ(h.tokens[id].size(), 5u);
 }
 
+// The bug: each of those that wait for a place began its own two minutes when the one before it had ended.
+TEST(RecoveryTest, WhoWaitsBehindAFailingLinkEndsWithTheOthers) {
+  CoreOptions options = Options(2);
+  options.max_running = 1;
+  Harness h(options, SmallModel());
+  const WorkerId first = h.Attach(kMemory);
+  h.Attach(kMemory);
+  for (int i = 0; i < 3; ++i) h.Submit(OneSequence(10, 5));
+  const uint64_t end_us = h.now_us + options.replay_timeout_us + 10'000'000;
+  while (h.ended.size() < 3 && h.now_us < end_us) {
+    h.Send(first, Error(h, first, absl::StatusCode::kUnavailable));
+    for (int i = 0; i < 30 && !h.core.Ready(); ++i) h.Tick(100'000);
+  }
+  EXPECT_EQ(h.ended.size(), 3u);
+}
+
 // A long replay is no fault of links that failed before it and after it.
 TEST(RecoveryTest, TimeInWhichLinksCarryStepsCountsForNobody) {
   CoreOptions options = Options(2);
