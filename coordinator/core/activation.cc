@@ -142,8 +142,14 @@ void Cluster::CompleteActivation(Pipeline* pipeline, uint64_t now_us) {
   pipeline->since_us = now_us;
   EndDeadly();
   RowSource source{.weights = weights_fingerprint_, .numerics = {}};
-  for (const Worker* worker : WorkersOf(*pipeline)) {
-    absl::StrAppend(&source.numerics, worker->numerics_id, "\n");
+  // By layer: how many stages and workers there are is no matter of rows.
+  const std::string* last = nullptr;
+  for (const StageSlot& slot : pipeline->slots) {
+    const std::string& numerics = FindWorker(slot.worker)->numerics_id;
+    if (last == nullptr || numerics != *last) {
+      absl::StrAppend(&source.numerics, "from layer ", slot.layers.begin, " ", numerics, "\n");
+    }
+    last = &numerics;
   }
   pipeline->scheduler.Start(std::move(stages), std::move(survivors), std::move(source));
   ++num_active_;

@@ -37,8 +37,9 @@ bool CacheBooks::HasRoom(uint32_t rows, const StageBlocks& prefix, uint64_t num_
     const uint64_t block = PrefixBytes(stage.layers);
     const uint64_t most = (stage.capacity_bytes / block + 15) / 16;
     const uint64_t headroom = block * std::min<uint64_t>(num_growing, most);
-    if (ReservedBytes(policy_, rows, stage.layers) + headroom >
-        stage.free_bytes() + block * (prefix.at(s) + num_free)) {
+    // As sums: prefix blocks that it brings along may be more than what others leave.
+    if (stage.reserved_bytes + ReservedBytes(policy_, rows, stage.layers) + headroom >
+        stage.capacity_bytes + block * (prefix.at(s) + num_free)) {
       return false;
     }
   }

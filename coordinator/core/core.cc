@@ -238,18 +238,26 @@ void Core::State::PlaceWaiting() {
     ++it;
     // Preempted with a token under way: it is next, a moment later.
     if (sequence->home() != nullptr) return;
+    if (sequence->awaits &&
+        std::any_of(active.begin(), active.end(), [sequence](Pipeline* pipeline) {
+          return pipeline->scheduler.Await(*sequence->awaits);
+        })) {
+      continue;
+    }
+    sequence->awaits.reset();
     bool held_by_any = false;
     for (size_t i = 0; i < active.size(); ++i) {
       Scheduler& scheduler = active[i]->scheduler;
       held_by_any = held_by_any || scheduler.CanEverHold(*sequence);
       prospects[i] = scheduler.Look(sequence);
       const uint32_t known = prospects[i].cached_rows + prospects[i].promised_rows;
-      candidates[i] = {scheduler.HasRoom(sequence),
+      candidates[i] = {scheduler.HasRoom(sequence, prospects[i]),
                        scheduler.load() + (sequence->rows_wanted() - known), scheduler.free_rows()};
     }
     if (const std::optional<size_t> choice = ChoosePipeline(candidates)) {
       if (prospects[*choice].promised_rows > 0) {
-        active[*choice]->scheduler.Await();
+        sequence->awaits = prospects[*choice].promised;
+        active[*choice]->scheduler.Await(*sequence->awaits);
         continue;  // others may pass
       }
       active[*choice]->scheduler.Place(sequence);

@@ -49,7 +49,9 @@ void Scheduler::PlanOpen(Residency* residency, const std::vector<uint32_t>& kept
 }
 
 void Scheduler::PlanClose(Closing closing, bool ended, Draft* draft) {
-  if (!closing.keep.keys.empty()) PlanKeep(closing.id, closing.keep, &closing.prefix, draft);
+  if (!closing.keep.keys.empty() && draft->plan.cache_ops_size() < 2 * kMaxKeeps) {
+    PlanKeep(closing.id, closing.keep, &closing.prefix, draft);
+  }
   v1::CloseSequence* close = draft->plan.add_cache_ops()->mutable_close();
   close->set_sequence_id(closing.id.value);
   close->set_ended(ended);
@@ -95,8 +97,10 @@ bool Scheduler::ReserveOneMore(Residency* residency, Draft* draft) {
   while (!books_.CanReserve(from, to)) {
     if (DropOldest(draft)) continue;
     Residency* youngest = residents_.rbegin()->second;
-    // Alone, it fits: admission has seen to that.
-    STRAIT_CHECK(residents_.size() > 1, "the only resident outgrew the cache");
+    // Alone, it fits: admission has seen to that. But for blocks of its own beside prefix blocks of
+    // the same tokens: it goes, and begins with those.
+    STRAIT_CHECK(residents_.size() > 1 || !residency->prefix.blocks.even(),
+                 "the only resident outgrew the cache");
     Preempt(youngest, draft);
     if (youngest == residency) return false;
   }
@@ -206,8 +210,11 @@ void Scheduler::PlanRows(Residency* residency, StageRows::Chunk chunk, Draft* dr
   CountRows(*residency, chunk, draft);
   STRAIT_CHECK(end <= residency->reserved_rows, "rows beyond the reservation");
   books_.Grow(residency->rows, chunk.num_rows);
+  // Also blocks that were full before: kept over an epoch, or replayed.
+  const uint32_t full = end - end % limits::kBlockTokens;
   if (residency->shares && chunk.replay_stages == 0 &&
-      end / limits::kBlockTokens > begin / limits::kBlockTokens) {
+      full > std::max(residency->rows_done,
+                      residency->prefix.blocks.least() * limits::kBlockTokens)) {
     draft->record.filled.push_back({sequence.id, residency->epoch, end});
   }
   num_uneven_ -= !residency->rows.even();

@@ -76,6 +76,13 @@ void PrefixIndex::SetWhole(Node* node) {
   }
 }
 
+void PrefixIndex::SetOff(Node* node, uint32_t stage_index) {
+  STRAIT_CHECK(node->holders > 0 && node->on(stage_index));
+  if (node->whole()) node->absent.assign(num_on_.size(), false);
+  node->absent[stage_index] = true;
+  --num_on_[stage_index];
+}
+
 void PrefixIndex::Hold(Node* node) {
   if (++node->holders == 1) unheld_.erase(AgeOf(*node));
 }

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/node_hash_map.h"
 #include "absl/status/status.h"
 #include "proto/base/ids.h"
 #include "proto/model/content_key.h"
@@ -70,6 +71,8 @@ class PrefixIndex {
   // REQUIRES: it was not on this stage, or on any of those where it was not.
   void SetOn(Node* node, uint32_t stage_index);
   void SetWhole(Node* node);
+  // REQUIRES: it has a holder, and is on this stage.
+  void SetOff(Node* node, uint32_t stage_index);
 
   void Hold(Node* node);
   // Whether it has no holder any more. One that is not whole is to be removed then.
@@ -97,7 +100,7 @@ class PrefixIndex {
   using Age = std::tuple<uint64_t, uint32_t, ContentKey>;  // used, deeper first
   static Age AgeOf(const Node& node) { return {node.used, ~node.block, node.key}; }
 
-  std::map<ContentKey, Node> nodes_;
+  absl::node_hash_map<ContentKey, Node, ContentKeyHash> nodes_;
   std::map<Age, Node*> unheld_;
   std::vector<uint32_t> num_on_;  // nodes, by stage
   absl::flat_hash_map<ContentKey, SequenceId, ContentKeyHash> promises_;

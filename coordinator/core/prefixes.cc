@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "coordinator/core/core.h"
 #include "coordinator/core/scheduler.h"
@@ -16,8 +17,6 @@ namespace strait {
 namespace {
 
 constexpr uint32_t kBlock = limits::kBlockTokens;
-// Of one plan: so that its operations stay far below limits::kMaxCacheOps.
-constexpr size_t kMaxKeeps = 512;
 
 }  // namespace
 
@@ -55,25 +54,34 @@ Scheduler::Prospect Scheduler::Look(Sequence* sequence) {
   for (; block < most; ++block) {
     const PrefixIndex::Node* node = index_.Find(KeyOf(sequence, block));
     if (node == nullptr || !node->whole()) break;
+    prospect.cached_unheld += node->holders == 0;
   }
   prospect.cached_rows = block * kBlock;
   for (; block < most; ++block) {
     const std::optional<SequenceId> by = index_.Promised(KeyOf(sequence, block));
     if (!by || *by == sequence->id) break;
+    prospect.promised = KeyOf(sequence, block);
   }
   prospect.promised_rows = block * kBlock - prospect.cached_rows;
   return prospect;
 }
 
-bool Scheduler::HasRoom(Sequence* sequence) {
+bool Scheduler::Await(const ContentKey& promised) {
+  if (!index_.Promised(promised)) return false;
+  is_awaited_ = true;
+  return true;
+}
+
+bool Scheduler::HasRoom(Sequence* sequence, const Prospect& prospect) {
   if (!started() || residents_.size() >= context_->options.max_running) return false;
   if (!CanEverHold(*sequence)) return false;
   const KeptRows kept = KeptOf(*sequence);
+  // What the first plan does not name begins behind it: what it would share might go with that plan.
+  if (kept.empty() && !unnamed_.empty()) return false;
   // Of its prefix blocks those that are there already cost nothing, and cannot make room.
-  const uint32_t cached = kept.empty() ? Look(sequence).cached_rows / kBlock : 0;
-  std::vector<uint32_t> there(num_stages_, cached);
-  uint64_t num_free = index_.num_unheld();
-  uint32_t end = cached;
+  std::vector<uint32_t> there(num_stages_, prospect.cached_rows / kBlock);
+  uint64_t num_free = index_.num_unheld() - prospect.cached_unheld;
+  uint32_t end = 0;
   for (const uint32_t blocks : kept.prefix_blocks) end = std::max(end, blocks);
   for (uint32_t block = 0; block < end; ++block) {
     const PrefixIndex::Node* node = index_.Find(KeyOf(sequence, block));
@@ -205,7 +213,7 @@ bool Scheduler::PlanKeep(SequenceId id, const PrefixKeep& keep, PrefixHold* hold
 }
 
 void Scheduler::PlanKeeps(Draft* draft) {
-  for (size_t i = 0; i < kMaxKeeps && !keepers_.empty(); ++i) {
+  for (int i = 0; i < kMaxKeeps && !keepers_.empty(); ++i) {
     Residency* residency = residents_.at(*keepers_.begin());
     keepers_.erase(keepers_.begin());
     if (PlanKeep(residency->sequence->id, Keepable(residency), &residency->prefix, draft)) continue;
@@ -221,11 +229,40 @@ void Scheduler::PlanDrops(Draft* draft) {
   *draft->plan.add_cache_ops()->mutable_drop_prefix()->mutable_keys() = Pack(dropped);
 }
 
+void Scheduler::PlanDrop(const ContentKey& key, Draft* draft) {
+  const int num_ops = draft->plan.cache_ops_size();
+  const bool goes_on = num_ops > 0 && draft->plan.cache_ops(num_ops - 1).has_drop_prefix();
+  v1::CacheOp* op =
+      goes_on ? draft->plan.mutable_cache_ops(num_ops - 1) : draft->plan.add_cache_ops();
+  AppendTo(key, op->mutable_drop_prefix()->mutable_keys());
+}
+
 void Scheduler::RemovePrefix(PrefixIndex::Node* node) {
   for (uint32_t s = 0; s < num_stages_; ++s) {
     if (node->on(s)) books_.RemovePrefix(s);
   }
   index_.Remove(node);
+}
+
+void Scheduler::RemoveUnheld() {
+  for (PrefixIndex::Node* node : index_.Unheld()) RemovePrefix(node);
+  // Stages told it of different sequences, and those of one stage are gone.
+  std::vector<absl::flat_hash_set<const PrefixIndex::Node*>> held(num_stages_);
+  for (const auto& [id, residency] : residents_) {
+    const PrefixHold& hold = residency->prefix;
+    for (uint32_t s = 0; s < num_stages_; ++s) {
+      held[s].insert(hold.path.begin(), hold.path.begin() + hold.blocks.at(s));
+    }
+  }
+  for (const auto& [id, residency] : residents_) {
+    for (PrefixIndex::Node* node : residency->prefix.path) {
+      for (uint32_t s = 0; s < num_stages_; ++s) {
+        if (!node->on(s) || held[s].contains(node)) continue;
+        index_.SetOff(node, s);
+        books_.RemovePrefix(s);
+      }
+    }
+  }
 }
 
 bool Scheduler::DropOldest(Draft* draft) {
@@ -235,11 +272,7 @@ bool Scheduler::DropOldest(Draft* draft) {
   if (draft == nullptr) {
     dropped_.push_back(node->key);
   } else {
-    const int num_ops = draft->plan.cache_ops_size();
-    const bool goes_on = num_ops > 0 && draft->plan.cache_ops(num_ops - 1).has_drop_prefix();
-    v1::CacheOp* op =
-        goes_on ? draft->plan.mutable_cache_ops(num_ops - 1) : draft->plan.add_cache_ops();
-    AppendTo(node->key, op->mutable_drop_prefix()->mutable_keys());
+    PlanDrop(node->key, draft);
   }
   RemovePrefix(node);
   return true;
@@ -249,9 +282,7 @@ void Scheduler::LeavePrefix(PrefixHold* hold, Draft* draft) {
   for (; !hold->path.empty(); hold->path.pop_back()) {
     PrefixIndex::Node* node = hold->path.back();
     if (!index_.Leave(node) || node->whole()) continue;
-    if (draft != nullptr) {
-      AppendTo(node->key, draft->plan.add_cache_ops()->mutable_drop_prefix()->mutable_keys());
-    }
+    if (draft != nullptr) PlanDrop(node->key, draft);
     RemovePrefix(node);
   }
   hold->blocks = {};

@@ -195,7 +195,9 @@ void Scheduler::ApplyResults(const std::vector<WantedResult>& wanted,
     Answered(residency, wanted[i].sample);
     const v1::SequenceResult& result = report.results(static_cast<int>(i));
     if (result.error_code() != 0) {
-      // Nobody's fault but the model's and the prompt's: no other worker would do better.
+      // Nobody's fault but the model's and the prompt's: no other worker would do better. Its rows
+      // may be the reason: nobody else gets those that are not shared yet.
+      if (resident) residency->shares = false;
       DropEverywhere(sequence);
       journal_->End(sequence, FinishReason::kError, std::nullopt,
                     absl::InternalError(absl::StrCat("the model's logits were not finite: ",

@@ -32,7 +32,7 @@ void Scheduler::Start(std::vector<StageCache> stages, Survivors survivors, RowSo
     // Ended, placed elsewhere meanwhile, or leaving another place.
     if (sequence == nullptr || sequence->home() != nullptr) continue;
     if (KeptOf(*sequence).empty()) continue;
-    if (HasRoom(sequence)) Place(sequence);
+    if (HasRoom(sequence, {})) Place(sequence);
   }
 }
 
@@ -259,9 +259,7 @@ Scheduler::Draft Scheduler::Begin() {
 
 std::optional<v1::StepPlan> Scheduler::Send(Draft draft, uint64_t now_us) {
   if (draft.plan.cache_ops_size() + draft.plan.sequences_size() == 0) return std::nullopt;
-  if (draft.record.id.value == 1) {  // then stages drop them unasked
-    for (PrefixIndex::Node* node : index_.Unheld()) RemovePrefix(node);
-  }
+  if (draft.record.id.value == 1) RemoveUnheld();
   Complete(&draft);
   ledger_.Add(std::move(draft.record), now_us);
   ++context_->stats.steps;
@@ -283,14 +281,18 @@ bool Scheduler::MayShrink() const {
 std::optional<v1::StepPlan> Scheduler::Resize(const std::vector<uint64_t>& capacity_bytes,
                                               uint64_t now_us) {
   std::optional<v1::StepPlan> plan;
-  if (!books_.Fits(capacity_bytes)) {
+  const bool fits = books_.Fits(capacity_bytes);
+  // The books are ahead of the stages by what no plan has dropped yet.
+  if (!fits || (!dropped_.empty() && MayShrink())) {
     STRAIT_CHECK(MayShrink());
     Draft draft = Begin();
     PlanCloses(&draft);
     while (!books_.Fits(capacity_bytes)) {
       if (DropOldest(&draft)) continue;
-      STRAIT_CHECK(residents_.size() > 1, "the only resident outgrew the cache");
-      Preempt(residents_.rbegin()->second, &draft);
+      Residency* youngest = residents_.rbegin()->second;
+      STRAIT_CHECK(residents_.size() > 1 || !youngest->prefix.blocks.even(),
+                   "the only resident outgrew the cache");
+      Preempt(youngest, &draft);
     }
     plan = Send(std::move(draft), now_us);
   }

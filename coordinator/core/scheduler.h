@@ -85,20 +85,24 @@ class Scheduler {
 
   // ---- Routing ----
   bool CanEverHold(const Sequence& sequence) const;
-  bool HasRoom(Sequence* sequence);
-  // Rows of it that are in prefix blocks; that will be: others compute them now. REQUIRES: started.
+  // Rows of it that are in prefix blocks; that will be: others compute them now.
   struct Prospect {
     uint32_t cached_rows = 0;
+    uint32_t cached_unheld = 0;  // blocks of these that no sequence has
     uint32_t promised_rows = 0;
+    ContentKey promised;  // the last block of these
   };
+  // REQUIRES: started.
   Prospect Look(Sequence* sequence);
-  // A sequence waits for promised rows.
-  void Await() { is_awaited_ = true; }
+  // `prospect` is of Look, just now.
+  bool HasRoom(Sequence* sequence, const Prospect& prospect);
+  // A sequence waits for promised rows. False: nobody promises this block any more.
+  bool Await(const ContentKey& promised);
   // The longest sequence that has room. REQUIRES: started.
   uint64_t free_rows() const { return books_.free_rows(index_.num_unheld()); }
   // Rows that its residents still want, and one for each resident.
   uint64_t load() const { return unplanned_rows_ + residents_.size(); }
-  // REQUIRES: HasRoom(*sequence); it waits, and no result of it is pending.
+  // REQUIRES: HasRoom(sequence); it waits, and no result of it is pending.
   void Place(Sequence* sequence);
   // It leaves: its blocks go with the next step, and what is under way for it is in vain.
   void Drop(Residency* residency);
@@ -162,6 +166,8 @@ class Scheduler {
     PrefixKeep keep;
   };
   static constexpr bool kEnded = true;
+  // Of one plan: so that its operations stay below limits::kMaxCacheOps.
+  static constexpr int kMaxKeeps = 512;
 
   // What a step may hold, and who is in it.
   uint32_t DecodeCap() const;
@@ -221,12 +227,16 @@ class Scheduler {
   bool PlanKeep(SequenceId id, const PrefixKeep& keep, PrefixHold* hold, Draft* draft);
   void PlanKeeps(Draft* draft);
   void PlanDrops(Draft* draft);
+  // One operation of the plan has all keys that follow each other.
+  static void PlanDrop(const ContentKey& key, Draft* draft);
   // It has none of them any more. `draft` null: none is made, and no stage has been told of the sequence.
   void LeavePrefix(PrefixHold* hold, Draft* draft);
   // One that no sequence has makes room, the one used longest ago; false: there is none. `draft` null: the
   // next plan says so.
   bool DropOldest(Draft* draft);
   void RemovePrefix(PrefixIndex::Node* node);
+  // With the first plan of an epoch each stage drops, unasked, those that no sequence has there.
+  void RemoveUnheld();
   absl::Status CheckPrefixes(CacheBooks* due) const;
 
   absl::Status CheckResident(const Residency& residency) const;

@@ -51,7 +51,7 @@ struct ClosedRows {
   StageBlocks prefix;
 };
 
-// A sequence with a block of rows that is full, on all stages, once the last one has answered the step.
+// A sequence with blocks of rows that are full, on all stages, once the last one has answered the step.
 struct FilledRows {
   SequenceId sequence;
   PlacementEpoch placement;

@@ -41,7 +41,7 @@ using ContentDigest = std::array<uint8_t, 32>;
 struct ContentOrigin {
   uint64_t model = 0;         // fingerprints as in Hello
   uint64_t weights = 0;
-  std::string_view numerics;  // numerics_id of every stage, in order
+  std::string_view numerics;  // numerics_id of all layers
   std::string_view policy;    // how rows are kept
   std::string_view salt;      // who may share them: unequal salts share nothing
 };

@@ -240,7 +240,9 @@ void LatentCache::Compact(BlockId end, std::vector<BlockMove>* moves) {
     *block = moves->back().to;
   };
   for (auto& [key, prefix] : prefixes_) {
-    for (BlockId& block : prefix.blocks) move(&block);
+    for (uint32_t layer = 0; layer < num_layers_; ++layer) {
+      if (!given_[layer]) move(&prefix.blocks[layer]);
+    }
   }
   for (auto& [id, sequence] : sequences_) {
     const size_t before = moves->size();
@@ -248,6 +250,7 @@ void LatentCache::Compact(BlockId end, std::vector<BlockMove>* moves) {
     for (size_t i = 0; i < sequence.prefix.size(); ++i) {
       const Prefix& prefix = prefixes_.at(sequence.prefix[i]);
       for (uint32_t layer = 0; layer < num_layers_; ++layer) {
+        if (given_[layer]) continue;
         BlockId& block = sequence.tables[layer][i];
         is_changed = is_changed || block != prefix.blocks[layer];
         block = prefix.blocks[layer];

@@ -19,6 +19,7 @@
 
 #include "coordinator/core/core.h"
 #include "proto/model/reservation.h"
+#include "tests/coordinator/core/fake_prefixes.h"
 
 namespace strait {
 
@@ -48,6 +49,7 @@ struct FakeStage {
   std::map<SequenceId, uint32_t> lengths;          // rows of steps that it reported
   std::map<SequenceId, std::vector<TokenId>> fed;  // what they are of; kUnknown: granted
   std::set<SequenceId> told;                       // with the last ACTIVE, not named since
+  FakePrefixes prefixes;
   uint64_t rows_computed = 0;
   uint64_t rows_stored = 0;
   uint64_t rows_kept = 0;     // by the last first plan
@@ -70,11 +72,49 @@ struct FakeWorker {
 
 // Of latent blocks, by the rows that it has.
 inline uint64_t HeldBytesOf(const FakeStage& stage, uint64_t block_bytes) {
-  uint64_t bytes = 0;
+  const uint64_t block = HeldBytes({block_bytes}, limits::kBlockTokens, stage.layers());
+  uint64_t bytes = stage.prefixes.num_keys() * block;
   for (const auto& [sequence, length] : stage.lengths) {
-    bytes += HeldBytes({block_bytes}, length, stage.layers());
+    bytes += HeldBytes({block_bytes}, length, stage.layers()) - stage.prefixes.Of(sequence) * block;
   }
   return bytes;
+}
+// As worker/stage does it, or would refuse it.
+inline void DoCacheOp(const v1::CacheOp& op, bool first_plan, FakeStage* stage,
+                      const FakePrefixes::Problem& problem) {
+  if (op.has_keep_prefix()) {
+    const auto it = stage->lengths.find(SequenceId{op.keep_prefix().sequence_id()});
+    if (it == stage->lengths.end()) return problem("keeps blocks of what is not open");
+    return stage->prefixes.Keep(op.keep_prefix(), it->second, problem);
+  }
+  if (op.has_drop_prefix()) return stage->prefixes.Drop(op.drop_prefix(), problem);
+  const SequenceId id{op.has_open() ? op.open().sequence_id() : op.close().sequence_id()};
+  const bool was_told = stage->told.erase(id) > 0;
+  const bool has = stage->lengths.contains(id);
+  if (op.has_close()) {
+    if (!has && !first_plan) problem("closes what is not open");
+    stage->lengths.erase(id);
+    stage->fed.erase(id);
+    stage->prefixes.Leave(id, 0);
+    return;
+  }
+  const auto& kept = op.open().kept_rows();
+  if (has && !was_told) problem("opens what is open");
+  if (!kept.empty() && (!first_plan || kept.size() != int(stage->activate.num_stages()))) {
+    problem("kept rows are not of a first plan, or of other stages");
+  }
+  uint32_t rows = kept.empty() ? 0 : kept.at(int(stage->activate.stage_index()));
+  if (rows > (was_told ? stage->lengths.at(id) : 0)) problem("keeps more rows than there are");
+  if (rows < stage->prefixes.Of(id) * limits::kBlockTokens && rows % limits::kBlockTokens != 0) {
+    problem("a cut goes through a prefix block");
+  }
+  stage->prefixes.Leave(id, std::min(stage->prefixes.Of(id), rows / limits::kBlockTokens));
+  stage->rows_kept += rows;
+  stage->fed[id].resize(rows);
+  rows += stage->prefixes.Open(op.open(), problem);
+  const auto& ids = op.open().prefix_tokens().ids();
+  stage->fed[id].insert(stage->fed[id].end(), ids.begin(), ids.end());
+  stage->lengths[id] = rows;
 }
 // Layers once, of each stage workspace; of a successor and whom it follows the larger caches.
 inline void CheckMemory(const FakeWorker& worker, const ModelShape& model,
@@ -111,6 +151,7 @@ inline void CheckMemory(const FakeWorker& worker, const ModelShape& model,
 inline void TakeOver(FakeWorker& worker, FakeStage& stage) {
   if (std::exchange(stage.took_over, true)) return;
   std::map<SequenceId, std::vector<uint32_t>> rows;
+  std::map<SequenceId, std::vector<std::vector<ContentKey>>> keys;
   for (const uint64_t before : stage.load.successor_of()) {
     const auto it = worker.stages.find(before);
     if (it == worker.stages.end()) continue;
@@ -120,13 +161,24 @@ inline void TakeOver(FakeWorker& worker, FakeStage& stage) {
       if (l < other.layers().begin || l >= other.layers().end) continue;
       for (const auto& [id, length] : other.lengths) {
         rows[id].push_back(length);
+        keys[id].push_back(other.prefixes.KeysOf(id));
         if (stage.fed[id].size() < other.fed[id].size()) stage.fed[id] = other.fed[id];
       }
     }
   }
   for (const auto& [id, by_layer] : rows) {
     const bool all = by_layer.size() == stage.layers().size();
-    const uint32_t length = all ? *std::min_element(by_layer.begin(), by_layer.end()) : 0;
+    uint32_t length = all ? *std::min_element(by_layer.begin(), by_layer.end()) : 0;
+    const auto shorter = [](const auto& a, const auto& b) { return a.size() < b.size(); };
+    std::vector<ContentKey> prefix = *std::min_element(keys[id].begin(), keys[id].end(), shorter);
+    const auto longest = std::max_element(keys[id].begin(), keys[id].end(), shorter);
+    const auto prefix_rows = static_cast<uint32_t>(prefix.size()) * limits::kBlockTokens;
+    if (longest->size() > prefix.size()) length = std::min(length, prefix_rows);
+    if (length < prefix_rows) {
+      prefix.resize(length / limits::kBlockTokens);
+      length -= length % limits::kBlockTokens;
+    }
+    if (length > 0) stage.prefixes.Adopt(id, std::move(prefix));
     stage.fed[id].resize(length);
     if (length == 0) {
       stage.fed.erase(id);

@@ -137,7 +137,11 @@ class Harness {
     *report.mutable_epoch() = plan.epoch();
     report.set_step_id(plan.step_id());
     if (plan.step_id() == 1) stage.rows_kept = 0;
-    for (const v1::CacheOp& op : plan.cache_ops()) Do(op, plan.step_id() == 1, &stage);
+    for (const v1::CacheOp& op : plan.cache_ops()) {
+      DoCacheOp(op, plan.step_id() == 1, &stage,
+                [&](const std::string& what) { Problem(stage, what); });
+    }
+    if (plan.step_id() == 1) stage.prefixes.DropUnheld();
     if (!stage.told.empty()) Problem(stage, "the first plan does not name all that was told");
     uint32_t stages_before = stage.activate.num_stages();
     for (const v1::SequenceStep& step : plan.sequences()) {
@@ -164,11 +168,8 @@ class Harness {
       }
     }
     TablesDigest digest;
-    uint64_t bytes = 0;
-    for (const auto& [sequence, length] : stage.lengths) {
-      digest.Add(sequence, length);
-      bytes += HeldBytes({block_bytes}, length, stage.layers());
-    }
+    for (const auto& [sequence, length] : stage.lengths) digest.Add(sequence, length);
+    const uint64_t bytes = HeldBytesOf(stage, block_bytes);
     if (bytes > stage.cache_of_step.at(plan.step_id())) {
       Problem(stage, "its cache is too small for the plan");
     }
@@ -182,6 +183,7 @@ class Harness {
       v1::HeldSequence* held = state->add_held();
       held->set_sequence_id(sequence.value);
       held->set_rows(length);
+      held->set_prefix_blocks(stage.prefixes.Of(sequence));
     }
   }
   // The last one, with what the stage has.
@@ -326,30 +328,6 @@ class Harness {
   void Problem(const FakeStage& stage, const std::string& what) {
     problems.push_back("stage " + std::to_string(stage.load.stage_id()) + ": " + what);
   }
-  // As worker/stage does it, or would refuse it.
-  void Do(const v1::CacheOp& op, bool first_plan, FakeStage* stage) {
-    const SequenceId id{op.has_open() ? op.open().sequence_id() : op.close().sequence_id()};
-    const bool was_told = stage->told.erase(id) > 0;
-    const bool has = stage->lengths.contains(id);
-    if (op.has_close()) {
-      if (!has && !first_plan) Problem(*stage, "closes what is not open");
-      stage->lengths.erase(id);
-      stage->fed.erase(id);
-      return;
-    }
-    const auto& kept = op.open().kept_rows();
-    if (has && !was_told) Problem(*stage, "opens what is open");
-    if (!kept.empty() && (!first_plan || kept.size() != int(stage->activate.num_stages()))) {
-      Problem(*stage, "kept rows are not of a first plan, or of other stages");
-    }
-    const uint32_t rows = kept.empty() ? 0 : kept.at(int(stage->activate.stage_index()));
-    if (rows > (was_told ? stage->lengths.at(id) : 0)) {
-      Problem(*stage, "keeps more rows than there are");
-    }
-    stage->lengths[id] = rows;
-    stage->fed[id].resize(rows);
-    stage->rows_kept += rows;
-  }
   void Do(const v1::SequenceStep& step, uint32_t through, FakeStage* stage,
           v1::StageReport* report) {
     const SequenceId id{step.sequence_id()};
@@ -427,7 +405,11 @@ class Harness {
       stage.last = activate.next_stage_id() == 0;
       stage.plans.clear();
       stage.told.clear();
-      if (!tell_rows) stage.lengths.clear();
+      if (!tell_rows) {
+        stage.lengths.clear();
+        stage.prefixes.Clear();
+      }
+      stage.prefixes.DropUnheld();
       for (const auto& [sequence, length] : stage.lengths) stage.told.insert(sequence);
       if (activate.edge_over_nccl() && answer_nccl_ids) {
         v1::FromWorker id;

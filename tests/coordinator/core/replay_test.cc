@@ -142,13 +142,13 @@ TEST(CacheBooksTest, TheStageWithTheFewestBytesDecides) {
   books.Start(policy, {{{0, 2}, 1000}, {{2, 3}, 300}});  // five blocks a layer, and three
   EXPECT_TRUE(books.CanEverHold(192));
   EXPECT_FALSE(books.CanEverHold(193));
-  EXPECT_EQ(books.free_rows(), 192u);
+  EXPECT_EQ(books.free_rows(0), 192u);
   books.Reserve(0, 65);
   EXPECT_EQ(books.stages()[0].reserved_bytes, 400u);
   EXPECT_EQ(books.stages()[1].reserved_bytes, 200u);
-  EXPECT_TRUE(books.HasRoom(64, 0));
-  EXPECT_FALSE(books.HasRoom(64, 1)) << "a resident may grow by a block";
-  EXPECT_FALSE(books.HasRoom(65, 0));
+  EXPECT_TRUE(books.HasRoom(64, {}, 0, 0));
+  EXPECT_FALSE(books.HasRoom(64, {}, 0, 1)) << "a resident may grow by a block";
+  EXPECT_FALSE(books.HasRoom(65, {}, 0, 0));
   EXPECT_TRUE(books.CanReserve(65, 192));
   EXPECT_FALSE(books.CanReserve(65, 193));
   EXPECT_FALSE(books.CheckEqual(books.Empty()).ok());
