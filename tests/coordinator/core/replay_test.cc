@@ -60,7 +60,7 @@ TEST(ReplayTest, EveryChunkIsWholeAtEveryStage) {
     CacheBooks books;
     books.Start(policy, stages);
     books.Reserve(0, 400);
-    books.Hold(rows);
+    books.Hold(rows, {});
     while (rows.next() < 400) {
       const StageRows::Chunk chunk =
           rows.Cut(std::min<uint32_t>(1 + random() % 90, 400 - rows.next()));
@@ -84,8 +84,8 @@ TEST(ReplayTest, EveryChunkIsWholeAtEveryStage) {
       ASSERT_GT(lacking, 0u) << "a chunk that nobody lacks";
     }
     EXPECT_TRUE(rows.even());
-    books.Free(rows);
-    books.Release(400);
+    books.Free(rows, {});
+    books.Leave(400, {});
     EXPECT_TRUE(books.CheckEqual(books.Empty()).ok());
   }
 }
@@ -167,11 +167,11 @@ TEST(CacheBooksTest, TiersAreHeldAndReservedByLength) {
   const CachePolicy policy{.tiers = &tiers};
   CacheBooks books;
   books.Start(policy, {{{0, 2}, 1 << 20}, {{2, 3}, 1 << 20}});
-  const auto most = static_cast<uint32_t>(books.free_rows());
+  const auto most = static_cast<uint32_t>(books.free_rows(0));
   EXPECT_TRUE(books.CanEverHold(most));
   EXPECT_FALSE(books.CanEverHold(most + 1));
   StageRows rows;
-  books.Hold(rows);
+  books.Hold(rows, {});
   uint32_t reserved = 0;
   bool gave_back = false;
   while (rows.next() < 2000) {
@@ -190,8 +190,8 @@ TEST(CacheBooksTest, TiersAreHeldAndReservedByLength) {
     gave_back |= books.stages()[0].held_bytes < before;
   }
   EXPECT_TRUE(gave_back);
-  books.Free(rows);
-  books.Release(reserved);
+  books.Free(rows, {});
+  books.Leave(reserved, {});
   EXPECT_TRUE(books.CheckEqual(books.Empty()).ok());
 }
 

@@ -184,7 +184,7 @@ TEST(LatentCacheTest, ALayerIsGivenAndAdopted) {
   from.Open({2});  // without a row
   from.Grow({1}, 130);
   const std::vector<BlockId> second(from.PageTables({1})[1].begin(), from.PageTables({1})[1].end());
-  std::map<SequenceId, std::vector<BlockId>> given = from.GiveLayer(1);
+  std::map<SequenceId, std::vector<BlockId>> given = from.GiveLayer(1).tables;
   EXPECT_FALSE(from.given(0));
   EXPECT_TRUE(from.given(1));
   EXPECT_EQ(from.blocks_used(), 3u);
@@ -195,7 +195,9 @@ TEST(LatentCacheTest, ALayerIsGivenAndAdopted) {
   EXPECT_TRUE(given.at({2}).empty());
 
   LatentCache to(1, &pool);
-  to.Adopt({1}, 128, {given.at({1})});  // one row of the third block is not wanted
+  pool.Give(given.at({1}).back());  // two rows of the third block are not wanted
+  given.at({1}).pop_back();
+  to.Adopt({1}, 128, {}, {given.at({1})});
   EXPECT_EQ(to.length({1}), 128u);
   EXPECT_EQ(to.blocks_used(), 2u);
   EXPECT_EQ(pool.used(), 5u);
@@ -289,8 +291,8 @@ TEST(LatentCacheDeathTest, ChecksItsCaller) {
   cache.Grow({1}, 65);
   EXPECT_DEATH(cache.Grow({1}, 64), "does not shrink");
   EXPECT_DEATH(cache.Cut({1}, 66), "does not lengthen");
-  EXPECT_DEATH(cache.Adopt({1}, 0, {{}}), "resident already");
-  EXPECT_DEATH(cache.Adopt({2}, 1, {{}}), "fewer blocks were given");
+  EXPECT_DEATH(cache.Adopt({1}, 0, {}, {{}}), "resident already");
+  EXPECT_DEATH(cache.Adopt({2}, 1, {}, {{}}), "other blocks were given");
   cache.GiveLayer(0);
   EXPECT_DEATH(cache.GiveLayer(0), "given once");
 }

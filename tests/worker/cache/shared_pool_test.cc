@@ -159,7 +159,8 @@ class SharedPool {
     Cut(1 + Below(kLayers - 1));
     for (Half& half : old) {
       for (uint32_t layer = 0; layer < half.cache->num_layers(); ++layer) {
-        for (auto& [id, blocks] : half.cache->GiveLayer(layer)) {
+        LatentCache::Layer given = half.cache->GiveLayer(layer);
+        for (auto& [id, blocks] : given.tables) {
           auto& of = tables.try_emplace(id.value, kLayers).first->second;
           of[half.begin + layer] = std::move(blocks);
           lengths.try_emplace(id.value, kLayers).first->second[half.begin + layer] =
@@ -181,7 +182,11 @@ class SharedPool {
           }
           continue;
         }
-        half.cache->Adopt({id}, least, {first, last});
+        for (auto table = first; table != last; ++table) {
+          for (; table->size() > BlocksPerLayer(least); table->pop_back())
+            pool_.Give(table->back());
+        }
+        half.cache->Adopt({id}, least, {}, {first, last});
         half.lengths[id] = least;
       }
     }

@@ -228,7 +228,7 @@ TEST(TakeOverRowsTest, OnlyKnownTokensCountWhereTheyAreNeeded) {
                               const std::vector<TokenId>& tokens) {
       std::vector<std::vector<BlockId>> tables(layers);
       for (auto& table : tables) table = {pool.Take(), pool.Take()};
-      residents->AdoptLeft({7}, tokens, std::move(tables));
+      residents->AdoptLeft({7}, tokens, {}, std::move(tables));
     };
     fill(&lower, 1, c.lower);
     fill(&upper, 2, c.upper);
