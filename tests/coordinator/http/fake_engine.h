@@ -27,9 +27,9 @@ class FakeEngine : public Engine {
   // Constant while requests run.
   std::vector<TokenId> script;  // generated first; then 'a', 'b' … 'z', 'a' …
   std::optional<absl::Status> refusal;
-  uint32_t cached = 0;  // tokens of every prompt that it says it had
-  bool admit = true;                                         // false: requests stay in the queue
-  bool generate = true;                                      // false: prefill never ends
+  uint32_t cached = 0;   // tokens of every prompt that it says it had
+  bool admit = true;     // false: requests stay in the queue
+  bool generate = true;  // false: prefill never ends
   std::optional<std::pair<uint32_t, absl::Status>> failure;  // after so many tokens of a sequence
   bool ready = true;
   uint32_t context = 256;
