@@ -213,8 +213,8 @@ void Scheduler::PlanRows(Residency* residency, StageRows::Chunk chunk, Draft* dr
   // Also blocks that were full before: kept over an epoch, or replayed.
   const uint32_t full = end - end % limits::kBlockTokens;
   if (residency->shares && chunk.replay_stages == 0 &&
-      full > std::max(residency->rows_done,
-                      residency->prefix.blocks.least() * limits::kBlockTokens)) {
+      full >
+          std::max(residency->rows_done, residency->prefix.blocks.least() * limits::kBlockTokens)) {
     draft->record.filled.push_back({sequence.id, residency->epoch, end});
   }
   num_uneven_ -= !residency->rows.even();

@@ -9,7 +9,9 @@
 
 namespace strait {
 
-StageBlocks::StageBlocks(std::vector<uint32_t> by_stage) : by_stage_(std::move(by_stage)) { Even(); }
+StageBlocks::StageBlocks(std::vector<uint32_t> by_stage) : by_stage_(std::move(by_stage)) {
+  Even();
+}
 
 void StageBlocks::Even() {
   if (by_stage_.empty() || least() != most()) return;
@@ -149,7 +151,8 @@ absl::Status PrefixIndex::CheckIntegrity(
     for (uint32_t s = 0; s < num_on.size(); ++s) num_on[s] += node.on(s);
   }
   if (num_unheld != unheld_.size() || num_on != num_on_) {
-    return absl::InternalError(absl::StrCat(num_unheld, " prefix blocks without a sequence (counted ",
+    return absl::InternalError(absl::StrCat(num_unheld,
+                                            " prefix blocks without a sequence (counted ",
                                             unheld_.size(), "), or counts by stage are wrong"));
   }
   return absl::OkStatus();

@@ -53,10 +53,10 @@ class PrefixIndex {
   struct Node {
     ContentKey key;
     const Node* parent = nullptr;
-    uint32_t block = 0;          // its index in a sequence
-    uint32_t holders = 0;        // sequences that have it, on any stage
-    std::vector<bool> absent;    // by stage; empty: it is on all
-    uint64_t used = 0;           // when it was left by the last holder
+    uint32_t block = 0;        // its index in a sequence
+    uint32_t holders = 0;      // sequences that have it, on any stage
+    std::vector<bool> absent;  // by stage; empty: it is on all
+    uint64_t used = 0;         // when it was left by the last holder
     bool whole() const { return absent.empty(); }
     bool on(uint32_t stage_index) const { return absent.empty() || !absent[stage_index]; }
   };

@@ -20,7 +20,8 @@ namespace strait {
 
 struct RouteCandidate {
   bool has_room = false;  // the sequence could start now
-  uint64_t load = 0;  // rows that its residents still want, and one for each; and its own, less cached ones
+  uint64_t load =
+      0;  // rows that its residents still want, and one for each; and its own, less cached ones
   uint64_t free_rows =
       0;  // that its fullest stage could take: bytes do not compare, as layers differ
 };

@@ -41,9 +41,8 @@ Holdings Scheduler::MayBeHeld(uint32_t stage_index) const {
   const auto add = [&](SequenceId id, const StageRows& rows, const StageBlocks& prefix) {
     const Sequence* sequence = journal_->Find(id);
     const size_t confirmed = sequence == nullptr ? 0 : sequence->tokens.size();
-    AddHolding(
-        id, {rows.at(stage_index), static_cast<uint32_t>(confirmed), prefix.at(stage_index)},
-        &holdings);
+    AddHolding(id, {rows.at(stage_index), static_cast<uint32_t>(confirmed), prefix.at(stage_index)},
+               &holdings);
   };
   for (const auto& [id, residency] : residents_) {
     if (residency->opened) add(id, residency->rows, residency->prefix.blocks);
@@ -314,8 +313,8 @@ std::vector<uint64_t> Scheduler::HeldByLayer(uint32_t stage_index) const {
   }
   for (const Closing& closing : closing_) add(closing.rows, closing.prefix.blocks);
   for (uint32_t l = 0; l < layers.size(); ++l) {
-    held[l] += index_.num_on(stage_index) *
-               books_.PrefixBytes({layers.begin + l, layers.begin + l + 1});
+    held[l] +=
+        index_.num_on(stage_index) * books_.PrefixBytes({layers.begin + l, layers.begin + l + 1});
   }
   return held;
 }
@@ -336,8 +335,8 @@ absl::Status Scheduler::CheckResident(const Residency& residency) const {
   uint32_t most = 0;
   for (uint32_t s = 0; s < num_stages_; ++s) most = std::max(most, residency.rows.at(s));
   const bool survives =
-      !residency.opened && (rows != residency.prefix.blocks.least() * limits::kBlockTokens ||
-                            !residency.rows.even());
+      !residency.opened &&
+      (rows != residency.prefix.blocks.least() * limits::kBlockTokens || !residency.rows.even());
   const bool feasible = residency.scheduler == this && !residency.leaving &&
                         most <= residency.reserved_rows && (!survives || !unnamed_.empty()) &&
                         residency.samples_pending <= residency.results_pending &&

@@ -47,12 +47,12 @@ struct Sequence {
   uint32_t prompt_tokens = 0;
 
   // --- Journal ---
-  std::vector<TokenId> tokens;      // prompt, then generated
-  uint32_t scored = 0;              // prompt tokens whose score the client has, from position 1 on
-  uint32_t rows_computed_once = 0;  // rows below were planned before: counted as replayed
+  std::vector<TokenId> tokens;       // prompt, then generated
+  uint32_t scored = 0;               // prompt tokens whose score the client has, from position 1 on
+  uint32_t rows_computed_once = 0;   // rows below were planned before: counted as replayed
   SequenceBlame blame;
-  PrefixKeys prefix_keys;           // of its full blocks
-  std::optional<ContentKey> awaits; // while it waits: a block that another one computes
+  PrefixKeys prefix_keys;            // of its full blocks
+  std::optional<ContentKey> awaits;  // while it waits: a block that another one computes
   bool was_placed = false;
   uint32_t cached_tokens = 0;  // of its prompt, that it found in a cache when it was placed first
 

@@ -51,9 +51,9 @@ Holdings Narrowed(const Holdings& holdings, const HeldList& told) {
   for (const v1::HeldSequence& held : told) {
     const SequenceId id{held.sequence_id()};
     const uint32_t confirmed = holdings.at(id).confirmed;
-    narrowed.emplace_hint(narrowed.end(), id,
-                          MayHold{held.rows(), std::min(held.rows(), confirmed),
-                                  held.prefix_blocks()});
+    narrowed.emplace_hint(
+        narrowed.end(), id,
+        MayHold{held.rows(), std::min(held.rows(), confirmed), held.prefix_blocks()});
   }
   return narrowed;
 }

@@ -68,8 +68,8 @@ std::string Pack(absl::Span<const ContentKey> keys) {
 
 absl::StatusOr<std::vector<ContentKey>> ParseContentKeys(std::string_view packed) {
   if (packed.size() % kContentKeyBytes != 0) {
-    return absl::InvalidArgumentError(absl::StrCat(packed.size(), " bytes of content keys, each has ",
-                                                   kContentKeyBytes));
+    return absl::InvalidArgumentError(
+        absl::StrCat(packed.size(), " bytes of content keys, each has ", kContentKeyBytes));
   }
   std::vector<ContentKey> keys(packed.size() / kContentKeyBytes);
   if (!keys.empty()) std::memcpy(keys.data(), packed.data(), packed.size());

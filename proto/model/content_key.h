@@ -39,7 +39,7 @@ using ContentDigest = std::array<uint8_t, 32>;
 
 // What rows follow from besides tokens. Blocks of unequal ones never have equal keys.
 struct ContentOrigin {
-  uint64_t model = 0;         // fingerprints as in Hello
+  uint64_t model = 0;  // fingerprints as in Hello
   uint64_t weights = 0;
   std::string_view numerics;  // numerics_id of all layers
   std::string_view policy;    // how rows are kept

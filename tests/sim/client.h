@@ -42,7 +42,7 @@ class Clients {
 
   uint32_t num_live() const { return num_live_; }          // requests not refused and not ended
   uint32_t num_finished() const { return num_finished_; }  // sequences that got all they asked for
-  uint64_t num_cached() const { return num_cached_; }     // prompt tokens, as told
+  uint64_t num_cached() const { return num_cached_; }      // prompt tokens, as told
   uint32_t num_nan() const { return num_nan_; }            // sequences that ended for NaN logits
   std::string Stuck() const;                               // those that live, for the violation
 

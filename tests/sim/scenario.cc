@@ -129,4 +129,34 @@ Scenario MakeGroundScenario(World* world) {
   return s;
 }
 
+Scenario MakeSharingScenario(World* world) {
+  World& w = *world;
+  Scenario s = MakeScenario(world);
+  CoreOptions& o = s.options;
+  ModelShape& m = s.model;
+  m.max_positions = 700;
+  o.prefix_cache = true;
+  o.max_step_tokens = static_cast<uint32_t>(w.Pick({64, 64, 300}));
+  o.prefill_chunk = static_cast<uint32_t>(w.Pick({16, 64, 300}));
+  o.max_running = static_cast<uint32_t>(w.Pick({4, 16, 64}));
+  o.max_waiting = 200;
+  o.max_cache_bytes_per_stage = 0;
+  // From hardly more than one sequence needs to all that there are.
+  s.columns_least = static_cast<uint32_t>(w.Pick({8, 11, 11, 16, 50}));
+  const size_t num_layers = m.layer_weight_bytes.size();
+  uint64_t enough = m.embedding_bytes + m.head_bytes + m.workspace_bytes.back() +
+                    uint64_t{s.columns_least + 2} * num_layers * m.block_bytes;
+  for (const uint64_t bytes : m.layer_weight_bytes) enough += bytes;
+  for (uint64_t& bytes : s.worker_memory) {
+    bytes = s.equal_memory ? enough : enough * w.Random(10, 15) / 10;
+  }
+  s.num_requests = 25;
+  s.arrival_us = w.Pick({1'000, 50'000});
+  s.bad_request_chance = 0;
+  s.prompt_tokens_max = static_cast<uint32_t>(w.Pick({200, 400}));
+  s.max_tokens_max = static_cast<uint32_t>(w.Pick({20, 80, 200}));
+  s.stem_chance = w.Pick({0.8, 1.0});
+  return s;
+}
+
 }  // namespace strait::sim

@@ -149,6 +149,28 @@ TEST(SimTest, GroundSeeds) {
   }
 }
 
+// Prompts that begin alike, in caches of few blocks.
+TEST(SimTest, SharingSeeds) {
+  const uint64_t count = FromEnvironment("STRAIT_SIM_SEEDS", kSeeds) / 10;
+  Outcome sum;
+  for (uint64_t seed = 1; seed <= count; ++seed) {
+    running_seed = seed;
+    const Outcome outcome = RunSimulation(seed, {.shape = Shape::kSharing});
+    EXPECT_EQ(outcome.violation, "")
+        << "replay: strait_sim --sharing --seed " << seed << " --trace";
+    sum.stats.cached_rows += outcome.stats.cached_rows;
+    sum.stats.prefix_blocks_dropped += outcome.stats.prefix_blocks_dropped;
+    sum.stats.prefix_blocks_survived += outcome.stats.prefix_blocks_survived;
+    sum.stats.prefix_blocks_mended += outcome.stats.prefix_blocks_mended;
+  }
+  EXPECT_GT(sum.stats.cached_rows, count * 100);
+  if (count >= 50) {
+    EXPECT_GT(sum.stats.prefix_blocks_dropped, count);
+    EXPECT_GT(sum.stats.prefix_blocks_survived, count);
+    EXPECT_GT(sum.stats.prefix_blocks_mended, 0u);
+  }
+}
+
 TEST(SimTest, ASeedReplays) {
   for (const uint64_t seed : {7, 8, 9}) {
     const Outcome a = RunSimulation(seed);

@@ -42,8 +42,9 @@ class Simulation : public Control {
   Simulation(uint64_t seed, const SimulationOptions& options)
       : options_(options),
         world_(seed, options.trace),
-        scenario_(options.shape == Shape::kAny ? MakeScenario(&world_)
-                                               : MakeGroundScenario(&world_)),
+        scenario_(options.shape == Shape::kAny      ? MakeScenario(&world_)
+                  : options.shape == Shape::kGround ? MakeGroundScenario(&world_)
+                                                    : MakeSharingScenario(&world_)),
         network_(&world_, scenario_.data_delay_us_max, scenario_.slow_message_chance),
         core_(scenario_.options, scenario_.model),
         clients_(&world_, &scenario_),

@@ -37,8 +37,9 @@ struct Outcome {
 
 // What a seed decides within.
 enum class Shape {
-  kAny,     // anything, small: most clusters have few workers and short sequences
-  kGround,  // at least two pipelines, five workers, eight sequences of 300 tokens, three faults
+  kAny,      // anything, small: most clusters have few workers and short sequences
+  kGround,   // at least two pipelines, five workers, eight sequences of 300 tokens, three faults
+  kSharing,  // prompts that begin alike, caches of few blocks
 };
 
 struct SimulationOptions {

@@ -34,6 +34,8 @@ int main(int argc, char** argv) {
       options.trace = true;
     } else if (std::strcmp(argv[i], "--ground") == 0) {
       options.shape = strait::sim::Shape::kGround;
+    } else if (std::strcmp(argv[i], "--sharing") == 0) {
+      options.shape = strait::sim::Shape::kSharing;
     } else if (std::strcmp(argv[i], "--rarely") == 0) {
       options.check_always = false;
     } else if (std::strcmp(argv[i], "--seed") == 0 && i + 1 < argc) {
@@ -43,8 +45,9 @@ int main(int argc, char** argv) {
     } else {
       std::fprintf(
           stderr,
-          "usage: strait_sim [--seed N] [--count N] [--trace] [--ground] [--rarely]\n"
+          "usage: strait_sim [--seed N] [--count N] [--trace] [--ground | --sharing] [--rarely]\n"
           "  --ground  two pipelines, five workers, eight sequences of 300 tokens, three faults\n"
+          "  --sharing prompts that begin alike, caches of few blocks\n"
           "  --rarely  integrity is checked after faults and in idle moments only\n");
       return 2;
     }
@@ -76,8 +79,7 @@ int main(int argc, char** argv) {
                 ", dropped for room %" PRIu64 ", over epochs %" PRIu64 ", mended %" PRIu64
                 "\n%.0f seeds a minute on one core\n",
                 events.Table().c_str(), cached_rows, blocks_made, blocks_dropped, blocks_survived,
-                blocks_mended,
-                static_cast<double>(count) * 60 / took.count());
+                blocks_mended, static_cast<double>(count) * 60 / took.count());
   }
   std::printf("%llu of %llu seeds failed\n", static_cast<unsigned long long>(failures),
               static_cast<unsigned long long>(count));

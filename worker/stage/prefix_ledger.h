@@ -27,7 +27,8 @@ class PrefixLedger {
   using Keys = std::vector<ContentKey>;
   // What a plan changes, on top of the ledger.
   struct Change {
-    absl::flat_hash_map<ContentKey, std::optional<uint32_t>, ContentKeyHash> holders;  // absent: dropped
+    absl::flat_hash_map<ContentKey, std::optional<uint32_t>, ContentKeyHash>
+        holders;                                     // absent: dropped
     absl::flat_hash_map<SequenceId, Keys> prefixes;  // of sequences that it opens, closes, keeps of
     int64_t num_prefixes = 0;                        // more, or fewer
   };

@@ -60,7 +60,8 @@ TEST_F(CompletionTest, WholeCompletion) {
   EXPECT_TRUE(choice.at("logprobs").is_null());
   EXPECT_FALSE(choice.contains("token_ids"));
   EXPECT_EQ(ToText(answer.at("usage")),
-            R"({"prompt_tokens":4,"completion_tokens":4,"total_tokens":8})");
+            R"({"prompt_tokens":4,"completion_tokens":4,"total_tokens":8,)"
+            R"("prompt_tokens_details":{"cached_tokens":0}})");
   EXPECT_TRUE(engine_.cancelled().empty());
 }
 

@@ -27,8 +27,9 @@ class FakeEngine : public Engine {
   // Constant while requests run.
   std::vector<TokenId> script;  // generated first; then 'a', 'b' … 'z', 'a' …
   std::optional<absl::Status> refusal;
-  bool admit = true;                                         // false: requests stay in the queue
-  bool generate = true;                                      // false: prefill never ends
+  uint32_t cached = 0;   // tokens of every prompt that it says it had
+  bool admit = true;     // false: requests stay in the queue
+  bool generate = true;  // false: prefill never ends
   std::optional<std::pair<uint32_t, absl::Status>> failure;  // after so many tokens of a sequence
   bool ready = true;
   uint32_t context = 256;
@@ -157,7 +158,10 @@ class FakeEngine : public Engine {
     if (!request->admitted && admit) {
       request->admitted = true;
       request->listener->OnAdmitted(id);
-      for (uint32_t i = 0; i < request->spec.sequences.size(); ++i) Score(*request, i);
+      for (uint32_t i = 0; i < request->spec.sequences.size(); ++i) {
+        if (cached > 0) request->listener->OnPromptCached(i, cached);
+        Score(*request, i);
+      }
     }
     size_t ended = 0;
     for (uint32_t i = 0; i < request->sequences.size(); ++i) {
