@@ -37,6 +37,7 @@
 // the block that holds the new row are still to be read.
 #include "kernels/cuda/attention/mla_hopper_consume.cuh"
 #include "kernels/cuda/attention/mla_hopper_feed.cuh"
+#include "kernels/cuda/attention/mla_hopper_feed_fp8.cuh"
 #include "kernels/cuda/device/device.h"
 #include "kernels/cuda/device/tensor_map.h"
 
@@ -45,12 +46,12 @@ namespace {
 
 using namespace hopper;  // NOLINT: its own parts
 
-// kShared: clusters of two thread blocks, whose stretches are of the same cache rows. kUnits: blocks
-// are lists of units.
-template <RowFormat kFormat, bool kShared, bool kUnits>
+// kShared: clusters of two thread blocks, whose stretches are of the same cache rows.
+template <Feed kFeed, bool kShared>
 __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constant__ MlaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr bool kBf16 = kFormat == RowFormat::kBf16;
+  constexpr bool kFp8 = kFeed == Feed::kFp8;
+  static_assert(!(kFp8 && kShared));
   auto* const raw = DynamicShared<unsigned char>();
   StartNext();
   // Blocks without work make room at once; one waits, or this kernel might end before those before.
@@ -62,11 +63,9 @@ __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constan
   if (threadIdx.x == 0) {
     for (int i = 0; i < kNumTiles; ++i) {
       for (int quarter = 0; quarter < 4; ++quarter) {
-        wgmma::BarrierInit(s.full(i, quarter), kBf16 ? 1 : kThreads - kConsumers);
+        wgmma::BarrierInit(s.full(i, quarter), kFp8 ? 4 : 1);
       }
-      for (int half = 0; half < 2; ++half) {
-        wgmma::BarrierInit(s.empty(i, half), kBf16 ? (kShared ? 8 : 4) : 128);
-      }
+      for (int half = 0; half < 2; ++half) wgmma::BarrierInit(s.empty(i, half), kShared ? 8 : 4);
     }
     wgmma::FenceBarrierInit();
   }
@@ -76,29 +75,22 @@ __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constan
     __syncthreads();
   }
   if (threadIdx.x >= kConsumers) {
-    if constexpr (kBf16) {
-      wgmma::FewerRegisters<40>();
-      if (threadIdx.x < kConsumers + 32) {
-        if constexpr (kUnits) {
-          FeedUnits<kShared>(p, s);
-        } else {
-          FeedBf16<kShared>(p, s);
-        }
-      }
-    } else {
-      wgmma::FewerRegisters<72>();
+    wgmma::FewerRegisters<FeederRegisters(kFeed)>();
+    if constexpr (kFp8) {
       FeedFp8(p, s);
+    } else if (threadIdx.x < kConsumers + 32) {
+      if constexpr (kFeed == Feed::kUnits) {
+        FeedUnits<kShared>(p, s);
+      } else {
+        FeedBf16<kShared>(p, s);
+      }
     }
   } else {
-    if constexpr (kBf16) {
-      wgmma::MoreRegisters<232>();
-    } else {
-      wgmma::MoreRegisters<216>();
-    }
+    wgmma::MoreRegisters<ConsumerRegisters(kFeed)>();
     if (threadIdx.x < kConsumers / 2) {
-      Consumer<kFormat, kShared, 0>(p, s).Run();
+      Consumer<kShared, 0>(p, s).Run();
     } else {
-      Consumer<kFormat, kShared, 1>(p, s).Run();
+      Consumer<kShared, 1>(p, s).Run();
     }
   }
   if constexpr (kShared) cluster::Sync();  // the other block may still give tiles back to this one
@@ -111,10 +103,9 @@ __global__ void __launch_bounds__(kThreads, 1) HopperKernel(const __grid_constan
 
 cudaError_t PrepareHopper() {
   if (ComputeCapabilityMajor() != 9) return cudaSuccess;
-  for (const auto kernel :
-       {HopperKernel<RowFormat::kBf16, false, false>, HopperKernel<RowFormat::kBf16, true, false>,
-        HopperKernel<RowFormat::kBf16, false, true>, HopperKernel<RowFormat::kBf16, true, true>,
-        HopperKernel<RowFormat::kFp8, false, false>}) {
+  for (const auto kernel : {HopperKernel<Feed::kRows, false>, HopperKernel<Feed::kRows, true>,
+                            HopperKernel<Feed::kUnits, false>, HopperKernel<Feed::kUnits, true>,
+                            HopperKernel<Feed::kFp8, false>}) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kSharedBytes));
     if (error != cudaSuccess) return error;
@@ -124,15 +115,13 @@ cudaError_t PrepareHopper() {
 
 cudaError_t LaunchHopper(const MlaParams& params, cudaStream_t stream) {
   const int32_t num_blocks = params.plan.limits.num_thread_blocks;
-  const bool shared = params.format == RowFormat::kBf16 && num_blocks % 2 == 0 &&
-                      MlaTilesInPairs(params.num_heads, num_blocks);
-  auto kernel = HopperKernel<RowFormat::kFp8, false, false>;
-  if (params.format == RowFormat::kBf16 && params.units) {
-    kernel = shared ? HopperKernel<RowFormat::kBf16, true, true>
-                    : HopperKernel<RowFormat::kBf16, false, true>;
-  } else if (params.format == RowFormat::kBf16) {
-    kernel = shared ? HopperKernel<RowFormat::kBf16, true, false>
-                    : HopperKernel<RowFormat::kBf16, false, false>;
+  const bool bf16 = params.format == RowFormat::kBf16;
+  const bool shared = bf16 && num_blocks % 2 == 0 && MlaTilesInPairs(params.num_heads, num_blocks);
+  auto kernel = HopperKernel<Feed::kFp8, false>;
+  if (bf16 && params.units) {
+    kernel = shared ? HopperKernel<Feed::kUnits, true> : HopperKernel<Feed::kUnits, false>;
+  } else if (bf16) {
+    kernel = shared ? HopperKernel<Feed::kRows, true> : HopperKernel<Feed::kRows, false>;
   }
   cudaLaunchAttribute attributes[2];
   attributes[0] = EarlyStart();

@@ -50,7 +50,7 @@ struct State {
   float sum[2];   // of the blocks that this group scored
 };
 
-template <RowFormat kFormat, bool kShared, int kGroupIndex>
+template <bool kShared, int kGroupIndex>
 class Consumer {
  public:
   __device__ Consumer(const MlaParams& params, const Shared& shared)
@@ -423,14 +423,14 @@ class Consumer {
     return Columns(s_.tile(tile) + kGroupIndex * kHalfChunks * wgmma::kChunkBytes);
   }
 
-  // This group is done with its columns of the tile, the last to need them. Bulk copies wait for one
-  // arrival a warp; the fp8 feeder, which writes as ordinary threads do, for every thread that wrote.
+  // This group is done with its columns of the tile, the last to need them. A feeder waits for one
+  // arrival a warp: what the warp's other lanes wrote, the group's barrier after it has ordered.
   __device__ __forceinline__ void Release(int tile) {
     const uint32_t empty = s_.empty(tile, kGroupIndex);
     const uint32_t lane = threadIdx.x % 32;
     if constexpr (kShared) {
       if (lane < 2) cluster::BarrierArrive(empty, lane);
-    } else if (kFormat == RowFormat::kFp8 || lane == 0) {
+    } else if (lane == 0) {
       wgmma::BarrierArrive(empty);
     }
   }

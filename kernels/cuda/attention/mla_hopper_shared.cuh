@@ -31,6 +31,18 @@ inline constexpr int kGroup = 2;    // + group
 inline constexpr int kOrder = 4;    // the first group's scores are nearly there
 inline constexpr int kWeights = 5;  // + 4 * group whose weights are ready + warp of the group
 
+// Who brings cache blocks.
+enum class Feed {
+  kRows,   // bf16: FeedBf16
+  kUnits,  // bf16: FeedUnits
+  kFp8,    // fp8 rows, widened on their way: FeedFp8
+};
+// Registers of a consumer thread and of a feeder thread: two of the former and one of the latter are at
+// most 504. A second feeding warpgroup does not fit: a block of 512 threads begins with 128 each, and
+// the compiler wants 158 for a product of 256 columns.
+constexpr int ConsumerRegisters(Feed feed) { return feed == Feed::kFp8 ? 216 : 232; }
+constexpr int FeederRegisters(Feed feed) { return feed == Feed::kFp8 ? 72 : 40; }
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // Addresses are the same for all threads and known to be so: descriptors of products then cost

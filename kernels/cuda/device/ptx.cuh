@@ -119,6 +119,15 @@ __device__ __forceinline__ uint32_t E4m3PairToHalves(uint16_t codes) {
   asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
   return halves;
 }
+// Four of them: low has the two lower ones. The conversion reads either half of a register as it is.
+__device__ __forceinline__ void E4m3QuadToHalves(uint32_t codes, uint32_t& low, uint32_t& high) {
+  asm("{\n.reg .b16 a, b;\n"
+      "mov.b32 {a, b}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, a;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, b;\n}\n"
+      : "=r"(low), "=r"(high)
+      : "r"(codes));
+}
 #endif
 
 __device__ __forceinline__ void Trap() { asm volatile("trap;"); }

@@ -5,6 +5,7 @@
 //   mla_bench [--smoke] [--json FILE] [--format bf16|fp8] [--path hopper|portable]
 //             [--deterministic] [--only TEXT]
 //   mla_bench --units [--pool-gib N] [--smoke] [--json FILE] [--only TEXT]
+//   mla_bench --fp8-rows [--rounds N] [--smoke] [--json FILE] [--only TEXT]
 //
 // A case is timed as the replay of a graph of launches (attention and merge) that walk over copies
 // of the cache of more than twice the L2; the median of the replays, divided by the launches.
@@ -13,6 +14,7 @@
 // Prompts of bf16 rows also go the expanded way, where the device has it: "expanded" is attention,
 // "and keys" with the product that makes keys and values, whose flops then count.
 // --units: blocks as lists of column units against row-major blocks (mla_units_bench.cuh).
+// --fp8-rows: fp8 rows against the same numbers in bf16 (mla_fp8_bench.cuh).
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -29,24 +31,11 @@
 #include "kernels/cuda/attention/mla.h"
 #include "kernels/cuda/gemm/gemm.h"
 #include "tests/bench/cuda/mla_bench.cuh"
+#include "tests/bench/cuda/mla_fp8_bench.cuh"
 #include "tests/bench/cuda/mla_units_bench.cuh"
 
 namespace strait::cuda {
 namespace {
-
-__global__ void FillFp8Rows(std::byte* to, int64_t rows) {
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
-    std::byte* at = to + row * 656;
-    for (int i = threadIdx.x; i < 512; i += blockDim.x) {
-      const uint32_t code = Hash(static_cast<uint64_t>(row * 512 + i));
-      at[i] = static_cast<std::byte>((code & 0x7f) > 0x70 ? code & 0xbf : code & 0xff);
-    }
-    if (threadIdx.x < 4) reinterpret_cast<float*>(at + 512)[threadIdx.x] = 0.004f;
-    for (int i = threadIdx.x; i < 64; i += blockDim.x) {
-      reinterpret_cast<__nv_bfloat16*>(at + 528)[i] = RandomBf16(static_cast<uint64_t>(~row * i));
-    }
-  }
-}
 
 __global__ void __launch_bounds__(512) ReadKernel(const uint4* from, int64_t count, uint32_t* sum) {
   uint32_t x = 0;
@@ -67,6 +56,8 @@ struct Options {
   bool smoke = false;
   bool deterministic = false;
   bool units = false;
+  bool fp8_rows = false;
+  int rounds = 15;
   int64_t pool_gib = 0;
   RowFormat format = RowFormat::kBf16;
   MlaPath path = MlaPath::kAuto;
@@ -288,6 +279,10 @@ int Main(int argc, char** argv) {
       options.deterministic = true;
     } else if (argument == "--units") {
       options.units = true;
+    } else if (argument == "--fp8-rows") {
+      options.fp8_rows = true;
+    } else if (argument == "--rounds") {
+      options.rounds = std::atoi(value), ++i;
     } else if (argument == "--pool-gib") {
       options.pool_gib = std::atoll(value), ++i;
     } else if (argument == "--json") {
@@ -312,8 +307,9 @@ int Main(int argc, char** argv) {
                  error != cudaSuccess ? cudaGetErrorString(error) : "no GPU");
     return 77;
   }
-  if (options.units && MlaAutoPath(RowFormat::kBf16, 512, 64) != MlaPath::kHopper) {
-    std::fprintf(stderr, "SKIPPED, nothing was measured: --units is of the Hopper kernel\n");
+  if ((options.units || options.fp8_rows) &&
+      MlaAutoPath(RowFormat::kBf16, 512, 64) != MlaPath::kHopper) {
+    std::fprintf(stderr, "SKIPPED, nothing was measured: this is of the Hopper kernel\n");
     return 77;
   }
   const Device device = Open(options.smoke);
@@ -323,6 +319,12 @@ int Main(int argc, char** argv) {
   if (!options.json.empty() && json == nullptr) {
     std::perror(options.json.c_str());
     return 1;
+  }
+  if (options.fp8_rows) {
+    const bool same =
+        RunFp8({options.smoke, std::max(1, options.rounds), options.only}, device, json);
+    if (json != nullptr) std::fclose(json);
+    return same ? 0 : 1;
   }
   if (options.units) {
     const bool same = RunUnits({options.smoke, options.pool_gib << 30, options.only}, device, json);

@@ -56,6 +56,21 @@ static __global__ void FillBf16(__nv_bfloat16* to, int64_t count) {
   }
 }
 
+// fp8 rows of 512 + 64 columns, none NaN.
+static __global__ void FillFp8Rows(std::byte* to, int64_t rows) {
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    std::byte* at = to + row * 656;
+    for (int i = threadIdx.x; i < 512; i += blockDim.x) {
+      const uint32_t code = Hash(static_cast<uint64_t>(row * 512 + i));
+      at[i] = static_cast<std::byte>((code & 0x7f) > 0x70 ? code & 0xbf : code & 0xff);
+    }
+    if (threadIdx.x < 4) reinterpret_cast<float*>(at + 512)[threadIdx.x] = 0.004f;
+    for (int i = threadIdx.x; i < 64; i += blockDim.x) {
+      reinterpret_cast<__nv_bfloat16*>(at + 528)[i] = RandomBf16(static_cast<uint64_t>(~row * i));
+    }
+  }
+}
+
 // `launch(i, stream)` for i < launches, warmed up and captured once, to be replayed.
 class Replay {
  public:

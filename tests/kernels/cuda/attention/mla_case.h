@@ -113,6 +113,23 @@ class Case {
     return other;
   }
 
+  // The same of fp8 rows, their numbers rounded to bf16.
+  Case InBf16() const {
+    Case other = *this;
+    other.shape_.format = RowFormat::kBf16;
+    other.row_bytes_ = RowBytes(RowFormat::kBf16, shape_.rank, shape_.rope);
+    other.block_bytes_ = 64 * other.row_bytes_ + 64;
+    other.pool_.assign(static_cast<size_t>(num_blocks_ * other.block_bytes_), std::byte{0xff});
+    const int64_t width = shape_.rank + shape_.rope;
+    for (int64_t i = 0; i < num_blocks_ * 64; ++i) {
+      const std::vector<float> row(wide_.begin() + i * width, wide_.begin() + (i + 1) * width);
+      const std::vector<Bf16> rounded = gpu_test::ToBf16(row);
+      std::memcpy(other.pool_.data() + i / 64 * other.block_bytes_ + i % 64 * other.row_bytes_,
+                  rounded.data(), static_cast<size_t>(other.row_bytes_));
+    }
+    return other;
+  }
+
   // Takes only sequence `index` with its queries, on the same pool.
   Case Alone(size_t index) const {
     Case one = *this;

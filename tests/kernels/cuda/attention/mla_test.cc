@@ -196,6 +196,27 @@ TEST_F(MlaTest, ListsOfUnitsGiveTheBitsOfRowMajorBlocks) {
   EXPECT_TRUE(kernel_test::SameBits(of_rows.out, rows.InUnits(rng_).Run().out));
 }
 
+// Their feeder rounds code times scale to bf16 and hands over what a pool of bf16 holds.
+TEST_F(MlaTest, Fp8RowsGiveTheBitsOfTheirWidenedNumbers) {
+  STRAIT_TRACE_SEED();
+  if (major_ != 9) GTEST_SKIP() << "the portable path sums in another order for each";
+  for (const int32_t heads : {16, 64, 128}) {
+    Shape shape{.heads = heads, .format = RowFormat::kFp8, .out_fp32 = true};
+    shape.block_lse = heads == 16;
+    SCOPED_TRACE(PathName(shape));
+    const Case rows(rng_, shape,
+                    {{1, 0}, {1, 5, true}, {2, 62}, {1, Pick(200, 1500)}, {3, Pick(0, 400)}});
+    const Case wide = rows.InBf16();
+    for (const int32_t grid : {0, 6, 1}) {
+      const Case::Result of_rows = rows.Run(grid);
+      const Case::Result of_wide = wide.Run(grid);
+      EXPECT_TRUE(kernel_test::SameBits(of_rows.out, of_wide.out)) << grid << " thread blocks";
+      EXPECT_TRUE(kernel_test::SameBits(of_rows.lse, of_wide.lse)) << grid << " thread blocks";
+      EXPECT_TRUE(kernel_test::SameBits(of_rows.block_lse, of_wide.block_lse)) << grid;
+    }
+  }
+}
+
 TEST_F(MlaTest, WrongShapesAreRefused) {
   MlaParams p;
   p.rank = 520;
@@ -215,7 +236,6 @@ TEST_F(MlaTest, WrongShapesAreRefused) {
   p.format = RowFormat::kFp8;
   EXPECT_EQ(LaunchMla(p, nullptr), cudaErrorInvalidValue);
   p.units = false;
-  p.rank = 512;
   p.path = MlaPath::kAuto;
   for (const RowFormat format : {RowFormat::kFp32, RowFormat::kInt4}) {
     p.format = format;

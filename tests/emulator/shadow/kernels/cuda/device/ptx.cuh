@@ -237,6 +237,10 @@ inline uint32_t E4m3PairToHalves(uint16_t codes) {
   const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(codes, __NV_E4M3);
   return static_cast<uint32_t>(halves.y) << 16 | halves.x;
 }
+inline void E4m3QuadToHalves(uint32_t codes, uint32_t& low, uint32_t& high) {
+  low = E4m3PairToHalves(static_cast<uint16_t>(codes & 0xffffu));
+  high = E4m3PairToHalves(static_cast<uint16_t>(codes >> 16));
+}
 [[noreturn]] inline void Trap() { emulator::Fail("a kernel trapped"); }
 
 namespace wgmma {
