@@ -76,10 +76,6 @@ Scenario MakeScenario(World* world) {
   s.load_us_max = w.Pick({1'000, 100'000, 400'000});
   s.orphan_timeout_us = w.Pick({1'000'000, 60'000'000});
   s.slow_message_chance = w.Pick({0.0, 0.0, 0.002, 0.02});
-  // With many slow messages a short timeout evicts somebody all the time, and epochs end before a step.
-  if (s.slow_message_chance > 0.01) {
-    o.heartbeat_timeout_us = std::max<uint64_t>(o.heartbeat_timeout_us, 500'000);
-  }
 
   if (w.Chance(0.75)) {
     s.num_faults = static_cast<uint32_t>(w.Pick({1, 2, 4, 10}));
