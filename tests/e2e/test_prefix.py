@@ -127,7 +127,7 @@ def test_a_prompt_cancelled_halfway(cold):
                 wait_until(lambda: any(1_000 < s["rows"] for s in cluster.status()["sequences"]), what="half a prompt")
         wait_until(lambda: not cluster.status()["sequences"], what="the cancelled request's end")
         answer = ask(cluster, BASE)
-        assert 1_000 < cached(answer[2]) < LENGTH - BLOCK, "it was cancelled too late"
+        assert 512 < cached(answer[2]) < LENGTH - BLOCK, "it was cancelled too late"  # rows are planned ahead
         assert bits(answer) == cold["base"]
 
 
