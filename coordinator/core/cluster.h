@@ -42,6 +42,8 @@ inline constexpr uint32_t kMaxLinkErrors = 12;
 // last.
 inline constexpr uint64_t kActivateBackoffUs = 20'000;
 inline constexpr uint64_t kActivateBackoffMaxUs = 2'000'000;
+// In a stage's host memory, by a worker's word.
+inline constexpr uint64_t kMaxHostBlocks = 1 << 24;
 // A worker that could not load a stage is left alone so long, doubling.
 inline constexpr uint64_t kLoadBackoffUs = 1'000'000;
 inline constexpr uint64_t kLoadBackoffMaxUs = 60'000'000;
@@ -107,6 +109,7 @@ class Cluster {
   void OnActive(Worker* worker, const Seat& seat, const v1::StageState& state, uint64_t now_us);
   void OnFailed(Worker* worker, const Seat& seat, const v1::StageState& state, uint64_t now_us);
   void OnReport(Worker* worker, const v1::StageReport& report, uint64_t now_us);
+  void OnMoved(Worker* worker, const v1::PrefixesMoved& moved, uint64_t now_us);
   // A stage says that it failed: the pipeline starts anew, the worker goes if it was once too
   // often.
   void OnStageError(Worker* worker, const Seat& seat, const absl::Status& error, uint64_t now_us);
@@ -172,6 +175,8 @@ class Cluster {
   void SetGrants(const Pipeline& pipeline, uint32_t stage_index, v1::ActivateStage* activate);
   // Tells stages to activate, from this one down to the next whose NCCL id must be known first.
   void TellActivate(Pipeline* pipeline, uint32_t slot_index);
+  // A stage's share of its worker's host memory, in prefix blocks.
+  uint32_t HostBlocksOf(const Pipeline& pipeline, const StageSlot& slot);
   EdgeEnd EndAt(const StageSlot& slot);
   void OnEdgeId(Worker* worker, const v1::EdgeId& id, uint64_t now_us);
   // The NCCL edge that ends at this stage failed, say both ends or one.

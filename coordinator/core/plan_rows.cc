@@ -56,7 +56,7 @@ void Scheduler::PlanClose(Closing closing, bool ended, Draft* draft) {
   books_.Free(closing.rows, closing.prefix.blocks);
   books_.Leave(closing.reserved_rows, closing.prefix.blocks);
   draft->record.closed.push_back({closing.id, closing.rows, closing.prefix.blocks});
-  LeavePrefix(&closing.prefix, draft);
+  LeavePrefix(&closing.prefix, draft, ended);
 }
 
 void Scheduler::PlanCloses(Draft* draft) {
@@ -69,6 +69,9 @@ void Scheduler::PlanCloses(Draft* draft) {
 void Scheduler::Preempt(Residency* residency, Draft* draft) {
   ++context_->stats.preemptions;
   Sequence* sequence = residency->sequence;
+  const ContentKey first = residency->shares && sequence->rows_settled() >= limits::kBlockTokens
+                               ? KeyOf(sequence, 0)
+                               : ContentKey{};
   if (residency->opened) {
     PrefixKeep keep = Keepable(residency);
     PlanClose({sequence->id, residency->rows, residency->reserved_rows,
@@ -76,7 +79,10 @@ void Scheduler::Preempt(Residency* residency, Draft* draft) {
               !kEnded, draft);
   } else {
     books_.Leave(residency->reserved_rows, residency->prefix.blocks);
-    LeavePrefix(&residency->prefix, nullptr);
+    LeavePrefix(&residency->prefix, nullptr, !kEnded);
+  }
+  if (!context_->options.prefix_cache && index_.Find(first) != nullptr) {
+    parked_[sequence->id] = first;
   }
   Forget(residency);
   residency->leaving = true;
@@ -130,6 +136,10 @@ void Scheduler::PlanPrefill(Draft* draft) {
   auto it = prefilling_.begin();
   while (it != prefilling_.end() && draft->tokens_left > 0 && draft->sequences_left > 0) {
     Residency* residency = it->second;
+    if (residency->returns) {
+      ++it;
+      continue;
+    }
     const uint32_t prefix_tokens = residency->opened ? 0 : residency->rows.next();
     if (draft->prefix_tokens > 0 &&
         draft->prefix_tokens + prefix_tokens > limits::kMaxStepPrefixTokens) {

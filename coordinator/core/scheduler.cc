@@ -2,6 +2,7 @@
 #include "coordinator/core/scheduler.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -20,6 +21,9 @@ void Scheduler::Start(std::vector<StageCache> stages, Survivors survivors, RowSo
       std::min(wanted > 0 ? wanted : num_stages_ + ahead, limits::kMaxStepsInFlight);
   links_proven_ = false;
   times_.assign(num_stages_, {});
+  host_blocks_ = std::numeric_limits<uint32_t>::max();
+  for (const StageCache& stage : stages) host_blocks_ = std::min(host_blocks_, stage.host_blocks);
+  rates_.resize(num_stages_);
   books_.Start(context_->model.policy(), std::move(stages));
   ledger_.Start(num_stages_);
   index_.Start(num_stages_);
@@ -92,7 +96,10 @@ std::vector<Holdings> Scheduler::Stop(const absl::Status& why) {
   }
   books_.Stop();
   index_.Clear();
-  dropped_.clear();
+  due_ops_.Clear();
+  ops_are_urgent_ = false;
+  parked_.clear();
+  STRAIT_CHECK(num_returning_ == 0);
   keepers_.clear();
   num_stages_ = 0;
   unplanned_rows_ = 0;
@@ -114,10 +121,12 @@ void Scheduler::Place(Sequence* sequence) {
     TakeKept(residency, kept);
     num_uneven_ += !residency->rows.even();
   }
+  parked_.erase(sequence->id);
   residency->reserved_rows = sequence->rows_wanted();
   while (!books_.CanEnter(residency->reserved_rows, residency->prefix.blocks)) {
     STRAIT_CHECK(DropOldest(nullptr), "it was placed without room");
   }
+  if (kept.empty()) EnterCached(residency);
   books_.Enter(residency->reserved_rows, residency->prefix.blocks);
   MakePromises(residency);
   unplanned_rows_ += sequence->rows_wanted() - residency->rows.next();
@@ -134,6 +143,7 @@ void Scheduler::Forget(Residency* residency) {
   if (residency->ready_ticket != 0) ready_.erase(residency->ready_ticket);
   num_uneven_ -= !residency->rows.even();
   BreakPromises(residency);
+  num_returning_ -= std::exchange(residency->returns, false);
   keepers_.erase(sequence.id);
   residents_.erase(sequence.id);
 }
@@ -147,7 +157,7 @@ void Scheduler::Drop(Residency* residency) {
       close_now_ = close_now_ || (num_stages_ > 1 && residency->samples_pending > 1);
     } else {
       books_.Leave(residency->reserved_rows, residency->prefix.blocks);
-      LeavePrefix(&residency->prefix, nullptr);
+      LeavePrefix(&residency->prefix, nullptr, kEnded);
     }
     Forget(residency);
   }
@@ -206,7 +216,7 @@ std::vector<Residency*> Scheduler::ChooseDecodes(size_t most) const {
     if (chosen.size() >= most) return chosen;
     if (InTime(*residency)) chosen.push_back(residency);
   }
-  if (!chosen.empty() || !prefilling_.empty() || ledger_.decode_steps() >= num_stages_) {
+  if (!chosen.empty() || prefilling_.size() > num_returning_ || ledger_.decode_steps() >= num_stages_) {
     return chosen;
   }
   for (const auto& [ticket, residency] : ready_) {
@@ -221,10 +231,12 @@ std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
   const bool full = ledger_.with_rows() >= steps_in_flight_max_;
   if (full && !close_now_) return std::nullopt;
   const bool is_awaited = std::exchange(is_awaited_, false) && !keepers_.empty();
-  if (unnamed_.empty() && closing_.empty() && prefilling_.empty() && !WorthDecoding() &&
-      !is_awaited) {
+  GiveUpEnded();
+  if (unnamed_.empty() && closing_.empty() && prefilling_.size() == num_returning_ &&
+      !WorthDecoding() && !is_awaited && !ops_are_urgent_) {
     return std::nullopt;
   }
+  const bool was_urgent = ops_are_urgent_;
   Draft draft = Begin();
   PlanSurvivors(&draft);
   PlanKeeps(&draft);
@@ -234,7 +246,7 @@ std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
     PlanPrefill(&draft);
   }
   std::optional<v1::StepPlan> plan = Send(std::move(draft), now_us);
-  STRAIT_CHECK(plan.has_value() || is_awaited);
+  STRAIT_CHECK(plan.has_value() || is_awaited || was_urgent);
   return plan;
 }
 
@@ -245,7 +257,10 @@ Scheduler::Draft Scheduler::Begin() {
   draft.plan.set_step_id(draft.record.id.value);
   draft.tokens_left = context_->options.max_step_tokens;
   draft.sequences_left = limits::kMaxStepSequences;
-  PlanDrops(&draft);
+  // The first plan of an epoch leaves no prefix block without a sequence.
+  if (draft.record.id.value > 1) *draft.plan.mutable_cache_ops() = std::move(due_ops_);
+  due_ops_.Clear();
+  ops_are_urgent_ = false;
   return draft;
 }
 
@@ -351,6 +366,7 @@ absl::Status Scheduler::CheckResident(const Residency& residency) const {
 absl::Status Scheduler::CheckIntegrity() const {
   uint64_t unplanned = 0;
   uint32_t uneven = 0;
+  uint32_t returning = 0;
   CacheBooks due = books_.Empty();
   STRAIT_RETURN_IF_ERROR(CheckPrefixes(&due));
   for (const auto& [id, residency] : residents_) {
@@ -358,12 +374,25 @@ absl::Status Scheduler::CheckIntegrity() const {
     due.Enter(residency->reserved_rows, residency->prefix.blocks);
     if (residency->opened) due.Hold(residency->rows, residency->prefix.blocks);
     uneven += !residency->rows.even();
+    const auto& path = residency->prefix.path;
+    const bool returns = std::any_of(path.begin(), path.end(),
+                                     [](const auto* node) { return node->returning; });
+    if (returns != residency->returns || (returns && residency->opened)) {
+      return absl::InternalError(
+          absl::StrCat("sequence ", id.value, " waits for no blocks, or does not wait"));
+    }
+    returning += returns;
     if (!prefilling_.contains(id)) continue;
     unplanned += residency->sequence->rows_wanted() - residency->rows.next();
   }
   for (const Closing& closing : closing_) {
     due.Enter(closing.reserved_rows, closing.prefix.blocks);
     due.Hold(closing.rows, closing.prefix.blocks);
+  }
+  if (returning != num_returning_ || index_.num_on_host() > host_blocks_) {
+    return absl::InternalError(absl::StrCat(num_returning_, " residents wait for blocks (counted ",
+                                            returning, "), ", index_.num_on_host(),
+                                            " prefix blocks are in host memory of ", host_blocks_));
   }
   if (unplanned != unplanned_rows_ || uneven != num_uneven_) {
     return absl::InternalError(absl::StrCat("rows to plan ", unplanned_rows_, " (counted ",

@@ -90,6 +90,17 @@ Scenario MakeScenario(World* world) {
     // Several stages on a worker have a workspace each, which takes of its cache.
     for (uint64_t& bytes : s.worker_memory) bytes += 2 * num_layers * m.block_bytes;
   }
+
+  if (w.Chance(0.5)) {
+    s.host_cache_bytes = w.Pick({1, 3, 10, 100}) * num_layers * m.block_bytes;
+    o.preempt = w.Chance(0.7)   ? PreemptMode::kPark
+                : w.Chance(0.8) ? PreemptMode::kAuto
+                                : PreemptMode::kReplay;
+  }
+  s.copy_us_max = w.Pick({20, 1'000, 20'000});
+  s.copy_polls = static_cast<uint32_t>(w.Pick({0, 1, 5}));
+  if (w.Chance(0.3)) s.num_corruptions = static_cast<uint32_t>(w.Pick({1, 5}));
+  if (w.Chance(0.2)) s.num_flushes = static_cast<uint32_t>(w.Pick({1, 3}));
   return s;
 }
 
