@@ -572,9 +572,14 @@ Outcome Simulation::Run() {
   while (world_.violation().empty() && world_.now_us() < end_us) world_.RunOne();
   if (world_.violation().empty()) CheckIdle();
   if (world_.violation().empty()) {
-    Flush();
-    const uint64_t flushed_us = world_.now_us() + 3'000'000;
-    while (world_.violation().empty() && world_.now_us() < flushed_us) world_.RunOne();
+    std::optional<uint64_t> until_us;
+    gate_.Pass([&] {
+      Flush();
+      until_us = world_.now_us() + 3'000'000;
+    });
+    while (world_.violation().empty() && (!until_us || world_.now_us() < *until_us)) {
+      world_.RunOne();
+    }
     const CoreStats stats = core_.Stats();
     if (stats.cache_bytes_used + stats.host_bytes_used > 0) {
       world_.Violation(absl::StrCat("after a flush ", stats.cache_bytes_used, " and ",

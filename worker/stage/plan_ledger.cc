@@ -172,6 +172,8 @@ absl::Status PlanLedger::CheckKeep(const v1::KeepPrefix& keep, CheckedPlan* chec
 absl::Status PlanLedger::CheckDrop(const v1::DropPrefix& drop, CheckedPlan* checked) const {
   STRAIT_ASSIGN_OR_RETURN(std::vector<ContentKey> keys, ParseContentKeys(drop.keys()));
   STRAIT_RETURN_IF_ERROR(prefixes_.Drop(keys, &checked->prefixes));
+  // A copy of one may be under way: what takes its place must wait for its end.
+  checked->moves_prefixes = checked->moves_prefixes || (prefixes_.has_host() && next_step_.value > 1);
   checked->keys.push_back(std::move(keys));
   return absl::OkStatus();
 }

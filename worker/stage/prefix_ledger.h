@@ -60,6 +60,7 @@ class PrefixLedger {
   absl::Status Forget(absl::Span<const ContentKey> keys, Change* change) const;
   // A block that was on its way back is there.
   void Returned(const ContentKey& key) { returning_.erase(key); }
+  bool has_host() const { return host_blocks_ > 0; }
   void SetHostBlocks(uint32_t host_blocks) { host_blocks_ = host_blocks; }
 
   void Commit(const Change& change);
