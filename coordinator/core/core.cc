@@ -244,8 +244,8 @@ void Core::State::PlaceWaiting() {
       Scheduler& scheduler = active[i]->scheduler;
       held_by_any = held_by_any || scheduler.CanEverHold(*sequence);
       prospects[i] = scheduler.Look(sequence);
-      const uint32_t known = prospects[i].cached_rows + prospects[i].host_rows +
-                             prospects[i].promised_rows;
+      const uint32_t known =
+          prospects[i].cached_rows + prospects[i].host_rows + prospects[i].promised_rows;
       candidates[i] = {scheduler.HasRoom(sequence),
                        scheduler.load() + (sequence->rows_wanted() - known), scheduler.free_rows()};
     }

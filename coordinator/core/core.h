@@ -140,9 +140,9 @@ struct ScaleAnswered {
   absl::Status status;  // ok: every pipeline has so many stages now
   v1::ScaleReply reply;
 };
-using CoreMessage = std::variant<SendToWorker, EvictWorker, RequestRefused, RequestAdmitted,
-                                 PromptCached, PromptScored, TokenEmitted, SequenceEnded,
-                                 ScaleAnswered>;
+using CoreMessage =
+    std::variant<SendToWorker, EvictWorker, RequestRefused, RequestAdmitted, PromptCached,
+                 PromptScored, TokenEmitted, SequenceEnded, ScaleAnswered>;
 
 // Counters that only grow, and gauges; for metrics and status.
 struct CoreStats {
@@ -152,16 +152,17 @@ struct CoreStats {
   uint64_t replayed_tokens = 0;
   uint64_t recomputed_rows = 0;  // the same, times the stages that each went through again
   uint64_t kept_rows = 0;  // that stages took along into a new epoch; each stage counts its own
-  uint64_t granted_tokens = 0;  // planned before the token that they feed was known
-  uint64_t surplus_tokens = 0;  // sampled for sequences that had ended
-  uint64_t cached_rows = 0;             // that sequences found in prefix blocks when they were placed
-  uint64_t prefix_blocks_made = 0;      // full blocks that became prefix blocks
+  uint64_t granted_tokens = 0;      // planned before the token that they feed was known
+  uint64_t surplus_tokens = 0;      // sampled for sequences that had ended
+  uint64_t cached_rows = 0;         // that sequences found in prefix blocks when they were placed
+  uint64_t prefix_blocks_made = 0;  // full blocks that became prefix blocks
   uint64_t prefix_blocks_dropped = 0;   // to make room
   uint64_t prefix_blocks_survived = 0;  // that sequences took along into a new epoch, on any stage
-  uint64_t prefix_blocks_mended = 0;    // of these, that were computed again where a stage lacked them
+  uint64_t prefix_blocks_mended =
+      0;  // of these, that were computed again where a stage lacked them
   uint64_t prefix_blocks_offloaded = 0;  // to host memory, to make room
   uint64_t prefix_blocks_returned = 0;   // from there
-  uint64_t prefix_blocks_lost = 0;       // of which the copy there was none any more; computed again
+  uint64_t prefix_blocks_lost = 0;  // of which the copy there was none any more; computed again
   uint64_t prefix_blocks_forgotten = 0;  // there, to make room
   uint64_t host_copied_bytes = 0;        // to and from there, all stages
   uint64_t host_copying_us = 0;          // in which copies were under way, summed over stages
@@ -173,7 +174,7 @@ struct CoreStats {
   uint32_t running = 0;
   uint32_t waiting = 0;
   uint32_t pipelines_active = 0;
-  uint64_t cache_bytes_used = 0;  // of latent blocks that rows hold
+  uint64_t cache_bytes_used = 0;           // of latent blocks that rows hold
   uint64_t cache_bytes_free_prefixes = 0;  // of these: of prefix blocks that no sequence has now
   uint64_t cache_bytes_total = 0;
   uint64_t host_bytes_used = 0;  // of workers' host memory: of prefix blocks that went there

@@ -233,9 +233,9 @@ void Scheduler::OnLost(const ContentKey& key) {
 void Scheduler::RefreshReturning() {
   for (const auto& [id, residency] : prefilling_) {
     const auto& path = residency->prefix.path;
-    const bool returns = residency->returns && std::any_of(path.begin(), path.end(), [](auto* node) {
-                           return node->returning;
-                         });
+    const bool returns =
+        residency->returns &&
+        std::any_of(path.begin(), path.end(), [](auto* node) { return node->returning; });
     num_returning_ -= residency->returns && !returns;
     residency->returns = returns;
   }

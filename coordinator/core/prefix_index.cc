@@ -9,7 +9,9 @@
 
 namespace strait {
 
-StageBlocks::StageBlocks(std::vector<uint32_t> by_stage) : by_stage_(std::move(by_stage)) { Even(); }
+StageBlocks::StageBlocks(std::vector<uint32_t> by_stage) : by_stage_(std::move(by_stage)) {
+  Even();
+}
 
 void StageBlocks::Even() {
   if (by_stage_.empty() || least() != most()) return;
@@ -184,12 +186,11 @@ absl::Status PrefixIndex::CheckIntegrity(
           absl::StrCat(where, node.holders, " sequences have it (counted ", holders, ")"));
     }
     const bool on_host = node.only_on_host();
-    if (node.holders == 0 && !on_host &&
-        (!node.whole() || unheld_.count(AgeOf(node)) == 0)) {
+    if (node.holders == 0 && !on_host && (!node.whole() || unheld_.count(AgeOf(node)) == 0)) {
       return absl::InternalError(absl::StrCat(where, "nobody has it, and nobody will remove it"));
     }
-    const bool is_anywhere = std::find(node.absent.begin(), node.absent.end(), false) !=
-                             node.absent.end();
+    const bool is_anywhere =
+        std::find(node.absent.begin(), node.absent.end(), false) != node.absent.end();
     if (on_host != (on_host_.count(AgeOf(node)) == 1) || (on_host && node.holders > 0) ||
         (on_host && (node.whole() || is_anywhere)) || (node.returning && !node.whole())) {
       return absl::InternalError(absl::StrCat(where, "it is and is not in host memory alone"));
@@ -218,7 +219,8 @@ absl::Status PrefixIndex::CheckIntegrity(
                                             on_host_.size(), "), or blocks without a parent"));
   }
   if (num_unheld != unheld_.size() || num_on != num_on_) {
-    return absl::InternalError(absl::StrCat(num_unheld, " prefix blocks without a sequence (counted ",
+    return absl::InternalError(absl::StrCat(num_unheld,
+                                            " prefix blocks without a sequence (counted ",
                                             unheld_.size(), "), or counts by stage are wrong"));
   }
   return absl::OkStatus();

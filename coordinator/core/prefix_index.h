@@ -52,13 +52,13 @@ class PrefixIndex {
   struct Node {
     ContentKey key;
     Node* parent = nullptr;
-    uint32_t block = 0;          // its index in a sequence
-    uint32_t holders = 0;        // sequences that have it, on any stage
-    std::vector<bool> absent;    // by stage; empty: it is on all
-    uint64_t used = 0;           // when it was left by the last holder
+    uint32_t block = 0;        // its index in a sequence
+    uint32_t holders = 0;      // sequences that have it, on any stage
+    std::vector<bool> absent;  // by stage; empty: it is on all
+    uint64_t used = 0;         // when it was left by the last holder
     std::vector<Node*> children;
-    bool on_host = false;        // there is a copy in every stage's host memory
-    bool returning = false;      // likewise, and its rows are on their way from there to all stages
+    bool on_host = false;    // there is a copy in every stage's host memory
+    bool returning = false;  // likewise, and its rows are on their way from there to all stages
     bool only_on_host() const { return on_host && !returning; }
     bool whole() const { return absent.empty(); }
     bool on(uint32_t stage_index) const { return absent.empty() || !absent[stage_index]; }

@@ -299,8 +299,8 @@ absl::Status Scheduler::CheckPrefixes(CacheBooks* due) const {
       for (uint32_t b = 0; b < hold.blocks.at(s) && sound; ++b) sound = hold.path[b]->on(s);
     }
     if (sound) return absl::OkStatus();
-    return absl::InternalError(
-        absl::StrCat("sequence ", id.value, " has prefix blocks that are none, or no rows for them"));
+    return absl::InternalError(absl::StrCat(
+        "sequence ", id.value, " has prefix blocks that are none, or no rows for them"));
   };
   for (const auto& [id, residency] : residents_) {
     STRAIT_RETURN_IF_ERROR(count(id, residency->prefix, residency->rows));

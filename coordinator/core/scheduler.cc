@@ -27,7 +27,8 @@ void Scheduler::Start(std::vector<StageCache> stages, Survivors survivors, RowSo
   books_.Start(context_->model.policy(), std::move(stages));
   ledger_.Start(num_stages_);
   index_.Start(num_stages_);
-  is_new_source_ = source.weights != source_.weights || source.numerics != source_.numerics;
+  is_new_source_ =
+      keys_are_mixed_ || source.weights != source_.weights || source.numerics != source_.numerics;
   source_ = std::move(source);
   survivors_ = std::move(survivors);
   unnamed_ = survivors_.Ids();
@@ -45,9 +46,8 @@ Holdings Scheduler::MayBeHeld(uint32_t stage_index) const {
   const auto add = [&](SequenceId id, const StageRows& rows, const StageBlocks& prefix) {
     const Sequence* sequence = journal_->Find(id);
     const size_t confirmed = sequence == nullptr ? 0 : sequence->tokens.size();
-    AddHolding(
-        id, {rows.at(stage_index), static_cast<uint32_t>(confirmed), prefix.at(stage_index)},
-        &holdings);
+    AddHolding(id, {rows.at(stage_index), static_cast<uint32_t>(confirmed), prefix.at(stage_index)},
+               &holdings);
   };
   for (const auto& [id, residency] : residents_) {
     if (residency->opened) add(id, residency->rows, residency->prefix.blocks);
@@ -64,6 +64,7 @@ Holdings Scheduler::MayBeHeld(uint32_t stage_index) const {
 
 std::vector<Holdings> Scheduler::Stop(const absl::Status& why) {
   std::vector<Holdings> may_hold;
+  bool all_named = true;
   for (uint32_t s = 0; s < num_stages_; ++s) may_hold.push_back(MayBeHeld(s));
   // Preempted sequences may have results pending too, so this goes by steps, not by residents.
   for (const StepRecord& record : ledger_.records()) {
@@ -73,6 +74,9 @@ std::vector<Holdings> Scheduler::Stop(const absl::Status& why) {
       if (sequence != nullptr) Answered(sequence->Find(wanted.placement), wanted.sample);
     }
   }
+  // A stage that has not done this epoch's first plan may have blocks by keys from before it.
+  for (uint32_t s = 0; s < num_stages_; ++s) all_named = all_named && ledger_.reported(s) > 0;
+  keys_are_mixed_ = is_new_source_ && !all_named;
   ledger_.Stop();
   closing_.clear();
   close_now_ = false;
@@ -216,7 +220,8 @@ std::vector<Residency*> Scheduler::ChooseDecodes(size_t most) const {
     if (chosen.size() >= most) return chosen;
     if (InTime(*residency)) chosen.push_back(residency);
   }
-  if (!chosen.empty() || prefilling_.size() > num_returning_ || ledger_.decode_steps() >= num_stages_) {
+  if (!chosen.empty() || prefilling_.size() > num_returning_ ||
+      ledger_.decode_steps() >= num_stages_) {
     return chosen;
   }
   for (const auto& [ticket, residency] : ready_) {
@@ -319,8 +324,8 @@ std::vector<uint64_t> Scheduler::HeldByLayer(uint32_t stage_index) const {
   }
   for (const Closing& closing : closing_) add(closing.rows, closing.prefix.blocks);
   for (uint32_t l = 0; l < layers.size(); ++l) {
-    held[l] += index_.num_on(stage_index) *
-               books_.PrefixBytes({layers.begin + l, layers.begin + l + 1});
+    held[l] +=
+        index_.num_on(stage_index) * books_.PrefixBytes({layers.begin + l, layers.begin + l + 1});
   }
   return held;
 }
@@ -341,8 +346,8 @@ absl::Status Scheduler::CheckResident(const Residency& residency) const {
   uint32_t most = 0;
   for (uint32_t s = 0; s < num_stages_; ++s) most = std::max(most, residency.rows.at(s));
   const bool survives =
-      !residency.opened && (rows != residency.prefix.blocks.least() * limits::kBlockTokens ||
-                            !residency.rows.even());
+      !residency.opened &&
+      (rows != residency.prefix.blocks.least() * limits::kBlockTokens || !residency.rows.even());
   const bool feasible = residency.scheduler == this && !residency.leaving &&
                         most <= residency.reserved_rows && (!survives || !unnamed_.empty()) &&
                         residency.samples_pending <= residency.results_pending &&
@@ -375,8 +380,8 @@ absl::Status Scheduler::CheckIntegrity() const {
     if (residency->opened) due.Hold(residency->rows, residency->prefix.blocks);
     uneven += !residency->rows.even();
     const auto& path = residency->prefix.path;
-    const bool returns = std::any_of(path.begin(), path.end(),
-                                     [](const auto* node) { return node->returning; });
+    const bool returns =
+        std::any_of(path.begin(), path.end(), [](const auto* node) { return node->returning; });
     if (returns != residency->returns || (returns && residency->opened)) {
       return absl::InternalError(
           absl::StrCat("sequence ", id.value, " waits for no blocks, or does not wait"));

@@ -245,7 +245,9 @@ class Scheduler {
   enum class KeyOp { kOffload, kDrop, kForget };
   // Together with others of its kind, as far as the order allows.
   static void AddKey(KeyOp kind, const ContentKey& key, Ops* ops);
-  Ops* OpsOf(Draft* draft) { return draft != nullptr ? draft->plan.mutable_cache_ops() : &due_ops_; }
+  Ops* OpsOf(Draft* draft) {
+    return draft != nullptr ? draft->plan.mutable_cache_ops() : &due_ops_;
+  }
   // Full blocks become prefix blocks: for other sequences, or to be parked.
   bool KeepsPrefixes() const { return context_->options.prefix_cache || host_blocks_ > 0; }
   // There is room for it, or what makes room was used before it.
@@ -289,12 +291,13 @@ class Scheduler {
   Survivors survivors_;
   std::vector<SequenceId> unnamed_;  // by rising id
   RowSource source_;
-  bool is_new_source_ = false;  // what survivors have follows from another one
+  bool is_new_source_ = false;   // what survivors have follows from another one
+  bool keys_are_mixed_ = false;  // while stopped: stages may have blocks by keys of either
   PrefixIndex index_;
-  Ops due_ops_;                      // of the next plan, in order
-  bool ops_are_urgent_ = false;      // it is made for their sake
-  uint64_t host_blocks_ = 0;         // that every stage may have in host memory
-  uint32_t num_returning_ = 0;       // residents that wait for blocks from there
+  Ops due_ops_;                  // of the next plan, in order
+  bool ops_are_urgent_ = false;  // it is made for their sake
+  uint64_t host_blocks_ = 0;     // that every stage may have in host memory
+  uint32_t num_returning_ = 0;   // residents that wait for blocks from there
   // First blocks of sequences that were preempted here, where others cannot use them.
   std::map<SequenceId, ContentKey> parked_;
   struct Rates {
@@ -303,9 +306,9 @@ class Scheduler {
     uint32_t most_rows = 0;  // of a step that was measured
     bool copies_measured = false;
   };
-  std::vector<Rates> rates_;         // of each stage
-  std::set<SequenceId> keepers_;     // residents with blocks to become prefix blocks
-  bool is_awaited_ = false;          // a sequence waits for that
+  std::vector<Rates> rates_;      // of each stage
+  std::set<SequenceId> keepers_;  // residents with blocks to become prefix blocks
+  bool is_awaited_ = false;       // a sequence waits for that
   StepLedger ledger_;
   std::vector<StageTimes> times_;  // of each stage
 };

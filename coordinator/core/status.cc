@@ -243,10 +243,10 @@ json::Object SequenceJson(const Sequence& sequence,
   const uint32_t rows = home == nullptr ? 0 : home->rows.next();
   out["rows"] = rows;
   if (!sequence.resident()) {
-    const bool is_parked =
-        sequence.rows_computed_once > 0 &&
-        std::any_of(pipelines.begin(), pipelines.end(),
-                    [&](const auto& entry) { return entry.first->IsParked(sequence); });
+    const bool is_parked = sequence.rows_computed_once > 0 &&
+                           std::any_of(pipelines.begin(), pipelines.end(), [&](const auto& entry) {
+                             return entry.first->IsParked(sequence);
+                           });
     out["state"] = is_parked ? "parked" : "waiting";
   } else {
     out["state"] =

@@ -81,8 +81,8 @@ int main(int argc, char** argv) {
   if (count > 1) {
     std::printf("%s\nrows found in prefix blocks %" PRIu64 "; prefix blocks made %" PRIu64
                 ", dropped for room %" PRIu64 ", over epochs %" PRIu64 ", mended %" PRIu64
-                "\npreemptions %" PRIu64 "; to host memory %" PRIu64 ", back %" PRIu64 ", given up there %" PRIu64
-                ", lost %" PRIu64 " in %" PRIu64
+                "\npreemptions %" PRIu64 "; to host memory %" PRIu64 ", back %" PRIu64
+                ", given up there %" PRIu64 ", lost %" PRIu64 " in %" PRIu64
                 " corruptions\n%.0f seeds a minute on one core\n",
                 events.Table().c_str(), cached_rows, blocks_made, blocks_dropped, blocks_survived,
                 blocks_mended, preemptions, offloaded, returned, forgotten, lost, corruptions,

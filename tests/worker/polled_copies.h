@@ -51,9 +51,9 @@ inline std::optional<uint64_t> GetHashRow(const std::byte* from) {
 }
 
 struct CopyFaults {
-  uint32_t delay_polls = 0;  // polls that a copy asked for from now on outlasts
+  uint32_t delay_polls = 0;            // polls that a copy asked for from now on outlasts
   std::map<std::byte*, size_t> taken;  // memory that Take gave, while it lasts
-  bool fail_next = false;    // the next copy that ends does so with an error, and spoils its rows
+  bool fail_next = false;  // the next copy that ends does so with an error, and spoils its rows
 };
 
 class PolledCopies final : public BlockCopies {

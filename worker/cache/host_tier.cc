@@ -22,7 +22,9 @@ HostTier::~HostTier() { Clear(); }
 
 bool HostTier::TakeMemory(Slot* slot) {
   if (free_.empty()) {
-    const uint64_t room = budget_->limit_bytes - std::min(budget_->limit_bytes, budget_->used_bytes);
+    if (budget_ == nullptr) return false;
+    const uint64_t room =
+        budget_->limit_bytes - std::min(budget_->limit_bytes, budget_->used_bytes);
     const size_t wanted = wanted_blocks_ - std::min<size_t>(wanted_blocks_, num_slots_);
     const size_t piece = std::min(wanted, kTierPieceBytes / slot_bytes_);
     const size_t num_slots = std::min<uint64_t>(room / slot_bytes_, std::max<size_t>(piece, 1));
@@ -67,9 +69,8 @@ void HostTier::Forget(const ContentKey& key) {
 }
 
 bool HostTier::Uses(const ContentKey& key) const {
-  return std::any_of(tasks_.begin(), tasks_.end(), [&](const Task& task) {
-    return task.key == key && !task.is_abandoned;
-  });
+  return std::any_of(tasks_.begin(), tasks_.end(),
+                     [&](const Task& task) { return task.key == key && !task.is_abandoned; });
 }
 
 void HostTier::Abandon(const ContentKey& key, std::vector<BlockId> blocks) {
@@ -102,7 +103,8 @@ bool HostTier::Begin(Task* task) {
   } else if (slots_.contains(task->key) && slots_.at(task->key) == task->slot) {
     // A slot may be free when a copy under way has ended.
     if (slot.data == nullptr && !TakeMemory(&slot) && num_begun_ > 0) return false;
-    if (slot.data != nullptr) copy = copies_->Read(ListOf(*task), {{slot.data, slot_bytes_}, false});
+    if (slot.data != nullptr)
+      copy = copies_->Read(ListOf(*task), {{slot.data, slot_bytes_}, false});
   }  // else it was forgotten before it began
   if (absl::IsResourceExhausted(copy.status()) && num_begun_ > 0) return false;
   if (copy.ok()) task->copy = *copy;
@@ -160,7 +162,8 @@ std::vector<HostTier::End> HostTier::Clear() {
   while (busy()) {
     std::vector<End> ends = Poll(last_poll_us_);
     if (ends.empty() && busy()) std::this_thread::yield();
-    all.insert(all.end(), std::make_move_iterator(ends.begin()), std::make_move_iterator(ends.end()));
+    all.insert(all.end(), std::make_move_iterator(ends.begin()),
+               std::make_move_iterator(ends.end()));
   }
   was_copying_ = false;
   free_.clear();

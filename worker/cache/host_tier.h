@@ -4,7 +4,7 @@
 // steps, with a checksum, and brings them back if the checksum is still right.
 //
 // Owns:    the memory, taken lazily and given back with Clear; the copies under way.
-// Borrows: the model's BlockCopies, of which it alone calls Poll; the worker's HostBudget. Both outlive it.
+// Borrows: the model's BlockCopies, of which it alone calls Poll; the worker's HostBudget (null: no memory). Both outlive it.
 // Thread:  loop thread only.
 // Errors:  a copy that failed, memory that is not there, bytes that changed: the block is lost, and whoever
 //          asks for it is told.

@@ -354,8 +354,8 @@ absl::Status LatentCache::CheckPrefixes(std::vector<bool>* seen, uint64_t* num_b
   for (const auto& [key, prefix] : prefixes_) {
     const auto where = absl::StrCat("prefix block ", absl::Hex(key.low), ": ");
     if (holders[key] != prefix.holders) {
-      return absl::InternalError(absl::StrCat(where, holders[key], " sequences have it (counted ",
-                                              prefix.holders, ")"));
+      return absl::InternalError(
+          absl::StrCat(where, holders[key], " sequences have it (counted ", prefix.holders, ")"));
     }
     for (uint32_t layer = 0; layer < num_layers_; ++layer) {
       if (given_[layer]) continue;
@@ -420,8 +420,8 @@ absl::Status LatentCache::CheckIntegrity() const {
   }
   STRAIT_RETURN_IF_ERROR(CheckPrefixes(&seen, &num_blocks));
   if (num_blocks != blocks_used_) {
-    return absl::InternalError(
-        absl::StrCat("tables and prefixes name ", num_blocks, " blocks, the pool lent ", blocks_used_));
+    return absl::InternalError(absl::StrCat("tables and prefixes name ", num_blocks,
+                                            " blocks, the pool lent ", blocks_used_));
   }
   return absl::OkStatus();
 }

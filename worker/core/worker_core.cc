@@ -126,8 +126,8 @@ void WorkerCore::OnActivate(const v1::ActivateStage& activate) {
     if (activate.host_blocks() <= options_.host_cache_bytes / block_bytes) return absl::OkStatus();
     return absl::InvalidArgumentError(
         absl::StrCat("stage ", id, " is to have ", activate.host_blocks(),
-                     " prefix blocks in host memory, the worker offers ",
-                     options_.host_cache_bytes, " bytes of it"));
+                     " prefix blocks in host memory, the worker offers ", options_.host_cache_bytes,
+                     " bytes of it"));
   }();
   if (!valid.ok()) return TellFailed(id, valid, epoch);
   const PipelineEpoch before = hosted->stage->epoch();

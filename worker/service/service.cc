@@ -51,6 +51,7 @@ class WorkerProcess::Impl final : private WorkerPorts {
       data_address = bound.ToString();
     }
     hello_ = MakeHello(options_, *backend_, data_address);
+    core_->FillHello(&hello_);
     loader_ = std::make_unique<StageLoader>(
         backend_,
         [this](const LoadOrder& order, uint64_t done, uint64_t total) {

@@ -65,7 +65,8 @@ absl::StatusOr<PlanLedger::CheckedPlan> PlanLedger::Check(v1::StepPlan plan) con
           left_.size(), " sequences that are left from before, and must do so with all"));
     }
     if (next_step_.value == 1) prefixes_.DropUnheld(&checked.prefixes);
-    checked.blocks_after += static_cast<uint64_t>(checked.prefixes.num_prefixes) * shape_.num_layers;
+    checked.blocks_after +=
+        static_cast<uint64_t>(checked.prefixes.num_prefixes) * shape_.num_layers;
     for (const v1::SequenceStep& step : plan.sequences()) {
       const absl::Status status = CheckSequence(step, &checked);
       if (!status.ok()) {
@@ -123,8 +124,8 @@ absl::StatusOr<uint32_t> PlanLedger::CheckPrefix(const v1::OpenSequence& open,
   const auto& tokens = open.prefix_tokens().ids();
   const uint64_t rows = keys.size() * limits::kBlockTokens;
   if (static_cast<uint64_t>(tokens.size()) != rows) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        tokens.size(), " tokens of ", keys.size(), " prefix blocks, which have ", rows));
+    return absl::InvalidArgumentError(absl::StrCat(tokens.size(), " tokens of ", keys.size(),
+                                                   " prefix blocks, which have ", rows));
   }
   if (keys.empty()) return 0;
   if (!open.kept_rows().empty()) {
@@ -135,15 +136,14 @@ absl::StatusOr<uint32_t> PlanLedger::CheckPrefix(const v1::OpenSequence& open,
         rows, " rows of prefix blocks leave none of the model's ", shape_.max_positions));
   }
   checked->num_prefix_tokens += rows;
-  STRAIT_RETURN_IF_ERROR(CheckCount("tokens of prefix blocks in one step", checked->num_prefix_tokens,
-                                    limits::kMaxPositionEmbeddings));
+  STRAIT_RETURN_IF_ERROR(CheckCount("tokens of prefix blocks in one step",
+                                    checked->num_prefix_tokens, limits::kMaxPositionEmbeddings));
   for (const uint32_t token : tokens) {
     if (token < shape_.vocab_size) continue;
     return absl::InvalidArgumentError(
         absl::StrCat("token id ", token, ", the vocabulary has ", shape_.vocab_size));
   }
-  STRAIT_RETURN_IF_ERROR(
-      prefixes_.Open(SequenceId{open.sequence_id()}, keys, &checked->prefixes));
+  STRAIT_RETURN_IF_ERROR(prefixes_.Open(SequenceId{open.sequence_id()}, keys, &checked->prefixes));
   checked->keys.push_back(std::move(keys));
   return static_cast<uint32_t>(rows);
 }
@@ -173,7 +173,8 @@ absl::Status PlanLedger::CheckDrop(const v1::DropPrefix& drop, CheckedPlan* chec
   STRAIT_ASSIGN_OR_RETURN(std::vector<ContentKey> keys, ParseContentKeys(drop.keys()));
   STRAIT_RETURN_IF_ERROR(prefixes_.Drop(keys, &checked->prefixes));
   // A copy of one may be under way: what takes its place must wait for its end.
-  checked->moves_prefixes = checked->moves_prefixes || (prefixes_.has_host() && next_step_.value > 1);
+  checked->moves_prefixes =
+      checked->moves_prefixes || (prefixes_.has_host() && next_step_.value > 1);
   checked->keys.push_back(std::move(keys));
   return absl::OkStatus();
 }
@@ -198,9 +199,9 @@ absl::Status PlanLedger::CheckMove(const v1::CacheOp& op, CheckedPlan* checked) 
         checked->blocks_after +
         static_cast<uint64_t>(checked->prefixes.num_prefixes) * shape_.num_layers;
     if (blocks > shape_.pool_blocks) {
-      return absl::ResourceExhaustedError(
-          absl::StrCat("return: with them ", blocks, " latent blocks are held, the stage has ",
-                       shape_.pool_blocks));
+      return absl::ResourceExhaustedError(absl::StrCat("return: with them ", blocks,
+                                                       " latent blocks are held, the stage has ",
+                                                       shape_.pool_blocks));
     }
   }
   checked->moves_prefixes = checked->moves_prefixes || !op.has_forget_prefix();
@@ -224,9 +225,9 @@ absl::StatusOr<uint32_t> PlanLedger::CheckKept(const v1::OpenSequence& open,
         absl::StrCat("keeps ", kept, " rows, this stage has ", left.rows));
   }
   if (kept < left.prefix_blocks * limits::kBlockTokens && kept % limits::kBlockTokens != 0) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("keeps ", kept, " rows, which ends within one of its ", left.prefix_blocks,
-                     " prefix blocks"));
+    return absl::FailedPreconditionError(absl::StrCat("keeps ", kept,
+                                                      " rows, which ends within one of its ",
+                                                      left.prefix_blocks, " prefix blocks"));
   }
   return kept;
 }

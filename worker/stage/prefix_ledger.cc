@@ -116,10 +116,10 @@ bool PrefixLedger::IsReturning(const Change& change, const ContentKey& key) cons
 
 absl::Status PrefixLedger::Offload(absl::Span<const ContentKey> keys, Change* change) const {
   for (const ContentKey& key : keys) {
-    const char* const why = !Holders(*change, key)        ? " is not here"
-                            : IsReturning(*change, key)   ? " is on its way back from host memory"
-                            : IsOnHost(*change, key)      ? " is in host memory already"
-                                                          : nullptr;
+    const char* const why = !Holders(*change, key)      ? " is not here"
+                            : IsReturning(*change, key) ? " is on its way back from host memory"
+                            : IsOnHost(*change, key)    ? " is in host memory already"
+                                                        : nullptr;
     if (why != nullptr) {
       return absl::FailedPreconditionError(absl::StrCat("offload: ", Name(key), why));
     }
@@ -137,9 +137,9 @@ absl::Status PrefixLedger::Offload(absl::Span<const ContentKey> keys, Change* ch
 
 absl::Status PrefixLedger::Return(absl::Span<const ContentKey> keys, Change* change) const {
   for (const ContentKey& key : keys) {
-    const char* const why = !IsOnHost(*change, key)  ? " is not in host memory"
-                            : Holders(*change, key)  ? " is here already"
-                                                     : nullptr;
+    const char* const why = !IsOnHost(*change, key) ? " is not in host memory"
+                            : Holders(*change, key) ? " is here already"
+                                                    : nullptr;
     if (why != nullptr) {
       return absl::FailedPreconditionError(absl::StrCat("return: ", Name(key), why));
     }

@@ -29,12 +29,13 @@ class PrefixLedger {
   using Keys = std::vector<ContentKey>;
   // What a plan changes, on top of the ledger.
   struct Change {
-    absl::flat_hash_map<ContentKey, std::optional<uint32_t>, ContentKeyHash> holders;  // absent: dropped
+    absl::flat_hash_map<ContentKey, std::optional<uint32_t>, ContentKeyHash>
+        holders;                                     // absent: dropped
     absl::flat_hash_map<SequenceId, Keys> prefixes;  // of sequences that it opens, closes, keeps of
     absl::flat_hash_map<ContentKey, bool, ContentKeyHash> on_host;    // false: forgotten
     absl::flat_hash_map<ContentKey, bool, ContentKeyHash> returning;  // false: dropped
-    int64_t num_prefixes = 0;                        // more, or fewer
-    int64_t num_on_host = 0;                         // likewise
+    int64_t num_prefixes = 0;                                         // more, or fewer
+    int64_t num_on_host = 0;                                          // likewise
   };
 
   // What an epoch left.

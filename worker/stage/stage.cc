@@ -71,9 +71,9 @@ absl::Status Stage::State::CheckFinished(const v1::StepPlan& plan) const {
     const uint64_t end =
         (keep.first_block() + keep.keys().size() / kContentKeyBytes) * limits::kBlockTokens;
     if (end <= finished) continue;
-    return absl::FailedPreconditionError(
-        absl::StrCat("keep of sequence ", keep.sequence_id(), " to row ", end, ", of which ",
-                     finished, " are finished here"));
+    return absl::FailedPreconditionError(absl::StrCat("keep of sequence ", keep.sequence_id(),
+                                                      " to row ", end, ", of which ", finished,
+                                                      " are finished here"));
   }
   return absl::OkStatus();
 }
