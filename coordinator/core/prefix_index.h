@@ -102,7 +102,6 @@ class PrefixIndex {
   // True: all stages have answered. REQUIRES: AnswerDue.
   bool Answer(const ContentKey& key, uint32_t stage_index);
   size_t num_on_host() const { return num_on_host_; }
-  size_t num_answers_due() const { return answers_due_.size(); }
 
   size_t num_nodes() const { return nodes_.size(); }
   size_t num_unheld() const { return unheld_.size(); }

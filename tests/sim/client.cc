@@ -38,9 +38,8 @@ SequenceSpec Clients::MakeSequence() {
       w.Chance(0.2) ? w.Pick<uint64_t>({1, 63, 64, 65}) : w.Random(1, scenario_->prompt_tokens_max);
   const uint64_t stem_tokens = w.Chance(scenario_->stem_chance) ? w.Random(0, prompt_tokens) : 0;
   for (uint64_t i = 0; i < std::min<uint64_t>(prompt_tokens, model.max_positions - 1); ++i) {
-    spec.prompt.push_back(i < stem_tokens
-                              ? StemToken(i)
-                              : static_cast<TokenId>(w.Random(0, model.vocab_size - 1)));
+    spec.prompt.push_back(
+        i < stem_tokens ? StemToken(i) : static_cast<TokenId>(w.Random(0, model.vocab_size - 1)));
   }
   if (w.Chance(0.1)) spec.cache_salt = "other";
   spec.max_tokens = static_cast<uint32_t>(std::min<uint64_t>(

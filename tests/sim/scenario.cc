@@ -31,6 +31,8 @@ void Press(World* world, Scenario* s) {
   s->tokens_each = static_cast<uint32_t>(world->Random(240, 400));
   s->cancel_chance = world->Pick({0.0, 0.1});
   s->deadline_chance = 0;
+  // Of so many rows a pipeline must live for a while.
+  if (o.heartbeat_timeout_us < 500'000) s->slow_message_chance = 0;
 }
 
 }  // namespace
