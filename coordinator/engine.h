@@ -93,6 +93,9 @@ class Engine {
   // OnSequenceEnd(kCancelled).
   virtual void Cancel(RequestId id, std::optional<uint32_t> sequence_index) = 0;
 
+  // What is cached of sequences that are over goes, soon.
+  virtual void Flush() = 0;
+
   // Whether at least one pipeline serves.
   virtual bool Ready() const = 0;
   virtual uint32_t max_positions() const = 0;  // context length served

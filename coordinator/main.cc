@@ -43,6 +43,7 @@ struct Flags {
   std::string served_model_name;
   std::string cache_format = "fp32";
   std::string prefix_cache = "on";
+  std::string preempt = "auto";
   std::string ready_file;
   std::vector<std::string> api_keys;
   CoreOptions core;
@@ -147,6 +148,9 @@ absl::Status Run(Flags flags) {
   }
 
   flags.core.prefix_cache = flags.prefix_cache == "on";
+  flags.core.preempt = flags.preempt == "park"     ? PreemptMode::kPark
+                       : flags.preempt == "replay" ? PreemptMode::kReplay
+                                                   : PreemptMode::kAuto;
   flags.core.request_timeout_us = static_cast<uint64_t>(flags.request_timeout_s * 1e6);
   flags.core.heartbeat_timeout_us = static_cast<uint64_t>(flags.heartbeat_timeout_s * 1e6);
   flags.core.no_pipeline_grace_us = static_cast<uint64_t>(flags.no_pipeline_grace_s * 1e6);
@@ -229,6 +233,11 @@ int main(int argc, char** argv) {
           "on: sequences of the same first tokens, and of the same cache_salt or API key, share "
           "their cache rows; off")
       ->check(CLI::IsMember({"on", "off"}));
+  AddFlag(app, "--preempt", flags.preempt,
+          "What becomes of cache rows that must make room, where workers have --host-cache-bytes: "
+          "park: they go to host memory and come back; replay: they are computed again; auto: what "
+          "is faster, as measured")
+      ->check(CLI::IsMember({"auto", "park", "replay"}));
   AddFlag(app, "--max-running", flags.core.max_running, "Sequences resident in one pipeline");
   AddFlag(app, "--max-waiting", flags.core.max_waiting,
           "Sequences that may wait; beyond, requests are answered 429");

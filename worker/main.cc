@@ -44,6 +44,7 @@ struct Flags {
   std::string nccl_library;
   std::optional<uint64_t> random_weights;
   uint64_t memory_bytes = 0;
+  uint64_t host_cache_bytes = 0;
   double gpu_memory_share = 0.9;
   std::optional<uint32_t> gpu;  // none: 0
   uint32_t threads = 0;
@@ -88,6 +89,20 @@ absl::Status CheckAddresses(const Flags& flags) {
   return absl::OkStatus();
 }
 
+// Of a GPU worker the cache is elsewhere; of a CPU worker both are in the same memory.
+absl::Status CheckHostCache(const Flags& flags) {
+  const uint64_t beside = flags.backend == "cpu" ? flags.memory_bytes : 0;
+  const uint64_t available = AvailableMemoryBytes();
+  if (flags.host_cache_bytes == 0 ||
+      (beside < available && flags.host_cache_bytes < available - beside)) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat("--host-cache-bytes is ", flags.host_cache_bytes,
+                   beside > 0 ? absl::StrCat(" beside --memory of ", beside) : "",
+                   ", this machine has ", available, " bytes of memory left"));
+}
+
 absl::StatusOr<std::unique_ptr<WeightSource>> OpenWeights(const Flags& flags, uint32_t threads) {
   if (!flags.random_weights) return OpenCheckpointWeights(flags.model);
   STRAIT_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(flags.model));
@@ -127,8 +142,9 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_
   options.num_threads = threads;
   *memory_bytes = flags.memory_bytes > 0
                       ? flags.memory_bytes
-                      : static_cast<uint64_t>(static_cast<double>(AvailableMemoryBytes()) *
-                                              kDefaultMemoryShare);
+                      : static_cast<uint64_t>(
+                            static_cast<double>(AvailableMemoryBytes() - flags.host_cache_bytes) *
+                            kDefaultMemoryShare);
   options.memory_bytes = *memory_bytes;
   STRAIT_ASSIGN_OR_RETURN(options.simd, ParseSimd(flags.simd));
   options.row_format = RowFormatOf(flags.cache_format).value_or(RowFormat::kFp32);
@@ -177,6 +193,7 @@ absl::Status Run(const Flags& flags) {
   StopSignals signals;
   InstallBusErrorHandler();
   STRAIT_RETURN_IF_ERROR(CheckAddresses(flags));
+  STRAIT_RETURN_IF_ERROR(CheckHostCache(flags));
   const uint32_t threads = flags.threads > 0 ? flags.threads : AvailableCores();
   // What cannot run here says so before anything is read.
   uint64_t memory_bytes = 0;
@@ -199,6 +216,7 @@ absl::Status Run(const Flags& flags) {
   options.model_fingerprint = ModelFingerprint(config);
   STRAIT_ASSIGN_OR_RETURN(options.weights_fingerprint, FingerprintOf(flags));
   options.core.orphan_timeout_us = uint64_t{flags.orphan_timeout_s} * 1'000'000;
+  options.core.host_cache_bytes = flags.host_cache_bytes;
   options.cache_row_bytes = static_cast<uint32_t>(backend->block_bytes() / limits::kBlockTokens);
   STRAIT_ASSIGN_OR_RETURN(auto worker, WorkerProcess::Create(options, backend.get()));
   Log(LogLevel::kInfo, "worker started",
@@ -256,6 +274,10 @@ int main(int argc, char** argv) {
   AddFlag(app, "--memory", flags.memory_bytes,
           "Bytes for weights, cache, workspace and NCCL edges, e.g. 8GiB; default: 80 % of the "
           "available memory, on a GPU see --gpu-memory-share")
+      ->transform(CLI::AsSizeValue(false));
+  AddFlag(
+      app, "--host-cache-bytes", flags.host_cache_bytes,
+      "Host memory for cache rows that make room for others, e.g. 8GiB; taken when it is needed")
       ->transform(CLI::AsSizeValue(false));
   AddFlag(
       app, "--max-step-tokens", flags.max_step_tokens,

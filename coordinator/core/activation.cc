@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // How a pipeline enters an epoch: which edges it has, who is told what and when.
+#include <algorithm>
 #include <utility>
 
 #include "coordinator/core/cluster.h"
@@ -20,6 +21,7 @@ void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
     slot.told = false;
     slot.nccl_id.clear();
     slot.edge = EdgeChoice();
+    slot.host_blocks = HostBlocksOf(*pipeline, slot);
     if (i == 0) continue;
     const StageSlot& previous = pipeline->slots[i - 1];
     slot.edge = edges_.Choose(EndAt(previous), EndAt(slot), now_us);
@@ -32,6 +34,15 @@ void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
                  pipeline->slots.front().stage_id, /*over_nccl=*/false, &last_edge_id_);
   }
   TellActivate(pipeline, static_cast<uint32_t>(pipeline->slots.size()) - 1);
+}
+
+uint32_t Cluster::HostBlocksOf(const Pipeline& pipeline, const StageSlot& slot) {
+  if (context_->options.preempt == PreemptMode::kReplay) return 0;
+  uint64_t num_stages = 0;
+  for (const StageSlot& each : pipeline.slots) num_stages += each.worker == slot.worker;
+  const uint64_t bytes = FindWorker(slot.worker)->host_cache_bytes / num_stages;
+  const uint64_t blocks = bytes / (slot.layers.size() * context_->model.block_bytes);
+  return static_cast<uint32_t>(std::min<uint64_t>(blocks, kMaxHostBlocks));
 }
 
 EdgeEnd Cluster::EndAt(const StageSlot& slot) {
@@ -63,6 +74,7 @@ void Cluster::TellActivate(Pipeline* pipeline, uint32_t slot_index) {
     activate->set_stage_index(i);
     activate->set_num_stages(num_stages);
     activate->set_max_step_tokens(context_->options.max_step_tokens);
+    activate->set_host_blocks(slot.host_blocks);
     if (i + 1 < num_stages) {
       const StageSlot& next = pipeline->slots[i + 1];
       activate->set_next_data_address(FindWorker(next.worker)->data_address);
@@ -126,7 +138,9 @@ void Cluster::CompleteActivation(Pipeline* pipeline, uint64_t now_us) {
   std::vector<StageCache> stages;
   std::vector<Holdings> told;
   for (StageSlot& slot : pipeline->slots) {
-    stages.push_back({slot.layers, slot.cache_bytes});
+    stages.push_back({.layers = slot.layers,
+                      .capacity_bytes = slot.cache_bytes,
+                      .host_blocks = slot.host_blocks});
     told.push_back(std::exchange(slot.may_hold, {}));
     HostedStage& stage = HostedIn(slot);
     if (stage.resize) stage.resize->asked_us = now_us;

@@ -28,6 +28,7 @@ struct StageCache {
   uint64_t capacity_bytes = 0;
   uint64_t reserved_bytes = 0;  // of residents, closing sequences and prefix blocks
   uint64_t held_bytes = 0;      // by rows, of blocks begun; and of prefix blocks
+  uint64_t host_blocks = 0;     // prefix blocks that it may have in host memory
   uint64_t free_bytes() const { return capacity_bytes - reserved_bytes; }
   friend bool operator==(const StageCache&, const StageCache&) = default;
 };

@@ -129,6 +129,8 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
       return OnStageState(worker, message.stage_state(), now_us);
     case v1::FromWorker::kReport:
       return OnReport(worker, message.report(), now_us);
+    case v1::FromWorker::kPrefixesMoved:
+      return OnMoved(worker, message.prefixes_moved(), now_us);
     case v1::FromWorker::kCacheResized:
       return OnCacheResized(worker, message.cache_resized(), now_us);
     case v1::FromWorker::kEdgeId:
@@ -309,6 +311,24 @@ void Cluster::OnReport(Worker* worker, const v1::StageReport& report, uint64_t n
   pipeline->last_step_us = now_us;
   OnScaledStep(*pipeline, now_us);
   OnStepFinished(pipeline, now_us);
+}
+
+void Cluster::OnMoved(Worker* worker, const v1::PrefixesMoved& moved, uint64_t now_us) {
+  const Seat seat = SeatOf(worker, moved.stage_id());
+  if (seat.slot == nullptr && moved.stage_id() != 0 && moved.stage_id() <= last_stage_id_) return;
+  const absl::Status status = [&]() -> absl::Status {
+    if (seat.slot == nullptr || seat.stage->role == HostedStage::Role::kNext) {
+      return absl::InvalidArgumentError(absl::StrCat("speaks of prefix blocks of stage ",
+                                                     moved.stage_id(), ", which is in no epoch"));
+    }
+    const PipelineEpoch epoch = FromWire(moved.epoch());
+    if (epoch < seat.pipeline->epoch) return absl::OkStatus();  // late
+    if (epoch > seat.pipeline->epoch || seat.pipeline->state != Pipeline::State::kActive) {
+      return absl::FailedPreconditionError("speaks of prefix blocks that nobody asked for");
+    }
+    return seat.pipeline->scheduler.OnMoved(seat.stage->slot_index, moved);
+  }();
+  if (!status.ok()) Evict(worker->id, status, now_us);
 }
 
 }  // namespace strait

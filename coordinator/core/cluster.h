@@ -35,6 +35,8 @@
 
 namespace strait {
 
+// In a stage's host memory, by a worker's word.
+inline constexpr uint64_t kMaxHostBlocks = 1 << 24;
 // Of two pipelines that lack workers for so long, the younger one gives its workers to the older.
 inline constexpr uint64_t kConsolidateAfterUs = 10'000'000;
 // A worker that does not answer how its memory is lent out, by ResizeCache or UnloadStage, for so long.
@@ -100,6 +102,7 @@ class Cluster {
   void OnActive(Worker* worker, const Seat& seat, const v1::StageState& state, uint64_t now_us);
   void OnFailed(Worker* worker, const Seat& seat, const v1::StageState& state, uint64_t now_us);
   void OnReport(Worker* worker, const v1::StageReport& report, uint64_t now_us);
+  void OnMoved(Worker* worker, const v1::PrefixesMoved& moved, uint64_t now_us);
 
   // ---- Faults (faults.cc) ----
   // A stage says that it failed: the pipeline starts anew, the worker goes if its step failed once too often.
@@ -191,6 +194,8 @@ class Cluster {
   void SetGrants(const Pipeline& pipeline, uint32_t stage_index, v1::ActivateStage* activate);
   // Tells stages to activate, from this one down to the next whose NCCL id must be known first.
   void TellActivate(Pipeline* pipeline, uint32_t slot_index);
+  // A stage's share of its worker's host memory, in prefix blocks.
+  uint32_t HostBlocksOf(const Pipeline& pipeline, const StageSlot& slot);
   EdgeEnd EndAt(const StageSlot& slot);
   void OnEdgeId(Worker* worker, const v1::EdgeId& id, uint64_t now_us);
   // The NCCL edge that ends at this stage failed, say both ends or one.

@@ -110,6 +110,13 @@ void Core::OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us) {
   state_->cluster.OnScale(id, num_stages, state_->Awake(now_us));
 }
 
+void Core::OnFlush(uint64_t now_us) {
+  state_->Awake(now_us);
+  for (const auto& [id, pipeline] : state_->cluster.pipelines()) {
+    if (pipeline->scheduler.started()) pipeline->scheduler.Flush();
+  }
+}
+
 void Core::OnTick(uint64_t now_us) {
   State& state = *state_;
   now_us = state.Awake(now_us);
@@ -250,7 +257,8 @@ void Core::State::PlaceWaiting() {
       Scheduler& scheduler = active[i]->scheduler;
       held_by_any = held_by_any || scheduler.CanEverHold(*sequence);
       prospects[i] = scheduler.Look(sequence);
-      const uint32_t known = prospects[i].cached_rows + prospects[i].promised_rows;
+      const uint32_t known =
+          prospects[i].cached_rows + prospects[i].host_rows + prospects[i].promised_rows;
       candidates[i] = {scheduler.HasRoom(sequence, prospects[i]),
                        scheduler.load() + (sequence->rows_wanted() - known), scheduler.free_rows()};
     }
@@ -287,6 +295,8 @@ CoreStats Core::Stats() const {
     const Scheduler& scheduler = pipeline->scheduler;
     stats.running += scheduler.num_residents();
     stats.cache_bytes_free_prefixes += scheduler.unheld_prefix_bytes();
+    stats.host_bytes_used += scheduler.host_bytes(scheduler.num_prefix_blocks_on_host());
+    stats.host_bytes_total += scheduler.host_bytes(scheduler.host_blocks());
     for (const StageCache& stage : scheduler.stages()) {
       stats.cache_bytes_used += stage.held_bytes;
       stats.cache_bytes_total += stage.capacity_bytes;

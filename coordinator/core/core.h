@@ -31,6 +31,10 @@ namespace strait {
 // Longer than this between two calls, the process was stopped (or the machine): nobody else's fault.
 inline constexpr uint64_t kCallGapUs = 100'000;
 
+// What becomes of the rows of a sequence that has to give way: they go to the workers' host memory, or are
+// computed again; kAuto: what is faster, by measured rates.
+enum class PreemptMode { kAuto, kPark, kReplay };
+
 struct CoreOptions {
   uint64_t term = 1;               // raised by every coordinator that takes over
   uint32_t num_pipelines = 1;      // wanted; formed as soon as enough idle workers are there
@@ -44,6 +48,8 @@ struct CoreOptions {
   uint32_t grant_depth = 2;
   // Sequences of the same first tokens share their rows (scheduler.h).
   bool prefix_cache = false;
+  // Where workers offer host memory.
+  PreemptMode preempt = PreemptMode::kAuto;
   bool grants() const { return grant_depth > 1 && steps_in_flight != 1; }
   // Per pipeline; 0: num_stages + 1, and one more for each step of grant_depth above 2.
   uint32_t steps_in_flight = 0;
@@ -157,6 +163,12 @@ struct CoreStats {
   uint64_t prefix_blocks_survived = 0;  // that sequences took along into a new epoch, on any stage
   uint64_t prefix_blocks_mended =
       0;  // of these, that were computed again where a stage lacked them
+  uint64_t prefix_blocks_offloaded = 0;  // to host memory, to make room
+  uint64_t prefix_blocks_returned = 0;   // from there
+  uint64_t prefix_blocks_lost = 0;  // of which the copy there was none any more; computed again
+  uint64_t prefix_blocks_forgotten = 0;  // there, to make room
+  uint64_t host_copied_bytes = 0;        // to and from there, all stages
+  uint64_t host_copying_us = 0;          // in which copies were under way, summed over stages
   uint64_t preemptions = 0;
   uint64_t recoveries = 0;  // pipelines that came back with a new epoch
   uint64_t workers_lost = 0;
@@ -168,6 +180,8 @@ struct CoreStats {
   uint64_t cache_bytes_used = 0;           // of latent blocks that rows hold
   uint64_t cache_bytes_free_prefixes = 0;  // of these: of prefix blocks that no sequence has now
   uint64_t cache_bytes_total = 0;
+  uint64_t host_bytes_used = 0;  // of workers' host memory: of prefix blocks that went there
+  uint64_t host_bytes_total = 0;
 };
 
 class Core {
@@ -188,6 +202,8 @@ class Core {
   // ScaleAnswered: InvalidArgument, ResourceExhausted (no room), FailedPrecondition (a pipeline does not
   // serve, or another scale is under way), Aborted or what failed.
   void OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us);
+  // Prefix blocks that no sequence has go, in host memory, too.
+  void OnFlush(uint64_t now_us);
   // Deadlines, heartbeat timeouts. Call at least every kCallGapUs, and it may be called at any time.
   void OnTick(uint64_t now_us);
 

@@ -48,10 +48,11 @@ struct StageSlot {
   // What it may have of sequences; once it is active: what it told. The scheduler's while that runs.
   Holdings may_hold;
   // Of this epoch, once it is activated:
-  bool told = false;      // ActivateStage is out
-  EdgeChoice edge;        // from the stage before; none at the first
-  NumberedEdge numbered;  // the same
-  std::string nccl_id;    // of that edge, once this stage has made it
+  bool told = false;         // ActivateStage is out
+  EdgeChoice edge;           // from the stage before; none at the first
+  NumberedEdge numbered;     // the same
+  std::string nccl_id;       // of that edge, once this stage has made it
+  uint32_t host_blocks = 0;  // prefix blocks that it may have in its worker's host memory
 
   // Whether it has not yet answered all that ActivateStage asks for.
   bool owes_answer() const {

@@ -58,7 +58,7 @@ void Scheduler::PlanClose(Closing closing, bool ended, Draft* draft) {
   books_.Free(closing.rows, closing.prefix.blocks);
   books_.Leave(closing.reserved_rows, closing.prefix.blocks);
   draft->record.closed.push_back({closing.id, closing.rows, closing.prefix.blocks});
-  LeavePrefix(&closing.prefix, draft);
+  LeavePrefix(&closing.prefix, draft, ended);
 }
 
 void Scheduler::PlanCloses(Draft* draft) {
@@ -71,6 +71,9 @@ void Scheduler::PlanCloses(Draft* draft) {
 void Scheduler::Preempt(Residency* residency, Draft* draft) {
   ++context_->stats.preemptions;
   Sequence* sequence = residency->sequence;
+  const ContentKey first = residency->shares && sequence->rows_settled() >= limits::kBlockTokens
+                               ? KeyOf(sequence, 0)
+                               : ContentKey{};
   if (residency->opened) {
     PrefixKeep keep = Keepable(residency);
     PlanClose({sequence->id, residency->rows, residency->reserved_rows,
@@ -78,7 +81,10 @@ void Scheduler::Preempt(Residency* residency, Draft* draft) {
               !kEnded, draft);
   } else {
     books_.Leave(residency->reserved_rows, residency->prefix.blocks);
-    LeavePrefix(&residency->prefix, nullptr);
+    LeavePrefix(&residency->prefix, nullptr, !kEnded);
+  }
+  if (!context_->options.prefix_cache && index_.Find(first) != nullptr) {
+    parked_[sequence->id] = first;
   }
   Forget(residency);
   residency->leaving = true;
@@ -137,7 +143,7 @@ constexpr uint32_t kOldestShare = 4;
 void Scheduler::PlanPrefill(Draft* draft) {
   std::vector<Residency*> waiting;
   for (const auto& [id, residency] : prefilling_) {
-    if (!residency->sequence->replays_alone()) waiting.push_back(residency);
+    if (!residency->sequence->replays_alone() && !residency->returns) waiting.push_back(residency);
   }
   if (waiting.empty() || draft->tokens_left == 0) return;
   const auto wanted = [](const Residency* residency) {

@@ -45,6 +45,9 @@ void PrefixIndex::Start(uint32_t num_stages) {
 void PrefixIndex::Clear() {
   nodes_.clear();
   unheld_.clear();
+  on_host_.clear();
+  num_on_host_ = 0;
+  answers_due_.clear();
   promises_.clear();
   num_on_.clear();
 }
@@ -54,12 +57,13 @@ PrefixIndex::Node* PrefixIndex::Find(const ContentKey& key) {
   return it == nodes_.end() ? nullptr : &it->second;
 }
 
-PrefixIndex::Node* PrefixIndex::Add(const ContentKey& key, const Node* parent, uint32_t block) {
+PrefixIndex::Node* PrefixIndex::Add(const ContentKey& key, Node* parent, uint32_t block) {
   STRAIT_CHECK((parent == nullptr) == (block == 0));
   const auto [it, is_new] = nodes_.try_emplace(key);
   STRAIT_CHECK(is_new, "a prefix block is there already");
   it->second = {.key = key, .parent = parent, .block = block};
   it->second.absent.assign(num_on_.size(), true);
+  if (parent != nullptr) parent->children.push_back(&it->second);
   return &it->second;
 }
 
@@ -99,14 +103,65 @@ bool PrefixIndex::Leave(Node* node) {
 }
 
 void PrefixIndex::Remove(Node* node) {
-  STRAIT_CHECK(node->holders == 0);
+  STRAIT_CHECK(node->holders == 0 && node->children.empty());
   unheld_.erase(AgeOf(*node));
+  on_host_.erase(AgeOf(*node));
+  num_on_host_ -= node->on_host;
+  if (node->parent != nullptr) std::erase(node->parent->children, node);
   for (uint32_t s = 0; s < num_on_.size(); ++s) num_on_[s] -= node->on(s);
   nodes_.erase(ContentKey(node->key));
 }
 
 PrefixIndex::Node* PrefixIndex::Oldest() {
   return unheld_.empty() ? nullptr : unheld_.begin()->second;
+}
+
+PrefixIndex::Node* PrefixIndex::OldestOnHost() {
+  return on_host_.empty() ? nullptr : on_host_.begin()->second;
+}
+
+void PrefixIndex::ToHost(Node* node) {
+  STRAIT_CHECK(node->whole() && node->holders == 0);
+  unheld_.erase(AgeOf(*node));
+  node->absent.assign(num_on_.size(), true);
+  for (uint32_t& num : num_on_) --num;
+  num_on_host_ += !node->on_host;
+  node->on_host = true;
+  node->returning = false;
+  on_host_.emplace(AgeOf(*node), node);
+}
+
+void PrefixIndex::Return(Node* node) {
+  STRAIT_CHECK(node->only_on_host() && !AnswerDue(node->key));
+  on_host_.erase(AgeOf(*node));
+  node->returning = true;
+  SetWhole(node);
+  if (node->holders == 0) unheld_.emplace(AgeOf(*node), node);
+  answers_due_.emplace(node->key, std::vector<bool>(num_on_.size(), true));
+}
+
+void PrefixIndex::LeaveHost(Node* node) {
+  STRAIT_CHECK(node->on_host);
+  on_host_.erase(AgeOf(*node));
+  --num_on_host_;
+  node->on_host = false;
+  if (std::exchange(node->returning, false)) return;
+  SetWhole(node);
+  if (node->holders == 0) unheld_.emplace(AgeOf(*node), node);
+}
+
+bool PrefixIndex::AnswerDue(const ContentKey& key, uint32_t stage_index) const {
+  const auto it = answers_due_.find(key);
+  return it != answers_due_.end() && it->second[stage_index];
+}
+
+bool PrefixIndex::Answer(const ContentKey& key, uint32_t stage_index) {
+  STRAIT_CHECK(AnswerDue(key, stage_index));
+  std::vector<bool>& due = answers_due_.at(key);
+  due[stage_index] = false;
+  if (std::find(due.begin(), due.end(), true) != due.end()) return false;
+  answers_due_.erase(key);
+  return true;
 }
 
 std::vector<PrefixIndex::Node*> PrefixIndex::Unheld() {
@@ -128,7 +183,7 @@ std::optional<SequenceId> PrefixIndex::Promised(const ContentKey& key) const {
 absl::Status PrefixIndex::CheckIntegrity(
     const absl::flat_hash_map<const Node*, uint32_t>& due) const {
   std::vector<uint32_t> num_on(num_on_.size(), 0);
-  size_t num_unheld = 0;
+  size_t num_unheld = 0, num_on_host = 0, num_alone = 0, num_children = 0, num_roots = 0;
   for (const auto& [key, node] : nodes_) {
     const auto where = absl::StrCat("prefix block ", absl::Hex(key.low), ": ");
     const auto it = due.find(&node);
@@ -137,9 +192,23 @@ absl::Status PrefixIndex::CheckIntegrity(
       return absl::InternalError(
           absl::StrCat(where, node.holders, " sequences have it (counted ", holders, ")"));
     }
-    if (node.holders == 0 && (!node.whole() || unheld_.count(AgeOf(node)) == 0)) {
+    const bool on_host = node.only_on_host();
+    if (node.holders == 0 && !on_host && (!node.whole() || unheld_.count(AgeOf(node)) == 0)) {
       return absl::InternalError(absl::StrCat(where, "nobody has it, and nobody will remove it"));
     }
+    const bool is_anywhere =
+        std::find(node.absent.begin(), node.absent.end(), false) != node.absent.end();
+    if (on_host != (on_host_.count(AgeOf(node)) == 1) || (on_host && node.holders > 0) ||
+        (on_host && (node.whole() || is_anywhere)) || (node.returning && !node.whole())) {
+      return absl::InternalError(absl::StrCat(where, "it is and is not in host memory alone"));
+    }
+    for (const Node* child : node.children) {
+      if (child->parent != &node) return absl::InternalError(absl::StrCat(where, "not its child"));
+    }
+    num_children += node.children.size();
+    num_roots += node.parent == nullptr;
+    num_on_host += node.on_host;
+    num_alone += on_host;
     if (node.block > 0) {
       const auto parent = nodes_.find(node.parent->key);
       if (parent == nodes_.end() || &parent->second != node.parent ||
@@ -147,8 +216,14 @@ absl::Status PrefixIndex::CheckIntegrity(
         return absl::InternalError(absl::StrCat(where, "what leads to it is gone"));
       }
     }
-    num_unheld += node.holders == 0;
+    num_unheld += node.holders == 0 && !on_host;
     for (uint32_t s = 0; s < num_on.size(); ++s) num_on[s] += node.on(s);
+  }
+  if (num_on_host != num_on_host_ || num_alone != on_host_.size() ||
+      num_children + num_roots != nodes_.size()) {
+    return absl::InternalError(absl::StrCat(num_on_host, " prefix blocks in host memory (counted ",
+                                            num_on_host_, "), ", num_alone, " alone (counted ",
+                                            on_host_.size(), "), or blocks without a parent"));
   }
   if (num_unheld != unheld_.size() || num_on != num_on_) {
     return absl::InternalError(absl::StrCat(num_unheld,

@@ -52,11 +52,15 @@ class PrefixIndex {
  public:
   struct Node {
     ContentKey key;
-    const Node* parent = nullptr;
+    Node* parent = nullptr;
     uint32_t block = 0;        // its index in a sequence
     uint32_t holders = 0;      // sequences that have it, on any stage
     std::vector<bool> absent;  // by stage; empty: it is on all
     uint64_t used = 0;         // when it was left by the last holder
+    std::vector<Node*> children;
+    bool on_host = false;    // there is a copy in every stage's host memory
+    bool returning = false;  // likewise, and its rows are on their way from there to all stages
+    bool only_on_host() const { return on_host && !returning; }
     bool whole() const { return absent.empty(); }
     bool on(uint32_t stage_index) const { return absent.empty() || !absent[stage_index]; }
   };
@@ -64,10 +68,11 @@ class PrefixIndex {
   void Start(uint32_t num_stages);
   void Clear();
 
+  bool Has(const ContentKey& key) const { return nodes_.count(key) > 0; }
   // Null: none.
   Node* Find(const ContentKey& key);
   // On no stage. REQUIRES: not there; parent is, unless block is 0.
-  Node* Add(const ContentKey& key, const Node* parent, uint32_t block);
+  Node* Add(const ContentKey& key, Node* parent, uint32_t block);
   // REQUIRES: it was not on this stage, or on any of those where it was not.
   void SetOn(Node* node, uint32_t stage_index);
   void SetWhole(Node* node);
@@ -77,11 +82,29 @@ class PrefixIndex {
   void Hold(Node* node);
   // Whether it has no holder any more. One that is not whole is to be removed then.
   bool Leave(Node* node);
-  // REQUIRES: no holder.
+  // REQUIRES: no holder, no child.
   void Remove(Node* node);
   // Of whole nodes without a holder; null: there is none.
   Node* Oldest();
   std::vector<Node*> Unheld();
+
+  // ---- Host memory: a node is on stages, or there, or returns ----
+  // It is there alone from now on. REQUIRES: whole, no holder.
+  void ToHost(Node* node);
+  // It begins to return. REQUIRES: it is there alone; no answer is due of an earlier return.
+  void Return(Node* node);
+  // It is on all stages and not there. REQUIRES: on_host.
+  void LeaveHost(Node* node);
+  // Of nodes that are there alone; null: there is none.
+  Node* OldestOnHost();
+  // It was left by its last holder before the other one was.
+  static bool IsOlder(const Node& a, const Node& b) { return AgeOf(a) < AgeOf(b); }
+  // A stage has not told yet what became of this return, whatever became of the node.
+  bool AnswerDue(const ContentKey& key) const { return answers_due_.contains(key); }
+  bool AnswerDue(const ContentKey& key, uint32_t stage_index) const;
+  // True: all stages have answered. REQUIRES: AnswerDue.
+  bool Answer(const ContentKey& key, uint32_t stage_index);
+  size_t num_on_host() const { return num_on_host_; }
 
   size_t num_nodes() const { return nodes_.size(); }
   size_t num_unheld() const { return unheld_.size(); }
@@ -102,7 +125,10 @@ class PrefixIndex {
 
   absl::node_hash_map<ContentKey, Node, ContentKeyHash> nodes_;
   std::map<Age, Node*> unheld_;
+  std::map<Age, Node*> on_host_;  // those that are there alone
+  size_t num_on_host_ = 0;        // with those that return
   std::vector<uint32_t> num_on_;  // nodes, by stage
+  absl::flat_hash_map<ContentKey, std::vector<bool>, ContentKeyHash> answers_due_;  // by stage
   absl::flat_hash_map<ContentKey, SequenceId, ContentKeyHash> promises_;
   uint64_t clock_ = 0;
 };

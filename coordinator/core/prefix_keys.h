@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -26,6 +27,10 @@ class PrefixKeys {
     digests_.assign(1, origin);
   }
   const std::string& source() const { return source_; }
+  // Of its first block, if that was ever asked for.
+  std::optional<ContentKey> First() const {
+    return digests_.size() < 2 ? std::nullopt : std::optional<ContentKey>(KeyOf(digests_[1]));
+  }
   bool is_reset() const { return !digests_.empty(); }
 
   // Of the block of tokens [64 * block, 64 * block + 64). REQUIRES: is_reset; tokens of the sequence from

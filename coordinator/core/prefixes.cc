@@ -37,18 +37,22 @@ ContentKey Scheduler::KeyOf(Sequence* sequence, uint32_t block) {
   PrefixKeys& keys = sequence->prefix_keys;
   if (!keys.is_reset() || keys.source() != source_.numerics) {
     const std::string policy = absl::StrCat("exact ", context_->model.block_bytes);
+    // Where sequences do not share, each has its own blocks.
+    const std::string salt = context_->options.prefix_cache
+                                 ? sequence->spec.cache_salt
+                                 : absl::StrCat("of sequence ", sequence->id.value);
     keys.Reset(source_.numerics, DigestOf({.model = context_->model.fingerprint,
                                            .weights = source_.weights,
                                            .numerics = source_.numerics,
                                            .policy = policy,
-                                           .salt = sequence->spec.cache_salt}));
+                                           .salt = salt}));
   }
   return keys.At(block, sequence->tokens);
 }
 
 Scheduler::Prospect Scheduler::Look(Sequence* sequence) {
   Prospect prospect;
-  if (!context_->options.prefix_cache || !KeptOf(*sequence).empty()) return prospect;
+  if (!KeepsPrefixes() || !KeptOf(*sequence).empty()) return prospect;
   const uint32_t most = sequence->rows_settled() / kBlock;
   uint32_t block = 0;
   for (; block < most; ++block) {
@@ -58,11 +62,22 @@ Scheduler::Prospect Scheduler::Look(Sequence* sequence) {
   }
   prospect.cached_rows = block * kBlock;
   for (; block < most; ++block) {
+    const PrefixIndex::Node* node = index_.Find(KeyOf(sequence, block));
+    if (node == nullptr || !node->only_on_host() || index_.AnswerDue(node->key)) break;
+  }
+  prospect.host_rows = block * kBlock - prospect.cached_rows;
+  const uint32_t known = block;
+  // Of what was on its way back and had to leave again, soon nothing is under way any more.
+  for (; block < most; ++block) {
+    const PrefixIndex::Node* node = index_.Find(KeyOf(sequence, block));
+    if (node == nullptr || !node->only_on_host() || !index_.AnswerDue(node->key)) break;
+  }
+  for (; block < most; ++block) {
     const std::optional<SequenceId> by = index_.Promised(KeyOf(sequence, block));
     if (!by || *by == sequence->id) break;
     prospect.promised = KeyOf(sequence, block);
   }
-  prospect.promised_rows = block * kBlock - prospect.cached_rows;
+  prospect.promised_rows = (block - known) * kBlock;
   return prospect;
 }
 
@@ -100,21 +115,43 @@ bool Scheduler::HasRoom(Sequence* sequence, const Prospect& prospect) {
 
 void Scheduler::TakeCached(Residency* residency) {
   Sequence* sequence = residency->sequence;
-  const uint32_t cached = Look(sequence).cached_rows / kBlock;
-  for (uint32_t block = 0; block < cached; ++block) {
+  const Prospect prospect = Look(sequence);
+  const uint32_t cached = prospect.cached_rows / kBlock;
+  const uint32_t end = cached + prospect.host_rows / kBlock;
+  for (uint32_t block = 0; block < end; ++block) {
     PrefixIndex::Node* node = index_.Find(KeyOf(sequence, block));
+    // At once, so that what makes room for it does not give it up.
+    if (block >= cached) index_.Return(node);
     index_.Hold(node);
+    residency->returns = residency->returns || node->returning;
     residency->prefix.path.push_back(node);
   }
   residency->prefix.blocks = StageBlocks(cached);
-  residency->rows = StageRows(std::vector<uint32_t>(num_stages_, cached * kBlock));
-  residency->rows_done = cached * kBlock;
-  residency->shares = context_->options.prefix_cache;
-  context_->stats.cached_rows += cached * kBlock;
+  residency->shares = KeepsPrefixes();
+  num_returning_ += residency->returns;
+}
+
+void Scheduler::EnterCached(Residency* residency) {
+  Sequence* sequence = residency->sequence;
+  const auto& path = residency->prefix.path;
+  const auto end = static_cast<uint32_t>(path.size());
+  std::vector<ContentKey> keys;
+  for (uint32_t block = residency->prefix.blocks.least(); block < end; ++block) {
+    for (uint32_t s = 0; s < num_stages_; ++s) books_.AddPrefix(s);
+    keys.push_back(path[block]->key);
+  }
+  if (!keys.empty()) {
+    *due_ops_.Add()->mutable_return_prefix()->mutable_keys() = Pack(keys);
+    ops_are_urgent_ = true;
+  }
+  residency->prefix.blocks = StageBlocks(end);
+  residency->rows = StageRows(std::vector<uint32_t>(num_stages_, end * kBlock));
+  residency->rows_done = end * kBlock;
+  context_->stats.cached_rows += end * kBlock;
   if (sequence->was_placed) return;
   sequence->was_placed = true;
-  sequence->cached_tokens = cached * kBlock;
-  if (cached == 0) return;
+  sequence->cached_tokens = end * kBlock;
+  if (end == 0) return;
   context_->Send(PromptCached{sequence->request->id, sequence->index, sequence->cached_tokens});
 }
 
@@ -122,8 +159,8 @@ void Scheduler::TakeKept(Residency* residency, const KeptRows& kept) {
   Sequence* sequence = residency->sequence;
   residency->rows = StageRows(kept.rows);
   residency->prefix.blocks = StageBlocks(kept.prefix_blocks);
-  residency->shares = context_->options.prefix_cache;
-  const PrefixIndex::Node* parent = nullptr;
+  residency->shares = KeepsPrefixes();
+  PrefixIndex::Node* parent = nullptr;
   for (uint32_t block = 0; block < residency->prefix.blocks.most(); ++block) {
     const ContentKey key = KeyOf(sequence, block);
     PrefixIndex::Node* node = index_.Find(key);
@@ -193,6 +230,13 @@ bool Scheduler::PlanKeep(SequenceId id, const PrefixKeep& keep, PrefixHold* hold
       index_.Hold(node);
       hold->path.push_back(node);
       ++context_->stats.prefix_blocks_made;
+    } else if (node->only_on_host()) {
+      // It was computed again: its copy in host memory is not needed.
+      STRAIT_CHECK(hold->path.size() == block && hold->blocks.even());
+      index_.LeaveHost(node);
+      index_.Hold(node);
+      hold->path.push_back(node);
+      AddKey(KeyOp::kForget, key, draft->plan.mutable_cache_ops());
     } else {
       // It may make whole what it has itself wherever that is.
       all = !node->whole() && hold->path.size() > block && hold->path[block] == node;
@@ -220,21 +264,6 @@ void Scheduler::PlanKeeps(Draft* draft) {
     residency->shares = false;
     BreakPromises(residency);
   }
-}
-
-void Scheduler::PlanDrops(Draft* draft) {
-  // The first plan of an epoch leaves no prefix block without a sequence.
-  std::vector<ContentKey> dropped = std::exchange(dropped_, {});
-  if (dropped.empty() || draft->record.id.value == 1) return;
-  *draft->plan.add_cache_ops()->mutable_drop_prefix()->mutable_keys() = Pack(dropped);
-}
-
-void Scheduler::PlanDrop(const ContentKey& key, Draft* draft) {
-  const int num_ops = draft->plan.cache_ops_size();
-  const bool goes_on = num_ops > 0 && draft->plan.cache_ops(num_ops - 1).has_drop_prefix();
-  v1::CacheOp* op =
-      goes_on ? draft->plan.mutable_cache_ops(num_ops - 1) : draft->plan.add_cache_ops();
-  AppendTo(key, op->mutable_drop_prefix()->mutable_keys());
 }
 
 void Scheduler::RemovePrefix(PrefixIndex::Node* node) {
@@ -265,27 +294,17 @@ void Scheduler::RemoveUnheld() {
   }
 }
 
-bool Scheduler::DropOldest(Draft* draft) {
-  PrefixIndex::Node* node = index_.Oldest();
-  if (node == nullptr) return false;
-  ++context_->stats.prefix_blocks_dropped;
-  if (draft == nullptr) {
-    dropped_.push_back(node->key);
-  } else {
-    PlanDrop(node->key, draft);
-  }
-  RemovePrefix(node);
-  return true;
-}
-
-void Scheduler::LeavePrefix(PrefixHold* hold, Draft* draft) {
+void Scheduler::LeavePrefix(PrefixHold* hold, Draft* draft, bool ended) {
+  const bool is_own = ended && !context_->options.prefix_cache && !hold->path.empty();
+  const ContentKey first = is_own ? hold->path.front()->key : ContentKey{};
   for (; !hold->path.empty(); hold->path.pop_back()) {
     PrefixIndex::Node* node = hold->path.back();
     if (!index_.Leave(node) || node->whole()) continue;
-    if (draft != nullptr) PlanDrop(node->key, draft);
+    if (draft != nullptr) AddKey(KeyOp::kDrop, node->key, draft->plan.mutable_cache_ops());
     RemovePrefix(node);
   }
   hold->blocks = {};
+  if (is_own) GiveUpOwn(first, OpsOf(draft));
 }
 
 uint64_t Scheduler::unheld_prefix_bytes() const {

@@ -52,6 +52,7 @@ struct Residency {
   uint32_t rows_done =
       0;  // below, rows are computed on all stages, and the journal has their tokens
   uint32_t promised_end = 0;  // blocks of the prefix index's promises that may be its own
+  bool returns = false;       // some of its prefix blocks are on their way back from host memory
   bool opened = false;        // a plan with its OpenSequence is out
   // It was preempted: nothing of the above is left, and it lives only until the results under way
   // are there.

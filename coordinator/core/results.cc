@@ -158,7 +158,10 @@ absl::StatusOr<StageStep> Scheduler::OnReport(uint32_t stage_index, const v1::St
     STRAIT_RETURN_IF_ERROR(CheckGranted(*record, record->granted_ids_first));
   }
   const StageStep done = record->stages[stage_index];
-  if (done.rows_computed > 0) times_[stage_index].Add(report);
+  if (done.rows_computed > 0) {
+    times_[stage_index].Add(report);
+    MeasureStep(stage_index, done.rows_computed, std::min(report.compute_us(), kLongestUs));
+  }
   // A step that went all the way has used the links forward; its granted rows that backward.
   const bool hands_back = num_stages_ > 1 && context_->options.grants();
   const bool all_the_way = last && done.rows_computed > 0;

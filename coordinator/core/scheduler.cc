@@ -2,6 +2,7 @@
 #include "coordinator/core/scheduler.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -20,10 +21,14 @@ void Scheduler::Start(std::vector<StageCache> stages, Survivors survivors, RowSo
       std::min(wanted > 0 ? wanted : num_stages_ + ahead, limits::kMaxStepsInFlight);
   links_proven_ = false;
   times_.assign(num_stages_, {});
+  host_blocks_ = std::numeric_limits<uint32_t>::max();
+  for (const StageCache& stage : stages) host_blocks_ = std::min(host_blocks_, stage.host_blocks);
+  rates_.resize(num_stages_);
   books_.Start(context_->model.policy(), std::move(stages));
   ledger_.Start(num_stages_);
   index_.Start(num_stages_);
-  is_new_source_ = source.weights != source_.weights || source.numerics != source_.numerics;
+  is_new_source_ =
+      keys_are_mixed_ || source.weights != source_.weights || source.numerics != source_.numerics;
   source_ = std::move(source);
   survivors_ = std::move(survivors);
   unnamed_ = survivors_.Ids();
@@ -59,6 +64,7 @@ Holdings Scheduler::MayBeHeld(uint32_t stage_index) const {
 
 std::vector<Holdings> Scheduler::Stop() {
   std::vector<Holdings> may_hold;
+  bool all_named = true;
   for (uint32_t s = 0; s < num_stages_; ++s) may_hold.push_back(MayBeHeld(s));
   // Preempted sequences may have results pending too, so this goes by steps, not by residents.
   for (const StepRecord& record : ledger_.records()) {
@@ -68,6 +74,9 @@ std::vector<Holdings> Scheduler::Stop() {
       if (sequence != nullptr) Answered(sequence->Find(wanted.placement), wanted.sample);
     }
   }
+  // A stage that has not done this epoch's first plan may have blocks by keys from before it.
+  for (uint32_t s = 0; s < num_stages_; ++s) all_named = all_named && ledger_.reported(s) > 0;
+  keys_are_mixed_ = is_new_source_ && !all_named;
   ledger_.Stop();
   closing_.clear();
   close_now_ = alone_last_ = false;
@@ -83,7 +92,10 @@ std::vector<Holdings> Scheduler::Stop() {
   }
   books_.Stop();
   index_.Clear();
-  dropped_.clear();
+  due_ops_.Clear();
+  ops_are_urgent_ = false;
+  parked_.clear();
+  STRAIT_CHECK(num_returning_ == 0);
   keepers_.clear();
   num_stages_ = 0;
   unplanned_rows_ = 0;
@@ -115,10 +127,12 @@ void Scheduler::Place(Sequence* sequence) {
     TakeKept(residency, kept);
     num_uneven_ += !residency->rows.even();
   }
+  parked_.erase(sequence->id);
   residency->reserved_rows = sequence->rows_wanted();
   while (!books_.CanEnter(residency->reserved_rows, residency->prefix.blocks)) {
     STRAIT_CHECK(DropOldest(nullptr), "it was placed without room");
   }
+  if (kept.empty()) EnterCached(residency);
   books_.Enter(residency->reserved_rows, residency->prefix.blocks);
   MakePromises(residency);
   unplanned_rows_ += sequence->rows_wanted() - residency->rows.next();
@@ -135,6 +149,7 @@ void Scheduler::Forget(Residency* residency) {
   if (residency->ready_ticket != 0) ready_.erase(residency->ready_ticket);
   num_uneven_ -= !residency->rows.even();
   BreakPromises(residency);
+  num_returning_ -= std::exchange(residency->returns, false);
   keepers_.erase(sequence.id);
   residents_.erase(sequence.id);
 }
@@ -148,7 +163,7 @@ void Scheduler::Drop(Residency* residency) {
       close_now_ = close_now_ || (num_stages_ > 1 && residency->samples_pending > 1);
     } else {
       books_.Leave(residency->reserved_rows, residency->prefix.blocks);
-      LeavePrefix(&residency->prefix, nullptr);
+      LeavePrefix(&residency->prefix, nullptr, kEnded);
     }
     Forget(residency);
   }
@@ -209,7 +224,8 @@ std::vector<Residency*> Scheduler::ChooseDecodes(size_t most) const {
     if (chosen.size() >= most) return chosen;
     if (InTime(*residency)) chosen.push_back(residency);
   }
-  if (!chosen.empty() || !prefilling_.empty() || ledger_.decode_steps() >= num_stages_) {
+  if (!chosen.empty() || prefilling_.size() > num_returning_ ||
+      ledger_.decode_steps() >= num_stages_) {
     return chosen;
   }
   for (const auto& [ticket, residency] : ready_) {
@@ -224,10 +240,12 @@ std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
   const bool full = ledger_.with_rows() >= steps_in_flight_max_;
   if (full && !close_now_) return std::nullopt;
   const bool is_awaited = std::exchange(is_awaited_, false) && !keepers_.empty();
-  if (unnamed_.empty() && closing_.empty() && prefilling_.empty() && !WorthDecoding() &&
-      !is_awaited) {
+  GiveUpEnded();
+  if (unnamed_.empty() && closing_.empty() && prefilling_.size() == num_returning_ &&
+      !WorthDecoding() && !is_awaited && !ops_are_urgent_) {
     return std::nullopt;
   }
+  const bool was_urgent = ops_are_urgent_;
   Draft draft = Begin();
   PlanSurvivors(&draft);
   PlanKeeps(&draft);
@@ -241,7 +259,7 @@ std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
     }
   }
   std::optional<v1::StepPlan> plan = Send(std::move(draft), now_us);
-  STRAIT_CHECK(plan.has_value() || is_awaited);
+  STRAIT_CHECK(plan.has_value() || is_awaited || was_urgent);
   return plan;
 }
 
@@ -252,7 +270,10 @@ Scheduler::Draft Scheduler::Begin() {
   draft.plan.set_step_id(draft.record.id.value);
   draft.tokens_left = context_->options.max_step_tokens;
   draft.sequences_left = limits::kMaxStepSequences;
-  PlanDrops(&draft);
+  // The first plan of an epoch leaves no prefix block without a sequence.
+  if (draft.record.id.value > 1) *draft.plan.mutable_cache_ops() = std::move(due_ops_);
+  due_ops_.Clear();
+  ops_are_urgent_ = false;
   return draft;
 }
 
@@ -282,7 +303,7 @@ std::optional<v1::StepPlan> Scheduler::Resize(const std::vector<uint64_t>& capac
   std::optional<v1::StepPlan> plan;
   const bool fits = books_.Fits(capacity_bytes);
   // The books are ahead of the stages by what no plan has dropped yet.
-  if (!fits || (!dropped_.empty() && MayShrink())) {
+  if (!fits || (!due_ops_.empty() && MayShrink())) {
     STRAIT_CHECK(MayShrink());
     Draft draft = Begin();
     PlanCloses(&draft);
@@ -360,6 +381,7 @@ absl::Status Scheduler::CheckResident(const Residency& residency) const {
 absl::Status Scheduler::CheckIntegrity() const {
   uint64_t unplanned = 0;
   uint32_t uneven = 0;
+  uint32_t returning = 0;
   CacheBooks due = books_.Empty();
   STRAIT_RETURN_IF_ERROR(CheckPrefixes(&due));
   for (const auto& [id, residency] : residents_) {
@@ -367,12 +389,25 @@ absl::Status Scheduler::CheckIntegrity() const {
     due.Enter(residency->reserved_rows, residency->prefix.blocks);
     if (residency->opened) due.Hold(residency->rows, residency->prefix.blocks);
     uneven += !residency->rows.even();
+    const auto& path = residency->prefix.path;
+    const bool returns =
+        std::any_of(path.begin(), path.end(), [](const auto* node) { return node->returning; });
+    if (returns != residency->returns || (returns && residency->opened)) {
+      return absl::InternalError(
+          absl::StrCat("sequence ", id.value, " waits for no blocks, or does not wait"));
+    }
+    returning += returns;
     if (!prefilling_.contains(id)) continue;
     unplanned += residency->sequence->rows_wanted() - residency->rows.next();
   }
   for (const Closing& closing : closing_) {
     due.Enter(closing.reserved_rows, closing.prefix.blocks);
     due.Hold(closing.rows, closing.prefix.blocks);
+  }
+  if (returning != num_returning_ || index_.num_on_host() > host_blocks_) {
+    return absl::InternalError(absl::StrCat(num_returning_, " residents wait for blocks (counted ",
+                                            returning, "), ", index_.num_on_host(),
+                                            " prefix blocks are in host memory of ", host_blocks_));
   }
   if (unplanned != unplanned_rows_ || uneven != num_uneven_) {
     return absl::InternalError(absl::StrCat("rows to plan ", unplanned_rows_, " (counted ",

@@ -85,10 +85,11 @@ class Scheduler {
 
   // ---- Routing ----
   bool CanEverHold(const Sequence& sequence) const;
-  // Rows of it that are in prefix blocks; that will be: others compute them now.
+  // Rows of it that are in prefix blocks; that will be: others compute them now, or have them on their way.
   struct Prospect {
     uint32_t cached_rows = 0;
     uint32_t cached_unheld = 0;  // blocks of these that no sequence has
+    uint32_t host_rows = 0;      // behind these: in blocks that are in host memory
     uint32_t promised_rows = 0;
     ContentKey promised;  // the last block of these
   };
@@ -116,6 +117,11 @@ class Scheduler {
   // What the stage did in that step.
   absl::StatusOr<StageStep> OnReport(uint32_t stage_index, const v1::StageReport& report,
                                      uint64_t now_us);
+
+  // What a stage says of copies to and from host memory.
+  absl::Status OnMoved(uint32_t stage_index, const v1::PrefixesMoved& moved);
+  // Prefix blocks that no sequence has go. REQUIRES: started.
+  void Flush();
 
   // ---- Cache sizes ----
   // The most rows that a resident may grow to. Each stage must hold that.
@@ -145,6 +151,14 @@ class Scheduler {
   size_t num_prefix_blocks() const { return index_.num_nodes(); }
   size_t num_unheld_prefix_blocks() const { return index_.num_unheld(); }
   uint64_t unheld_prefix_bytes() const;
+  size_t num_prefix_blocks_on_host() const { return index_.num_on_host(); }
+  uint64_t host_blocks() const { return host_blocks_; }
+  uint64_t host_bytes(uint64_t num_blocks) const;  // on all stages
+  // What a block's way out of or into host memory takes, by what was measured; what its rows take to compute.
+  double copy_block_us() const;
+  double compute_block_us() const;
+  // It was preempted here, and some of its blocks are still there.
+  bool IsParked(const Sequence& sequence) const;
   const std::map<SequenceId, Residency*>& residents() const { return residents_; }
   absl::Status CheckIntegrity() const;
 
@@ -217,6 +231,8 @@ class Scheduler {
   // What it begins with, of which others have some already.
   void TakeKept(Residency* residency, const KeptRows& kept);
   void TakeCached(Residency* residency);
+  // There is room for it now, and for what returns from host memory.
+  void EnterCached(Residency* residency);
   void MakePromises(Residency* residency);
   void BreakPromises(Residency* residency);
   // The last stage has answered the step: what it filled is done everywhere.
@@ -226,17 +242,38 @@ class Scheduler {
   // They become such, as far as no other sequence's do already; false: not all.
   bool PlanKeep(SequenceId id, const PrefixKeep& keep, PrefixHold* hold, Draft* draft);
   void PlanKeeps(Draft* draft);
-  void PlanDrops(Draft* draft);
-  // One operation of the plan has all keys that follow each other.
-  static void PlanDrop(const ContentKey& key, Draft* draft);
   // It has none of them any more. `draft` null: none is made, and no stage has been told of the sequence.
-  void LeavePrefix(PrefixHold* hold, Draft* draft);
+  // `ended`: nor will it begin with them again.
+  void LeavePrefix(PrefixHold* hold, Draft* draft, bool ended);
   // One that no sequence has makes room, the one used longest ago; false: there is none. `draft` null: the
   // next plan says so.
   bool DropOldest(Draft* draft);
   void RemovePrefix(PrefixIndex::Node* node);
   // With the first plan of an epoch each stage drops, unasked, those that no sequence has there.
   void RemoveUnheld();
+
+  // Host memory (host_blocks.cc).
+  using Ops = google::protobuf::RepeatedPtrField<v1::CacheOp>;
+  enum class KeyOp { kOffload, kDrop, kForget };
+  // Together with others of its kind, as far as the order allows.
+  static void AddKey(KeyOp kind, const ContentKey& key, Ops* ops);
+  Ops* OpsOf(Draft* draft) {
+    return draft != nullptr ? draft->plan.mutable_cache_ops() : &due_ops_;
+  }
+  // Full blocks become prefix blocks: for other sequences, or to be parked.
+  bool KeepsPrefixes() const { return context_->options.prefix_cache || host_blocks_ > 0; }
+  // There is room for it, or what makes room was used before it.
+  bool MayOffload(const PrefixIndex::Node& node, Ops* ops);
+  bool IsWorthOffloading() const;
+  void MeasureStep(uint32_t stage_index, uint32_t num_rows, uint64_t compute_us);
+  // It, and what follows it, are prefix blocks no more. REQUIRES: no sequence has them.
+  void GiveUp(PrefixIndex::Node* node, Ops* ops);
+  // Blocks that only this sequence could use, which ended.
+  void GiveUpOwn(const ContentKey& first, Ops* ops);
+  void GiveUpEnded();
+  void OnReturned(const ContentKey& key);
+  void OnLost(const ContentKey& key);
+  void RefreshReturning();
   absl::Status CheckPrefixes(CacheBooks* due) const;
 
   absl::Status CheckResident(const Residency& residency) const;
@@ -267,11 +304,24 @@ class Scheduler {
   Survivors survivors_;
   std::vector<SequenceId> unnamed_;  // by rising id
   RowSource source_;
-  bool is_new_source_ = false;  // what survivors have follows from another one
+  bool is_new_source_ = false;   // what survivors have follows from another one
+  bool keys_are_mixed_ = false;  // while stopped: stages may have blocks by keys of either
   PrefixIndex index_;
-  std::vector<ContentKey> dropped_;  // that the next plan drops
-  std::set<SequenceId> keepers_;     // residents with blocks to become prefix blocks
-  bool is_awaited_ = false;          // a sequence waits for that
+  Ops due_ops_;                  // of the next plan, in order
+  bool ops_are_urgent_ = false;  // it is made for their sake
+  uint64_t host_blocks_ = 0;     // that every stage may have in host memory
+  uint32_t num_returning_ = 0;   // residents that wait for blocks from there
+  // First blocks of sequences that were preempted here, where others cannot use them.
+  std::map<SequenceId, ContentKey> parked_;
+  struct Rates {
+    double copy_bytes_per_us = 1'000;
+    double compute_us_per_row = 500;
+    uint32_t most_rows = 0;  // of a step that was measured
+    bool copies_measured = false;
+  };
+  std::vector<Rates> rates_;      // of each stage
+  std::set<SequenceId> keepers_;  // residents with blocks to become prefix blocks
+  bool is_awaited_ = false;       // a sequence waits for that
   StepLedger ledger_;
   std::vector<StageTimes> times_;  // of each stage
 };

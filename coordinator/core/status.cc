@@ -175,6 +175,7 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Cont
   out["num_threads"] = worker.num_threads;
   out["process_id"] = worker.process_id;
   out["memory_bytes"] = worker.memory_bytes;
+  out["host_cache_bytes"] = worker.host_cache_bytes;
   const uint64_t booked =
       BookedBytes(context.options, context.model, worker.memory(), worker.stages);
   out["booked_bytes"] = booked;
@@ -230,6 +231,12 @@ json::Object PipelineJson(const Pipeline& pipeline, const Cluster& cluster, cons
   out["steps_in_flight"] = scheduler.ledger().in_flight();
   out["prefix_blocks"] = scheduler.num_prefix_blocks();
   out["prefix_blocks_free"] = scheduler.num_unheld_prefix_blocks();
+  if (scheduler.started()) {
+    out["prefix_blocks_on_host"] = scheduler.num_prefix_blocks_on_host();
+    out["host_blocks"] = scheduler.host_blocks();
+    out["copy_block_us"] = scheduler.copy_block_us();
+    out["compute_block_us"] = scheduler.compute_block_us();
+  }
   json::Array stages;
   std::string numerics;
   bool mixed = false;
@@ -260,7 +267,11 @@ json::Object SequenceJson(const Sequence& sequence,
   const uint32_t rows = home == nullptr ? 0 : home->rows.next();
   out["rows"] = rows;
   if (!sequence.resident()) {
-    out["state"] = "waiting";
+    const bool is_parked = sequence.rows_computed_once > 0 &&
+                           std::any_of(pipelines.begin(), pipelines.end(), [&](const auto& entry) {
+                             return entry.first->IsParked(sequence);
+                           });
+    out["state"] = is_parked ? "parked" : "waiting";
   } else {
     out["state"] =
         rows < sequence.rows_wanted() && home->ready_ticket == 0 ? "prefilling" : "decoding";
@@ -297,6 +308,12 @@ json::Object StatsJson(const CoreStats& stats) {
   out["prefix_blocks_dropped"] = stats.prefix_blocks_dropped;
   out["prefix_blocks_survived"] = stats.prefix_blocks_survived;
   out["prefix_blocks_mended"] = stats.prefix_blocks_mended;
+  out["prefix_blocks_offloaded"] = stats.prefix_blocks_offloaded;
+  out["prefix_blocks_returned"] = stats.prefix_blocks_returned;
+  out["prefix_blocks_lost"] = stats.prefix_blocks_lost;
+  out["prefix_blocks_forgotten"] = stats.prefix_blocks_forgotten;
+  out["host_copied_bytes"] = stats.host_copied_bytes;
+  out["host_copying_us"] = stats.host_copying_us;
   out["preemptions"] = stats.preemptions;
   out["recoveries"] = stats.recoveries;
   out["workers_lost"] = stats.workers_lost;
@@ -308,6 +325,8 @@ json::Object StatsJson(const CoreStats& stats) {
   out["cache_bytes_used"] = stats.cache_bytes_used;
   out["cache_bytes_free_prefixes"] = stats.cache_bytes_free_prefixes;
   out["cache_bytes_total"] = stats.cache_bytes_total;
+  out["host_bytes_used"] = stats.host_bytes_used;
+  out["host_bytes_total"] = stats.host_bytes_total;
   return out;
 }
 

@@ -125,6 +125,7 @@ const OpenAiHandler::Route* OpenAiHandler::FindRoute(std::string_view path) {
       {"/tokenize", "POST", true, &OpenAiHandler::Tokenize},
       {"/detokenize", "POST", true, &OpenAiHandler::Detokenize},
       {"/strait/status", "GET", true, &OpenAiHandler::Status},
+      {"/strait/flush", "POST", true, &OpenAiHandler::Flush},
       {"/health", "GET", false, &OpenAiHandler::Health},
       {"/readyz", "GET", false, &OpenAiHandler::Health},
       {"/ping", "GET", false, &OpenAiHandler::Health},
@@ -245,6 +246,11 @@ HttpResponse OpenAiHandler::Status(const Call&) {
   HttpResponse response;
   response.body = state_->engine->StatusJson();
   return response;
+}
+
+HttpResponse OpenAiHandler::Flush(const Call&) {
+  state_->engine->Flush();
+  return Plain(200, "");
 }
 
 std::string OpenAiHandler::ModelJson() const {

@@ -60,6 +60,7 @@ class OpenAiHandler : public HttpHandler {
   HttpResponse Version(const Call& call);
   HttpResponse Metrics(const Call& call);
   HttpResponse Status(const Call& call);
+  HttpResponse Flush(const Call& call);
   HttpResponse Models(const Call& call);
   HttpResponse Model(const Call& call);
   std::string ModelJson() const;

@@ -58,6 +58,24 @@ std::string EngineMetricsText(const CoreStats& stats, uint64_t workers_attached)
           stats.prefix_blocks_made);
   counter("strait_prefix_blocks_dropped_total", "Prefix blocks that made room for others.",
           stats.prefix_blocks_dropped);
+  counter("strait_prefix_blocks_offloaded_total", "Prefix blocks that went to host memory.",
+          stats.prefix_blocks_offloaded);
+  counter("strait_prefix_blocks_returned_total", "Prefix blocks that came back from there.",
+          stats.prefix_blocks_returned);
+  counter("strait_prefix_blocks_lost_total",
+          "Prefix blocks whose bytes there had changed, or whose copy failed; computed again.",
+          stats.prefix_blocks_lost);
+  counter("strait_prefix_blocks_forgotten_total", "Prefix blocks that made room there for others.",
+          stats.prefix_blocks_forgotten);
+  counter("strait_host_copied_bytes_total", "Bytes copied to and from host memory, of all stages.",
+          stats.host_copied_bytes);
+  counter("strait_host_copying_us_total",
+          "Microseconds in which such copies were under way, summed over stages.",
+          stats.host_copying_us);
+  gauge("strait_host_cache_bytes_used", "Bytes of prefix blocks in host memory, of all stages.",
+        stats.host_bytes_used);
+  gauge("strait_host_cache_bytes_total", "Bytes that prefix blocks may have there.",
+        stats.host_bytes_total);
   counter("strait_num_preemptions_total", "Sequences that lost their blocks to older ones.",
           stats.preemptions);
   counter("strait_pipeline_recoveries_total", "Pipelines that came back with a new epoch.",

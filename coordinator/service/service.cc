@@ -55,8 +55,10 @@ struct Scaling {
   uint32_t num_stages = 0;
   AttachEvents::Scaled done;
 };
+struct Flushing {};
 struct StopLoop {};
-using Event = std::variant<Attached, Said, Ended, Submitted, Cancelled, Scaling, StopLoop>;
+using Event =
+    std::variant<Attached, Said, Ended, Submitted, Cancelled, Scaling, Flushing, StopLoop>;
 
 }  // namespace
 
@@ -133,6 +135,7 @@ class CoordinatorService::Impl {
   void Cancel(RequestId request, std::optional<uint32_t> sequence_index) {
     queue_.Push(Cancelled{request, sequence_index});
   }
+  void Flush() { queue_.Push(Flushing{}); }
 
   std::string StatusJson() const {
     asked_us_ = MonotonicMicros();
@@ -285,6 +288,11 @@ class CoordinatorService::Impl {
     core_.OnScale(id, scaling.num_stages, now_us);
   }
 
+  void On(Flushing&, uint64_t now_us) {
+    Log(LogLevel::kInfo, "prefix blocks are flushed");
+    core_.OnFlush(now_us);
+  }
+
   void On(StopLoop&, uint64_t) { stop_ = true; }
 
   // ---- Core's answers ----
@@ -410,6 +418,7 @@ void CoordinatorService::Submit(RequestSpec request, std::shared_ptr<RequestList
 void CoordinatorService::Cancel(RequestId id, std::optional<uint32_t> sequence_index) {
   impl_->Cancel(id, sequence_index);
 }
+void CoordinatorService::Flush() { impl_->Flush(); }
 bool CoordinatorService::Ready() const { return impl_->ready; }
 uint32_t CoordinatorService::max_positions() const { return impl_->model.max_positions; }
 uint32_t CoordinatorService::vocab_size() const { return impl_->model.vocab_size; }

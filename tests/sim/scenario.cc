@@ -7,6 +7,36 @@
 
 namespace strait::sim {
 
+namespace {
+
+// Long sequences, all at once, in a cache of a few of them.
+void Press(World* world, Scenario* s) {
+  CoreOptions& o = s->options;
+  const uint64_t num_layers = s->model.layer_weight_bytes.size();
+  s->model.max_positions = 700;
+  s->model.vocab_size = 300;  // else sequences soon end
+  o.max_step_tokens = std::max(o.max_step_tokens, 16u);
+  o.prefill_chunk = std::max(o.prefill_chunk, 16u);
+  o.max_running = 16;
+  o.max_waiting = 200;
+  const uint64_t column_bytes = num_layers * s->model.block_bytes;
+  const auto columns = static_cast<uint32_t>(world->Random(8, 13));
+  for (uint64_t& bytes : s->worker_memory) {
+    bytes = bytes - s->columns_least * column_bytes + columns * column_bytes;
+  }
+  s->columns_least = columns;
+  s->host_cache_bytes = world->Pick({10, 40, 40, 200}) * num_layers * s->model.block_bytes;
+  s->num_requests = 12;
+  s->arrival_us = world->Pick({1'000, 50'000});
+  s->tokens_each = static_cast<uint32_t>(world->Random(240, 400));
+  s->cancel_chance = world->Pick({0.0, 0.1});
+  s->deadline_chance = 0;
+  // Of so many rows a pipeline must live for a while.
+  if (o.heartbeat_timeout_us < 500'000) s->slow_message_chance = 0;
+}
+
+}  // namespace
+
 Scenario MakeScenario(World* world) {
   World& w = *world;
   Scenario s;
@@ -90,6 +120,18 @@ Scenario MakeScenario(World* world) {
     // Several stages on a worker have a workspace each, which takes of its cache.
     for (uint64_t& bytes : s.worker_memory) bytes += 2 * num_layers * m.block_bytes;
   }
+
+  if (w.Chance(0.5)) {
+    s.host_cache_bytes = w.Pick({1, 3, 10, 100}) * num_layers * m.block_bytes;
+    o.preempt = w.Chance(0.7)   ? PreemptMode::kPark
+                : w.Chance(0.8) ? PreemptMode::kAuto
+                                : PreemptMode::kReplay;
+  }
+  if (s.host_cache_bytes > 0 && o.max_cache_bytes_per_stage == 0 && w.Chance(0.5)) Press(&w, &s);
+  s.copy_us_max = w.Pick({20, 1'000, 20'000});
+  s.copy_polls = static_cast<uint32_t>(w.Pick({0, 1, 5}));
+  if (w.Chance(0.3)) s.num_corruptions = static_cast<uint32_t>(w.Pick({1, 5}));
+  if (w.Chance(0.2)) s.num_flushes = static_cast<uint32_t>(w.Pick({1, 3}));
   return s;
 }
 
@@ -147,6 +189,7 @@ Scenario MakeSharingScenario(World* world) {
     bytes = s.equal_memory ? enough : enough * w.Random(10, 15) / 10;
   }
   s.num_requests = 25;
+  s.tokens_each = 0;
   s.arrival_us = w.Pick({1'000, 50'000});
   s.bad_request_chance = 0;
   s.prompt_tokens_max = static_cast<uint32_t>(w.Pick({200, 400}));

@@ -37,6 +37,11 @@ struct Scenario {
   uint64_t compute_us_max = 0;
   uint32_t rows_ahead = 0;  // of steps that a backend takes ahead; 0: none
   uint64_t load_us_max = 0;
+  uint64_t host_cache_bytes = 0;  // of each worker
+  uint64_t copy_us_max = 0;       // between two polls of copies
+  uint32_t copy_polls = 0;        // that a copy takes
+  uint32_t num_corruptions = 0;   // of host memory
+  uint32_t num_flushes = 0;
   uint64_t orphan_timeout_us = 0;  // of a worker without its coordinator
   double slow_message_chance = 0;  // of a delay a hundred times as long
 

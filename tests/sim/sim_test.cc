@@ -80,6 +80,11 @@ TEST(SimTest, ManySeeds) {
     sum.stats.prefix_blocks_survived += outcome.stats.prefix_blocks_survived;
     sum.stats.prefix_blocks_mended += outcome.stats.prefix_blocks_mended;
     sum.stats.kept_rows += outcome.stats.kept_rows;
+    sum.stats.prefix_blocks_offloaded += outcome.stats.prefix_blocks_offloaded;
+    sum.stats.prefix_blocks_returned += outcome.stats.prefix_blocks_returned;
+    sum.stats.prefix_blocks_forgotten += outcome.stats.prefix_blocks_forgotten;
+    sum.stats.prefix_blocks_lost += outcome.stats.prefix_blocks_lost;
+    sum.corruptions += outcome.corruptions;
   }
   std::printf(
       "%llu seeds: %u requests, %u sequences finished, %llu steps, %llu preemptions, %llu "
@@ -100,6 +105,13 @@ TEST(SimTest, ManySeeds) {
       static_cast<unsigned long long>(sum.scale_kept), sum.evictions, sum.lies_caught,
       sum.lies_told, static_cast<unsigned long long>(sum.steps_ahead),
       static_cast<unsigned long long>(sum.late_ids));
+  std::printf(
+      "prefix blocks to host memory %llu, back %llu, given up there %llu, lost %llu in %u "
+      "corruptions\n",
+      static_cast<unsigned long long>(sum.stats.prefix_blocks_offloaded),
+      static_cast<unsigned long long>(sum.stats.prefix_blocks_returned),
+      static_cast<unsigned long long>(sum.stats.prefix_blocks_forgotten),
+      static_cast<unsigned long long>(sum.stats.prefix_blocks_lost), sum.corruptions);
   std::printf("Events by the state of the stage that they met:\n%s\n", sum.events.Table().c_str());
   if (count < 100) return;
   // The faults must be there, or the run proves nothing.
@@ -116,7 +128,11 @@ TEST(SimTest, ManySeeds) {
   EXPECT_GT(sum.stats.prefix_blocks_survived, count / 10);
   if (count >= 2000) {
     EXPECT_GT(sum.stats.prefix_blocks_mended, 0u);
+    EXPECT_GT(sum.stats.prefix_blocks_lost, 0u);
   }
+  EXPECT_GT(sum.stats.prefix_blocks_offloaded, count / 2);
+  EXPECT_GT(sum.stats.prefix_blocks_returned, count / 10);
+  EXPECT_GT(sum.stats.prefix_blocks_forgotten, count / 10);
   EXPECT_GT(sum.scales_done, count / 10);
   EXPECT_GT(sum.scale_kept, count);
   EXPECT_GT(sum.steps_ahead, count * 10);

@@ -34,9 +34,11 @@ SimWorker::SimWorker(World* world, Network* network, Control* control, const Sce
                  [this](uint64_t delay_us, std::function<void()> what) {
                    RunAfter(delay_us, std::move(what));
                  }),
-      core_({.orphan_timeout_us = scenario->orphan_timeout_us}, StageTraitsOf(backend_),
-            &backend_.cache(), &transport_, this) {
+      core_({.orphan_timeout_us = scenario->orphan_timeout_us,
+             .host_cache_bytes = scenario->host_cache_bytes},
+            StageTraitsOf(backend_), &backend_.cache(), &transport_, this) {
   backend_.rows_ahead = scenario->rows_ahead;
+  backend_.copy_faults.delay_polls = scenario->copy_polls;
   control_->Dial(this);
 }
 
@@ -79,11 +81,36 @@ void SimWorker::RunAfter(uint64_t delay_us, std::function<void()> what) {
 
 void SimWorker::Drain() {
   while (alive_ && !computing_ && world_->now_us() >= stalled_until_us_) {
-    if (inbox_.empty()) return TryRun();
+    if (inbox_.empty()) {
+      TryRun();
+      return PollSoon();
+    }
     const std::function<void()> what = std::move(inbox_.front());
     inbox_.pop_front();
     what();
   }
+}
+
+void SimWorker::PollSoon() {
+  if (poll_is_due_ || !core_.CopiesRows()) return;
+  poll_is_due_ = true;
+  RunAfter(world_->Random(10, scenario_->copy_us_max), [this] {
+    poll_is_due_ = false;
+    core_.PollCopies(world_->now_us());
+    CheckSound();
+  });
+}
+
+bool SimWorker::CorruptHost() {
+  const auto& taken = backend_.copy_faults.taken;
+  // What changes while it is written back, nobody can find.
+  if (taken.empty() || core_.CopiesRows()) return false;
+  for (const auto& [data, bytes] : taken) {
+    for (size_t at = world_->Random(0, 63); at < bytes; at += world_->Random(1, 4'000)) {
+      data[at] ^= std::byte{0x10};
+    }
+  }
+  return true;
 }
 
 // ---------------------------------------------------------------- the stream

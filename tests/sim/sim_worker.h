@@ -55,6 +55,9 @@ class SimWorker final : private WorkerPorts {
   void FailNextLoad();
   void FailNextStep();
   void LieOnce() { lie_next_ = true; }
+  // Some bytes of its host memory change. False: it has taken none.
+  bool CorruptHost();
+  void FailNextCopy() { backend_.copy_faults.fail_next = true; }
 
   // Runs `what` in this worker's time, `delay_us` from now or when it is free; never once it is
   // dead.
@@ -88,6 +91,8 @@ class SimWorker final : private WorkerPorts {
   TransportEvents EventsOfTransport();
   void Heartbeat(uint64_t stream);
   void Orphaned(uint64_t stream);
+  // Copies to and from host memory are polled, some time from now.
+  void PollSoon();
   void Drain();  // does what has arrived, then computes, as far as it is free
   void TryRun();
   // The device has done the oldest step of the stage, if it is still that epoch's.
@@ -114,6 +119,7 @@ class SimWorker final : private WorkerPorts {
   bool alive_ = true;
   std::deque<std::function<void()>> inbox_;
   uint64_t stalled_until_us_ = 0;
+  bool poll_is_due_ = false;
   bool computing_ = false;  // nothing else happens meanwhile
   uint64_t device_free_us_ = 0;
   uint64_t stream_ = 0;  // counts its streams

@@ -97,6 +97,8 @@ class Simulation : public Control {
   void ScaleOnce();
   void OnScaled(const ScaleAnswered& answer);
   void Fault();
+  void Corrupt();
+  void Flush();
   void Heal();
   bool Settled() const;
   void CheckIdle();
@@ -448,6 +450,23 @@ void Simulation::Fault() {
   }
 }
 
+void Simulation::Corrupt() {
+  SimWorker& worker = *workers_[world_.Random(0, workers_.size() - 1)];
+  if (!worker.alive()) return;
+  const bool fails = world_.Chance(0.3);
+  if (fails) worker.FailNextCopy();
+  if (!fails && !worker.CorruptHost()) return;
+  ++outcome_.corruptions;
+  world_.Trace(absl::StrCat("fault: w", worker.instance(),
+                            fails ? "'s next copy fails" : "'s host memory changes"));
+}
+
+void Simulation::Flush() {
+  world_.Trace("flush");
+  core_.OnFlush(world_.now_us());
+  PumpSoon();
+}
+
 void Simulation::Heal() {
   faults_over_ = true;
   world_.Trace("faults are over");
@@ -485,6 +504,10 @@ bool Simulation::Settled() const {
 void Simulation::CheckIdle() {
   CheckSound();
   const CoreStats stats = core_.Stats();
+  if (!scenario_.options.prefix_cache && stats.host_bytes_used > 0) {
+    world_.Violation(absl::StrCat("at idle ", stats.host_bytes_used,
+                                  " bytes are parked of sequences that ended"));
+  }
   if (stats.running + stats.waiting != 0 ||
       stats.cache_bytes_used != stats.cache_bytes_free_prefixes) {
     return world_.Violation(absl::StrCat("at idle ", stats.running, " run, ", stats.waiting,
@@ -528,6 +551,14 @@ Outcome Simulation::Run() {
     world_.After(20'001 + scenario_.load_us_max + world_.Random(0, 200'000),
                  [this] { workers_[world_.Random(0, workers_.size() - 1)]->LieOnce(); });
   }
+  for (uint32_t i = 0; i < scenario_.num_corruptions; ++i) {
+    world_.After(20'001 + scenario_.load_us_max + world_.Random(0, 50'000 + scenario_.arrival_us),
+                 [this] { Corrupt(); });
+  }
+  for (uint32_t i = 0; i < scenario_.num_flushes; ++i) {
+    world_.After(20'001 + scenario_.load_us_max + world_.Random(0, 50'000 + scenario_.arrival_us),
+                 [this] { gate_.Pass([this] { Flush(); }); });
+  }
   scales_left_ = scenario_.num_scales;
   for (uint32_t i = 0; i < scenario_.num_scales; ++i) {
     world_.After(scenario_.load_us_max + world_.Random(0, 50'000 + scenario_.scales_us),
@@ -552,6 +583,22 @@ Outcome Simulation::Run() {
                           (scenario_.num_faults + 1) * 3 * scenario_.options.heartbeat_timeout_us;
   while (world_.violation().empty() && world_.now_us() < end_us) world_.RunOne();
   if (world_.violation().empty()) CheckIdle();
+  if (world_.violation().empty()) {
+    std::optional<uint64_t> until_us;
+    gate_.Pass([&] {
+      Flush();
+      until_us = world_.now_us() + 3'000'000;
+    });
+    while (world_.violation().empty() && (!until_us || world_.now_us() < *until_us)) {
+      world_.RunOne();
+    }
+    const CoreStats stats = core_.Stats();
+    if (stats.cache_bytes_used + stats.host_bytes_used > 0) {
+      world_.Violation(absl::StrCat("after a flush ", stats.cache_bytes_used, " and ",
+                                    stats.host_bytes_used, " bytes are used"));
+    }
+    if (world_.violation().empty()) CheckIdle();
+  }
   outcome_.violation = world_.violation();
   outcome_.stats = core_.Stats();
   outcome_.sequences_finished = clients_.num_finished();

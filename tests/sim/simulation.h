@@ -26,6 +26,7 @@ struct Outcome {
   uint32_t scales = 0;              // asked for
   uint32_t scales_done = 0;         // of them, all pipelines had it in the end
   uint64_t scale_kept = 0;          // rows that stayed, summed over layers
+  uint32_t corruptions = 0;         // of host memory, or copies that fail
   uint32_t evictions = 0;
   uint32_t lies_told = 0;
   uint32_t lies_caught = 0;

@@ -57,6 +57,7 @@ int main(int argc, char** argv) {
   strait::sim::EventCounts events;
   uint64_t cached_rows = 0, blocks_made = 0, blocks_dropped = 0, blocks_survived = 0,
            blocks_mended = 0;
+  uint64_t offloaded = 0, returned = 0, lost = 0, forgotten = 0, corruptions = 0, preemptions = 0;
   const auto begin = std::chrono::steady_clock::now();
   for (uint64_t i = 0; i < count; ++i) {
     running_seed = seed + i;
@@ -67,6 +68,12 @@ int main(int argc, char** argv) {
     blocks_dropped += outcome.stats.prefix_blocks_dropped;
     blocks_survived += outcome.stats.prefix_blocks_survived;
     blocks_mended += outcome.stats.prefix_blocks_mended;
+    offloaded += outcome.stats.prefix_blocks_offloaded;
+    returned += outcome.stats.prefix_blocks_returned;
+    lost += outcome.stats.prefix_blocks_lost;
+    forgotten += outcome.stats.prefix_blocks_forgotten;
+    corruptions += outcome.corruptions;
+    preemptions += outcome.stats.preemptions;
     if (outcome.violation.empty()) continue;
     ++failures;
     std::printf("seed %llu: %s\n  replay: strait_sim --seed %llu --trace\n",
@@ -77,9 +84,12 @@ int main(int argc, char** argv) {
   if (count > 1) {
     std::printf("%s\nrows found in prefix blocks %" PRIu64 "; prefix blocks made %" PRIu64
                 ", dropped for room %" PRIu64 ", over epochs %" PRIu64 ", mended %" PRIu64
-                "\n%.0f seeds a minute on one core\n",
+                "\npreemptions %" PRIu64 "; to host memory %" PRIu64 ", back %" PRIu64
+                ", given up there %" PRIu64 ", lost %" PRIu64 " in %" PRIu64
+                " corruptions\n%.0f seeds a minute on one core\n",
                 events.Table().c_str(), cached_rows, blocks_made, blocks_dropped, blocks_survived,
-                blocks_mended, static_cast<double>(count) * 60 / took.count());
+                blocks_mended, preemptions, offloaded, returned, forgotten, lost, corruptions,
+                static_cast<double>(count) * 60 / took.count());
   }
   std::printf("%llu of %llu seeds failed\n", static_cast<unsigned long long>(failures),
               static_cast<unsigned long long>(count));

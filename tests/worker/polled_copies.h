@@ -51,8 +51,9 @@ inline std::optional<uint64_t> GetHashRow(const std::byte* from) {
 }
 
 struct CopyFaults {
-  uint32_t delay_polls = 0;  // polls that a copy asked for from now on outlasts
-  bool fail_next = false;    // the next copy that ends does so with an error, and spoils its rows
+  uint32_t delay_polls = 0;            // polls that a copy asked for from now on outlasts
+  std::map<std::byte*, size_t> taken;  // memory that Take gave, while it lasts
+  bool fail_next = false;  // the next copy that ends does so with an error, and spoils its rows
 };
 
 class PolledCopies final : public BlockCopies {
@@ -99,7 +100,14 @@ class PolledCopies final : public BlockCopies {
   size_t num_under_way() const override { return under_way_.size(); }
   uint32_t row_bytes() const override { return kHashRowBytes; }
   absl::StatusOr<CopyMemory> Take(size_t bytes) override {
-    return CopyMemory{{new std::byte[bytes], [](std::byte* gone) { delete[] gone; }}, bytes};
+    std::byte* const data = new std::byte[bytes];
+    faults_->taken[data] = bytes;
+    return CopyMemory{{data,
+                       [faults = faults_](std::byte* gone) {
+                         faults->taken.erase(gone);
+                         delete[] gone;
+                       }},
+                      bytes};
   }
 
  private:

@@ -85,6 +85,7 @@ LatentCache::LatentCache(uint32_t num_layers, BlockPool* pool)
 LatentCache::~LatentCache() {
   CloseAll();
   for (const auto& [block, until] : kept_) pool_->Give(block);
+  for (const BlockId block : pinned_) pool_->Give(block);
 }
 
 BlockId LatentCache::Take() {
@@ -178,6 +179,30 @@ void LatentCache::DropPrefix(const ContentKey& key) {
   prefixes_.erase(it);
 }
 
+void LatentCache::TakePrefix(const ContentKey& key) {
+  Prefix prefix;
+  for (uint32_t layer = 0; layer < num_layers_; ++layer) prefix.blocks.push_back(Take());
+  STRAIT_CHECK(prefixes_.emplace(key, std::move(prefix)).second, "the key is taken");
+}
+
+std::vector<BlockId> LatentCache::DropPinned(const ContentKey& key) {
+  const auto it = prefixes_.find(key);
+  STRAIT_CHECK(it != prefixes_.end() && it->second.holders == 0, "a sequence has the block");
+  std::vector<BlockId> blocks = std::move(it->second.blocks);
+  prefixes_.erase(it);
+  blocks_used_ -= num_layers_;
+  pinned_.insert(blocks.begin(), blocks.end());
+  return blocks;
+}
+
+void LatentCache::Unpin(absl::Span<const BlockId> blocks) {
+  for (const BlockId block : blocks) {
+    STRAIT_CHECK(pinned_.erase(block) == 1, "the block is not pinned");
+    ++blocks_used_;  // for the moment, so that it is freed as any other
+    Give(block);
+  }
+}
+
 void LatentCache::DropUnheldPrefixes() {
   for (auto it = prefixes_.begin(); it != prefixes_.end();) {
     if (it->second.holders > 0) {
@@ -232,7 +257,7 @@ void LatentCache::Cut(SequenceId id, uint32_t length) {
 }
 
 void LatentCache::Compact(BlockId end, std::vector<BlockMove>* moves) {
-  STRAIT_CHECK(kept_.empty());
+  STRAIT_CHECK(kept_.empty() && pinned_.empty());
   const auto move = [&](BlockId* block) {
     if (*block < end) return;
     moves->push_back({*block, pool_->Take()});
@@ -265,7 +290,7 @@ void LatentCache::Compact(BlockId end, std::vector<BlockMove>* moves) {
 
 LatentCache::Layer LatentCache::GiveLayer(uint32_t layer) {
   STRAIT_CHECK(layer < num_layers_ && !given_[layer], "a layer is given once");
-  STRAIT_CHECK(kept_.empty());
+  STRAIT_CHECK(kept_.empty() && pinned_.empty());
   Layer given;
   for (auto& [id, sequence] : sequences_) {
     blocks_used_ -= static_cast<uint32_t>(sequence.tables[layer].size() - sequence.prefix.size());
@@ -354,6 +379,13 @@ absl::Status LatentCache::CheckIntegrity() const {
   for (const auto& [block, until] : kept_) {
     if (!pool_->held(block) || seen[block]) {
       return absl::InternalError(absl::StrCat("block ", block, " is kept and not held, or twice"));
+    }
+    seen[block] = true;
+  }
+  for (const BlockId block : pinned_) {
+    if (!pool_->held(block) || seen[block]) {
+      return absl::InternalError(
+          absl::StrCat("block ", block, " is pinned and not held, or twice"));
     }
     seen[block] = true;
   }

@@ -22,6 +22,7 @@
 
 #include <cstdint>
 #include <map>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -100,6 +101,17 @@ class LatentCache {
   // The keys of its prefix blocks. Valid until one of the calls above. REQUIRES: resident.
   absl::Span<const ContentKey> prefix(SequenceId id) const;
 
+  // It takes blocks for a prefix block whose rows are on their way. REQUIRES: !has_prefix, and blocks enough.
+  void TakePrefix(const ContentKey& key);
+  // As DropPrefix, but its blocks, which a copy uses, are held and nobody's until Unpin gives them back.
+  std::vector<BlockId> DropPinned(const ContentKey& key);
+  void Unpin(absl::Span<const BlockId> blocks);
+  uint32_t num_pinned() const { return static_cast<uint32_t>(pinned_.size()); }
+  // [num_layers]. REQUIRES: has_prefix.
+  absl::Span<const BlockId> PrefixBlocks(const ContentKey& key) const {
+    return prefixes_.at(key).blocks;
+  }
+
   // Blocks that are freed from now on are other caches' when this step is done; 0: at once.
   void KeepFreed(StepId until) { keep_until_ = until; }
   // So are all steps before it.
@@ -131,12 +143,15 @@ class LatentCache {
   uint32_t num_layers() const { return num_layers_; }
   // In its tables, each counted once, and of prefix blocks.
   uint32_t blocks_used() const { return blocks_used_; }
-  // That no other cache can have: also those that are kept until a step is done.
-  uint32_t blocks_taken() const { return blocks_used_ + static_cast<uint32_t>(kept_.size()); }
+  // That no other cache can have: also those that are kept until a step is done, and pinned ones.
+  uint32_t blocks_taken() const {
+    return blocks_used_ + static_cast<uint32_t>(kept_.size() + pinned_.size());
+  }
   // Each of these.
   template <class Visit>
   void ForBlocks(Visit visit) const {
     for (const auto& [block, until] : kept_) visit(block);
+    for (const BlockId block : pinned_) visit(block);
     for (const auto& [key, prefix] : prefixes_) {
       for (uint32_t layer = 0; layer < num_layers_; ++layer) {
         if (!given_[layer]) visit(prefix.blocks[layer]);
@@ -190,6 +205,7 @@ class LatentCache {
   uint64_t last_tables_id_ = 0;
   StepId keep_until_;
   std::vector<std::pair<BlockId, StepId>> kept_;  // by rising step
+  std::set<BlockId> pinned_;                      // in no table, and used by copies
   std::vector<bool> given_;                       // [num_layers]
   std::map<ContentKey, Prefix> prefixes_;         // ordered, so that blocks are freed in one order
   std::map<SequenceId, Sequence> sequences_;      // ordered: the digest goes by rising id

@@ -108,7 +108,8 @@ void WorkerCore::OnLoaded(const LoadOrder& order,
                 {"layer_end", (*model)->spec().layers.end},
                 {"weight_bytes", (*model)->weight_bytes()},
                 {"cache_bytes", message.stage_state().cache_bytes()}});
-  hosted->stage = std::make_unique<Stage>(id, *std::move(model), traits_, shares_.pool());
+  hosted->stage =
+      std::make_unique<Stage>(id, *std::move(model), traits_, shares_.pool(), &host_budget_);
   ports_->Tell(std::move(message));
 }
 

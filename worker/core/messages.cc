@@ -66,6 +66,18 @@ v1::FromWorker ResizedMessage(uint64_t stage_id, uint64_t cache_bytes, const abs
   return message;
 }
 
+v1::FromWorker MovedMessage(uint64_t stage_id, PipelineEpoch epoch, const HostMoves& moves) {
+  v1::FromWorker message;
+  v1::PrefixesMoved& moved = *message.mutable_prefixes_moved();
+  moved.set_stage_id(stage_id);
+  ToWire(epoch, moved.mutable_epoch());
+  moved.set_returned(Pack(moves.returned));
+  moved.set_lost(Pack(moves.lost));
+  moved.set_copied_bytes(moves.copied.bytes);
+  moved.set_copying_us(moves.copied.us);
+  return message;
+}
+
 v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id) {
   v1::FromWorker message;
   v1::EdgeId& id = *message.mutable_edge_id();

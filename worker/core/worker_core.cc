@@ -39,6 +39,7 @@ WorkerCore::Hosted* WorkerCore::FindByEdge(uint64_t stage_id, End Hosted::*end, 
 void WorkerCore::FillHello(v1::Hello* hello) const {
   hello->clear_held_stages();
   hello->set_term(term_);
+  hello->set_host_cache_bytes(options_.host_cache_bytes);
   for (const auto& [id, hosted] : hosted_) {
     if (hosted.stage == nullptr) continue;
     const StageModel& model = hosted.stage->model();
@@ -120,12 +121,19 @@ void WorkerCore::OnActivate(const v1::ActivateStage& activate) {
     if (hosted == nullptr || hosted->stage == nullptr) {
       return absl::FailedPreconditionError(absl::StrCat("stage ", id, " is not loaded"));
     }
-    return CheckActivate(activate);
+    STRAIT_RETURN_IF_ERROR(CheckActivate(activate));
+    const uint64_t block_bytes = hosted->layers.size() * traits_.block_bytes;
+    if (activate.host_blocks() <= options_.host_cache_bytes / block_bytes) return absl::OkStatus();
+    return absl::InvalidArgumentError(
+        absl::StrCat("stage ", id, " is to have ", activate.host_blocks(),
+                     " prefix blocks in host memory, the worker offers ", options_.host_cache_bytes,
+                     " bytes of it"));
   }();
   if (!valid.ok()) return TellFailed(id, valid, epoch);
   const PipelineEpoch before = hosted->stage->epoch();
-  const absl::Status entered = hosted->stage->Activate(epoch, activate.stage_index(),
-                                                       activate.num_stages(), activate.grants());
+  const absl::Status entered =
+      hosted->stage->Activate(epoch, activate.stage_index(), activate.num_stages(),
+                              activate.grants(), activate.host_blocks());
   if (!entered.ok()) return TellFailed(id, entered, epoch);
   if (std::exchange(hosted->activating, false)) {
     TellFailed(id, absl::AbortedError("a newer epoch came"), before);
@@ -352,6 +360,24 @@ void WorkerCore::FinishStep(uint64_t stage_id, const Clock& clock) {
     TellStuck(hosted, 0, sent, hosted.out.edge ? &*hosted.out.edge : nullptr);
   }
   Settle();
+}
+
+bool WorkerCore::CopiesRows() const {
+  return std::any_of(hosted_.begin(), hosted_.end(), [](const auto& entry) {
+    return entry.second.stage != nullptr && entry.second.stage->CopiesRows();
+  });
+}
+
+void WorkerCore::PollCopies(uint64_t now_us) {
+  bool any = false;
+  for (auto& [id, hosted] : hosted_) {
+    if (hosted.stage == nullptr || !hosted.stage->CopiesRows()) continue;
+    any = true;
+    HostMoves moves;
+    hosted.stage->PollCopies(now_us, &moves);
+    if (!moves.empty()) ports_->Tell(MovedMessage(id, hosted.stage->epoch(), moves));
+  }
+  if (any) Settle();
 }
 
 void WorkerCore::DropStages() {

@@ -41,6 +41,7 @@ inline constexpr size_t kMaxHostedStages = 64;
 struct WorkerCoreOptions {
   // How long stages stay without a coordinator.
   uint64_t orphan_timeout_us = 60'000'000;
+  uint64_t host_cache_bytes = 0;  // of host memory, for its stages' tiers; 0: none
 };
 
 // A stage to be loaded. Serials rise.
@@ -76,7 +77,9 @@ class WorkerCore {
 
   WorkerCore(WorkerCoreOptions options, const StageTraits& traits, CacheMemory* cache,
              Transport* transport, WorkerPorts* ports)
-      : options_(options), traits_(traits), transport_(transport), ports_(ports), shares_(cache) {}
+      : options_(options), traits_(traits), transport_(transport), ports_(ports), shares_(cache) {
+    host_budget_.limit_bytes = options.host_cache_bytes;
+  }
 
   // ---- The coordinator ----
   // What the next Hello must tell of stages that are kept. Where stages went without a coordinator, the
@@ -107,6 +110,11 @@ class WorkerCore {
   std::optional<uint64_t> NextDone(bool* any_begun) const;
   // Waits for the oldest step begun, hands on what it made, reports. REQUIRES: one is begun.
   void FinishStep(uint64_t stage_id, const Clock& clock);
+
+  // ---- Copies to and from host memory ----
+  // Any is under way: PollCopies is to be called every millisecond or so.
+  bool CopiesRows() const;
+  void PollCopies(uint64_t now_us);
 
   // The process ends, or its data is not to be trusted: every stage goes.
   void DropStages();
@@ -193,6 +201,7 @@ class WorkerCore {
   bool hello_is_stale_ = false;  // or may be
   uint64_t last_serial_ = 0;
   CacheShares shares_;
+  HostBudget host_budget_;
   std::map<uint64_t, Hosted> hosted_;
   std::vector<v1::FromWorker> told_when_settled_;
   bool holds_steps_ = false;  // none begins: the cache is about to become smaller

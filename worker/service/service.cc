@@ -25,7 +25,9 @@
 namespace strait {
 namespace {
 
-constexpr std::chrono::seconds kIdleWait(1);
+constexpr std::chrono::microseconds kIdleWait = std::chrono::seconds(1);
+// While rows are copied to or from host memory.
+constexpr std::chrono::microseconds kCopyWait(1000);
 
 }  // namespace
 
@@ -49,6 +51,7 @@ class WorkerProcess::Impl final : private WorkerPorts {
       data_address = bound.ToString();
     }
     hello_ = MakeHello(options_, *backend_, data_address);
+    core_->FillHello(&hello_);
     loader_ = std::make_unique<StageLoader>(
         backend_,
         [this](const LoadOrder& order, uint64_t done, uint64_t total) {
@@ -81,10 +84,13 @@ class WorkerProcess::Impl final : private WorkerPorts {
   void Run() {
     link_->Dial(hello_);
     for (bool busy = false; !stop_; busy = !stop_ && DoSteps()) {
-      const auto timeout = busy ? std::chrono::seconds(0) : kIdleWait;
+      const std::chrono::microseconds timeout = busy                  ? std::chrono::seconds(0)
+                                                : core_->CopiesRows() ? kCopyWait
+                                                                      : kIdleWait;
       for (Event& event : queue_.PopAll(timeout, transport_->eager_wait()))
         std::visit([this](auto& e) { On(e); }, event);
       if (link_paused_.exchange(false)) link_->Resume();
+      if (core_->CopiesRows()) core_->PollCopies(MonotonicMicros());
       if (!core_->attached()) OnTick();
     }
     Log(LogLevel::kInfo, "stopping", {{"stages", core_->num_stages()}});

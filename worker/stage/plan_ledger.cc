@@ -107,6 +107,10 @@ absl::Status PlanLedger::CheckOp(const v1::CacheOp& op, CheckedPlan* checked) co
       return annotate("keep", op.keep_prefix().sequence_id(), CheckKeep(op.keep_prefix(), checked));
     case v1::CacheOp::kDropPrefix:
       return CheckDrop(op.drop_prefix(), checked);
+    case v1::CacheOp::kOffloadPrefix:
+    case v1::CacheOp::kReturnPrefix:
+    case v1::CacheOp::kForgetPrefix:
+      return CheckMove(op, checked);
     case v1::CacheOp::OP_NOT_SET:
       break;
   }
@@ -168,6 +172,39 @@ absl::Status PlanLedger::CheckKeep(const v1::KeepPrefix& keep, CheckedPlan* chec
 absl::Status PlanLedger::CheckDrop(const v1::DropPrefix& drop, CheckedPlan* checked) const {
   STRAIT_ASSIGN_OR_RETURN(std::vector<ContentKey> keys, ParseContentKeys(drop.keys()));
   STRAIT_RETURN_IF_ERROR(prefixes_.Drop(keys, &checked->prefixes));
+  // A copy of one may be under way: what takes its place must wait for its end.
+  checked->moves_prefixes =
+      checked->moves_prefixes || (prefixes_.has_host() && next_step_.value > 1);
+  checked->keys.push_back(std::move(keys));
+  return absl::OkStatus();
+}
+
+absl::Status PlanLedger::CheckMove(const v1::CacheOp& op, CheckedPlan* checked) const {
+  if (next_step_.value == 1) {
+    return absl::FailedPreconditionError(
+        "an epoch begins with empty host memory: its first plan moves no prefix blocks");
+  }
+  const std::string& packed = op.has_offload_prefix()  ? op.offload_prefix().keys()
+                              : op.has_return_prefix() ? op.return_prefix().keys()
+                                                       : op.forget_prefix().keys();
+  STRAIT_ASSIGN_OR_RETURN(std::vector<ContentKey> keys, ParseContentKeys(packed));
+  if (op.has_forget_prefix()) {
+    STRAIT_RETURN_IF_ERROR(prefixes_.Forget(keys, &checked->prefixes));
+  } else if (op.has_offload_prefix()) {
+    STRAIT_RETURN_IF_ERROR(prefixes_.Offload(keys, &checked->prefixes));
+  } else {
+    STRAIT_RETURN_IF_ERROR(prefixes_.Return(keys, &checked->prefixes));
+    // They take blocks at once, before what follows in the plan gives any back.
+    const uint64_t blocks =
+        checked->blocks_after +
+        static_cast<uint64_t>(checked->prefixes.num_prefixes) * shape_.num_layers;
+    if (blocks > shape_.pool_blocks) {
+      return absl::ResourceExhaustedError(absl::StrCat("return: with them ", blocks,
+                                                       " latent blocks are held, the stage has ",
+                                                       shape_.pool_blocks));
+    }
+  }
+  checked->moves_prefixes = checked->moves_prefixes || !op.has_forget_prefix();
   checked->keys.push_back(std::move(keys));
   return absl::OkStatus();
 }

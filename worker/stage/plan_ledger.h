@@ -69,6 +69,7 @@ class PlanLedger {
     std::vector<std::vector<ContentKey>> keys;
     PrefixLedger::Change prefixes;
     uint64_t num_prefix_tokens = 0;
+    bool moves_prefixes = false;  // it has operations of the host tier that copy
     // Absent value: closed.
     absl::flat_hash_map<SequenceId, std::optional<Sequence>> changes;
     size_t num_left_named = 0;  // of those that an earlier epoch left
@@ -85,6 +86,7 @@ class PlanLedger {
 
   // Of all plans committed; before the first one of an epoch, of what the earlier one left.
   uint64_t blocks() const { return blocks_; }
+  PrefixLedger& prefixes() { return prefixes_; }
   void SetPoolBlocks(uint32_t pool_blocks) { shape_.pool_blocks = pool_blocks; }
 
   StepId next_step() const { return next_step_; }
@@ -98,6 +100,7 @@ class PlanLedger {
   absl::StatusOr<uint32_t> CheckPrefix(const v1::OpenSequence& open, CheckedPlan* checked) const;
   absl::Status CheckKeep(const v1::KeepPrefix& keep, CheckedPlan* checked) const;
   absl::Status CheckDrop(const v1::DropPrefix& drop, CheckedPlan* checked) const;
+  absl::Status CheckMove(const v1::CacheOp& op, CheckedPlan* checked) const;
   absl::Status CheckOp(const v1::CacheOp& op, CheckedPlan* checked) const;
   // Latent blocks of `length` rows behind so many prefix blocks.
   uint64_t OwnBlocks(uint32_t length, size_t prefix_blocks) const;

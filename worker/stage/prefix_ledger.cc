@@ -42,6 +42,10 @@ absl::Status PrefixLedger::Open(SequenceId id, Keys keys, Change* change) const 
     if (!holders) {
       return absl::FailedPreconditionError(absl::StrCat(Name(key), " is not here"));
     }
+    if (IsReturning(*change, key)) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(Name(key), " is on its way back from host memory"));
+    }
     change->holders[key] = *holders + 1;
   }
   change->prefixes[id] = std::move(keys);
@@ -95,6 +99,65 @@ absl::Status PrefixLedger::Drop(absl::Span<const ContentKey> keys, Change* chang
     }
     change->holders[key] = std::nullopt;
     --change->num_prefixes;
+    if (IsReturning(*change, key)) change->returning[key] = false;
+  }
+  return absl::OkStatus();
+}
+
+bool PrefixLedger::IsOnHost(const Change& change, const ContentKey& key) const {
+  const auto changed = change.on_host.find(key);
+  return changed != change.on_host.end() ? changed->second : on_host_.contains(key);
+}
+
+bool PrefixLedger::IsReturning(const Change& change, const ContentKey& key) const {
+  const auto changed = change.returning.find(key);
+  return changed != change.returning.end() ? changed->second : returning_.contains(key);
+}
+
+absl::Status PrefixLedger::Offload(absl::Span<const ContentKey> keys, Change* change) const {
+  for (const ContentKey& key : keys) {
+    const char* const why = !Holders(*change, key)      ? " is not here"
+                            : IsReturning(*change, key) ? " is on its way back from host memory"
+                            : IsOnHost(*change, key)    ? " is in host memory already"
+                                                        : nullptr;
+    if (why != nullptr) {
+      return absl::FailedPreconditionError(absl::StrCat("offload: ", Name(key), why));
+    }
+    change->on_host[key] = true;
+    ++change->num_on_host;
+    const auto num_on_host = static_cast<int64_t>(on_host_.size()) + change->num_on_host;
+    if (num_on_host > int64_t{host_blocks_}) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("offload: ", num_on_host,
+                       " prefix blocks in host memory, the stage's share of it is ", host_blocks_));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status PrefixLedger::Return(absl::Span<const ContentKey> keys, Change* change) const {
+  for (const ContentKey& key : keys) {
+    const char* const why = !IsOnHost(*change, key) ? " is not in host memory"
+                            : Holders(*change, key) ? " is here already"
+                                                    : nullptr;
+    if (why != nullptr) {
+      return absl::FailedPreconditionError(absl::StrCat("return: ", Name(key), why));
+    }
+    change->holders[key] = 0;
+    change->returning[key] = true;
+    ++change->num_prefixes;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status PrefixLedger::Forget(absl::Span<const ContentKey> keys, Change* change) const {
+  for (const ContentKey& key : keys) {
+    if (!IsOnHost(*change, key)) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("forget: ", Name(key), " is not in host memory"));
+    }
+    change->on_host[key] = false;
+    --change->num_on_host;
   }
   return absl::OkStatus();
 }
@@ -121,6 +184,20 @@ void PrefixLedger::Commit(const Change& change) {
       holders_[key] = *holders;
     } else {
       holders_.erase(key);
+    }
+  }
+  for (const auto& [key, is_there] : change.on_host) {
+    if (is_there) {
+      on_host_.insert(key);
+    } else {
+      on_host_.erase(key);
+    }
+  }
+  for (const auto& [key, is_returning] : change.returning) {
+    if (is_returning) {
+      returning_.insert(key);
+    } else {
+      returning_.erase(key);
     }
   }
   for (const auto& [id, prefix] : change.prefixes) {

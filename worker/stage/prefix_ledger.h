@@ -6,7 +6,8 @@
 // Owns:    keys alone, no blocks.
 // Thread:  loop thread only.
 // Errors:  InvalidArgument (malformed), FailedPrecondition (a key that is not here or is here twice, a block
-//          that a sequence holds, blocks that do not follow each other). A Change that failed is to be dropped.
+//          that a sequence holds, blocks that do not follow each other, copies in host memory that are there or
+//          not), ResourceExhausted (the host tier is full). A Change that failed is to be dropped.
 #pragma once
 
 #include <cstdint>
@@ -15,6 +16,7 @@
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "proto/base/ids.h"
@@ -30,7 +32,10 @@ class PrefixLedger {
     absl::flat_hash_map<ContentKey, std::optional<uint32_t>, ContentKeyHash>
         holders;                                     // absent: dropped
     absl::flat_hash_map<SequenceId, Keys> prefixes;  // of sequences that it opens, closes, keeps of
-    int64_t num_prefixes = 0;                        // more, or fewer
+    absl::flat_hash_map<ContentKey, bool, ContentKeyHash> on_host;    // false: forgotten
+    absl::flat_hash_map<ContentKey, bool, ContentKeyHash> returning;  // false: dropped
+    int64_t num_prefixes = 0;                                         // more, or fewer
+    int64_t num_on_host = 0;                                          // likewise
   };
 
   // What an epoch left.
@@ -50,13 +55,28 @@ class PrefixLedger {
   absl::Status Drop(absl::Span<const ContentKey> keys, Change* change) const;
   void DropUnheld(Change* change) const;
 
+  // Copies in host memory are made; of copies prefix blocks are made; copies go.
+  absl::Status Offload(absl::Span<const ContentKey> keys, Change* change) const;
+  absl::Status Return(absl::Span<const ContentKey> keys, Change* change) const;
+  absl::Status Forget(absl::Span<const ContentKey> keys, Change* change) const;
+  // A block that was on its way back is there.
+  void Returned(const ContentKey& key) { returning_.erase(key); }
+  bool has_host() const { return host_blocks_ > 0; }
+  void SetHostBlocks(uint32_t host_blocks) { host_blocks_ = host_blocks; }
+
   void Commit(const Change& change);
 
  private:
   std::optional<uint32_t> Holders(const Change& change, const ContentKey& key) const;
+  bool IsOnHost(const Change& change, const ContentKey& key) const;
+  bool IsReturning(const Change& change, const ContentKey& key) const;
 
   absl::flat_hash_map<ContentKey, uint32_t, ContentKeyHash> holders_;
   absl::flat_hash_map<SequenceId, Keys> prefixes_;  // of sequences that have some
+  using KeySet = absl::flat_hash_set<ContentKey, ContentKeyHash>;
+  KeySet on_host_;
+  KeySet returning_;  // on the device, without their rows
+  uint32_t host_blocks_ = 0;
 };
 
 }  // namespace strait

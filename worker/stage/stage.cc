@@ -13,10 +13,13 @@
 namespace strait {
 
 Stage::Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, const StageTraits& traits,
-             BlockPool* pool)
-    : state_(std::make_unique<State>(stage_id, std::move(model), traits, pool)) {}
+             BlockPool* pool, HostBudget* host_budget)
+    : state_(std::make_unique<State>(stage_id, std::move(model), traits, pool, host_budget)) {}
 
-Stage::~Stage() { state_->DropBegun(); }
+Stage::~Stage() {
+  state_->DropBegun();
+  state_->tier.Clear();
+}
 
 uint64_t Stage::stage_id() const { return state_->stage_id; }
 const StageModel& Stage::model() const { return *state_->model; }
@@ -25,7 +28,10 @@ bool Stage::is_first() const { return state_->is_first(); }
 bool Stage::is_last() const { return state_->is_last(); }
 size_t Stage::num_begun() const { return state_->begun.size(); }
 uint32_t Stage::blocks_used() const { return state_->residents.cache().blocks_used(); }
-bool Stage::CopiesRows() const { return state_->model->copies().num_under_way() > 0; }
+bool Stage::CopiesRows() const {
+  return state_->tier.busy() || state_->model->copies().num_under_way() > 0;
+}
+const HostTier& Stage::tier() const { return state_->tier; }
 uint32_t Stage::peak_blocks() const {
   uint64_t peak = cache().blocks_taken();
   for (const WaitingPlan& plan : state_->plans) peak = std::max(peak, plan.checked.blocks_after);
@@ -122,6 +128,7 @@ absl::Status Stage::AcceptPlan(v1::StepPlan plan, uint64_t now_us, uint32_t* num
   }
   if (num_rows != nullptr) *num_rows = waiting.checked.num_tokens;
   s.plans.push_back(std::move(waiting));
+  s.Prepare();
   return absl::OkStatus();
 }
 

@@ -4,7 +4,7 @@
 // StageReports out. The same code runs in the worker process and in the simulator.
 //
 // Owns:    its StageModel, the resident sequences (token ids, page tables) and their latent blocks.
-// Borrows: the worker's BlockPool.
+// Borrows: the worker's BlockPool and HostBudget.
 // Thread:  loop thread only.
 // Errors:  AcceptPlan and AcceptHidden refuse what contradicts the stage's state and leave it
 //          unchanged: Aborted (older epoch; harmless), InvalidArgument (malformed),
@@ -36,6 +36,7 @@
 #include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
 #include "worker/backend.h"
+#include "worker/cache/host_tier.h"
 #include "worker/hidden_step.h"
 #include "worker/stage/residents.h"
 
@@ -48,6 +49,14 @@ struct StepOutput {
                // no row goes on
   // For the first stage: from the last of several, of a step that samples, in an epoch with grants.
   std::optional<SampledStep> sampled;
+};
+
+// Copies between a stage's cache and host memory that have ended.
+struct HostMoves {
+  std::vector<ContentKey> returned;
+  std::vector<ContentKey> lost;
+  HostTier::Copied copied;
+  bool empty() const { return returned.empty() && lost.empty() && copied.bytes == 0; }
 };
 
 // What a stage must know of the whole model and of its backend.
@@ -69,7 +78,7 @@ inline StageTraits StageTraitsOf(const Backend& backend) {
 class Stage {
  public:
   Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, const StageTraits& traits,
-        BlockPool* pool);
+        BlockPool* pool, HostBudget* host_budget = nullptr);
   ~Stage();
 
   // Enters an epoch: drops plans, hidden states and, once the model has done with them, steps that
@@ -77,8 +86,9 @@ class Stage {
   // becomes of them. Aborted if `epoch` is not newer.
   // `grants`: plans may refer to sampled tokens, and where there are several stages the last one
   // hands them to the first. A pipeline of one stage takes grants in any case.
+  // `host_blocks`: prefix blocks that it may have in host memory, where none are at an epoch's begin.
   absl::Status Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages,
-                        bool grants = false);
+                        bool grants = false, uint32_t host_blocks = 0);
 
   // The stage may hold so many blocks; plans that are accepted from now on are held to it. What it holds
   // may take until the plans before have run to become less. FailedPrecondition: more than that are held
@@ -119,6 +129,10 @@ class Stage {
   // that leave; empty: host memory.
   void BeginNext(const std::function<uint64_t()>& clock, const HiddenMemory& memory = {});
 
+  // Tells copies to and from host memory that have ended, and lets plans go on that waited for them. To be
+  // called every millisecond or so while CopiesRows().
+  void PollCopies(uint64_t now_us, HostMoves* moves);
+
   size_t num_begun() const;
   // Whether FinishNext would not wait. REQUIRES: num_begun() > 0.
   bool Done() const;
@@ -136,7 +150,8 @@ class Stage {
   bool is_first() const;
   bool is_last() const;
   uint32_t blocks_used() const;
-  bool CopiesRows() const;  // copies of its rows are under way
+  bool CopiesRows() const;  // copies of its rows are under way, or wait
+  const HostTier& tier() const;
   // The most that other stages cannot have until the plans that it has have run.
   uint32_t peak_blocks() const;
   const LatentCache& cache() const;

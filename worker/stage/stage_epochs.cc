@@ -26,6 +26,8 @@ void Stage::State::DropBegun() {
 
 void Stage::State::LeaveEpoch() {
   DropBegun();
+  HostMoves untold;
+  OnMoved(tier.Clear(), &untold);
   plans.clear();
   hiddens.clear();
   returning.Clear();
@@ -35,6 +37,7 @@ void Stage::State::LeaveEpoch() {
 void Stage::State::ResetLedger() {
   PlanLedger::LeftMap left;
   PrefixLedger prefixes;
+  prefixes.SetHostBlocks(host_blocks);
   residents.cache().DropUnheldPrefixes();
   for (const HeldRows& held : residents.left()) {
     left.emplace(held.id, PlanLedger::Left{held.rows, held.prefix_blocks});
@@ -44,7 +47,7 @@ void Stage::State::ResetLedger() {
 }
 
 absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t num_stages,
-                             bool grants) {
+                             bool grants, uint32_t host_blocks) {
   State& s = *state_;
   if (epoch <= s.epoch) {
     return absl::AbortedError(absl::StrCat("stage ", s.stage_id, " is in epoch ", ToString(s.epoch),
@@ -71,6 +74,8 @@ absl::Status Stage::Activate(PipelineEpoch epoch, uint32_t stage_index, uint32_t
   s.grants = grants || num_stages == 1;
   s.stage_index = stage_index;
   s.num_stages = num_stages;
+  s.host_blocks = host_blocks;
+  s.tier.SetBlocks(host_blocks);
   s.ResetLedger();
   return absl::OkStatus();
 }

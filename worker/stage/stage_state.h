@@ -2,7 +2,7 @@
 //
 // What a Stage has: private to worker/stage/stage*.cc, which share it out by what happens to it. Plans and
 // hidden states come in (stage.cc), epochs are entered and left (stage_epochs.cc), steps are begun and
-// finished (stage_steps.cc).
+// finished (stage_steps.cc), plans' cache operations are applied (stage_ops.cc).
 //
 // Owns, Borrows, Thread: as Stage.
 #pragma once
@@ -13,6 +13,7 @@
 
 #include "absl/status/status.h"
 #include "absl/types/span.h"
+#include "worker/cache/host_tier.h"
 #include "worker/stage/begun_step.h"
 #include "worker/stage/plan_ledger.h"
 #include "worker/stage/residents.h"
@@ -21,12 +22,21 @@
 
 namespace strait {
 
+// How far a plan's cache operations were applied.
+struct OpsDone {
+  int ops = 0;
+  size_t opened = 0;
+  size_t keys = 0;  // of CheckedPlan::keys
+};
+
 struct WaitingPlan {
   PlanLedger::CheckedPlan checked;
+  OpsDone done;
   uint32_t num_logits = 0;
   uint64_t arrived_us = 0;
   bool has_rows() const { return checked.num_tokens > 0; }
   uint64_t step_id() const { return checked.plan.step_id(); }
+  bool ops_are_done() const { return done.ops == checked.plan.cache_ops_size(); }
 };
 
 struct WaitingHidden {
@@ -36,13 +46,14 @@ struct WaitingHidden {
 
 struct Stage::State {
   State(uint64_t id, std::unique_ptr<StageModel> stage_model, const StageTraits& stage_traits,
-        BlockPool* block_pool)
+        BlockPool* block_pool, HostBudget* host_budget)
       : stage_id(id),
         model(std::move(stage_model)),
         traits(stage_traits),
         pool(block_pool),
         capacity_blocks(model->spec().pool_blocks),
         residents(model->spec().layers.size(), block_pool),
+        tier(model->spec().layers.size(), &model->copies(), host_budget),
         ledger(Shape(), {}) {}
 
   StageShape Shape() const {
@@ -68,8 +79,15 @@ struct Stage::State {
 
   bool MayGoAhead(const WaitingPlan& next) const;
 
-  // REQUIRES: `checked` is of `plan`.
-  void ApplyCacheOps(PlanLedger::CheckedPlan* checked, const v1::StepPlan& plan);
+  // Those that are left. False: a block that is to return waits for copies to end, and so do all behind it.
+  bool ApplyCacheOps(WaitingPlan* plan);
+  void ApplyCacheOp(const v1::CacheOp& op, WaitingPlan* plan);
+  // Whether it fits beside what copies still use.
+  bool HasBlocks(uint64_t num_blocks) const;
+  // The next plan's operations, if it moves prefix blocks: their copies need not wait for its step.
+  void Prepare();
+  void DropPrefix(const ContentKey& key);
+  void OnMoved(std::vector<HostTier::End> ends, HostMoves* moves);
   // Rows that are new here: their tokens and blocks.
   void StoreRows(const v1::SequenceStep& step, Resident& resident, BatchSequence* sequence,
                  BegunStep* begun);
@@ -99,7 +117,9 @@ struct Stage::State {
   bool grants = false;
   uint32_t stage_index = 0;
   uint32_t num_stages = 1;
+  uint32_t host_blocks = 0;
   Residents residents;
+  HostTier tier;
   PlanLedger ledger;  // ahead of `residents` by the plans that wait
   std::deque<WaitingPlan> plans;
   std::deque<WaitingHidden> hiddens;  // in step order; the i-th belongs to the i-th plan with rows

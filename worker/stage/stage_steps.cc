@@ -16,6 +16,8 @@ bool Stage::Ready() const {
   const State& s = *state_;
   if (s.failed || s.plans.empty() || s.begun.size() >= kMaxStepsBegun) return false;
   const WaitingPlan& next = s.plans.front();
+  if (next.checked.moves_prefixes && !next.ops_are_done()) return false;
+  if (!s.HasBlocks(next.checked.blocks_after)) return false;
   if (!next.has_rows()) return true;
   if (s.is_first() ? s.takes_ids() && !s.returning.AreHere(next.checked.plan) : s.hiddens.empty()) {
     return false;
@@ -33,35 +35,6 @@ bool Stage::State::MayGoAhead(const WaitingPlan& next) const {
     if (!known && resident.sampling.needs_tokens()) return false;
   }
   return true;
-}
-
-void Stage::State::ApplyCacheOps(PlanLedger::CheckedPlan* checked, const v1::StepPlan& plan) {
-  size_t num_opened = 0;
-  size_t num_keys = 0;
-  for (const v1::CacheOp& op : plan.cache_ops()) {
-    if (op.has_open()) {
-      const v1::OpenSequence& open = op.open();
-      const uint32_t kept =
-          open.kept_rows().empty() ? 0 : open.kept_rows(static_cast<int>(stage_index));
-      absl::Span<const ContentKey> prefix;
-      if (!open.prefix_keys().empty()) prefix = checked->keys[num_keys++];
-      residents.Open(open, std::move(checked->sampling[num_opened++]), kept, prefix);
-    } else if (op.has_keep_prefix()) {
-      const SequenceId id{op.keep_prefix().sequence_id()};
-      for (const ContentKey& key : checked->keys[num_keys]) residents.cache().KeepPrefix(id, key);
-      ++num_keys;
-    } else if (op.has_drop_prefix()) {
-      for (const ContentKey& key : checked->keys[num_keys]) {
-        if (residents.cache().has_prefix(key)) residents.cache().DropPrefix(key);
-      }
-      ++num_keys;
-    } else {
-      const SequenceId id{op.close().sequence_id()};
-      residents.Close(id);
-      returning.Closed(id);
-    }
-  }
-  if (plan.step_id() == 1) residents.cache().DropUnheldPrefixes();
 }
 
 void Stage::State::StoreRows(const v1::SequenceStep& step, Resident& resident,
@@ -116,6 +89,10 @@ BatchSequence Stage::State::AppendRows(const v1::SequenceStep& step, BegunStep* 
 }
 
 absl::Status Stage::State::Begin(WaitingPlan plan, const HiddenMemory& memory, BegunStep* step) {
+  // What this closes, the step before may still use; only this stage's steps come behind it.
+  if (begun.size() > 1) residents.cache().KeepFreed(begun[begun.size() - 2].id());
+  STRAIT_CHECK(ApplyCacheOps(&plan));
+  residents.cache().KeepFreed(StepId{});
   step->plan = std::move(plan.checked.plan);
   step->num_tokens = plan.checked.num_tokens;
   step->num_tokens_on = plan.checked.num_tokens_on;
@@ -123,10 +100,6 @@ absl::Status Stage::State::Begin(WaitingPlan plan, const HiddenMemory& memory, B
   std::vector<BatchSequence> sequences;
   std::vector<LogitsRequest> logits;
   sequences.reserve(static_cast<size_t>(step->plan.sequences_size()));
-  // What this closes, the step before may still use; only this stage's steps come behind it.
-  if (begun.size() > 1) residents.cache().KeepFreed(begun[begun.size() - 2].id());
-  ApplyCacheOps(&plan.checked, step->plan);
-  residents.cache().KeepFreed(StepId{});
   uint32_t row = 0;
   for (size_t i = 0; i < plan.checked.num_sequences; ++i) {
     const v1::SequenceStep& wire = step->plan.sequences(static_cast<int>(i));
@@ -194,6 +167,7 @@ void Stage::BeginNext(const std::function<uint64_t()>& clock, const HiddenMemory
   step.begin_us = clock();
   step.status = s.Begin(std::move(plan), memory, &step);
   if (!step.status.ok()) return s.Fail();
+  s.Prepare();
   if (!s.takes_ids()) return;
   std::vector<SequenceId> sampled = SampledSequences(step.plan);
   if (!sampled.empty()) s.returning.Await(step.id(), std::move(sampled));

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <map>
@@ -83,6 +84,9 @@ class FakeEngine : public Engine {
     }
     changed_.notify_all();
   }
+
+  void Flush() override { ++num_flushed; }
+  std::atomic<int> num_flushed = 0;
 
   bool Ready() const override { return ready; }
   uint32_t max_positions() const override { return context; }

@@ -181,7 +181,7 @@ struct FakeStage {
                                                 .vocab_size = kFakeVocab,
                                                 .max_positions = kMaxPositions,
                                                 .block_bytes = kFakeBlockBytes},
-                                    &pool);
+                                    &pool, &host_budget);
   }
 
   v1::StepPlan Plan(uint64_t step) const {
@@ -210,6 +210,7 @@ struct FakeStage {
 
   NumberCache cache;
   BlockPool pool;
+  HostBudget host_budget{.limit_bytes = 1 << 20};
   FakeModel* model;
   std::unique_ptr<Stage> stage;
   uint64_t now_us = 0;
