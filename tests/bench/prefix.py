@@ -4,11 +4,13 @@
 of conversations with the prefix cache on and off.
 
   prefix.py --bin build/release/bin [--model DIR] [--lengths 1024,8192,16000] [--repeats 5] [--workers 1] [--threads 1]
-            [--conversations 32] [--turns 8] [--arg=--backend --arg=cuda …] [--json FILE]
+            [--conversations 32] [--turns 8] [--park 8192,131072] [--arg=--backend --arg=cuda …] [--json FILE]
 
 A prompt that is cached has all of its whole blocks of 64 tokens there but for the one with its last token. The two servers
 of the conversations stay up and take turns, off on, on off; every conversation begins with one of four system prompts of
-512 tokens, each turn has a question of 64 tokens and an answer of 64. Random weights.
+512 tokens, each turn has a question of 64 tokens and an answer of 64. With --park a server that has host memory is asked for a
+prompt, then for others until the first one's blocks are in host memory, then for the first again: they come back. Random
+weights.
 """
 import argparse
 import concurrent.futures
@@ -52,6 +54,36 @@ def first_tokens(server, lengths, repeats):
     return rows
 
 
+def parked(server, lengths, repeats):
+    """Of each length: computed the first time, back from host memory the second."""
+    rows = []
+    free = server.get("/strait/status")["pipelines"][0]["tokens_max"]
+    longest = min(max(lengths), free // 2)
+    for length in lengths:
+        misses, returns = [], []
+        for repeat in range(repeats):
+            prompt = tokens(f"park {length} {repeat}", length)
+            misses.append(first_token(server, prompt)[0])
+            others = 0
+            while others < free:  # blocks used longest ago make room first
+                first_token(server, tokens(f"other {length} {repeat} {others}", longest))
+                others += longest
+            before = server.get("/strait/status")["stats"]["prefix_blocks_returned"]
+            seconds, cached = first_token(server, prompt)
+            assert cached == (length - 1) // 64 * 64, f"{cached} of {length} tokens were there"
+            time.sleep(1.5)  # status is published now and then
+            returned = server.get("/strait/status")["stats"]["prefix_blocks_returned"] - before
+            # Those that were used last before it may not have made room.
+            assert returned * 10 >= cached // 64 * 9, f"{returned} of {cached // 64} blocks came back from host memory"
+            returns.append(seconds)
+        rows.append({"tokens": length, "computed_ms": statistics.median(misses) * 1e3,
+                     "returned_ms": statistics.median(returns) * 1e3,
+                     "ratio": statistics.median(r / m for r, m in zip(returns, misses))})
+        print(f"{length} tokens: computed in {rows[-1]['computed_ms']:.1f} ms, back from host memory in "
+              f"{rows[-1]['returned_ms']:.1f} ms, ratio {rows[-1]['ratio']:.3f}", flush=True)
+    return rows
+
+
 def converse(server, run, number, turns):
     prompt = tokens(f"system {run} {number % SYSTEM_PROMPTS}", SYSTEM_TOKENS)
     asked = cached = 0
@@ -83,6 +115,8 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--park", default="", help="lengths of prompts that go to host memory and come back; empty: none")
+    parser.add_argument("--host-cache-bytes", default="64GiB", help="for --park")
     parser.add_argument("--conversations", type=int, default=32, help="0: none")
     parser.add_argument("--turns", type=int, default=8)
     parser.add_argument("--runs", type=int, default=3, help="of the conversations, on each server")
@@ -99,6 +133,11 @@ def main():
         with server("on") as on:
             first_token(on, tokens("warm", 256))
             results["first_token"] = first_tokens(on, [int(n) for n in o.lengths.split(",")], o.repeats)
+    if o.park:
+        more = ["--prefix-cache", "on", "--host-cache-bytes", o.host_cache_bytes, "--preempt", "park", *o.arg]
+        with Server(o.bin, o.model, o.workers, o.threads, more) as host:
+            first_token(host, tokens("warm", 256))
+            results["parked"] = parked(host, [int(n) for n in o.park.split(",")], o.repeats)
     if o.conversations > 0:
         with server("off") as off, server("on") as on:
             runs = []
