@@ -12,7 +12,8 @@ from harness import BACKEND, TINY, Cluster, clean_env, program, wait_until
 
 BLOCK = 64
 CLIENTS = 12
-PROMPT, GENERATED = 400, 560  # 15 blocks
+# A GPU's workers have memory in slabs, and less beside the cache where that is small: so there the cache is larger.
+PROMPT, GENERATED = (400, 560) if BACKEND == "cpu" else (2_000, 1_200)
 BLOCKS = (PROMPT + GENERATED) // BLOCK * CLIENTS
 FIXED = [] if BACKEND == "cpu" else ["--deterministic"]
 HOST = ["--host-cache-bytes", "1GiB"]
@@ -65,7 +66,7 @@ def test_twelve_clients_on_a_quarter(calm, preempt, share):
     answers, memory = calm
     args = ["--preempt", preempt, "--prefix-cache", share] + HOST + FIXED
     with Cluster(workers=2, memory=memory(BLOCKS // 4), args=args) as cluster:
-        assert cluster.status()["pipelines"][0]["tokens_max"] < BLOCKS // 3 * BLOCK
+        assert cluster.status()["pipelines"][0]["tokens_max"] < BLOCKS // (3 if BACKEND == "cpu" else 2) * BLOCK
         begin = time.monotonic()
         with concurrent.futures.ThreadPoolExecutor(CLIENTS) as pool:
             heard = list(pool.map(lambda body: listen(cluster, body), bodies()))
@@ -107,7 +108,8 @@ def test_return_against_replay(calm):
                 body = dict(prompt=tokens(length, seed=length), max_tokens=1, temperature=0, ignore_eos=True,
                             return_token_ids=True)
                 first = cluster.complete(**body)
-                cluster.complete(prompt=tokens(blocks * BLOCK - 100, seed=length + 1), max_tokens=1)
+                rows = cluster.status()["pipelines"][0]["tokens_max"]
+                cluster.complete(prompt=tokens(rows - 100, seed=length + 1), max_tokens=1)
                 begin = time.monotonic()
                 again = cluster.complete(**body)
                 took[preempt, length] = time.monotonic() - begin
