@@ -294,9 +294,9 @@ CoreStats Core::Stats() const {
   for (const auto& [id, pipeline] : state_->cluster.pipelines()) {
     const Scheduler& scheduler = pipeline->scheduler;
     stats.running += scheduler.num_residents();
-    stats.cache_bytes_free_prefixes += scheduler.unheld_prefix_bytes();
-    stats.host_bytes_used += scheduler.host_bytes(scheduler.num_prefix_blocks_on_host());
-    stats.host_bytes_total += scheduler.host_bytes(scheduler.host_blocks());
+    stats.cache_bytes_free_prefixes += scheduler.prefix_bytes(scheduler.num_unheld_prefix_blocks());
+    stats.host_bytes_used += scheduler.prefix_bytes(scheduler.num_prefix_blocks_on_host());
+    stats.host_bytes_total += scheduler.prefix_bytes(scheduler.host_blocks());
     for (const StageCache& stage : scheduler.stages()) {
       stats.cache_bytes_used += stage.held_bytes;
       stats.cache_bytes_total += stage.capacity_bytes;

@@ -241,12 +241,6 @@ void Scheduler::RefreshReturning() {
   }
 }
 
-uint64_t Scheduler::host_bytes(uint64_t num_blocks) const {
-  uint64_t bytes = 0;
-  for (const StageCache& stage : stages()) bytes += num_blocks * books_.PrefixBytes(stage.layers);
-  return bytes;
-}
-
 bool Scheduler::IsParked(const Sequence& sequence) const {
   const std::optional<ContentKey> first = sequence.prefix_keys.First();
   return first && index_.Has(*first);

@@ -307,11 +307,9 @@ void Scheduler::LeavePrefix(PrefixHold* hold, Draft* draft, bool ended) {
   if (is_own) GiveUpOwn(first, OpsOf(draft));
 }
 
-uint64_t Scheduler::unheld_prefix_bytes() const {
+uint64_t Scheduler::prefix_bytes(uint64_t num_blocks) const {
   uint64_t bytes = 0;
-  for (const StageCache& stage : stages()) {
-    bytes += index_.num_unheld() * books_.PrefixBytes(stage.layers);
-  }
+  for (const StageCache& stage : stages()) bytes += num_blocks * books_.PrefixBytes(stage.layers);
   return bytes;
 }
 

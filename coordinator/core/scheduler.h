@@ -150,10 +150,10 @@ class Scheduler {
   // Prefix blocks; those of them that no sequence has.
   size_t num_prefix_blocks() const { return index_.num_nodes(); }
   size_t num_unheld_prefix_blocks() const { return index_.num_unheld(); }
-  uint64_t unheld_prefix_bytes() const;
+  // Of so many, on all stages.
+  uint64_t prefix_bytes(uint64_t num_blocks) const;
   size_t num_prefix_blocks_on_host() const { return index_.num_on_host(); }
   uint64_t host_blocks() const { return host_blocks_; }
-  uint64_t host_bytes(uint64_t num_blocks) const;  // on all stages
   // What a block's way out of or into host memory takes, by what was measured; what its rows take to compute.
   double copy_block_us() const;
   double compute_block_us() const;

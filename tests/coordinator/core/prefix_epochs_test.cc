@@ -5,7 +5,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "tests/coordinator/core/harness.h"
+#include "tests/coordinator/core/prefix_fixture.h"
 
 namespace strait {
 namespace {
@@ -13,36 +13,14 @@ namespace {
 using testing::HasSubstr;
 using testing::IsEmpty;
 
-// One layer has 1,000 bytes, embedding and head 500, a workspace 50, a block of all layers 512.
-constexpr uint64_t Memory(uint64_t blocks) { return 5050 + blocks * 512; }
-
 CoreOptions Options(uint32_t num_stages = 1) {
-  CoreOptions options;
-  options.prefix_cache = true;
+  CoreOptions options = PrefixOptions(num_stages);
   options.grant_depth = 1;
-  options.num_stages = num_stages;
-  options.max_step_tokens = 256;
-  options.prefill_chunk = 256;
   return options;
 }
-RequestSpec Prompt(uint32_t stem, uint32_t tokens, uint32_t max_tokens) {
-  RequestSpec request = OneSequence(tokens, max_tokens);
-  for (TokenId& token : request.sequences[0].prompt) token = (token + 7 * stem) % 100;
-  return request;
-}
 
-class PrefixEpochsTest : public testing::Test {
+class PrefixEpochsTest : public PrefixFixture {
  protected:
-  void Start(CoreOptions options, std::vector<uint64_t> memory) {
-    h_ = std::make_unique<Harness>(options, SmallModel());
-    for (const uint64_t bytes : memory) w_.push_back(h_->Attach(bytes));
-    ASSERT_TRUE(h_->core.Ready());
-  }
-  void TearDown() override {
-    ASSERT_NE(h_, nullptr);
-    EXPECT_THAT(h_->problems, IsEmpty());
-    for (const auto& [id, worker] : h_->workers) EXPECT_FALSE(worker.evicted) << worker.why;
-  }
   // A new epoch that costs nobody anything; stages answer when told to.
   void FailEpoch() {
     h_->answer_activations = false;
@@ -62,9 +40,6 @@ class PrefixEpochsTest : public testing::Test {
   }
   void Cancel(RequestId id) { h_->core.OnCancel(id, std::nullopt, h_->now_us); }
   uint64_t Used() const { return h_->core.Stats().cache_bytes_used; }
-
-  std::unique_ptr<Harness> h_;
-  std::vector<WorkerId> w_;
 };
 
 TEST_F(PrefixEpochsTest, SurvivorsShareAfterAnEpochAndWhatNobodyHasIsGone) {

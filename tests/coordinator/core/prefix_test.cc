@@ -6,7 +6,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include "tests/coordinator/core/harness.h"
+#include "tests/coordinator/core/prefix_fixture.h"
 
 namespace strait {
 namespace {
@@ -15,41 +15,15 @@ using testing::ElementsAre;
 using testing::HasSubstr;
 using testing::IsEmpty;
 
-// One layer has 1,000 bytes, embedding and head 500, a workspace 50, a block of all layers 512.
-constexpr uint64_t Memory(uint64_t blocks) { return 5050 + blocks * 512; }
+CoreOptions Options(uint32_t num_stages = 1) { return PrefixOptions(num_stages); }
 
-CoreOptions Options(uint32_t num_stages = 1) {
-  CoreOptions options;
-  options.prefix_cache = true;
-  options.num_stages = num_stages;
-  options.max_step_tokens = 256;
-  options.prefill_chunk = 256;
-  return options;
-}
-
-// `stem`: which tokens it has.
-RequestSpec Prompt(uint32_t stem, uint32_t tokens, uint32_t max_tokens = 2) {
-  RequestSpec request = OneSequence(tokens, max_tokens);
-  for (TokenId& token : request.sequences[0].prompt) token = (token + 7 * stem) % 100;
-  return request;
-}
 RequestSpec Salted(RequestSpec request, const std::string& salt) {
   request.sequences[0].cache_salt = salt;
   return request;
 }
 
-class PrefixTest : public testing::Test {
+class PrefixTest : public PrefixFixture {
  protected:
-  void Start(CoreOptions options, std::vector<uint64_t> memory) {
-    h_ = std::make_unique<Harness>(options, SmallModel());
-    for (const uint64_t bytes : memory) w_.push_back(h_->Attach(bytes));
-    ASSERT_TRUE(h_->core.Ready());
-  }
-  void TearDown() override {
-    ASSERT_NE(h_, nullptr);
-    EXPECT_THAT(h_->problems, IsEmpty());
-    for (const auto& [id, worker] : h_->workers) EXPECT_FALSE(worker.evicted) << worker.why;
-  }
   // Tokens that it began with; it ends.
   uint32_t Cached(RequestSpec spec) {
     const RequestId id = h_->Submit(std::move(spec));
@@ -62,9 +36,6 @@ class PrefixTest : public testing::Test {
     for (const WorkerId id : w_) rows.push_back(h_->StageOf(id).rows_computed);
     return rows;
   }
-
-  std::unique_ptr<Harness> h_;
-  std::vector<WorkerId> w_;
 };
 
 TEST_F(PrefixTest, ASequenceBeginsWithTheFullBlocksOfOneThatEnded) {
