@@ -49,6 +49,10 @@ inline constexpr int kMaxControlMessageBytes = 16 << 20;
 // as chunks of at most this many payload bytes.
 inline constexpr int kHiddenChunkBytes = 1 << 20;
 inline constexpr int kMaxDataMessageBytes = kHiddenChunkBytes + (64 << 10);
+// Rows of one answer between workers, and of all answers that a worker has asked for or makes at a time.
+inline constexpr uint32_t kTransferFrameBytes = 4u << 20;
+inline constexpr uint64_t kTransferBytesUnderWay = 64u << 20;
+inline constexpr int kMaxTransferMessageBytes = kTransferFrameBytes + (1 << 20);
 inline constexpr size_t kControlQueueMessages = 4096;  // outgoing, per stream
 inline constexpr size_t kDataQueueBytes = 512u << 20;  // outgoing, per edge
 

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// RowTransfer carries cache rows from one worker to another: who wants rows asks for them, and gets
+// them in frames of a few megabytes. Implementations: gRPC (worker/transfer/grpc_row_transfer.h),
+// simulated (tests/sim).
+//
+// Owns:    its connections, one to each worker that was asked, apart from those of Transport.
+// Thread:  all methods: loop thread. Events come on the transfer's own threads and must only
+//          enqueue.
+// Errors:  each Ask is answered once: Unavailable: the connection broke, or there was no answer for
+//          kAnswerTimeout; DataLoss: the frame, or its checksums, are wrong; else what the peer said. A dead
+//          peer never blocks a caller.
+// Limits:  kTransferFrameBytes of rows in a frame. Of asks, kTransferBytesUnderWay are the caller's to keep; a
+//          peer that asks for more gets ResourceExhausted.
+// Why:     the receiver asks, so it is never sent what it has no memory for, and what was lost with
+//          a connection it asks for again. Checksums are made and checked here, on the transfer's
+//          threads, so a worker that moves gigabytes goes on stepping.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "proto/base/ids.h"
+#include "proto/latent_block.h"
+
+namespace strait {
+
+// As RowsRequest of proto/strait/v1/transfer.proto.
+struct RowsAsk {
+  uint64_t stage_id = 0;
+  PipelineEpoch epoch;
+  SequenceId sequence;
+  PlacementEpoch placement;
+  uint64_t secret = 0;
+  LayerRange layers;
+  uint32_t first_row = 0;
+  uint32_t num_rows = 0;
+};
+
+// Rows of several pieces, each of one block, and what they are.
+struct RowsFrame {
+  SequenceId sequence;
+  PlacementEpoch placement;
+  std::vector<BlockHeader> pieces;  // layer by layer, by rising position
+  std::string rows;                 // packed in the same order
+};
+
+// An ask of this worker's, and one of a peer's.
+using AskId = Id<struct AskTag>;        // given by the caller, not reused
+using PeerAskId = Id<struct PeerAskTag>;
+
+struct RowTransferEvents {
+  // Answers Ask. Of a frame that is there every header was decoded and every checksum is right.
+  std::function<void(AskId, absl::StatusOr<RowsFrame>)> on_rows;
+  // A peer asks. To be answered once.
+  std::function<void(PeerAskId, RowsAsk)> on_ask;
+  // Answer has filled in the pieces' checksums, and gives them to the peer. Not told where it was an error.
+  std::function<void(PeerAskId, std::vector<BlockHeader>)> on_served;
+};
+
+class RowTransfer {
+ public:
+  virtual ~RowTransfer() = default;
+  virtual void Ask(AskId id, const std::string& peer_address, const RowsAsk& ask) = 0;
+  // Nobody waits for it any more. It may be answered all the same.
+  virtual void Forget(AskId id) = 0;
+  // The pieces' row_checksum is made here. Of a peer that is gone it does nothing.
+  virtual void Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) = 0;
+};
+
+}  // namespace strait
