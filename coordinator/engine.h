@@ -54,6 +54,7 @@ struct RequestSpec {
   std::vector<SequenceSpec> sequences;  // admitted or refused together
   uint64_t timeout_us = 0;  // 0: the server's default; over it the request ends DeadlineExceeded
   std::string client_id;    // x-request-id, for the log
+  std::string name;  // "cmpl-…": by which its client, and an operator, may know it; may be empty
 };
 
 struct TokenInfo {
@@ -83,6 +84,44 @@ class RequestListener {
                              std::optional<TokenId> stop_token, absl::Status status) = 0;
 };
 
+// ---- What an operator asks of a cluster that runs ----
+
+// A running sequence goes to another pipeline with its cache.
+struct MigrateSpec {
+  std::string
+      sequence;  // as status tells it: its id; or its request's name, and "/choice" where there are several
+  PipelineId to;
+  bool dry_run = false;         // only whether it could be
+  bool force_numerics = false;  // also where the other pipeline's numerics_id differs
+  uint64_t timeout_us = 0;      // 0: the server's
+};
+
+// How a move goes, or went.
+struct MoveReport {
+  SequenceId sequence;
+  PipelineId from;
+  PipelineId to;
+  std::string
+      phase;  // "reserve", "copy", "freeze", "last rows", "adopt", "done"; of one that failed: in which it did
+  uint32_t rounds = 0;
+  uint32_t rows = 0;        // that are there by now, on all stages
+  uint32_t rows_total = 0;  // of the sequence
+  uint64_t moved_bytes = 0;
+  uint32_t recomputed_rows = 0;  // of a move that succeeded: 0
+  uint64_t pause_us = 0;  // from the last token of the old pipeline to the first of the new one
+  uint64_t total_us = 0;
+};
+
+// Called on the loop thread, and must only enqueue; not after OnVerbEnd.
+class VerbListener {
+ public:
+  virtual ~VerbListener() = default;
+  virtual void OnMove(MoveReport report) = 0;  // now and then, and once more before the end
+  // Ok; InvalidArgument, NotFound (no such sequence, pipeline, worker), FailedPrecondition (not now; says when),
+  // ResourceExhausted (no room, with the numbers), Aborted (what failed; all goes on as before), DeadlineExceeded.
+  virtual void OnVerbEnd(absl::Status status) = 0;
+};
+
 class Engine {
  public:
   virtual ~Engine() = default;
@@ -95,6 +134,9 @@ class Engine {
 
   // What is cached of sequences that are over goes, soon.
   virtual void Flush() = 0;
+
+  // It goes on whether anybody listens or not.
+  virtual void Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) = 0;
 
   // Whether at least one pipeline serves.
   virtual bool Ready() const = 0;

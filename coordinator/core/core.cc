@@ -110,6 +110,10 @@ void Core::OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us) {
   state_->cluster.OnScale(id, num_stages, state_->Awake(now_us));
 }
 
+void Core::OnMigrate(VerbId id, MigrateSpec, uint64_t) {
+  state_->context.Send(VerbEnded{id, absl::UnimplementedError("no sequence moves yet")});
+}
+
 void Core::OnFlush(uint64_t now_us) {
   state_->Awake(now_us);
   for (const auto& [id, pipeline] : state_->cluster.pipelines()) {

@@ -13,8 +13,10 @@
 #include "absl/strings/str_cat.h"
 #include "coordinator/service/engine_metrics.h"
 #include "coordinator/service/loop_queue.h"
+#include "proto/base/limits.h"
 #include "proto/base/log.h"
 #include "proto/base/status_macros.h"
+#include "proto/base/text.h"
 #include "proto/rpc/clock.h"
 
 namespace strait {
@@ -55,10 +57,14 @@ struct Scaling {
   uint32_t num_stages = 0;
   AttachEvents::Scaled done;
 };
+struct Migrating {
+  MigrateSpec spec;
+  std::shared_ptr<VerbListener> listener;
+};
 struct Flushing {};
 struct StopLoop {};
-using Event =
-    std::variant<Attached, Said, Ended, Submitted, Cancelled, Scaling, Flushing, StopLoop>;
+using Event = std::variant<Attached, Said, Ended, Submitted, Cancelled, Scaling, Migrating,
+                           Flushing, StopLoop>;
 
 }  // namespace
 
@@ -135,6 +141,16 @@ class CoordinatorService::Impl {
   void Cancel(RequestId request, std::optional<uint32_t> sequence_index) {
     queue_.Push(Cancelled{request, sequence_index});
   }
+  void Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) {
+    {
+      std::lock_guard lock(submit_mu_);
+      if (!stopped_) {
+        queue_.Push(Migrating{std::move(spec), std::move(listener)});
+        return;
+      }
+    }
+    listener->OnVerbEnd(absl::UnavailableError("the coordinator stops"));
+  }
   void Flush() { queue_.Push(Flushing{}); }
 
   std::string StatusJson() const {
@@ -195,6 +211,10 @@ class CoordinatorService::Impl {
     listeners_.clear();
     for (auto& [scale, done] : scales_) done(absl::UnavailableError("the coordinator stops"), {});
     scales_.clear();
+    for (auto& [verb, listener] : verbs_) {
+      listener->OnVerbEnd(absl::UnavailableError("the coordinator stops"));
+    }
+    verbs_.clear();
     streams_.clear();
     ready = false;
   }
@@ -288,6 +308,16 @@ class CoordinatorService::Impl {
     core_.OnScale(id, scaling.num_stages, now_us);
   }
 
+  void On(Migrating& migrating, uint64_t now_us) {
+    const VerbId id{++last_verb_};
+    Log(LogLevel::kInfo, "migrate",
+        {{"verb", id.value},
+         {"sequence", PrintableText(migrating.spec.sequence, limits::kMaxErrorMessageBytes)},
+         {"to", migrating.spec.to.value}});
+    verbs_[id] = std::move(migrating.listener);
+    core_.OnMigrate(id, std::move(migrating.spec), now_us);
+  }
+
   void On(Flushing&, uint64_t now_us) {
     Log(LogLevel::kInfo, "prefix blocks are flushed");
     core_.OnFlush(now_us);
@@ -362,6 +392,17 @@ class CoordinatorService::Impl {
     if (node) node.mapped()(std::move(answered.status), std::move(answered.reply));
   }
 
+  void Do(MoveTold& told) {
+    const auto it = verbs_.find(told.verb);
+    if (it != verbs_.end()) it->second->OnMove(std::move(told.report));
+  }
+  void Do(VerbEnded& ended) {
+    Log(ended.status.ok() ? LogLevel::kInfo : LogLevel::kWarning, "verb ended",
+        {{"verb", ended.verb.value}, {"why", ended.status}});
+    auto node = verbs_.extract(ended.verb);
+    if (node) node.mapped()->OnVerbEnd(std::move(ended.status));
+  }
+
   RequestListener* Find(RequestId request) {
     auto it = listeners_.find(request);
     return it == listeners_.end() ? nullptr : it->second.get();
@@ -393,6 +434,8 @@ class CoordinatorService::Impl {
   std::unordered_map<RequestId, std::shared_ptr<RequestListener>> listeners_;
   uint64_t last_scale_ = 0;
   std::unordered_map<ScaleId, AttachEvents::Scaled> scales_;  // not answered
+  uint64_t last_verb_ = 0;
+  std::unordered_map<VerbId, std::shared_ptr<VerbListener>> verbs_;  // not ended
 
   std::thread loop_;
 
@@ -417,6 +460,9 @@ void CoordinatorService::Submit(RequestSpec request, std::shared_ptr<RequestList
 }
 void CoordinatorService::Cancel(RequestId id, std::optional<uint32_t> sequence_index) {
   impl_->Cancel(id, sequence_index);
+}
+void CoordinatorService::Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) {
+  impl_->Migrate(std::move(spec), std::move(listener));
 }
 void CoordinatorService::Flush() { impl_->Flush(); }
 bool CoordinatorService::Ready() const { return impl_->ready; }

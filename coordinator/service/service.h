@@ -52,6 +52,7 @@ class CoordinatorService final : public Engine {
   uint32_t max_positions() const override;
   uint32_t vocab_size() const override;
   const std::vector<TokenId>& eos_token_ids() const override;
+  void Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) override;
   void Flush() override;
   std::string StatusJson() const override;
   std::string MetricsText() const override;

@@ -291,6 +291,8 @@ void Simulation::Pump() {
                      clients_.OnMessage(m, no_pipeline_us, core_.Stats().workers_lost);
                    },
                    [&](const ScaleAnswered& m) { OnScaled(m); },
+                   [&](const MoveTold&) {},
+                   [&](const VerbEnded&) {},
                    [&](const auto& m) { clients_.OnMessage(m); },
                },
                message);

@@ -32,6 +32,7 @@
 #include "worker/backend.h"
 #include "worker/core/cache_shares.h"
 #include "worker/stage/stage.h"
+#include "worker/transfer/row_transfer.h"
 #include "worker/transport/transport.h"
 
 namespace strait {
@@ -75,9 +76,15 @@ class WorkerCore {
  public:
   enum class HostedState { kNone, kLoading, kLoaded, kActivating, kActive, kStuck };
 
+  // `transfer` null: the worker neither gives nor takes rows.
   WorkerCore(WorkerCoreOptions options, const StageTraits& traits, CacheMemory* cache,
-             Transport* transport, WorkerPorts* ports)
-      : options_(options), traits_(traits), transport_(transport), ports_(ports), shares_(cache) {
+             Transport* transport, WorkerPorts* ports, RowTransfer* transfer = nullptr)
+      : options_(options),
+        traits_(traits),
+        transport_(transport),
+        transfer_(transfer),
+        ports_(ports),
+        shares_(cache) {
     host_budget_.limit_bytes = options.host_cache_bytes;
   }
 
@@ -99,6 +106,11 @@ class WorkerCore {
   void OnNcclId(const Edge& edge, std::string nccl_id);
   void OnHidden(uint64_t to_stage_id, HiddenStep hidden, uint64_t now_us);
   void OnSampled(uint64_t to_stage_id, SampledStep sampled);
+
+  // ---- Rows between workers ----
+  void OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us);
+  void OnAsk(PeerAskId id, const RowsAsk& ask, uint64_t now_us);
+  void OnServed(PeerAskId id, const std::vector<BlockHeader>& pieces, uint64_t now_us);
 
   // ---- Steps ----
   using Clock = std::function<uint64_t()>;
@@ -193,6 +205,7 @@ class WorkerCore {
   const WorkerCoreOptions options_;
   const StageTraits traits_;
   Transport* const transport_;
+  [[maybe_unused]] RowTransfer* const transfer_;
   WorkerPorts* const ports_;
 
   bool attached_ = false;

@@ -111,6 +111,7 @@ absl::Status PlanLedger::CheckOp(const v1::CacheOp& op, CheckedPlan* checked) co
     case v1::CacheOp::kReturnPrefix:
     case v1::CacheOp::kForgetPrefix:
       return CheckMove(op, checked);
+    case v1::CacheOp::kImport:  // not yet
     case v1::CacheOp::OP_NOT_SET:
       break;
   }

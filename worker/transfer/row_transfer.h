@@ -51,7 +51,7 @@ struct RowsFrame {
 };
 
 // An ask of this worker's, and one of a peer's.
-using AskId = Id<struct AskTag>;        // given by the caller, not reused
+using AskId = Id<struct AskTag>;  // given by the caller, not reused
 using PeerAskId = Id<struct PeerAskTag>;
 
 struct RowTransferEvents {

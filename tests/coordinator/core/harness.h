@@ -308,6 +308,8 @@ class Harness {
   std::map<RequestId, std::vector<uint32_t>> cached;
   std::map<RequestId, absl::Status> refused;
   std::map<ScaleId, ScaleAnswered> scaled;
+  std::map<VerbId, std::vector<MoveReport>> moves;
+  std::map<VerbId, absl::Status> verbs;  // that ended
   std::vector<std::string> problems;
   std::vector<std::pair<WorkerId, uint64_t>> unloads;  // not answered
 
@@ -453,6 +455,8 @@ class Harness {
     workers[m.worker].stages.clear();
   }
   void On(const ScaleAnswered& m) { scaled[m.scale] = m; }
+  void On(const MoveTold& m) { moves[m.verb].push_back(m.report); }
+  void On(const VerbEnded& m) { verbs[m.verb] = m.status; }
   void On(const RequestRefused& m) { refused[m.request] = m.why; }
   void On(const RequestAdmitted&) {}
   void On(const PromptCached& m) { cached[m.request].push_back(m.cached_tokens); }

@@ -85,6 +85,10 @@ class FakeEngine : public Engine {
     changed_.notify_all();
   }
 
+  void Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) override {
+    moves.emplace_back(std::move(spec), std::move(listener));
+  }
+  std::vector<std::pair<MigrateSpec, std::shared_ptr<VerbListener>>> moves;
   void Flush() override { ++num_flushed; }
   std::atomic<int> num_flushed = 0;
 
