@@ -135,6 +135,8 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
       return OnCacheResized(worker, message.cache_resized(), now_us);
     case v1::FromWorker::kRowsFetched:
     case v1::FromWorker::kRowsServed:
+    case v1::FromWorker::kReplicated:
+    case v1::FromWorker::kLeave:
       return;  // Migrations' business
     case v1::FromWorker::kEdgeId:
       return OnEdgeId(worker, message.edge_id(), now_us);
