@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -122,6 +123,15 @@ class VerbListener {
   virtual void OnVerbEnd(absl::Status status) = 0;
 };
 
+// What it took to give every pipeline another number of stages.
+struct ScaleOutcome {
+  uint32_t pipelines = 0;  // that have it now, also where it failed half way
+  uint64_t pause_us =
+      0;  // the longest, from a pipeline's last step before the change to its first after it
+  uint64_t rows_kept = 0;  // of sequences, summed over layers, that stayed in a cache
+  uint64_t rows_lost = 0;  // that are computed again
+};
+
 class Engine {
  public:
   virtual ~Engine() = default;
@@ -137,6 +147,13 @@ class Engine {
 
   // It goes on whether anybody listens or not.
   virtual void Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) = 0;
+
+  // Every pipeline gets so many stages (1 to kMaxStagesPerPipeline) while it serves. `done` is called once, by the
+  // rules of a VerbListener: InvalidArgument, FailedPrecondition (no pipeline serves, or another scale is under
+  // way), ResourceExhausted (no room, with the numbers), Aborted (a worker was lost meanwhile). It goes on
+  // whether anybody waits or not.
+  using ScaleDone = std::function<void(absl::Status, ScaleOutcome)>;
+  virtual void Scale(uint32_t num_stages, ScaleDone done) = 0;
 
   // Whether at least one pipeline serves.
   virtual bool Ready() const = 0;

@@ -3,6 +3,7 @@
 // strait-coordinator: serves the OpenAI API and decides what every worker does.
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
@@ -15,6 +16,7 @@
 
 #include "CLI/CLI.hpp"
 #include "absl/strings/str_cat.h"
+#include "coordinator/access/operator_key.h"
 #include "coordinator/core/core.h"
 #include "coordinator/http/openai.h"
 #include "coordinator/http/server.h"
@@ -46,6 +48,7 @@ struct Flags {
   std::string preempt = "auto";
   std::string ready_file;
   std::vector<std::string> api_keys;
+  std::string operator_key_file;
   CoreOptions core;
   uint32_t max_model_len = 0;
   double request_timeout_s = 600;
@@ -138,12 +141,27 @@ absl::Status WriteReadyFile(const std::string& path, const std::string& grpc,
   return absl::OkStatus();
 }
 
+// Empty: none is wanted.
+absl::StatusOr<std::string> LoadOperatorKey(const Flags& flags) {
+  if (flags.operator_key_file.empty()) return "";
+  STRAIT_ASSIGN_OR_RETURN(std::string key,
+                          ReadOperatorKey(flags.operator_key_file, "--operator-key-file"));
+  if (std::find(flags.api_keys.begin(), flags.api_keys.end(), key) != flags.api_keys.end()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--operator-key-file ", flags.operator_key_file,
+                     " has a key that is an --api-key, too: then every client could change the "
+                     "cluster. Make another one"));
+  }
+  return key;
+}
+
 absl::Status Run(Flags flags) {
   StopSignals signals;
   STRAIT_ASSIGN_OR_RETURN(rpc::HostPort grpc,
                           rpc::ParseListenAddress(flags.grpc, "--grpc", flags.insecure));
   STRAIT_ASSIGN_OR_RETURN(rpc::HostPort http,
                           rpc::ParseListenAddress(flags.http, "--http", flags.insecure));
+  STRAIT_ASSIGN_OR_RETURN(std::string operator_key, LoadOperatorKey(flags));
   STRAIT_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(flags.model));
   STRAIT_ASSIGN_OR_RETURN(ServedModel served, LoadServedModel(flags));
   if (served.tokenizer && served.tokenizer->vocab_size() > config.vocab_size) {
@@ -178,8 +196,11 @@ absl::Status Run(Flags flags) {
   options.attach.listen_address = flags.grpc;
   STRAIT_ASSIGN_OR_RETURN(auto service, CoordinatorService::Create(std::move(options)));
 
-  auto handler = std::make_shared<OpenAiHandler>(
-      OpenAiOptions{.model = std::move(served), .api_keys = flags.api_keys}, service.get());
+  auto handler =
+      std::make_shared<OpenAiHandler>(OpenAiOptions{.model = std::move(served),
+                                                    .api_keys = flags.api_keys,
+                                                    .operator_key = std::move(operator_key)},
+                                      service.get());
   HttpServer server(HttpServerOptions(), handler);
   if (absl::Status listening = server.Listen(http.host, http.port); !listening.ok()) {
     return absl::Status(listening.code(), absl::StrCat("--http: ", listening.message()));
@@ -260,6 +281,10 @@ int main(int argc, char** argv) {
           "Key that clients must send as bearer token; may be repeated, in the environment one a "
           "line. Who lists processes sees a command line, not an environment")
       ->delimiter('\n');
+  AddFlag(
+      app, "--operator-key-file", flags.operator_key_file,
+      "File with the key that opens what changes the cluster while it runs (migrate, scale), as "
+      "bearer token; nobody but its owner may read it (mode 0600). Without one these are refused");
   AddFlag(app, "--served-model-name", flags.served_model_name,
           "Name of the model in the API; default: the directory's name");
   AddFlag(app, "--request-timeout", flags.request_timeout_s, "Seconds a request may take")

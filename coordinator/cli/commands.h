@@ -9,9 +9,12 @@
 
 #include <CLI/CLI.hpp>
 #include <functional>
+#include <memory>
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "coordinator/cli/http_client.h"
 #include "coordinator/cli/local_cluster.h"
 
 namespace strait::cli {
@@ -25,6 +28,7 @@ using Run = std::function<int()>;
 void AddUp(CLI::App& app, Run* run);
 void AddGenerate(CLI::App& app, Run* run);
 void AddStatus(CLI::App& app, Run* run);
+void AddMigrate(CLI::App& app, Run* run);
 void AddScale(CLI::App& app, Run* run);
 void AddBench(CLI::App& app, Run* run);
 void AddEval(CLI::App& app, Run* run);
@@ -37,6 +41,17 @@ struct ServerFlags {
   std::string api_key;
 };
 void AddServerFlags(CLI::App& verb, ServerFlags* flags);
+
+// The same and --operator-key-file, of a verb that changes the cluster.
+struct OperatorFlags {
+  ServerFlags server;
+  std::string key_file;  // empty: that of `strait up`
+};
+void AddOperatorKeyFlag(CLI::App& verb, std::string* key_file);
+void AddOperatorFlags(CLI::App& verb, OperatorFlags* flags);
+// A client with the operator key, or where none is found with the API key: the coordinator says what it needs.
+absl::StatusOr<std::unique_ptr<HttpClient>> OperatorClient(const OperatorFlags& flags,
+                                                           int cancel_fd);
 
 // The flags of a cluster that this program starts; without --model, whose meaning differs.
 void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options);

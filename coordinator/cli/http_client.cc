@@ -417,4 +417,31 @@ absl::StatusOr<HttpReply> HttpClient::PostStream(std::string_view path, std::str
   return reply;
 }
 
+absl::StatusOr<HttpReply> HttpClient::PostLines(
+    std::string_view path, std::string_view json, int idle_timeout_ms,
+    const std::function<bool(std::string_view line)>& on_line) {
+  idle_timeout_ms_ = idle_timeout_ms;
+  std::string body;
+  std::string rest;  // of a line whose end has not come
+  STRAIT_ASSIGN_OR_RETURN(
+      HttpReply reply,
+      Call("POST", path, json,
+           [&](const HttpReply& head, std::string_view bytes) -> absl::StatusOr<bool> {
+             if (head.status != 200) return Collect(&body, bytes);
+             rest += bytes;
+             size_t begin = 0;
+             for (size_t end; (end = rest.find('\n', begin)) != std::string::npos;
+                  begin = end + 1) {
+               const std::string_view line = std::string_view(rest).substr(begin, end - begin);
+               if (!line.empty() && !on_line(line)) return false;
+             }
+             rest.erase(0, begin);
+             if (rest.size() <= kMaxEventBytes) return true;
+             return absl::ResourceExhaustedError(
+                 absl::StrCat(url_.Text(), ": a line of more than ", kMaxEventBytes, " bytes"));
+           }));
+  reply.body = std::move(body);
+  return reply;
+}
+
 }  // namespace strait::cli

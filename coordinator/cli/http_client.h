@@ -79,6 +79,12 @@ class HttpClient {
   absl::StatusOr<HttpReply> PostStream(std::string_view path, std::string_view json,
                                        int idle_timeout_ms, const SseParser::OnEvent& on_event);
 
+  // Gives the lines of a 200 reply (one JSON value each, as application/x-ndjson has it) to `on_line`; false ends
+  // it. Any other reply is returned whole, as Post does.
+  absl::StatusOr<HttpReply> PostLines(std::string_view path, std::string_view json,
+                                      int idle_timeout_ms,
+                                      const std::function<bool(std::string_view line)>& on_line);
+
   const Url& url() const { return url_; }
 
  private:

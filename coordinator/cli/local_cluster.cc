@@ -15,10 +15,9 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_join.h"
+#include "coordinator/access/operator_key.h"
 #include "coordinator/cli/status_json.h"
 #include "proto/base/json.h"
-#include "proto/base/machine.h"
 #include "proto/base/status_macros.h"
 
 namespace strait::cli {
@@ -29,58 +28,6 @@ constexpr int kStatusTimeoutMs = 2'000;
 constexpr int kStopGraceMs = 5'000;
 constexpr int kFirstBackoffMs = 250;  // doubles with every rapid death
 constexpr size_t kTailLines = 15;
-constexpr double kMemoryShare = 0.8;     // of what is available, for all workers together
-constexpr double kGpuMemoryShare = 0.9;  // the rest is for CUDA itself
-
-// NCCL joins two processes on one GPU only if they seem to be on two hosts, and then by a network:
-// here the loopback one will do. What the user has set stays.
-std::vector<std::string> SharedGpuEnvironment(const std::string& worker) {
-  std::vector<std::string> environment;
-  for (const auto& [name, value] :
-       {std::pair("NCCL_HOSTID", absl::StrCat("strait-", getpid(), "-", worker)),
-        std::pair("NCCL_SOCKET_IFNAME", std::string("lo")),
-        std::pair("NCCL_IB_DISABLE", std::string("1"))}) {
-    if (getenv(name) == nullptr) environment.push_back(absl::StrCat(name, "=", value));
-  }
-  return environment;
-}
-
-// A flag of the coordinator: given, or of the environment, which it reads too; empty: none.
-std::string CoordinatorFlag(const LocalClusterOptions& options, const char* name,
-                            const char* variable) {
-  const auto& args = options.coordinator_args;
-  const auto flag = std::find(args.rbegin(), args.rend(), name);
-  if (flag != args.rend() && flag != args.rbegin()) return *std::prev(flag);
-  const char* const environment = getenv(variable);
-  return environment != nullptr ? environment : "";
-}
-
-std::string CacheFormat(const LocalClusterOptions& options) {
-  return CoordinatorFlag(options, "--cache-format", "STRAIT_CACHE_FORMAT");
-}
-
-absl::Status CheckGpus(std::vector<uint32_t> gpus) {
-  std::sort(gpus.begin(), gpus.end());
-  const auto twice = std::adjacent_find(gpus.begin(), gpus.end());
-  if (twice == gpus.end()) return absl::OkStatus();
-  return absl::InvalidArgumentError(
-      absl::StrCat("--gpu names GPU ", *twice, " twice: name each once, workers share them"));
-}
-
-absl::Status CheckNeedsNoGpu(const LocalClusterOptions& options) {
-  if (!options.gpus.empty())
-    return absl::InvalidArgumentError("--gpu (STRAIT_GPU) needs --backend cuda");
-  const auto& args = options.worker_args;
-  if (std::find(args.begin(), args.end(), "--fp8-activations") != args.end()) {
-    return absl::InvalidArgumentError(
-        "--fp8-activations needs --backend cuda: the CPU computes with fp32 activations");
-  }
-  if (CacheFormat(options) == "fp8") {
-    return absl::InvalidArgumentError(
-        "--cache-format fp8 needs --backend cuda: CPU workers keep fp32 or bf16 cache rows");
-  }
-  return absl::OkStatus();
-}
 
 // `given`, or the default port of loopback, or a free one when that is taken.
 absl::StatusOr<std::string> ChooseAddress(const std::string& given, uint16_t default_port,
@@ -111,39 +58,7 @@ absl::StatusOr<std::string> ChooseAddress(const std::string& given, uint16_t def
 absl::StatusOr<std::unique_ptr<LocalCluster>> LocalCluster::Start(LocalClusterOptions options,
                                                                   Terminal* terminal,
                                                                   Signals* signals) {
-  if (options.backend != "cpu" && options.backend != "cuda") {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--backend ", options.backend, " is unknown: use cpu or cuda"));
-  }
-  const bool on_gpu = options.backend == "cuda";
-  STRAIT_RETURN_IF_ERROR(on_gpu ? CheckGpus(options.gpus) : CheckNeedsNoGpu(options));
-  if (on_gpu && options.gpus.empty()) options.gpus = {0};
-  if (options.num_pipelines == 0)
-    return absl::InvalidArgumentError("--pipelines must be at least 1");
-  const auto num_gpus = static_cast<uint32_t>(options.gpus.size());
-  if (options.num_workers == 0) {
-    options.num_workers = std::max((on_gpu ? 1 : 2) * options.num_pipelines, num_gpus);
-  }
-  if (options.num_workers < num_gpus) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--gpu names ", num_gpus, " GPUs, --workers is ", options.num_workers,
-                     ": a worker has one GPU. Name fewer GPUs or start more workers"));
-  }
-  if (options.num_workers % options.num_pipelines != 0) {
-    const uint32_t below = options.num_workers / options.num_pipelines * options.num_pipelines;
-    return absl::InvalidArgumentError(absl::StrCat(
-        "--workers ", options.num_workers, " cannot be shared out over --pipelines ",
-        options.num_pipelines,
-        ": every pipeline has the same number of stages and a stage needs a worker. Use --workers ",
-        below > 0 ? absl::StrCat(below, " or ") : std::string(), below + options.num_pipelines));
-  }
-  std::error_code error;
-  if (!std::filesystem::exists(options.model + "/config.json", error)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--model ", options.model,
-                     ": no config.json in there. A Hugging Face checkpoint folder is wanted ",
-                     "(config.json, *.safetensors, tokenizer.json)"));
-  }
+  STRAIT_RETURN_IF_ERROR(CompleteOptions(&options));
   std::unique_ptr<LocalCluster> cluster(new LocalCluster(std::move(options), terminal, signals));
   absl::Status status = cluster->Launch();
   if (!status.ok()) {
@@ -176,79 +91,14 @@ absl::Status LocalCluster::Launch() {
     }
   }
 
+  if (options_.operator_key_file.empty()) MakeKeyFile(http_url.port);
+  const Daemons daemons{folder, http_, grpc_};
   coordinator_.name = "coordinator";
-  coordinator_.spec.log_path = options_.log_dir + "/coordinator.log";
-  coordinator_.spec.argv = {folder + "/strait-coordinator",
-                            "--model",
-                            options_.model,
-                            "--http",
-                            http_,
-                            "--grpc",
-                            grpc_,
-                            "--pipelines",
-                            std::to_string(options_.num_pipelines),
-                            "--stages",
-                            std::to_string(num_stages())};
-  auto append = [](std::vector<std::string>& to, const std::vector<std::string>& more) {
-    to.insert(to.end(), more.begin(), more.end());
-  };
-  if (!options_.api_keys.empty()) {
-    coordinator_.spec.environment = {
-        absl::StrCat("STRAIT_API_KEY=", absl::StrJoin(options_.api_keys, "\n"))};
-  }
-  append(coordinator_.spec.argv, options_.coordinator_args);
-
-  uint32_t threads = options_.worker_threads;
-  if (threads == 0) {
-    threads = std::max(1u, AvailableCores() / options_.num_workers);
-  }
-  std::string memory = options_.worker_memory;
-  const bool on_gpu = options_.backend == "cuda";
-  if (on_gpu && CacheFormat(options_).empty()) {
-    append(coordinator_.spec.argv, {"--cache-format", "bf16"});
-  }
-  std::string step_tokens =
-      CoordinatorFlag(options_, "--max-step-tokens", "STRAIT_MAX_STEP_TOKENS");
-  if (on_gpu && step_tokens.empty()) {
-    step_tokens = std::to_string(limits::kGpuStepTokens);
-    append(coordinator_.spec.argv, {"--max-step-tokens", step_tokens});
-  }
-  if (on_gpu && CoordinatorFlag(options_, "--prefill-chunk", "STRAIT_PREFILL_CHUNK").empty()) {
-    append(coordinator_.spec.argv, {"--prefill-chunk", step_tokens});
-  }
-  if (memory.empty() && !on_gpu) {
-    const uint64_t share = static_cast<uint64_t>(static_cast<double>(AvailableMemoryBytes()) *
-                                                 kMemoryShare / options_.num_workers);
-    if (share > 0) memory = std::to_string(share);
-  }
-  const auto num_gpus = static_cast<uint32_t>(options_.gpus.size());
+  coordinator_.spec = CoordinatorSpec(options_, daemons);
   for (uint32_t i = 0; i < options_.num_workers; ++i) {
     Process worker;
-    worker.name = absl::StrCat("worker-", i + 1);
-    worker.spec.log_path = absl::StrCat(options_.log_dir, "/", worker.name, ".log");
-    worker.spec.argv = {folder + "/strait-worker",
-                        "--coordinator",
-                        grpc_,
-                        "--model",
-                        options_.model,
-                        "--name",
-                        worker.name,
-                        "--threads",
-                        std::to_string(threads)};
-    if (!memory.empty()) append(worker.spec.argv, {"--memory", memory});
-    if (on_gpu) {
-      const uint32_t slot = i % num_gpus;
-      const uint32_t sharers = (options_.num_workers - slot + num_gpus - 1) / num_gpus;
-      append(worker.spec.argv, {"--backend", "cuda", "--gpu", std::to_string(options_.gpus[slot]),
-                                "--gpu-memory-share", absl::StrCat(kGpuMemoryShare / sharers)});
-      // Where any share one, all go by the network: NCCL takes two such for two hosts.
-      const bool any_share = options_.num_workers > num_gpus;
-      if (any_share) worker.spec.environment = SharedGpuEnvironment(worker.name);
-    }
-    if (!options_.random_weights.empty()) {
-      append(worker.spec.argv, {"--random-weights", options_.random_weights});
-    }
-    append(worker.spec.argv, options_.worker_args);
+    worker.name = WorkerName(i);
+    worker.spec = WorkerSpec(options_, daemons, i);
     workers_.push_back(std::move(worker));
   }
 
@@ -259,15 +109,31 @@ absl::Status LocalCluster::Launch() {
   const std::string key = options_.api_keys.empty() ? "" : options_.api_keys.front();
   client_ = std::make_unique<HttpClient>(probe, key, signals_->fd());
 
-  terminal_->Say(absl::StrCat("Starting a coordinator and ", options_.num_workers, " worker",
-                              options_.num_workers == 1 ? "" : "s", " (", options_.num_pipelines,
-                              " pipeline", options_.num_pipelines == 1 ? "" : "s", " of ",
-                              num_stages(), " stage", num_stages() == 1 ? "" : "s", ", ", threads,
-                              " thread", threads == 1 ? "" : "s", " a worker); logs in ",
-                              options_.log_dir));
+  terminal_->Say(absl::StrCat(
+      "Starting a coordinator and ", options_.num_workers, " worker",
+      options_.num_workers == 1 ? "" : "s", " (", options_.num_pipelines, " pipeline",
+      options_.num_pipelines == 1 ? "" : "s", " of ", num_stages(), " stage",
+      num_stages() == 1 ? "" : "s", ", ", options_.worker_threads, " thread",
+      options_.worker_threads == 1 ? "" : "s", " a worker); logs in ", options_.log_dir));
   STRAIT_RETURN_IF_ERROR(StartProcess(coordinator_));
   for (Process& worker : workers_) STRAIT_RETURN_IF_ERROR(StartProcess(worker));
   return absl::OkStatus();
+}
+
+// Without a place for it the cluster serves all the same.
+void LocalCluster::MakeKeyFile(uint16_t http_port) {
+  const std::vector<std::string> paths = OperatorKeyPaths(http_port);
+  const absl::Status made =
+      paths.empty() ? absl::NotFoundError("none of XDG_RUNTIME_DIR, XDG_STATE_HOME and HOME is set")
+                    : MakeOperatorKey(paths.front());
+  if (!made.ok()) {
+    terminal_->Say(absl::StrCat("No operator key: ", std::string(made.message()),
+                                ". What changes the cluster will be refused; --operator-key-file "
+                                "names a file of your own."));
+    return;
+  }
+  options_.operator_key_file = paths.front();
+  made_key_file_ = true;
 }
 
 LocalCluster::~LocalCluster() {
@@ -464,6 +330,10 @@ absl::Status LocalCluster::Supervise(int done_fd) {
 }
 
 void LocalCluster::Stop() {
+  std::error_code ignored;
+  if (std::exchange(made_key_file_, false)) {
+    std::filesystem::remove(options_.operator_key_file, ignored);
+  }
   std::vector<Process*> running;
   for (Process& worker : workers_) {
     worker.restart_wanted = false;

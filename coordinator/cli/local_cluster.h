@@ -3,7 +3,8 @@
 // LocalCluster runs a coordinator and its workers as processes on this machine, and restarts
 // workers that die. `strait up` is this and nothing else; `strait bench --model DIR` measures one.
 //
-// Owns:    the child processes and their log files' folder (kept when something failed).
+// Owns:    the child processes, their log files' folder (kept when something failed), the file of the
+//          operator key that it made.
 // Thread:  the main thread only: see Spawn.
 // Errors:  InvalidArgument (options that do not fit each other, with the numbers and the fix),
 //          Unavailable (a daemon that ends; the text carries the last lines of its log), Cancelled
@@ -24,6 +25,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "coordinator/cli/child.h"
+#include "coordinator/cli/cluster_options.h"
 #include "coordinator/cli/http_client.h"
 #include "coordinator/cli/terminal.h"
 #include "proto/base/json.h"
@@ -34,24 +36,6 @@ inline constexpr int kMaxRapidDeaths = 3;
 inline constexpr int kHealthyAfterMs = 30'000;
 inline constexpr uint16_t kDefaultHttpPort = 8000;
 inline constexpr uint16_t kDefaultGrpcPort = 7000;
-
-struct LocalClusterOptions {
-  std::string model;
-  // 0: two stages a pipeline; on GPUs a worker each, and one a pipeline at least.
-  uint32_t num_workers = 0;
-  uint32_t num_pipelines = 1;
-  std::string backend = "cpu";
-  std::vector<uint32_t> gpus;  // over which workers are dealt in turn; empty: GPU 0
-  std::string http;  // host:port; empty: 127.0.0.1:8000, or a free port when that is taken
-  std::string grpc;  // the same, 127.0.0.1:7000
-  std::string random_weights;         // a seed; empty: weights are read
-  uint32_t worker_threads = 0;        // 0: the available cores shared out
-  std::string worker_memory;          // as strait-worker --memory; empty: free memory shared out
-  std::vector<std::string> api_keys;  // that clients need one of; empty: none is needed
-  std::string log_dir;                // empty: a new folder under the temporary one
-  std::vector<std::string> coordinator_args;  // more flags, passed on as they are
-  std::vector<std::string> worker_args;
-};
 
 class LocalCluster {
  public:
@@ -73,7 +57,9 @@ class LocalCluster {
   const std::string& grpc_address() const { return grpc_; }
   const std::string& log_dir() const { return options_.log_dir; }
   uint32_t num_workers() const { return options_.num_workers; }
-  uint32_t num_stages() const { return options_.num_workers / options_.num_pipelines; }
+  uint32_t num_stages() const { return options_.num_stages(); }
+  // Empty: none could be made, and the elastic verbs are refused.
+  const std::string& operator_key_file() const { return options_.operator_key_file; }
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -93,6 +79,7 @@ class LocalCluster {
       : options_(std::move(options)), terminal_(terminal), signals_(signals) {}
 
   absl::Status Launch();
+  void MakeKeyFile(uint16_t http_port);
   absl::Status StartProcess(Process& process);
   // Sleeps at most `max_ms`; handles signals, deaths and due restarts.
   absl::StatusOr<Wake> Step(int max_ms, int done_fd);
@@ -110,6 +97,7 @@ class LocalCluster {
   std::string http_;
   std::string grpc_;
   bool made_log_dir_ = false;
+  bool made_key_file_ = false;
   bool failed_ = false;
   bool was_ready_ = false;
   bool recovering_ = false;  // a worker was restarted and the cluster does not serve yet

@@ -3,10 +3,14 @@
 // `strait`: starts a cluster on this machine, and talks to one that runs.
 #include <CLI/CLI.hpp>
 #include <cstdio>
+#include <memory>
+#include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "coordinator/cli/commands.h"
+#include "coordinator/cli/operator_access.h"
+#include "proto/base/status_macros.h"
 #include "proto/wire/version.h"
 
 namespace strait::cli {
@@ -19,6 +23,27 @@ void AddServerFlags(CLI::App& verb, ServerFlags* flags) {
       ->envname("STRAIT_URL")
       ->capture_default_str();
   verb.add_option("--api-key", flags->api_key, "Sent as a bearer token")->envname("STRAIT_API_KEY");
+}
+
+void AddOperatorKeyFlag(CLI::App& verb, std::string* key_file) {
+  verb.add_option(
+          "--operator-key-file", *key_file,
+          "File with the operator key, which opens what changes a cluster (default: that of "
+          "strait up on this machine)")
+      ->envname("STRAIT_OPERATOR_KEY_FILE");
+}
+
+void AddOperatorFlags(CLI::App& verb, OperatorFlags* flags) {
+  AddServerFlags(verb, &flags->server);
+  AddOperatorKeyFlag(verb, &flags->key_file);
+}
+
+absl::StatusOr<std::unique_ptr<HttpClient>> OperatorClient(const OperatorFlags& flags,
+                                                           int cancel_fd) {
+  STRAIT_ASSIGN_OR_RETURN(Url url, ParseUrl(flags.server.url));
+  STRAIT_ASSIGN_OR_RETURN(std::string key, FindOperatorKey(url, flags.key_file));
+  if (key.empty()) key = flags.server.api_key;
+  return std::make_unique<HttpClient>(std::move(url), std::move(key), cancel_fd);
 }
 
 void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
@@ -162,6 +187,7 @@ int main(int argc, char** argv) {
   strait::cli::AddUp(app, &run);
   strait::cli::AddGenerate(app, &run);
   strait::cli::AddStatus(app, &run);
+  strait::cli::AddMigrate(app, &run);
   strait::cli::AddScale(app, &run);
   strait::cli::AddBench(app, &run);
   strait::cli::AddEval(app, &run);

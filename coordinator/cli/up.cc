@@ -47,6 +47,7 @@ void AddUp(CLI::App& app, Run* run) {
       ->envname("STRAIT_API_KEY")
       ->delimiter('\n')
       ->allow_extra_args(false);
+  AddOperatorKeyFlag(*verb, &options->operator_key_file);
   AddClusterFlags(*verb, options.get());
   verb->callback([=] { *run = [options] { return RunUp(*options); }; });
 }

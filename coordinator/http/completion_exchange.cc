@@ -33,8 +33,7 @@ CompletionExchange::CompletionExchange(std::shared_ptr<ApiState> state, std::str
       request_id_(std::move(request_id)),
       request_(std::move(request)),
       responder_(std::move(responder)),
-      head_{(request_.chat ? "chatcmpl-" : "cmpl-") + request_id_, UnixTime(), state_->model,
-            request_} {
+      head_{request_.spec.name, UnixTime(), state_->model, request_} {
   for (uint32_t i = 0; i < request_.spec.sequences.size(); ++i) {
     Progress& progress = choices_.emplace_back(Progress{Choice(state_->model, request_, i)});
     progress.whole.index = i;

@@ -13,6 +13,8 @@
 #include "coordinator/http/fields.h"
 #include "coordinator/http/json_writer.h"
 #include "coordinator/http/request_input.h"
+#include "coordinator/http/verb_exchange.h"
+#include "coordinator/http/verb_request.h"
 #include "proto/base/text.h"
 #include "proto/wire/version.h"
 
@@ -27,6 +29,19 @@ bool EqualConstantTime(std::string_view given, std::string_view secret) {
     difference |= static_cast<unsigned char>(given[i] ^ other);
   }
   return difference == 0;
+}
+
+// What stands behind "Authorization: Bearer"; null: no such header.
+std::optional<std::string_view> BearerOf(const HttpRequest& request) {
+  const std::string_view header = request.Header("authorization");
+  constexpr std::string_view kBearer = "bearer ";
+  if (header.size() < kBearer.size()) return std::nullopt;
+  for (size_t i = 0; i < kBearer.size(); ++i) {
+    const char c =
+        header[i] >= 'A' && header[i] <= 'Z' ? static_cast<char>(header[i] + 32) : header[i];
+    if (c != kBearer[i]) return std::nullopt;
+  }
+  return header.substr(kBearer.size());
 }
 
 std::string RandomId() {
@@ -64,6 +79,8 @@ std::variant<uint64_t, ApiError> TimeoutOf(const HttpRequest& request) {
   }
   return ms * 1000;
 }
+
+ApiError Stopping() { return {503, "the server is stopping", "", "stopping"}; }
 
 constexpr std::string_view kModelPrefix = "/v1/models/";
 
@@ -110,28 +127,32 @@ struct OpenAiHandler::Call {
 struct OpenAiHandler::Route {
   std::string_view path;
   std::string_view method;
-  bool needs_key;
-  HttpResponse (OpenAiHandler::*answer)(const Call&);  // null: a completion
+  Access access;
+  HttpResponse (OpenAiHandler::*answer)(const Call&);  // at once; null: `begin` answers, later
+  void (OpenAiHandler::*begin)(Call&) = nullptr;
 };
 
 const OpenAiHandler::Route* OpenAiHandler::FindRoute(std::string_view path) {
+  using H = OpenAiHandler;
   // A model's own address: its name follows, in one or several segments.
-  static constexpr Route kModel = {"/v1/models/{model}", "GET", true, &OpenAiHandler::Model};
+  static constexpr Route kModel = {"/v1/models/{model}", "GET", Access::kClient, &H::Model};
   if (path.substr(0, kModelPrefix.size()) == kModelPrefix) return &kModel;
   static constexpr Route kRoutes[] = {
-      {"/v1/completions", "POST", true, nullptr},
-      {"/v1/chat/completions", "POST", true, nullptr},
-      {"/v1/models", "GET", true, &OpenAiHandler::Models},
-      {"/tokenize", "POST", true, &OpenAiHandler::Tokenize},
-      {"/detokenize", "POST", true, &OpenAiHandler::Detokenize},
-      {"/strait/status", "GET", true, &OpenAiHandler::Status},
-      {"/strait/flush", "POST", true, &OpenAiHandler::Flush},
-      {"/health", "GET", false, &OpenAiHandler::Health},
-      {"/readyz", "GET", false, &OpenAiHandler::Health},
-      {"/ping", "GET", false, &OpenAiHandler::Health},
-      {"/livez", "GET", false, &OpenAiHandler::Live},
-      {"/version", "GET", false, &OpenAiHandler::Version},
-      {"/metrics", "GET", false, &OpenAiHandler::Metrics},
+      {"/v1/completions", "POST", Access::kClient, nullptr, &H::Complete},
+      {"/v1/chat/completions", "POST", Access::kClient, nullptr, &H::Complete},
+      {"/v1/models", "GET", Access::kClient, &H::Models},
+      {"/tokenize", "POST", Access::kClient, &H::Tokenize},
+      {"/detokenize", "POST", Access::kClient, &H::Detokenize},
+      {"/strait/status", "GET", Access::kClientOrOperator, &H::Status},
+      {"/strait/flush", "POST", Access::kClientOrOperator, &H::Flush},
+      {"/strait/migrate", "POST", Access::kOperator, nullptr, &H::Migrate},
+      {"/strait/scale", "POST", Access::kOperator, nullptr, &H::Scale},
+      {"/health", "GET", Access::kOpen, &H::Health},
+      {"/readyz", "GET", Access::kOpen, &H::Health},
+      {"/ping", "GET", Access::kOpen, &H::Health},
+      {"/livez", "GET", Access::kOpen, &H::Live},
+      {"/version", "GET", Access::kOpen, &H::Version},
+      {"/metrics", "GET", Access::kOpen, &H::Metrics},
   };
   const auto found = std::find_if(std::begin(kRoutes), std::end(kRoutes),
                                   [&](const Route& route) { return route.path == path; });
@@ -139,26 +160,53 @@ const OpenAiHandler::Route* OpenAiHandler::FindRoute(std::string_view path) {
 }
 
 OpenAiHandler::OpenAiHandler(OpenAiOptions options, Engine* engine)
-    : api_keys_(std::move(options.api_keys)), state_(std::make_shared<ApiState>()) {
+    : api_keys_(std::move(options.api_keys)),
+      operator_key_(std::move(options.operator_key)),
+      state_(std::make_shared<ApiState>()) {
   state_->model = std::move(options.model);
   state_->engine = engine;
 }
 
 std::optional<std::string> OpenAiHandler::KeyOf(const HttpRequest& request) const {
   if (api_keys_.empty()) return "";
-  const std::string_view header = request.Header("authorization");
-  constexpr std::string_view kBearer = "bearer ";
-  if (header.size() < kBearer.size()) return std::nullopt;
-  for (size_t i = 0; i < kBearer.size(); ++i) {
-    const char c =
-        header[i] >= 'A' && header[i] <= 'Z' ? static_cast<char>(header[i] + 32) : header[i];
-    if (c != kBearer[i]) return std::nullopt;
-  }
+  const std::optional<std::string_view> given = BearerOf(request);
+  if (!given) return std::nullopt;
   std::optional<std::string> shown;  // every key is compared, so that time does not tell which
   for (const std::string& key : api_keys_) {
-    if (EqualConstantTime(header.substr(kBearer.size()), key)) shown = key;
+    if (EqualConstantTime(*given, key)) shown = key;
   }
   return shown;
+}
+
+bool OpenAiHandler::HasOperatorKey(const HttpRequest& request) const {
+  const std::optional<std::string_view> given = BearerOf(request);
+  return given && !operator_key_.empty() && EqualConstantTime(*given, operator_key_);
+}
+
+std::optional<ApiError> OpenAiHandler::RefusalOf(Access access, const HttpRequest& request) const {
+  if (access == Access::kOpen) return std::nullopt;
+  if (access != Access::kClient && HasOperatorKey(request)) return std::nullopt;
+  if (access != Access::kOperator) {
+    if (KeyOf(request)) return std::nullopt;
+    return ApiError{401, "a valid API key is needed, as \"Authorization: Bearer KEY\"", "",
+                    "invalid_api_key"};
+  }
+  if (operator_key_.empty()) {
+    return ApiError{403,
+                    "this coordinator has no operator key, so nobody may change the cluster: start "
+                    "it with --operator-key-file FILE (strait up makes one by itself)",
+                    "", "no_operator_key"};
+  }
+  const bool is_client = !api_keys_.empty() && KeyOf(request);
+  if (!BearerOf(request) || is_client) {
+    return ApiError{403,
+                    "what changes the cluster needs the operator key, as \"Authorization: Bearer "
+                    "KEY\"; an API key is none. The strait program finds that of strait up on the "
+                    "same machine, and takes another's by --operator-key-file FILE",
+                    "", "operator_key_needed"};
+  }
+  return ApiError{401, "this is not the operator key of this coordinator", "",
+                  "invalid_operator_key"};
 }
 
 void OpenAiHandler::OnRejected(int status) { state_->metrics.CountAnswer("other", status); }
@@ -178,11 +226,10 @@ void OpenAiHandler::Handle(HttpRequest request, std::shared_ptr<Responder> respo
           {405, call.route + " takes " + std::string(route->method) + ", not " + method, "",
            "method_not_allowed"});
       response.headers.emplace_back("Allow", std::string(route->method));
-    } else if (route->needs_key && !KeyOf(call.request)) {
-      response = ErrorResponse({401, "a valid API key is needed, as \"Authorization: Bearer KEY\"",
-                                "", "invalid_api_key"});
+    } else if (const std::optional<ApiError> refusal = RefusalOf(route->access, call.request)) {
+      response = ErrorResponse(*refusal);
     } else if (route->answer == nullptr) {
-      return Complete(call, route->path == "/v1/chat/completions");
+      return (this->*route->begin)(call);
     } else {
       response = (this->*route->answer)(call);
     }
@@ -192,31 +239,53 @@ void OpenAiHandler::Handle(HttpRequest request, std::shared_ptr<Responder> respo
   call.responder->Send(std::move(response));
 }
 
-void OpenAiHandler::Complete(Call& call, bool chat) {
+void OpenAiHandler::Refuse(Call& call, const ApiError& error) {
+  HttpResponse response = ErrorResponse(error);
+  response.headers.emplace_back("X-Request-Id", call.request_id);
+  state_->metrics.CountAnswer(call.route, response.status);
+  call.responder->Send(std::move(response));
+}
+
+void OpenAiHandler::Complete(Call& call) {
   const Engine& engine = *state_->engine;
+  const bool chat = call.route == "/v1/chat/completions";
   const RequestContext context{state_->model, engine.max_positions(), engine.vocab_size(),
                                engine.eos_token_ids(),
                                api_keys_.empty() ? "" : "key " + *KeyOf(call.request)};
   std::variant<uint64_t, ApiError> timeout = TimeoutOf(call.request);
-  CompletionOrError parsed = ApiError{503, "the server is stopping", "", "stopping"};
+  CompletionOrError parsed = Stopping();
   if (ApiError* error = std::get_if<ApiError>(&timeout)) {
     parsed = std::move(*error);
   } else if (!draining_) {
     parsed =
         chat ? ParseChat(call.request.body, context) : ParseCompletion(call.request.body, context);
   }
-  if (const ApiError* error = std::get_if<ApiError>(&parsed)) {
-    HttpResponse response = ErrorResponse(*error);
-    response.headers.emplace_back("X-Request-Id", call.request_id);
-    state_->metrics.CountAnswer(call.route, response.status);
-    return call.responder->Send(std::move(response));
-  }
+  if (const ApiError* error = std::get_if<ApiError>(&parsed)) return Refuse(call, *error);
   CompletionRequest& completion = std::get<CompletionRequest>(parsed);
   completion.spec.timeout_us = std::get<uint64_t>(timeout);
   completion.spec.client_id = call.request_id;
+  completion.spec.name = (chat ? "chatcmpl-" : "cmpl-") + call.request_id;
   std::make_shared<CompletionExchange>(state_, std::move(call.route), std::move(call.request_id),
                                        std::move(completion), std::move(call.responder))
       ->Start();
+}
+
+void OpenAiHandler::Migrate(Call& call) {
+  std::variant<MigrateSpec, ApiError> parsed = Stopping();
+  if (!draining_) parsed = ParseMigrate(call.request.body);
+  if (const ApiError* error = std::get_if<ApiError>(&parsed)) return Refuse(call, *error);
+  std::make_shared<VerbExchange>(state_, std::move(call.route), std::move(call.request_id),
+                                 std::move(call.responder))
+      ->Migrate(std::move(std::get<MigrateSpec>(parsed)));
+}
+
+void OpenAiHandler::Scale(Call& call) {
+  std::variant<uint32_t, ApiError> parsed = Stopping();
+  if (!draining_) parsed = ParseScale(call.request.body);
+  if (const ApiError* error = std::get_if<ApiError>(&parsed)) return Refuse(call, *error);
+  std::make_shared<VerbExchange>(state_, std::move(call.route), std::move(call.request_id),
+                                 std::move(call.responder))
+      ->Scale(std::get<uint32_t>(parsed));
 }
 
 HttpResponse OpenAiHandler::Health(const Call&) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // OpenAiHandler answers the OpenAI API (completions, chat, models), vLLM's /tokenize and
-// /detokenize, and the routes of operation (health, metrics, status). coordinator/http/README.md
-// describes them all.
+// /detokenize, the routes of operation (health, metrics, status) and the elastic verbs (migrate,
+// scale). coordinator/http/README.md describes them all.
 //
 // Borrows: the engine, which outlives it and every server that uses it.
 // Thread:  Handle, OnRejected, SetDraining: any.
@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "coordinator/engine.h"
+#include "coordinator/http/api_error.h"
 #include "coordinator/http/message.h"
 #include "coordinator/http/served_model.h"
 
@@ -33,6 +34,8 @@ struct OpenAiOptions {
   // Any of these as "Authorization: Bearer …" opens /v1/*, /tokenize, /detokenize and /strait/*;
   // none: all is open.
   std::vector<std::string> api_keys;
+  // The same opens the elastic verbs, and /strait/* besides; empty: nothing opens the verbs.
+  std::string operator_key = {};
 };
 
 struct ApiState;
@@ -50,11 +53,19 @@ class OpenAiHandler : public HttpHandler {
  private:
   struct Route;
   struct Call;
+  // Who may: anybody; who has an API key, if there are any; the operator, too; the operator alone.
+  enum class Access { kOpen, kClient, kClientOrOperator, kOperator };
   static const Route* FindRoute(std::string_view path);
 
   // The API key that it came with, "" where none is needed; null: none of ours.
   std::optional<std::string> KeyOf(const HttpRequest& request) const;
-  void Complete(Call& call, bool chat);
+  bool HasOperatorKey(const HttpRequest& request) const;
+  std::optional<ApiError> RefusalOf(Access access, const HttpRequest& request) const;
+  void Refuse(Call& call, const ApiError& error);
+  // These answer later:
+  void Complete(Call& call);
+  void Migrate(Call& call);
+  void Scale(Call& call);
   HttpResponse Health(const Call& call);
   HttpResponse Live(const Call& call);
   HttpResponse Version(const Call& call);
@@ -68,6 +79,7 @@ class OpenAiHandler : public HttpHandler {
   HttpResponse Detokenize(const Call& call);
 
   const std::vector<std::string> api_keys_;
+  const std::string operator_key_;
   const std::shared_ptr<ApiState> state_;
   std::atomic<bool> draining_{false};
 };

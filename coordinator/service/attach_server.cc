@@ -15,7 +15,6 @@
 #include "proto/base/text.h"
 #include "proto/rpc/address.h"
 #include "proto/rpc/channel.h"
-#include "proto/rpc/status.h"
 #include "proto/wire/version.h"
 #include "strait/v1/cluster.grpc.pb.h"
 
@@ -178,17 +177,6 @@ class AttachServer::Impl final : public v1::Coordinator::CallbackService {
     reply->set_json(events_.status_json());
     auto* reactor = context->DefaultReactor();
     reactor->Finish(grpc::Status::OK);
-    return reactor;
-  }
-
-  grpc::ServerUnaryReactor* Scale(grpc::CallbackServerContext* context,
-                                  const v1::ScaleRequest* request, v1::ScaleReply* reply) override {
-    auto* reactor = context->DefaultReactor();
-    events_.on_scale(request->num_stages(),
-                     [reactor, reply](const absl::Status& status, v1::ScaleReply made) {
-                       *reply = std::move(made);
-                       reactor->Finish(rpc::ToGrpc(status));
-                     });
     return reactor;
   }
 

@@ -42,9 +42,6 @@ struct AttachEvents {
   std::function<bool(WorkerId, v1::FromWorker)> on_message;
   std::function<void(WorkerId, absl::Status)> on_ended;
   std::function<std::string()> status_json;  // of GetStatus
-  // Of Scale; answered once, at any time and on any thread, before Stop ends.
-  using Scaled = std::function<void(absl::Status, v1::ScaleReply)>;
-  std::function<void(uint32_t num_stages, Scaled done)> on_scale;
 };
 
 // What must hold of a Hello whatever the model is.

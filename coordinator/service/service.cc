@@ -55,7 +55,7 @@ struct Cancelled {
 };
 struct Scaling {
   uint32_t num_stages = 0;
-  AttachEvents::Scaled done;
+  Engine::ScaleDone done;
 };
 struct Migrating {
   MigrateSpec spec;
@@ -90,11 +90,7 @@ class CoordinatorService::Impl {
                     [this](WorkerId worker, absl::Status why) {
                       queue_.Push(Ended{worker, std::move(why)});
                     },
-                .status_json = [this] { return StatusJson(); },
-                .on_scale =
-                    [this](uint32_t num_stages, AttachEvents::Scaled done) {
-                      Scale(num_stages, std::move(done));
-                    }}) {
+                .status_json = [this] { return StatusJson(); }}) {
     Publish(MonotonicMicros());
   }
 
@@ -128,7 +124,7 @@ class CoordinatorService::Impl {
     }
     listener->OnRefused(absl::UnavailableError("the coordinator stops"));
   }
-  void Scale(uint32_t num_stages, AttachEvents::Scaled done) {
+  void Scale(uint32_t num_stages, ScaleDone done) {
     {
       std::lock_guard lock(submit_mu_);
       if (!stopped_) {
@@ -389,7 +385,11 @@ class CoordinatorService::Impl {
          {"rows_kept", reply.rows_kept()},
          {"rows_lost", reply.rows_lost()}});
     auto node = scales_.extract(answered.scale);
-    if (node) node.mapped()(std::move(answered.status), std::move(answered.reply));
+    if (!node) return;
+    node.mapped()(std::move(answered.status), {.pipelines = reply.pipelines(),
+                                               .pause_us = reply.pause_us(),
+                                               .rows_kept = reply.rows_kept(),
+                                               .rows_lost = reply.rows_lost()});
   }
 
   void Do(MoveTold& told) {
@@ -433,7 +433,7 @@ class CoordinatorService::Impl {
   std::vector<std::pair<uint64_t, std::shared_ptr<WorkerStream>>> ending_;  // (abort at, stream)
   std::unordered_map<RequestId, std::shared_ptr<RequestListener>> listeners_;
   uint64_t last_scale_ = 0;
-  std::unordered_map<ScaleId, AttachEvents::Scaled> scales_;  // not answered
+  std::unordered_map<ScaleId, ScaleDone> scales_;  // not answered
   uint64_t last_verb_ = 0;
   std::unordered_map<VerbId, std::shared_ptr<VerbListener>> verbs_;  // not ended
 
@@ -463,6 +463,9 @@ void CoordinatorService::Cancel(RequestId id, std::optional<uint32_t> sequence_i
 }
 void CoordinatorService::Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) {
   impl_->Migrate(std::move(spec), std::move(listener));
+}
+void CoordinatorService::Scale(uint32_t num_stages, ScaleDone done) {
+  impl_->Scale(num_stages, std::move(done));
 }
 void CoordinatorService::Flush() { impl_->Flush(); }
 bool CoordinatorService::Ready() const { return impl_->ready; }

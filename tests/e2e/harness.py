@@ -10,6 +10,7 @@ Both wait until the cluster serves, always end every process that they started, 
 assertion when something goes wrong. Programs come from STRAIT_BIN (set by ctest), else build/release/bin. With
 STRAIT_TEST_BACKEND=cuda every cluster's workers compute on the GPU, with STRAIT_TEST_CACHE_FORMAT=fp8 on fp8 cache rows.
 """
+import atexit
 import contextlib
 import json
 import os
@@ -94,10 +95,14 @@ def command_of(pid):
         return ""
 
 
+RUNTIME_DIR = tempfile.mkdtemp(prefix="strait-e2e-runtime-")  # where `strait up` puts its operator keys
+atexit.register(shutil.rmtree, RUNTIME_DIR, ignore_errors=True)
+
+
 def clean_env(**more):
     """The environment without STRAIT_… settings of whoever runs the tests."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("STRAIT_") and "proxy" not in k.lower()}
-    return {**env, **more}
+    return {**env, "XDG_RUNTIME_DIR": RUNTIME_DIR, **more}
 
 
 class Http:
@@ -149,6 +154,14 @@ class Http:
         """Of the caches, without prefix blocks that no sequence has now."""
         stats = self.status()["stats"]
         return stats["cache_bytes_used"] - stats["cache_bytes_free_prefixes"]
+
+    def key_file(self):
+        """Where `strait up` has put the operator key."""
+        return pathlib.Path(RUNTIME_DIR, "strait", "operator-key-" + self.base_url.rsplit(":", 1)[1])
+
+    def as_operator(self):
+        """Headers."""
+        return {"Authorization": "Bearer " + self.key_file().read_text().strip()}
 
     def model_name(self):
         return self.get("/v1/models").json()["data"][0]["id"]

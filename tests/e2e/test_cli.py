@@ -2,6 +2,7 @@
 """Defends: each verb of `strait` does what its --help says, on real processes; nothing survives `strait up`."""
 import json
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -11,7 +12,7 @@ import time
 
 import pytest
 
-from harness import BIN, TINY, Cluster, Daemons, alive, clean_env, free_port, program, strait, wait_until
+from harness import BIN, TINY, Cluster, Daemons, alive, clean_env, free_port, listening, program, strait, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,47 @@ def test_api_keys_are_not_seen_in_a_daemons_command_line():
         for key, good in (("sesame", True), ("mustard", True), ("pepper", False)):
             done = strait("generate", "x", "--url", c.base_url, "--max-tokens", 1, env={"STRAIT_API_KEY": key})
             assert (done.returncode == 0) == good, done.stderr
+
+
+def test_the_operator_key_is_its_owners_alone_is_told_to_nobody_and_goes_with_up():
+    with Cluster(workers=1) as c:
+        path = c.key_file()
+        assert path.stat().st_mode & 0o777 == 0o600 and path.parent.stat().st_mode & 0o077 == 0
+        key = path.read_text().strip()
+        assert len(key) == 64
+        for pid in c.daemons() + [c.process.pid]:
+            for file in ("cmdline", "environ"):
+                assert key.encode() not in pathlib.Path(f"/proc/{pid}/{file}").read_bytes()
+        assert key not in c.stdout() + c.stderr() + c.logs(10_000)
+        for headers, status in (({}, 403), ({"Authorization": "Bearer " + key[:-1] + "x"}, 401), (c.as_operator(), 400)):
+            reply = c.post("/strait/migrate", {"sequence": "1"}, headers=headers)  # to nowhere
+            assert reply.status_code == status, reply.text
+        c.interrupt()
+        assert not path.exists()
+
+
+def test_an_operator_key_of_ones_own(tmp_path):
+    path = tmp_path / "key"
+    path.write_text("a-key-of-my-own-choice\n")
+    path.chmod(0o640)
+    refused = strait("scale", "--stages", 1, "--operator-key-file", path)
+    assert refused.returncode == 1 and f"chmod 600 {path}" in refused.stderr, refused.stderr
+    up = strait("up", "--model", TINY, "--random-weights", 1, "--workers", 1, "--operator-key-file", path, "--http",
+                f"127.0.0.1:{free_port()}", "--grpc", f"127.0.0.1:{free_port()}")
+    assert up.returncode == 1 and f"chmod 600 {path}" in up.stdout + up.stderr, up.stderr
+    path.chmod(0o600)
+    with Cluster(workers=1, args=["--operator-key-file", path]) as c:
+        assert not c.key_file().exists()
+        for args, good in ((["--operator-key-file", path], True), ([], False)):
+            done = strait("scale", "--stages", 1, "--url", c.base_url, *args)
+            assert ("needs the operator key" in done.stderr) != good, done.stderr
+    assert path.exists()
+    same = Cluster(workers=1, args=["--operator-key-file", path, "--api-key", "a-key-of-my-own-choice"]).start()
+    try:
+        assert same.process.wait(60) == 1
+        assert "is an --api-key, too" in same.stderr() + same.logs()
+    finally:
+        same.stop()
 
 
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
@@ -268,6 +310,33 @@ def test_status_watch_ends_on_interrupt(cluster):
     assert out.count("sequences:") >= 1
 
 
+# ---------------------------------------------------------------- migrate, scale
+
+
+def test_interrupted_migrate_detaches_and_says_so():
+    with listening() as port:
+        p = subprocess.Popen([program("strait"), "migrate", "1", "--to", "2", "--url", f"127.0.0.1:{port}"],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=clean_env())
+        time.sleep(0.5)
+        p.send_signal(signal.SIGINT)
+        out, err = p.communicate(timeout=30)
+        assert p.returncode == 130 and out == "", err
+        assert "detached" in err and "goes on" in err
+
+
+def test_verbs_say_what_they_need(cluster):
+    for args, says in ((["migrate"], "sequence is required"), (["migrate", "1"], "--to is required"),
+                       (["migrate", "1", "--to", "0"], "--to"), (["scale"], "--stages is required")):
+        done = strait(*args)
+        assert done.returncode not in (0, 1, 130) and says in done.stderr, done.stderr
+    none = strait("migrate", 1, "--to", 2, "--url", f"127.0.0.1:{free_port()}")
+    assert none.returncode == 1 and "strait up --model" in none.stderr
+    grpc = re.search(r"workers join at (\S+);", cluster.stdout()).group(1)
+    for verb in (["migrate", 1, "--to", 2], ["scale", "--stages", 2]):
+        done = strait(*verb, "--coordinator", grpc)
+        assert done.returncode == 1 and "gRPC port" in done.stderr, done.stderr
+
+
 # ---------------------------------------------------------------- bench
 
 
@@ -318,7 +387,7 @@ def test_help_and_version():
     assert strait("--version").returncode == 0
     out = strait("--help")
     assert out.returncode == 0
-    for verb in ("up", "generate", "status", "bench", "eval"):
+    for verb in ("up", "generate", "status", "migrate", "scale", "bench", "eval"):
         assert verb in out.stdout
         assert strait(verb, "--help").returncode == 0
     assert strait("bogus").returncode != 0

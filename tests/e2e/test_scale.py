@@ -24,12 +24,8 @@ def cluster_of(workers):
     return Cluster(MODEL, workers=workers, pipelines=1, random_weights=None, memory=MEMORY, args=FIXED)
 
 
-def grpc_of(cluster):
-    return re.search(r"workers join at (\S+);", cluster.stdout()).group(1)
-
-
 def scale(cluster, stages):
-    return strait("scale", "--stages", stages, "--coordinator", grpc_of(cluster))
+    return strait("scale", "--stages", stages, "--coordinator", cluster.base_url)
 
 
 def body():
@@ -98,8 +94,15 @@ def test_what_cannot_be_is_refused_with_the_reason():
         assert many.returncode == 1
         assert "a stage has a layer at least" in many.stderr
         assert strait("scale", "--stages", 0).returncode != 0
-        wrong = strait("scale", "--stages", 2, "--coordinator", cluster.base_url[7:])
-        assert wrong.returncode == 1 and "gRPC" in wrong.stderr
+        grpc = re.search(r"workers join at (\S+);", cluster.stdout()).group(1)
+        wrong = strait("scale", "--stages", 2, "--coordinator", grpc)
+        assert wrong.returncode == 1 and "gRPC port" in wrong.stderr
+        none = strait("scale", "--stages", 2, "--coordinator", cluster.base_url, env={"XDG_RUNTIME_DIR": cluster.dir})
+        assert none.returncode == 1 and "needs the operator key" in none.stderr, none.stderr
+        for body, param in (({}, "stages"), ({"stages": 2, "pipelines": 1}, "pipelines")):
+            refused = cluster.post("/strait/scale", body, headers=cluster.as_operator())
+            assert refused.status_code == 400 and refused.json()["error"]["param"] == param, refused.text
+        assert cluster.post("/strait/scale", {"stages": 1}).status_code == 403
     nobody = strait("scale", "--stages", 2, "--coordinator", f"127.0.0.1:{free_port()}", "--timeout", 20)
     assert nobody.returncode == 1
-    assert "--coordinator HOST:PORT" in nobody.stderr
+    assert "No server at" in nobody.stderr

@@ -26,9 +26,9 @@ class ApiTest : public ::testing::Test {
     for (auto& responder : responders_) responder->Forget();
   }
 
-  void Use(ServedModel model, std::vector<std::string> keys = {}) {
-    handler_ =
-        std::make_unique<OpenAiHandler>(OpenAiOptions{std::move(model), std::move(keys)}, &engine_);
+  void Use(ServedModel model, std::vector<std::string> keys = {}, std::string operator_key = "") {
+    handler_ = std::make_unique<OpenAiHandler>(
+        OpenAiOptions{std::move(model), std::move(keys), std::move(operator_key)}, &engine_);
   }
 
   // Gives the request to the API; whatever the engine has to do is left to the caller.

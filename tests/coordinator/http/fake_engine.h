@@ -89,6 +89,10 @@ class FakeEngine : public Engine {
     moves.emplace_back(std::move(spec), std::move(listener));
   }
   std::vector<std::pair<MigrateSpec, std::shared_ptr<VerbListener>>> moves;
+  void Scale(uint32_t num_stages, ScaleDone done) override {
+    scales.emplace_back(num_stages, std::move(done));
+  }
+  std::vector<std::pair<uint32_t, ScaleDone>> scales;
   void Flush() override { ++num_flushed; }
   std::atomic<int> num_flushed = 0;
 

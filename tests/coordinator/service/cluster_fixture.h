@@ -6,16 +6,16 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <future>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "absl/status/statusor.h"
 #include "coordinator/service/service.h"
 #include "gtest/gtest.h"
-#include "proto/rpc/channel.h"
-#include "strait/v1/cluster.grpc.pb.h"
 #include "tests/sim/hash_backend.h"
 #include "tests/sim/oracle.h"
 #include "worker/service/service.h"
@@ -35,6 +35,18 @@ inline ModelShape SmallShape() {
   shape.block_bytes = 64 * sizeof(uint64_t);
   shape.fingerprint = 4711;
   return shape;
+}
+
+// Engine::Scale to its end.
+inline absl::StatusOr<ScaleOutcome> AskScale(Engine& engine, uint32_t num_stages) {
+  auto promise = std::make_shared<std::promise<absl::StatusOr<ScaleOutcome>>>();
+  auto answer = promise->get_future();
+  engine.Scale(num_stages, [promise](absl::Status status, ScaleOutcome outcome) {
+    promise->set_value(status.ok() ? absl::StatusOr<ScaleOutcome>(outcome)
+                                   : absl::StatusOr<ScaleOutcome>(std::move(status)));
+  });
+  if (answer.wait_for(kPatience) == std::future_status::ready) return answer.get();
+  return absl::DeadlineExceededError("a scale is not answered");
 }
 
 // One request's events; waits for its end.
@@ -159,16 +171,8 @@ class ClusterFixture {
     }
     return service->Ready() == wanted;
   }
-  // What `strait scale` asks; returns when it is answered.
-  grpc::Status Scale(uint32_t num_stages, v1::ScaleReply* reply) {
-    const auto stub = v1::Coordinator::NewStub(rpc::MakeChannel(
-        "127.0.0.1:" + std::to_string(service->grpc_port()), rpc::Traffic::kControl));
-    grpc::ClientContext context;
-    context.set_deadline(std::chrono::system_clock::now() + kPatience);
-    v1::ScaleRequest request;
-    request.set_num_stages(num_stages);
-    return stub->Scale(&context, request, reply);
-  }
+  // Returns when it is answered.
+  absl::StatusOr<ScaleOutcome> Scale(uint32_t num_stages) { return AskScale(*service, num_stages); }
   std::shared_ptr<Recorder> Submit(RequestSpec spec) {
     auto recorder = std::make_shared<Recorder>(spec.sequences.size());
     service->Submit(std::move(spec), recorder);

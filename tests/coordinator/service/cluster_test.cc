@@ -91,12 +91,11 @@ TEST(Cluster, StagesChangeWhileTheyServe) {
       cluster.AddWorker();
       continue;
     }
-    v1::ScaleReply reply;
-    const grpc::Status status = cluster.Scale(num_stages, &reply);
-    ASSERT_TRUE(status.ok()) << num_stages << ": " << status.error_message() << "\n"
+    const auto scaled = cluster.Scale(num_stages);
+    ASSERT_TRUE(scaled.ok()) << num_stages << ": " << scaled.status() << "\n"
                              << cluster.service->StatusJson();
-    EXPECT_EQ(reply.pipelines(), 1u);
-    EXPECT_GT(reply.pause_us(), 0u);
+    EXPECT_EQ(scaled->pipelines, 1u);
+    EXPECT_GT(scaled->pause_us, 0u);
   }
   ASSERT_TRUE(got->WaitEnd());
   cluster.ExpectAsOracleSays(spec, *got);
@@ -106,8 +105,7 @@ TEST(Cluster, AScaleUnderWayIsAnsweredWhenTheCoordinatorStops) {
   ClusterFixture cluster(1);
   ASSERT_TRUE(cluster.WaitReady());
   std::thread asks([&] {
-    v1::ScaleReply reply;
-    for (uint32_t n = 2; cluster.Scale(n, &reply).ok(); n = n == 2 ? 3 : 2) {
+    for (uint32_t n = 2; cluster.Scale(n).ok(); n = n == 2 ? 3 : 2) {
     }
   });
   std::this_thread::sleep_for(std::chrono::milliseconds(30));

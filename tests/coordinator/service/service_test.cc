@@ -287,18 +287,10 @@ TEST(ServiceStopTest, EveryRequestThatRacesWithStopIsAnswered) {
 }
 
 TEST_F(ServiceTest, AScaleThatCannotBeIsAnsweredWithTheReason) {
-  const auto scale = [this](uint32_t num_stages) {
-    grpc::ClientContext context;
-    context.set_deadline(std::chrono::system_clock::now() + 30s);
-    v1::ScaleRequest request;
-    request.set_num_stages(num_stages);
-    v1::ScaleReply reply;
-    return stub_->Scale(&context, request, &reply);
-  };
-  EXPECT_EQ(scale(0).error_code(), grpc::StatusCode::INVALID_ARGUMENT);
-  const grpc::Status none = scale(2);
-  EXPECT_EQ(none.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
-  EXPECT_THAT(none.error_message(), HasSubstr("no pipeline serves"));
+  EXPECT_TRUE(absl::IsInvalidArgument(AskScale(*service_, 0).status()));
+  const absl::Status none = AskScale(*service_, 2).status();
+  EXPECT_TRUE(absl::IsFailedPrecondition(none)) << none;
+  EXPECT_THAT(std::string(none.message()), HasSubstr("no pipeline serves"));
 }
 
 TEST_F(ServiceTest, ManyStreamsThatComeAndGoDisturbNobody) {

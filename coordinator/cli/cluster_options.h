@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// LocalClusterOptions says which daemons a LocalCluster runs; from them come the daemons' command
+// lines.
+//
+// Thread:  pure functions, but for the machine that they look at.
+// Errors:  InvalidArgument: options that do not fit each other, with the numbers and the fix.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "coordinator/cli/child.h"
+
+namespace strait::cli {
+
+struct LocalClusterOptions {
+  std::string model;
+  // 0: two stages a pipeline; on GPUs a worker each, and one a pipeline at least.
+  uint32_t num_workers = 0;
+  uint32_t num_pipelines = 1;
+  std::string backend = "cpu";
+  std::vector<uint32_t> gpus;  // over which workers are dealt in turn; empty: GPU 0
+  std::string http;  // host:port; empty: 127.0.0.1:8000, or a free port when that is taken
+  std::string grpc;  // the same, 127.0.0.1:7000
+  std::string random_weights;         // a seed; empty: weights are read
+  uint32_t worker_threads = 0;        // 0: the available cores shared out
+  std::string worker_memory;          // as strait-worker --memory; empty: free memory shared out
+  std::vector<std::string> api_keys;  // that clients need one of; empty: none is needed
+  std::string operator_key_file;      // empty: one is made, and removed at the end
+  std::string log_dir;                // empty: a new folder under the temporary one
+  std::vector<std::string> coordinator_args;  // more flags, passed on as they are
+  std::vector<std::string> worker_args;
+
+  // After CompleteOptions.
+  uint32_t num_stages() const { return num_workers / num_pipelines; }
+};
+
+// Checks options and fills in what was left to us: workers, threads, memory, GPUs.
+absl::Status CompleteOptions(LocalClusterOptions* options);
+
+struct Daemons {
+  std::string folder;  // of the programs
+  std::string http;    // host:port, both
+  std::string grpc;
+};
+
+// REQUIRES of all three: the options are complete.
+std::string WorkerName(uint32_t index);
+ChildSpec CoordinatorSpec(const LocalClusterOptions& options, const Daemons& daemons);
+ChildSpec WorkerSpec(const LocalClusterOptions& options, const Daemons& daemons, uint32_t index);
+
+}  // namespace strait::cli

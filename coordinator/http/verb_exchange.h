@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// VerbExchange carries what the engine says of one elastic verb to the client that asked for it.
+//
+// Owns:    itself: the engine holds it until the verb has ended.
+// Thread:  the engine's calls only enqueue; everything else runs in the Responder's posts.
+// Errors:  before the first report: the status of ToVerbError and a JSON error; later: a last line
+//          {"event":"error","error":{…}}.
+// Limits:  one report waits at most: a newer one takes its place.
+// Why:     a client that goes away only detaches. What moves is others' sequences, and half a move
+//          is worth nothing.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <variant>
+
+#include "coordinator/engine.h"
+#include "coordinator/http/api_error.h"
+#include "coordinator/http/completion_exchange.h"
+#include "coordinator/http/message.h"
+
+namespace strait {
+
+class VerbExchange : public VerbListener, public std::enable_shared_from_this<VerbExchange> {
+ public:
+  VerbExchange(std::shared_ptr<ApiState> state, std::string route, std::string request_id,
+               std::shared_ptr<Responder> responder);
+
+  // One of the two, once.
+  void Migrate(MigrateSpec spec);
+  void Scale(uint32_t num_stages);
+
+  void OnMove(MoveReport report) override;
+  void OnVerbEnd(absl::Status status) override;
+
+ private:
+  struct Ended {
+    absl::Status status;
+    std::optional<ScaleOutcome> outcome;  // of a scale
+  };
+
+  void Watch();  // the client
+  void Post();   // under mu_
+  void Drain();
+  void Tell(const MoveReport& report, std::string_view event);
+  void End(const Ended& ended);
+  void Fail(const ApiError& error);
+  void Abandoned(AbandonReason reason);
+  void Finish(int status);
+  HttpHeaders Headers() const;
+
+  // Constant after construction.
+  const std::shared_ptr<ApiState> state_;
+  const std::string route_;
+  const std::string request_id_;
+  const std::shared_ptr<Responder> responder_;
+
+  // Used in posts only.
+  std::optional<MoveReport> last_;  // that was told
+  bool streaming_ = false;
+  bool finished_ = false;
+
+  std::mutex mu_;  // between the engine's thread and the posts; guards what follows
+  std::optional<MoveReport> report_;
+  std::optional<Ended> ended_;
+  bool posted_ = false;
+  bool closed_ = false;  // nobody listens any more
+};
+
+}  // namespace strait
