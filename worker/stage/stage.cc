@@ -51,7 +51,6 @@ bool Stage::CopiesRows() const {
 }
 const HostTier& Stage::tier() const { return state_->tier; }
 const Importer& Stage::importer() const { return state_->importer; }
-Importer& Stage::importer() { return state_->importer; }
 const Exporter& Stage::exporter() const { return state_->exporter; }
 uint32_t Stage::peak_blocks() const {
   uint64_t peak = cache().blocks_taken();

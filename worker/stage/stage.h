@@ -145,7 +145,7 @@ class Stage {
   // The coordinator is gone: nothing is fetched or served any more in this epoch.
   void EndTransfers();
   // Asks other workers for rows, as far as it may. `last`: of sequences that stand still; else of all others.
-  void AskRows(bool last, uint64_t now_us) { importer().Ask(last, now_us); }
+  void AskRows(bool last, uint64_t now_us);
   // A peer's ask for this stage.
   void OnAsk(PeerAskId id, const RowsAsk& ask);
 
@@ -179,8 +179,6 @@ class Stage {
   absl::Status CheckIntegrity() const;
 
  private:
-  Importer& importer();
-
   struct State;
   std::unique_ptr<State> state_;
 };

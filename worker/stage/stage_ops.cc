@@ -157,6 +157,8 @@ void Stage::FetchRows(const v1::FetchRows& fetch, uint64_t now_us) {
   s.importer.Fetch(fetch, is_known ? import->rows : 0, s.traits.vocab_size, now_us);
 }
 
+void Stage::AskRows(bool last, uint64_t now_us) { state_->importer.Ask(last, now_us); }
+
 void Stage::ServeRows(const v1::ServeRows& serve) {
   State& s = *state_;
   if (s.CheckEpoch(FromWire(serve.epoch()), "a serve").ok()) s.exporter.Serve(serve);

@@ -85,11 +85,12 @@ std::deque<Importer::Cut> Importer::CutUp(const std::vector<Source>& sources, ui
   };
   const uint64_t layer_bytes = (end - begin) * row_bytes;
   const uint64_t layer_pieces = PiecesPerLayer(begin, end - begin);
-  const bool whole = layer_bytes <= limits::kTransferFrameBytes && layer_pieces <= most_pieces;
+  const uint64_t frame_bytes = share_->frame_bytes;
+  const bool whole = layer_bytes <= frame_bytes && layer_pieces <= most_pieces;
   const auto most_layers = static_cast<uint32_t>(
-      whole ? std::min(limits::kTransferFrameBytes / layer_bytes, most_pieces / layer_pieces) : 1);
+      whole ? std::min(frame_bytes / layer_bytes, most_pieces / layer_pieces) : 1);
   const auto most_blocks = static_cast<uint32_t>(
-      std::min(limits::kTransferFrameBytes / (row_bytes * limits::kBlockTokens), most_pieces));
+      std::clamp<uint64_t>(frame_bytes / (row_bytes * limits::kBlockTokens), 1, most_pieces));
   for (size_t s = 0; s < sources.size(); ++s) {
     const LayerRange layers = sources[s].layers;
     for (LayerIndex layer = layers.begin; layer < layers.end; layer += most_layers) {

@@ -28,6 +28,8 @@ static_assert(kBulkBytesUnderWay >= limits::kTransferFrameBytes);
 
 struct TransferShare {
   RowTransfer* transfer = nullptr;  // null: the worker neither gives nor takes rows
+  uint64_t frame_bytes =
+      limits::kTransferFrameBytes;  // that are asked for at once; of a block at least
   uint64_t asked_bytes = 0;         // of rows asked for, until they are in the cache
   uint64_t made_bytes = 0;          // of frames for peers, until they are answered
   size_t num_made = 0;              // such frames
