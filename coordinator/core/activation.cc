@@ -90,6 +90,7 @@ void Cluster::TellActivate(Pipeline* pipeline, uint32_t slot_index) {
       activate->set_edge_over_nccl(slot.edge.over_nccl);
     }
     if (context_->options.grants()) SetGrants(*pipeline, i, activate);
+    SetRestores(*pipeline, &slot, activate);
     context_->Send(std::move(out));
     if (slot.edge.over_nccl) return;  // the stage before needs the id that this one makes
   }

@@ -122,6 +122,7 @@ void Cluster::FormPipeline(uint64_t now_us) {
   auto owned = std::make_unique<Pipeline>(context_, journal_);
   Pipeline* pipeline = owned.get();
   pipeline->id = PipelineId{++last_pipeline_id_};
+  pipeline->scheduler.set_pipeline(pipeline->id);
   pipeline->epoch = {context_->options.term, ++last_epoch_counter_};
   pipeline->since_us = now_us;
   pipeline->planned_rows = plan->capacity_rows;

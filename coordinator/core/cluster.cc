@@ -108,6 +108,8 @@ void Cluster::Remove(WorkerId id, const absl::Status& why, bool may_return, bool
     Vacate(pipelines_.at(stage.pipeline).get(), stage.slot_index, now_us);
   }
   workers_.erase(id);
+  replicas_.Forget(id);
+  serves_replicas_.erase(id);
   edges_.Forget(id);
   faults_.Forget(id);
   look_again_ = true;
@@ -135,9 +137,10 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
       return OnCacheResized(worker, message.cache_resized(), now_us);
     case v1::FromWorker::kRowsFetched:
     case v1::FromWorker::kRowsServed:
-    case v1::FromWorker::kReplicated:
     case v1::FromWorker::kLeave:
       return;  // Migrations' business
+    case v1::FromWorker::kReplicated:
+      return OnReplicated(worker, message.replicated(), now_us);
     case v1::FromWorker::kEdgeId:
       return OnEdgeId(worker, message.edge_id(), now_us);
     case v1::FromWorker::kHello:

@@ -17,6 +17,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,6 +31,7 @@
 #include "coordinator/core/journal.h"
 #include "coordinator/core/pipeline.h"
 #include "coordinator/core/planner.h"
+#include "coordinator/core/replicas.h"
 #include "coordinator/core/scale.h"
 #include "coordinator/core/worker_books.h"
 
@@ -58,6 +60,12 @@ class Cluster {
   // A worker said what cannot be.
   void Accuse(WorkerId id, absl::Status why, uint64_t now_us) { Evict(id, std::move(why), now_us); }
   bool IsScaling() const { return scale_.has_value(); }
+  // New prefix blocks get copies on other workers. To be called when plans are out.
+  void AdvanceReplicas();
+  const Replicas& replicas() const { return replicas_; }
+  // Rows that a death of any one worker leaves a copy of; whether it costs no more than the tail and a block.
+  uint32_t ProtectedRows(const Pipeline& pipeline, const Residency& residency) const;
+  bool IsProtected(const Pipeline& pipeline, const Residency& residency) const;
   // Sends a step of `pipeline` to all of its stages.
   void SendStep(const Pipeline& pipeline, const v1::StepPlan& plan);
 
@@ -149,6 +157,19 @@ class Cluster {
   bool Grown(const Pipeline& pipeline) const;
   uint64_t FreeBytes(const Worker& worker) const;
 
+  // ---- Copies on other workers (replicating.cc) ----
+  void OnReplicated(Worker* worker, const v1::Replicated& replicated, uint64_t now_us);
+  std::optional<WorkerId> ChooseBuddy(const StageSlot& slot) const;
+  // What the next of its blocks are is told to a stage's buddy.
+  void Replicate(const Pipeline& pipeline, uint32_t slot_index);
+  void TellServePrefixes(const Pipeline& pipeline, StageSlot* slot);
+  void TellServeReplicas(WorkerId buddy);
+  uint64_t ReplicaSecret(uint64_t what, uint64_t id) const;
+  bool IsHeldAnywhere(const ContentKey& key) const;
+  // Of sequences that wait, and that it does not have, it fetches what copies there are.
+  void SetRestores(const Pipeline& pipeline, StageSlot* slot, v1::ActivateStage* activate);
+  void CountProtected(uint64_t now_us);
+
   // ---- Scale (scaling.cc) ----
   void AdvanceScale(uint64_t now_us);
   void TickScale(uint64_t now_us);
@@ -230,6 +251,9 @@ class Cluster {
   EdgeChooser edges_;
   FaultPolicy faults_;
   DepartedStages departed_;
+  Replicas replicas_;
+  std::set<WorkerId> serves_replicas_;  // that were told so
+  uint64_t counted_us_ = 0;             // until when protected time is counted
   std::map<WorkerId, Worker> workers_;
   Pipelines pipelines_;
   uint32_t num_active_ = 0;

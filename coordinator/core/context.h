@@ -21,6 +21,7 @@ struct Context {
   CoreStats stats;  // the counters of it; gauges are computed when asked
   // Of pipelines that are formed from now on: as the options say, until a scale succeeded.
   uint32_t num_stages = options.num_stages;
+  bool replicates = false;                  // a worker offers memory for copies of others' blocks
   uint32_t num_hosts = options.num_stages;  // workers that such a one needs at least
 
   template <class Message>

@@ -169,6 +169,7 @@ std::vector<CoreMessage> Core::Take(uint64_t now_us) {
     }
     moved = state.migrations.Advance(now_us);
   }
+  state.cluster.AdvanceReplicas();
   return std::exchange(state.context.out, {});
 }
 

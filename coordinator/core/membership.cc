@@ -75,6 +75,9 @@ void Cluster::OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us) {
   worker.memory_bytes = hello.memory_bytes();
   if (hello.has_stage_costs()) worker.costs = StageCostsOf(hello.stage_costs());
   worker.host_cache_bytes = hello.host_cache_bytes();
+  worker.replica_bytes = hello.replica_bytes();
+  replicas_.Offer(id, worker.replica_bytes);
+  context_->replicates = context_->replicates || worker.replica_bytes > 0;
   worker.instance = hello.instance();
   worker.num_threads = hello.num_threads();
   worker.process_id = hello.process_id();

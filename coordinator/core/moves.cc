@@ -167,6 +167,7 @@ void Scheduler::Adopt(Residency* residency, uint32_t rows) {
   residency->adopted_rows = rows;
   residency->shares = KeepsPrefixes() && !sequence->has_foreign_rows;
   --num_away_;
+  sequence->last_pipeline = pipeline_;
   MakePromises(residency);
 }
 
@@ -240,6 +241,7 @@ void Scheduler::LeftHome(Sequence* sequence) {
 void Scheduler::TakeBack(Residency* residency) {
   residency->epoch = journal_->NextPlacement();
   residency->role = Role::kHome;
+  residency->sequence->last_pipeline = pipeline_;
   --num_away_;
   const uint32_t from = residency->reserved_rows;
   const uint32_t to = std::max(from, residency->sequence->rows_wanted());

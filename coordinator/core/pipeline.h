@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <deque>
 #include <optional>
 #include <string>
 #include <vector>
@@ -24,6 +25,14 @@
 #include "proto/base/ids.h"
 
 namespace strait {
+
+// How a stage's prefix blocks get copies on another worker (coordinator/core/replicating.cc).
+struct Copying {
+  WorkerId buddy;                          // 0: none
+  std::deque<Scheduler::NewPrefix> queue;  // not told to it
+  uint32_t num_coming = 0;                 // told, and not answered
+  PipelineEpoch served;                    // since when it may read them
+};
 
 // One place in a pipeline.
 struct StageSlot {
@@ -53,6 +62,7 @@ struct StageSlot {
   NumberedEdge numbered;     // the same
   std::string nccl_id;       // of that edge, once this stage has made it
   uint32_t host_blocks = 0;  // prefix blocks that it may have in its worker's host memory
+  Copying copying;
 
   // Whether it has not yet answered all that ActivateStage asks for.
   bool owes_answer() const {

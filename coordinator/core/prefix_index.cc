@@ -57,6 +57,11 @@ PrefixIndex::Node* PrefixIndex::Find(const ContentKey& key) {
   return it == nodes_.end() ? nullptr : &it->second;
 }
 
+const PrefixIndex::Node* PrefixIndex::Find(const ContentKey& key) const {
+  const auto it = nodes_.find(key);
+  return it == nodes_.end() ? nullptr : &it->second;
+}
+
 PrefixIndex::Node* PrefixIndex::Add(const ContentKey& key, Node* parent, uint32_t block) {
   STRAIT_CHECK((parent == nullptr) == (block == 0));
   const auto [it, is_new] = nodes_.try_emplace(key);

@@ -71,6 +71,11 @@ class PrefixIndex {
   bool Has(const ContentKey& key) const { return nodes_.count(key) > 0; }
   // Null: none.
   Node* Find(const ContentKey& key);
+  const Node* Find(const ContentKey& key) const;
+  template <class Visit>
+  void ForEach(Visit visit) const {
+    for (const auto& [key, node] : nodes_) visit(node);
+  }
   // On no stage. REQUIRES: not there; parent is, unless block is 0.
   Node* Add(const ContentKey& key, Node* parent, uint32_t block);
   // REQUIRES: it was not on this stage, or on any of those where it was not.

@@ -33,7 +33,7 @@ KeptRows Scheduler::KeptOf(const Sequence& sequence) const {
   return is_new_source_ && has_prefix ? KeptRows() : kept;
 }
 
-ContentKey Scheduler::KeyOf(Sequence* sequence, uint32_t block) {
+ContentKey Scheduler::KeyOf(Sequence* sequence, uint32_t block) const {
   PrefixKeys& keys = sequence->prefix_keys;
   if (!keys.is_reset() || keys.source() != source_.numerics) {
     const std::string policy = absl::StrCat("exact ", context_->model.block_bytes);
@@ -48,6 +48,28 @@ ContentKey Scheduler::KeyOf(Sequence* sequence, uint32_t block) {
                                            .salt = salt}));
   }
   return keys.At(block, sequence->tokens);
+}
+
+std::optional<ContentKey> Scheduler::KeyIfKnown(Sequence* sequence, uint32_t block) const {
+  if (source_.numerics.empty() || sequence->has_foreign_rows || keys_are_mixed_)
+    return std::nullopt;
+  return KeyOf(sequence, block);
+}
+
+std::vector<Scheduler::NewPrefix> Scheduler::AllPrefixes() const {
+  std::vector<NewPrefix> all;
+  index_.ForEach([&](const PrefixIndex::Node& node) { all.push_back({node.key, StepId{1}}); });
+  return all;
+}
+
+bool Scheduler::HasPrefix(const ContentKey& key, uint32_t stage_index) const {
+  const PrefixIndex::Node* node = index_.Find(key);
+  return node != nullptr && !node->on_host && node->on(stage_index);
+}
+
+bool Scheduler::HoldsPrefix(const ContentKey& key) const {
+  const PrefixIndex::Node* node = index_.Find(key);
+  return node != nullptr && node->holders > 0;
 }
 
 Scheduler::Prospect Scheduler::Look(Sequence* sequence) {
@@ -172,6 +194,7 @@ void Scheduler::TakeKept(Residency* residency, const KeptRows& kept) {
       books_.AddPrefix(s);
     }
     index_.Hold(node);
+    if (context_->replicates) new_prefixes_.push_back({key, StepId{1}});
     ++context_->stats.prefix_blocks_survived;
     residency->prefix.path.push_back(node);
     parent = node;
@@ -247,6 +270,7 @@ bool Scheduler::PlanKeep(SequenceId id, const PrefixKeep& keep, PrefixHold* hold
       if (!all) break;
       ++context_->stats.prefix_blocks_mended;
     }
+    if (context_->replicates) new_prefixes_.push_back({key, draft->record.id});
     // What was its own becomes the prefix block's: the books stay as they are.
     index_.SetWhole(node);
     hold->blocks.RaiseLeast();

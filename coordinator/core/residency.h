@@ -63,9 +63,12 @@ struct Residency {
   uint32_t rows_done =
       0;  // below, rows are computed on all stages, and the journal has their tokens
   uint32_t promised_end = 0;  // blocks of the prefix index's promises that may be its own
-  bool returns = false;       // some of its prefix blocks are on their way back from host memory
-  bool opened = false;  // a plan with its OpenSequence is out, or with blocks for what comes in
-  StepId opened_by;     // that plan
+  // Leading blocks of which every stage's layers have copies on other workers, as far as was looked, and when.
+  mutable uint32_t protected_blocks = 0;
+  mutable uint64_t losses_seen = 0;
+  bool returns = false;  // some of its prefix blocks are on their way back from host memory
+  bool opened = false;   // a plan with its OpenSequence is out, or with blocks for what comes in
+  StepId opened_by;      // that plan
   // It was preempted: nothing of the above is left, and it lives only until the results under way
   // are there.
   bool leaving = false;

@@ -95,6 +95,7 @@ std::vector<Holdings> Scheduler::Stop() {
   }
   books_.Stop();
   index_.Clear();
+  new_prefixes_.clear();
   due_ops_.Clear();
   ops_are_urgent_ = false;
   parked_.clear();
@@ -131,6 +132,7 @@ void Scheduler::Place(Sequence* sequence) {
     num_uneven_ += !residency->rows.even();
   }
   parked_.erase(sequence->id);
+  sequence->last_pipeline = pipeline_;
   residency->reserved_rows = sequence->rows_wanted();
   while (!books_.CanEnter(residency->reserved_rows, residency->prefix.blocks)) {
     STRAIT_CHECK(DropOldest(nullptr), "it was placed without room");

@@ -77,6 +77,7 @@ class Scheduler {
   // The stages have `survivors`; who of them can stay is placed at once.
   // REQUIRES: stopped.
   void Start(std::vector<StageCache> stages, Survivors survivors, RowSource source = {});
+  void set_pipeline(PipelineId id) { pipeline_ = id; }
   // Forgets steps and bytes; residents wait again. Returns what each stage may have now.
   std::vector<Holdings> Stop();
   // Who is in the oldest step that this stage has not reported, if the stage before it has. REQUIRES: started.
@@ -117,6 +118,20 @@ class Scheduler {
   // What the stage did in that step.
   absl::StatusOr<StageStep> OnReport(uint32_t stage_index, const v1::StageReport& report,
                                      uint64_t now_us);
+
+  // ---- Copies on other workers (replicating.cc) ----
+  struct NewPrefix {
+    ContentKey key;
+    StepId step;  // that makes it one
+  };
+  // Prefix blocks since the last call.
+  std::vector<NewPrefix> TakeNewPrefixes() { return std::exchange(new_prefixes_, {}); }
+  std::vector<NewPrefix> AllPrefixes() const;
+  bool HasPrefix(const ContentKey& key, uint32_t stage_index) const;
+  // A resident has it.
+  bool HoldsPrefix(const ContentKey& key) const;
+  // By what its blocks were known in the last epoch; absent: by nothing that can be told.
+  std::optional<ContentKey> KeyIfKnown(Sequence* sequence, uint32_t block) const;
 
   // What a stage says of copies to and from host memory.
   absl::Status OnMoved(uint32_t stage_index, const v1::PrefixesMoved& moved);
@@ -274,7 +289,7 @@ class Scheduler {
   bool Survives(const Sequence& sequence) const;
   // What stages kept of it. Empty, also where rows follow from other numerics than they did.
   KeptRows KeptOf(const Sequence& sequence) const;
-  ContentKey KeyOf(Sequence* sequence, uint32_t block);
+  ContentKey KeyOf(Sequence* sequence, uint32_t block) const;
   // What it begins with, of which others have some already.
   void TakeKept(Residency* residency, const KeptRows& kept);
   void TakeCached(Residency* residency);
@@ -308,7 +323,9 @@ class Scheduler {
     return draft != nullptr ? draft->plan.mutable_cache_ops() : &due_ops_;
   }
   // Full blocks become prefix blocks: for other sequences, or to be parked.
-  bool KeepsPrefixes() const { return context_->options.prefix_cache || host_blocks_ > 0; }
+  bool KeepsPrefixes() const {
+    return context_->options.prefix_cache || host_blocks_ > 0 || context_->replicates;
+  }
   // There is room for it, or what makes room was used before it.
   bool MayOffload(const PrefixIndex::Node& node, Ops* ops);
   bool IsWorthOffloading() const;
@@ -333,6 +350,7 @@ class Scheduler {
   Context* const context_;
   Journal* const journal_;
 
+  PipelineId pipeline_;
   uint32_t num_stages_ = 0;  // 0: stopped
   uint32_t steps_in_flight_max_ = 0;
   CacheBooks books_;
@@ -358,6 +376,7 @@ class Scheduler {
   bool is_new_source_ = false;   // what survivors have follows from another one
   bool keys_are_mixed_ = false;  // while stopped: stages may have blocks by keys of either
   PrefixIndex index_;
+  std::vector<NewPrefix> new_prefixes_;
   Ops due_ops_;                  // of the next plan, in order
   bool ops_are_urgent_ = false;  // it is made for their sake
   uint64_t host_blocks_ = 0;     // that every stage may have in host memory

@@ -54,6 +54,7 @@ struct Sequence {
   PrefixKeys prefix_keys;            // of its full blocks
   std::optional<ContentKey> awaits;  // while it waits: a block that another one computes
   bool was_placed = false;
+  PipelineId last_pipeline;    // that it was placed in
   uint64_t last_token_us = 0;  // when it got one
   // Some of its rows were computed by another numerics_id than its pipeline's (--force-numerics): nobody shares them.
   bool has_foreign_rows = false;

@@ -60,6 +60,7 @@ struct Worker {
   uint64_t memory_bytes = 0;
   std::optional<StageCosts> costs;  // of its stages' memory; absent: as on the CPU
   uint64_t host_cache_bytes = 0;    // for prefix blocks that leave its device
+  uint64_t replica_bytes = 0;       // for copies of other workers' prefix blocks
   uint64_t instance = 0;
   uint32_t num_threads = 0;
   uint32_t process_id = 0;

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Replicas are the books of copies of prefix blocks in other workers' host memory: which worker keeps which
+// layers of which block, and how much memory that takes.
+//
+// Thread:  loop thread only. Plain values: what is sent for it, Cluster decides (replicating.cc).
+// Limits:  what each worker offers (Hello.replica_bytes).
+// Why:     a copy is known by content key and layers, so it is true whatever became of the stage, the epoch or
+//          the pipeline that it was read from. Copies that no sequence has give way first, the one made
+//          longest ago; one that a sequence has gives way to nobody: the newer block stays without.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/status/status.h"
+#include "proto/base/ids.h"
+#include "proto/model/content_key.h"
+
+namespace strait {
+
+class Replicas {
+ public:
+  // What a worker has for copies; 0: nothing, and it is no buddy.
+  void Offer(WorkerId worker, uint64_t bytes);
+  // It is gone, and its copies with it.
+  void Forget(WorkerId worker);
+  bool any() const { return !keepers_.empty(); }
+  bool Offers(WorkerId worker) const { return keepers_.contains(worker); }
+  uint64_t limit_bytes(WorkerId worker) const { return keepers_.at(worker).limit_bytes; }
+  uint64_t used_bytes(WorkerId worker) const { return keepers_.at(worker).used_bytes; }
+
+  // A copy comes to `worker`, of a stage's layers. REQUIRES: it offers, and has room; none of these layers is
+  // there or on its way.
+  void Begin(const ContentKey& key, LayerRange layers, uint64_t stage_id, WorkerId worker,
+             uint64_t bytes);
+  // It is there, or is not to be. False: nobody asked for it.
+  bool End(const ContentKey& key, uint64_t stage_id, WorkerId worker, bool ok);
+  // What is to be forgotten at `worker` for so many bytes more: those that `is_held` does not know. Absent: there is
+  // no room.
+  struct Gone {
+    ContentKey key;
+    LayerRange layers;
+  };
+  std::optional<std::vector<Gone>> MakeRoom(WorkerId worker, uint64_t bytes,
+                                            const std::function<bool(const ContentKey&)>& is_held);
+
+  // Any of these layers has a copy, there or on its way.
+  bool HasAny(const ContentKey& key, LayerRange layers) const;
+  struct Part {
+    WorkerId worker;
+    LayerRange layers;
+    friend bool operator==(const Part&, const Part&) = default;
+  };
+  // Copies that are there of all of these layers, by rising layers; empty: not of all.
+  std::vector<Part> Find(const ContentKey& key, LayerRange layers) const;
+  // That are there.
+  uint64_t num_there() const { return num_there_; }
+  // Rises whenever a copy is lost: what was known to be there may not be.
+  uint64_t losses() const { return losses_; }
+  absl::Status CheckIntegrity() const;
+
+ private:
+  struct Copy {
+    WorkerId worker;
+    LayerRange layers;
+    uint64_t stage_id = 0;  // that it was read from
+    uint64_t bytes = 0;
+    uint64_t age = 0;
+    bool is_there = false;
+  };
+  struct Keeper {
+    uint64_t limit_bytes = 0;
+    uint64_t used_bytes = 0;
+    std::map<uint64_t, ContentKey> by_age;  // of those that are there
+  };
+  void Drop(const ContentKey& key, size_t index);
+
+  std::map<WorkerId, Keeper> keepers_;
+  absl::flat_hash_map<ContentKey, std::vector<Copy>, ContentKeyHash> copies_;
+  uint64_t last_age_ = 0;
+  uint64_t num_there_ = 0;
+  uint64_t losses_ = 0;
+};
+
+}  // namespace strait

@@ -1,0 +1,271 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Cluster keeps copies of prefix blocks in other workers' host memory, and begins stages with them.
+//
+//   A block becomes a prefix block (KeepPrefix) ─▶ its stage has done so ─▶ the buddy is told its key (Replicate) and
+//   fetches the rows ─▶ Replicated: the block is safe.
+//   A stage that is activated without rows of a sequence fetches what copies there are (ActivateStage.restores).
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/core/cluster.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+#include "proto/wire/epoch_wire.h"
+
+namespace strait {
+namespace {
+
+constexpr uint32_t kBlock = limits::kBlockTokens;
+// Of one stage, told to its buddy and not answered.
+constexpr uint32_t kMaxBlocksComing = 64;
+// Of all restores of one activation.
+constexpr uint64_t kMaxRestoredTokens = 2'000'000;
+
+std::string_view HostOf(std::string_view address) { return address.substr(0, address.rfind(':')); }
+
+}  // namespace
+
+uint64_t Cluster::ReplicaSecret(uint64_t what, uint64_t id) const {
+  return EdgeNonce(EdgeNonce(context_->options.edge_secret, ~what), id);
+}
+
+std::optional<WorkerId> Cluster::ChooseBuddy(const StageSlot& slot) const {
+  const Worker& own = workers_.at(slot.worker);
+  std::map<WorkerId, uint32_t> stages;  // whose buddy it is
+  for (const auto& [id, pipeline] : pipelines_) {
+    for (const StageSlot& each : pipeline->slots) stages[each.copying.buddy] += 1;
+  }
+  const Worker* best = nullptr;
+  const auto rank = [&](const Worker& worker) {
+    const bool same_host = HostOf(worker.data_address) == HostOf(own.data_address);
+    return std::tuple(same_host, stages[worker.id], worker.id);
+  };
+  for (const auto& [id, worker] : workers_) {
+    if (id == slot.worker || !replicas_.Offers(id)) continue;
+    if (best == nullptr || rank(worker) < rank(*best)) best = &worker;
+  }
+  if (best == nullptr) return std::nullopt;
+  return best->id;
+}
+
+void Cluster::TellServePrefixes(const Pipeline& pipeline, StageSlot* slot) {
+  slot->copying.served = pipeline.epoch;
+  SendToWorker out{slot->worker, {}};
+  v1::ServeRows* serve = out.message.mutable_serve_rows();
+  serve->set_stage_id(slot->stage_id);
+  ToWire(pipeline.epoch, serve->mutable_epoch());
+  serve->set_secret(ReplicaSecret(pipeline.epoch.counter, slot->stage_id));
+  context_->Send(std::move(out));
+}
+
+void Cluster::TellServeReplicas(WorkerId buddy) {
+  if (!serves_replicas_.insert(buddy).second) return;
+  SendToWorker out{buddy, {}};
+  out.message.mutable_serve_rows()->set_secret(ReplicaSecret(0, buddy.value));
+  context_->Send(std::move(out));
+}
+
+bool Cluster::IsHeldAnywhere(const ContentKey& key) const {
+  return std::any_of(pipelines_.begin(), pipelines_.end(),
+                     [&](const auto& entry) { return entry.second->scheduler.HoldsPrefix(key); });
+}
+
+void Cluster::AdvanceReplicas() {
+  if (!replicas_.any()) return;
+  for (const auto& [id, pipeline] : pipelines_) {
+    if (!pipeline->scheduler.started()) continue;
+    const std::vector<Scheduler::NewPrefix> made = pipeline->scheduler.TakeNewPrefixes();
+    for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
+      StageSlot& slot = pipeline->slots[i];
+      if (!replicas_.Offers(slot.copying.buddy)) {
+        const std::optional<WorkerId> buddy = ChooseBuddy(slot);
+        slot.copying.buddy = buddy.value_or(WorkerId{});
+        slot.copying.queue.clear();
+        if (!buddy) continue;
+        TellServeReplicas(*buddy);
+        // What the last one had is gone with it.
+        for (const Scheduler::NewPrefix& prefix : pipeline->scheduler.AllPrefixes()) {
+          slot.copying.queue.push_back(prefix);
+        }
+      } else {
+        slot.copying.queue.insert(slot.copying.queue.end(), made.begin(), made.end());
+      }
+      if (slot.copying.served != pipeline->epoch) TellServePrefixes(*pipeline, &slot);
+      Replicate(*pipeline, i);
+    }
+  }
+}
+
+void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
+  StageSlot& slot = pipelines_.at(pipeline.id)->slots[slot_index];
+  Copying& copying = slot.copying;
+  SendToWorker out{copying.buddy, {}};
+  v1::Replicate* message = out.message.mutable_replicate();
+  const uint64_t bytes = slot.layers.size() * context_->model.block_bytes;
+  std::vector<ContentKey> keys;
+  std::map<std::pair<LayerIndex, LayerIndex>, std::vector<ContentKey>> forget;
+  while (!copying.queue.empty() && copying.num_coming < kMaxBlocksComing) {
+    const Scheduler::NewPrefix next = copying.queue.front();
+    if (pipeline.scheduler.ledger().reported(slot_index) < next.step.value) break;
+    copying.queue.pop_front();
+    if (!pipeline.scheduler.HasPrefix(next.key, slot_index)) continue;  // it made room meanwhile
+    if (replicas_.HasAny(next.key, slot.layers)) continue;
+    const auto gone = replicas_.MakeRoom(
+        copying.buddy, bytes, [this](const ContentKey& key) { return IsHeldAnywhere(key); });
+    if (!gone) {
+      ++context_->stats.replicas_refused;
+      continue;
+    }
+    for (const Replicas::Gone& each : *gone) {
+      forget[{each.layers.begin, each.layers.end}].push_back(each.key);
+    }
+    if (replicas_.limit_bytes(copying.buddy) - replicas_.used_bytes(copying.buddy) < bytes)
+      continue;
+    replicas_.Begin(next.key, slot.layers, slot.stage_id, copying.buddy, bytes);
+    ++copying.num_coming;
+    keys.push_back(next.key);
+  }
+  for (const auto& [layers, gone] : forget) {
+    SendToWorker first{copying.buddy, {}};
+    v1::Replicate* forgets = first.message.mutable_replicate();
+    *forgets->mutable_forget() = Pack(gone);
+    forgets->set_layer_begin(layers.first);
+    forgets->set_layer_end(layers.second);
+    context_->Send(std::move(first));
+  }
+  if (keys.empty()) return;
+  *message->mutable_keys() = Pack(keys);
+  message->set_bytes_per_s(context_->options.replicate_bytes_per_s);
+  v1::RowsSource* source = message->mutable_source();
+  source->set_layer_begin(slot.layers.begin);
+  source->set_layer_end(slot.layers.end);
+  source->set_stage_id(slot.stage_id);
+  ToWire(pipeline.epoch, source->mutable_epoch());
+  source->set_data_address(workers_.at(slot.worker).data_address);
+  source->set_secret(ReplicaSecret(pipeline.epoch.counter, slot.stage_id));
+  context_->Send(std::move(out));
+}
+
+void Cluster::OnReplicated(Worker* worker, const v1::Replicated& replicated, uint64_t now_us) {
+  const auto end = [&](const std::string& packed, bool ok) -> absl::Status {
+    const absl::StatusOr<std::vector<ContentKey>> keys = ParseContentKeys(packed);
+    if (!keys.ok()) return keys.status();
+    for (const ContentKey& key : *keys) {
+      if (!replicas_.End(key, replicated.stage_id(), worker->id, ok)) {
+        return absl::FailedPreconditionError("tells of a copy that nobody asked for");
+      }
+      ++(ok ? context_->stats.replicas_made : context_->stats.replicas_failed);
+      for (const auto& [id, pipeline] : pipelines_) {
+        for (StageSlot& slot : pipeline->slots) {
+          if (slot.stage_id == replicated.stage_id() && slot.copying.buddy == worker->id) {
+            slot.copying.num_coming -= slot.copying.num_coming > 0;
+          }
+        }
+      }
+    }
+    return absl::OkStatus();
+  };
+  absl::Status sound = end(replicated.keys(), true);
+  if (sound.ok()) sound = end(replicated.failed(), false);
+  context_->stats.replicated_bytes += replicated.fetched_bytes();
+  if (!sound.ok()) Evict(worker->id, sound, now_us);
+}
+
+void Cluster::SetRestores(const Pipeline& pipeline, StageSlot* slot, v1::ActivateStage* activate) {
+  if (!replicas_.any()) return;
+  // Of what it may hold at most so much is its own already.
+  const uint64_t block_bytes = slot->layers.size() * context_->model.block_bytes;
+  uint64_t room = slot->cache_bytes / block_bytes;
+  for (const auto& [id, holding] : slot->may_hold) {
+    room -= std::min<uint64_t>(room, (holding.planned + kBlock - 1) / kBlock);
+  }
+  uint64_t tokens = 0;
+  std::set<ContentKey> counted;
+  for (const auto& [id, sequence] : journal_->waiting()) {
+    const bool was_here =
+        sequence->last_pipeline == pipeline.id || !pipelines_.contains(sequence->last_pipeline);
+    if (!sequence->was_placed || !was_here || slot->may_hold.contains(id)) continue;
+    std::vector<ContentKey> keys;
+    std::vector<Replicas::Part> parts;
+    uint64_t blocks = 0;
+    for (uint32_t b = 0; b < sequence->rows_settled() / kBlock; ++b) {
+      const std::optional<ContentKey> key = pipeline.scheduler.KeyIfKnown(sequence, b);
+      if (!key) break;
+      std::vector<Replicas::Part> found = replicas_.Find(*key, slot->layers);
+      if (found.empty() || (!parts.empty() && found != parts)) break;
+      const bool is_new = !counted.contains(*key);
+      if (blocks + is_new > room) break;
+      blocks += is_new;
+      parts = std::move(found);
+      keys.push_back(*key);
+    }
+    const auto rows = static_cast<uint32_t>(keys.size()) * kBlock;
+    if (rows == 0 || tokens + rows > kMaxRestoredTokens) continue;
+    tokens += rows;
+    room -= blocks;
+    counted.insert(keys.begin(), keys.end());
+    v1::FetchRows* restore = activate->add_restores();
+    restore->set_stage_id(slot->stage_id);
+    ToWire(pipeline.epoch, restore->mutable_epoch());
+    restore->set_sequence_id(id.value);
+    ToWire(journal_->NextPlacement(), restore->mutable_placement());
+    restore->set_end_row(rows);
+    restore->mutable_tokens()->mutable_ids()->Add(sequence->tokens.begin(),
+                                                  sequence->tokens.begin() + rows);
+    *restore->mutable_keys() = Pack(keys);
+    restore->set_is_last(true);
+    for (const Replicas::Part& part : parts) {
+      v1::RowsSource* source = restore->add_sources();
+      source->set_layer_begin(part.layers.begin);
+      source->set_layer_end(part.layers.end);
+      source->set_data_address(workers_.at(part.worker).data_address);
+      source->set_secret(ReplicaSecret(0, part.worker.value));
+    }
+    AddHolding(id, {rows, rows, static_cast<uint32_t>(keys.size())}, &slot->may_hold);
+    context_->stats.restored_rows += rows;
+  }
+  activate->set_restore_timeout_ms(
+      static_cast<uint32_t>(context_->options.restore_timeout_us / 1000));
+}
+
+uint32_t Cluster::ProtectedRows(const Pipeline& pipeline, const Residency& residency) const {
+  // What was there once is there, unless a copy was lost since.
+  if (residency.losses_seen != replicas_.losses()) {
+    residency.losses_seen = replicas_.losses();
+    residency.protected_blocks = 0;
+  }
+  uint32_t& block = residency.protected_blocks;
+  const auto& path = residency.prefix.path;
+  for (; block < path.size(); ++block) {
+    const bool safe =
+        std::all_of(pipeline.slots.begin(), pipeline.slots.end(), [&](const StageSlot& slot) {
+          return !replicas_.Find(path[block]->key, slot.layers).empty();
+        });
+    if (!safe) break;
+  }
+  return block * kBlock;
+}
+
+bool Cluster::IsProtected(const Pipeline& pipeline, const Residency& residency) const {
+  return residency.rows.next() <= ProtectedRows(pipeline, residency) + 2 * kBlock - 1;
+}
+
+void Cluster::CountProtected(uint64_t now_us) {
+  const uint64_t passed_us = now_us - std::min(now_us, std::exchange(counted_us_, now_us));
+  if (!replicas_.any() || passed_us == 0) return;
+  for (const auto& [id, pipeline] : pipelines_) {
+    if (!pipeline->scheduler.started()) continue;
+    for (const auto& [sequence_id, residency] : pipeline->scheduler.residents()) {
+      if (residency->role != Residency::Role::kHome || residency->sequence->generated() == 0) {
+        continue;
+      }
+      context_->stats.decoding_us += passed_us;
+      if (IsProtected(*pipeline, *residency)) context_->stats.protected_us += passed_us;
+    }
+  }
+}
+
+}  // namespace strait
