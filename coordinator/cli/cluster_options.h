@@ -30,7 +30,9 @@ struct LocalClusterOptions {
   std::string worker_memory;          // as strait-worker --memory; empty: free memory shared out
   std::vector<std::string> api_keys;  // that clients need one of; empty: none is needed
   std::string operator_key_file;      // empty: one is made, and removed at the end
-  std::string log_dir;                // empty: a new folder under the temporary one
+  bool expects_deaths =
+      false;  // of workers, once it has served: none is too many, and none delays a restart
+  std::string log_dir;                        // empty: a new folder under the temporary one
   std::vector<std::string> coordinator_args;  // more flags, passed on as they are
   std::vector<std::string> worker_args;
 

@@ -32,6 +32,7 @@ void AddMigrate(CLI::App& app, Run* run);
 void AddScale(CLI::App& app, Run* run);
 void AddBench(CLI::App& app, Run* run);
 void AddEval(CLI::App& app, Run* run);
+void AddStress(CLI::App& app, Run* run);
 
 // ---- What several verbs share ----
 

@@ -85,21 +85,32 @@ absl::StatusOr<Url> ParseUrl(std::string_view text) {
   return url;
 }
 
+namespace {
+
+// A text member of an error body, OpenAI's {"error": {…}} or what is in that; empty: there is none.
+std::string ErrorMember(const std::string& body, std::string_view key) {
+  const auto parsed = json::Parse(body, "reply");
+  if (!parsed.ok() || !parsed->is_object()) return "";
+  const json::Object* error = &parsed->get_object();
+  if (const json::Value* inner = json::Find(*error, "error"); inner && inner->is_object()) {
+    error = &inner->get_object();
+  }
+  const json::Value* value = json::Find(*error, key);
+  return value && value->is_string() ? std::string(json::View(value->get_string())) : "";
+}
+
+}  // namespace
+
 std::string HttpReply::ErrorText() const {
   constexpr size_t kShown = 300;
-  std::string text;
-  if (auto parsed = json::Parse(body, "reply"); parsed.ok() && parsed->is_object()) {
-    const json::Object* error = &parsed->get_object();
-    if (const json::Value* inner = json::Find(*error, "error"); inner && inner->is_object()) {
-      error = &inner->get_object();
-    }
-    if (const json::Value* message = json::Find(*error, "message");
-        message && message->is_string()) {
-      text = std::string(json::View(message->get_string()));
-    }
-  }
+  std::string text = ErrorMember(body, "message");
   if (text.empty()) text = body.substr(0, kShown);
   return absl::StrCat("HTTP ", status, text.empty() ? "" : ": ", text);
+}
+
+std::string HttpReply::ErrorCode() const {
+  const std::string code = ErrorMember(body, "code");
+  return code.empty() ? absl::StrCat("HTTP ", status) : code;
 }
 
 // ---------------------------------------------------------------- server-sent events

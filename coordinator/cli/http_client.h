@@ -48,6 +48,8 @@ struct HttpReply {
 
   // The message of an OpenAI error body, or the start of the body, or the status alone.
   std::string ErrorText() const;
+  // The code of an OpenAI error body; where it has none, "HTTP 503".
+  std::string ErrorCode() const;
 };
 
 // Splits a byte stream into server-sent events, wherever the network cut it.

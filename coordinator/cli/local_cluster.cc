@@ -165,7 +165,8 @@ absl::Status LocalCluster::OnExit(Process& process, int wait_status) {
   }
   const auto lived =
       std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - process.started);
-  process.rapid_deaths = lived.count() < kHealthyAfterMs ? process.rapid_deaths + 1 : 1;
+  const bool rapid = lived.count() < kHealthyAfterMs && !(was_ready_ && options_.expects_deaths);
+  process.rapid_deaths = rapid ? process.rapid_deaths + 1 : 1;
   if (process.rapid_deaths >= kMaxRapidDeaths && !was_ready_) {
     failed_ = true;
     return Death(process, absl::StrCat(how, ", ", process.rapid_deaths, " times in a row"));

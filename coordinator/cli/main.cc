@@ -191,6 +191,7 @@ int main(int argc, char** argv) {
   strait::cli::AddScale(app, &run);
   strait::cli::AddBench(app, &run);
   strait::cli::AddEval(app, &run);
+  strait::cli::AddStress(app, &run);
   CLI11_PARSE(app, argc, argv);
   return run();
 }

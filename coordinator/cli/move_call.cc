@@ -27,14 +27,6 @@ std::string Fixed(double value, int digits) {
   return text;
 }
 
-// {"error":{"message", "code", …}}
-void ReadError(const json::Object& object, std::string* code, std::string* message) {
-  const json::Value* error = json::Find(object, "error");
-  if (error == nullptr || !error->is_object()) return;
-  *code = Text(error->get_object(), "code");
-  *message = Text(error->get_object(), "message");
-}
-
 std::string BodyOf(const MoveRequest& request) {
   json::Object body;
   body["sequence"] = request.sequence;
@@ -63,7 +55,10 @@ absl::StatusOr<MoveLine> ParseMoveLine(std::string_view line) {
   report.recomputed_rows = Count(*object, "recomputed_rows");
   report.pause_ms = Number(*object, "pause_ms");
   report.total_ms = Number(*object, "total_ms");
-  ReadError(*object, &report.error_code, &report.error_message);
+  if (const json::Value* error = json::Find(*object, "error"); error && error->is_object()) {
+    report.error_code = Text(error->get_object(), "code");
+    report.error_message = Text(error->get_object(), "message");
+  }
   return report;
 }
 
@@ -92,10 +87,8 @@ absl::StatusOr<MoveOutcome> CallMigrate(HttpClient& client, const MoveRequest& r
       client.PostLines("/strait/migrate", BodyOf(request), timeout_ms, on_line));
   outcome.http_status = reply.status;
   if (reply.status != 200) {
-    if (auto parsed = json::Parse(reply.body, "reply"); parsed.ok() && parsed->is_object()) {
-      ReadError(parsed->get_object(), &outcome.code, &outcome.message);
-    }
-    if (outcome.message.empty()) outcome.message = reply.ErrorText();
+    outcome.code = reply.ErrorCode();
+    outcome.message = reply.ErrorText();
     return outcome;
   }
   if (!unreadable.ok()) return absl::InternalError(std::string(unreadable.message()));

@@ -49,8 +49,8 @@ struct MoveOutcome {
   bool done = false;
   MoveLine last;        // the last report; of a refused move: nothing
   int http_status = 0;  // 200 also of a move that failed under way
-  std::string
-      code;  // why it is not done: "no_room", "aborted" … ("" where the coordinator has no word for it)
+  // Why it is not done: "no_room", "aborted" …, or "HTTP 400"; and in words.
+  std::string code;
   std::string message;
 };
 

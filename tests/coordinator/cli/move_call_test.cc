@@ -103,7 +103,8 @@ TEST(MoveCallTest, AMoveIsDoneWhenItsLastLineSaysSo) {
       R"({"error":{"message":"no room","code":"no_room"}})");
   EXPECT_FALSE(outcome.done);
   EXPECT_EQ(outcome.http_status, 507);
-  EXPECT_EQ(outcome.message, "no room");
+  EXPECT_EQ(outcome.code, "no_room");
+  EXPECT_EQ(outcome.message, "HTTP 507: no room");
   EXPECT_TRUE(outcome.last.event.empty());
 }
 
