@@ -137,13 +137,14 @@ struct ContentKey {
 };
 
 // Of rows of one block outside the pool. Sealed: all kBlockTokens rows, and a content key. Else rows
-// of a tail: fewer, and no key.
+// without a key: a tail's, which are fewer, or any that go from one worker to another as part of a
+// sequence that both know: there nothing is looked up by its contents.
 struct BlockHeader {
   uint32_t magic = kBlockMagic;
   uint16_t version = kLatentBlockVersion;
   uint16_t header_bytes = 96;
   BlockOrigin origin;
-  ContentKey content_key;       // 0: a tail
+  ContentKey content_key;       // 0: not sealed
   uint32_t layer = 0;           // of the model
   uint32_t first_position = 0;  // of the first row; all rows are of one block
   uint32_t num_rows = 0;

@@ -31,6 +31,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "proto/base/ids.h"
+#include "proto/latent_block.h"
 #include "worker/block_copies.h"
 #include "worker/cache/cache_memory.h"
 #include "worker/hidden_buffer.h"
@@ -156,6 +157,14 @@ class StageModel {
   virtual uint64_t weight_bytes() const = 0;
 };
 
+// How the rows of the cache lie (proto/latent_block.h).
+struct RowShape {
+  RowFormat format = RowFormat::kFp32;
+  uint32_t rank = 0;
+  uint32_t rope = 0;
+  uint32_t row_bytes() const { return RowBytes(format, rank, rope); }
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
@@ -172,6 +181,7 @@ class Backend {
 
   virtual uint32_t hidden_row_bytes() const = 0;  // bytes of one token's hidden state on an edge
   virtual uint64_t block_bytes() const = 0;       // of a latent block of one layer
+  virtual RowShape row_shape() const = 0;         // of every layer
   virtual uint32_t num_layers() const = 0;        // of the whole model
   virtual uint32_t vocab_size() const = 0;
   virtual uint32_t max_positions() const = 0;  // context length

@@ -65,11 +65,9 @@ absl::Status CheckFields(absl::StatusCode code, const BlockHeader& h) {
       Equal(code, kBlock, "row_bytes", h.row_bytes, RowBytes(h.row_format, h.rank, h.rope)));
   STRAIT_RETURN_IF_ERROR(
       Equal(code, kBlock, "payload_bytes", h.payload_bytes, h.num_rows * h.row_bytes));
-  const bool sealed = h.num_rows == limits::kBlockTokens;
-  if (sealed == (h.content_key == ContentKey())) {
-    return absl::Status(
-        code, absl::StrCat(kBlock, ": content_key is ", sealed ? "" : "not ", "0 with ", h.num_rows,
-                           " rows: a full block has one, a tail has none"));
+  if (h.num_rows != limits::kBlockTokens && h.content_key != ContentKey()) {
+    return absl::Status(code, absl::StrCat(kBlock, ": content_key is not 0 with ", h.num_rows,
+                                           " rows: only a full block has one"));
   }
   return absl::OkStatus();
 }

@@ -263,7 +263,6 @@ const std::vector<Wrong>& WrongBlocks() {
       {"version", [](BlockHeader* h) { h->version = 2; }, absl::StatusCode::kFailedPrecondition},
       {"version", [](BlockHeader* h) { h->version = 0; }, absl::StatusCode::kFailedPrecondition},
       {"header_bytes", [](BlockHeader* h) { h->header_bytes = 112; }},
-      {"content_key", [](BlockHeader* h) { h->content_key = {}; }},
       {"layer", [](BlockHeader* h) { h->layer = 1024; }},
       {"layer", [](BlockHeader* h) { h->layer = ~0u; }},
       {"first_position", [](BlockHeader* h) { h->first_position = 1u << 22; }},
@@ -309,6 +308,14 @@ TEST(LatentBlockTest, AnImpossibleBlockIsRefusedByItsField) {
   tail.content_key.high = 1;
   const absl::Status status = EncodeBlockHeader(tail, absl::MakeSpan(Bytes(96).data(), 96));
   EXPECT_THAT(status.message(), HasSubstr("content_key is not 0"));
+}
+
+TEST(LatentBlockTest, AFullBlockMayGoWithoutAKey) {
+  BlockHeader h = Sealed();
+  h.content_key = {};
+  Bytes bytes(kBlockHeaderBytes);
+  EXPECT_TRUE(EncodeBlockHeader(h, absl::MakeSpan(bytes)).ok());
+  EXPECT_TRUE(DecodeBlockHeader(bytes).ok());
 }
 
 TEST(LatentBlockTest, OneBitOfDamageIsFound) {

@@ -41,6 +41,7 @@ class HashBackend : public Backend {
   NumberCache& cache() override { return cache_; }
   uint32_t hidden_row_bytes() const override { return sizeof(uint64_t); }
   uint64_t block_bytes() const override { return model_->block_bytes; }
+  RowShape row_shape() const override { return kHashRowShape; }
   uint32_t num_layers() const override {
     return static_cast<uint32_t>(model_->layer_weight_bytes.size());
   }

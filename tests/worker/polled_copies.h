@@ -32,6 +32,7 @@ inline constexpr uint32_t kHashRank = 2;
 inline constexpr uint32_t kHashRope = 2;
 inline constexpr uint32_t kHashRowBytes = RowBytes(kHashRowFormat, kHashRank, kHashRope);
 static_assert(kHashRowBytes == 2 * sizeof(uint64_t));
+inline constexpr RowShape kHashRowShape = {kHashRowFormat, kHashRank, kHashRope};
 
 inline uint64_t HashRowCheck(uint64_t value) {
   uint64_t x = (value ^ 0xC0FFEE) * 0x9E3779B97F4A7C15u;

@@ -18,7 +18,10 @@ HostTier::HostTier(uint32_t num_layers, BlockCopies* copies, HostBudget* budget)
       budget_(budget),
       slot_bytes_(size_t{num_layers} * limits::kBlockTokens * copies->row_bytes()) {}
 
-HostTier::~HostTier() { Clear(); }
+HostTier::~HostTier() {
+  STRAIT_CHECK(!busy(), "its copies are under way");
+  Clear({});
+}
 
 bool HostTier::TakeMemory(Slot* slot) {
   if (free_.empty()) {
@@ -137,30 +140,29 @@ void HostTier::Finish(const Task& task, bool ok, std::vector<End>* ends) {
   ends->push_back(std::move(end));
 }
 
-std::vector<HostTier::End> HostTier::Poll(uint64_t now_us) {
+std::vector<HostTier::End> HostTier::Poll(uint64_t now_us, absl::Span<const CopyEnd> copies) {
   std::vector<End> ends;
   if (was_copying_) copied_.us += now_us - std::min(now_us, last_poll_us_);
   last_poll_us_ = now_us;
-  if (num_begun_ > 0) {
-    for (const CopyEnd& end : copies_->Poll()) {
-      STRAIT_CHECK(num_begun_ > 0 && tasks_.front().copy == end.id, "a copy that nobody asked for");
-      const Task task = std::move(tasks_.front());
-      tasks_.pop_front();
-      --num_begun_;
-      copied_.bytes += end.status.ok() ? slot_bytes_ : 0;
-      Finish(task, end.status.ok(), &ends);
-    }
+  for (const CopyEnd& end : copies) {
+    // All of a model's copies end in the order of their ids.
+    if (num_begun_ == 0 || tasks_.front().copy != end.id) continue;
+    const Task task = std::move(tasks_.front());
+    tasks_.pop_front();
+    --num_begun_;
+    copied_.bytes += end.status.ok() ? slot_bytes_ : 0;
+    Finish(task, end.status.ok(), &ends);
   }
   Begin(&ends);
   was_copying_ = num_begun_ > 0;
   return ends;
 }
 
-std::vector<HostTier::End> HostTier::Clear() {
+std::vector<HostTier::End> HostTier::Clear(const std::function<std::vector<CopyEnd>()>& poll) {
   std::vector<End> all;
   slots_.clear();
   while (busy()) {
-    std::vector<End> ends = Poll(last_poll_us_);
+    std::vector<End> ends = Poll(last_poll_us_, num_begun_ > 0 ? poll() : std::vector<CopyEnd>());
     if (ends.empty() && busy()) std::this_thread::yield();
     all.insert(all.end(), std::make_move_iterator(ends.begin()),
                std::make_move_iterator(ends.end()));

@@ -4,7 +4,8 @@
 // steps, with a checksum, and brings them back if the checksum is still right.
 //
 // Owns:    the memory, taken lazily and given back with Clear; the copies under way.
-// Borrows: the model's BlockCopies, of which it alone calls Poll; the worker's HostBudget (null: no memory). Both outlive it.
+// Borrows: the model's BlockCopies, which others use, too, so what its Poll tells is handed in; the worker's HostBudget
+//          (null: no memory). Both outlive it.
 // Thread:  loop thread only.
 // Errors:  a copy that failed, memory that is not there, bytes that changed: the block is lost, and whoever
 //          asks for it is told.
@@ -17,6 +18,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <map>
 #include <memory>
 #include <vector>
@@ -42,7 +44,7 @@ inline constexpr size_t kTierPieceBytes = 64u << 20;
 class HostTier {
  public:
   HostTier(uint32_t num_layers, BlockCopies* copies, HostBudget* budget);
-  ~HostTier();
+  ~HostTier();  // REQUIRES: !busy()
   HostTier(const HostTier&) = delete;
   HostTier& operator=(const HostTier&) = delete;
 
@@ -65,6 +67,7 @@ class HostTier {
   void Abandon(const ContentKey& key, std::vector<BlockId> blocks);
   // Any copy is under way, or waits.
   bool busy() const { return !tasks_.empty(); }
+  size_t num_copies() const { return num_begun_; }
 
   // What has ended, in order.
   struct End {
@@ -73,9 +76,11 @@ class HostTier {
     bool ok = false;                 // of a return: the rows are there
     std::vector<BlockId> abandoned;  // the blocks, if they were
   };
-  std::vector<End> Poll(uint64_t now_us);
-  // Waits for all copies, then has no block any more. What Poll would have told.
-  std::vector<End> Clear();
+  // `copies`: what BlockCopies::Poll told; those of others are passed over.
+  std::vector<End> Poll(uint64_t now_us, absl::Span<const CopyEnd> copies);
+  // Waits for all of its copies, then has no block any more. What Poll would have told. `poll` calls
+  // BlockCopies::Poll.
+  std::vector<End> Clear(const std::function<std::vector<CopyEnd>()>& poll);
 
   // Since the last call.
   struct Copied {

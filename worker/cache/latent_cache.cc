@@ -86,6 +86,9 @@ LatentCache::~LatentCache() {
   CloseAll();
   for (const auto& [block, until] : kept_) pool_->Give(block);
   for (const BlockId block : pinned_) pool_->Give(block);
+  for (const auto& [block, copied] : in_copies_) {
+    if (copied.is_freed) pool_->Give(block);
+  }
 }
 
 BlockId LatentCache::Take() {
@@ -98,6 +101,11 @@ BlockId LatentCache::Take() {
 
 void LatentCache::Give(BlockId block) {
   --blocks_used_;
+  if (const auto copied = in_copies_.find(block); copied != in_copies_.end()) {
+    STRAIT_CHECK(!std::exchange(copied->second.is_freed, true), "a block is freed twice");
+    ++num_freed_in_copies_;
+    return;
+  }
   if (keep_until_ == StepId{}) return pool_->Give(block);
   STRAIT_CHECK(kept_.empty() || kept_.back().second <= keep_until_, "steps come in order");
   kept_.emplace_back(block, keep_until_);
@@ -203,6 +211,24 @@ void LatentCache::Unpin(absl::Span<const BlockId> blocks) {
   }
 }
 
+void LatentCache::BeginCopy(absl::Span<const BlockId> blocks) {
+  for (const BlockId block : blocks) ++in_copies_[block].num_copies;
+}
+
+void LatentCache::EndCopy(absl::Span<const BlockId> blocks) {
+  for (const BlockId block : blocks) {
+    const auto it = in_copies_.find(block);
+    STRAIT_CHECK(it != in_copies_.end(), "no copy uses the block");
+    if (--it->second.num_copies > 0) continue;
+    const bool is_freed = it->second.is_freed;
+    in_copies_.erase(it);
+    if (!is_freed) continue;
+    --num_freed_in_copies_;
+    ++blocks_used_;  // for the moment, so that it is freed as any other
+    Give(block);
+  }
+}
+
 void LatentCache::DropUnheldPrefixes() {
   for (auto it = prefixes_.begin(); it != prefixes_.end();) {
     if (it->second.holders > 0) {
@@ -257,7 +283,7 @@ void LatentCache::Cut(SequenceId id, uint32_t length) {
 }
 
 void LatentCache::Compact(BlockId end, std::vector<BlockMove>* moves) {
-  STRAIT_CHECK(kept_.empty() && pinned_.empty());
+  STRAIT_CHECK(kept_.empty() && pinned_.empty() && in_copies_.empty());
   const auto move = [&](BlockId* block) {
     if (*block < end) return;
     moves->push_back({*block, pool_->Take()});
@@ -290,7 +316,7 @@ void LatentCache::Compact(BlockId end, std::vector<BlockMove>* moves) {
 
 LatentCache::Layer LatentCache::GiveLayer(uint32_t layer) {
   STRAIT_CHECK(layer < num_layers_ && !given_[layer], "a layer is given once");
-  STRAIT_CHECK(kept_.empty() && pinned_.empty());
+  STRAIT_CHECK(kept_.empty() && pinned_.empty() && in_copies_.empty());
   Layer given;
   for (auto& [id, sequence] : sequences_) {
     blocks_used_ -= static_cast<uint32_t>(sequence.tables[layer].size() - sequence.prefix.size());
@@ -373,22 +399,32 @@ absl::Status LatentCache::CheckPrefixes(std::vector<bool>* seen, uint64_t* num_b
   return absl::OkStatus();
 }
 
+absl::Status LatentCache::CheckPinned(std::vector<bool>* seen) const {
+  const auto check = [&](BlockId block, const char* what) -> absl::Status {
+    if (!pool_->held(block) || (*seen)[block]) {
+      return absl::InternalError(
+          absl::StrCat("block ", block, " is ", what, " and not held, or twice"));
+    }
+    (*seen)[block] = true;
+    return absl::OkStatus();
+  };
+  for (const auto& [block, until] : kept_) STRAIT_RETURN_IF_ERROR(check(block, "kept"));
+  for (const BlockId block : pinned_) STRAIT_RETURN_IF_ERROR(check(block, "pinned"));
+  uint32_t num_freed = 0;
+  for (const auto& [block, copied] : in_copies_) {
+    if (!copied.is_freed) continue;
+    ++num_freed;
+    STRAIT_RETURN_IF_ERROR(check(block, "freed under a copy"));
+  }
+  if (num_freed == num_freed_in_copies_) return absl::OkStatus();
+  return absl::InternalError(
+      absl::StrCat(num_freed, " blocks are freed under copies, counted ", num_freed_in_copies_));
+}
+
 absl::Status LatentCache::CheckIntegrity() const {
   STRAIT_RETURN_IF_ERROR(pool_->CheckIntegrity());
   std::vector<bool> seen(pool_->size(), false);
-  for (const auto& [block, until] : kept_) {
-    if (!pool_->held(block) || seen[block]) {
-      return absl::InternalError(absl::StrCat("block ", block, " is kept and not held, or twice"));
-    }
-    seen[block] = true;
-  }
-  for (const BlockId block : pinned_) {
-    if (!pool_->held(block) || seen[block]) {
-      return absl::InternalError(
-          absl::StrCat("block ", block, " is pinned and not held, or twice"));
-    }
-    seen[block] = true;
-  }
+  STRAIT_RETURN_IF_ERROR(CheckPinned(&seen));
   uint64_t num_blocks = 0;
   for (const auto& [id, sequence] : sequences_) {
     for (uint32_t layer = 0; layer < num_layers_; ++layer) {

@@ -106,11 +106,20 @@ class LatentCache {
   // As DropPrefix, but its blocks, which a copy uses, are held and nobody's until Unpin gives them back.
   std::vector<BlockId> DropPinned(const ContentKey& key);
   void Unpin(absl::Span<const BlockId> blocks);
-  uint32_t num_pinned() const { return static_cast<uint32_t>(pinned_.size()); }
+  // Held and nobody's, since a copy uses them.
+  uint32_t num_pinned() const {
+    return static_cast<uint32_t>(pinned_.size()) + num_freed_in_copies_;
+  }
   // [num_layers]. REQUIRES: has_prefix.
   absl::Span<const BlockId> PrefixBlocks(const ContentKey& key) const {
     return prefixes_.at(key).blocks;
   }
+
+  // ---- Copies of rows, in any blocks ----
+  // Until EndCopy of as many, a block of these that is freed is held and nobody's, and free then.
+  void BeginCopy(absl::Span<const BlockId> blocks);
+  void EndCopy(absl::Span<const BlockId> blocks);
+  bool in_copies() const { return !in_copies_.empty(); }
 
   // Blocks that are freed from now on are other caches' when this step is done; 0: at once.
   void KeepFreed(StepId until) { keep_until_ = until; }
@@ -118,7 +127,7 @@ class LatentCache {
   void StepDone(StepId step);
 
   // Every block from `end` on is replaced by another; `moves` gets what the rows must follow. REQUIRES:
-  // the pool was narrowed to `end`; no step is under way, nor in the calls below.
+  // the pool was narrowed to `end`; no step and no copy is under way, nor in the calls below.
   void Compact(BlockId end, std::vector<BlockMove>* moves);
 
   // ---- To a successor on the same worker ----
@@ -145,13 +154,16 @@ class LatentCache {
   uint32_t blocks_used() const { return blocks_used_; }
   // That no other cache can have: also those that are kept until a step is done, and pinned ones.
   uint32_t blocks_taken() const {
-    return blocks_used_ + static_cast<uint32_t>(kept_.size() + pinned_.size());
+    return blocks_used_ + static_cast<uint32_t>(kept_.size()) + num_pinned();
   }
   // Each of these.
   template <class Visit>
   void ForBlocks(Visit visit) const {
     for (const auto& [block, until] : kept_) visit(block);
     for (const BlockId block : pinned_) visit(block);
+    for (const auto& [block, copied] : in_copies_) {
+      if (copied.is_freed) visit(block);
+    }
     for (const auto& [key, prefix] : prefixes_) {
       for (uint32_t layer = 0; layer < num_layers_; ++layer) {
         if (!given_[layer]) visit(prefix.blocks[layer]);
@@ -192,12 +204,19 @@ class LatentCache {
     uint32_t holders = 0;         // sequences that have it
   };
 
+  struct InCopy {
+    uint32_t num_copies = 0;
+    bool is_freed = false;
+  };
+
   BlockId Take();
   void Give(BlockId block);
   void Give(const Prefix& prefix);
   // Of all prefix blocks behind the first `num_left`, it is a holder no more.
   void LeavePrefix(Sequence* sequence, size_t num_left);
   absl::Status CheckPrefixes(std::vector<bool>* seen, uint64_t* num_blocks) const;
+  // Of blocks that are held and in no table.
+  absl::Status CheckPinned(std::vector<bool>* seen) const;
 
   const uint32_t num_layers_;
   BlockPool* const pool_;
@@ -206,9 +225,11 @@ class LatentCache {
   StepId keep_until_;
   std::vector<std::pair<BlockId, StepId>> kept_;  // by rising step
   std::set<BlockId> pinned_;                      // in no table, and used by copies
-  std::vector<bool> given_;                       // [num_layers]
-  std::map<ContentKey, Prefix> prefixes_;         // ordered, so that blocks are freed in one order
-  std::map<SequenceId, Sequence> sequences_;      // ordered: the digest goes by rising id
+  std::map<BlockId, InCopy> in_copies_;           // what BeginCopy said
+  uint32_t num_freed_in_copies_ = 0;
+  std::vector<bool> given_;                   // [num_layers]
+  std::map<ContentKey, Prefix> prefixes_;     // ordered, so that blocks are freed in one order
+  std::map<SequenceId, Sequence> sequences_;  // ordered: the digest goes by rising id
 };
 
 }  // namespace strait

@@ -108,8 +108,8 @@ void WorkerCore::OnLoaded(const LoadOrder& order,
                 {"layer_end", (*model)->spec().layers.end},
                 {"weight_bytes", (*model)->weight_bytes()},
                 {"cache_bytes", message.stage_state().cache_bytes()}});
-  hosted->stage =
-      std::make_unique<Stage>(id, *std::move(model), traits_, shares_.pool(), &host_budget_);
+  hosted->stage = std::make_unique<Stage>(id, *std::move(model), traits_, shares_.pool(),
+                                          &host_budget_, &share_);
   ports_->Tell(std::move(message));
 }
 
@@ -178,11 +178,12 @@ void WorkerCore::Settle() {
     if (!shares_.IsSettled(id) && hosted.stage->peak_blocks() <= shares_.BlocksOf(id)) {
       shares_.Settle(id);
     }
-    is_quiet = is_quiet && hosted.stage->num_begun() == 0 && !hosted.stage->CopiesRows();
+    is_quiet = is_quiet && hosted.stage->num_begun() == 0 && hosted.stage->IsQuiet();
     waits_for_quiet = waits_for_quiet || (shares_.IsSettled(id) && hosted.stage->NeedsSettling());
   }
   waits_for_quiet = waits_for_quiet || shares_.ShrinkIsDue();
   holds_steps_ = waits_for_quiet && !is_quiet;
+  share_.holds_copies = holds_steps_;
   if (holds_steps_) return;
   if (waits_for_quiet) {
     for (const auto& [id, hosted] : hosted_) {

@@ -78,6 +78,47 @@ v1::FromWorker MovedMessage(uint64_t stage_id, PipelineEpoch epoch, const HostMo
   return message;
 }
 
+namespace {
+
+void ToWire(PlacementEpoch placement, v1::PlacementEpoch* wire) {
+  wire->set_term(placement.term);
+  wire->set_counter(placement.counter);
+}
+
+}  // namespace
+
+v1::FromWorker FetchedMessage(uint64_t stage_id, PipelineEpoch epoch,
+                              const Importer::Fetched& fetched) {
+  v1::FromWorker message;
+  v1::RowsFetched& told = *message.mutable_rows_fetched();
+  told.set_stage_id(stage_id);
+  ToWire(epoch, told.mutable_epoch());
+  told.set_sequence_id(fetched.id.value);
+  ToWire(fetched.placement, told.mutable_placement());
+  told.set_rows(fetched.rows);
+  told.set_digest(fetched.digest);
+  told.set_fetched_bytes(fetched.bytes);
+  told.set_fetching_us(fetched.us);
+  told.set_refused_frames(fetched.refused_frames);
+  if (fetched.status.ok()) return message;
+  told.set_error_code(static_cast<uint32_t>(fetched.status.code()));
+  told.set_error_message(std::string(rpc::Bounded(fetched.status).message()));
+  return message;
+}
+
+v1::FromWorker ServedMessage(uint64_t stage_id, PipelineEpoch epoch,
+                             const Exporter::Served& served) {
+  v1::FromWorker message;
+  v1::RowsServed& told = *message.mutable_rows_served();
+  told.set_stage_id(stage_id);
+  ToWire(epoch, told.mutable_epoch());
+  told.set_sequence_id(served.id.value);
+  ToWire(served.placement, told.mutable_placement());
+  told.set_rows(served.rows);
+  told.set_digest(served.digest);
+  return message;
+}
+
 v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id) {
   v1::FromWorker message;
   v1::EdgeId& id = *message.mutable_edge_id();

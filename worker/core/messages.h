@@ -28,6 +28,10 @@ v1::FromWorker UnloadedMessage(uint64_t stage_id);
 // `error` not ok: the cache is as it was.
 v1::FromWorker ResizedMessage(uint64_t stage_id, uint64_t cache_bytes, const absl::Status& error);
 v1::FromWorker MovedMessage(uint64_t stage_id, PipelineEpoch epoch, const HostMoves& moves);
+v1::FromWorker FetchedMessage(uint64_t stage_id, PipelineEpoch epoch,
+                              const Importer::Fetched& fetched);
+v1::FromWorker ServedMessage(uint64_t stage_id, PipelineEpoch epoch,
+                             const Exporter::Served& served);
 v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id);
 // Answers a request of the coordinator that failed; `epoch` of an activation.
 // `edge`: what failed, if it was one; null otherwise.

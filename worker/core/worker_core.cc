@@ -70,6 +70,7 @@ void WorkerCore::OnDetached(uint64_t now_us) {
   for (auto it = hosted_.begin(); it != hosted_.end();) {
     it->second.resize_due = false;  // the next coordinator asks anew
     if (it->second.stage != nullptr) {
+      it->second.stage->EndTransfers();
       ++it;
       continue;
     }
@@ -100,6 +101,10 @@ void WorkerCore::OnMessage(v1::ToWorker message, uint64_t now_us) {
       return OnUnload(message.unload_stage().stage_id());
     case v1::ToWorker::kResizeCache:
       return OnResize(message.resize_cache());
+    case v1::ToWorker::kFetchRows:
+      return OnFetch(message.fetch_rows(), now_us);
+    case v1::ToWorker::kServeRows:
+      return OnServe(message.serve_rows());
     case v1::ToWorker::kShutdown:
       ports_->Note(
           LogLevel::kInfo, "the coordinator asks to stop",
@@ -374,10 +379,13 @@ void WorkerCore::PollCopies(uint64_t now_us) {
     if (hosted.stage == nullptr || !hosted.stage->CopiesRows()) continue;
     any = true;
     HostMoves moves;
-    hosted.stage->PollCopies(now_us, &moves);
-    if (!moves.empty()) ports_->Tell(MovedMessage(id, hosted.stage->epoch(), moves));
+    RowMoves rows;
+    hosted.stage->PollCopies(now_us, &moves, &rows);
+    TellMoves(id, hosted.stage->epoch(), moves, rows);
   }
-  if (any) Settle();
+  if (!any) return;
+  AskRows(now_us);
+  Settle();
 }
 
 void WorkerCore::DropStages() {
@@ -469,6 +477,7 @@ absl::Status WorkerCore::CheckIntegrity() const {
     });
     STRAIT_RETURN_IF_ERROR(twice);
   }
+  STRAIT_RETURN_IF_ERROR(CheckTransfers());
   if (held == shares_.pool().used()) return shares_.CheckIntegrity();
   return absl::InternalError(
       absl::StrCat("stages hold ", held, " latent blocks, the pool lent ", shares_.pool().used()));

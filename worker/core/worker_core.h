@@ -5,7 +5,7 @@
 // its transport come out.
 //
 // Owns:    the stages, and how they share the worker's cache.
-// Borrows: WorkerPorts, Transport, CacheMemory; they outlive it.
+// Borrows: WorkerPorts, Transport, CacheMemory, RowTransfer; they outlive it.
 // Thread:  loop thread only. No I/O, no clock of its own, no threads: the worker process
 //          (worker/service) and the simulator (tests/sim) run this same code.
 // Errors:  what the coordinator asks wrongly is answered by StageState FAILED or a StageReport with an
@@ -27,6 +27,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "proto/base/limits.h"
 #include "proto/base/log.h"
 #include "strait/v1/cluster.pb.h"
 #include "worker/backend.h"
@@ -43,6 +44,8 @@ struct WorkerCoreOptions {
   // How long stages stay without a coordinator.
   uint64_t orphan_timeout_us = 60'000'000;
   uint64_t host_cache_bytes = 0;  // of host memory, for its stages' tiers; 0: none
+  // Of rows that it asks other workers for at once; less where rows are tiny.
+  uint64_t transfer_frame_bytes = limits::kTransferFrameBytes;
 };
 
 // A stage to be loaded. Serials rise.
@@ -79,13 +82,10 @@ class WorkerCore {
   // `transfer` null: the worker neither gives nor takes rows.
   WorkerCore(WorkerCoreOptions options, const StageTraits& traits, CacheMemory* cache,
              Transport* transport, WorkerPorts* ports, RowTransfer* transfer = nullptr)
-      : options_(options),
-        traits_(traits),
-        transport_(transport),
-        transfer_(transfer),
-        ports_(ports),
-        shares_(cache) {
+      : options_(options), traits_(traits), transport_(transport), ports_(ports), shares_(cache) {
     host_budget_.limit_bytes = options.host_cache_bytes;
+    share_.transfer = transfer;
+    share_.frame_bytes = options.transfer_frame_bytes;
   }
 
   // ---- The coordinator ----
@@ -107,7 +107,7 @@ class WorkerCore {
   void OnHidden(uint64_t to_stage_id, HiddenStep hidden, uint64_t now_us);
   void OnSampled(uint64_t to_stage_id, SampledStep sampled);
 
-  // ---- Rows between workers ----
+  // ---- Rows between workers. REQUIRES: there is a RowTransfer ----
   void OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us);
   void OnAsk(PeerAskId id, const RowsAsk& ask, uint64_t now_us);
   void OnServed(PeerAskId id, const std::vector<BlockHeader>& pieces, uint64_t now_us);
@@ -123,8 +123,8 @@ class WorkerCore {
   // Waits for the oldest step begun, hands on what it made, reports. REQUIRES: one is begun.
   void FinishStep(uint64_t stage_id, const Clock& clock);
 
-  // ---- Copies to and from host memory ----
-  // Any is under way: PollCopies is to be called every millisecond or so.
+  // ---- Copies of rows, to and from host memory and other workers ----
+  // Any is under way, or is to be asked for: PollCopies is to be called every millisecond or so.
   bool CopiesRows() const;
   void PollCopies(uint64_t now_us);
 
@@ -186,6 +186,14 @@ class WorkerCore {
   void Settle();
   void OnPlan(v1::StepPlan plan, uint64_t now_us);
 
+  void OnFetch(const v1::FetchRows& fetch, uint64_t now_us);
+  void OnServe(const v1::ServeRows& serve);
+  // Of all stages: first for sequences that stand still.
+  void AskRows(uint64_t now_us);
+  void TellMoves(uint64_t stage_id, PipelineEpoch epoch, const HostMoves& moves,
+                 const RowMoves& rows);
+  absl::Status CheckTransfers() const;
+
   void Enter(uint64_t stage_id, Hosted& hosted, const v1::ActivateStage& activate);
   void SetIncoming(uint64_t stage_id, Hosted& hosted, const std::optional<Edge>& next);
   // Whether there is none: of one, on_edge_up tells that the receiver answered in this epoch.
@@ -205,7 +213,6 @@ class WorkerCore {
   const WorkerCoreOptions options_;
   const StageTraits traits_;
   Transport* const transport_;
-  [[maybe_unused]] RowTransfer* const transfer_;
   WorkerPorts* const ports_;
 
   bool attached_ = false;
@@ -215,6 +222,8 @@ class WorkerCore {
   uint64_t last_serial_ = 0;
   CacheShares shares_;
   HostBudget host_budget_;
+  TransferShare share_;
+  uint64_t last_asked_ = 0;  // stage whose asks went first
   std::map<uint64_t, Hosted> hosted_;
   std::vector<v1::FromWorker> told_when_settled_;
   bool holds_steps_ = false;  // none begins: the cache is about to become smaller

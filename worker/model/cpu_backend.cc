@@ -300,6 +300,9 @@ const ModelConfig& CpuBackend::config() const { return shared_->config(); }
 uint64_t CpuBackend::block_bytes() const {
   return static_cast<uint64_t>(shared_->layout.block_bytes);
 }
+RowShape CpuBackend::row_shape() const {
+  return {shared_->options.row_format, config().kv_lora_rank, config().qk_rope_head_dim};
+}
 uint64_t CpuBackend::memory_bytes() const { return shared_->budget->total(); }
 
 std::string CpuBackend::numerics_id() const {

@@ -51,6 +51,7 @@ class CpuBackend final : public Backend {
   uint32_t vocab_size() const override;
   uint32_t max_positions() const override;
   uint64_t block_bytes() const override;
+  RowShape row_shape() const override;
   std::string numerics_id() const override;
 
   const ModelConfig& config() const;

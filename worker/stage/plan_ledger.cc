@@ -55,7 +55,7 @@ absl::StatusOr<PlanLedger::CheckedPlan> PlanLedger::Check(v1::StepPlan plan) con
     STRAIT_RETURN_IF_ERROR(
         CheckCount("sequences", plan.sequences_size(), limits::kMaxStepSequences));
     checked.blocks_after = blocks_;
-    checked.sequences_after = static_cast<uint32_t>(sequences_.size());
+    checked.sequences_after = static_cast<uint32_t>(sequences_.size() + imports_.size());
     for (const v1::CacheOp& op : plan.cache_ops()) {
       STRAIT_RETURN_IF_ERROR(CheckOp(op, &checked));
     }
@@ -64,7 +64,10 @@ absl::StatusOr<PlanLedger::CheckedPlan> PlanLedger::Check(v1::StepPlan plan) con
           "it is the first of its epoch and opens or closes ", checked.num_left_named, " of the ",
           left_.size(), " sequences that are left from before, and must do so with all"));
     }
-    if (next_step_.value == 1) prefixes_.DropUnheld(&checked.prefixes);
+    if (next_step_.value == 1) {
+      prefixes_.DropUnheld(&checked.prefixes);
+      checked.frees_blocks = true;
+    }
     checked.blocks_after +=
         static_cast<uint64_t>(checked.prefixes.num_prefixes) * shape_.num_layers;
     for (const v1::SequenceStep& step : plan.sequences()) {
@@ -111,7 +114,8 @@ absl::Status PlanLedger::CheckOp(const v1::CacheOp& op, CheckedPlan* checked) co
     case v1::CacheOp::kReturnPrefix:
     case v1::CacheOp::kForgetPrefix:
       return CheckMove(op, checked);
-    case v1::CacheOp::kImport:  // not yet
+    case v1::CacheOp::kImport:
+      return annotate("import", op.import().sequence_id(), CheckImport(op.import(), checked));
     case v1::CacheOp::OP_NOT_SET:
       break;
   }
@@ -174,8 +178,7 @@ absl::Status PlanLedger::CheckDrop(const v1::DropPrefix& drop, CheckedPlan* chec
   STRAIT_ASSIGN_OR_RETURN(std::vector<ContentKey> keys, ParseContentKeys(drop.keys()));
   STRAIT_RETURN_IF_ERROR(prefixes_.Drop(keys, &checked->prefixes));
   // A copy of one may be under way: what takes its place must wait for its end.
-  checked->moves_prefixes =
-      checked->moves_prefixes || (prefixes_.has_host() && next_step_.value > 1);
+  checked->applies_early = checked->applies_early || (prefixes_.has_host() && next_step_.value > 1);
   checked->keys.push_back(std::move(keys));
   return absl::OkStatus();
 }
@@ -195,17 +198,9 @@ absl::Status PlanLedger::CheckMove(const v1::CacheOp& op, CheckedPlan* checked) 
     STRAIT_RETURN_IF_ERROR(prefixes_.Offload(keys, &checked->prefixes));
   } else {
     STRAIT_RETURN_IF_ERROR(prefixes_.Return(keys, &checked->prefixes));
-    // They take blocks at once, before what follows in the plan gives any back.
-    const uint64_t blocks =
-        checked->blocks_after +
-        static_cast<uint64_t>(checked->prefixes.num_prefixes) * shape_.num_layers;
-    if (blocks > shape_.pool_blocks) {
-      return absl::ResourceExhaustedError(absl::StrCat("return: with them ", blocks,
-                                                       " latent blocks are held, the stage has ",
-                                                       shape_.pool_blocks));
-    }
+    STRAIT_RETURN_IF_ERROR(CheckRoom("return", *checked));
   }
-  checked->moves_prefixes = checked->moves_prefixes || !op.has_forget_prefix();
+  checked->applies_early = checked->applies_early || !op.has_forget_prefix();
   checked->keys.push_back(std::move(keys));
   return absl::OkStatus();
 }
@@ -242,6 +237,7 @@ absl::Status PlanLedger::CheckOpen(const v1::OpenSequence& open, CheckedPlan* ch
     return absl::InvalidArgumentError(absl::StrCat("prompt_tokens is ", open.prompt_tokens(),
                                                    ", it must be 1 to ", shape_.max_positions));
   }
+  STRAIT_ASSIGN_OR_RETURN(const uint32_t imported, CheckImported(open, checked));
   STRAIT_RETURN_IF_ERROR(CheckCount("resident sequences", uint64_t{checked->sequences_after} + 1,
                                     limits::kMaxSequencesResident));
   const std::optional<Left> left = FindLeft(*checked, id);
@@ -257,16 +253,23 @@ absl::Status PlanLedger::CheckOpen(const v1::OpenSequence& open, CheckedPlan* ch
     ++checked->num_left_named;
   }
   STRAIT_ASSIGN_OR_RETURN(const uint32_t begun, CheckPrefix(open, checked));
-  checked->blocks_after += OwnBlocks(kept, kept_blocks);
-  checked->changes[id] = Sequence{.length = kept + begun};
+  checked->blocks_after += OwnBlocks(kept, kept_blocks) + OwnBlocks(imported, 0);
+  checked->changes[id] = Sequence{.length = kept + begun + imported};
   ++checked->sequences_after;
   return absl::OkStatus();
 }
 
 absl::Status PlanLedger::CheckClose(const v1::CloseSequence& close, CheckedPlan* checked) const {
   const SequenceId id{close.sequence_id()};
+  checked->frees_blocks = true;
   const Sequence* sequence = Find(*checked, id);
   const std::optional<Left> left = FindLeft(*checked, id);
+  if (const Import* const import = FindImport(*checked, id)) {
+    checked->blocks_after -= OwnBlocks(import->rows, 0);
+    --checked->sequences_after;
+    checked->import_changes[id] = std::nullopt;
+    return absl::OkStatus();
+  }
   if (sequence == nullptr && !left && next_step_.value != 1) {
     return absl::FailedPreconditionError(
         absl::StrCat("close of sequence ", id.value, ": it is not resident"));
@@ -438,10 +441,17 @@ void PlanLedger::Commit(const CheckedPlan& checked) {
       sequences_.erase(id);
     }
   }
+  for (const auto& [id, change] : checked.import_changes) {
+    if (change) {
+      imports_[id] = *change;
+    } else {
+      imports_.erase(id);
+    }
+  }
   prefixes_.Commit(checked.prefixes);
   blocks_ = checked.blocks_after;
   left_.clear();
-  STRAIT_CHECK(sequences_.size() == checked.sequences_after);
+  STRAIT_CHECK(sequences_.size() + imports_.size() == checked.sequences_after);
   ++next_step_.value;
 }
 

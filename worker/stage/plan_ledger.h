@@ -7,7 +7,8 @@
 // Thread:  loop thread only.
 // Errors:  Check names step, sequence and number: InvalidArgument (malformed), FailedPrecondition
 //          (gap in steps, sequence unknown or resident twice, positions that do not follow, a
-//          grant that this stage cannot follow, rows or prefix blocks that it does not have),
+//          grant that this stage cannot follow, rows or prefix blocks that it does not have, an
+//          import that is resident or of another placement),
 //          ResourceExhausted (a limit, blocks). It changes nothing.
 // Limits:  proto/base/limits.h: kMaxStepTokens, kMaxStepSequences, kMaxCacheOps, kMaxTopLogprobs,
 //          kMaxSequencesResident, kMaxPositionEmbeddings (tokens of prefix blocks); the pool.
@@ -57,6 +58,18 @@ class PlanLedger {
     std::optional<StepId> sampled_by;  // the step that samples its token at position `length`
   };
 
+  // A sequence that another pipeline still has, and for whose rows there are blocks.
+  struct Import {
+    PlacementEpoch placement;
+    uint32_t rows = 0;
+  };
+  // An import that a plan opens with these rows: they must have been fetched.
+  struct OpenedImport {
+    SequenceId id;
+    PlacementEpoch placement;
+    uint32_t rows = 0;
+  };
+
   // A plan that passed, and what it changes.
   struct CheckedPlan {
     v1::StepPlan plan;
@@ -69,14 +82,20 @@ class PlanLedger {
     std::vector<std::vector<ContentKey>> keys;
     PrefixLedger::Change prefixes;
     uint64_t num_prefix_tokens = 0;
-    bool moves_prefixes = false;  // it has operations of the host tier that copy
+    // It has operations that copies wait for: they are applied before its step begins.
+    bool applies_early = false;
+    // It gives blocks back. So it does, too, while a copy may use them.
+    bool frees_blocks = false;
     // Absent value: closed.
     absl::flat_hash_map<SequenceId, std::optional<Sequence>> changes;
+    // Absent value: opened or closed.
+    absl::flat_hash_map<SequenceId, std::optional<Import>> import_changes;
+    std::vector<OpenedImport> opened_imports;
     size_t num_left_named = 0;  // of those that an earlier epoch left
     uint64_t blocks_after = 0;
-    uint32_t sequences_after = 0;
-    uint64_t num_planned = 0;   // rows of all its sequences
-    uint32_t least_stages = 0;  // of its sequences so far
+    uint32_t sequences_after = 0;  // resident or imported
+    uint64_t num_planned = 0;      // rows of all its sequences
+    uint32_t least_stages = 0;     // of its sequences so far
   };
 
   // REQUIRES: the caller checked stage_id and epoch.
@@ -87,6 +106,8 @@ class PlanLedger {
   // Of all plans committed; before the first one of an epoch, of what the earlier one left.
   uint64_t blocks() const { return blocks_; }
   PrefixLedger& prefixes() { return prefixes_; }
+  // Null: there is no such import.
+  const Import* FindImport(SequenceId id) const;
   void SetPoolBlocks(uint32_t pool_blocks) { shape_.pool_blocks = pool_blocks; }
 
   StepId next_step() const { return next_step_; }
@@ -95,12 +116,19 @@ class PlanLedger {
   const Sequence* Find(const CheckedPlan& checked, SequenceId id) const;
   // Rows that an earlier epoch left of it, if the plan is the epoch's first and has not named it.
   std::optional<Left> FindLeft(const CheckedPlan& checked, SequenceId id) const;
+  const Import* FindImport(const CheckedPlan& checked, SequenceId id) const;
   absl::StatusOr<uint32_t> CheckKept(const v1::OpenSequence& open, const Left& left) const;
   // How many rows it begins with.
   absl::StatusOr<uint32_t> CheckPrefix(const v1::OpenSequence& open, CheckedPlan* checked) const;
   absl::Status CheckKeep(const v1::KeepPrefix& keep, CheckedPlan* checked) const;
   absl::Status CheckDrop(const v1::DropPrefix& drop, CheckedPlan* checked) const;
   absl::Status CheckMove(const v1::CacheOp& op, CheckedPlan* checked) const;
+  absl::Status CheckImport(const v1::ImportSequence& import, CheckedPlan* checked) const;
+  // What the plan has so far fits: an operation takes blocks at once, before what follows in the plan
+  // gives any back.
+  absl::Status CheckRoom(const char* what, const CheckedPlan& checked) const;
+  // How many rows it begins with that were imported.
+  absl::StatusOr<uint32_t> CheckImported(const v1::OpenSequence& open, CheckedPlan* checked) const;
   absl::Status CheckOp(const v1::CacheOp& op, CheckedPlan* checked) const;
   // Latent blocks of `length` rows behind so many prefix blocks.
   uint64_t OwnBlocks(uint32_t length, size_t prefix_blocks) const;
@@ -120,6 +148,7 @@ class PlanLedger {
   StepId next_step_{1};
   uint64_t blocks_ = 0;
   absl::flat_hash_map<SequenceId, Sequence> sequences_;
+  absl::flat_hash_map<SequenceId, Import> imports_;
   LeftMap left_;  // empty after the first plan
   PrefixLedger prefixes_;
 };

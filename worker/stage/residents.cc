@@ -2,6 +2,7 @@
 #include "worker/stage/residents.h"
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -41,10 +42,39 @@ void Residents::Open(const v1::OpenSequence& open, SamplingParams sampling, uint
 }
 
 void Residents::Close(SequenceId id) {
-  if (residents_.erase(id) + left_.erase(id) > 0) cache_.Close(id);
+  if (residents_.erase(id) + left_.erase(id) + imports_.erase(id) > 0) cache_.Close(id);
+}
+
+void Residents::Import(SequenceId id, uint32_t rows) {
+  STRAIT_CHECK(!residents_.contains(id) && !left_.contains(id), "an import is resident");
+  if (imports_.insert(id).second) cache_.Open(id);
+  cache_.Grow(id, rows);
+}
+
+void Residents::OpenImport(const v1::OpenSequence& open, SamplingParams sampling,
+                           std::vector<TokenId> tokens) {
+  const SequenceId id{open.sequence_id()};
+  STRAIT_CHECK(imports_.erase(id) == 1, "it is not imported");
+  auto resident = std::make_shared<Resident>();
+  resident->finished = static_cast<uint32_t>(tokens.size());
+  resident->tokens = std::move(tokens);
+  resident->prompt_tokens = open.prompt_tokens();
+  resident->sampling = std::move(sampling);
+  cache_.Cut(id, resident->finished);
+  STRAIT_CHECK(residents_.emplace(id, std::move(resident)).second, "it is resident already");
+}
+
+std::optional<uint32_t> Residents::FinishedRows(SequenceId id) const {
+  if (const std::shared_ptr<Resident> resident = Find(id)) return resident->finished;
+  const auto left = left_.find(id);
+  if (left == left_.end()) return std::nullopt;
+  return left->second->finished;
 }
 
 void Residents::Leave() {
+  // By rising id, so that blocks are freed in one order.
+  const std::set<SequenceId> imports(imports_.begin(), imports_.end());
+  for (const SequenceId id : imports) Close(id);
   for (auto& [id, resident] : residents_) {
     // A step that holds it on is over; it must not see the cut.
     STRAIT_CHECK(resident->finished <= resident->tokens.size());
@@ -80,10 +110,15 @@ void Residents::AdoptLeft(SequenceId id, absl::Span<const TokenId> tokens,
 
 absl::Status Residents::CheckIntegrity(bool computed) const {
   STRAIT_RETURN_IF_ERROR(cache_.CheckIntegrity());
-  if (residents_.size() + left_.size() != cache_.num_sequences()) {
+  if (residents_.size() + left_.size() + imports_.size() != cache_.num_sequences()) {
     return absl::InternalError(absl::StrCat(residents_.size(), " residents, ", left_.size(),
-                                            " left, ", cache_.num_sequences(),
-                                            " with page tables"));
+                                            " left, ", imports_.size(), " imports, ",
+                                            cache_.num_sequences(), " with page tables"));
+  }
+  for (const SequenceId id : imports_) {
+    if (!cache_.resident(id)) {
+      return absl::InternalError(absl::StrCat("import ", id.value, " has no page tables"));
+    }
   }
   for (const Map* map : {&residents_, &left_}) {
     if (!computed && map == &residents_) continue;  // tokens that never came to rows

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Residents are the sequences that a stage has rows of: those of its epoch, and those that an earlier
-// one left and of which nobody has said yet what becomes of them.
+// Residents are the sequences that a stage has rows of: those of its epoch, those that an earlier
+// one left and of which nobody has said yet what becomes of them, and imports: those that another
+// pipeline still has, and for whose rows there are blocks.
 //
 // Owns:    what the stage knows of each (token ids, sampling) and its latent blocks.
 // Thread:  loop thread only.
@@ -12,9 +13,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "proto/base/ids.h"
 #include "strait/v1/cluster.pb.h"
@@ -54,10 +57,23 @@ class Residents {
   // more than what is left; LatentCache::Cut, Open.
   void Open(const v1::OpenSequence& open, SamplingParams sampling, uint32_t kept_rows,
             absl::Span<const ContentKey> prefix);
-  // Its blocks are free afterwards, whether it is resident or left; else nothing.
+  // Its blocks are free afterwards, whether it is resident, left or an import; else nothing.
   void Close(SequenceId id);
-  // The epoch is over: what is resident is left, with its finished rows. REQUIRES: no step is begun.
+  // The epoch is over: what is resident is left, with its finished rows, and imports are closed.
+  // REQUIRES: no step is begun.
   void Leave();
+
+  // It is an import with blocks for so many rows. REQUIRES: neither resident nor left; no fewer rows
+  // than before.
+  void Import(SequenceId id, uint32_t rows);
+  // An import becomes resident with the rows of these tokens, all finished. REQUIRES: it has blocks
+  // for them.
+  void OpenImport(const v1::OpenSequence& open, SamplingParams sampling,
+                  std::vector<TokenId> tokens);
+  bool imported(SequenceId id) const { return imports_.contains(id); }
+
+  // Rows of finished steps that it has, resident or left; absent: it is neither.
+  std::optional<uint32_t> FinishedRows(SequenceId id) const;
 
   // By rising id.
   std::vector<HeldRows> left() const;
@@ -70,7 +86,7 @@ class Residents {
 
   LatentCache& cache() { return cache_; }
   const LatentCache& cache() const { return cache_; }
-  // Blocks and tokens agree, and every sequence with blocks is resident or left. `computed`: all rows
+  // Blocks and tokens agree, and every sequence with blocks is resident, left or an import. `computed`: all rows
   // of residents were, that is, no step has failed.
   absl::Status CheckIntegrity(bool computed) const;
 
@@ -80,6 +96,7 @@ class Residents {
   LatentCache cache_;
   Map residents_;
   Map left_;
+  absl::flat_hash_set<SequenceId> imports_;
 };
 
 }  // namespace strait

@@ -4,21 +4,36 @@
 #include "worker/stage/stage_state.h"
 
 #include <algorithm>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "proto/base/limits.h"
 #include "proto/base/status_macros.h"
+#include "xxhash.h"
 
 namespace strait {
 
 Stage::Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, const StageTraits& traits,
-             BlockPool* pool, HostBudget* host_budget)
-    : state_(std::make_unique<State>(stage_id, std::move(model), traits, pool, host_budget)) {}
+             BlockPool* pool, HostBudget* host_budget, TransferShare* transfer)
+    : state_(std::make_unique<State>(stage_id, std::move(model), traits, pool, host_budget,
+                                     transfer)) {}
 
 Stage::~Stage() {
   state_->DropBegun();
-  state_->tier.Clear();
+  state_->EndCopies();
+}
+
+StageTraits StageTraitsOf(const Backend& backend, uint64_t weights_fingerprint) {
+  const std::string numerics = backend.numerics_id();
+  return {.num_layers = backend.num_layers(),
+          .hidden_row_bytes = backend.hidden_row_bytes(),
+          .vocab_size = backend.vocab_size(),
+          .max_positions = backend.max_positions(),
+          .block_bytes = backend.block_bytes(),
+          .row_shape = backend.row_shape(),
+          .origin = {.model = weights_fingerprint,
+                     .numerics = XXH3_64bits(numerics.data(), numerics.size())}};
 }
 
 uint64_t Stage::stage_id() const { return state_->stage_id; }
@@ -28,10 +43,15 @@ bool Stage::is_first() const { return state_->is_first(); }
 bool Stage::is_last() const { return state_->is_last(); }
 size_t Stage::num_begun() const { return state_->begun.size(); }
 uint32_t Stage::blocks_used() const { return state_->residents.cache().blocks_used(); }
+bool Stage::IsQuiet() const {
+  return !state_->tier.busy() && state_->model->copies().num_under_way() == 0;
+}
 bool Stage::CopiesRows() const {
-  return state_->tier.busy() || state_->model->copies().num_under_way() > 0;
+  return !IsQuiet() || state_->importer.busy() || state_->exporter.busy();
 }
 const HostTier& Stage::tier() const { return state_->tier; }
+const Importer& Stage::importer() const { return state_->importer; }
+const Exporter& Stage::exporter() const { return state_->exporter; }
 uint32_t Stage::peak_blocks() const {
   uint64_t peak = cache().blocks_taken();
   for (const WaitingPlan& plan : state_->plans) peak = std::max(peak, plan.checked.blocks_after);
@@ -42,7 +62,13 @@ const LatentCache& Stage::cache() const { return state_->residents.cache(); }
 std::vector<HeldRows> Stage::held() const { return state_->residents.left(); }
 
 absl::Status Stage::CheckIntegrity() const {
-  return state_->residents.CheckIntegrity(!state_->failed);
+  const State& s = *state_;
+  const size_t copies = s.tier.num_copies() + s.importer.num_copies() + s.exporter.num_copies();
+  if (copies != s.model->copies().num_under_way()) {
+    return absl::InternalError(absl::StrCat(s.model->copies().num_under_way(),
+                                            " copies are under way, ", copies, " have an owner"));
+  }
+  return s.residents.CheckIntegrity(!s.failed);
 }
 
 absl::Status Stage::State::CheckEpoch(PipelineEpoch theirs, const char* what) const {
@@ -78,6 +104,16 @@ absl::Status Stage::State::CheckFinished(const v1::StepPlan& plan) const {
   return absl::OkStatus();
 }
 
+absl::Status Stage::State::CheckFetched(const PlanLedger::CheckedPlan& checked) const {
+  for (const PlanLedger::OpenedImport& opened : checked.opened_imports) {
+    if (importer.IsFetched(opened.id, opened.placement, opened.rows)) continue;
+    return absl::FailedPreconditionError(absl::StrCat(
+        "plan of step ", checked.plan.step_id(), ": open of sequence ", opened.id.value, ": its ",
+        opened.rows, " imported rows are not all that was fetched and is here"));
+  }
+  return absl::OkStatus();
+}
+
 uint32_t Stage::State::NumPlansWithRows() const {
   return static_cast<uint32_t>(std::count_if(
       plans.begin(), plans.end(), [](const WaitingPlan& plan) { return plan.has_rows(); }));
@@ -109,6 +145,7 @@ absl::Status Stage::AcceptPlan(v1::StepPlan plan, uint64_t now_us, uint32_t* num
   STRAIT_RETURN_IF_ERROR(s.CheckFinished(plan));
   WaitingPlan waiting;
   STRAIT_ASSIGN_OR_RETURN(waiting.checked, s.ledger.Check(std::move(plan)));
+  STRAIT_RETURN_IF_ERROR(s.CheckFetched(waiting.checked));
   waiting.arrived_us = now_us;
   const uint32_t num_earlier = s.NumPlansWithRows();
   if (s.hiddens.size() > num_earlier) {

@@ -4,7 +4,7 @@
 // StageReports out. The same code runs in the worker process and in the simulator.
 //
 // Owns:    its StageModel, the resident sequences (token ids, page tables) and their latent blocks.
-// Borrows: the worker's BlockPool and HostBudget.
+// Borrows: the worker's BlockPool, HostBudget and TransferShare.
 // Thread:  loop thread only.
 // Errors:  AcceptPlan and AcceptHidden refuse what contradicts the stage's state and leave it
 //          unchanged: Aborted (older epoch; harmless), InvalidArgument (malformed),
@@ -39,6 +39,8 @@
 #include "worker/cache/host_tier.h"
 #include "worker/hidden_step.h"
 #include "worker/stage/residents.h"
+#include "worker/transfer/exporter.h"
+#include "worker/transfer/importer.h"
 
 namespace strait {
 
@@ -59,6 +61,12 @@ struct HostMoves {
   bool empty() const { return returned.empty() && lost.empty() && copied.bytes == 0; }
 };
 
+// What is to be told of rows that move from one pipeline to another.
+struct RowMoves {
+  std::vector<Importer::Fetched> fetched;
+  std::vector<Exporter::Served> served;
+};
+
 // What a stage must know of the whole model and of its backend.
 struct StageTraits {
   uint32_t num_layers = 0;        // of the whole model
@@ -66,19 +74,15 @@ struct StageTraits {
   uint32_t vocab_size = 0;
   uint32_t max_positions = 0;
   uint64_t block_bytes = 0;  // of a latent block of one layer
+  RowShape row_shape;
+  BlockOrigin origin;  // of all rows
 };
-inline StageTraits StageTraitsOf(const Backend& backend) {
-  return {.num_layers = backend.num_layers(),
-          .hidden_row_bytes = backend.hidden_row_bytes(),
-          .vocab_size = backend.vocab_size(),
-          .max_positions = backend.max_positions(),
-          .block_bytes = backend.block_bytes()};
-}
+StageTraits StageTraitsOf(const Backend& backend, uint64_t weights_fingerprint = 0);
 
 class Stage {
  public:
   Stage(uint64_t stage_id, std::unique_ptr<StageModel> model, const StageTraits& traits,
-        BlockPool* pool, HostBudget* host_budget = nullptr);
+        BlockPool* pool, HostBudget* host_budget = nullptr, TransferShare* transfer = nullptr);
   ~Stage();
 
   // Enters an epoch: drops plans, hidden states and, once the model has done with them, steps that
@@ -129,9 +133,21 @@ class Stage {
   // that leave; empty: host memory.
   void BeginNext(const std::function<uint64_t()>& clock, const HiddenMemory& memory = {});
 
-  // Tells copies to and from host memory that have ended, and lets plans go on that waited for them. To be
-  // called every millisecond or so while CopiesRows().
-  void PollCopies(uint64_t now_us, HostMoves* moves);
+  // Tells copies to and from host memory that have ended, and lets plans go on that waited for them; and what
+  // became of rows that move to or from another pipeline. To be called every millisecond or so while
+  // CopiesRows().
+  void PollCopies(uint64_t now_us, HostMoves* moves, RowMoves* rows = nullptr);
+
+  // ---- Rows that move from one pipeline to another ----
+  // What contradicts the plans is told by PollCopies. Of an older epoch: nothing happens.
+  void FetchRows(const v1::FetchRows& fetch, uint64_t now_us);
+  void ServeRows(const v1::ServeRows& serve);
+  // The coordinator is gone: nothing is fetched or served any more in this epoch.
+  void EndTransfers();
+  // Asks other workers for rows, as far as it may. `last`: of sequences that stand still; else of all others.
+  void AskRows(bool last, uint64_t now_us);
+  // A peer's ask for this stage.
+  void OnAsk(PeerAskId id, const RowsAsk& ask);
 
   size_t num_begun() const;
   // Whether FinishNext would not wait. REQUIRES: num_begun() > 0.
@@ -150,8 +166,12 @@ class Stage {
   bool is_first() const;
   bool is_last() const;
   uint32_t blocks_used() const;
-  bool CopiesRows() const;  // copies of its rows are under way, or wait
+  bool CopiesRows() const;  // PollCopies is to be called
+  bool IsQuiet()
+      const;  // no copy of its rows is under way, and none that PollCopies must see to the end
   const HostTier& tier() const;
+  const Importer& importer() const;
+  const Exporter& exporter() const;
   // The most that other stages cannot have until the plans that it has have run.
   uint32_t peak_blocks() const;
   const LatentCache& cache() const;

@@ -26,8 +26,7 @@ void Stage::State::DropBegun() {
 
 void Stage::State::LeaveEpoch() {
   DropBegun();
-  HostMoves untold;
-  OnMoved(tier.Clear(), &untold);
+  EndCopies();
   plans.clear();
   hiddens.clear();
   returning.Clear();

@@ -19,6 +19,8 @@
 #include "worker/stage/residents.h"
 #include "worker/stage/returning_ids.h"
 #include "worker/stage/stage.h"
+#include "worker/transfer/exporter.h"
+#include "worker/transfer/importer.h"
 
 namespace strait {
 
@@ -46,7 +48,7 @@ struct WaitingHidden {
 
 struct Stage::State {
   State(uint64_t id, std::unique_ptr<StageModel> stage_model, const StageTraits& stage_traits,
-        BlockPool* block_pool, HostBudget* host_budget)
+        BlockPool* block_pool, HostBudget* host_budget, TransferShare* transfer_share)
       : stage_id(id),
         model(std::move(stage_model)),
         traits(stage_traits),
@@ -54,6 +56,10 @@ struct Stage::State {
         capacity_blocks(model->spec().pool_blocks),
         residents(model->spec().layers.size(), block_pool),
         tier(model->spec().layers.size(), &model->copies(), host_budget),
+        own_share(transfer_share == nullptr ? std::make_unique<TransferShare>() : nullptr),
+        importer(RowTraitsOf(), &model->copies(), &residents.cache(), Share(transfer_share)),
+        exporter(RowTraitsOf(), &model->copies(), &residents.cache(), Share(transfer_share),
+                 [this](SequenceId id) { return residents.FinishedRows(id); }),
         ledger(Shape(), {}) {}
 
   StageShape Shape() const {
@@ -65,6 +71,12 @@ struct Stage::State {
             .num_stages = num_stages,
             .grants = grants};
   }
+  RowTraits RowTraitsOf() const {
+    return {.layers = model->spec().layers, .shape = traits.row_shape, .origin = traits.origin};
+  }
+  TransferShare* Share(TransferShare* given) const {
+    return given == nullptr ? own_share.get() : given;
+  }
   bool is_first() const { return model->spec().layers.begin == 0; }
   bool is_last() const { return model->spec().layers.end == traits.num_layers; }
   // Whether sampled ids come back to it, or go back from it, over an edge.
@@ -75,19 +87,30 @@ struct Stage::State {
   absl::Status CheckPairing(const WaitingPlan* plan, const HiddenStep* hidden) const;
   // That the rows which it makes prefix blocks are finished.
   absl::Status CheckFinished(const v1::StepPlan& plan) const;
+  // That the imports which it opens have been fetched.
+  absl::Status CheckFetched(const PlanLedger::CheckedPlan& checked) const;
   uint32_t NumPlansWithRows() const;
 
   bool MayGoAhead(const WaitingPlan& next) const;
 
-  // Those that are left. False: a block that is to return waits for copies to end, and so do all behind it.
+  // Those that are left. False: one that takes blocks waits for copies to end, and so do all behind it.
   bool ApplyCacheOps(WaitingPlan* plan);
   void ApplyCacheOp(const v1::CacheOp& op, WaitingPlan* plan);
+  // That the operation, which is the plan's next, takes.
+  uint64_t BlocksTaken(const v1::CacheOp& op, const WaitingPlan& plan) const;
   // Whether it fits beside what copies still use.
   bool HasBlocks(uint64_t num_blocks) const;
-  // The next plan's operations, if it moves prefix blocks: their copies need not wait for its step.
+  // Whether its operations do not wait for its step: what it gives back may be copied, and what it takes must
+  // then fit beside that.
+  bool AppliesEarly(const WaitingPlan& plan) const;
+  // The next plan's operations, if copies wait for them: these need not wait for its step.
   void Prepare();
   void DropPrefix(const ContentKey& key);
   void OnMoved(std::vector<HostTier::End> ends, HostMoves* moves);
+  // Copies that have ended, of whoever's: the importer's and the exporter's are seen to.
+  std::vector<CopyEnd> PollEnds(uint64_t now_us);
+  // Nothing moves any more; returns when all copies have ended.
+  void EndCopies();
   // Rows that are new here: their tokens and blocks.
   void StoreRows(const v1::SequenceStep& step, Resident& resident, BatchSequence* sequence,
                  BegunStep* begun);
@@ -120,6 +143,9 @@ struct Stage::State {
   uint32_t host_blocks = 0;
   Residents residents;
   HostTier tier;
+  const std::unique_ptr<TransferShare> own_share;  // where no other was given
+  Importer importer;
+  Exporter exporter;
   PlanLedger ledger;  // ahead of `residents` by the plans that wait
   std::deque<WaitingPlan> plans;
   std::deque<WaitingHidden> hiddens;  // in step order; the i-th belongs to the i-th plan with rows

@@ -16,7 +16,7 @@ bool Stage::Ready() const {
   const State& s = *state_;
   if (s.failed || s.plans.empty() || s.begun.size() >= kMaxStepsBegun) return false;
   const WaitingPlan& next = s.plans.front();
-  if (next.checked.moves_prefixes && !next.ops_are_done()) return false;
+  if (!next.ops_are_done() && s.AppliesEarly(next)) return false;
   if (!s.HasBlocks(next.checked.blocks_after)) return false;
   if (!next.has_rows()) return true;
   if (s.is_first() ? s.takes_ids() && !s.returning.AreHere(next.checked.plan) : s.hiddens.empty()) {

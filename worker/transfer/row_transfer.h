@@ -10,8 +10,8 @@
 // Errors:  each Ask is answered once: Unavailable: the connection broke, or there was no answer for
 //          kAnswerTimeout; DataLoss: the frame, or its checksums, are wrong; else what the peer said. A dead
 //          peer never blocks a caller.
-// Limits:  kTransferFrameBytes of rows in a frame. Of asks, kTransferBytesUnderWay are the caller's to keep; a
-//          peer that asks for more gets ResourceExhausted.
+// Limits:  kTransferFrameBytes of rows in a frame. Of asks, kTransferBytesUnderWay and kMaxAsksUnderWay are the
+//          caller's to keep; a peer that asks for more gets ResourceExhausted.
 // Why:     the receiver asks, so it is never sent what it has no memory for, and what was lost with
 //          a connection it asks for again. Checksums are made and checked here, on the transfer's
 //          threads, so a worker that moves gigabytes goes on stepping.
@@ -29,6 +29,9 @@
 #include "proto/latent_block.h"
 
 namespace strait {
+
+// Of one worker, not answered.
+inline constexpr size_t kMaxAsksUnderWay = 64;
 
 // As RowsRequest of proto/strait/v1/transfer.proto.
 struct RowsAsk {
@@ -59,7 +62,8 @@ struct RowTransferEvents {
   std::function<void(AskId, absl::StatusOr<RowsFrame>)> on_rows;
   // A peer asks. To be answered once.
   std::function<void(PeerAskId, RowsAsk)> on_ask;
-  // Answer has filled in the pieces' checksums, and gives them to the peer. Not told where it was an error.
+  // Answer has filled in the pieces' checksums, and gives them to the peer. Not told where it was an error, or where
+  // the peer is gone.
   std::function<void(PeerAskId, std::vector<BlockHeader>)> on_served;
 };
 

@@ -27,6 +27,7 @@ class HostTierTest : public testing::Test {
     tier_->SetBlocks(3);
   }
   ~HostTierTest() override {
+    Clear();
     tier_.reset();
     EXPECT_EQ(budget_.used_bytes, 0u);
     EXPECT_TRUE(faults_.taken.empty());
@@ -48,10 +49,14 @@ class HostTierTest : public testing::Test {
     }
     return true;
   }
+  std::vector<HostTier::End> Poll() { return tier_->Poll(++now_us_, copies_.Poll()); }
+  std::vector<HostTier::End> Clear() {
+    return tier_->Clear([this] { return copies_.Poll(); });
+  }
   std::vector<HostTier::End> Drain() {
     std::vector<HostTier::End> all;
     for (int i = 0; tier_->busy(); ++i) {
-      for (HostTier::End& end : tier_->Poll(++now_us_)) all.push_back(std::move(end));
+      for (HostTier::End& end : Poll()) all.push_back(std::move(end));
       if (i >= 1'000) {
         ADD_FAILURE() << "copies do not end";
         break;
@@ -167,7 +172,7 @@ TEST_F(HostTierTest, ASlotIsUsedAgainWhenItsLastCopyHasEnded) {
   Drain();
   faults_.delay_polls = 4;
   tier_->Return(Key(1), Blocks(20));
-  (void)tier_->Poll(++now_us_);
+  (void)Poll();
   tier_->Forget(Key(1));
   Fill(30, 4);
   tier_->Offload(Key(4), Blocks(30));  // all memory is taken: it waits for that slot
@@ -195,10 +200,10 @@ TEST_F(HostTierTest, ManyAtOnceAndClear) {
   faults_.delay_polls = 5;
   for (uint64_t n = 1; n <= 100; ++n)
     tier_->Offload(Key(n), Blocks(static_cast<BlockId>(n % 19 * 2)));
-  (void)tier_->Poll(++now_us_);
+  (void)Poll();
   EXPECT_LE(copies_.num_under_way(), kMaxTierCopies);
   tier_->Abandon(Key(100), Blocks(100 % 19 * 2));
-  const auto ends = tier_->Clear();
+  const auto ends = Clear();
   EXPECT_EQ(
       std::count_if(ends.begin(), ends.end(), [](const auto& e) { return !e.abandoned.empty(); }),
       1);

@@ -23,7 +23,16 @@ namespace strait {
 struct ManyStages {
   static constexpr uint32_t kLayers = 6;
 
-  explicit ManyStages(int64_t memory_blocks = 1000) : memory(memory_blocks) {
+  explicit ManyStages(int64_t memory_blocks = 1000, RowTransfer* transfer = nullptr)
+      : memory(memory_blocks),
+        core({.orphan_timeout_us = 1'000'000, .transfer_frame_bytes = 100 * kHashRowBytes},
+             {.num_layers = kLayers,
+              .hidden_row_bytes = kFakeHiddenRowBytes,
+              .vocab_size = kFakeVocab,
+              .max_positions = 2000,
+              .block_bytes = kFakeBlockBytes,
+              .row_shape = kHashRowShape},
+             &cache, &this->transport, &ports, transfer) {
     v1::Welcome welcome;
     welcome.set_term(1);
     core.OnWelcome(welcome);
@@ -183,15 +192,7 @@ struct ManyStages {
   RecordingPorts ports;
   std::map<uint64_t, FakeModel*> models;
   std::map<uint64_t, uint64_t> behind;  // the stage that follows in the pipeline
-  WorkerCore core{{.orphan_timeout_us = 1'000'000},
-                  {.num_layers = kLayers,
-                   .hidden_row_bytes = kFakeHiddenRowBytes,
-                   .vocab_size = kFakeVocab,
-                   .max_positions = 2000,
-                   .block_bytes = kFakeBlockBytes},
-                  &cache,
-                  &transport,
-                  &ports};
+  WorkerCore core;
 };
 
 // The plan's sequence `id` has `rows` more rows, from `first` on; it is opened with its first.

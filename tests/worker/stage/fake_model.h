@@ -180,8 +180,9 @@ struct FakeStage {
                                                 .hidden_row_bytes = kFakeHiddenRowBytes,
                                                 .vocab_size = kFakeVocab,
                                                 .max_positions = kMaxPositions,
-                                                .block_bytes = kFakeBlockBytes},
-                                    &pool, &host_budget);
+                                                .block_bytes = kFakeBlockBytes,
+                                                .row_shape = kHashRowShape},
+                                    &pool, &host_budget, &transfer);
   }
 
   v1::StepPlan Plan(uint64_t step) const {
@@ -211,6 +212,7 @@ struct FakeStage {
   NumberCache cache;
   BlockPool pool;
   HostBudget host_budget{.limit_bytes = 1 << 20};
+  TransferShare transfer;
   FakeModel* model;
   std::unique_ptr<Stage> stage;
   uint64_t now_us = 0;

@@ -156,6 +156,9 @@ uint32_t CudaBackend::hidden_row_bytes() const {
 uint64_t CudaBackend::block_bytes() const {
   return BlockBytes(shared_->traits.row_format, config().kv_lora_rank, config().qk_rope_head_dim);
 }
+RowShape CudaBackend::row_shape() const {
+  return {shared_->traits.row_format, config().kv_lora_rank, config().qk_rope_head_dim};
+}
 uint32_t CudaBackend::num_layers() const { return config().num_hidden_layers; }
 uint32_t CudaBackend::vocab_size() const { return config().vocab_size; }
 uint32_t CudaBackend::max_positions() const { return config().max_position_embeddings; }

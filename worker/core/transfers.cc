@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How a WorkerCore has its stages' rows fetched from other workers, and served to them.
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "proto/rpc/status.h"
+#include "proto/wire/epoch_wire.h"
+#include "worker/core/messages.h"
+#include "worker/core/worker_core.h"
+
+namespace strait {
+
+void WorkerCore::OnFetch(const v1::FetchRows& fetch, uint64_t now_us) {
+  Hosted* const hosted = Find(fetch.stage_id());
+  if (hosted == nullptr || hosted->stage == nullptr || share_.transfer == nullptr) {
+    const PlacementEpoch placement = {fetch.placement().term(), fetch.placement().counter()};
+    return ports_->Tell(
+        FetchedMessage(fetch.stage_id(), FromWire(fetch.epoch()),
+                       {.id = SequenceId{fetch.sequence_id()},
+                        .placement = placement,
+                        .status = share_.transfer == nullptr
+                                      ? absl::FailedPreconditionError("this worker moves no rows")
+                                      : absl::NotFoundError(absl::StrCat("stage ", fetch.stage_id(),
+                                                                         " is not loaded here"))}));
+  }
+  hosted->stage->FetchRows(fetch, now_us);
+  AskRows(now_us);
+}
+
+void WorkerCore::OnServe(const v1::ServeRows& serve) {
+  Hosted* const hosted = Find(serve.stage_id());
+  if (hosted != nullptr && hosted->stage != nullptr) hosted->stage->ServeRows(serve);
+}
+
+void WorkerCore::AskRows(uint64_t now_us) {
+  if (share_.transfer == nullptr) return;
+  for (const bool last : {true, false}) {
+    // Stages take turns in being the first.
+    auto it = hosted_.upper_bound(last_asked_);
+    for (size_t i = 0; i < hosted_.size(); ++i, ++it) {
+      if (it == hosted_.end()) it = hosted_.begin();
+      if (i == 0 && !last) last_asked_ = it->first;
+      if (it->second.stage != nullptr) it->second.stage->AskRows(last, now_us);
+    }
+  }
+}
+
+void WorkerCore::OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us) {
+  const auto it = share_.asks.find(id);
+  if (it == share_.asks.end()) return;  // nobody waits for it any more
+  it->second->OnRows(id, std::move(frame), now_us);
+  AskRows(now_us);
+}
+
+void WorkerCore::OnAsk(PeerAskId id, const RowsAsk& ask, uint64_t) {
+  Hosted* const hosted = Find(ask.stage_id);
+  if (hosted != nullptr && hosted->stage != nullptr) return hosted->stage->OnAsk(id, ask);
+  share_.transfer->Answer(
+      id, absl::NotFoundError(absl::StrCat("stage ", ask.stage_id, " is not loaded here")));
+}
+
+void WorkerCore::OnServed(PeerAskId id, const std::vector<BlockHeader>& pieces, uint64_t) {
+  const auto it = share_.unconfirmed.find(id);
+  if (it != share_.unconfirmed.end()) it->second->OnServed(id, pieces);
+}
+
+void WorkerCore::TellMoves(uint64_t stage_id, PipelineEpoch epoch, const HostMoves& moves,
+                           const RowMoves& rows) {
+  if (!moves.empty()) ports_->Tell(MovedMessage(stage_id, epoch, moves));
+  for (const Importer::Fetched& fetched : rows.fetched) {
+    if (!fetched.status.ok()) {
+      ports_->Note(LogLevel::kWarning, "rows not fetched",
+                   {{"stage", stage_id},
+                    {"sequence", fetched.id.value},
+                    {"why", rpc::Bounded(fetched.status)}});
+    }
+    ports_->Tell(FetchedMessage(stage_id, epoch, fetched));
+  }
+  for (const Exporter::Served& served : rows.served) {
+    ports_->Tell(ServedMessage(stage_id, epoch, served));
+  }
+}
+
+absl::Status WorkerCore::CheckTransfers() const {
+  uint64_t asked = 0;
+  uint64_t made = 0;
+  for (const auto& [id, hosted] : hosted_) {
+    if (hosted.stage == nullptr) continue;
+    asked += hosted.stage->importer().asked_bytes();
+    made += hosted.stage->exporter().made_bytes();
+  }
+  if (asked == share_.asked_bytes && made == share_.made_bytes &&
+      asked <= limits::kTransferBytesUnderWay && made <= limits::kTransferBytesUnderWay) {
+    return absl::OkStatus();
+  }
+  return absl::InternalError(absl::StrCat("stages have asked for ", asked, " bytes and make ", made,
+                                          ", counted ", share_.asked_bytes, " and ",
+                                          share_.made_bytes));
+}
+
+}  // namespace strait

@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/transfer/exporter.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+
+namespace strait {
+
+Exporter::~Exporter() {
+  STRAIT_CHECK(reading_.empty(), "copies from a cache that ends");
+  Clear();
+}
+
+void Exporter::Serve(const v1::ServeRows& serve) {
+  const Key key = {SequenceId{serve.sequence_id()},
+                   {serve.placement().term(), serve.placement().counter()}};
+  if (serve.end()) {
+    services_.erase(key);
+    return;
+  }
+  if (serve.secret() == 0 || !finished_(key.first)) return;
+  Service& service = services_[key];
+  service.secret = serve.secret();
+  if (service.served_rows != serve.served_rows()) service.is_told = false;
+  service.served_rows = serve.served_rows();
+  tell_ = tell_ || IsServed(service);
+}
+
+bool Exporter::IsServed(const Service& service) const {
+  return service.served_rows > 0 && !service.is_told &&
+         service.digest.num_rows() >= uint64_t{service.served_rows} * traits_.layers.size();
+}
+
+void Exporter::Close(SequenceId id) {
+  const auto first = services_.lower_bound({id, {}});
+  auto last = first;
+  while (last != services_.end() && last->first.first == id) ++last;
+  if (first == last) return;
+  services_.erase(first, last);
+  Abort(id, "the sequence left while it was read");
+}
+
+void Exporter::Clear() {
+  services_.clear();
+  Abort(std::nullopt, "the epoch ended while it was read");
+  for (const auto& [id, key] : unconfirmed_) share_->unconfirmed.erase(id);
+  unconfirmed_.clear();
+  tell_ = false;
+}
+
+void Exporter::Abort(std::optional<SequenceId> id, const char* why) {
+  const auto is_meant = [&](const Making& making) { return !id || making.ask.sequence == *id; };
+  for (std::unique_ptr<Making>& making : waiting_) {
+    if (is_meant(*making)) Answer(making.get(), absl::AbortedError(why));
+  }
+  std::erase_if(waiting_, [](const auto& making) { return making->is_answered; });
+  for (const auto& [copy, making] : reading_) {
+    if (is_meant(*making) && !making->is_answered) {
+      Answer(making.get(), absl::AbortedError(why));
+    }
+  }
+}
+
+// ---------------------------------------------------------------- asks
+
+absl::Status Exporter::Check(const RowsAsk& ask) const {
+  const auto service = services_.find({ask.sequence, ask.placement});
+  const std::optional<uint32_t> finished = finished_(ask.sequence);
+  if (service == services_.end() || !finished) {
+    return absl::NotFoundError(absl::StrCat("nothing is served of sequence ", ask.sequence.value,
+                                            " to placement ", ToString(ask.placement)));
+  }
+  // One comparison of words: its time tells nothing.
+  if ((service->second.secret ^ ask.secret) != 0) {
+    return absl::PermissionDeniedError("not the secret that the coordinator gave");
+  }
+  if (ask.layers.begin < traits_.layers.begin || ask.layers.end > traits_.layers.end ||
+      ask.layers.begin >= ask.layers.end || ask.num_rows == 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(ask.num_rows, " rows of layers ", ask.layers.begin, " to ", ask.layers.end,
+                     ", the stage has ", traits_.layers.begin, " to ", traits_.layers.end));
+  }
+  const uint64_t end = uint64_t{ask.first_row} + ask.num_rows;
+  if (end > *finished) {
+    return absl::OutOfRangeError(
+        absl::StrCat("rows to ", end, ", of which ", *finished, " are finished here"));
+  }
+  const uint64_t bytes = uint64_t{ask.layers.size()} * ask.num_rows * traits_.shape.row_bytes();
+  const uint64_t pieces = ask.layers.size() * PiecesPerLayer(ask.first_row, ask.num_rows);
+  if (bytes > limits::kTransferFrameBytes || pieces > limits::kMaxTransferBlocks ||
+      pieces > kMaxCopyEntries) {
+    return absl::InvalidArgumentError(absl::StrCat(pieces, " pieces of ", bytes,
+                                                   " bytes in one frame, at most ",
+                                                   limits::kTransferFrameBytes, " bytes"));
+  }
+  return absl::OkStatus();
+}
+
+bool Exporter::StandsStill(const RowsAsk& ask) const {
+  const auto service = services_.find({ask.sequence, ask.placement});
+  return service != services_.end() && service->second.served_rows > 0;
+}
+
+void Exporter::OnAsk(PeerAskId id, const RowsAsk& ask) {
+  if (absl::Status checked = Check(ask); !checked.ok()) {
+    return share_->transfer->Answer(id, std::move(checked));
+  }
+  const uint64_t bytes = uint64_t{ask.layers.size()} * ask.num_rows * traits_.shape.row_bytes();
+  if (share_->made_bytes + bytes > limits::kTransferBytesUnderWay ||
+      share_->num_made >= kMaxFramesMade) {
+    return share_->transfer->Answer(id, absl::ResourceExhaustedError(absl::StrCat(
+                                            share_->num_made, " frames of ", share_->made_bytes,
+                                            " bytes are being made: ask again")));
+  }
+  share_->made_bytes += bytes;
+  made_bytes_ += bytes;
+  ++share_->num_made;
+  auto making = std::make_unique<Making>();
+  making->id = id;
+  making->ask = ask;
+  making->bytes = bytes;
+  const auto behind = StandsStill(ask)
+                          ? std::find_if(waiting_.begin(), waiting_.end(),
+                                         [&](const auto& m) { return !StandsStill(m->ask); })
+                          : waiting_.end();
+  waiting_.insert(behind, std::move(making));
+  BeginReads();
+}
+
+void Exporter::BeginReads() {
+  while (!waiting_.empty() && reading_.size() < kMaxExportCopies && !share_->holds_copies) {
+    if (!BeginRead(&waiting_.front())) return;
+    waiting_.pop_front();
+  }
+}
+
+bool Exporter::BeginRead(std::unique_ptr<Making>* next) {
+  Making* const making = next->get();
+  const RowsAsk& ask = making->ask;
+  if (absl::Status checked = Check(ask); !checked.ok()) {
+    Answer(making, std::move(checked));
+    return true;
+  }
+  const auto tables = cache_->PageTables(ask.sequence);
+  std::vector<BlockRows> list;
+  making->frame = {.sequence = ask.sequence, .placement = ask.placement, .pieces = {}, .rows = {}};
+  making->blocks.clear();
+  ForPieces(ask.layers, ask.first_row, ask.num_rows,
+            [&](LayerIndex layer, uint32_t first, uint32_t count) {
+              const uint32_t index = layer - traits_.layers.begin;
+              const BlockId block = tables[index].at(first / limits::kBlockTokens);
+              list.push_back({index, block, first % limits::kBlockTokens, count});
+              making->blocks.push_back(block);
+              making->frame.pieces.push_back(PieceHeader(traits_, layer, first, count));
+            });
+  making->frame.rows.resize(making->bytes);
+  const absl::StatusOr<CopyId> copy = copies_->Read(
+      list, {{reinterpret_cast<std::byte*>(making->frame.rows.data()), making->bytes}, false});
+  if (absl::IsResourceExhausted(copy.status())) return false;
+  if (!copy.ok()) {
+    Answer(making, copy.status());
+    return true;
+  }
+  // No step that is begun from now on may write these blocks, whoever would have them.
+  cache_->BeginCopy(making->blocks);
+  reading_.emplace(*copy, std::move(*next));
+  return true;
+}
+
+void Exporter::Release(const Making& making) {
+  share_->made_bytes -= making.bytes;
+  made_bytes_ -= making.bytes;
+  --share_->num_made;
+}
+
+void Exporter::Answer(Making* making, absl::Status why) {
+  making->is_answered = true;
+  Release(*making);
+  share_->transfer->Answer(making->id, std::move(why));
+}
+
+void Exporter::OnCopies(absl::Span<const CopyEnd> ends) {
+  for (const CopyEnd& end : ends) {
+    const auto it = reading_.find(end.id);
+    if (it == reading_.end()) continue;
+    const std::unique_ptr<Making> making = std::move(it->second);
+    reading_.erase(it);
+    cache_->EndCopy(making->blocks);
+    if (making->is_answered) continue;
+    const Key key = {making->ask.sequence, making->ask.placement};
+    if (!end.status.ok()) {
+      Answer(making.get(), end.status);
+    } else if (!services_.contains(key)) {
+      Answer(making.get(), absl::AbortedError("it is served no more"));
+    } else {
+      Release(*making);
+      unconfirmed_.emplace(making->id, key);
+      share_->unconfirmed.emplace(making->id, this);
+      share_->transfer->Answer(making->id, std::move(making->frame));
+    }
+  }
+}
+
+void Exporter::OnServed(PeerAskId id, absl::Span<const BlockHeader> pieces) {
+  const auto it = unconfirmed_.find(id);
+  if (it == unconfirmed_.end()) return;
+  const Key key = it->second;
+  unconfirmed_.erase(it);
+  share_->unconfirmed.erase(id);
+  const auto service = services_.find(key);
+  if (service == services_.end()) return;
+  for (const BlockHeader& piece : pieces) service->second.digest.Add(piece);
+  tell_ = tell_ || IsServed(service->second);
+}
+
+std::vector<Exporter::Served> Exporter::Poll() {
+  BeginReads();
+  std::vector<Served> told;
+  if (!std::exchange(tell_, false)) return told;
+  for (auto& [key, service] : services_) {
+    if (!IsServed(service)) continue;
+    service.is_told = true;
+    told.push_back({key.first, key.second, service.served_rows, service.digest.Value()});
+  }
+  return told;
+}
+
+}  // namespace strait

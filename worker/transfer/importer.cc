@@ -1,0 +1,512 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/transfer/importer.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "proto/base/check.h"
+#include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
+#include "proto/wire/epoch_wire.h"
+
+namespace strait {
+
+BlockHeader PieceHeader(const RowTraits& traits, LayerIndex layer, uint32_t first_row,
+                        uint32_t num_rows) {
+  BlockHeader header;
+  header.origin = traits.origin;
+  header.layer = layer;
+  header.first_position = first_row;
+  header.num_rows = num_rows;
+  header.rank = traits.shape.rank;
+  header.rope = traits.shape.rope;
+  header.row_format = traits.shape.format;
+  header.row_bytes = traits.shape.row_bytes();
+  header.payload_bytes = num_rows * header.row_bytes;
+  return header;
+}
+
+Importer::~Importer() {
+  STRAIT_CHECK(writing_.empty(), "copies into a cache that ends");
+  Clear();
+}
+
+// ---------------------------------------------------------------- what plans say
+
+void Importer::Take(SequenceId id, PlacementEpoch placement, uint32_t rows) {
+  std::shared_ptr<Import>& import = imports_[{id, placement}];
+  if (import == nullptr) import = std::make_shared<Import>();
+  import->key = {id, placement};
+  import->rows_taken = rows;
+}
+
+bool Importer::IsFetched(SequenceId id, PlacementEpoch placement, uint32_t rows) const {
+  const auto it = imports_.find({id, placement});
+  return it != imports_.end() && it->second->status.ok() && it->second->rows_taken >= rows &&
+         it->second->rows_wanted == rows && it->second->rows_fetched == rows;
+}
+
+std::vector<TokenId> Importer::Open(SequenceId id) {
+  for (auto& [key, import] : imports_) {
+    if (key.first != id || import->rows_taken == 0) continue;
+    STRAIT_CHECK(import->num_under_way == 0, "an import is opened while its rows come");
+    std::vector<TokenId> tokens = std::move(import->tokens);
+    imports_.erase(key);
+    return tokens;
+  }
+  STRAIT_CHECK(false, "it is not imported");
+  return {};
+}
+
+void Importer::Close(SequenceId id) {
+  for (const auto& [key, import] : imports_) {
+    // One that no plan has taken blocks for is of a plan that comes.
+    if (key.first != id || import->rows_taken == 0) continue;
+    import->is_closed = true;
+    DropAsked(*import);
+    imports_.erase(key);
+    return;
+  }
+}
+
+// ---------------------------------------------------------------- what the coordinator asks for
+
+std::deque<Importer::Cut> Importer::CutUp(const std::vector<Source>& sources, uint32_t begin,
+                                          uint32_t end) const {
+  std::deque<Cut> cuts;
+  const uint64_t row_bytes = traits_.shape.row_bytes();
+  const uint64_t most_pieces = std::min<uint64_t>(limits::kMaxTransferBlocks, kMaxCopyEntries);
+  const auto add = [&](size_t source, LayerRange layers, uint32_t first, uint32_t count) {
+    cuts.push_back({.source = source,
+                    .layers = layers,
+                    .first_row = first,
+                    .num_rows = count,
+                    .bytes = layers.size() * count * row_bytes});
+  };
+  const uint64_t layer_bytes = (end - begin) * row_bytes;
+  const uint64_t layer_pieces = PiecesPerLayer(begin, end - begin);
+  const uint64_t frame_bytes = share_->frame_bytes;
+  const bool whole = layer_bytes <= frame_bytes && layer_pieces <= most_pieces;
+  const auto most_layers = static_cast<uint32_t>(
+      whole ? std::min(frame_bytes / layer_bytes, most_pieces / layer_pieces) : 1);
+  const auto most_blocks = static_cast<uint32_t>(
+      std::clamp<uint64_t>(frame_bytes / (row_bytes * limits::kBlockTokens), 1, most_pieces));
+  for (size_t s = 0; s < sources.size(); ++s) {
+    const LayerRange layers = sources[s].layers;
+    for (LayerIndex layer = layers.begin; layer < layers.end; layer += most_layers) {
+      if (whole) {
+        add(s, {layer, std::min(layer + most_layers, layers.end)}, begin, end - begin);
+        continue;
+      }
+      for (uint32_t at = begin; at < end;) {
+        const uint32_t border = (at / limits::kBlockTokens + most_blocks) * limits::kBlockTokens;
+        const uint32_t to = std::min(end, border);
+        add(s, {layer, layer + 1}, at, to - at);
+        at = to;
+      }
+    }
+  }
+  return cuts;
+}
+
+absl::StatusOr<Importer::FetchingPtr> Importer::MakeFetching(const v1::FetchRows& fetch,
+                                                             uint32_t most_rows,
+                                                             uint32_t vocab_size) const {
+  if (most_rows == 0) {
+    return absl::InvalidArgumentError("no plan that came before imports it for this placement");
+  }
+  const auto it = imports_.find(
+      {SequenceId{fetch.sequence_id()}, {fetch.placement().term(), fetch.placement().counter()}});
+  const uint32_t begin = it == imports_.end() ? 0 : it->second->rows_wanted;
+  if (fetch.begin_row() != begin || fetch.end_row() <= begin || fetch.end_row() > most_rows) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("rows ", fetch.begin_row(), " to ", fetch.end_row(), ": row ", begin,
+                     " is next, and plans have blocks for ", most_rows));
+  }
+  if (static_cast<uint32_t>(fetch.tokens().ids_size()) != fetch.end_row() - begin) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(fetch.tokens().ids_size(), " tokens of ", fetch.end_row() - begin, " rows"));
+  }
+  for (const uint32_t token : fetch.tokens().ids()) {
+    if (token < vocab_size) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("token id ", token, ", the vocabulary has ", vocab_size));
+  }
+  auto fetching = std::make_shared<Fetching>();
+  LayerIndex next = traits_.layers.begin;
+  for (const v1::RowsSource& wire : fetch.sources()) {
+    if (wire.layer_begin() != next || wire.layer_end() <= next ||
+        wire.layer_end() > traits_.layers.end || wire.data_address().empty() ||
+        wire.secret() == 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("a source of layers ", wire.layer_begin(), " to ", wire.layer_end(),
+                       " at \"", wire.data_address(), "\", layer ", next, " of ",
+                       traits_.layers.end, " is next, and each has an address and a secret"));
+    }
+    next = wire.layer_end();
+    fetching->sources.push_back({.layers = {wire.layer_begin(), wire.layer_end()},
+                                 .stage_id = wire.stage_id(),
+                                 .epoch = FromWire(wire.epoch()),
+                                 .address = wire.data_address(),
+                                 .secret = wire.secret()});
+  }
+  if (next != traits_.layers.end) {
+    return absl::InvalidArgumentError(absl::StrCat("its sources end before layer ", next));
+  }
+  fetching->end_row = fetch.end_row();
+  fetching->bytes_per_s = fetch.bytes_per_s();
+  fetching->any_numerics = fetch.any_numerics();
+  fetching->to_ask = CutUp(fetching->sources, begin, fetch.end_row());
+  fetching->num_open = fetching->to_ask.size();
+  return fetching;
+}
+
+void Importer::Fetch(const v1::FetchRows& fetch, uint32_t most_rows, uint32_t vocab_size,
+                     uint64_t now_us) {
+  const Key key = {SequenceId{fetch.sequence_id()},
+                   {fetch.placement().term(), fetch.placement().counter()}};
+  absl::StatusOr<FetchingPtr> made = MakeFetching(fetch, most_rows, vocab_size);
+  const auto it = imports_.find(key);
+  if (!made.ok() && it == imports_.end()) {
+    refused_.push_back({.id = key.first, .placement = key.second, .status = made.status()});
+    return;
+  }
+  std::shared_ptr<Import>& import = imports_[key];
+  if (import == nullptr) import = std::make_shared<Import>();
+  import->key = key;
+  if (!import->status.ok()) {
+    import->tell = true;
+    return;
+  }
+  if (!made.ok()) return Fail(import.get(), made.status());
+  if (import->rows_wanted == 0) import->told_us = now_us;
+  import->is_last = import->is_last || fetch.is_last();
+  import->rows_wanted = fetch.end_row();
+  import->tokens.insert(import->tokens.end(), fetch.tokens().ids().begin(),
+                        fetch.tokens().ids().end());
+  (*made)->import = import;
+  fetches_.push_back(*std::move(made));
+}
+
+void Importer::EndFetches() {
+  for (const auto& [key, import] : imports_) {
+    if (import->rows_wanted == import->rows_fetched && import->status.ok()) continue;
+    Fail(import.get(), absl::UnavailableError("the coordinator that asked for it is gone"));
+    import->tell = false;
+  }
+  refused_.clear();
+}
+
+void Importer::Clear() {
+  for (const auto& [key, import] : imports_) {
+    import->is_closed = true;
+    DropAsked(*import);
+  }
+  imports_.clear();
+  peers_.clear();
+  refused_.clear();
+}
+
+void Importer::DropAsked(const Import& import) {
+  fetches_.remove_if([&](const FetchingPtr& f) { return f->import.get() == &import; });
+  for (auto it = asked_.begin(); it != asked_.end();) {
+    if (it->second.fetching->import.get() != &import) {
+      ++it;
+      continue;
+    }
+    share_->transfer->Forget(it->first);
+    share_->asks.erase(it->first);
+    Release(it->second.cut);
+    it = asked_.erase(it);
+  }
+  const auto gone = std::stable_partition(arrived_.begin(), arrived_.end(), [&](const auto& a) {
+    return a->fetching->import.get() != &import;
+  });
+  for (auto it = gone; it != arrived_.end(); ++it) Release((*it)->cut);
+  arrived_.erase(gone, arrived_.end());
+}
+
+void Importer::Fail(Import* import, absl::Status why) {
+  if (!import->status.ok() || import->is_closed) return;
+  import->status = std::move(why);
+  import->tell = true;
+  DropAsked(*import);
+  import->num_under_way = 0;
+}
+
+// ---------------------------------------------------------------- asking
+
+void Importer::Release(const Cut& cut) {
+  share_->asked_bytes -= cut.bytes;
+  asked_bytes_ -= cut.bytes;
+}
+
+void Importer::Count(Import* import, int change, uint64_t now_us) {
+  if (import->num_under_way > 0 && now_us > import->since_us) {
+    import->us += now_us - import->since_us;
+  }
+  import->since_us = now_us;
+  import->num_under_way = static_cast<size_t>(static_cast<int64_t>(import->num_under_way) + change);
+}
+
+bool Importer::MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us) {
+  Import& import = *fetching.import;
+  if (cut.first_row + cut.num_rows > import.rows_taken || now_us < cut.not_before_us) return false;
+  const auto peer = peers_.find(fetching.sources[cut.source].address);
+  if (peer != peers_.end() && now_us < peer->second.not_before_us) return false;
+  if (fetching.bytes_per_s == 0) return true;
+  // A tenth of a second's worth at most is saved up.
+  const uint64_t idle_us = std::min<uint64_t>(now_us - import.refilled_us, 100'000);
+  const auto rate = static_cast<double>(fetching.bytes_per_s);
+  const auto refill = static_cast<int64_t>(rate * static_cast<double>(idle_us) / 1e6);
+  if (refill > 0) {
+    import.allowance = std::min(import.allowance + refill, static_cast<int64_t>(rate / 10));
+    import.refilled_us = now_us;
+  }
+  return import.allowance >= 0;
+}
+
+void Importer::Ask(bool last, uint64_t now_us) {
+  if (share_->transfer == nullptr) return;
+  const uint64_t limit = last ? limits::kTransferBytesUnderWay : kBulkBytesUnderWay;
+  for (auto it = fetches_.begin(); it != fetches_.end(); ++it) {
+    const FetchingPtr& fetching = *it;
+    if (fetching->import->is_last != last) continue;
+    std::deque<Cut>& cuts = fetching->to_ask;
+    for (auto cut = cuts.begin(); cut != cuts.end();) {
+      if (share_->asks.size() >= kMaxAsksUnderWay || share_->asked_bytes + cut->bytes > limit) {
+        return;
+      }
+      if (!MayAsk(*fetching, *cut, now_us)) {
+        ++cut;
+        continue;
+      }
+      Cut asked = *cut;
+      cut = cuts.erase(cut);
+      SendAsk(fetching, asked, now_us);
+    }
+  }
+}
+
+void Importer::SendAsk(const FetchingPtr& fetching, Cut cut, uint64_t now_us) {
+  Import& import = *fetching->import;
+  const Source& source = fetching->sources[cut.source];
+  const AskId id{++share_->last_ask.value};
+  share_->asks.emplace(id, this);
+  share_->asked_bytes += cut.bytes;
+  asked_bytes_ += cut.bytes;
+  if (fetching->bytes_per_s > 0) import.allowance -= static_cast<int64_t>(cut.bytes);
+  Count(&import, 1, now_us);
+  asked_.emplace(id, UnderWay{fetching, cut, {}, {}});
+  share_->transfer->Ask(id, source.address,
+                        {.stage_id = source.stage_id,
+                         .epoch = source.epoch,
+                         .sequence = import.key.first,
+                         .placement = import.key.second,
+                         .secret = source.secret,
+                         .layers = cut.layers,
+                         .first_row = cut.first_row,
+                         .num_rows = cut.num_rows});
+}
+
+// ---------------------------------------------------------------- what comes
+
+absl::Status Importer::CheckFrame(const Fetching& fetching, const Cut& cut,
+                                  const RowsFrame& frame) const {
+  const Key key = {frame.sequence, frame.placement};
+  if (key != fetching.import->key) {
+    return absl::DataLossError(absl::StrCat("a frame of sequence ", frame.sequence.value,
+                                            " for placement ", ToString(frame.placement)));
+  }
+  if (frame.rows.size() != cut.bytes ||
+      frame.pieces.size() != cut.layers.size() * PiecesPerLayer(cut.first_row, cut.num_rows)) {
+    return absl::DataLossError(absl::StrCat("a frame of ", frame.pieces.size(), " pieces and ",
+                                            frame.rows.size(), " bytes, asked for were ",
+                                            cut.bytes));
+  }
+  absl::Status status;
+  auto piece = frame.pieces.begin();
+  ForPieces(
+      cut.layers, cut.first_row, cut.num_rows,
+      [&](LayerIndex layer, uint32_t first, uint32_t count) {
+        BlockHeader theirs = *piece++;
+        const BlockHeader ours = PieceHeader(traits_, layer, first, count);
+        theirs.row_checksum = 0;
+        theirs.content_key = {};
+        if (fetching.any_numerics) theirs.origin.numerics = ours.origin.numerics;
+        if (theirs == ours || !status.ok()) return;
+        if (theirs.layer != layer || theirs.first_position != first || theirs.num_rows != count) {
+          status = absl::DataLossError(absl::StrCat(
+              "rows ", theirs.first_position, " to ", theirs.first_position + theirs.num_rows,
+              " of layer ", theirs.layer, " came, asked for were ", first, " to ", first + count,
+              " of layer ", layer));
+          return;
+        }
+        status = absl::FailedPreconditionError(
+            theirs.origin == ours.origin
+                ? absl::StrCat("rows of ", theirs.row_bytes, " bytes with rank ", theirs.rank,
+                               " in format ", static_cast<uint32_t>(theirs.row_format),
+                               ", this stage's have ", ours.row_bytes, ", ", ours.rank, " and ",
+                               static_cast<uint32_t>(ours.row_format))
+            : theirs.origin.numerics != ours.origin.numerics
+                ? std::string("rows of other numerics: both ends must run the same backend")
+                : std::string("rows of another model or policy"));
+      });
+  return status;
+}
+
+void Importer::AskAgain(UnderWay under_way, uint64_t pause_us, uint64_t now_us) {
+  Release(under_way.cut);
+  Count(under_way.fetching->import.get(), -1, now_us);
+  under_way.cut.not_before_us = now_us + pause_us;
+  under_way.fetching->to_ask.push_front(under_way.cut);
+}
+
+void Importer::Refuse(UnderWay under_way, absl::Status why, uint64_t now_us) {
+  const std::shared_ptr<Import> import = under_way.fetching->import;
+  ++import->refused_frames;
+  const bool is_final = ++under_way.cut.refusals >= kMaxRefusals;
+  AskAgain(std::move(under_way), 0, now_us);
+  if (is_final) Fail(import.get(), std::move(why));
+}
+
+void Importer::OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us) {
+  const auto it = asked_.find(id);
+  if (it == asked_.end()) return;
+  UnderWay under_way = std::move(it->second);
+  asked_.erase(it);
+  share_->asks.erase(id);
+  Import* const import = under_way.fetching->import.get();
+  Peer& peer = peers_[under_way.fetching->sources[under_way.cut.source].address];
+  switch (frame.status().code()) {
+    case absl::StatusCode::kOk:
+      break;
+    case absl::StatusCode::kUnavailable:
+      // All that was asked of a peer fails with its connection: that is one failure.
+      if (now_us >= peer.not_before_us) {
+        peer.pause_us = std::clamp(peer.pause_us * 2, kFirstPauseUs, kMaxPauseUs);
+        peer.not_before_us = now_us + peer.pause_us;
+      }
+      return AskAgain(std::move(under_way), 0, now_us);
+    case absl::StatusCode::kResourceExhausted:
+    case absl::StatusCode::kOutOfRange:
+      return AskAgain(std::move(under_way), kAskAgainUs, now_us);
+    case absl::StatusCode::kDataLoss:
+      return Refuse(std::move(under_way), frame.status(), now_us);
+    default:
+      AskAgain(std::move(under_way), 0, now_us);
+      return Fail(import, frame.status());
+  }
+  peer = {};
+  if (const absl::Status checked = CheckFrame(*under_way.fetching, under_way.cut, *frame);
+      !checked.ok()) {
+    return Refuse(std::move(under_way), checked, now_us);
+  }
+  under_way.frame = *std::move(frame);
+  auto arrived = std::make_unique<UnderWay>(std::move(under_way));
+  if (import->is_last) {
+    arrived_.push_front(std::move(arrived));
+  } else {
+    arrived_.push_back(std::move(arrived));
+  }
+  BeginWrites(now_us);
+}
+
+void Importer::BeginWrites(uint64_t now_us) {
+  while (!arrived_.empty() && writing_.size() < kMaxImportCopies && !share_->holds_copies) {
+    std::unique_ptr<UnderWay>& next = arrived_.front();
+    Import* const import = next->fetching->import.get();
+    const auto tables = cache_->PageTables(import->key.first);
+    std::vector<BlockRows> list;
+    list.reserve(next->frame.pieces.size());
+    next->blocks.clear();
+    for (const BlockHeader& piece : next->frame.pieces) {
+      const uint32_t layer = piece.layer - traits_.layers.begin;
+      const BlockId block = tables[layer].at(piece.first_position / limits::kBlockTokens);
+      list.push_back({layer, block, piece.first_position % limits::kBlockTokens, piece.num_rows});
+      next->blocks.push_back(block);
+    }
+    const absl::StatusOr<CopyId> copy = copies_->Write(
+        list,
+        {{reinterpret_cast<const std::byte*>(next->frame.rows.data()), next->frame.rows.size()},
+         false});
+    if (absl::IsResourceExhausted(copy.status())) return;
+    std::unique_ptr<UnderWay> begun = std::move(next);
+    arrived_.pop_front();
+    if (!copy.ok()) {
+      AskAgain(std::move(*begun), 0, now_us);
+      Fail(import, copy.status());
+      continue;
+    }
+    cache_->BeginCopy(begun->blocks);
+    writing_.emplace(*copy, std::move(begun));
+  }
+}
+
+void Importer::OnCopies(absl::Span<const CopyEnd> ends, uint64_t now_us) {
+  for (const CopyEnd& end : ends) {
+    const auto it = writing_.find(end.id);
+    if (it == writing_.end()) continue;
+    const std::unique_ptr<UnderWay> written = std::move(it->second);
+    writing_.erase(it);
+    cache_->EndCopy(written->blocks);
+    Release(written->cut);
+    Import* const import = written->fetching->import.get();
+    if (import->is_closed || !import->status.ok()) continue;
+    Count(import, -1, now_us);
+    if (!end.status.ok()) {
+      Fail(import, end.status);
+      continue;
+    }
+    Finish(std::move(*written), now_us);
+  }
+}
+
+void Importer::Finish(UnderWay written, uint64_t) {
+  Import& import = *written.fetching->import;
+  for (const BlockHeader& piece : written.frame.pieces) import.digest.Add(piece);
+  import.bytes += written.cut.bytes;
+  if (--written.fetching->num_open > 0) return;
+  // A later fetch may be done before an earlier one.
+  for (auto it = fetches_.begin(); it != fetches_.end();) {
+    if ((*it)->import.get() != &import) {
+      ++it;
+      continue;
+    }
+    if ((*it)->num_open > 0) return;
+    import.rows_fetched = (*it)->end_row;
+    import.tell = true;
+    it = fetches_.erase(it);
+  }
+}
+
+std::vector<Importer::Fetched> Importer::Poll(uint64_t now_us) {
+  BeginWrites(now_us);
+  std::vector<Fetched> told = std::exchange(refused_, {});
+  for (const auto& [key, import] : imports_) {
+    const bool is_due =
+        import->bytes != import->told_bytes && now_us >= import->told_us + kTellFetchedUs;
+    if (!import->tell && !is_due) continue;
+    Count(import.get(), 0, now_us);
+    import->tell = false;
+    import->told_us = now_us;
+    import->told_bytes = import->bytes;
+    told.push_back({.id = key.first,
+                    .placement = key.second,
+                    .rows = import->rows_fetched,
+                    .digest = import->digest.Value(),
+                    .bytes = import->bytes,
+                    .us = import->us,
+                    .refused_frames = import->refused_frames,
+                    .status = import->status});
+  }
+  return told;
+}
+
+bool Importer::busy() const {
+  if (!fetches_.empty() || !writing_.empty() || !refused_.empty()) return true;
+  return std::any_of(imports_.begin(), imports_.end(),
+                     [](const auto& entry) { return entry.second->tell; });
+}
+
+}  // namespace strait

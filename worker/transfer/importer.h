@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Importer brings the rows of sequences that come from another pipeline into a stage's cache: it asks
+// the workers that have them, piece by piece, and looks at what comes before it writes it.
+//
+// Owns:    the token ids of imports; frames until they are in the cache.
+// Borrows: BlockCopies, whose ends are handed in; LatentCache; TransferShare. They outlive it.
+// Thread:  loop thread only. No I/O, no clock of its own, no threads.
+// Errors:  Unavailable is asked again with a growing pause, without end: whoever wants the rows knows how
+//          long. ResourceExhausted and OutOfRange are asked again soon. What comes damaged, or is not what
+//          was asked for, is counted and asked again, kMaxRefusals times a piece. All else ends the import.
+// Limits:  TransferShare; kMaxImportCopies under way.
+// Why:     pieces are cut from what the coordinator asks for, and cut the same when they are asked for
+//          again: so both ends sum up the same pieces (proto/wire/rows_digest.h). Rows are there when all
+//          pieces of a fetch are; fetches of an import follow each other, so one number says which.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <list>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/types/span.h"
+#include "proto/base/ids.h"
+#include "proto/wire/rows_digest.h"
+#include "strait/v1/cluster.pb.h"
+#include "worker/block_copies.h"
+#include "worker/cache/latent_cache.h"
+#include "worker/transfer/transfer_share.h"
+
+namespace strait {
+
+inline constexpr size_t kMaxImportCopies = 8;
+inline constexpr uint32_t kMaxRefusals = 3;
+inline constexpr uint64_t kFirstPauseUs = 50'000;  // after Unavailable; doubles
+inline constexpr uint64_t kMaxPauseUs = 1'000'000;
+inline constexpr uint64_t kAskAgainUs = 5'000;  // after ResourceExhausted, OutOfRange
+inline constexpr uint64_t kTellFetchedUs = 100'000;
+
+class Importer {
+ public:
+  Importer(const RowTraits& traits, BlockCopies* copies, LatentCache* cache, TransferShare* share)
+      : traits_(traits), copies_(copies), cache_(cache), share_(share) {}
+  ~Importer();  // REQUIRES: num_copies() == 0
+  Importer(const Importer&) = delete;
+  Importer& operator=(const Importer&) = delete;
+
+  // ---- What plans say of imports ----
+  // There are blocks for so many rows. REQUIRES: no import of another placement.
+  void Take(SequenceId id, PlacementEpoch placement, uint32_t rows);
+  // Whether exactly these rows are here, and nothing more is on its way.
+  bool IsFetched(SequenceId id, PlacementEpoch placement, uint32_t rows) const;
+  // It is no import any more; its tokens. REQUIRES: IsFetched.
+  std::vector<TokenId> Open(SequenceId id);
+  // Nothing more is asked for. Copies into its blocks may be under way.
+  void Close(SequenceId id);
+
+  // ---- What the coordinator asks for ----
+  // `most_rows`: for which a plan that has come takes blocks, of this placement; 0: none does.
+  void Fetch(const v1::FetchRows& fetch, uint32_t most_rows, uint32_t vocab_size, uint64_t now_us);
+  // The coordinator is gone: what it asked for ends, imports stay as they are.
+  void EndFetches();
+  // The epoch is over: no import any more. Copies may be under way.
+  void Clear();
+
+  // ---- What drives it ----
+  // Asks for as much as may be under way. `last`: for sequences that stand still; else for all others.
+  void Ask(bool last, uint64_t now_us);
+  void OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us);
+  // Those of others are passed over.
+  void OnCopies(absl::Span<const CopyEnd> ends, uint64_t now_us);
+  struct Fetched {
+    SequenceId id;
+    PlacementEpoch placement;
+    uint32_t rows = 0;
+    uint64_t digest = 0;
+    uint64_t bytes = 0;
+    uint64_t us = 0;
+    uint32_t refused_frames = 0;
+    absl::Status status;
+  };
+  // What is to be told since the last call.
+  std::vector<Fetched> Poll(uint64_t now_us);
+  // Poll, and Ask, are to be called every millisecond or so.
+  bool busy() const;
+  size_t num_copies() const { return writing_.size(); }
+  // Bytes of TransferShare::asked_bytes that are its own.
+  uint64_t asked_bytes() const { return asked_bytes_; }
+
+ private:
+  using Key = std::pair<SequenceId, PlacementEpoch>;
+  struct Source {
+    LayerRange layers;
+    uint64_t stage_id = 0;
+    PipelineEpoch epoch;
+    std::string address;
+    uint64_t secret = 0;
+  };
+  struct Import {
+    Key key;
+    uint32_t rows_taken = 0;   // that there are blocks for
+    uint32_t rows_wanted = 0;  // by all fetches
+    uint32_t rows_fetched = 0;
+    std::vector<TokenId> tokens;  // [rows_wanted]
+    bool is_last = false;         // it stands still
+    bool is_closed = false;
+    RowsDigest digest;
+    uint64_t bytes = 0;
+    uint32_t refused_frames = 0;
+    absl::Status status;
+    size_t num_under_way = 0;  // cuts
+    uint64_t us = 0;
+    uint64_t since_us = 0;  // when num_under_way last changed
+    int64_t allowance = 0;  // bytes that it may ask for by its rate; below 0: it has asked ahead
+    uint64_t refilled_us = 0;
+    bool tell = false;
+    uint64_t told_us = 0;
+    uint64_t told_bytes = 0;
+  };
+  // What one ask is for.
+  struct Cut {
+    size_t source = 0;
+    LayerRange layers;
+    uint32_t first_row = 0;
+    uint32_t num_rows = 0;
+    uint64_t bytes = 0;
+    uint32_t refusals = 0;
+    uint64_t not_before_us = 0;
+  };
+  struct Fetching {
+    std::shared_ptr<Import> import;
+    uint32_t end_row = 0;
+    std::vector<Source> sources;
+    uint64_t bytes_per_s = 0;
+    bool any_numerics = false;
+    std::deque<Cut> to_ask;
+    size_t num_open = 0;  // cuts whose rows are not here
+  };
+  using FetchingPtr = std::shared_ptr<Fetching>;
+  // A cut that was asked for; with its frame, once that has come.
+  struct UnderWay {
+    FetchingPtr fetching;
+    Cut cut;
+    RowsFrame frame;
+    std::vector<BlockId> blocks;  // while it is written
+  };
+  struct Peer {
+    uint64_t pause_us = 0;
+    uint64_t not_before_us = 0;
+  };
+
+  absl::StatusOr<FetchingPtr> MakeFetching(const v1::FetchRows& fetch, uint32_t most_rows,
+                                           uint32_t vocab_size) const;
+  std::deque<Cut> CutUp(const std::vector<Source>& sources, uint32_t begin, uint32_t end) const;
+  bool MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us);
+  void SendAsk(const FetchingPtr& fetching, Cut cut, uint64_t now_us);
+  absl::Status CheckFrame(const Fetching& fetching, const Cut& cut, const RowsFrame& frame) const;
+  // Not what was asked for, or damaged.
+  void Refuse(UnderWay under_way, absl::Status why, uint64_t now_us);
+  void AskAgain(UnderWay under_way, uint64_t pause_us, uint64_t now_us);
+  void BeginWrites(uint64_t now_us);
+  void Finish(UnderWay under_way, uint64_t now_us);
+  void Fail(Import* import, absl::Status why);
+  // Of an import: what was asked for and what has come is dropped.
+  void DropAsked(const Import& import);
+  void Count(Import* import, int change, uint64_t now_us);
+  // What was asked for is here, or given up.
+  void Release(const Cut& cut);
+
+  const RowTraits traits_;
+  BlockCopies* const copies_;
+  LatentCache* const cache_;
+  TransferShare* const share_;
+
+  std::map<Key, std::shared_ptr<Import>> imports_;
+  std::list<FetchingPtr> fetches_;  // that have cuts to ask for or under way, in order
+  std::map<AskId, UnderWay> asked_;
+  std::deque<std::unique_ptr<UnderWay>> arrived_;
+  std::map<CopyId, std::unique_ptr<UnderWay>> writing_;
+  std::map<std::string, Peer> peers_;
+  std::vector<Fetched> refused_;  // fetches of no import
+  uint64_t asked_bytes_ = 0;
+};
+
+}  // namespace strait
