@@ -55,6 +55,10 @@ struct Flags {
   double load_timeout_s = 30;
   double step_timeout_s = 10;
   double replay_timeout_s = 120;
+  double migrate_timeout_s = 300;
+  double migrate_stall_s = 10;
+  double migrate_pause_s = 2;
+  double migrate_gb_per_s = 0;
   bool insecure = false;
   LogFlags log;
 };
@@ -157,6 +161,10 @@ absl::Status Run(Flags flags) {
   flags.core.load_timeout_us = static_cast<uint64_t>(flags.load_timeout_s * 1e6);
   flags.core.step_timeout_us = static_cast<uint64_t>(flags.step_timeout_s * 1e6);
   flags.core.replay_timeout_us = static_cast<uint64_t>(flags.replay_timeout_s * 1e6);
+  flags.core.migrate_timeout_us = static_cast<uint64_t>(flags.migrate_timeout_s * 1e6);
+  flags.core.migrate_stall_us = static_cast<uint64_t>(flags.migrate_stall_s * 1e6);
+  flags.core.migrate_pause_us = static_cast<uint64_t>(flags.migrate_pause_s * 1e6);
+  flags.core.migrate_bytes_per_s = static_cast<uint64_t>(flags.migrate_gb_per_s * 1e9);
   // A coordinator that takes over must have a higher term: the time serves, until one is stored. In
   // microseconds, so that two starts within a second differ.
   flags.core.term = static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(
@@ -274,6 +282,19 @@ int main(int argc, char** argv) {
           "Seconds that a sequence goes on without a token while links between workers fail; then "
           "it ends with an error")
       ->check(CLI::Range(0.1, kMaxFaultSeconds));
+  AddFlag(app, "--migrate-timeout", flags.migrate_timeout_s,
+          "Seconds that a sequence may take to go to another pipeline; then it stays")
+      ->check(CLI::Range(0.1, kMaxFaultSeconds));
+  AddFlag(app, "--migrate-stall", flags.migrate_stall_s,
+          "Seconds that such a move may stand without getting any further")
+      ->check(CLI::Range(0.1, kMaxFaultSeconds));
+  AddFlag(app, "--migrate-pause", flags.migrate_pause_s,
+          "Seconds that a sequence may stand still for it, from its last step in the old pipeline "
+          "until the new one is told to go on")
+      ->check(CLI::Range(0.01, kMaxFaultSeconds));
+  AddFlag(app, "--migrate-rate", flags.migrate_gb_per_s,
+          "Gigabytes a second that one move may take at each stage; 0: unbounded")
+      ->check(CLI::Range(0.0, 1e6));
   AddFlag(app, "--stop-grace", flags.stop_grace_s,
           "Seconds that running requests get when the coordinator is told to stop")
       ->check(CLI::Range(0.0, kMaxSeconds));

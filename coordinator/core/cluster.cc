@@ -133,6 +133,9 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
       return OnMoved(worker, message.prefixes_moved(), now_us);
     case v1::FromWorker::kCacheResized:
       return OnCacheResized(worker, message.cache_resized(), now_us);
+    case v1::FromWorker::kRowsFetched:
+    case v1::FromWorker::kRowsServed:
+      return;  // Migrations' business
     case v1::FromWorker::kEdgeId:
       return OnEdgeId(worker, message.edge_id(), now_us);
     case v1::FromWorker::kHello:

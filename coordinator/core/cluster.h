@@ -55,6 +55,9 @@ class Cluster {
   void OnTick(uint64_t now_us);
   // Forms, fills and activates what can be.
   void Advance(uint64_t now_us);
+  // A worker said what cannot be.
+  void Accuse(WorkerId id, absl::Status why, uint64_t now_us) { Evict(id, std::move(why), now_us); }
+  bool IsScaling() const { return scale_.has_value(); }
   // Sends a step of `pipeline` to all of its stages.
   void SendStep(const Pipeline& pipeline, const v1::StepPlan& plan);
 

@@ -46,9 +46,13 @@ absl::Status ValidateOptions(const CoreOptions& options, const ModelShape& model
   for (const auto& [name, us] :
        {std::pair("--load-timeout, in microseconds,", options.load_timeout_us),
         std::pair("--step-timeout, in microseconds,", options.step_timeout_us),
-        std::pair("--replay-timeout, in microseconds,", options.replay_timeout_us)}) {
+        std::pair("--replay-timeout, in microseconds,", options.replay_timeout_us),
+        std::pair("--migrate-timeout, in microseconds,", options.migrate_timeout_us),
+        std::pair("--migrate-stall, in microseconds,", options.migrate_stall_us)}) {
     STRAIT_RETURN_IF_ERROR(CheckOption(name, us, 100'000, 86'400'000'000));
   }
+  STRAIT_RETURN_IF_ERROR(CheckOption("--migrate-pause, in microseconds,", options.migrate_pause_us,
+                                     10'000, 86'400'000'000));
   STRAIT_RETURN_IF_ERROR(CheckOption("the model's vocab_size", model.vocab_size, 1, 1u << 31));
   STRAIT_RETURN_IF_ERROR(
       CheckOption("the model's max_positions", model.max_positions, 1, 1u << 30));
@@ -64,7 +68,8 @@ Core::~Core() = default;
 Core::State::State(CoreOptions core_options, ModelShape model)
     : context{std::move(core_options), std::move(model), {}, {}},
       journal(&context),
-      cluster(&context, &journal) {
+      cluster(&context, &journal),
+      migrations(&context, &journal, &cluster) {
   const absl::Status valid = ValidateOptions(context.options, context.model);
   STRAIT_CHECK(valid.ok(), "ValidateOptions comes first");
 }
@@ -80,6 +85,7 @@ void Core::OnWorkerAttached(WorkerId worker, const v1::Hello& hello, uint64_t no
 void Core::OnWorkerMessage(WorkerId worker, const v1::FromWorker& message, uint64_t now_us) {
   now_us = state_->Awake(now_us);
   state_->cluster.OnMessage(worker, message, now_us);
+  state_->migrations.OnMessage(worker, message, now_us);
   state_->WatchPipelines(now_us);
 }
 
@@ -107,11 +113,19 @@ void Core::OnCancel(RequestId request, std::optional<uint32_t> sequence_index, u
 }
 
 void Core::OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us) {
+  if (!state_->migrations.moves().empty()) {
+    state_->context.Send(ScaleAnswered{
+        id,
+        absl::FailedPreconditionError(absl::StrCat(state_->migrations.moves().size(),
+                                                   " sequence(s) move; wait for the end of that")),
+        {}});
+    return;
+  }
   state_->cluster.OnScale(id, num_stages, state_->Awake(now_us));
 }
 
-void Core::OnMigrate(VerbId id, MigrateSpec, uint64_t) {
-  state_->context.Send(VerbEnded{id, absl::UnimplementedError("no sequence moves yet")});
+void Core::OnMigrate(VerbId id, MigrateSpec spec, uint64_t now_us) {
+  state_->migrations.OnMigrate(id, spec, state_->Awake(now_us));
 }
 
 void Core::OnFlush(uint64_t now_us) {
@@ -142,8 +156,9 @@ std::vector<CoreMessage> Core::Take(uint64_t now_us) {
   now_us = state.Awake(now_us);
   state.cluster.Advance(now_us);
   // A step that closes sequences makes room, so placing and forming take turns until neither does
-  // more.
-  for (bool formed = state.cluster.num_active() > 0; formed;) {
+  // more. A move may go on when a plan is out.
+  bool moved = state.migrations.Advance(now_us);
+  for (bool formed = state.cluster.num_active() > 0; formed || moved;) {
     state.PlaceWaiting();
     formed = false;
     for (const auto& [id, pipeline] : state.cluster.pipelines()) {
@@ -152,6 +167,7 @@ std::vector<CoreMessage> Core::Take(uint64_t now_us) {
         formed = true;
       }
     }
+    moved = state.migrations.Advance(now_us);
   }
   return std::exchange(state.context.out, {});
 }
@@ -312,6 +328,7 @@ CoreStats Core::Stats() const {
 absl::Status Core::CheckIntegrity() const {
   STRAIT_RETURN_IF_ERROR(state_->journal.CheckIntegrity());
   STRAIT_RETURN_IF_ERROR(state_->cluster.CheckIntegrity());
+  STRAIT_RETURN_IF_ERROR(state_->migrations.CheckIntegrity());
   const CoreStats stats = Stats();
   if (stats.running + stats.waiting != state_->journal.num_sequences()) {
     return absl::InternalError(absl::StrCat(stats.running, " sequences run and ", stats.waiting,

@@ -70,6 +70,12 @@ struct CoreOptions {
   uint64_t activation_timeout_us = 30'000'000;
   // A sequence that gets no token for so long because links fail ends Unavailable.
   uint64_t replay_timeout_us = 120'000'000;
+  // Of a sequence that moves to another pipeline: in all; without getting any further; while it stands
+  // still. Over one of them the move is given up, and the sequence goes on where it is.
+  uint64_t migrate_timeout_us = 300'000'000;
+  uint64_t migrate_stall_us = 10'000'000;
+  uint64_t migrate_pause_us = 2'000'000;
+  uint64_t migrate_bytes_per_s = 0;  // of one move at one stage; 0: unbounded
   // Of this process, random; edge nonces are made from it, so nobody outside can guess one.
   uint64_t edge_secret = 0;
 };
@@ -180,6 +186,11 @@ struct CoreStats {
   uint64_t host_copied_bytes = 0;        // to and from there, all stages
   uint64_t host_copying_us = 0;          // in which copies were under way, summed over stages
   uint64_t preemptions = 0;
+  uint64_t migrations = 0;  // sequences that moved with all their rows
+  uint64_t migrations_failed = 0;
+  uint64_t migrated_bytes = 0;
+  uint64_t migration_pause_us = 0;  // summed; the longest
+  uint64_t migration_pause_us_max = 0;
   uint64_t recoveries = 0;  // pipelines that came back with a new epoch
   uint64_t workers_lost = 0;
   uint64_t requests_refused = 0;

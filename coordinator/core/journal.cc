@@ -13,6 +13,7 @@ Request* Journal::Admit(RequestId id, RequestSpec spec, uint64_t deadline_us) {
   Request* request = owned.get();
   request->id = id;
   request->client_id = std::move(spec.client_id);
+  request->name = std::move(spec.name);
   request->deadline_us = deadline_us;
   request->num_live = static_cast<uint32_t>(spec.sequences.size());
   for (uint32_t i = 0; i < request->num_live; ++i) {

@@ -30,6 +30,7 @@ namespace strait {
 struct Request {
   RequestId id;
   std::string client_id;
+  std::string name;
   uint64_t deadline_us = 0;
   std::vector<std::unique_ptr<Sequence>> sequences;  // null: ended
   uint32_t num_live = 0;

@@ -30,13 +30,15 @@ void Scheduler::PlanOpen(Residency* residency, const std::vector<uint32_t>& kept
                          Draft* draft) {
   const Sequence& sequence = *residency->sequence;
   residency->opened = true;
+  residency->opened_by = draft->record.id;
   v1::OpenSequence* open = draft->plan.add_cache_ops()->mutable_open();
+  open->set_imported_rows(std::exchange(residency->adopted_rows, 0));
   open->set_sequence_id(sequence.id.value);
   open->set_prompt_tokens(sequence.prompt_tokens);
   *open->mutable_sampling() = ToWire(sequence);
   open->mutable_kept_rows()->Add(kept_rows.begin(), kept_rows.end());
   for (const uint32_t rows : kept_rows) context_->stats.kept_rows += rows;
-  if (kept_rows.empty()) {
+  if (kept_rows.empty() && open->imported_rows() == 0) {
     for (const PrefixIndex::Node* node : residency->prefix.path) {
       AppendTo(node->key, open->mutable_prefix_keys());
     }
@@ -94,7 +96,7 @@ void Scheduler::Preempt(Residency* residency, Draft* draft) {
   residency->opened = false;
   residency->ready_ticket = 0;
   if (residency->results_pending == 0) sequence->Remove(residency);
-  if (!sequence->resident()) journal_->Wait(sequence);
+  LeftHome(sequence);
 }
 
 bool Scheduler::ReserveOneMore(Residency* residency, Draft* draft) {
@@ -102,7 +104,13 @@ bool Scheduler::ReserveOneMore(Residency* residency, Draft* draft) {
   const uint32_t to = std::max(from, residency->rows.next() + 1);
   while (!books_.CanReserve(from, to)) {
     if (DropOldest(draft)) continue;
-    Residency* youngest = residents_.rbegin()->second;
+    if (Residency* incoming = Incoming()) {
+      CloseIncoming(incoming, draft);
+      continue;
+    }
+    Residency* youngest = Youngest();
+    // Those that stand still are about to go, or to go on: none gives way for their sake.
+    if (youngest == nullptr || (youngest == residency && num_still_ + num_away_ > 0)) return false;
     // Alone, it fits: admission has seen to that. But for blocks of its own beside prefix blocks of
     // the same tokens: it goes, and begins with those.
     STRAIT_CHECK(residents_.size() > 1 || !residency->prefix.blocks.even(),
@@ -228,6 +236,7 @@ void Scheduler::PlanRows(Residency* residency, StageRows::Chunk chunk, Draft* dr
   num_uneven_ += !residency->rows.even();
   draft->record.num_rows += chunk.num_rows;
   draft->record.sequences.push_back(sequence.id);
+  draft->record.first_rows.push_back(begin);
   draft->tokens_left -= chunk.num_rows;
   --draft->sequences_left;
   PlanLogits(residency, begin, chunk.num_rows, draft);

@@ -126,6 +126,7 @@ void Scheduler::TakeCached(Residency* residency) {
     residency->returns = residency->returns || node->returning;
     residency->prefix.path.push_back(node);
   }
+  sequence->has_foreign_rows = false;
   residency->prefix.blocks = StageBlocks(cached);
   residency->shares = KeepsPrefixes();
   num_returning_ += residency->returns;
@@ -159,7 +160,7 @@ void Scheduler::TakeKept(Residency* residency, const KeptRows& kept) {
   Sequence* sequence = residency->sequence;
   residency->rows = StageRows(kept.rows);
   residency->prefix.blocks = StageBlocks(kept.prefix_blocks);
-  residency->shares = KeepsPrefixes();
+  residency->shares = KeepsPrefixes() && !sequence->has_foreign_rows;
   PrefixIndex::Node* parent = nullptr;
   for (uint32_t block = 0; block < residency->prefix.blocks.most(); ++block) {
     const ContentKey key = KeyOf(sequence, block);

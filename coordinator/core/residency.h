@@ -36,10 +36,21 @@ struct PrefixKeep {
 };
 
 struct Residency {
-  // --- Constant ---
+  // What it is while the sequence moves (coordinator/core/migration.h).
+  enum class Role {
+    kHome,      // its steps sample, and the journal takes their tokens
+    kIncoming,  // rows come here; no plan has rows of it
+    kOutgoing,  // it was home, and keeps its rows until the new one has proved itself
+  };
+
+  // --- Constant, but for one that becomes home again ---
   PlacementEpoch epoch;
   Sequence* sequence = nullptr;
   Scheduler* scheduler = nullptr;
+
+  Role role = Role::kHome;
+  // No rows of it are planned, and it gives way to nobody: it is about to move, or has.
+  bool frozen = false;
 
   // --- What it has there ---
   StageRows rows;  // planned
@@ -53,10 +64,16 @@ struct Residency {
       0;  // below, rows are computed on all stages, and the journal has their tokens
   uint32_t promised_end = 0;  // blocks of the prefix index's promises that may be its own
   bool returns = false;       // some of its prefix blocks are on their way back from host memory
-  bool opened = false;        // a plan with its OpenSequence is out
+  bool opened = false;  // a plan with its OpenSequence is out, or with blocks for what comes in
+  StepId opened_by;     // that plan
   // It was preempted: nothing of the above is left, and it lives only until the results under way
   // are there.
   bool leaving = false;
+  // kIncoming: rows that stages have blocks for with the next plan; they have them for `rows` by now.
+  uint32_t import_rows = 0;
+  StepId imported_by;  // the last plan with blocks for it
+  // Of one that came in: rows that are there, until a plan opens it.
+  uint32_t adopted_rows = 0;
 
   // --- What is under way ---
   uint64_t ready_ticket = 0;     // its place among those that may decode; 0: not among them

@@ -178,13 +178,13 @@ absl::StatusOr<StageStep> Scheduler::OnReport(uint32_t stage_index, const v1::St
     // What fills a block is done when the step is answered; its tokens are in the journal: the last of
     // them came with an earlier step's results, or is the prompt's.
     MarkDone(filled);
-    ApplyResults(wanted, report);
+    ApplyResults(wanted, report, now_us);
   }
   return done;
 }
 
-void Scheduler::ApplyResults(const std::vector<WantedResult>& wanted,
-                             const v1::StageReport& report) {
+void Scheduler::ApplyResults(const std::vector<WantedResult>& wanted, const v1::StageReport& report,
+                             uint64_t now_us) {
   for (size_t i = 0; i < wanted.size(); ++i) {
     Sequence* sequence = journal_->Find(wanted[i].sequence);
     if (sequence == nullptr) {  // it ended meanwhile
@@ -218,6 +218,7 @@ void Scheduler::ApplyResults(const std::vector<WantedResult>& wanted,
     std::optional<Journal::Finish> finish;
     if (wanted[i].sample) {
       const auto position = static_cast<uint32_t>(sequence->tokens.size());
+      sequence->last_token_us = now_us;
       finish = journal_->GiveToken(sequence, ToInfo(result.sampled(), position));
     } else if (sequence->score_only() && sequence->scored + 1 == sequence->prompt_tokens) {
       finish = Journal::Finish{FinishReason::kLength, std::nullopt};

@@ -50,6 +50,8 @@ Holdings Scheduler::MayBeHeld(uint32_t stage_index) const {
                &holdings);
   };
   for (const auto& [id, residency] : residents_) {
+    // What comes in does not outlive the epoch.
+    if (residency->role == Residency::Role::kIncoming) continue;
     if (residency->opened) add(id, residency->rows, residency->prefix.blocks);
   }
   for (const Closing& closing : closing_) add(closing.id, closing.rows, closing.prefix.blocks);
@@ -86,9 +88,10 @@ std::vector<Holdings> Scheduler::Stop() {
   for (const auto& [id, residency] : residents) {
     Sequence* sequence = residency->sequence;
     STRAIT_CHECK(residency->results_pending == 0 && residency->samples_pending == 0);
+    const bool was_home = residency->role == Residency::Role::kHome;
     Forget(residency);
     sequence->Remove(residency);
-    if (!sequence->resident()) journal_->Wait(sequence);
+    if (was_home) LeftHome(sequence);
   }
   books_.Stop();
   index_.Clear();
@@ -147,6 +150,9 @@ void Scheduler::Forget(Residency* residency) {
     unplanned_rows_ -= sequence.rows_wanted() - residency->rows.next();
   }
   if (residency->ready_ticket != 0) ready_.erase(residency->ready_ticket);
+  num_still_ -= residency->frozen || residency->role == Residency::Role::kIncoming;
+  num_away_ -= residency->role != Residency::Role::kHome;
+  imports_due_.erase(sequence.id);
   num_uneven_ -= !residency->rows.even();
   BreakPromises(residency);
   num_returning_ -= std::exchange(residency->returns, false);
@@ -186,7 +192,7 @@ void Scheduler::Answered(Residency* residency, bool sampled) {
 }
 
 uint32_t Scheduler::DecodeCap() const {
-  const size_t decoding = residents_.size() - prefilling_.size();
+  const size_t decoding = residents_.size() - prefilling_.size() - num_still_;
   return static_cast<uint32_t>((decoding + num_stages_ - 1) / num_stages_);
 }
 
@@ -208,7 +214,7 @@ bool Scheduler::MayDecode(const Residency& residency) const {
 }
 
 void Scheduler::MakeReady(Residency* residency) {
-  if (residency->ready_ticket != 0 || !MayDecode(*residency)) return;
+  if (residency->ready_ticket != 0 || residency->frozen || !MayDecode(*residency)) return;
   residency->ready_ticket = ++last_ticket_;
   ready_.emplace(residency->ready_ticket, residency);
 }
@@ -241,15 +247,17 @@ std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
   if (full && !close_now_) return std::nullopt;
   const bool is_awaited = std::exchange(is_awaited_, false) && !keepers_.empty();
   GiveUpEnded();
-  if (unnamed_.empty() && closing_.empty() && prefilling_.size() == num_returning_ &&
-      !WorthDecoding() && !is_awaited && !ops_are_urgent_) {
+  if (unnamed_.empty() && closing_.empty() && imports_due_.empty() &&
+      prefilling_.size() == num_returning_ && !WorthDecoding() && !is_awaited && !ops_are_urgent_) {
     return std::nullopt;
   }
-  const bool was_urgent = ops_are_urgent_;
+  // Or whoever decodes waits for room that others are about to leave.
+  const bool may_be_empty = is_awaited || ops_are_urgent_ || num_still_ > 0;
   Draft draft = Begin();
   PlanSurvivors(&draft);
   PlanKeeps(&draft);
   PlanCloses(&draft);
+  PlanImports(&draft);
   if (!full) {
     if (Residency* const alone = ChooseAlone()) {
       PlanChunk(alone, draft.tokens_left, &draft);
@@ -259,7 +267,7 @@ std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
     }
   }
   std::optional<v1::StepPlan> plan = Send(std::move(draft), now_us);
-  STRAIT_CHECK(plan.has_value() || is_awaited || was_urgent);
+  STRAIT_CHECK(plan.has_value() || may_be_empty);
   return plan;
 }
 
@@ -309,7 +317,8 @@ std::optional<v1::StepPlan> Scheduler::Resize(const std::vector<uint64_t>& capac
     PlanCloses(&draft);
     while (!books_.Fits(capacity_bytes)) {
       if (DropOldest(&draft)) continue;
-      Residency* youngest = residents_.rbegin()->second;
+      Residency* youngest = Youngest();
+      STRAIT_CHECK(youngest != nullptr, "a sequence moves while caches shrink");
       STRAIT_CHECK(residents_.size() > 1 || !youngest->prefix.blocks.even(),
                    "the only resident outgrew the cache");
       Preempt(youngest, &draft);
@@ -352,6 +361,7 @@ uint64_t Scheduler::HeldRows() const {
 
 absl::Status Scheduler::CheckResident(const Residency& residency) const {
   const Sequence& sequence = *residency.sequence;
+  if (residency.role != Residency::Role::kHome || residency.frozen) return CheckStill(residency);
   const uint32_t rows = residency.rows.next();
   uint32_t most = 0;
   for (uint32_t s = 0; s < num_stages_; ++s) most = std::max(most, residency.rows.at(s));
@@ -381,6 +391,8 @@ absl::Status Scheduler::CheckResident(const Residency& residency) const {
 absl::Status Scheduler::CheckIntegrity() const {
   uint64_t unplanned = 0;
   uint32_t uneven = 0;
+  uint32_t still = 0;
+  uint32_t away = 0;
   uint32_t returning = 0;
   CacheBooks due = books_.Empty();
   STRAIT_RETURN_IF_ERROR(CheckPrefixes(&due));
@@ -389,6 +401,8 @@ absl::Status Scheduler::CheckIntegrity() const {
     due.Enter(residency->reserved_rows, residency->prefix.blocks);
     if (residency->opened) due.Hold(residency->rows, residency->prefix.blocks);
     uneven += !residency->rows.even();
+    still += residency->frozen || residency->role == Residency::Role::kIncoming;
+    away += residency->role != Residency::Role::kHome;
     const auto& path = residency->prefix.path;
     const bool returns =
         std::any_of(path.begin(), path.end(), [](const auto* node) { return node->returning; });
@@ -408,6 +422,11 @@ absl::Status Scheduler::CheckIntegrity() const {
     return absl::InternalError(absl::StrCat(num_returning_, " residents wait for blocks (counted ",
                                             returning, "), ", index_.num_on_host(),
                                             " prefix blocks are in host memory of ", host_blocks_));
+  }
+  if (still != num_still_ || away != num_away_) {
+    return absl::InternalError(absl::StrCat("residents that stand still ", num_still_, " (counted ",
+                                            still, "), whose home is elsewhere ", num_away_,
+                                            " (counted ", away, ")"));
   }
   if (unplanned != unplanned_rows_ || uneven != num_uneven_) {
     return absl::InternalError(absl::StrCat("rows to plan ", unplanned_rows_, " (counted ",

@@ -123,6 +123,36 @@ class Scheduler {
   // Prefix blocks that no sequence has go. REQUIRES: started.
   void Flush();
 
+  // ---- Moves from one pipeline to another (moves.cc) ----
+  // Takes room for a sequence whose home is elsewhere: blocks of so many rows with the next plan. ResourceExhausted,
+  // with the numbers: there is none without another sequence giving way. REQUIRES: started; CanEverHold; no residency
+  // of it is here.
+  absl::StatusOr<Residency*> Import(Sequence* sequence, uint32_t rows);
+  // Whether there may be an import now: what stages told at the epoch's begin is named.
+  bool MayImport() const { return started() && unnamed_.empty(); }
+  bool HasRoomFor(uint32_t rows) const;
+  // It has blocks for so many rows with the next plan. False: there is no room.
+  bool GrowImport(Residency* residency, uint32_t rows);
+  // All stages have reported the plan with its blocks.
+  bool IsImported(const Residency& residency) const;
+  // All stages have reported the plan that opened it.
+  bool IsOpen(const Residency& residency) const;
+  // Rows that all stages have reported. REQUIRES: its rows are even.
+  uint32_t RowsReported(const Residency& residency) const;
+  // Nothing of it is under way: all stages have reported all its rows.
+  bool IsSettled(const Residency& residency) const;
+  // No more rows of it are planned, and nobody's growth costs it its blocks; again. REQUIRES of Freeze: its
+  // rows are even.
+  void Freeze(Residency* residency);
+  void Thaw(Residency* residency);
+  // The sequence's home is elsewhere from now on; here its rows stay. REQUIRES: frozen, IsSettled.
+  void HandOver(Residency* residency);
+  // What came in is home from now on, with so many rows; the next plan opens it. REQUIRES: kIncoming, with
+  // blocks for them.
+  void Adopt(Residency* residency, uint32_t rows);
+  // All stages have reported the step that opened it.
+  bool IsAdopted(const Residency& residency) const;
+
   // ---- Cache sizes ----
   // The most rows that a resident may grow to. Each stage must hold that.
   uint32_t resident_rows_max() const;
@@ -139,7 +169,8 @@ class Scheduler {
   bool links_proven() const { return links_proven_; }
   // REQUIRES: started.
   const StageTimes& times(uint32_t stage_index) const { return times_[stage_index]; }
-  uint32_t num_residents() const { return static_cast<uint32_t>(residents_.size()); }
+  // Whose home is here.
+  uint32_t num_residents() const { return static_cast<uint32_t>(residents_.size()) - num_away_; }
   uint32_t num_prefilling() const { return static_cast<uint32_t>(prefilling_.size()); }
   // By stage, after all steps planned so far; empty: stopped.
   const std::vector<StageCache>& stages() const { return books_.stages(); }
@@ -223,6 +254,22 @@ class Scheduler {
   static void Answered(Residency* residency, bool sampled);
   Holdings MayBeHeld(uint32_t stage_index) const;
 
+  // Moves (moves.cc).
+  void PlanImports(Draft* draft);
+  void PlanAdoption(Residency* residency, Draft* draft);
+  // What gives way first; null: nothing comes in.
+  Residency* Incoming() const;
+  // Of those that may give way; null: none may.
+  Residency* Youngest() const;
+  void CloseIncoming(Residency* residency, Draft* draft);
+  // Its home is gone: it goes back to where it came from, or waits; where it was to go it is given up.
+  void LeftHome(Sequence* sequence);
+  // What went is home again, as nobody answered where it went to.
+  void TakeBack(Residency* residency);
+  void Restore(Residency* residency);
+  absl::Status CheckStill(const Residency& residency) const;
+  bool HaveAllReported(StepId step) const;
+
   // Prefix blocks (prefixes.cc).
   bool Survives(const Sequence& sequence) const;
   // What stages kept of it. Empty, also where rows follow from other numerics than they did.
@@ -280,7 +327,8 @@ class Scheduler {
   absl::Status CheckResults(const StepRecord& record, const v1::StageReport& report) const;
   // What stages say that they fed for granted rows, against what came back.
   absl::Status CheckGranted(const StepRecord& record, absl::Span<const TokenId> ids) const;
-  void ApplyResults(const std::vector<WantedResult>& wanted, const v1::StageReport& report);
+  void ApplyResults(const std::vector<WantedResult>& wanted, const v1::StageReport& report,
+                    uint64_t now_us);
 
   Context* const context_;
   Journal* const journal_;
@@ -296,6 +344,9 @@ class Scheduler {
   std::map<SequenceId, Residency*> prefilling_;  // residents with rows to plan; oldest first
   std::map<uint64_t, Residency*> ready_;  // residents with a token to feed; longest waiting first
   uint32_t num_uneven_ = 0;               // residents of which stages have different lengths
+  uint32_t num_still_ = 0;                // residents that are frozen, or come in
+  uint32_t num_away_ = 0;                 // residents whose home is elsewhere
+  std::set<SequenceId> imports_due_;      // residents that the next plan has blocks for, or opens
   std::vector<Closing> closing_;
   bool alone_last_ = false;  // the last step was of one that replays alone
   bool close_now_ = false;   // one of them has a granted row that may wait for an id

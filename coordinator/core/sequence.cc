@@ -14,11 +14,10 @@ uint32_t Sequence::rows_settled() const {
 }
 
 const Residency* Sequence::home() const {
-  const Residency* first = nullptr;
   for (const std::optional<Residency>& residency : residencies) {
-    if (residency && (first == nullptr || residency->epoch < first->epoch)) first = &*residency;
+    if (residency && residency->role == Residency::Role::kHome) return &*residency;
   }
-  return first;
+  return nullptr;
 }
 
 bool Sequence::resident() const {

@@ -47,23 +47,24 @@ struct Sequence {
   uint32_t prompt_tokens = 0;
 
   // --- Journal ---
-  std::vector<TokenId> tokens;       // prompt, then generated
-  uint32_t scored = 0;               // prompt tokens whose score the client has, from position 1 on
-  uint32_t rows_computed_once = 0;   // rows below were planned before: counted as replayed
+  std::vector<TokenId> tokens;      // prompt, then generated
+  uint32_t scored = 0;              // prompt tokens whose score the client has, from position 1 on
+  uint32_t rows_computed_once = 0;  // rows below were planned before: counted as replayed
   SequenceBlame blame;
   PrefixKeys prefix_keys;            // of its full blocks
   std::optional<ContentKey> awaits;  // while it waits: a block that another one computes
   bool was_placed = false;
+  uint64_t last_token_us = 0;  // when it got one
+  // Some of its rows were computed by another numerics_id than its pipeline's (--force-numerics): nobody shares them.
+  bool has_foreign_rows = false;
   uint32_t cached_tokens = 0;  // of its prompt, that it found in a cache when it was placed first
 
   // --- Where it lives ---
-  // None: it waits. Two while it moves from one pipeline to another: no code makes a second one yet,
-  // and what is true of the first alone asks for home().
+  // None: it waits. Two while it moves from one pipeline to another.
   static constexpr size_t kMaxResidencies = 2;
   std::array<std::optional<Residency>, kMaxResidencies> residencies;
 
-  // The one that was made first: its steps sample, and the journal takes their tokens. Null: it is
-  // nowhere.
+  // The one whose steps sample, and whose tokens the journal takes. Null: it is nowhere.
   Residency* home() { return const_cast<Residency*>(std::as_const(*this).home()); }
   const Residency* home() const;
   // It has blocks in a pipeline, or will have with the next plan.

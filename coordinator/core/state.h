@@ -2,7 +2,7 @@
 //
 // Core::State: the parts of Core, and what needs more than one of them.
 //
-// Owns:    Context, Journal, Cluster.
+// Owns:    Context, Journal, Cluster, Migrations.
 // Thread:  loop thread only.
 #pragma once
 
@@ -14,6 +14,7 @@
 #include "coordinator/core/context.h"
 #include "coordinator/core/core.h"
 #include "coordinator/core/journal.h"
+#include "coordinator/core/migration.h"
 
 namespace strait {
 
@@ -40,6 +41,7 @@ struct Core::State {
   Context context;
   Journal journal;
   Cluster cluster;
+  Migrations migrations;
   std::optional<uint64_t> no_pipeline_since_us;
   uint64_t last_call_us = 0;
   uint64_t awake_us = 0;  // at last_call_us

@@ -259,6 +259,8 @@ json::Object SequenceJson(const Sequence& sequence,
   out["id"] = sequence.id.value;
   out["request_id"] = sequence.request->id.value;
   out["client_id"] = sequence.request->client_id;
+  out["request"] = sequence.request->name;
+  out["choice"] = sequence.index;
   out["prompt_tokens"] = sequence.prompt_tokens;
   out["generated_tokens"] = sequence.generated();
   out["cached_tokens"] = sequence.cached_tokens;
@@ -285,6 +287,20 @@ json::Object SequenceJson(const Sequence& sequence,
       out["rows_by_stage"] = std::move(by_stage);
     }
   }
+  return out;
+}
+
+json::Object MoveJson(const MoveReport& report) {
+  json::Object out;
+  out["sequence"] = report.sequence.value;
+  out["from"] = report.from.value;
+  out["to"] = report.to.value;
+  out["phase"] = report.phase;
+  out["rounds"] = report.rounds;
+  out["rows"] = report.rows;
+  out["rows_total"] = report.rows_total;
+  out["moved_bytes"] = report.moved_bytes;
+  out["total_ms"] = report.total_us / 1000;
   return out;
 }
 
@@ -315,6 +331,11 @@ json::Object StatsJson(const CoreStats& stats) {
   out["host_copied_bytes"] = stats.host_copied_bytes;
   out["host_copying_us"] = stats.host_copying_us;
   out["preemptions"] = stats.preemptions;
+  out["migrations"] = stats.migrations;
+  out["migrations_failed"] = stats.migrations_failed;
+  out["migrated_bytes"] = stats.migrated_bytes;
+  out["migration_pause_us"] = stats.migration_pause_us;
+  out["migration_pause_us_max"] = stats.migration_pause_us_max;
   out["recoveries"] = stats.recoveries;
   out["workers_lost"] = stats.workers_lost;
   out["requests_refused"] = stats.requests_refused;
@@ -368,6 +389,11 @@ std::string Core::StatusJson(uint64_t now_us) const {
   out["running"] = stats.running;
   out["waiting"] = stats.waiting;
   out["sequences"] = std::move(sequences);
+  json::Array migrations;
+  for (const auto& [id, move] : state.migrations.moves()) {
+    migrations.push_back(MoveJson(state.migrations.ReportOf(move, now_us)));
+  }
+  out["migrations"] = std::move(migrations);
   out["vocab_size"] = state.context.model.vocab_size;
   out["max_positions"] = state.context.model.max_positions;
   out["stats"] = StatsJson(stats);

@@ -72,6 +72,7 @@ struct StepRecord {
   bool decodes = false;               // has rows of sequences past their prefill
   std::vector<StageStep> stages;      // by index
   std::vector<SequenceId> sequences;  // with rows, in plan order
+  std::vector<uint32_t> first_rows;   // of these, likewise
   std::vector<WantedResult> wanted;
   std::vector<GrantedRow> granted;         // in plan order
   std::vector<TokenId> granted_ids_first;  // that the first stage fed for them, once it reported

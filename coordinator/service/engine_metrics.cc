@@ -78,6 +78,17 @@ std::string EngineMetricsText(const CoreStats& stats, uint64_t workers_attached)
         stats.host_bytes_total);
   counter("strait_num_preemptions_total", "Sequences that lost their blocks to older ones.",
           stats.preemptions);
+  counter("strait_migrations_total", "Sequences that went to another pipeline with all their rows.",
+          stats.migrations);
+  counter("strait_migrations_failed_total", "Moves that were given up; the sequence went on.",
+          stats.migrations_failed);
+  counter("strait_migrated_bytes_total", "Bytes of cache rows that went over.",
+          stats.migrated_bytes);
+  counter(
+      "strait_migration_pause_us_total",
+      "Microseconds from the last token of the old pipeline to the first of the new one, summed.",
+      stats.migration_pause_us);
+  gauge("strait_migration_pause_us_max", "The longest of these.", stats.migration_pause_us_max);
   counter("strait_pipeline_recoveries_total", "Pipelines that came back with a new epoch.",
           stats.recoveries);
   counter("strait_workers_lost_total", "Workers whose stream ended.", stats.workers_lost);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// PipelineEpoch to its wire form and back.
+// Epochs to their wire form and back.
 //
 // Thread:  pure functions.
 #pragma once
@@ -12,6 +12,15 @@ namespace strait {
 
 inline PipelineEpoch FromWire(const v1::PipelineEpoch& wire) {
   return {wire.term(), wire.counter()};
+}
+
+inline PlacementEpoch FromWire(const v1::PlacementEpoch& wire) {
+  return {wire.term(), wire.counter()};
+}
+
+inline void ToWire(PlacementEpoch epoch, v1::PlacementEpoch* wire) {
+  wire->set_term(epoch.term);
+  wire->set_counter(epoch.counter);
 }
 
 inline void ToWire(PipelineEpoch epoch, v1::PipelineEpoch* wire) {

@@ -90,6 +90,7 @@ class Importer {
   // Poll, and Ask, are to be called every millisecond or so.
   bool busy() const;
   size_t num_copies() const { return writing_.size(); }
+  size_t num_imports() const { return imports_.size(); }
   // Bytes of TransferShare::asked_bytes that are its own.
   uint64_t asked_bytes() const { return asked_bytes_; }
 

@@ -19,6 +19,7 @@
 
 #include "coordinator/core/core.h"
 #include "proto/model/reservation.h"
+#include "tests/coordinator/core/fake_moves.h"
 #include "tests/coordinator/core/fake_prefixes.h"
 
 namespace strait {
@@ -50,6 +51,7 @@ struct FakeStage {
   std::map<SequenceId, std::vector<TokenId>> fed;  // what they are of; kUnknown: granted
   std::set<SequenceId> told;                       // with the last ACTIVE, not named since
   FakePrefixes prefixes;
+  FakeMoves moves;  // an import's length is what it has blocks for
   uint64_t rows_computed = 0;
   uint64_t rows_stored = 0;
   uint64_t rows_kept = 0;     // by the last first plan
@@ -88,6 +90,22 @@ inline void DoCacheOp(const v1::CacheOp& op, bool first_plan, FakeStage* stage,
     return stage->prefixes.Keep(op.keep_prefix(), it->second, problem);
   }
   if (op.has_drop_prefix()) return stage->prefixes.Drop(op.drop_prefix(), problem);
+  if (op.has_import()) {
+    const v1::ImportSequence& import = op.import();
+    const SequenceId sequence{import.sequence_id()};
+    const PlacementEpoch placement{import.placement().term(), import.placement().counter()};
+    const auto it = stage->moves.imports.find(sequence);
+    if (it == stage->moves.imports.end() && stage->lengths.contains(sequence)) {
+      problem("what is resident comes in");
+    }
+    if (it != stage->moves.imports.end() &&
+        (it->second.placement != placement || it->second.rows >= import.rows())) {
+      problem("an import does not grow");
+    }
+    stage->moves.imports[sequence].placement = placement;
+    stage->moves.imports[sequence].rows = stage->lengths[sequence] = import.rows();
+    return;
+  }
   const SequenceId id{op.has_open() ? op.open().sequence_id() : op.close().sequence_id()};
   const bool was_told = stage->told.erase(id) > 0;
   const bool has = stage->lengths.contains(id);
@@ -95,7 +113,20 @@ inline void DoCacheOp(const v1::CacheOp& op, bool first_plan, FakeStage* stage,
     if (!has && !first_plan) problem("closes what is not open");
     stage->lengths.erase(id);
     stage->fed.erase(id);
+    stage->moves.imports.erase(id);
+    stage->moves.serves.erase(id);
     stage->prefixes.Leave(id, 0);
+    return;
+  }
+  if (op.open().imported_rows() > 0) {
+    const auto it = stage->moves.imports.find(id);
+    if (it == stage->moves.imports.end()) return problem("opens an import that is none");
+    if (it->second.tokens.size() != op.open().imported_rows()) {
+      problem("opens an import of which other rows are here");
+    }
+    stage->fed[id] = it->second.tokens;
+    stage->lengths[id] = op.open().imported_rows();
+    stage->moves.imports.erase(it);
     return;
   }
   const auto& kept = op.open().kept_rows();
@@ -160,6 +191,7 @@ inline void TakeOver(FakeWorker& worker, FakeStage& stage) {
     for (LayerIndex l = stage.layers().begin; l < stage.layers().end; ++l) {
       if (l < other.layers().begin || l >= other.layers().end) continue;
       for (const auto& [id, length] : other.lengths) {
+        if (other.moves.imports.contains(id)) continue;
         rows[id].push_back(length);
         keys[id].push_back(other.prefixes.KeysOf(id));
         if (stage.fed[id].size() < other.fed[id].size()) stage.fed[id] = other.fed[id];

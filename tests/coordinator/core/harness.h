@@ -180,6 +180,7 @@ class Harness {
   // What a stage has of sequences when it enters an epoch, as ACTIVE tells it.
   static void AddHeld(const FakeStage& stage, v1::StageState* state) {
     for (const auto& [sequence, length] : stage.lengths) {
+      if (stage.moves.imports.contains(sequence)) continue;
       v1::HeldSequence* held = state->add_held();
       held->set_sequence_id(sequence.value);
       held->set_rows(length);
@@ -220,6 +221,73 @@ class Harness {
     const v1::StageReport report = MakeReport(stage);
     if (answer_resizes) AnswerResize(id, stage);
     Send(id, report);
+    if (answer_fetches) AnswerFetches(id, stage);
+  }
+  // Rows that it was told to fetch, and has blocks for, come.
+  void AnswerFetches(WorkerId id, FakeStage& stage) {
+    std::vector<v1::FromWorker> told;
+    for (auto& fetches = stage.moves.fetches; !fetches.empty(); fetches.pop_front()) {
+      const v1::FetchRows& fetch = fetches.front();
+      const SequenceId sequence{fetch.sequence_id()};
+      const PlacementEpoch placement{fetch.placement().term(), fetch.placement().counter()};
+      const auto it = stage.moves.imports.find(sequence);
+      const bool is_due = fetch.epoch().counter() == stage.epoch.counter();
+      if (is_due && (it == stage.moves.imports.end() || it->second.placement != placement ||
+                     it->second.rows < fetch.end_row())) {
+        if (!stage.plans.empty()) break;  // its plan has not run
+        continue;                         // it was closed
+      }
+      if (!is_due) continue;
+      std::vector<TokenId>& tokens = it->second.tokens;
+      if (tokens.size() != fetch.begin_row()) Problem(stage, "rows are fetched out of order");
+      CheckSources(stage, fetch);
+      tokens.insert(tokens.end(), fetch.tokens().ids().begin(), fetch.tokens().ids().end());
+      if (tokens.size() != fetch.end_row()) Problem(stage, "tokens and rows differ");
+      v1::FromWorker& message = told.emplace_back();
+      v1::RowsFetched* fetched = message.mutable_rows_fetched();
+      fetched->set_stage_id(fetch.stage_id());
+      *fetched->mutable_epoch() = fetch.epoch();
+      fetched->set_sequence_id(fetch.sequence_id());
+      *fetched->mutable_placement() = fetch.placement();
+      fetched->set_rows(fetch.end_row());
+      fetched->set_digest(FakeMoves::DigestOf(stage.layers(), fetch.end_row()) + spoil_digest);
+      fetched->set_fetched_bytes(uint64_t{fetch.end_row()} * stage.layers().size());
+    }
+    for (const v1::FromWorker& message : told) core.OnWorkerMessage(id, message, now_us);
+    if (!told.empty()) Pump();
+  }
+  void AnswerServe(WorkerId id, FakeStage& stage) {
+    std::vector<v1::FromWorker> told;
+    for (auto& [sequence, serve] : stage.moves.serves) {
+      const auto length = stage.lengths.find(sequence);
+      if (serve.served_rows == 0 || length == stage.lengths.end() ||
+          length->second < serve.served_rows) {
+        continue;
+      }
+      v1::FromWorker& message = told.emplace_back();
+      v1::RowsServed* served = message.mutable_rows_served();
+      served->set_stage_id(stage.load.stage_id());
+      *served->mutable_epoch() = stage.epoch;
+      served->set_sequence_id(sequence.value);
+      served->mutable_placement()->set_term(serve.placement.term);
+      served->mutable_placement()->set_counter(serve.placement.counter);
+      served->set_rows(serve.served_rows);
+      served->set_digest(FakeMoves::DigestOf(stage.layers(), std::exchange(serve.served_rows, 0)));
+    }
+    for (const v1::FromWorker& message : told) core.OnWorkerMessage(id, message, now_us);
+    if (!told.empty()) Pump();
+  }
+  VerbId Migrate(MigrateSpec spec) {
+    const VerbId id{++last_verb};
+    core.OnMigrate(id, std::move(spec), now_us);
+    Pump();
+    return id;
+  }
+  VerbId Migrate(uint64_t sequence, PipelineId to) {
+    MigrateSpec spec;
+    spec.sequence = std::to_string(sequence);
+    spec.to = to;
+    return Migrate(std::move(spec));
   }
   // What was asked for last, once its rows allow it.
   void AnswerResize(WorkerId id, FakeStage& stage) {
@@ -272,6 +340,17 @@ class Harness {
     }
     const absl::Status sound = core.CheckIntegrity();
     if (!sound.ok()) problems.push_back(sound.ToString());
+    // Only now that all messages are delivered: an answer brings new ones.
+    for (const auto& [id, stage_id] : std::exchange(moves_told_, {})) {
+      if (!answer_fetches) return;
+      const auto find = [&, id = id, stage_id = stage_id]() -> FakeStage* {
+        const auto worker = workers.find(id);
+        if (worker == workers.end() || !worker->second.stages.contains(stage_id)) return nullptr;
+        return &worker->second.stages.at(stage_id);
+      };
+      if (FakeStage* stage = find()) AnswerFetches(id, *stage);
+      if (FakeStage* stage = find()) AnswerServe(id, *stage);
+    }
   }
 
   // Every pipeline is to have so many stages.
@@ -289,6 +368,7 @@ class Harness {
   uint64_t last_request = 0;
   uint64_t last_worker = 0;
   uint64_t last_scale = 0;
+  uint64_t last_verb = 0;
   uint32_t next_token = 50;
   // Of a sequence at a position, if samples are to be the same whenever they are taken.
   std::function<uint32_t(uint64_t, uint32_t)> token_at;
@@ -298,6 +378,8 @@ class Harness {
   bool answer_nccl_ids = true;
   bool answer_resizes = true;
   bool answer_unloads = true;
+  bool answer_fetches = true;
+  uint64_t spoil_digest = 0;
   bool tell_rows = true;  // else as workers that drop everything with an epoch
   std::function<void(WorkerId, v1::StageState*)> before_active;  // may change what is told
   std::map<WorkerId, FakeWorker> workers;
@@ -321,6 +403,8 @@ class Harness {
 
  private:
   static constexpr TokenId kUnknown = ~TokenId{0};
+
+  std::set<std::pair<WorkerId, uint64_t>> moves_told_;  // stages with something to answer
 
   uint32_t GrantedToken(const v1::SequenceStep& step) const {
     if (token_at) return token_at(step.sequence_id(), step.first_position());
@@ -366,6 +450,52 @@ class Harness {
     stage->rows_stored += rows;
     report->set_rows_stored(report->rows_stored() + rows);
   }
+  static void OnServe(const v1::ServeRows& told, FakeStage* stage) {
+    const SequenceId sequence{told.sequence_id()};
+    if (told.end()) {
+      stage->moves.serves.erase(sequence);
+      return;
+    }
+    stage->moves.serves[sequence] = {
+        {told.placement().term(), told.placement().counter()}, told.secret(), told.served_rows()};
+  }
+  // Every layer of the rows is where they are to be fetched from, and may be read there.
+  void CheckSources(const FakeStage& stage, const v1::FetchRows& fetch) {
+    LayerIndex next = stage.layers().begin;
+    for (const v1::RowsSource& source : fetch.sources()) {
+      if (source.layer_begin() != next) Problem(stage, "sources leave layers out");
+      next = source.layer_end();
+      for (auto& [id, worker] : workers) {
+        const auto it = worker.stages.find(source.stage_id());
+        if (it == worker.stages.end()) continue;
+        const FakeStage& from = it->second;
+        const SequenceId sequence{fetch.sequence_id()};
+        const auto serve = from.moves.serves.find(sequence);
+        if (from.epoch.counter() != source.epoch().counter()) continue;  // it failed meanwhile
+        const PlacementEpoch placement{fetch.placement().term(), fetch.placement().counter()};
+        // Or it ended, and there may be another one.
+        if (serve == from.moves.serves.end() || serve->second.placement != placement) continue;
+        if (serve->second.secret != source.secret() || source.secret() == 0) {
+          Problem(stage, "shows a secret that its source does not know");
+        }
+        if (worker.hello.data_address() != source.data_address()) {
+          Problem(stage, "looks for its source elsewhere");
+        }
+        const auto fed = from.fed.find(sequence);
+        if (fed == from.fed.end() || fed->second.size() < fetch.end_row()) {
+          Problem(stage, "fetches rows that are not there");
+          continue;
+        }
+        for (uint32_t row = fetch.begin_row(); row < fetch.end_row(); ++row) {
+          const TokenId token = fetch.tokens().ids(static_cast<int>(row - fetch.begin_row()));
+          if (fed->second[row] != kUnknown && fed->second[row] != token) {
+            Problem(stage, "fetches rows of other tokens");
+          }
+        }
+      }
+    }
+    if (next != stage.layers().end) Problem(stage, "sources leave layers out");
+  }
   void Pass(uint64_t us, bool beats) {
     for (const uint64_t end_us = now_us + us; now_us < end_us;) {
       now_us = std::min(end_us, now_us + kCallGapUs);
@@ -407,6 +537,8 @@ class Harness {
       stage.last = activate.next_stage_id() == 0;
       stage.plans.clear();
       stage.told.clear();
+      for (const auto& [sequence, import] : stage.moves.imports) stage.lengths.erase(sequence);
+      stage.moves = {};
       if (!tell_rows) {
         stage.lengths.clear();
         stage.prefixes.Clear();
@@ -438,6 +570,14 @@ class Harness {
       stage.resize_due = resize.cache_bytes();
       CheckMemory(worker, model, &problems);
       if (answer_resizes) AnswerResize(m.worker, stage);
+    } else if (m.message.has_fetch_rows()) {
+      FakeStage& stage = worker.stages.at(m.message.fetch_rows().stage_id());
+      stage.moves.fetches.push_back(m.message.fetch_rows());
+      moves_told_.insert({m.worker, m.message.fetch_rows().stage_id()});
+    } else if (m.message.has_serve_rows()) {
+      FakeStage& stage = worker.stages.at(m.message.serve_rows().stage_id());
+      OnServe(m.message.serve_rows(), &stage);
+      moves_told_.insert({m.worker, m.message.serve_rows().stage_id()});
     } else if (m.message.has_step()) {
       FakeStage& stage = worker.stages.at(m.message.step().stage_id());
       for (const uint64_t before : stage.load.successor_of()) {

@@ -46,6 +46,7 @@ class Fuzz {
   uint64_t num_uneven() const { return num_uneven_; }
   uint64_t num_scales() const { return num_scales_; }
   uint64_t num_scaled() const { return num_scaled_; }
+  uint64_t num_taken_back() const { return num_taken_back_; }
 
  private:
   uint32_t Pick(uint32_t below) { return random_() % below; }
@@ -59,6 +60,7 @@ class Fuzz {
     options.max_step_tokens = 8 + Pick(60);
     options.prefill_chunk = 4 + Pick(60);
     options.max_running = Pick(3) == 0 ? 2 : 16;
+    options.prefix_cache = Pick(2) == 0;
     options.no_pipeline_grace_us = 3'600'000'000;
     options.request_timeout_us = 3'600'000'000;
     options.activation_timeout_us = 3'600'000'000;
@@ -205,15 +207,23 @@ class Fuzz {
     h_.answer_activations = Pick(4) > 0;
     h_.answer_resizes = Pick(2) > 0;
     h_.answer_loads = Pick(2) > 0;
+    h_.answer_fetches = Pick(2) > 0;
+    h_.spoil_digest = Pick(50) == 0;
     if (kind < 8 || seats.empty()) Submit();
     if (seats.empty()) return Return();
     const Seat seat = seats[Pick(static_cast<uint32_t>(seats.size()))];
     if (StageAt(seat) == nullptr) return;
     if (kind < 60) return Compute(seat, true);
-    if (kind < 72) return Compute(seat, false);
+    if (kind < 69) return Compute(seat, false);
+    if (kind < 71) return TellMoves(seat);
+    if (kind < 72) return Migrate();
     if (kind < 78) return Tell(seat.worker);
     if (kind < 80) return TellLoads(seat.worker);
     if (kind < 88) return Activate(seat);
+    // In calm runs what takes several steps has a chance.
+    if (kind < 96 && is_calm_ && Pick(10) > 0) {
+      return Pick(2) == 0 ? Migrate() : Compute(seat, true);
+    }
     if (kind < 90) return Lose(seat.worker);
     if (kind < 94) return Return();
     if (kind < 95) return Error(seat);
@@ -232,8 +242,23 @@ class Fuzz {
     if (!h_.scaled.contains(id)) ++num_scales_;
   }
 
+  void Migrate() {
+    const std::vector<Seat> seats = Seats();
+    const Harness::FakeStage& from = *StageAt(seats[Pick(static_cast<uint32_t>(seats.size()))]);
+    const Harness::FakeStage& to = *StageAt(seats[Pick(static_cast<uint32_t>(seats.size()))]);
+    if (from.lengths.empty()) return;
+    auto it = from.lengths.begin();
+    std::advance(it, Pick(static_cast<uint32_t>(from.lengths.size())));
+    h_.Migrate(it->first.value, PipelineId{to.activate.pipeline_id()});
+  }
+  void TellMoves(const Seat& seat) {
+    if (Harness::FakeStage* stage = StageAt(seat)) h_.AnswerFetches(seat.worker, *stage);
+    if (Harness::FakeStage* stage = StageAt(seat)) h_.AnswerServe(seat.worker, *stage);
+  }
+
   void Settle() {
-    h_.answer_activations = h_.answer_resizes = h_.answer_loads = true;
+    h_.answer_activations = h_.answer_resizes = h_.answer_loads = h_.answer_fetches = true;
+    h_.spoil_digest = 0;
     for (int round = 0; round < 400; ++round) {
       while (!gone_.empty()) Return();
       // Scaled pipelines may have taken what others lost.
@@ -245,6 +270,7 @@ class Fuzz {
         Tell(seat.worker);
         TellLoads(seat.worker);
         if (StageAt(seat) != nullptr) Activate(seat);
+        TellMoves(seat);
       }
       for (const Seat& seat : Seats()) Compute(seat, true);
       if (round % 20 == 0) h_.Tick(500'000);
@@ -276,6 +302,9 @@ class Fuzz {
       EXPECT_EQ(tokens.size(), spec.max_tokens);
       EXPECT_EQ(scores.size(), spec.score_prompt ? spec.prompt.size() - 1 : 0);
     }
+    h_.core.OnFlush(h_.now_us);
+    h_.Pump();
+    h_.Run();
     EXPECT_EQ(h_.core.Stats().cache_bytes_used, 0u);
     for (const Seat& seat : Seats()) {
       if (StageAt(seat)->answered == 0) continue;
@@ -283,17 +312,24 @@ class Fuzz {
     }
     for (const auto& [id, answer] : h_.scaled) num_scaled_ += answer.status.ok();
     EXPECT_EQ(h_.scaled.size(), h_.last_scale) << "each is answered";
+    EXPECT_EQ(h_.verbs.size(), h_.last_verb) << "each is answered";
+    for (const auto& [id, status] : h_.verbs) {
+      num_taken_back_ +=
+          std::string(status.message()).find("the source goes on") != std::string::npos;
+    }
   }
 
   std::mt19937 random_;
   const CoreOptions options_;
   Harness h_;
   uint64_t memory_ = 0;
+  const bool is_calm_ = Pick(2) == 0;
   uint32_t submitted_ = 0;
-  uint64_t num_back_ = 0;    // places taken back
-  uint64_t num_scales_ = 0;  // begun
-  uint64_t num_scaled_ = 0;  // done
-  uint64_t num_uneven_ = 0;  // chunks that stages had in part
+  uint64_t num_back_ = 0;        // places taken back
+  uint64_t num_scales_ = 0;      // begun
+  uint64_t num_scaled_ = 0;      // done
+  uint64_t num_taken_back_ = 0;  // moves of which the destination failed after the commit
+  uint64_t num_uneven_ = 0;      // chunks that stages had in part
   std::map<WorkerId, std::vector<v1::StageReport>> late_;
   std::vector<WorkerId> gone_;
   std::map<RequestId, SequenceSpec> specs_;
@@ -306,7 +342,7 @@ TEST(ReplayFuzzTest, WhateverFailsWheneverItFails) {
   const auto begin = static_cast<uint32_t>(first != nullptr ? std::atoi(first) : 1);
   const auto seeds = static_cast<uint32_t>(count != nullptr ? std::atoi(count) : 200);
   CoreStats all;
-  uint64_t back = 0, uneven = 0, scales = 0, scaled = 0;
+  uint64_t back = 0, uneven = 0, scales = 0, scaled = 0, taken_back = 0;
   for (uint32_t seed = begin; seed < begin + seeds && !HasFailure(); ++seed) {
     SCOPED_TRACE(testing::Message() << "STRAIT_FUZZ_SEED=" << seed);
     Fuzz fuzz(seed);
@@ -320,15 +356,21 @@ TEST(ReplayFuzzTest, WhateverFailsWheneverItFails) {
     uneven += fuzz.num_uneven();
     scales += fuzz.num_scales();
     scaled += fuzz.num_scaled();
+    taken_back += fuzz.num_taken_back();
+    all.migrations += stats.migrations;
+    all.migrations_failed += stats.migrations_failed;
   }
   std::printf(
       "seeds %u to %u: %lu recoveries, %lu places taken back, %lu rows kept, %lu recomputed, %lu "
-      "chunks that some stage had, %lu preemptions, %lu of %lu scales done\n",
+      "chunks that some stage had, %lu preemptions, %lu of %lu scales done, %lu moves, %lu given "
+      "up, %lu "
+      "of them taken back\n",
       begin, begin + seeds - 1, all.recoveries, back, all.kept_rows, all.recomputed_rows, uneven,
-      all.preemptions, scaled, scales);
+      all.preemptions, scaled, scales, all.migrations, all.migrations_failed, taken_back);
   if (seeds < 100) return;
-  for (const uint64_t seen : {all.recoveries, back, all.kept_rows, all.recomputed_rows, uneven,
-                              all.preemptions, scales, scaled}) {
+  for (const uint64_t seen :
+       {all.recoveries, back, all.kept_rows, all.recomputed_rows, uneven, all.preemptions, scales,
+        scaled, all.migrations, all.migrations_failed, taken_back}) {
     EXPECT_GT(seen, 0u);
   }
 }
