@@ -159,7 +159,8 @@ void Moves::OnMessage(const VerbEnded& ended) {
   ++num_done_;
   num_other_layers_ += verb.other_layers;
   counts_.AddEnd("done");
-  for (const json::Value& sequence : Status().at("sequences").as_array()) {
+  const json::Value status = Status();
+  for (const json::Value& sequence : status.at("sequences").as_array()) {
     if (Number(sequence, "id") != verb.sequence.value) continue;
     if (!sequence.as_object().contains("pipeline_id")) continue;  // it had to give way at once
     if (Number(sequence, "pipeline_id") != verb.to.value) {

@@ -310,6 +310,7 @@ void Importer::OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us
       return AskAgain(std::move(under_way), 0, now_us);
     case absl::StatusCode::kResourceExhausted:
     case absl::StatusCode::kOutOfRange:
+    case absl::StatusCode::kNotFound:
       return AskAgain(std::move(under_way), kAskAgainUs, now_us);
     case absl::StatusCode::kDataLoss:
       return Refuse(std::move(under_way), frame.status(), now_us);

@@ -7,7 +7,8 @@
 // Borrows: BlockCopies, whose ends are handed in; LatentCache; TransferShare. They outlive it.
 // Thread:  loop thread only. No I/O, no clock of its own, no threads.
 // Errors:  Unavailable is asked again with a growing pause, without end: whoever wants the rows knows how
-//          long. ResourceExhausted and OutOfRange are asked again soon. What comes damaged, or is not what
+//          long. ResourceExhausted, OutOfRange and NotFound (who has the rows may hear later that they are asked for)
+//          are asked again soon. What comes damaged, or is not what
 //          was asked for, is counted and asked again, kMaxRefusals times a piece. All else ends the import.
 // Limits:  TransferShare; kMaxImportCopies under way.
 // Why:     pieces are cut from what the coordinator asks for, and cut the same when they are asked for
@@ -41,7 +42,7 @@ inline constexpr size_t kMaxImportCopies = 8;
 inline constexpr uint32_t kMaxRefusals = 3;
 inline constexpr uint64_t kFirstPauseUs = 50'000;  // after Unavailable; doubles
 inline constexpr uint64_t kMaxPauseUs = 1'000'000;
-inline constexpr uint64_t kAskAgainUs = 5'000;  // after ResourceExhausted, OutOfRange
+inline constexpr uint64_t kAskAgainUs = 5'000;  // after ResourceExhausted, OutOfRange, NotFound
 inline constexpr uint64_t kTellFetchedUs = 100'000;
 
 class Importer {
