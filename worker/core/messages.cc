@@ -78,15 +78,6 @@ v1::FromWorker MovedMessage(uint64_t stage_id, PipelineEpoch epoch, const HostMo
   return message;
 }
 
-namespace {
-
-void ToWire(PlacementEpoch placement, v1::PlacementEpoch* wire) {
-  wire->set_term(placement.term);
-  wire->set_counter(placement.counter);
-}
-
-}  // namespace
-
 v1::FromWorker FetchedMessage(uint64_t stage_id, PipelineEpoch epoch,
                               const Importer::Fetched& fetched) {
   v1::FromWorker message;

@@ -7,7 +7,8 @@
 // Borrows: BlockCopies, whose ends are handed in; LatentCache; TransferShare. They outlive it.
 // Thread:  loop thread only. No I/O, no clock of its own, no threads.
 // Errors:  Unavailable is asked again with a growing pause, without end: whoever wants the rows knows how
-//          long. ResourceExhausted and OutOfRange are asked again soon. What comes damaged, or is not what
+//          long. ResourceExhausted, OutOfRange and NotFound (who has the rows may hear later that they are asked for)
+//          are asked again soon. What comes damaged, or is not what
 //          was asked for, is counted and asked again, kMaxRefusals times a piece. All else ends the import.
 // Limits:  TransferShare; kMaxImportCopies under way.
 // Why:     pieces are cut from what the coordinator asks for, and cut the same when they are asked for
@@ -32,6 +33,7 @@
 #include "strait/v1/cluster.pb.h"
 #include "worker/block_copies.h"
 #include "worker/cache/latent_cache.h"
+#include "worker/transfer/row_pieces.h"
 #include "worker/transfer/transfer_share.h"
 
 namespace strait {
@@ -40,7 +42,7 @@ inline constexpr size_t kMaxImportCopies = 8;
 inline constexpr uint32_t kMaxRefusals = 3;
 inline constexpr uint64_t kFirstPauseUs = 50'000;  // after Unavailable; doubles
 inline constexpr uint64_t kMaxPauseUs = 1'000'000;
-inline constexpr uint64_t kAskAgainUs = 5'000;  // after ResourceExhausted, OutOfRange
+inline constexpr uint64_t kAskAgainUs = 5'000;  // after ResourceExhausted, OutOfRange, NotFound
 inline constexpr uint64_t kTellFetchedUs = 100'000;
 
 class Importer {
@@ -90,6 +92,7 @@ class Importer {
   // Poll, and Ask, are to be called every millisecond or so.
   bool busy() const;
   size_t num_copies() const { return writing_.size(); }
+  size_t num_imports() const { return imports_.size(); }
   // Bytes of TransferShare::asked_bytes that are its own.
   uint64_t asked_bytes() const { return asked_bytes_; }
 
@@ -126,9 +129,7 @@ class Importer {
   // What one ask is for.
   struct Cut {
     size_t source = 0;
-    LayerRange layers;
-    uint32_t first_row = 0;
-    uint32_t num_rows = 0;
+    RowRange range;
     uint64_t bytes = 0;
     uint32_t refusals = 0;
     uint64_t not_before_us = 0;
@@ -157,7 +158,6 @@ class Importer {
 
   absl::StatusOr<FetchingPtr> MakeFetching(const v1::FetchRows& fetch, uint32_t most_rows,
                                            uint32_t vocab_size) const;
-  std::deque<Cut> CutUp(const std::vector<Source>& sources, uint32_t begin, uint32_t end) const;
   bool MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us);
   void SendAsk(const FetchingPtr& fetching, Cut cut, uint64_t now_us);
   absl::Status CheckFrame(const Fetching& fetching, const Cut& cut, const RowsFrame& frame) const;
