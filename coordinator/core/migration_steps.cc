@@ -236,6 +236,7 @@ Migrations::Outcome Migrations::Finish(Migration* move, uint64_t now_us) {
   if (move->verb) {
     MoveReport report = ReportOf(*move, now_us);
     report.phase = "done";
+    report.rows_total = move->end_row;
     context_->Send(MoveTold{*move->verb, std::move(report)});
     context_->Send(VerbEnded{*move->verb, absl::OkStatus()});
   }
