@@ -205,7 +205,10 @@ class Worker final : private WorkerPorts {
   void Post(std::function<void()> what) { queue_.Push(std::move(what)); }
   void Run() {
     for (bool busy = false; !stop_; busy = DoSteps()) {
-      const std::chrono::microseconds wait(busy ? 0 : core_->CopiesRows() ? 1'000 : 100'000);
+      const std::chrono::microseconds wait(busy                  ? 0
+                                           : core_->MovesRows()  ? 50
+                                           : core_->CopiesRows() ? 1'000
+                                                                 : 100'000);
       for (auto& event : queue_.PopAll(wait)) event();
       if (core_->CopiesRows()) core_->PollCopies(MonotonicMicros());
     }
