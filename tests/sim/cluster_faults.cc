@@ -13,6 +13,8 @@ namespace {
 constexpr uint64_t kLinkFaultUs = 15'000'000;
 // A fault that is aimed at a phase strikes at once, or a moment later.
 constexpr uint64_t kAimDelayUs = 3'000;
+// Requests that come where a destination is to be short of room.
+constexpr uint32_t kCrowd = 4;
 
 std::string NameOf(const SimWorker& worker) { return absl::StrCat("fault: w", worker.instance()); }
 
@@ -143,9 +145,7 @@ void SimCluster::MakeAims() {
   for (uint32_t i = 0; i < scenario_.num_aimed; ++i) {
     Aim aim;
     aim.phase = static_cast<MovePhase>(world_.Random(0, kNumMovePhases - 1));
-    do {
-      aim.fault = static_cast<MoveFault>(world_.Random(0, kNumMoveFaults - 1));
-    } while (aim.fault == MoveFault::kNoRoom);  // which comes by itself
+    aim.fault = static_cast<MoveFault>(world_.Random(0, kNumMoveFaults - 1));
     aim.delay_us = world_.Chance(0.6) ? 0 : world_.Random(1, kAimDelayUs);
     aims_.push_back(aim);
   }
@@ -176,6 +176,15 @@ SimWorker* SimCluster::AliveOf(const std::vector<WorkerId>& ids) {
     if (worker->alive()) alive.push_back(worker);
   }
   return alive.empty() ? nullptr : alive[world_.Random(0, alive.size() - 1)];
+}
+
+void SimCluster::CrowdDestination(SimWorker* source) {
+  world_.Trace(NameOf(*source) + " stands still for a moment, and requests come");
+  source->Stall(world_.Random(10'000, scenario_.options.heartbeat_timeout_us / 2));
+  requests_left_ += kCrowd;
+  for (uint32_t i = 0; i < kCrowd; ++i) {
+    world_.After(world_.Random(1, 10'000), [this] { gate_.Pass([this] { SubmitOne(); }); });
+  }
 }
 
 void SimCluster::Strike(MoveFault fault, SequenceId sequence) {
@@ -224,7 +233,7 @@ void SimCluster::Strike(MoveFault fault, SequenceId sequence) {
       rows_.Part(source->address(), destination->address());
       return until();
     case MoveFault::kNoRoom:
-      return;
+      return CrowdDestination(source);
     case MoveFault::kCoordinatorStops:
       return StopCoordinator();
     case MoveFault::kCancel:

@@ -115,6 +115,8 @@ class SimCluster final : public Control {
   // Those faults strike for which a move is in the right phase.
   void CheckAims();
   void Strike(MoveFault fault, SequenceId sequence);
+  // The move takes longer, and others need room: it is given up if they find none else.
+  void CrowdDestination(SimWorker* source);
   SimWorker* AliveOf(const std::vector<WorkerId>& ids);
 
   // ---- What must hold: simulation.cc ----
