@@ -88,8 +88,8 @@ absl::Status Exporter::Check(const RowsAsk& ask) const {
     return absl::OutOfRangeError(
         absl::StrCat("rows to ", end, ", of which ", *finished, " are finished here"));
   }
-  const uint64_t bytes = uint64_t{ask.layers.size()} * ask.num_rows * traits_.shape.row_bytes();
-  const uint64_t pieces = ask.layers.size() * PiecesPerLayer(ask.first_row, ask.num_rows);
+  const uint64_t bytes = BytesOf(traits_, RangeOf(ask));
+  const uint64_t pieces = PiecesOf(RangeOf(ask));
   if (bytes > limits::kTransferFrameBytes || pieces > limits::kMaxTransferBlocks ||
       pieces > kMaxCopyEntries) {
     return absl::InvalidArgumentError(absl::StrCat(pieces, " pieces of ", bytes,
@@ -108,7 +108,7 @@ void Exporter::OnAsk(PeerAskId id, const RowsAsk& ask) {
   if (absl::Status checked = Check(ask); !checked.ok()) {
     return share_->transfer->Answer(id, std::move(checked));
   }
-  const uint64_t bytes = uint64_t{ask.layers.size()} * ask.num_rows * traits_.shape.row_bytes();
+  const uint64_t bytes = BytesOf(traits_, RangeOf(ask));
   if (share_->made_bytes + bytes > limits::kTransferBytesUnderWay ||
       share_->num_made >= kMaxFramesMade) {
     return share_->transfer->Answer(id, absl::ResourceExhaustedError(absl::StrCat(
@@ -148,14 +148,13 @@ bool Exporter::BeginRead(std::unique_ptr<Making>* next) {
   std::vector<BlockRows> list;
   making->frame = {.sequence = ask.sequence, .placement = ask.placement, .pieces = {}, .rows = {}};
   making->blocks.clear();
-  ForPieces(ask.layers, ask.first_row, ask.num_rows,
-            [&](LayerIndex layer, uint32_t first, uint32_t count) {
-              const uint32_t index = layer - traits_.layers.begin;
-              const BlockId block = tables[index].at(first / limits::kBlockTokens);
-              list.push_back({index, block, first % limits::kBlockTokens, count});
-              making->blocks.push_back(block);
-              making->frame.pieces.push_back(PieceHeader(traits_, layer, first, count));
-            });
+  ForPieces(RangeOf(ask), [&](LayerIndex layer, uint32_t first, uint32_t count) {
+    const uint32_t index = layer - traits_.layers.begin;
+    const BlockId block = tables[index].at(first / limits::kBlockTokens);
+    list.push_back({index, block, first % limits::kBlockTokens, count});
+    making->blocks.push_back(block);
+    making->frame.pieces.push_back(PieceHeader(traits_, layer, first, count));
+  });
   making->frame.rows.resize(making->bytes);
   const absl::StatusOr<CopyId> copy = copies_->Read(
       list, {{reinterpret_cast<std::byte*>(making->frame.rows.data()), making->bytes}, false});

@@ -30,6 +30,7 @@
 #include "strait/v1/cluster.pb.h"
 #include "worker/block_copies.h"
 #include "worker/cache/latent_cache.h"
+#include "worker/transfer/row_pieces.h"
 #include "worker/transfer/transfer_share.h"
 
 namespace strait {
@@ -100,6 +101,7 @@ class Exporter {
   };
 
   absl::Status Check(const RowsAsk& ask) const;
+  static RowRange RangeOf(const RowsAsk& ask) { return {ask.layers, ask.first_row, ask.num_rows}; }
   bool StandsStill(const RowsAsk& ask) const;
   void BeginReads();
   // False: not now.

@@ -11,21 +11,6 @@
 
 namespace strait {
 
-BlockHeader PieceHeader(const RowTraits& traits, LayerIndex layer, uint32_t first_row,
-                        uint32_t num_rows) {
-  BlockHeader header;
-  header.origin = traits.origin;
-  header.layer = layer;
-  header.first_position = first_row;
-  header.num_rows = num_rows;
-  header.rank = traits.shape.rank;
-  header.rope = traits.shape.rope;
-  header.row_format = traits.shape.format;
-  header.row_bytes = traits.shape.row_bytes();
-  header.payload_bytes = num_rows * header.row_bytes;
-  return header;
-}
-
 Importer::~Importer() {
   STRAIT_CHECK(writing_.empty(), "copies into a cache that ends");
   Clear();
@@ -70,44 +55,6 @@ void Importer::Close(SequenceId id) {
 }
 
 // ---------------------------------------------------------------- what the coordinator asks for
-
-std::deque<Importer::Cut> Importer::CutUp(const std::vector<Source>& sources, uint32_t begin,
-                                          uint32_t end) const {
-  std::deque<Cut> cuts;
-  const uint64_t row_bytes = traits_.shape.row_bytes();
-  const uint64_t most_pieces = std::min<uint64_t>(limits::kMaxTransferBlocks, kMaxCopyEntries);
-  const auto add = [&](size_t source, LayerRange layers, uint32_t first, uint32_t count) {
-    cuts.push_back({.source = source,
-                    .layers = layers,
-                    .first_row = first,
-                    .num_rows = count,
-                    .bytes = layers.size() * count * row_bytes});
-  };
-  const uint64_t layer_bytes = (end - begin) * row_bytes;
-  const uint64_t layer_pieces = PiecesPerLayer(begin, end - begin);
-  const uint64_t frame_bytes = share_->frame_bytes;
-  const bool whole = layer_bytes <= frame_bytes && layer_pieces <= most_pieces;
-  const auto most_layers = static_cast<uint32_t>(
-      whole ? std::min(frame_bytes / layer_bytes, most_pieces / layer_pieces) : 1);
-  const auto most_blocks = static_cast<uint32_t>(
-      std::clamp<uint64_t>(frame_bytes / (row_bytes * limits::kBlockTokens), 1, most_pieces));
-  for (size_t s = 0; s < sources.size(); ++s) {
-    const LayerRange layers = sources[s].layers;
-    for (LayerIndex layer = layers.begin; layer < layers.end; layer += most_layers) {
-      if (whole) {
-        add(s, {layer, std::min(layer + most_layers, layers.end)}, begin, end - begin);
-        continue;
-      }
-      for (uint32_t at = begin; at < end;) {
-        const uint32_t border = (at / limits::kBlockTokens + most_blocks) * limits::kBlockTokens;
-        const uint32_t to = std::min(end, border);
-        add(s, {layer, layer + 1}, at, to - at);
-        at = to;
-      }
-    }
-  }
-  return cuts;
-}
 
 absl::StatusOr<Importer::FetchingPtr> Importer::MakeFetching(const v1::FetchRows& fetch,
                                                              uint32_t most_rows,
@@ -156,7 +103,13 @@ absl::StatusOr<Importer::FetchingPtr> Importer::MakeFetching(const v1::FetchRows
   fetching->end_row = fetch.end_row();
   fetching->bytes_per_s = fetch.bytes_per_s();
   fetching->any_numerics = fetch.any_numerics();
-  fetching->to_ask = CutUp(fetching->sources, begin, fetch.end_row());
+  for (size_t source = 0; source < fetching->sources.size(); ++source) {
+    const RowRange all = {fetching->sources[source].layers, begin, fetch.end_row() - begin};
+    for (const RowRange& range : CutRange(traits_, all, share_->frame_bytes)) {
+      fetching->to_ask.push_back(
+          {.source = source, .range = range, .bytes = BytesOf(traits_, range)});
+    }
+  }
   fetching->num_open = fetching->to_ask.size();
   return fetching;
 }
@@ -251,7 +204,8 @@ void Importer::Count(Import* import, int change, uint64_t now_us) {
 
 bool Importer::MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us) {
   Import& import = *fetching.import;
-  if (cut.first_row + cut.num_rows > import.rows_taken || now_us < cut.not_before_us) return false;
+  if (cut.range.first + cut.range.count > import.rows_taken || now_us < cut.not_before_us)
+    return false;
   const auto peer = peers_.find(fetching.sources[cut.source].address);
   if (peer != peers_.end() && now_us < peer->second.not_before_us) return false;
   if (fetching.bytes_per_s == 0) return true;
@@ -304,9 +258,9 @@ void Importer::SendAsk(const FetchingPtr& fetching, Cut cut, uint64_t now_us) {
                          .sequence = import.key.first,
                          .placement = import.key.second,
                          .secret = source.secret,
-                         .layers = cut.layers,
-                         .first_row = cut.first_row,
-                         .num_rows = cut.num_rows});
+                         .layers = cut.range.layers,
+                         .first_row = cut.range.first,
+                         .num_rows = cut.range.count});
 }
 
 // ---------------------------------------------------------------- what comes
@@ -318,41 +272,7 @@ absl::Status Importer::CheckFrame(const Fetching& fetching, const Cut& cut,
     return absl::DataLossError(absl::StrCat("a frame of sequence ", frame.sequence.value,
                                             " for placement ", ToString(frame.placement)));
   }
-  if (frame.rows.size() != cut.bytes ||
-      frame.pieces.size() != cut.layers.size() * PiecesPerLayer(cut.first_row, cut.num_rows)) {
-    return absl::DataLossError(absl::StrCat("a frame of ", frame.pieces.size(), " pieces and ",
-                                            frame.rows.size(), " bytes, asked for were ",
-                                            cut.bytes));
-  }
-  absl::Status status;
-  auto piece = frame.pieces.begin();
-  ForPieces(
-      cut.layers, cut.first_row, cut.num_rows,
-      [&](LayerIndex layer, uint32_t first, uint32_t count) {
-        BlockHeader theirs = *piece++;
-        const BlockHeader ours = PieceHeader(traits_, layer, first, count);
-        theirs.row_checksum = 0;
-        theirs.content_key = {};
-        if (fetching.any_numerics) theirs.origin.numerics = ours.origin.numerics;
-        if (theirs == ours || !status.ok()) return;
-        if (theirs.layer != layer || theirs.first_position != first || theirs.num_rows != count) {
-          status = absl::DataLossError(absl::StrCat(
-              "rows ", theirs.first_position, " to ", theirs.first_position + theirs.num_rows,
-              " of layer ", theirs.layer, " came, asked for were ", first, " to ", first + count,
-              " of layer ", layer));
-          return;
-        }
-        status = absl::FailedPreconditionError(
-            theirs.origin == ours.origin
-                ? absl::StrCat("rows of ", theirs.row_bytes, " bytes with rank ", theirs.rank,
-                               " in format ", static_cast<uint32_t>(theirs.row_format),
-                               ", this stage's have ", ours.row_bytes, ", ", ours.rank, " and ",
-                               static_cast<uint32_t>(ours.row_format))
-            : theirs.origin.numerics != ours.origin.numerics
-                ? std::string("rows of other numerics: both ends must run the same backend")
-                : std::string("rows of another model or policy"));
-      });
-  return status;
+  return CheckPieces(traits_, cut.range, fetching.any_numerics, frame);
 }
 
 void Importer::AskAgain(UnderWay under_way, uint64_t pause_us, uint64_t now_us) {

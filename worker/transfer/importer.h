@@ -33,6 +33,7 @@
 #include "strait/v1/cluster.pb.h"
 #include "worker/block_copies.h"
 #include "worker/cache/latent_cache.h"
+#include "worker/transfer/row_pieces.h"
 #include "worker/transfer/transfer_share.h"
 
 namespace strait {
@@ -128,9 +129,7 @@ class Importer {
   // What one ask is for.
   struct Cut {
     size_t source = 0;
-    LayerRange layers;
-    uint32_t first_row = 0;
-    uint32_t num_rows = 0;
+    RowRange range;
     uint64_t bytes = 0;
     uint32_t refusals = 0;
     uint64_t not_before_us = 0;
@@ -159,7 +158,6 @@ class Importer {
 
   absl::StatusOr<FetchingPtr> MakeFetching(const v1::FetchRows& fetch, uint32_t most_rows,
                                            uint32_t vocab_size) const;
-  std::deque<Cut> CutUp(const std::vector<Source>& sources, uint32_t begin, uint32_t end) const;
   bool MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us);
   void SendAsk(const FetchingPtr& fetching, Cut cut, uint64_t now_us);
   absl::Status CheckFrame(const Fetching& fetching, const Cut& cut, const RowsFrame& frame) const;

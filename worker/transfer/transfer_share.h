@@ -14,7 +14,6 @@
 
 #include "proto/base/ids.h"
 #include "proto/base/limits.h"
-#include "worker/backend.h"
 #include "worker/transfer/row_transfer.h"
 
 namespace strait {
@@ -38,36 +37,5 @@ struct TransferShare {
   std::map<AskId, Importer*> asks;             // not answered
   std::map<PeerAskId, Exporter*> unconfirmed;  // answered, and OnServed has not come
 };
-
-// What a stage's rows are, for the headers that go with them.
-struct RowTraits {
-  LayerRange layers;  // of the stage
-  RowShape shape;
-  BlockOrigin origin;
-};
-
-// One piece of an ask as its header must say it, but for the checksum. REQUIRES: rows of one block.
-BlockHeader PieceHeader(const RowTraits& traits, LayerIndex layer, uint32_t first_row,
-                        uint32_t num_rows);
-
-// visit(layer of the model, first row, number of rows) of each piece of an ask, in the order of its
-// frame: layer by layer, cut at the borders of blocks.
-template <class Visit>
-void ForPieces(LayerRange layers, uint32_t first_row, uint32_t num_rows, Visit visit) {
-  for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
-    const uint32_t end = first_row + num_rows;
-    for (uint32_t at = first_row; at < end;) {
-      const uint32_t rest = limits::kBlockTokens - at % limits::kBlockTokens;
-      const uint32_t count = rest < end - at ? rest : end - at;
-      visit(layer, at, count);
-      at += count;
-    }
-  }
-}
-// Of one layer. REQUIRES: num_rows > 0.
-constexpr uint64_t PiecesPerLayer(uint32_t first_row, uint32_t num_rows) {
-  return (uint64_t{first_row} + num_rows - 1) / limits::kBlockTokens -
-         first_row / limits::kBlockTokens + 1;
-}
 
 }  // namespace strait
