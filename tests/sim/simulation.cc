@@ -164,6 +164,7 @@ Outcome SimCluster::Run() {
   outcome_.moves_asked = moves_.num_asked();
   outcome_.moves_done = moves_.num_done();
   outcome_.moves_other_layers = moves_.num_other_layers();
+  outcome_.moves_other_stages = moves_.num_other_stages();
   outcome_.late_frames = moves_.num_late();
   outcome_.virtual_us = world_.now_us() - begin_us;
   return outcome_;
