@@ -2,6 +2,7 @@
 //
 // Faults of a cluster: at random times, and at phases of moves.
 #include <algorithm>
+#include <set>
 
 #include "absl/strings/str_cat.h"
 #include "tests/sim/sim_cluster.h"
@@ -151,7 +152,25 @@ void SimCluster::MakeAims() {
   }
 }
 
+void SimCluster::BreakScale() {
+  std::set<uint64_t> numbers;
+  std::vector<WorkerId> workers;  // of a pipeline that has its old stages yet
+  const json::Value status = Status();
+  for (const json::Value& pipeline : status.at("pipelines").as_array()) {
+    numbers.insert(pipeline.at("num_stages").to_number<uint64_t>());
+    workers.clear();
+    for (const json::Value& stage : pipeline.at("stages").as_array()) {
+      if (!stage.as_object().contains("worker_id")) continue;
+      workers.push_back(WorkerId{stage.at("worker_id").to_number<uint64_t>()});
+    }
+  }
+  if (numbers.size() < 2) return;
+  scale_is_broken_ = true;
+  if (SimWorker* const worker = AliveOf(workers)) BreakStream(worker);
+}
+
 void SimCluster::CheckAims() {
+  if (scenario_.breaks_scale && !scale_is_broken_ && !scales_.empty()) BreakScale();
   if (aims_.empty() || !moves_.pending()) return;
   for (const LiveMove& move : moves_.Live()) {
     const auto it = std::find_if(aims_.begin(), aims_.end(),

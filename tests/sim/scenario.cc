@@ -262,6 +262,7 @@ Scenario MakeMovesScenario(World* world) {
   s.faults_us = 2'000'000;
   // One that fails half way leaves pipelines of other numbers of stages.
   s.num_scales = w.Chance(0.4) ? 1 : 0;
+  s.breaks_scale = w.Chance(0.7);
   s.scales_us = w.Pick({1'000, 500'000});
   return s;
 }

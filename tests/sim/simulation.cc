@@ -57,7 +57,9 @@ void SimCluster::CheckEnd() {
     return world_.Violation("at the end sequences move");
   }
   const CoreStats stats = core_.Stats();
-  if (stats.recoveries + stats.preemptions + outcome_.scales == 0 && stats.replayed_tokens > 0) {
+  const uint64_t failures =
+      stats.workers_lost + stats.recoveries + stats.preemptions + outcome_.scales;
+  if (failures == 0 && stats.replayed_tokens > 0) {
     world_.Violation(
         absl::StrCat("nothing failed, and ", stats.replayed_tokens, " tokens were computed again"));
   }
