@@ -145,8 +145,15 @@ void SimCluster::CountFault(MoveFault fault) {
 void SimCluster::MakeAims() {
   for (uint32_t i = 0; i < scenario_.num_aimed; ++i) {
     Aim aim;
-    aim.phase = static_cast<MovePhase>(world_.Random(0, kNumMovePhases - 1));
-    aim.fault = static_cast<MoveFault>(world_.Random(0, kNumMoveFaults - 1));
+    // Later phases are short, and fewer moves get there.
+    aim.phase = static_cast<MovePhase>(world_.Pick({0, 1, 2, 2, 3, 3, 3, 4, 4}));
+    do {
+      aim.fault = static_cast<MoveFault>(world_.Random(0, kNumMoveFaults - 1));
+    } while (!CanMeet(aim.fault, aim.phase));
+    // Not every destination that is crowded is short of room.
+    if (CanMeet(MoveFault::kNoRoom, aim.phase) && world_.Chance(0.1)) {
+      aim.fault = MoveFault::kNoRoom;
+    }
     aim.delay_us = world_.Chance(0.6) ? 0 : world_.Random(1, kAimDelayUs);
     aims_.push_back(aim);
   }
