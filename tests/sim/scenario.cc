@@ -40,8 +40,8 @@ void SetRows(World* world, Scenario* s) {
   World& w = *world;
   CoreOptions& o = s->options;
   s->rows.delay_us_max = w.Pick({100, 1'000, 20'000});
-  s->rows.bytes_per_s = w.Pick({100'000, 2'000'000, 100'000'000});
-  s->rows.corrupt_chance = w.Pick({0.0, 0.0, 0.01, 0.2});
+  s->rows.bytes_per_s = w.Pick({200'000, 2'000'000, 100'000'000});
+  s->rows.corrupt_chance = w.Pick({0.0, 0.0, 0.01, 0.1});
   s->rows.duplicate_chance = w.Pick({0.0, 0.01, 0.3});
   s->rows.break_chance = w.Pick({0.0, 0.0, 0.01, 0.1});
   s->transfer_frame_bytes =
@@ -49,7 +49,7 @@ void SetRows(World* world, Scenario* s) {
   o.migrate_stall_us = w.Pick({500'000, 10'000'000});
   o.migrate_pause_us = w.Pick({50'000, 2'000'000, 2'000'000});
   o.migrate_timeout_us = w.Pick({1'000'000, 300'000'000});
-  o.migrate_bytes_per_s = w.Pick({0, 0, 50'000, 1'000'000});
+  o.migrate_bytes_per_s = w.Pick({0, 0, 100'000, 1'000'000});
 }
 
 }  // namespace
@@ -243,25 +243,27 @@ Scenario MakeMovesScenario(World* world) {
   const size_t num_layers = m.layer_weight_bytes.size();
   o.num_stages = static_cast<uint32_t>(w.Random(1, 2));
   // Workers of other sizes make other splits.
-  s.equal_memory = w.Chance(0.3);
-  s.columns_least = static_cast<uint32_t>(w.Pick({8, 9, 11, 14, 50}));
+  s.equal_memory = w.Chance(0.2);
+  s.columns_least = static_cast<uint32_t>(w.Pick({9, 11, 14, 20, 50}));
   const uint64_t enough = m.embedding_bytes + m.head_bytes + num_layers * 3000 +
                           m.workspace_bytes.back() +
                           uint64_t{s.columns_least + 2} * num_layers * m.block_bytes;
   for (uint64_t& bytes : s.worker_memory) {
-    bytes = s.equal_memory ? enough : enough * w.Random(10, 15) / 10;
+    bytes = s.equal_memory ? enough : enough * w.Random(10, 20) / 10;
   }
   s.arrival_us = w.Pick({1'000, 50'000, 300'000});
   s.stem_chance = w.Pick({0.0, 0.5});
   s.prompt_tokens_max = static_cast<uint32_t>(w.Pick({30, 200}));
   s.load_us_max = w.Pick({1'000, 100'000});
   s.num_moves = static_cast<uint32_t>(w.Pick({2, 2, 4, 8}));
-  s.moves_us = w.Pick({200'000, 1'000'000});
+  s.moves_us = w.Pick({200'000, 600'000});
   s.num_faults = static_cast<uint32_t>(w.Random(0, 1));
   s.num_aimed = 3 - s.num_faults;
   s.faults_us = 2'000'000;
-  s.num_scales = w.Chance(0.3) ? 1 : 0;
-  s.scales_us = 500'000;
+  // One that fails half way leaves pipelines of other numbers of stages.
+  s.num_scales = w.Chance(0.4) ? 1 : 0;
+  s.breaks_scale = w.Chance(0.7);
+  s.scales_us = w.Pick({1'000, 500'000});
   return s;
 }
 

@@ -187,6 +187,44 @@ TEST(SimTest, SharingSeeds) {
   }
 }
 
+// Sequences move between two pipelines, and faults strike in every phase of a move.
+TEST(SimTest, MovesSeeds) {
+  const uint64_t count = FromEnvironment("STRAIT_SIM_SEEDS", kSeeds) / 5;
+  Outcome sum;
+  uint64_t num_asked = 0, num_done = 0, num_other_layers = 0, num_late = 0;
+  for (uint64_t seed = 1; seed <= count; ++seed) {
+    running_seed = seed;
+    const Outcome outcome = RunSimulation(seed, {.shape = Shape::kMoves});
+    EXPECT_EQ(outcome.violation, "") << "replay: strait_sim --moves --seed " << seed << " --trace";
+    sum.moves.Add(outcome.moves);
+    sum.sequences_finished += outcome.sequences_finished;
+    sum.requests += outcome.requests;
+    num_asked += outcome.moves_asked;
+    num_done += outcome.moves_done;
+    num_other_layers += outcome.moves_other_layers;
+    num_late += outcome.late_frames;
+  }
+  std::printf("%llu moves asked for, %llu done, %llu of them to other splits\n%s\n",
+              static_cast<unsigned long long>(num_asked), static_cast<unsigned long long>(num_done),
+              static_cast<unsigned long long>(num_other_layers), sum.moves.Table().c_str());
+  EXPECT_GT(sum.sequences_finished, sum.requests / 2);
+  if (count < 100) return;
+  EXPECT_GT(num_done, count / 2);
+  EXPECT_GT(num_other_layers, count / 50);
+  EXPECT_GT(num_late, count / 50);
+  EXPECT_EQ(sum.moves.Missing(), "");
+}
+
+// The simulator itself: a moved row that is another one, though every checksum is right, changes what a client gets.
+TEST(SimTest, AForgedRowIsNoticed) {
+  uint32_t num_noticed = 0;
+  for (uint64_t seed = 1; seed <= 20; ++seed) {
+    const Outcome outcome = RunSimulation(seed, {.shape = Shape::kMoves, .forge_rows = true});
+    num_noticed += !outcome.violation.empty();
+  }
+  EXPECT_GT(num_noticed, 0u);
+}
+
 TEST(SimTest, ASeedReplays) {
   for (const uint64_t seed : {7, 8, 9}) {
     const Outcome a = RunSimulation(seed);
