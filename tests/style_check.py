@@ -23,7 +23,6 @@ LONGER = {
     "coordinator/text/jinja_renderer.cc": "one evaluator, a case for each node",
     "coordinator/http/connection.cc": "one state machine of one connection",
     "tests/coordinator/http/server_test.cc": "one behaviour of the server a test, one fixture",
-    "tests/sim/simulation.cc": "one cluster: its loop, its streams, its faults, what must hold",
     "tests/golden/generate.py": "a self-contained oracle beside the generator",
 }
 LABELS = ("Owns", "Borrows", "Thread", "Shapes", "Stream", "Errors", "Limits", "Why")

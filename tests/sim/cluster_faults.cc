@@ -2,6 +2,7 @@
 //
 // Faults of a cluster: at random times, and at phases of moves.
 #include <algorithm>
+#include <set>
 
 #include "absl/strings/str_cat.h"
 #include "tests/sim/sim_cluster.h"
@@ -13,6 +14,8 @@ namespace {
 constexpr uint64_t kLinkFaultUs = 15'000'000;
 // A fault that is aimed at a phase strikes at once, or a moment later.
 constexpr uint64_t kAimDelayUs = 3'000;
+// Requests that come where a destination is to be short of room.
+constexpr uint32_t kCrowd = 4;
 
 std::string NameOf(const SimWorker& worker) { return absl::StrCat("fault: w", worker.instance()); }
 
@@ -142,16 +145,39 @@ void SimCluster::CountFault(MoveFault fault) {
 void SimCluster::MakeAims() {
   for (uint32_t i = 0; i < scenario_.num_aimed; ++i) {
     Aim aim;
-    aim.phase = static_cast<MovePhase>(world_.Random(0, kNumMovePhases - 1));
+    // Later phases are short, and fewer moves get there.
+    aim.phase = static_cast<MovePhase>(world_.Pick({0, 1, 2, 2, 3, 3, 3, 4, 4}));
     do {
       aim.fault = static_cast<MoveFault>(world_.Random(0, kNumMoveFaults - 1));
-    } while (aim.fault == MoveFault::kNoRoom);  // which comes by itself
+    } while (!CanMeet(aim.fault, aim.phase));
+    // Not every destination that is crowded is short of room.
+    if (CanMeet(MoveFault::kNoRoom, aim.phase) && world_.Chance(0.1)) {
+      aim.fault = MoveFault::kNoRoom;
+    }
     aim.delay_us = world_.Chance(0.6) ? 0 : world_.Random(1, kAimDelayUs);
     aims_.push_back(aim);
   }
 }
 
+void SimCluster::BreakScale() {
+  std::set<uint64_t> numbers;
+  std::vector<WorkerId> workers;  // of a pipeline that has its old stages yet
+  const json::Value status = Status();
+  for (const json::Value& pipeline : status.at("pipelines").as_array()) {
+    numbers.insert(pipeline.at("num_stages").to_number<uint64_t>());
+    workers.clear();
+    for (const json::Value& stage : pipeline.at("stages").as_array()) {
+      if (!stage.as_object().contains("worker_id")) continue;
+      workers.push_back(WorkerId{stage.at("worker_id").to_number<uint64_t>()});
+    }
+  }
+  if (numbers.size() < 2) return;
+  scale_is_broken_ = true;
+  if (SimWorker* const worker = AliveOf(workers)) BreakStream(worker);
+}
+
 void SimCluster::CheckAims() {
+  if (scenario_.breaks_scale && !scale_is_broken_ && !scales_.empty()) BreakScale();
   if (aims_.empty() || !moves_.pending()) return;
   for (const LiveMove& move : moves_.Live()) {
     const auto it = std::find_if(aims_.begin(), aims_.end(),
@@ -176,6 +202,15 @@ SimWorker* SimCluster::AliveOf(const std::vector<WorkerId>& ids) {
     if (worker->alive()) alive.push_back(worker);
   }
   return alive.empty() ? nullptr : alive[world_.Random(0, alive.size() - 1)];
+}
+
+void SimCluster::CrowdDestination(SimWorker* source) {
+  world_.Trace(NameOf(*source) + " stands still for a moment, and requests come");
+  source->Stall(world_.Random(10'000, scenario_.options.heartbeat_timeout_us / 2));
+  requests_left_ += kCrowd;
+  for (uint32_t i = 0; i < kCrowd; ++i) {
+    world_.After(world_.Random(1, 10'000), [this] { gate_.Pass([this] { SubmitOne(); }); });
+  }
 }
 
 void SimCluster::Strike(MoveFault fault, SequenceId sequence) {
@@ -224,7 +259,7 @@ void SimCluster::Strike(MoveFault fault, SequenceId sequence) {
       rows_.Part(source->address(), destination->address());
       return until();
     case MoveFault::kNoRoom:
-      return;
+      return CrowdDestination(source);
     case MoveFault::kCoordinatorStops:
       return StopCoordinator();
     case MoveFault::kCancel:

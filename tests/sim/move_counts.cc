@@ -35,6 +35,10 @@ constexpr bool kExpected[kNumMoveFaults][kNumMovePhases] = {
 
 }  // namespace
 
+bool CanMeet(MoveFault fault, MovePhase phase) {
+  return kExpected[static_cast<size_t>(fault)][static_cast<size_t>(phase)];
+}
+
 void MoveCounts::Add(const MoveCounts& other) {
   for (size_t f = 0; f < kNumMoveFaults; ++f) {
     for (size_t p = 0; p < kNumMovePhases; ++p) counts_[f][p] += other.counts_[f][p];

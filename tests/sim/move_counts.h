@@ -37,6 +37,9 @@ enum class MoveFault {
 };
 inline constexpr size_t kNumMoveFaults = 14;
 
+// Whether such a fault can be in that phase.
+bool CanMeet(MoveFault fault, MovePhase phase);
+
 class MoveCounts {
  public:
   void Add(MoveFault fault, MovePhase phase) {

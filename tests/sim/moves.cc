@@ -106,6 +106,7 @@ bool Moves::AskForOne() {
   FindStages(status, PipelineId{resident.pipeline}, &workers, &here);
   FindStages(status, verb.to, &workers, &there);
   verb.other_layers = here != there;
+  verb.other_stages = here.size() != there.size();
   ++num_asked_;
   w.Trace(absl::StrCat("verb ", id.value, ": sequence ", spec.sequence, " is to go from pipeline ",
                        resident.pipeline, " to ", spec.to.value,
@@ -158,6 +159,7 @@ void Moves::OnMessage(const VerbEnded& ended) {
   }
   ++num_done_;
   num_other_layers_ += verb.other_layers;
+  num_other_stages_ += verb.other_stages;
   counts_.AddEnd("done");
   const json::Value status = Status();
   for (const json::Value& sequence : status.at("sequences").as_array()) {

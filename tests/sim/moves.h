@@ -67,6 +67,7 @@ class Moves {
   uint32_t num_asked() const { return num_asked_; }
   uint32_t num_done() const { return num_done_; }
   uint32_t num_other_layers() const { return num_other_layers_; }  // between other splits, done
+  uint32_t num_other_stages() const { return num_other_stages_; }  // so many stages, even
   uint64_t num_late() const { return num_late_; }                  // frames
 
  private:
@@ -78,6 +79,7 @@ class Moves {
     std::string phase = "reserve";
     uint64_t to_epoch = 0;
     bool other_layers = false;
+    bool other_stages = false;
   };
   struct Watch {
     std::tuple<MovePhase, uint64_t, uint64_t, uint64_t> progress;
@@ -105,6 +107,7 @@ class Moves {
   uint32_t num_asked_ = 0;
   uint32_t num_done_ = 0;
   uint32_t num_other_layers_ = 0;
+  uint32_t num_other_stages_ = 0;
 };
 
 }  // namespace strait::sim

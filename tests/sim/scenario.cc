@@ -243,13 +243,13 @@ Scenario MakeMovesScenario(World* world) {
   const size_t num_layers = m.layer_weight_bytes.size();
   o.num_stages = static_cast<uint32_t>(w.Random(1, 2));
   // Workers of other sizes make other splits.
-  s.equal_memory = w.Chance(0.3);
+  s.equal_memory = w.Chance(0.2);
   s.columns_least = static_cast<uint32_t>(w.Pick({9, 11, 14, 20, 50}));
   const uint64_t enough = m.embedding_bytes + m.head_bytes + num_layers * 3000 +
                           m.workspace_bytes.back() +
                           uint64_t{s.columns_least + 2} * num_layers * m.block_bytes;
   for (uint64_t& bytes : s.worker_memory) {
-    bytes = s.equal_memory ? enough : enough * w.Random(10, 15) / 10;
+    bytes = s.equal_memory ? enough : enough * w.Random(10, 20) / 10;
   }
   s.arrival_us = w.Pick({1'000, 50'000, 300'000});
   s.stem_chance = w.Pick({0.0, 0.5});
@@ -260,8 +260,10 @@ Scenario MakeMovesScenario(World* world) {
   s.num_faults = static_cast<uint32_t>(w.Random(0, 1));
   s.num_aimed = 3 - s.num_faults;
   s.faults_us = 2'000'000;
-  s.num_scales = w.Chance(0.3) ? 1 : 0;
-  s.scales_us = 500'000;
+  // One that fails half way leaves pipelines of other numbers of stages.
+  s.num_scales = w.Chance(0.4) ? 1 : 0;
+  s.breaks_scale = w.Chance(0.7);
+  s.scales_us = w.Pick({1'000, 500'000});
   return s;
 }
 

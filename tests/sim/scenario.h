@@ -56,6 +56,8 @@ struct Scenario {
 
   uint32_t num_scales = 0;  // to 1, 2 or 3 stages, or as many as there are layers
   uint64_t scales_us = 0;   // all within
+  bool breaks_scale =
+      false;  // one fails when some pipelines have other numbers of stages than others
 
   uint32_t num_moves = 0;  // of sequences from pipeline to pipeline
   uint64_t moves_us = 0;   // all asked for within

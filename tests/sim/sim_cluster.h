@@ -114,7 +114,10 @@ class SimCluster final : public Control {
   void MakeAims();
   // Those faults strike for which a move is in the right phase.
   void CheckAims();
+  void BreakScale();
   void Strike(MoveFault fault, SequenceId sequence);
+  // The move takes longer, and others need room: it is given up if they find none else.
+  void CrowdDestination(SimWorker* source);
   SimWorker* AliveOf(const std::vector<WorkerId>& ids);
 
   // ---- What must hold: simulation.cc ----
@@ -143,6 +146,7 @@ class SimCluster final : public Control {
   std::set<ScaleId> scales_;  // not answered
   uint32_t moves_left_ = 0;
   std::vector<Aim> aims_;
+  bool scale_is_broken_ = false;
   bool faults_over_ = false;
   uint32_t worker_faults_ = 0;  // of workers and their links: only these excuse an eviction
   Outcome outcome_;

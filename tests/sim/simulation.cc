@@ -57,7 +57,9 @@ void SimCluster::CheckEnd() {
     return world_.Violation("at the end sequences move");
   }
   const CoreStats stats = core_.Stats();
-  if (stats.recoveries + stats.preemptions + outcome_.scales == 0 && stats.replayed_tokens > 0) {
+  const uint64_t failures =
+      stats.workers_lost + stats.recoveries + stats.preemptions + outcome_.scales;
+  if (failures == 0 && stats.replayed_tokens > 0) {
     world_.Violation(
         absl::StrCat("nothing failed, and ", stats.replayed_tokens, " tokens were computed again"));
   }
@@ -164,6 +166,7 @@ Outcome SimCluster::Run() {
   outcome_.moves_asked = moves_.num_asked();
   outcome_.moves_done = moves_.num_done();
   outcome_.moves_other_layers = moves_.num_other_layers();
+  outcome_.moves_other_stages = moves_.num_other_stages();
   outcome_.late_frames = moves_.num_late();
   outcome_.virtual_us = world_.now_us() - begin_us;
   return outcome_;

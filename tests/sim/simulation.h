@@ -38,6 +38,7 @@ struct Outcome {
   uint32_t moves_asked = 0;
   uint32_t moves_done = 0;
   uint32_t moves_other_layers = 0;  // of them, between pipelines whose stages have other layers
+  uint32_t moves_other_stages = 0;  // of them, as many stages even
   uint64_t late_frames = 0;         // that nobody waited for any more
   uint64_t virtual_us = 0;
 };

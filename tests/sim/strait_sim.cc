@@ -64,7 +64,8 @@ int main(int argc, char** argv) {
            blocks_mended = 0;
   uint64_t offloaded = 0, returned = 0, lost = 0, forgotten = 0, corruptions = 0, preemptions = 0;
   strait::sim::MoveCounts moves;
-  uint64_t moves_asked = 0, moves_done = 0, moves_other_layers = 0, late_frames = 0;
+  uint64_t moves_asked = 0, moves_done = 0, moves_other_layers = 0, moves_other_stages = 0;
+  uint64_t late_frames = 0;
   uint64_t pause_us = 0, pause_us_max = 0, moved_bytes = 0;
   const auto begin = std::chrono::steady_clock::now();
   for (uint64_t i = 0; i < count; ++i) {
@@ -86,6 +87,7 @@ int main(int argc, char** argv) {
     moves_asked += outcome.moves_asked;
     moves_done += outcome.moves_done;
     moves_other_layers += outcome.moves_other_layers;
+    moves_other_stages += outcome.moves_other_stages;
     late_frames += outcome.late_frames;
     moved_bytes += outcome.stats.migrated_bytes;
     pause_us += outcome.stats.migration_pause_us;
@@ -100,10 +102,12 @@ int main(int argc, char** argv) {
   if (count > 1 && moves_asked > 0) {
     std::printf(
         "Faults of moves by the phase that they met, and how moves ended:\n%s\n"
-        "moves asked for %" PRIu64 ", done %" PRIu64 " (%" PRIu64 " between other splits), %" PRIu64
+        "moves asked for %" PRIu64 ", done %" PRIu64 " (%" PRIu64 " between other splits, %" PRIu64
+        " between other numbers of stages), %" PRIu64
         " bytes, pause %.1f ms on average, at most %.1f; "
         "frames too late %" PRIu64 "\n",
-        moves.Table().c_str(), moves_asked, moves_done, moves_other_layers, moved_bytes,
+        moves.Table().c_str(), moves_asked, moves_done, moves_other_layers, moves_other_stages,
+        moved_bytes,
         moves_done == 0 ? 0.0
                         : static_cast<double>(pause_us) / 1e3 / static_cast<double>(moves_done),
         static_cast<double>(pause_us_max) / 1e3, late_frames);

@@ -177,6 +177,7 @@ absl::Status PlanLedger::CheckKeep(const v1::KeepPrefix& keep, CheckedPlan* chec
 absl::Status PlanLedger::CheckDrop(const v1::DropPrefix& drop, CheckedPlan* checked) const {
   STRAIT_ASSIGN_OR_RETURN(std::vector<ContentKey> keys, ParseContentKeys(drop.keys()));
   STRAIT_RETURN_IF_ERROR(prefixes_.Drop(keys, &checked->prefixes));
+  checked->frees_blocks = true;
   // A copy of one may be under way: what takes its place must wait for its end.
   checked->applies_early = checked->applies_early || (prefixes_.has_host() && next_step_.value > 1);
   checked->keys.push_back(std::move(keys));

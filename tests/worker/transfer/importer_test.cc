@@ -225,7 +225,8 @@ TEST_F(ImporterTest, WhoHasTooMuchToDoIsAskedAgainSoon) {
   Take(64);
   Say(Fetch(0, 20));
   for (const absl::Status& why :
-       {absl::ResourceExhaustedError("much"), absl::OutOfRangeError("not yet")}) {
+       {absl::ResourceExhaustedError("much"), absl::OutOfRangeError("not yet"),
+        absl::NotFoundError("not told yet")}) {
     Ask();
     while (!transfer_.asks.empty()) Answer(why);
     Ask();
@@ -321,9 +322,8 @@ TEST_F(ImporterTest, WhatWasNotAskedForIsNotWritten) {
 }
 
 TEST_F(ImporterTest, WhatTheSourceRefusesEndsTheImport) {
-  for (const absl::Status& why :
-       {absl::PermissionDeniedError("p"), absl::NotFoundError("n"), absl::AbortedError("a"),
-        absl::FailedPreconditionError("f"), absl::InternalError("i")}) {
+  for (const absl::Status& why : {absl::PermissionDeniedError("p"), absl::AbortedError("a"),
+                                  absl::FailedPreconditionError("f"), absl::InternalError("i")}) {
     importer_.Close(kId);
     Take(64);
     Say(Fetch(0, 20));
