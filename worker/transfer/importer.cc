@@ -7,24 +7,10 @@
 #include "proto/base/check.h"
 #include "proto/base/limits.h"
 #include "proto/base/status_macros.h"
+#include "proto/model/content_key.h"
 #include "proto/wire/epoch_wire.h"
 
 namespace strait {
-
-BlockHeader PieceHeader(const RowTraits& traits, LayerIndex layer, uint32_t first_row,
-                        uint32_t num_rows) {
-  BlockHeader header;
-  header.origin = traits.origin;
-  header.layer = layer;
-  header.first_position = first_row;
-  header.num_rows = num_rows;
-  header.rank = traits.shape.rank;
-  header.rope = traits.shape.rope;
-  header.row_format = traits.shape.format;
-  header.row_bytes = traits.shape.row_bytes();
-  header.payload_bytes = num_rows * header.row_bytes;
-  return header;
-}
 
 Importer::~Importer() {
   STRAIT_CHECK(writing_.empty(), "copies into a cache that ends");
@@ -109,14 +95,48 @@ std::deque<Importer::Cut> Importer::CutUp(const std::vector<Source>& sources, ui
   return cuts;
 }
 
+absl::Status Importer::TakeKeys(const v1::FetchRows& fetch, Fetching* fetching) const {
+  STRAIT_ASSIGN_OR_RETURN(fetching->keys, ParseContentKeys(fetch.keys()));
+  if (fetching->keys.empty()) return absl::OkStatus();
+  const uint64_t num_rows = fetch.end_row() - fetch.begin_row();
+  if (fetch.begin_row() % limits::kBlockTokens == 0 &&
+      fetching->keys.size() * limits::kBlockTokens == num_rows) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat(fetching->keys.size(), " keys of rows ",
+                                                 fetch.begin_row(), " to ", fetch.end_row(),
+                                                 ": a key is of a whole block"));
+}
+
+absl::Status Importer::TakeSources(const v1::FetchRows& fetch, Fetching* fetching) const {
+  LayerIndex next = traits_.layers.begin;
+  for (const v1::RowsSource& wire : fetch.sources()) {
+    if (wire.layer_begin() != next || wire.layer_end() <= next ||
+        wire.layer_end() > traits_.layers.end || wire.data_address().empty() ||
+        wire.secret() == 0 || (wire.stage_id() == 0 && fetching->keys.empty())) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "a source of layers ", wire.layer_begin(), " to ", wire.layer_end(), " at \"",
+          wire.data_address(), "\", layer ", next, " of ", traits_.layers.end,
+          " is next, each has an address and a secret, and replicas are asked for by keys"));
+    }
+    next = wire.layer_end();
+    fetching->sources.push_back({.layers = {wire.layer_begin(), wire.layer_end()},
+                                 .stage_id = wire.stage_id(),
+                                 .epoch = FromWire(wire.epoch()),
+                                 .address = wire.data_address(),
+                                 .secret = wire.secret()});
+  }
+  if (next == traits_.layers.end) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("its sources end before layer ", next));
+}
+
 absl::StatusOr<Importer::FetchingPtr> Importer::MakeFetching(const v1::FetchRows& fetch,
                                                              uint32_t most_rows,
                                                              uint32_t vocab_size) const {
   if (most_rows == 0) {
     return absl::InvalidArgumentError("no plan that came before imports it for this placement");
   }
-  const auto it = imports_.find(
-      {SequenceId{fetch.sequence_id()}, {fetch.placement().term(), fetch.placement().counter()}});
+  const auto it = imports_.find({SequenceId{fetch.sequence_id()}, FromWire(fetch.placement())});
   const uint32_t begin = it == imports_.end() ? 0 : it->second->rows_wanted;
   if (fetch.begin_row() != begin || fetch.end_row() <= begin || fetch.end_row() > most_rows) {
     return absl::InvalidArgumentError(
@@ -133,38 +153,21 @@ absl::StatusOr<Importer::FetchingPtr> Importer::MakeFetching(const v1::FetchRows
         absl::StrCat("token id ", token, ", the vocabulary has ", vocab_size));
   }
   auto fetching = std::make_shared<Fetching>();
-  LayerIndex next = traits_.layers.begin;
-  for (const v1::RowsSource& wire : fetch.sources()) {
-    if (wire.layer_begin() != next || wire.layer_end() <= next ||
-        wire.layer_end() > traits_.layers.end || wire.data_address().empty() ||
-        wire.secret() == 0) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("a source of layers ", wire.layer_begin(), " to ", wire.layer_end(),
-                       " at \"", wire.data_address(), "\", layer ", next, " of ",
-                       traits_.layers.end, " is next, and each has an address and a secret"));
-    }
-    next = wire.layer_end();
-    fetching->sources.push_back({.layers = {wire.layer_begin(), wire.layer_end()},
-                                 .stage_id = wire.stage_id(),
-                                 .epoch = FromWire(wire.epoch()),
-                                 .address = wire.data_address(),
-                                 .secret = wire.secret()});
-  }
-  if (next != traits_.layers.end) {
-    return absl::InvalidArgumentError(absl::StrCat("its sources end before layer ", next));
-  }
+  STRAIT_RETURN_IF_ERROR(TakeKeys(fetch, fetching.get()));
+  STRAIT_RETURN_IF_ERROR(TakeSources(fetch, fetching.get()));
+  fetching->begin_row = begin;
   fetching->end_row = fetch.end_row();
   fetching->bytes_per_s = fetch.bytes_per_s();
   fetching->any_numerics = fetch.any_numerics();
-  fetching->to_ask = CutUp(fetching->sources, begin, fetch.end_row());
+  fetching->to_ask = fetching->keys.empty() ? CutUp(fetching->sources, begin, fetch.end_row())
+                                            : CutBlocks(fetching->sources, begin, fetch.end_row());
   fetching->num_open = fetching->to_ask.size();
   return fetching;
 }
 
 void Importer::Fetch(const v1::FetchRows& fetch, uint32_t most_rows, uint32_t vocab_size,
                      uint64_t now_us) {
-  const Key key = {SequenceId{fetch.sequence_id()},
-                   {fetch.placement().term(), fetch.placement().counter()}};
+  const Key key = {SequenceId{fetch.sequence_id()}, FromWire(fetch.placement())};
   absl::StatusOr<FetchingPtr> made = MakeFetching(fetch, most_rows, vocab_size);
   const auto it = imports_.find(key);
   if (!made.ok() && it == imports_.end()) {
@@ -191,6 +194,7 @@ void Importer::Fetch(const v1::FetchRows& fetch, uint32_t most_rows, uint32_t vo
 void Importer::EndFetches() {
   for (const auto& [key, import] : imports_) {
     if (import->rows_wanted == import->rows_fetched && import->status.ok()) continue;
+    STRAIT_CHECK(!import->is_restore, "what a stage begins with ends first");
     Fail(import.get(), absl::UnavailableError("the coordinator that asked for it is gone"));
     import->tell = false;
   }
@@ -298,76 +302,45 @@ void Importer::SendAsk(const FetchingPtr& fetching, Cut cut, uint64_t now_us) {
   if (fetching->bytes_per_s > 0) import.allowance -= static_cast<int64_t>(cut.bytes);
   Count(&import, 1, now_us);
   asked_.emplace(id, UnderWay{fetching, cut, {}, {}});
-  share_->transfer->Ask(id, source.address,
-                        {.stage_id = source.stage_id,
-                         .epoch = source.epoch,
-                         .sequence = import.key.first,
-                         .placement = import.key.second,
-                         .secret = source.secret,
-                         .layers = cut.layers,
-                         .first_row = cut.first_row,
-                         .num_rows = cut.num_rows});
+  share_->transfer->Ask(id, source.address, AskOf(*fetching, cut));
+}
+
+RowsAsk Importer::AskOf(const Fetching& fetching, const Cut& cut) const {
+  const Source& source = fetching.sources[cut.source];
+  RowsAsk ask = {.stage_id = source.stage_id,
+                 .epoch = source.epoch,
+                 .sequence = fetching.import->key.first,
+                 .placement = fetching.import->key.second,
+                 .secret = source.secret,
+                 .layers = cut.layers,
+                 .first_row = cut.first_row,
+                 .num_rows = cut.num_rows,
+                 .keys = {}};
+  if (source.stage_id != 0) return ask;
+  const auto first =
+      fetching.keys.begin() + (cut.first_row - fetching.begin_row) / limits::kBlockTokens;
+  ask.keys.assign(first, first + cut.num_rows / limits::kBlockTokens);
+  return ask;
 }
 
 // ---------------------------------------------------------------- what comes
 
-absl::Status Importer::CheckFrame(const Fetching& fetching, const Cut& cut,
-                                  const RowsFrame& frame) const {
-  const Key key = {frame.sequence, frame.placement};
-  if (key != fetching.import->key) {
-    return absl::DataLossError(absl::StrCat("a frame of sequence ", frame.sequence.value,
-                                            " for placement ", ToString(frame.placement)));
-  }
-  if (frame.rows.size() != cut.bytes ||
-      frame.pieces.size() != cut.layers.size() * PiecesPerLayer(cut.first_row, cut.num_rows)) {
-    return absl::DataLossError(absl::StrCat("a frame of ", frame.pieces.size(), " pieces and ",
-                                            frame.rows.size(), " bytes, asked for were ",
-                                            cut.bytes));
-  }
-  absl::Status status;
-  auto piece = frame.pieces.begin();
-  ForPieces(
-      cut.layers, cut.first_row, cut.num_rows,
-      [&](LayerIndex layer, uint32_t first, uint32_t count) {
-        BlockHeader theirs = *piece++;
-        const BlockHeader ours = PieceHeader(traits_, layer, first, count);
-        theirs.row_checksum = 0;
-        theirs.content_key = {};
-        if (fetching.any_numerics) theirs.origin.numerics = ours.origin.numerics;
-        if (theirs == ours || !status.ok()) return;
-        if (theirs.layer != layer || theirs.first_position != first || theirs.num_rows != count) {
-          status = absl::DataLossError(absl::StrCat(
-              "rows ", theirs.first_position, " to ", theirs.first_position + theirs.num_rows,
-              " of layer ", theirs.layer, " came, asked for were ", first, " to ", first + count,
-              " of layer ", layer));
-          return;
-        }
-        status = absl::FailedPreconditionError(
-            theirs.origin == ours.origin
-                ? absl::StrCat("rows of ", theirs.row_bytes, " bytes with rank ", theirs.rank,
-                               " in format ", static_cast<uint32_t>(theirs.row_format),
-                               ", this stage's have ", ours.row_bytes, ", ", ours.rank, " and ",
-                               static_cast<uint32_t>(ours.row_format))
-            : theirs.origin.numerics != ours.origin.numerics
-                ? std::string("rows of other numerics: both ends must run the same backend")
-                : std::string("rows of another model or policy"));
-      });
-  return status;
-}
-
 void Importer::AskAgain(UnderWay under_way, uint64_t pause_us, uint64_t now_us) {
   Release(under_way.cut);
-  Count(under_way.fetching->import.get(), -1, now_us);
+  Import* const import = under_way.fetching->import.get();
+  Count(import, -1, now_us);
+  if (under_way.cut.first_row >= under_way.fetching->useless_row) {
+    --under_way.fetching->num_open;
+    return EndDone(import);
+  }
   under_way.cut.not_before_us = now_us + pause_us;
   under_way.fetching->to_ask.push_front(under_way.cut);
 }
 
 void Importer::Refuse(UnderWay under_way, absl::Status why, uint64_t now_us) {
-  const std::shared_ptr<Import> import = under_way.fetching->import;
-  ++import->refused_frames;
-  const bool is_final = ++under_way.cut.refusals >= kMaxRefusals;
-  AskAgain(std::move(under_way), 0, now_us);
-  if (is_final) Fail(import.get(), std::move(why));
+  ++under_way.fetching->import->refused_frames;
+  if (++under_way.cut.refusals < kMaxRefusals) return AskAgain(std::move(under_way), 0, now_us);
+  GiveUp(std::move(under_way), std::move(why), now_us);
 }
 
 void Importer::OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us) {
@@ -394,11 +367,11 @@ void Importer::OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us
     case absl::StatusCode::kDataLoss:
       return Refuse(std::move(under_way), frame.status(), now_us);
     default:
-      AskAgain(std::move(under_way), 0, now_us);
-      return Fail(import, frame.status());
+      return GiveUp(std::move(under_way), frame.status(), now_us);
   }
   peer = {};
-  if (const absl::Status checked = CheckFrame(*under_way.fetching, under_way.cut, *frame);
+  if (const absl::Status checked = CheckFrame(traits_, AskOf(*under_way.fetching, under_way.cut),
+                                              under_way.fetching->any_numerics, *frame);
       !checked.ok()) {
     return Refuse(std::move(under_way), checked, now_us);
   }
@@ -422,7 +395,8 @@ void Importer::BeginWrites(uint64_t now_us) {
     next->blocks.clear();
     for (const BlockHeader& piece : next->frame.pieces) {
       const uint32_t layer = piece.layer - traits_.layers.begin;
-      const BlockId block = tables[layer].at(piece.first_position / limits::kBlockTokens);
+      const BlockId block =
+          tables[layer].at((piece.first_position - import->first_row) / limits::kBlockTokens);
       list.push_back({layer, block, piece.first_position % limits::kBlockTokens, piece.num_rows});
       next->blocks.push_back(block);
     }
@@ -434,8 +408,7 @@ void Importer::BeginWrites(uint64_t now_us) {
     std::unique_ptr<UnderWay> begun = std::move(next);
     arrived_.pop_front();
     if (!copy.ok()) {
-      AskAgain(std::move(*begun), 0, now_us);
-      Fail(import, copy.status());
+      GiveUp(std::move(*begun), copy.status(), now_us);
       continue;
     }
     cache_->BeginCopy(begun->blocks);
@@ -450,32 +423,41 @@ void Importer::OnCopies(absl::Span<const CopyEnd> ends, uint64_t now_us) {
     const std::unique_ptr<UnderWay> written = std::move(it->second);
     writing_.erase(it);
     cache_->EndCopy(written->blocks);
-    Release(written->cut);
     Import* const import = written->fetching->import.get();
-    if (import->is_closed || !import->status.ok()) continue;
-    Count(import, -1, now_us);
-    if (!end.status.ok()) {
-      Fail(import, end.status);
-      continue;
+    if (import->is_closed || !import->status.ok()) {
+      Release(written->cut);
+    } else if (!end.status.ok()) {
+      GiveUp(std::move(*written), end.status, now_us);
+    } else {
+      Finish(std::move(*written), now_us);
     }
-    Finish(std::move(*written), now_us);
   }
 }
 
-void Importer::Finish(UnderWay written, uint64_t) {
+void Importer::Finish(UnderWay written, uint64_t now_us) {
   Import& import = *written.fetching->import;
-  for (const BlockHeader& piece : written.frame.pieces) import.digest.Add(piece);
+  Release(written.cut);
+  Count(&import, -1, now_us);
+  for (const BlockHeader& piece : written.frame.pieces) {
+    import.digest.Add(piece);
+    if (!import.is_restore) continue;
+    ++import.layers_here[(piece.first_position - import.first_row) / limits::kBlockTokens];
+  }
   import.bytes += written.cut.bytes;
-  if (--written.fetching->num_open > 0) return;
+  --written.fetching->num_open;
+  EndDone(&import);
+}
+
+void Importer::EndDone(Import* import) {
   // A later fetch may be done before an earlier one.
   for (auto it = fetches_.begin(); it != fetches_.end();) {
-    if ((*it)->import.get() != &import) {
+    if ((*it)->import.get() != import) {
       ++it;
       continue;
     }
     if ((*it)->num_open > 0) return;
-    import.rows_fetched = (*it)->end_row;
-    import.tell = true;
+    import->rows_fetched = (*it)->end_row;
+    import->tell = !import->is_restore;
     it = fetches_.erase(it);
   }
 }
@@ -484,6 +466,7 @@ std::vector<Importer::Fetched> Importer::Poll(uint64_t now_us) {
   BeginWrites(now_us);
   std::vector<Fetched> told = std::exchange(refused_, {});
   for (const auto& [key, import] : imports_) {
+    if (import->is_restore) continue;
     const bool is_due =
         import->bytes != import->told_bytes && now_us >= import->told_us + kTellFetchedUs;
     if (!import->tell && !is_due) continue;
