@@ -92,11 +92,8 @@ void Scheduler::PlanAdoption(Residency* residency, Draft* draft) {
   residency->reserved_rows = reserved;
   books_.Enter(reserved, residency->prefix.blocks);
   residency->rows = StageRows(std::vector<uint32_t>(num_stages_, residency->adopted_rows));
-  residency->rows_done = residency->adopted_rows;
+  // Its blocks may become prefix blocks with its first step: before, stages may not have opened it.
   PlanOpen(residency, {}, draft);
-  if (residency->shares && residency->rows_done >= limits::kBlockTokens) {
-    keepers_.insert(residency->sequence->id);
-  }
   Thaw(residency);
 }
 

@@ -26,7 +26,8 @@ constexpr int kConnectTimeoutMs = 5'000;
 
 int MaxMessageBytes(Traffic traffic) {
   return traffic == Traffic::kControl ? limits::kMaxControlMessageBytes
-                                      : limits::kMaxDataMessageBytes;
+         : traffic == Traffic::kData  ? limits::kMaxDataMessageBytes
+                                      : limits::kMaxTransferMessageBytes;
 }
 
 const Keepalive& KeepaliveOf(Traffic traffic) {
@@ -61,7 +62,9 @@ void ConfigureServer(grpc::ServerBuilder& builder, const std::string& listen_add
   });
   builder.AddListeningPort(listen_address, grpc::InsecureServerCredentials(), port);
   builder.SetMaxReceiveMessageSize(MaxMessageBytes(traffic));
-  builder.SetMaxSendMessageSize(MaxMessageBytes(traffic));
+  // One server answers both kinds; streams hold what they send to limits of their own.
+  builder.SetMaxSendMessageSize(
+      MaxMessageBytes(traffic == Traffic::kData ? Traffic::kTransfer : traffic));
   builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
                              KeepaliveOf(traffic).server_min_ping_ms);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);

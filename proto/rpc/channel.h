@@ -4,7 +4,8 @@
 // that pings more often than its server allows is cut off ("Too many pings").
 //
 // Thread:  any.
-// Limits:  control messages proto/base/limits.h kMaxControlMessageBytes, data kMaxDataMessageBytes.
+// Limits:  control messages proto/base/limits.h kMaxControlMessageBytes, data kMaxDataMessageBytes,
+//          transfers and what data servers send kMaxTransferMessageBytes.
 #pragma once
 
 #include <memory>
@@ -14,8 +15,9 @@
 
 namespace strait::rpc {
 
-// Control and data never share a connection: bulk must not delay a heartbeat.
-enum class Traffic { kControl, kData };
+// These never share a connection: bulk must not delay a heartbeat, and rows that move must not delay hidden states.
+// A data server takes both kData and kTransfer.
+enum class Traffic { kControl, kData, kTransfer };
 
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address, Traffic traffic);
 

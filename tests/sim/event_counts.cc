@@ -9,18 +9,19 @@ namespace {
 constexpr const char* kStates[kNumHostedStates] = {"none",       "loading", "loaded",
                                                    "activating", "active",  "stuck"};
 constexpr const char* kEvents[kNumSimEvents] = {
-    "load",   "loaded",  "unload", "activate", "plan",   "edge-up", "edge-down", "nccl-id",
-    "hidden", "sampled", "begin",  "finish",   "detach", "attach",  "orphan",    "resize"};
+    "load",    "loaded", "unload",  "activate", "plan",   "edge-up", "edge-down",
+    "nccl-id", "hidden", "sampled", "begin",    "finish", "detach",  "attach",
+    "orphan",  "resize", "fetch",   "serve",    "ask"};
 
 // By state, as in HostedState: what must come.
 constexpr bool kExpected[kNumHostedStates][kNumSimEvents] = {
-    // load loaded unload activate plan up down id hidden sampled begin finish detach attach orphan resize
-    {1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0},  // none: a stage that is not there
-    {0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0},  // loading
-    {0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0},  // loaded, in no epoch yet
-    {0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0},  // activating
-    {0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1},  // active
-    {0, 0, 1, 1, 1, 0, 1, 0, 1, 0, 1, 1, 1, 1, 1,
+    // load loaded unload activate plan up down id hidden sampled begin finish detach attach orphan resize fetch serve ask
+    {1, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0},  // none: a stage that is not there
+    {0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0},  // loading
+    {0, 0, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0},  // loaded, in no epoch yet
+    {0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0},  // activating
+    {0, 0, 1, 1, 1, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1},  // active
+    {0, 0, 1, 1, 1, 0, 1, 0, 1, 0, 1, 1, 1, 1, 1, 0, 0, 0,
      0},  // stuck: told that it cannot go on in this epoch
 };
 

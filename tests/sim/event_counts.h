@@ -32,8 +32,11 @@ enum class SimEvent {
   kAttach,
   kOrphan,
   kResize,
+  kFetch,
+  kServe,
+  kAsk,
 };
-inline constexpr size_t kNumSimEvents = 16;
+inline constexpr size_t kNumSimEvents = 19;
 inline constexpr size_t kNumHostedStates = 6;
 using HostedState = WorkerCore::HostedState;
 

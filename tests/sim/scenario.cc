@@ -35,9 +35,40 @@ void Press(World* world, Scenario* s) {
   if (o.heartbeat_timeout_us < 500'000) s->slow_message_chance = 0;
 }
 
+// How rows travel from worker to worker, and how long a move may take.
+void SetRows(World* world, Scenario* s) {
+  World& w = *world;
+  CoreOptions& o = s->options;
+  s->rows.delay_us_max = w.Pick({100, 1'000, 20'000});
+  s->rows.bytes_per_s = w.Pick({100'000, 2'000'000, 100'000'000});
+  s->rows.corrupt_chance = w.Pick({0.0, 0.0, 0.01, 0.2});
+  s->rows.duplicate_chance = w.Pick({0.0, 0.01, 0.3});
+  s->rows.break_chance = w.Pick({0.0, 0.0, 0.01, 0.1});
+  s->transfer_frame_bytes =
+      w.Pick({uint64_t{1'024}, uint64_t{4'096}, uint64_t{limits::kTransferFrameBytes}});
+  o.migrate_stall_us = w.Pick({500'000, 10'000'000});
+  o.migrate_pause_us = w.Pick({50'000, 2'000'000, 2'000'000});
+  o.migrate_timeout_us = w.Pick({1'000'000, 300'000'000});
+  o.migrate_bytes_per_s = w.Pick({0, 0, 50'000, 1'000'000});
+}
+
 }  // namespace
 
-Scenario MakeScenario(World* world) {
+Scenario MakeScenario(Shape shape, World* world) {
+  switch (shape) {
+    case Shape::kAny:
+      return MakeAnyScenario(world);
+    case Shape::kGround:
+      return MakeGroundScenario(world);
+    case Shape::kSharing:
+      return MakeSharingScenario(world);
+    case Shape::kMoves:
+      return MakeMovesScenario(world);
+  }
+  return {};
+}
+
+Scenario MakeAnyScenario(World* world) {
   World& w = *world;
   Scenario s;
   CoreOptions& o = s.options;
@@ -132,12 +163,17 @@ Scenario MakeScenario(World* world) {
   s.copy_polls = static_cast<uint32_t>(w.Pick({0, 1, 5}));
   if (w.Chance(0.3)) s.num_corruptions = static_cast<uint32_t>(w.Pick({1, 5}));
   if (w.Chance(0.2)) s.num_flushes = static_cast<uint32_t>(w.Pick({1, 3}));
+  SetRows(&w, &s);
+  if (o.num_pipelines > 1 && w.Chance(0.7)) {
+    s.num_moves = static_cast<uint32_t>(w.Pick({1, 2, 5, 20}));
+    s.moves_us = w.Pick({1'000, 100'000, 500'000});
+  }
   return s;
 }
 
 Scenario MakeGroundScenario(World* world) {
   World& w = *world;
-  Scenario s = MakeScenario(world);
+  Scenario s = MakeAnyScenario(world);
   CoreOptions& o = s.options;
   ModelShape& m = s.model;
   m.max_positions = 700;
@@ -169,7 +205,7 @@ Scenario MakeGroundScenario(World* world) {
 
 Scenario MakeSharingScenario(World* world) {
   World& w = *world;
-  Scenario s = MakeScenario(world);
+  Scenario s = MakeAnyScenario(world);
   CoreOptions& o = s.options;
   ModelShape& m = s.model;
   m.max_positions = 700;
@@ -195,6 +231,37 @@ Scenario MakeSharingScenario(World* world) {
   s.prompt_tokens_max = static_cast<uint32_t>(w.Pick({200, 400}));
   s.max_tokens_max = static_cast<uint32_t>(w.Pick({20, 80, 200}));
   s.stem_chance = w.Pick({0.8, 1.0});
+  return s;
+}
+
+Scenario MakeMovesScenario(World* world) {
+  World& w = *world;
+  Scenario s = MakeGroundScenario(world);
+  CoreOptions& o = s.options;
+  ModelShape& m = s.model;
+  m.layer_weight_bytes.assign(w.Random(2, 6), 3000);
+  const size_t num_layers = m.layer_weight_bytes.size();
+  o.num_stages = static_cast<uint32_t>(w.Random(1, 2));
+  // Workers of other sizes make other splits.
+  s.equal_memory = w.Chance(0.3);
+  s.columns_least = static_cast<uint32_t>(w.Pick({8, 9, 11, 14, 50}));
+  const uint64_t enough = m.embedding_bytes + m.head_bytes + num_layers * 3000 +
+                          m.workspace_bytes.back() +
+                          uint64_t{s.columns_least + 2} * num_layers * m.block_bytes;
+  for (uint64_t& bytes : s.worker_memory) {
+    bytes = s.equal_memory ? enough : enough * w.Random(10, 15) / 10;
+  }
+  s.arrival_us = w.Pick({1'000, 50'000, 300'000});
+  s.stem_chance = w.Pick({0.0, 0.5});
+  s.prompt_tokens_max = static_cast<uint32_t>(w.Pick({30, 200}));
+  s.load_us_max = w.Pick({1'000, 100'000});
+  s.num_moves = static_cast<uint32_t>(w.Pick({2, 2, 4, 8}));
+  s.moves_us = w.Pick({200'000, 1'000'000});
+  s.num_faults = static_cast<uint32_t>(w.Random(0, 1));
+  s.num_aimed = 3 - s.num_faults;
+  s.faults_us = 2'000'000;
+  s.num_scales = w.Chance(0.3) ? 1 : 0;
+  s.scales_us = 500'000;
   return s;
 }
 

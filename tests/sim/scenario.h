@@ -10,6 +10,9 @@
 #include <vector>
 
 #include "coordinator/core/core.h"
+#include "proto/base/limits.h"
+#include "tests/sim/row_network.h"
+#include "tests/sim/simulation.h"
 #include "tests/sim/world.h"
 
 namespace strait::sim {
@@ -53,12 +56,21 @@ struct Scenario {
 
   uint32_t num_scales = 0;  // to 1, 2 or 3 stages, or as many as there are layers
   uint64_t scales_us = 0;   // all within
+
+  uint32_t num_moves = 0;  // of sequences from pipeline to pipeline
+  uint64_t moves_us = 0;   // all asked for within
+  uint32_t num_aimed = 0;  // faults, beside num_faults, that wait for a phase of a move
+  RowNetworkOptions rows;
+  uint64_t transfer_frame_bytes = limits::kTransferFrameBytes;
 };
 
-Scenario MakeScenario(World* world);
+Scenario MakeScenario(Shape shape, World* world);
+Scenario MakeAnyScenario(World* world);
 // At least two pipelines, five workers, eight sequences of 300 tokens each, three faults.
 Scenario MakeGroundScenario(World* world);
 // Prompts of some hundred tokens that begin alike and part at any place, in caches of few blocks.
 Scenario MakeSharingScenario(World* world);
+// As ground: two moves and more, three faults, most of them at phases of moves; splits that differ.
+Scenario MakeMovesScenario(World* world);
 
 }  // namespace strait::sim

@@ -21,8 +21,9 @@ uint32_t FakeNcclVersion(uint64_t instance) {
 
 }  // namespace
 
-SimWorker::SimWorker(World* world, Network* network, Control* control, const Scenario* scenario,
-                     uint64_t instance, uint64_t memory_bytes, uint64_t weights, bool check_always)
+SimWorker::SimWorker(World* world, Network* network, RowNetwork* rows, Control* control,
+                     const Scenario* scenario, uint64_t instance, uint64_t memory_bytes,
+                     uint64_t weights, bool check_always)
     : world_(world),
       control_(control),
       scenario_(scenario),
@@ -34,9 +35,14 @@ SimWorker::SimWorker(World* world, Network* network, Control* control, const Sce
                  [this](uint64_t delay_us, std::function<void()> what) {
                    RunAfter(delay_us, std::move(what));
                  }),
+      rows_(rows, transport_.address(), EventsOfRows(),
+            [this](uint64_t delay_us, std::function<void()> what) {
+              RunAfter(delay_us, std::move(what));
+            }),
       core_({.orphan_timeout_us = scenario->orphan_timeout_us,
-             .host_cache_bytes = scenario->host_cache_bytes},
-            StageTraitsOf(backend_), &backend_.cache(), &transport_, this) {
+             .host_cache_bytes = scenario->host_cache_bytes,
+             .transfer_frame_bytes = scenario->transfer_frame_bytes},
+            StageTraitsOf(backend_), &backend_.cache(), &transport_, this, &rows_) {
   backend_.rows_ahead = scenario->rows_ahead;
   backend_.copy_faults.delay_polls = scenario->copy_polls;
   control_->Dial(this);
@@ -68,6 +74,24 @@ TransportEvents SimWorker::EventsOfTransport() {
   events.on_nccl_id = [this](const Edge& edge, std::string id) {
     Count(edge.to_stage_id, SimEvent::kNcclId);
     core_.OnNcclId(edge, std::move(id));
+  };
+  return events;
+}
+
+RowTransferEvents SimWorker::EventsOfRows() {
+  RowTransferEvents events;
+  events.on_rows = [this](AskId id, absl::StatusOr<RowsFrame> frame) {
+    core_.OnRows(id, std::move(frame), world_->now_us());
+    CheckSound();
+  };
+  events.on_ask = [this](PeerAskId id, const RowsAsk& ask) {
+    Count(ask.stage_id, SimEvent::kAsk);
+    core_.OnAsk(id, ask, world_->now_us());
+    CheckSound();
+  };
+  events.on_served = [this](PeerAskId id, const std::vector<BlockHeader>& pieces) {
+    core_.OnServed(id, pieces, world_->now_us());
+    CheckSound();
   };
   return events;
 }
@@ -113,6 +137,20 @@ bool SimWorker::CorruptHost() {
   return true;
 }
 
+std::string SimWorker::TransfersLeft() const {
+  std::string left;
+  for (const uint64_t id : core_.stage_ids()) {
+    const Stage* const stage = core_.FindStage(id);
+    if (stage == nullptr) continue;
+    const size_t num_imports = stage->importer().num_imports();
+    const size_t num_services = stage->exporter().num_services();
+    if (num_imports + num_services == 0 && !stage->CopiesRows()) continue;
+    absl::StrAppend(&left, num_imports, " imports and ", num_services,
+                    " sequences served by stage ", id, stage->CopiesRows() ? ", copies; " : "; ");
+  }
+  return left;
+}
+
 // ---------------------------------------------------------------- the stream
 
 v1::Hello SimWorker::Hello() const {
@@ -152,6 +190,12 @@ void SimWorker::Receive(const v1::ToWorker& message) {
       break;
     case v1::ToWorker::kResizeCache:
       Count(message.resize_cache().stage_id(), SimEvent::kResize);
+      break;
+    case v1::ToWorker::kFetchRows:
+      Count(message.fetch_rows().stage_id(), SimEvent::kFetch);
+      break;
+    case v1::ToWorker::kServeRows:
+      Count(message.serve_rows().stage_id(), SimEvent::kServe);
       break;
     default:
       Count(message.step().stage_id(), SimEvent::kPlan);
@@ -200,6 +244,7 @@ void SimWorker::CheckTold(const v1::FromWorker& message) {
     world_->Violation(absl::StrCat(
         "w", instance_, " refuses to resize a cache: ", message.cache_resized().error_message()));
   }
+  if (message.has_rows_fetched()) return CheckFetched(message.rows_fetched());
   const auto code = static_cast<absl::StatusCode>(
       message.has_report() ? message.report().error_code() : message.stage_state().error_code());
   const std::string& what = message.has_report() ? message.report().error_message()
@@ -210,6 +255,17 @@ void SimWorker::CheckTold(const v1::FromWorker& message) {
       (code == absl::StatusCode::kNotFound && message.has_report())) {
     world_->Violation(absl::StrCat("w", instance_, " refuses what the coordinator asks: ", what));
   }
+}
+
+// What a stage in its epoch is asked to fetch can be fetched.
+void SimWorker::CheckFetched(const v1::RowsFetched& fetched) {
+  const auto code = static_cast<absl::StatusCode>(fetched.error_code());
+  const bool refuses = code == absl::StatusCode::kInvalidArgument ||
+                       code == absl::StatusCode::kFailedPrecondition ||
+                       code == absl::StatusCode::kPermissionDenied;
+  if (!refuses || core_.StateOf(fetched.stage_id()) != WorkerCore::HostedState::kActive) return;
+  world_->Violation(
+      absl::StrCat("w", instance_, " does not fetch rows: ", fetched.error_message()));
 }
 
 void SimWorker::DropCoordinator(absl::Status why) {
@@ -342,9 +398,10 @@ bool SimWorker::Lie(v1::StageReport* report) {
 
 // ---------------------------------------------------------------- faults
 
-void SimWorker::Kill() {
+void SimWorker::Kill(bool silent) {
   alive_ = false;
   transport_.Kill();
+  rows_.Kill(silent);
   core_.DropStages();
 }
 

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // SimWorker is a worker process in virtual time: the real WorkerCore between a simulated stream to the
-// coordinator, a simulated Transport and a HashBackend. It is what worker/service is: an adapter.
+// coordinator, a simulated Transport, a simulated RowTransfer and a HashBackend. It is what worker/service is: an adapter.
 //
 // Owns:    its core, its backend.
-// Borrows: World, Network, the Control that carries its stream.
+// Borrows: World, Network, RowNetwork, the Control that carries its stream.
 // Thread:  the simulator's; its own time stands still while it is stalled, and while a backend
 //          computes that takes no step ahead. One that does is a device beside it.
 #pragma once
@@ -20,6 +20,7 @@
 #include "tests/sim/event_counts.h"
 #include "tests/sim/hash_backend.h"
 #include "tests/sim/network.h"
+#include "tests/sim/row_network.h"
 #include "tests/sim/scenario.h"
 #include "tests/sim/world.h"
 #include "worker/core/worker_core.h"
@@ -42,15 +43,17 @@ class Control {
 class SimWorker final : private WorkerPorts {
  public:
   // `check_always`: integrity after every event, not only when asked.
-  SimWorker(World* world, Network* network, Control* control, const Scenario* scenario,
-            uint64_t instance, uint64_t memory_bytes, uint64_t weights, bool check_always);
+  SimWorker(World* world, Network* network, RowNetwork* rows, Control* control,
+            const Scenario* scenario, uint64_t instance, uint64_t memory_bytes, uint64_t weights,
+            bool check_always);
 
   v1::Hello Hello() const;
   void Receive(const v1::ToWorker& message);  // in its own time
   void StreamEnded();                         // likewise: keeps its stages and dials again
 
   // ---- Faults ----
-  void Kill();
+  // `silent`: who waits for its answers finds out by waiting.
+  void Kill(bool silent = false);
   void Stall(uint64_t us);
   void FailNextLoad();
   void FailNextStep();
@@ -75,6 +78,8 @@ class SimWorker final : private WorkerPorts {
   uint64_t late_ids() const { return backend_.late_ids; }
   const EventCounts& event_counts() const { return counts_; }
   absl::Status CheckIntegrity() const { return core_.CheckIntegrity(); }
+  // Of rows that move, what has not ended; empty: nothing.
+  std::string TransfersLeft() const;
   // Latent blocks held by all stages.
   uint64_t BlocksHeld() const { return core_.BlocksHeld(); }
 
@@ -89,6 +94,7 @@ class SimWorker final : private WorkerPorts {
   void Note(LogLevel level, std::string_view what, std::initializer_list<LogField> fields) override;
 
   TransportEvents EventsOfTransport();
+  RowTransferEvents EventsOfRows();
   void Heartbeat(uint64_t stream);
   void Orphaned(uint64_t stream);
   // Copies to and from host memory are polled, some time from now.
@@ -99,6 +105,7 @@ class SimWorker final : private WorkerPorts {
   void StepEnds(uint64_t stage_id, PipelineEpoch epoch);
   // A refusal of what an honest cluster sends is a bug of one of the two.
   void CheckTold(const v1::FromWorker& message);
+  void CheckFetched(const v1::RowsFetched& fetched);
   void CheckSound();
   static void VoidNan(v1::StageReport* report);
   bool Lie(v1::StageReport* report);
@@ -114,6 +121,7 @@ class SimWorker final : private WorkerPorts {
   const bool check_always_;
   HashBackend backend_;
   SimTransport transport_;
+  SimRowTransfer rows_;
   WorkerCore core_;
 
   bool alive_ = true;

@@ -13,6 +13,7 @@
 
 #include "coordinator/core/core.h"
 #include "tests/sim/event_counts.h"
+#include "tests/sim/move_counts.h"
 
 namespace strait::sim {
 
@@ -33,6 +34,11 @@ struct Outcome {
   uint64_t steps_ahead = 0;  // begun while the one before was computing
   uint64_t late_ids = 0;     // that went from one step to the next without the host
   EventCounts events;
+  MoveCounts moves;
+  uint32_t moves_asked = 0;
+  uint32_t moves_done = 0;
+  uint32_t moves_other_layers = 0;  // of them, between pipelines whose stages have other layers
+  uint64_t late_frames = 0;         // that nobody waited for any more
   uint64_t virtual_us = 0;
 };
 
@@ -41,11 +47,13 @@ enum class Shape {
   kAny,      // anything, small: most clusters have few workers and short sequences
   kGround,   // at least two pipelines, five workers, eight sequences of 300 tokens, three faults
   kSharing,  // prompts that begin alike, caches of few blocks
+  kMoves,    // as kGround, with moves between the pipelines, and faults at their phases
 };
 
 struct SimulationOptions {
   bool trace = false;
   Shape shape = Shape::kAny;
+  bool forge_rows = false;  // a moved row is another one, and no checksum tells: it must be noticed
   bool check_always = true;  // integrity after every event; else after faults and in idle moments
 };
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // strait_sim runs simulations by their seeds: one with --trace to look into a failure, or many.
+#include <algorithm>
 #include <chrono>
 #include <cinttypes>
 #include <csignal>
@@ -36,6 +37,8 @@ int main(int argc, char** argv) {
       options.shape = strait::sim::Shape::kGround;
     } else if (std::strcmp(argv[i], "--sharing") == 0) {
       options.shape = strait::sim::Shape::kSharing;
+    } else if (std::strcmp(argv[i], "--moves") == 0) {
+      options.shape = strait::sim::Shape::kMoves;
     } else if (std::strcmp(argv[i], "--rarely") == 0) {
       options.check_always = false;
     } else if (std::strcmp(argv[i], "--seed") == 0 && i + 1 < argc) {
@@ -45,9 +48,11 @@ int main(int argc, char** argv) {
     } else {
       std::fprintf(
           stderr,
-          "usage: strait_sim [--seed N] [--count N] [--trace] [--ground | --sharing] [--rarely]\n"
+          "usage: strait_sim [--seed N] [--count N] [--trace] [--ground | --sharing | --moves]"
+          " [--rarely]\n"
           "  --ground  two pipelines, five workers, eight sequences of 300 tokens, three faults\n"
           "  --sharing prompts that begin alike, caches of few blocks\n"
+          "  --moves   as --ground, sequences move between the pipelines, faults strike meanwhile\n"
           "  --rarely  integrity is checked after faults and in idle moments only\n");
       return 2;
     }
@@ -58,6 +63,9 @@ int main(int argc, char** argv) {
   uint64_t cached_rows = 0, blocks_made = 0, blocks_dropped = 0, blocks_survived = 0,
            blocks_mended = 0;
   uint64_t offloaded = 0, returned = 0, lost = 0, forgotten = 0, corruptions = 0, preemptions = 0;
+  strait::sim::MoveCounts moves;
+  uint64_t moves_asked = 0, moves_done = 0, moves_other_layers = 0, late_frames = 0;
+  uint64_t pause_us = 0, pause_us_max = 0, moved_bytes = 0;
   const auto begin = std::chrono::steady_clock::now();
   for (uint64_t i = 0; i < count; ++i) {
     running_seed = seed + i;
@@ -74,6 +82,14 @@ int main(int argc, char** argv) {
     forgotten += outcome.stats.prefix_blocks_forgotten;
     corruptions += outcome.corruptions;
     preemptions += outcome.stats.preemptions;
+    moves.Add(outcome.moves);
+    moves_asked += outcome.moves_asked;
+    moves_done += outcome.moves_done;
+    moves_other_layers += outcome.moves_other_layers;
+    late_frames += outcome.late_frames;
+    moved_bytes += outcome.stats.migrated_bytes;
+    pause_us += outcome.stats.migration_pause_us;
+    pause_us_max = std::max(pause_us_max, outcome.stats.migration_pause_us_max);
     if (outcome.violation.empty()) continue;
     ++failures;
     std::printf("seed %llu: %s\n  replay: strait_sim --seed %llu --trace\n",
@@ -81,6 +97,17 @@ int main(int argc, char** argv) {
                 static_cast<unsigned long long>(seed + i));
   }
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+  if (count > 1 && moves_asked > 0) {
+    std::printf(
+        "Faults of moves by the phase that they met, and how moves ended:\n%s\n"
+        "moves asked for %" PRIu64 ", done %" PRIu64 " (%" PRIu64 " between other splits), %" PRIu64
+        " bytes, pause %.1f ms on average, at most %.1f; "
+        "frames too late %" PRIu64 "\n",
+        moves.Table().c_str(), moves_asked, moves_done, moves_other_layers, moved_bytes,
+        moves_done == 0 ? 0.0
+                        : static_cast<double>(pause_us) / 1e3 / static_cast<double>(moves_done),
+        static_cast<double>(pause_us_max) / 1e3, late_frames);
+  }
   if (count > 1) {
     std::printf("%s\nrows found in prefix blocks %" PRIu64 "; prefix blocks made %" PRIu64
                 ", dropped for room %" PRIu64 ", over epochs %" PRIu64 ", mended %" PRIu64

@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <variant>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -16,6 +17,7 @@
 #include "worker/hidden_step.h"
 #include "worker/service/link.h"
 #include "worker/service/loader.h"
+#include "worker/transfer/row_transfer.h"
 #include "worker/transport/transport.h"
 
 namespace strait {
@@ -48,13 +50,25 @@ struct Sampled {
   uint64_t to_stage_id;
   SampledStep step;
 };
+struct RowsCame {
+  AskId id;
+  absl::StatusOr<RowsFrame> frame;
+};
+struct PeerAsked {
+  PeerAskId id;
+  RowsAsk ask;
+};
+struct FrameServed {
+  PeerAskId id;
+  std::vector<BlockHeader> pieces;
+};
 struct Loaded {
   LoadOrder order;
   absl::StatusOr<std::unique_ptr<StageModel>> model;
 };
 struct StopLoop {};
 // What the loop thread takes from its queue, one at a time.
-using Event = std::variant<Control, Detached, EdgeUp, EdgeDown, NcclIdMade, Hidden, Sampled, Loaded,
-                           StopLoop>;
+using Event = std::variant<Control, Detached, EdgeUp, EdgeDown, NcclIdMade, Hidden, Sampled,
+                           RowsCame, PeerAsked, FrameServed, Loaded, StopLoop>;
 
 }  // namespace strait

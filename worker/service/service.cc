@@ -20,6 +20,7 @@
 #include "worker/service/hello.h"
 #include "worker/service/link.h"
 #include "worker/service/loader.h"
+#include "worker/transfer/grpc_row_transfer.h"
 #include "worker/transport/edges.h"
 
 namespace strait {
@@ -40,10 +41,13 @@ class WorkerProcess::Impl final : private WorkerPorts {
     GrpcTransportOptions transport;
     transport.listen_address = options_.listen_address;
     transport.hidden_row_bytes = backend_->hidden_row_bytes();
+    rows_ = std::make_unique<GrpcRowTransfer>(GrpcRowTransferOptions{}, EventsOfRows());
+    transport.services = {rows_->service()};
     STRAIT_ASSIGN_OR_RETURN(transport_,
                             Edges::Create(transport, options_.nccl, EventsOfTransport()));
-    core_.emplace(options_.core, StageTraitsOf(*backend_), &backend_->cache(), transport_.get(),
-                  static_cast<WorkerPorts*>(this));
+    core_.emplace(options_.core, StageTraitsOf(*backend_, options_.weights_fingerprint),
+                  &backend_->cache(), transport_.get(), static_cast<WorkerPorts*>(this),
+                  rows_.get());
     data_address = options_.advertise_address;
     if (data_address.empty()) {
       STRAIT_ASSIGN_OR_RETURN(rpc::HostPort bound, rpc::ParseHostPort(options_.listen_address));
@@ -78,7 +82,10 @@ class WorkerProcess::Impl final : private WorkerPorts {
     // Producers of events end first, those that others call last.
     if (link_) link_->Stop();
     loader_.reset();
-    transport_.reset();
+    if (rows_) rows_->Stop();
+    transport_.reset();  // and the server that has the rows' service
+    core_.reset();
+    rows_.reset();
   }
 
   void Run() {
@@ -120,6 +127,18 @@ class WorkerProcess::Impl final : private WorkerPorts {
     };
     events.on_nccl_id = [this](const Edge& edge, std::string id) {
       queue_.Push(NcclIdMade{edge, std::move(id)});
+    };
+    return events;
+  }
+
+  RowTransferEvents EventsOfRows() {
+    RowTransferEvents events;
+    events.on_rows = [this](AskId id, absl::StatusOr<RowsFrame> frame) {
+      queue_.Push(RowsCame{id, std::move(frame)});
+    };
+    events.on_ask = [this](PeerAskId id, RowsAsk ask) { queue_.Push(PeerAsked{id, ask}); };
+    events.on_served = [this](PeerAskId id, std::vector<BlockHeader> pieces) {
+      queue_.Push(FrameServed{id, std::move(pieces)});
     };
     return events;
   }
@@ -166,6 +185,9 @@ class WorkerProcess::Impl final : private WorkerPorts {
     core_->OnHidden(hidden.to_stage_id, std::move(hidden.step), MonotonicMicros());
   }
   void On(Sampled& sampled) { core_->OnSampled(sampled.to_stage_id, std::move(sampled.step)); }
+  void On(RowsCame& rows) { core_->OnRows(rows.id, std::move(rows.frame), MonotonicMicros()); }
+  void On(PeerAsked& asked) { core_->OnAsk(asked.id, asked.ask, MonotonicMicros()); }
+  void On(FrameServed& served) { core_->OnServed(served.id, served.pieces, MonotonicMicros()); }
   void On(Loaded& loaded) { core_->OnLoaded(loaded.order, std::move(loaded.model)); }
 
   // Tells of steps that are done, or else begins one. Whether there may be more to do: while all
@@ -207,6 +229,7 @@ class WorkerProcess::Impl final : private WorkerPorts {
   BoundedQueue<Event> queue_;
   std::atomic<bool> link_paused_ = false;
   std::atomic<LinkSession> told_session_ = 0;  // session_, for the loader's threads
+  std::unique_ptr<GrpcRowTransfer> rows_;
   std::unique_ptr<Edges> transport_;
   std::unique_ptr<StageLoader> loader_;
   std::unique_ptr<ControlLink> link_;

@@ -3,7 +3,7 @@
 // WorkerProcess is a worker: a WorkerCore, which decides, with the threads, sockets and clock that it
 // needs.
 //
-// Owns:    the core, the transport, the link to the coordinator, a loader thread.
+// Owns:    the core, the transports of hidden states and of rows, the link to the coordinator, a loader thread.
 // Borrows: the Backend; it outlives the process.
 // Thread:  Run is the loop thread and owns all state; RPC and loader threads only enqueue. Stop:
 //          any.

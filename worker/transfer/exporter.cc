@@ -112,7 +112,7 @@ void Exporter::OnAsk(PeerAskId id, const RowsAsk& ask) {
   if (absl::Status checked = Check(ask); !checked.ok()) {
     return share_->transfer->Answer(id, std::move(checked));
   }
-  const uint64_t bytes = uint64_t{ask.layers.size()} * ask.num_rows * traits_.shape.row_bytes();
+  const uint64_t bytes = BytesOf(traits_, RangeOf(ask));
   if (share_->made_bytes + bytes > limits::kTransferBytesUnderWay ||
       share_->num_made >= kMaxFramesMade) {
     return share_->transfer->Answer(id, absl::ResourceExhaustedError(absl::StrCat(
@@ -167,7 +167,7 @@ bool Exporter::BeginRead(std::unique_ptr<Making>* next) {
     making->blocks.push_back(block);
     making->frame.pieces.push_back(header);
   };
-  ForPieces(ask.layers, ask.first_row, ask.num_rows, add);
+  ForPieces(RangeOf(ask), add);
   making->frame.rows.resize(making->bytes);
   const absl::StatusOr<CopyId> copy = copies_->Read(
       list, {{reinterpret_cast<std::byte*>(making->frame.rows.data()), making->bytes}, false});

@@ -30,6 +30,7 @@
 #include "strait/v1/cluster.pb.h"
 #include "worker/block_copies.h"
 #include "worker/cache/latent_cache.h"
+#include "worker/transfer/row_pieces.h"
 #include "worker/transfer/transfer_share.h"
 
 namespace strait {
@@ -81,6 +82,7 @@ class Exporter {
   // Poll is to be called every millisecond or so.
   bool busy() const { return !waiting_.empty() || !reading_.empty() || tell_; }
   size_t num_copies() const { return reading_.size(); }
+  size_t num_services() const { return services_.size(); }
   // Bytes of TransferShare::made_bytes that are its own.
   uint64_t made_bytes() const { return made_bytes_; }
 

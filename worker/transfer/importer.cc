@@ -57,44 +57,6 @@ void Importer::Close(SequenceId id) {
 
 // ---------------------------------------------------------------- what the coordinator asks for
 
-std::deque<Importer::Cut> Importer::CutUp(const std::vector<Source>& sources, uint32_t begin,
-                                          uint32_t end) const {
-  std::deque<Cut> cuts;
-  const uint64_t row_bytes = traits_.shape.row_bytes();
-  const uint64_t most_pieces = std::min<uint64_t>(limits::kMaxTransferBlocks, kMaxCopyEntries);
-  const auto add = [&](size_t source, LayerRange layers, uint32_t first, uint32_t count) {
-    cuts.push_back({.source = source,
-                    .layers = layers,
-                    .first_row = first,
-                    .num_rows = count,
-                    .bytes = layers.size() * count * row_bytes});
-  };
-  const uint64_t layer_bytes = (end - begin) * row_bytes;
-  const uint64_t layer_pieces = PiecesPerLayer(begin, end - begin);
-  const uint64_t frame_bytes = share_->frame_bytes;
-  const bool whole = layer_bytes <= frame_bytes && layer_pieces <= most_pieces;
-  const auto most_layers = static_cast<uint32_t>(
-      whole ? std::min(frame_bytes / layer_bytes, most_pieces / layer_pieces) : 1);
-  const auto most_blocks = static_cast<uint32_t>(
-      std::clamp<uint64_t>(frame_bytes / (row_bytes * limits::kBlockTokens), 1, most_pieces));
-  for (size_t s = 0; s < sources.size(); ++s) {
-    const LayerRange layers = sources[s].layers;
-    for (LayerIndex layer = layers.begin; layer < layers.end; layer += most_layers) {
-      if (whole) {
-        add(s, {layer, std::min(layer + most_layers, layers.end)}, begin, end - begin);
-        continue;
-      }
-      for (uint32_t at = begin; at < end;) {
-        const uint32_t border = (at / limits::kBlockTokens + most_blocks) * limits::kBlockTokens;
-        const uint32_t to = std::min(end, border);
-        add(s, {layer, layer + 1}, at, to - at);
-        at = to;
-      }
-    }
-  }
-  return cuts;
-}
-
 absl::Status Importer::TakeKeys(const v1::FetchRows& fetch, Fetching* fetching) const {
   STRAIT_ASSIGN_OR_RETURN(fetching->keys, ParseContentKeys(fetch.keys()));
   if (fetching->keys.empty()) return absl::OkStatus();
@@ -159,8 +121,19 @@ absl::StatusOr<Importer::FetchingPtr> Importer::MakeFetching(const v1::FetchRows
   fetching->end_row = fetch.end_row();
   fetching->bytes_per_s = fetch.bytes_per_s();
   fetching->any_numerics = fetch.any_numerics();
-  fetching->to_ask = fetching->keys.empty() ? CutUp(fetching->sources, begin, fetch.end_row())
-                                            : CutBlocks(fetching->sources, begin, fetch.end_row());
+  for (size_t source = 0; source < fetching->sources.size(); ++source) {
+    const RowRange all = {fetching->sources[source].layers, begin, fetch.end_row() - begin};
+    for (const RowRange& range : fetching->keys.empty()
+                                     ? CutRange(traits_, all, share_->frame_bytes)
+                                     : CutBlocks(traits_, all, share_->frame_bytes)) {
+      fetching->to_ask.push_back(
+          {.source = source, .range = range, .bytes = BytesOf(traits_, range)});
+    }
+  }
+  if (!fetching->keys.empty()) {
+    std::stable_sort(fetching->to_ask.begin(), fetching->to_ask.end(),
+                     [](const Cut& a, const Cut& b) { return a.range.first < b.range.first; });
+  }
   fetching->num_open = fetching->to_ask.size();
   return fetching;
 }
@@ -255,7 +228,9 @@ void Importer::Count(Import* import, int change, uint64_t now_us) {
 
 bool Importer::MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us) {
   Import& import = *fetching.import;
-  if (cut.first_row + cut.num_rows > import.rows_taken || now_us < cut.not_before_us) return false;
+  if (cut.range.first + cut.range.count > import.rows_taken || now_us < cut.not_before_us) {
+    return false;
+  }
   const auto peer = peers_.find(fetching.sources[cut.source].address);
   if (peer != peers_.end() && now_us < peer->second.not_before_us) return false;
   if (fetching.bytes_per_s == 0) return true;
@@ -312,14 +287,14 @@ RowsAsk Importer::AskOf(const Fetching& fetching, const Cut& cut) const {
                  .sequence = fetching.import->key.first,
                  .placement = fetching.import->key.second,
                  .secret = source.secret,
-                 .layers = cut.layers,
-                 .first_row = cut.first_row,
-                 .num_rows = cut.num_rows,
+                 .layers = cut.range.layers,
+                 .first_row = cut.range.first,
+                 .num_rows = cut.range.count,
                  .keys = {}};
   if (source.stage_id != 0) return ask;
   const auto first =
-      fetching.keys.begin() + (cut.first_row - fetching.begin_row) / limits::kBlockTokens;
-  ask.keys.assign(first, first + cut.num_rows / limits::kBlockTokens);
+      fetching.keys.begin() + (cut.range.first - fetching.begin_row) / limits::kBlockTokens;
+  ask.keys.assign(first, first + cut.range.count / limits::kBlockTokens);
   return ask;
 }
 
@@ -329,7 +304,7 @@ void Importer::AskAgain(UnderWay under_way, uint64_t pause_us, uint64_t now_us) 
   Release(under_way.cut);
   Import* const import = under_way.fetching->import.get();
   Count(import, -1, now_us);
-  if (under_way.cut.first_row >= under_way.fetching->useless_row) {
+  if (under_way.cut.range.first >= under_way.fetching->useless_row) {
     --under_way.fetching->num_open;
     return EndDone(import);
   }
@@ -364,6 +339,12 @@ void Importer::OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us
     case absl::StatusCode::kResourceExhausted:
     case absl::StatusCode::kOutOfRange:
       return AskAgain(std::move(under_way), kAskAgainUs, now_us);
+    case absl::StatusCode::kNotFound:
+      if (!import->is_restore) return AskAgain(std::move(under_way), kAskAgainUs, now_us);
+      return Miss(std::move(under_way), frame.status(), now_us);
+    case absl::StatusCode::kPermissionDenied:
+      if (!import->is_restore) return GiveUp(std::move(under_way), frame.status(), now_us);
+      return Miss(std::move(under_way), frame.status(), now_us);
     case absl::StatusCode::kDataLoss:
       return Refuse(std::move(under_way), frame.status(), now_us);
     default:

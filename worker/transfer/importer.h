@@ -7,7 +7,8 @@
 // Borrows: BlockCopies, whose ends are handed in; LatentCache; TransferShare. They outlive it.
 // Thread:  loop thread only. No I/O, no clock of its own, no threads.
 // Errors:  Unavailable is asked again with a growing pause, without end: whoever wants the rows knows how
-//          long. ResourceExhausted and OutOfRange are asked again soon. What comes damaged, or is not what
+//          long. ResourceExhausted, OutOfRange and NotFound (who has the rows may hear later that they are asked for)
+//          are asked again soon; of a restore, NotFound kMaxMisses times. What comes damaged, or is not what
 //          was asked for, is counted and asked again, kMaxRefusals times a piece. All else ends the import;
 //          of a restore only the rows from there on.
 // Limits:  TransferShare; kMaxImportCopies under way.
@@ -33,6 +34,7 @@
 #include "strait/v1/cluster.pb.h"
 #include "worker/block_copies.h"
 #include "worker/cache/latent_cache.h"
+#include "worker/transfer/row_pieces.h"
 #include "worker/transfer/transfer_share.h"
 
 namespace strait {
@@ -41,7 +43,10 @@ inline constexpr size_t kMaxImportCopies = 8;
 inline constexpr uint32_t kMaxRefusals = 3;
 inline constexpr uint64_t kFirstPauseUs = 50'000;  // after Unavailable; doubles
 inline constexpr uint64_t kMaxPauseUs = 1'000'000;
-inline constexpr uint64_t kAskAgainUs = 5'000;  // after ResourceExhausted, OutOfRange
+inline constexpr uint64_t kAskAgainUs = 5'000;  // after ResourceExhausted, OutOfRange, NotFound
+// Of a piece with keys: a key may not be there, but who is asked may also hear later that it is to serve it.
+inline constexpr uint32_t kMaxMisses = 5;
+inline constexpr uint64_t kFirstMissUs = 10'000;  // doubles
 inline constexpr uint64_t kTellFetchedUs = 100'000;
 
 class Importer final : public RowsTaker {
@@ -102,6 +107,7 @@ class Importer final : public RowsTaker {
   // Poll, and Ask, are to be called every millisecond or so.
   bool busy() const;
   size_t num_copies() const { return writing_.size(); }
+  size_t num_imports() const { return imports_.size(); }
   // Bytes of TransferShare::asked_bytes that are its own.
   uint64_t asked_bytes() const { return asked_bytes_; }
 
@@ -141,11 +147,10 @@ class Importer final : public RowsTaker {
   // What one ask is for.
   struct Cut {
     size_t source = 0;
-    LayerRange layers;
-    uint32_t first_row = 0;
-    uint32_t num_rows = 0;
+    RowRange range;
     uint64_t bytes = 0;
     uint32_t refusals = 0;
+    uint32_t misses = 0;
     uint64_t not_before_us = 0;
   };
   struct Fetching {
@@ -177,9 +182,6 @@ class Importer final : public RowsTaker {
                                            uint32_t vocab_size) const;
   absl::Status TakeKeys(const v1::FetchRows& fetch, Fetching* fetching) const;
   absl::Status TakeSources(const v1::FetchRows& fetch, Fetching* fetching) const;
-  std::deque<Cut> CutUp(const std::vector<Source>& sources, uint32_t begin, uint32_t end) const;
-  // Whole blocks, by rising position: what is here when it ends early is of use.
-  std::deque<Cut> CutBlocks(const std::vector<Source>& sources, uint32_t begin, uint32_t end) const;
   bool MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us);
   void SendAsk(const FetchingPtr& fetching, Cut cut, uint64_t now_us);
   RowsAsk AskOf(const Fetching& fetching, const Cut& cut) const;
@@ -192,6 +194,7 @@ class Importer final : public RowsTaker {
   void EndDone(Import* import);
   void Fail(Import* import, absl::Status why);
   // What was asked for does not come: its import fails, or, of a restore, these rows and all behind.
+  void Miss(UnderWay under_way, absl::Status why, uint64_t now_us);
   void GiveUp(UnderWay under_way, absl::Status why, uint64_t now_us);
   void GiveUpRows(const UnderWay& under_way, const absl::Status& why);
   // Of an import: what was asked for and what has come is dropped.

@@ -12,35 +12,6 @@
 
 namespace strait {
 
-std::deque<Importer::Cut> Importer::CutBlocks(const std::vector<Source>& sources, uint32_t begin,
-                                              uint32_t end) const {
-  const uint64_t block_bytes = uint64_t{limits::kBlockTokens} * traits_.shape.row_bytes();
-  const uint64_t most =
-      std::clamp<uint64_t>(share_->frame_bytes / block_bytes, 1,
-                           std::min<uint64_t>(limits::kMaxTransferBlocks, kMaxCopyEntries));
-  uint32_t most_layers = 1;
-  for (const Source& source : sources) most_layers = std::max(most_layers, source.layers.size());
-  most_layers = static_cast<uint32_t>(std::min<uint64_t>(most_layers, most));
-  const auto blocks =
-      static_cast<uint32_t>(std::clamp<uint64_t>(most / most_layers, 1, kMaxAskKeys));
-  std::deque<Cut> cuts;
-  for (uint32_t at = begin; at < end; at += blocks * limits::kBlockTokens) {
-    const uint32_t count = std::min(end - at, blocks * limits::kBlockTokens);
-    for (size_t s = 0; s < sources.size(); ++s) {
-      const LayerRange all = sources[s].layers;
-      for (LayerIndex layer = all.begin; layer < all.end; layer += most_layers) {
-        const LayerRange layers = {layer, std::min(layer + most_layers, all.end)};
-        cuts.push_back({.source = s,
-                        .layers = layers,
-                        .first_row = at,
-                        .num_rows = count,
-                        .bytes = uint64_t{layers.size()} * count * traits_.shape.row_bytes()});
-      }
-    }
-  }
-  return cuts;
-}
-
 absl::Status Importer::Restore(const v1::FetchRows& fetch, uint32_t vocab_size, uint64_t now_us) {
   if (share_->transfer == nullptr) {
     return absl::FailedPreconditionError("this worker moves no rows");
@@ -89,6 +60,13 @@ uint32_t Importer::EndRestore(SequenceId id, PlacementEpoch placement) {
   return num_blocks;
 }
 
+void Importer::Miss(UnderWay under_way, absl::Status why, uint64_t now_us) {
+  if (under_way.cut.misses >= kMaxMisses)
+    return GiveUp(std::move(under_way), std::move(why), now_us);
+  const uint64_t pause_us = kFirstMissUs << under_way.cut.misses++;
+  AskAgain(std::move(under_way), pause_us, now_us);
+}
+
 void Importer::GiveUp(UnderWay under_way, absl::Status why, uint64_t now_us) {
   const std::shared_ptr<Import> import = under_way.fetching->import;
   if (!import->is_restore) {
@@ -105,22 +83,22 @@ void Importer::GiveUpRows(const UnderWay& under_way, const absl::Status& why) {
   Fetching& fetching = *under_way.fetching;
   const Cut& cut = under_way.cut;
   --fetching.num_open;
-  if (absl::IsNotFound(why) && cut.num_rows > limits::kBlockTokens) {
+  if (absl::IsNotFound(why) && cut.range.count > limits::kBlockTokens) {
     // One of its blocks is not there: which one?
-    for (uint32_t at = cut.num_rows; at > 0; at -= limits::kBlockTokens) {
+    for (uint32_t at = cut.range.count; at > 0; at -= limits::kBlockTokens) {
       Cut one = cut;
-      one.first_row = cut.first_row + at - limits::kBlockTokens;
-      one.num_rows = limits::kBlockTokens;
-      one.bytes = uint64_t{cut.layers.size()} * limits::kBlockTokens * traits_.shape.row_bytes();
+      one.range.first = cut.range.first + at - limits::kBlockTokens;
+      one.range.count = limits::kBlockTokens;
+      one.bytes = BytesOf(traits_, one.range);
       fetching.to_ask.push_front(one);
       ++fetching.num_open;
     }
     return;
   }
   // What is behind is of no use; what was asked for of it may come.
-  fetching.useless_row = std::min(fetching.useless_row, cut.first_row);
+  fetching.useless_row = std::min(fetching.useless_row, cut.range.first);
   fetching.num_open -= std::erase_if(
-      fetching.to_ask, [&](const Cut& other) { return other.first_row >= cut.first_row; });
+      fetching.to_ask, [&](const Cut& other) { return other.range.first >= cut.range.first; });
 }
 
 }  // namespace strait

@@ -90,21 +90,16 @@ ReplicaStore::WantedPtr ReplicaStore::Want(uint64_t stage_id, const ContentKey& 
 
 void ReplicaStore::CutUp(std::shared_ptr<const Source> source, LayerRange layers,
                          absl::Span<const WantedPtr> wanted) {
-  const uint64_t most =
-      std::clamp<uint64_t>(share_->frame_bytes / block_bytes_, 1,
-                           std::min<uint64_t>(limits::kMaxTransferBlocks, kMaxCopyEntries));
-  const auto most_layers = static_cast<uint32_t>(std::min<uint64_t>(layers.size(), most));
-  const size_t most_keys = std::clamp<uint64_t>(most / most_layers, 1, kMaxAskKeys);
-  for (size_t at = 0; at < wanted.size(); at += most_keys) {
-    const absl::Span<const WantedPtr> keys = wanted.subspan(at, most_keys);
-    for (LayerIndex layer = layers.begin; layer < layers.end; layer += most_layers) {
-      Cut cut{.source = source,
-              .layers = {layer, std::min(layer + most_layers, layers.end)},
-              .blocks = {keys.begin(), keys.end()}};
-      for (const WantedPtr& key : keys) ++key->num_open;
-      cut.bytes = BytesOf(cut);
-      to_ask_.push_back(std::move(cut));
-    }
+  if (wanted.empty()) return;
+  const auto count = static_cast<uint32_t>(wanted.size()) * limits::kBlockTokens;
+  for (const RowRange& range : CutBlocks(traits_, {layers, 0, count}, share_->frame_bytes)) {
+    const absl::Span<const WantedPtr> keys =
+        wanted.subspan(range.first / limits::kBlockTokens, range.count / limits::kBlockTokens);
+    for (const WantedPtr& key : keys) ++key->num_open;
+    to_ask_.push_back({.source = source,
+                       .layers = range.layers,
+                       .blocks = {keys.begin(), keys.end()},
+                       .bytes = BytesOf(traits_, range)});
   }
 }
 
@@ -251,11 +246,17 @@ void ReplicaStore::OnError(Cut cut, const absl::Status& why, uint64_t now_us) {
   if (absl::IsDataLoss(why) && ++cut.refusals < kMaxRefusals) {
     return AskAgain(std::move(cut), 0, now_us);
   }
+  // Its source may hear later that it is to serve it.
+  if ((absl::IsNotFound(why) || absl::IsPermissionDenied(why)) && cut.misses < kMaxMisses) {
+    const uint64_t pause_us = kFirstMissUs << cut.misses++;
+    return AskAgain(std::move(cut), pause_us, now_us);
+  }
   if (absl::IsNotFound(why) && cut.blocks.size() > 1) {
     // One of its blocks is not there: which one?
     for (const WantedPtr& wanted : cut.blocks) {
-      Cut one{.source = cut.source, .layers = cut.layers, .blocks = {wanted}};
-      one.bytes = BytesOf(one);
+      Cut one = cut;
+      one.blocks = {wanted};
+      one.bytes = cut.layers.size() * block_bytes_;
       to_ask_.push_back(std::move(one));
     }
     return;

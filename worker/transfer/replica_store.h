@@ -32,6 +32,7 @@
 #include "proto/latent_block.h"
 #include "proto/model/content_key.h"
 #include "strait/v1/rows.pb.h"
+#include "worker/transfer/row_pieces.h"
 #include "worker/transfer/transfer_share.h"
 
 namespace strait {
@@ -122,6 +123,7 @@ class ReplicaStore final : public RowsTaker {
     uint64_t bytes = 0;
     uint32_t tries = 0;
     uint32_t refusals = 0;
+    uint32_t misses = 0;
     uint64_t not_before_us = 0;
   };
 
@@ -131,9 +133,6 @@ class ReplicaStore final : public RowsTaker {
   WantedPtr Want(uint64_t stage_id, const ContentKey& key, LayerRange layers);
   void CutUp(std::shared_ptr<const Source> source, LayerRange layers,
              absl::Span<const WantedPtr> wanted);
-  uint64_t BytesOf(const Cut& cut) const {
-    return cut.layers.size() * cut.blocks.size() * block_bytes_;
-  }
   bool MayAsk(const Cut& cut, uint64_t now_us);
   RowsAsk AskOf(const Cut& cut) const;
   void OnError(Cut cut, const absl::Status& why, uint64_t now_us);

@@ -7,9 +7,9 @@
 // Owns:    its connections, one to each worker that was asked, apart from those of Transport.
 // Thread:  all methods: loop thread. Events come on the transfer's own threads and must only
 //          enqueue.
-// Errors:  each Ask is answered once: Unavailable: the connection broke, or there was no answer for
-//          kAnswerTimeout; DataLoss: the frame, or its checksums, are wrong; else what the peer said. A dead
-//          peer never blocks a caller.
+// Errors:  each Ask is answered once: Unavailable: the connection broke, or brought no answer for too long;
+//          DataLoss: the frame, or its checksums, are wrong; else what the peer said. A dead peer never
+//          blocks a caller.
 // Limits:  kTransferFrameBytes of rows in a frame. Of asks, kTransferBytesUnderWay and kMaxAsksUnderWay are the
 //          caller's to keep; a peer that asks for more gets ResourceExhausted.
 // Why:     the receiver asks, so it is never sent what it has no memory for, and what was lost with

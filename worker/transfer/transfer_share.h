@@ -6,19 +6,15 @@
 // Borrows: RowTransfer; it outlives this.
 // Thread:  loop thread only.
 // Limits:  kTransferBytesUnderWay of rows asked for, and as many being made for others; kMaxAsksUnderWay.
-// Errors:  CheckAsk: InvalidArgument. CheckFrame: DataLoss: not what was asked for; FailedPrecondition: rows of
-//          another model, policy, numerics or shape.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <map>
 
-#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "proto/base/ids.h"
 #include "proto/base/limits.h"
-#include "worker/backend.h"
 #include "worker/transfer/row_transfer.h"
 
 namespace strait {
@@ -50,43 +46,5 @@ struct TransferShare {
   std::map<AskId, RowsTaker*> asks;            // not answered
   std::map<PeerAskId, Exporter*> unconfirmed;  // answered, and OnServed has not come
 };
-
-// What a stage's rows are, for the headers that go with them.
-struct RowTraits {
-  LayerRange layers;  // of the stage, or of the model
-  RowShape shape;
-  BlockOrigin origin;
-};
-
-// One piece of an ask as its header must say it, but for the checksum. REQUIRES: rows of one block.
-BlockHeader PieceHeader(const RowTraits& traits, LayerIndex layer, uint32_t first_row,
-                        uint32_t num_rows);
-
-// What an ask must be in itself: layers of these, rows in one frame, keys of whole blocks or none.
-absl::Status CheckAsk(const RowTraits& traits, const RowsAsk& ask);
-
-// That a frame has exactly what was asked for, of rows as these. `any_numerics`: computed by whatever.
-absl::Status CheckFrame(const RowTraits& traits, const RowsAsk& ask, bool any_numerics,
-                        const RowsFrame& frame);
-
-// visit(layer of the model, first row, number of rows) of each piece of an ask, in the order of its
-// frame: layer by layer, cut at the borders of blocks.
-template <class Visit>
-void ForPieces(LayerRange layers, uint32_t first_row, uint32_t num_rows, Visit visit) {
-  for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
-    const uint32_t end = first_row + num_rows;
-    for (uint32_t at = first_row; at < end;) {
-      const uint32_t rest = limits::kBlockTokens - at % limits::kBlockTokens;
-      const uint32_t count = rest < end - at ? rest : end - at;
-      visit(layer, at, count);
-      at += count;
-    }
-  }
-}
-// Of one layer. REQUIRES: num_rows > 0.
-constexpr uint64_t PiecesPerLayer(uint32_t first_row, uint32_t num_rows) {
-  return (uint64_t{first_row} + num_rows - 1) / limits::kBlockTokens -
-         first_row / limits::kBlockTokens + 1;
-}
 
 }  // namespace strait

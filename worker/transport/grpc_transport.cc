@@ -77,10 +77,12 @@ class GrpcTransport::Impl {
                        &sampled_events_),
         service_(&receiver, &sampled_receiver) {}
 
-  absl::Status Start(const std::string& listen_address) {
+  absl::Status Start(const std::string& listen_address,
+                     const std::vector<grpc::Service*>& services) {
     grpc::ServerBuilder builder;
     rpc::ConfigureServer(builder, listen_address, rpc::Traffic::kData, &port);
     builder.RegisterService(&service_);
+    for (grpc::Service* const service : services) builder.RegisterService(service);
     server_ = builder.BuildAndStart();
     if (!server_ || port == 0) {
       return absl::UnavailableError(absl::StrCat(
@@ -147,7 +149,8 @@ absl::StatusOr<std::unique_ptr<GrpcTransport>> GrpcTransport::Create(GrpcTranspo
         absl::StrCat("rows of ", options.hidden_row_bytes, " bytes are not whole float32 rows"));
   }
   auto impl = std::make_unique<Impl>(options, std::move(events));
-  if (absl::Status started = impl->Start(options.listen_address); !started.ok()) return started;
+  if (absl::Status started = impl->Start(options.listen_address, options.services); !started.ok())
+    return started;
   return std::unique_ptr<GrpcTransport>(new GrpcTransport(std::move(impl)));
 }
 

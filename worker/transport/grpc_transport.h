@@ -2,7 +2,7 @@
 //
 // GrpcTransport carries hidden states over gRPC streams: one stream and one connection an edge.
 //
-// Owns:    a data server (StageTransport, health, reflection), outgoing streams, a watchdog
+// Owns:    a data server (StageTransport, what else a worker offers, health, reflection), outgoing streams, a watchdog
 //          thread.
 // Thread:  as Transport; Expect, Forget, Consumed: loop thread. The destructor waits for the last
 //          callback.
@@ -26,6 +26,10 @@
 #include "proto/base/limits.h"
 #include "worker/transport/transport.h"
 
+namespace grpc {
+class Service;
+}
+
 namespace strait {
 
 inline constexpr size_t kMaxIncomingStreams = 512;
@@ -42,6 +46,7 @@ struct GrpcTransportOptions {
   // A write, or a step that arrived in part, that makes no progress for this long breaks the edge.
   std::chrono::milliseconds stall_timeout{30'000};
   size_t receive_bytes_max = limits::kDataQueueBytes;  // delivered and not consumed, per edge
+  std::vector<grpc::Service*> services;  // that its data server offers besides; they outlive it
 };
 
 struct TransportStats {

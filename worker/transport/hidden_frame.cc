@@ -1,38 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/transport/hidden_frame.h"
 
-#include <algorithm>
 #include <string>
 
 #include "absl/strings/str_cat.h"
 #include "proto/base/check.h"
 #include "proto/base/limits.h"
 #include "proto/base/status_macros.h"
+#include "proto/rpc/byte_cursor.h"
 #include "xxhash.h"
 
 namespace strait {
 namespace {
 
-// Protobuf tags: field number << 3 | wire type (0: varint, 2: length and bytes).
-constexpr uint64_t kOpenTag = (1 << 3) | 2;
-constexpr uint64_t kChunkTag = (2 << 3) | 2;
-constexpr uint64_t kPayloadTag = (7 << 3) | 2;
+using rpc::AppendField;
+using rpc::AppendVarint;
+using Cursor = rpc::ByteCursor;
+
+constexpr uint64_t kOpenTag = rpc::BytesTag(1);
+constexpr uint64_t kChunkTag = rpc::BytesTag(2);
+constexpr uint64_t kPayloadTag = rpc::BytesTag(7);
 constexpr size_t kMaxOpenBytes = 4096;
-
-void AppendVarint(std::string* out, uint64_t value) {
-  while (value >= 0x80) {
-    out->push_back(static_cast<char>(value | 0x80));
-    value >>= 7;
-  }
-  out->push_back(static_cast<char>(value));
-}
-
-// proto3 writes no zeros.
-void AppendField(std::string* out, uint32_t field, uint64_t value) {
-  if (value == 0) return;
-  AppendVarint(out, field << 3);
-  AppendVarint(out, value);
-}
 
 template <class Message>
 grpc::ByteBuffer Encode(const Message& message) {
@@ -40,59 +28,6 @@ grpc::ByteBuffer Encode(const Message& message) {
   grpc::Slice slice(bytes);
   return grpc::ByteBuffer(&slice, 1);
 }
-
-class Cursor {
- public:
-  explicit Cursor(const std::vector<grpc::Slice>& slices) : slices_(slices) {
-    for (const grpc::Slice& slice : slices) remaining_ += slice.size();
-    SkipEmpty();
-  }
-
-  uint64_t remaining() const { return remaining_; }
-  size_t slice() const { return slice_; }
-  size_t offset() const { return offset_; }
-
-  bool Varint(uint64_t* value) {
-    *value = 0;
-    for (int shift = 0; shift < 64; shift += 7) {
-      if (remaining_ == 0) return false;
-      const uint8_t byte = slices_[slice_].begin()[offset_];
-      Advance(1);
-      if (shift == 63 && byte > 1) return false;
-      *value |= static_cast<uint64_t>(byte & 0x7f) << shift;
-      if (byte < 0x80) return true;
-    }
-    return false;
-  }
-
-  // REQUIRES: n <= remaining().
-  void Read(size_t n, std::string* out) {
-    while (n > 0) {
-      const size_t run = std::min(n, slices_[slice_].size() - offset_);
-      out->append(reinterpret_cast<const char*>(slices_[slice_].begin()) + offset_, run);
-      Advance(run);
-      n -= run;
-    }
-  }
-
- private:
-  void Advance(size_t n) {
-    offset_ += n;
-    remaining_ -= n;
-    SkipEmpty();
-  }
-  void SkipEmpty() {
-    while (slice_ < slices_.size() && offset_ == slices_[slice_].size()) {
-      ++slice_;
-      offset_ = 0;
-    }
-  }
-
-  const std::vector<grpc::Slice>& slices_;
-  size_t slice_ = 0;
-  size_t offset_ = 0;
-  uint64_t remaining_ = 0;
-};
 
 absl::Status Malformed(const char* what) {
   return absl::InvalidArgumentError(absl::StrCat("malformed hidden message: ", what));

@@ -13,6 +13,7 @@
 #include "absl/types/span.h"
 #include "proto/wire/block_codec.h"
 #include "tests/worker/polled_copies.h"
+#include "worker/transfer/row_pieces.h"
 #include "worker/transfer/row_transfer.h"
 #include "worker/transfer/transfer_share.h"
 
@@ -57,19 +58,18 @@ template <class Value>
 RowsFrame FrameOf(const RowsAsk& ask, Value value, BlockOrigin origin = {}) {
   RowsFrame frame{.sequence = ask.sequence, .placement = ask.placement, .pieces = {}, .rows = {}};
   const RowTraits traits = HashRowTraits(ask.layers, origin);
-  ForPieces(
-      ask.layers, ask.first_row, ask.num_rows,
-      [&](LayerIndex layer, uint32_t first, uint32_t count) {
-        BlockHeader header = PieceHeader(traits, layer, first, count);
-        std::string rows(header.payload_bytes, '\0');
-        for (uint32_t i = 0; i < count; ++i) {
-          PutHashRow(value(layer, first + i),
-                     reinterpret_cast<std::byte*>(rows.data()) + i * kHashRowBytes);
-        }
-        SealBlockHeader({reinterpret_cast<const std::byte*>(rows.data()), rows.size()}, &header);
-        frame.pieces.push_back(header);
-        frame.rows += rows;
-      });
+  ForPieces({ask.layers, ask.first_row, ask.num_rows}, [&](LayerIndex layer, uint32_t first,
+                                                           uint32_t count) {
+    BlockHeader header = PieceHeader(traits, layer, first, count);
+    std::string rows(header.payload_bytes, '\0');
+    for (uint32_t i = 0; i < count; ++i) {
+      PutHashRow(value(layer, first + i),
+                 reinterpret_cast<std::byte*>(rows.data()) + i * kHashRowBytes);
+    }
+    SealBlockHeader({reinterpret_cast<const std::byte*>(rows.data()), rows.size()}, &header);
+    frame.pieces.push_back(header);
+    frame.rows += rows;
+  });
   return frame;
 }
 

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/transfer/grpc_row_transfer.h"
+
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include "grpcpp/grpcpp.h"
+#include "proto/rpc/clock.h"
+#include "strait/v1/transfer.grpc.pb.h"
+#include "worker/transfer/rows_client.h"
+#include "worker/transfer/rows_server.h"
+
+namespace strait {
+namespace {
+
+constexpr std::chrono::milliseconds kWatchdogPeriod(250);
+
+class Service final : public v1::RowTransfer::WithRawCallbackMethod_Rows<v1::RowTransfer::Service> {
+ public:
+  explicit Service(RowsServer* server) : server_(server) {}
+  grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Rows(
+      grpc::CallbackServerContext* context) override {
+    return server_->Accept(context);
+  }
+
+ private:
+  RowsServer* const server_;
+};
+
+}  // namespace
+
+class GrpcRowTransfer::Impl {
+ public:
+  Impl(const GrpcRowTransferOptions& options, RowTransferEvents events)
+      : events_(std::move(events)),
+        server(options.stall_timeout, &events_),
+        service(&server),
+        client(
+            std::make_unique<RowsClient>(options.answer_timeout, options.idle_timeout, &events_)) {
+    watchdog_ = std::thread([this] { Watch(); });
+  }
+  ~Impl() { Stop(); }
+
+  void Stop() {
+    {
+      std::lock_guard lock(mu_);
+      stop_ = true;
+    }
+    changed_.notify_all();
+    if (watchdog_.joinable()) watchdog_.join();
+    client.reset();
+    server.Stop();
+  }
+
+ private:
+  void Watch() {
+    std::unique_lock lock(mu_);
+    while (!changed_.wait_for(lock, kWatchdogPeriod, [this] { return stop_; })) {
+      lock.unlock();
+      const uint64_t now_us = MonotonicMicros();
+      client->CheckDeadlines(now_us);
+      server.CheckDeadlines(now_us);
+      lock.lock();
+    }
+  }
+
+  const RowTransferEvents events_;
+
+ public:
+  RowsServer server;
+  Service service;
+  std::unique_ptr<RowsClient> client;  // null once stopped
+
+ private:
+  std::mutex mu_;
+  std::condition_variable changed_;
+  bool stop_ = false;  // guarded by mu_
+  std::thread watchdog_;
+};
+
+GrpcRowTransfer::GrpcRowTransfer(const GrpcRowTransferOptions& options, RowTransferEvents events)
+    : impl_(std::make_unique<Impl>(options, std::move(events))) {}
+GrpcRowTransfer::~GrpcRowTransfer() = default;
+
+void GrpcRowTransfer::Ask(AskId id, const std::string& peer_address, const RowsAsk& ask) {
+  if (impl_->client) impl_->client->Ask(id, peer_address, ask);
+}
+void GrpcRowTransfer::Forget(AskId id) {
+  if (impl_->client) impl_->client->Forget(id);
+}
+void GrpcRowTransfer::Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) {
+  impl_->server.Answer(id, std::move(frame));
+}
+grpc::Service* GrpcRowTransfer::service() { return &impl_->service; }
+uint64_t GrpcRowTransfer::num_stalls() const { return impl_->server.num_stalls(); }
+void GrpcRowTransfer::Stop() { impl_->Stop(); }
+
+}  // namespace strait

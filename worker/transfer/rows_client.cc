@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/transfer/rows_client.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "grpcpp/generic/generic_stub.h"
+#include "grpcpp/grpcpp.h"
+#include "proto/base/limits.h"
+#include "proto/rpc/channel.h"
+#include "proto/rpc/clock.h"
+#include "proto/rpc/stream.h"
+#include "strait/v1/transfer.grpc.pb.h"
+#include "worker/transfer/rows_message.h"
+
+namespace strait {
+namespace {
+
+using Stream = rpc::ClientStream<grpc::ByteBuffer, v1::RowsRequest>;
+
+constexpr char kRowsMethod[] = "/strait.v1.RowTransfer/Rows";
+constexpr size_t kRequestBytes = 4096;
+
+struct Asked {
+  AskId id;
+  uint64_t asked_us = 0;
+};
+
+// What the stream's events may hold: never the stream itself, which must not end on a gRPC thread.
+struct PeerState {
+  std::string address;
+  const RowTransferEvents* events;
+  std::mutex mu;
+  std::map<uint64_t, Asked> asked;  // guarded by mu; by the request's id
+  uint64_t last_request = 0;        // guarded by mu
+  uint64_t heard_us = 0;            // guarded by mu
+  bool has_ended = false;           // guarded by mu
+
+  // The id of the request; 0: the stream has ended.
+  uint64_t Add(AskId id) {
+    std::lock_guard lock(mu);
+    if (has_ended) return 0;
+    asked[++last_request] = {id, MonotonicMicros()};
+    return last_request;
+  }
+  // Whether somebody waits for it.
+  bool Take(uint64_t request, AskId* id) {
+    std::lock_guard lock(mu);
+    heard_us = MonotonicMicros();
+    const auto it = asked.find(request);
+    if (it == asked.end()) return false;
+    *id = it->second.id;
+    asked.erase(it);
+    return true;
+  }
+  // Nothing more comes over this stream.
+  void End(const absl::Status& why) {
+    std::map<uint64_t, Asked> lost;
+    {
+      std::lock_guard lock(mu);
+      has_ended = true;
+      lost.swap(asked);
+    }
+    for (const auto& [request, ask] : lost) events->on_rows(ask.id, Lost(why));
+  }
+  absl::Status Lost(const absl::Status& why) const {
+    return absl::UnavailableError(
+        absl::StrCat("rows from ", address, ": ", why.ok() ? "the peer ended it" : why.message()));
+  }
+};
+
+// Whether to read on.
+bool OnReply(PeerState* state, const grpc::ByteBuffer& message) {
+  const absl::StatusOr<RowsReply> reply = RowsReply::Parse(message);
+  if (!reply.ok()) {
+    state->End(reply.status());
+    return false;
+  }
+  AskId id;
+  if (state->Take(reply->request_id(), &id)) state->events->on_rows(id, reply->Open());
+  return true;
+}
+
+}  // namespace
+
+struct RowsClient::Peer {
+  std::shared_ptr<PeerState> state;
+  std::unique_ptr<Stream> stream;
+  uint64_t used_us = 0;  // guarded by mu_ of the client
+};
+
+RowsClient::RowsClient(std::chrono::milliseconds answer, std::chrono::milliseconds idle,
+                       const RowTransferEvents* events)
+    : answer_timeout_(answer), idle_timeout_(idle), events_(events) {}
+
+RowsClient::~RowsClient() = default;
+
+std::shared_ptr<RowsClient::Peer> RowsClient::Open(const std::string& address) {
+  auto peer = std::make_shared<Peer>();
+  peer->state = std::make_shared<PeerState>();
+  peer->state->address = address;
+  peer->state->events = events_;
+  rpc::StreamOptions options;
+  options.max_queued_messages = 2 * kMaxAsksUnderWay;
+  options.max_queued_bytes = options.max_queued_messages * kRequestBytes;
+  options.max_message_bytes = kRequestBytes;
+  rpc::StreamEvents<grpc::ByteBuffer> events;
+  events.on_message = [state = peer->state](grpc::ByteBuffer message) {
+    return OnReply(state.get(), message);
+  };
+  events.on_end = [state = peer->state](const absl::Status& status) { state->End(status); };
+  const std::shared_ptr<grpc::Channel> channel = rpc::MakeChannel(address, rpc::Traffic::kTransfer);
+  grpc::TemplatedGenericStub<v1::RowsRequest, grpc::ByteBuffer> stub(channel);
+  peer->stream = std::make_unique<Stream>(
+      options, std::move(events), [&](grpc::ClientContext* context, auto* reactor) {
+        stub.PrepareBidiStreamingCall(context, kRowsMethod, grpc::StubOptions(), reactor);
+      });
+  return peer;
+}
+
+void RowsClient::Ask(AskId id, const std::string& peer_address, const RowsAsk& ask) {
+  std::shared_ptr<Peer> peer;
+  uint64_t request = 0;
+  {
+    std::lock_guard lock(mu_);
+    std::shared_ptr<Peer>& known = peers_[peer_address];
+    if (known != nullptr) request = known->state->Add(id);
+    if (request == 0) {
+      // Not destroyed here: that waits for gRPC, and the loop thread should not.
+      if (known != nullptr) dropped_.push_back(std::move(known));
+      known = Open(peer_address);
+      request = known->state->Add(id);
+    }
+    known->used_us = MonotonicMicros();
+    peer = known;
+  }
+  if (request == 0) {
+    return events_->on_rows(id, peer->state->Lost(absl::UnavailableError("it ended at once")));
+  }
+  const absl::Status sent = peer->stream->Send(ToWire(request, ask));
+  AskId asked;
+  if (!sent.ok() && peer->state->Take(request, &asked)) {
+    events_->on_rows(id, peer->state->Lost(sent));
+  }
+}
+
+void RowsClient::Forget(AskId id) {
+  std::lock_guard lock(mu_);
+  for (const auto& [address, peer] : peers_) {
+    std::lock_guard state_lock(peer->state->mu);
+    std::erase_if(peer->state->asked, [id](const auto& entry) { return entry.second.id == id; });
+  }
+}
+
+void RowsClient::CheckDeadlines(uint64_t now_us) {
+  const auto answer_us = static_cast<uint64_t>(answer_timeout_.count()) * 1000;
+  const auto idle_us = static_cast<uint64_t>(idle_timeout_.count()) * 1000;
+  std::vector<std::shared_ptr<Peer>> buried;
+  std::vector<std::shared_ptr<Peer>> silent;
+  {
+    std::lock_guard lock(mu_);
+    for (auto it = peers_.begin(); it != peers_.end();) {
+      PeerState& state = *it->second->state;
+      bool is_idle = false;
+      {
+        std::lock_guard state_lock(state.mu);
+        is_idle =
+            state.has_ended || (state.asked.empty() && now_us > it->second->used_us + idle_us);
+        if (!state.asked.empty() &&
+            now_us > std::max(state.asked.begin()->second.asked_us, state.heard_us) + answer_us) {
+          silent.push_back(it->second);
+        }
+      }
+      if (is_idle) dropped_.push_back(std::move(it->second));
+      it = is_idle ? peers_.erase(it) : std::next(it);
+    }
+    buried.swap(dropped_);
+  }
+  for (const std::shared_ptr<Peer>& peer : silent) {
+    const absl::Status why =
+        absl::DeadlineExceededError(absl::StrCat("no answer for ", answer_timeout_.count(), " ms"));
+    peer->state->End(why);
+    peer->stream->Close(why);
+  }
+}
+
+}  // namespace strait

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// RowsClient is the asking side of GrpcRowTransfer: one stream and one connection for each worker that was asked.
+//
+// Owns:    streams and their channels; those that ended until CheckDeadlines buries them.
+// Thread:  Ask, Forget: loop thread. CheckDeadlines: watchdog thread. Never a gRPC thread, and destroyed on none.
+//          What comes is looked at on gRPC's threads.
+// Errors:  as RowTransfer. However a stream ends, what was asked over it is Unavailable.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "worker/transfer/row_transfer.h"
+
+namespace strait {
+
+class RowsClient {
+ public:
+  // `answer`: without any answer over a stream that was asked over. `idle`: nothing is asked; it is closed.
+  RowsClient(std::chrono::milliseconds answer, std::chrono::milliseconds idle,
+             const RowTransferEvents* events);
+  ~RowsClient();
+
+  void Ask(AskId id, const std::string& peer_address, const RowsAsk& ask);
+  void Forget(AskId id);
+  void CheckDeadlines(uint64_t now_us);
+
+ private:
+  struct Peer;
+
+  std::shared_ptr<Peer> Open(const std::string& address);
+
+  const std::chrono::milliseconds answer_timeout_;
+  const std::chrono::milliseconds idle_timeout_;
+  const RowTransferEvents* const events_;
+
+  std::mutex mu_;                                       // the watchdog reads what the loop writes
+  std::map<std::string, std::shared_ptr<Peer>> peers_;  // guarded by mu_
+  std::vector<std::shared_ptr<Peer>> dropped_;          // guarded by mu_
+};
+
+}  // namespace strait

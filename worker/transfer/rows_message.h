@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// RowsRequest and RowsReply on the wire, written and read without copying rows through a message object.
+//
+// Thread:  pure functions.
+// Errors:  Parse: InvalidArgument: not such a message as this project writes it (fields in rising order, each at
+//          most once, nothing else). Open: DataLoss: headers, sizes or checksums are wrong;
+//          FailedPrecondition: headers of another version.
+// Limits:  kTransferFrameBytes of rows.
+// Why:     as for hidden states (worker/transport/hidden_frame.h): a sender lends gRPC its own memory, a
+//          receiver copies once.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "grpcpp/support/byte_buffer.h"
+#include "grpcpp/support/slice.h"
+#include "strait/v1/transfer.pb.h"
+#include "worker/transfer/row_transfer.h"
+
+namespace strait {
+
+v1::RowsRequest ToWire(uint64_t request_id, const RowsAsk& ask);
+absl::StatusOr<v1::RowsRequest> ParseRequest(const grpc::ByteBuffer& message);
+// REQUIRES: ParseRequest took it.
+RowsAsk FromWire(const v1::RowsRequest& request);
+
+// Fills in the pieces' checksums.
+void SealFrame(RowsFrame* frame);
+// InvalidArgument: no frame that a peer would take. REQUIRES: it is sealed.
+absl::StatusOr<grpc::ByteBuffer> EncodeFrame(uint64_t request_id, RowsFrame frame);
+grpc::ByteBuffer EncodeError(uint64_t request_id, const absl::Status& why);
+
+class RowsReply {
+ public:
+  static absl::StatusOr<RowsReply> Parse(const grpc::ByteBuffer& message);
+
+  uint64_t request_id() const { return request_id_; }
+  // The frame, looked at and copied, or the peer's error.
+  absl::StatusOr<RowsFrame> Open() const;
+
+ private:
+  uint64_t request_id_ = 0;
+  absl::Status error_;
+  absl::Status damage_;  // of what follows the request's id
+  std::string head_;
+  std::vector<grpc::Slice> slices_;  // of the whole message
+  uint64_t rows_bytes_ = 0;
+  size_t rows_slice_ = 0;  // where the rows begin
+  size_t rows_offset_ = 0;
+};
+
+}  // namespace strait

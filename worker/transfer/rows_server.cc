@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "worker/transfer/rows_server.h"
+
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "proto/base/limits.h"
+#include "proto/base/log.h"
+#include "proto/rpc/clock.h"
+#include "proto/rpc/stream.h"
+#include "worker/transfer/rows_message.h"
+
+namespace strait {
+namespace {
+
+using Stream = rpc::ServerStream<grpc::ByteBuffer, grpc::ByteBuffer>;
+using std::chrono_literals::operator""s;
+
+constexpr size_t kSealingFrames = 1024;  // what may be asked bounds it
+
+}  // namespace
+
+struct RowsServer::Incoming {
+  std::mutex mu;
+  std::shared_ptr<Stream> stream;    // guarded by mu; let go when it ends
+  uint64_t last_request = 0;         // read reactions only
+  std::atomic<size_t> num_open = 0;  // asks that are not answered
+
+  std::shared_ptr<Stream> Current() {
+    std::lock_guard lock(mu);
+    return stream;
+  }
+};
+
+RowsServer::RowsServer(std::chrono::milliseconds stall, const RowTransferEvents* events)
+    : stall_timeout_(stall), events_(events), sealing_(kSealingFrames) {
+  sealer_ = std::thread([this] { Seal(); });
+}
+
+RowsServer::~RowsServer() { Stop(); }
+
+void RowsServer::Stop() {
+  std::set<IncomingPtr> streams;
+  {
+    std::lock_guard lock(mu_);
+    stopping_ = true;
+    streams = streams_;
+    asked_.clear();
+  }
+  if (sealer_.joinable()) {
+    sealing_.Push({.is_end = true});
+    sealer_.join();
+  }
+  for (const IncomingPtr& incoming : streams) {
+    if (auto stream = incoming->Current()) {
+      stream->Close(absl::UnavailableError("the worker stops"));
+    }
+  }
+}
+
+grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* RowsServer::Accept(
+    grpc::CallbackServerContext* context) {
+  auto incoming = std::make_shared<Incoming>();
+  rpc::StreamOptions options;
+  options.max_message_bytes = limits::kMaxTransferMessageBytes;
+  // Besides frames, as many refusals.
+  options.max_queued_messages = 4 * kMaxAsksUnderWay;
+  options.max_queued_bytes = 2 * limits::kTransferBytesUnderWay;
+  rpc::StreamEvents<grpc::ByteBuffer> events;
+  events.on_message = [this, incoming](grpc::ByteBuffer message) {
+    return OnMessage(incoming, message);
+  };
+  events.on_end = [this, incoming](const absl::Status&) { OnEnd(incoming); };
+  auto stream = std::make_shared<Stream>(context, options, std::move(events));
+  incoming->stream = stream;
+  bool room;
+  {
+    std::lock_guard lock(mu_);
+    room = streams_.size() < kMaxRowStreams && !stopping_;
+    streams_.insert(incoming);
+  }
+  stream->Start();
+  if (!room) stream->Close(absl::ResourceExhaustedError("too many streams that ask for rows"));
+  return stream.get();
+}
+
+void RowsServer::OnEnd(const IncomingPtr& incoming) {
+  {
+    std::lock_guard lock(mu_);
+    streams_.erase(incoming);
+  }
+  std::shared_ptr<Stream> last;  // let go after the mutex
+  std::lock_guard lock(incoming->mu);
+  last = std::move(incoming->stream);
+}
+
+uint64_t RowsServer::QueuedBytes() {
+  std::vector<IncomingPtr> streams;
+  {
+    std::lock_guard lock(mu_);
+    streams.assign(streams_.begin(), streams_.end());
+  }
+  uint64_t bytes = 0;
+  for (const IncomingPtr& incoming : streams) {
+    if (const auto stream = incoming->Current()) bytes += stream->queued_bytes();
+  }
+  return bytes;
+}
+
+bool RowsServer::OnMessage(const IncomingPtr& incoming, const grpc::ByteBuffer& message) {
+  const std::shared_ptr<Stream> stream = incoming->Current();
+  if (stream == nullptr) return false;
+  const absl::StatusOr<v1::RowsRequest> request = ParseRequest(message);
+  if (!request.ok() || request->request_id() <= incoming->last_request) {
+    stream->Close(request.ok() ? absl::InvalidArgumentError(
+                                     absl::StrCat("request ", request->request_id(), " after ",
+                                                  incoming->last_request, ": they rise"))
+                               : request.status());
+    return false;
+  }
+  incoming->last_request = request->request_id();
+  if (incoming->num_open >= kMaxAsksUnderWay || QueuedBytes() > limits::kTransferBytesUnderWay) {
+    Send({incoming, request->request_id()},
+         EncodeError(request->request_id(),
+                     absl::ResourceExhaustedError("too much is asked for, or waits to be read")));
+    return true;
+  }
+  PeerAskId id;
+  {
+    std::lock_guard lock(mu_);
+    if (stopping_) return false;
+    id = PeerAskId{++last_ask_.value};
+    asked_.emplace(id, Asked{incoming, request->request_id()});
+  }
+  ++incoming->num_open;
+  events_->on_ask(id, FromWire(*request));
+  return true;
+}
+
+void RowsServer::Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) {
+  Asked asked;
+  {
+    std::lock_guard lock(mu_);
+    const auto it = asked_.find(id);
+    if (it == asked_.end()) return;
+    asked = std::move(it->second);
+    asked_.erase(it);
+  }
+  const IncomingPtr incoming = asked.from.lock();
+  if (incoming == nullptr || incoming->Current() == nullptr) return;
+  if (frame.ok()) {
+    sealing_.Push({.id = id, .asked = std::move(asked), .frame = *std::move(frame)});
+    return;
+  }
+  --incoming->num_open;
+  Send(asked, EncodeError(asked.request, frame.status()));
+}
+
+void RowsServer::Seal() {
+  for (;;) {
+    for (Sealing& sealing : sealing_.PopAll(1s)) {
+      if (sealing.is_end) return;
+      SealFrame(&sealing.frame);
+      const IncomingPtr incoming = sealing.asked.from.lock();
+      if (incoming == nullptr) continue;
+      std::vector<BlockHeader> pieces = sealing.frame.pieces;
+      absl::StatusOr<grpc::ByteBuffer> message =
+          EncodeFrame(sealing.asked.request, std::move(sealing.frame));
+      --incoming->num_open;
+      if (!message.ok()) {
+        // A bug of ours, and the peer's asks go on.
+        Log(LogLevel::kError, "rows that cannot be sent", {{"why", message.status()}});
+        Send(sealing.asked, EncodeError(sealing.asked.request, message.status()));
+        continue;
+      }
+      // First, so that the last rows are confirmed when they arrive.
+      events_->on_served(sealing.id, std::move(pieces));
+      Send(sealing.asked, *std::move(message));
+    }
+  }
+}
+
+void RowsServer::Send(const Asked& asked, grpc::ByteBuffer message) {
+  const IncomingPtr incoming = asked.from.lock();
+  if (incoming == nullptr) return;
+  const std::shared_ptr<Stream> stream = incoming->Current();
+  if (stream == nullptr) return;
+  const absl::Status sent = stream->Send(std::move(message));
+  if (!sent.ok() && !absl::IsUnavailable(sent)) stream->Close(sent);
+}
+
+void RowsServer::CheckDeadlines(uint64_t now_us) {
+  const auto stall_us = static_cast<uint64_t>(stall_timeout_.count()) * 1000;
+  std::vector<IncomingPtr> streams;
+  {
+    std::lock_guard lock(mu_);
+    streams.assign(streams_.begin(), streams_.end());
+    // Of streams that have ended: what they asked is answered to nobody.
+    std::erase_if(asked_, [](const auto& entry) {
+      const IncomingPtr from = entry.second.from.lock();
+      return from == nullptr || from->Current() == nullptr;
+    });
+  }
+  for (const IncomingPtr& incoming : streams) {
+    const std::shared_ptr<Stream> stream = incoming->Current();
+    if (stream == nullptr || stream->WriteAgeMicros(now_us) <= stall_us) continue;
+    ++num_stalls_;
+    stream->Abort();
+  }
+}
+
+}  // namespace strait
