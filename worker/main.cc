@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // strait-worker: a process with one device that serves the layers that a coordinator gives it.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -45,6 +46,7 @@ struct Flags {
   std::optional<uint64_t> random_weights;
   uint64_t memory_bytes = 0;
   uint64_t host_cache_bytes = 0;
+  uint64_t replica_bytes = 0;
   double gpu_memory_share = 0.9;
   std::optional<uint32_t> gpu;  // none: 0
   uint32_t threads = 0;
@@ -89,18 +91,22 @@ absl::Status CheckAddresses(const Flags& flags) {
   return absl::OkStatus();
 }
 
-// Of a GPU worker the cache is elsewhere; of a CPU worker both are in the same memory.
-absl::Status CheckHostCache(const Flags& flags) {
+// Of a GPU worker the cache is elsewhere; of a CPU worker all are in the same memory.
+absl::Status CheckHostMemory(const Flags& flags) {
   const uint64_t beside = flags.backend == "cpu" ? flags.memory_bytes : 0;
   const uint64_t available = AvailableMemoryBytes();
-  if (flags.host_cache_bytes == 0 ||
-      (beside < available && flags.host_cache_bytes < available - beside)) {
-    return absl::OkStatus();
+  uint64_t left = available - std::min(available, beside);
+  for (const uint64_t bytes : {flags.host_cache_bytes, flags.replica_bytes}) {
+    if (bytes == 0) continue;
+    if (bytes >= left) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "--host-cache-bytes is ", flags.host_cache_bytes, ", --replica-memory is ",
+          flags.replica_bytes, beside > 0 ? absl::StrCat(" beside --memory of ", beside) : "",
+          ", this machine has ", available, " bytes of memory left"));
+    }
+    left -= bytes;
   }
-  return absl::InvalidArgumentError(
-      absl::StrCat("--host-cache-bytes is ", flags.host_cache_bytes,
-                   beside > 0 ? absl::StrCat(" beside --memory of ", beside) : "",
-                   ", this machine has ", available, " bytes of memory left"));
+  return absl::OkStatus();
 }
 
 absl::StatusOr<std::unique_ptr<WeightSource>> OpenWeights(const Flags& flags, uint32_t threads) {
@@ -142,9 +148,10 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const Flags& flags, uint32_
   options.num_threads = threads;
   *memory_bytes = flags.memory_bytes > 0
                       ? flags.memory_bytes
-                      : static_cast<uint64_t>(
-                            static_cast<double>(AvailableMemoryBytes() - flags.host_cache_bytes) *
-                            kDefaultMemoryShare);
+                      : static_cast<uint64_t>(static_cast<double>(AvailableMemoryBytes() -
+                                                                  flags.host_cache_bytes -
+                                                                  flags.replica_bytes) *
+                                              kDefaultMemoryShare);
   options.memory_bytes = *memory_bytes;
   STRAIT_ASSIGN_OR_RETURN(options.simd, ParseSimd(flags.simd));
   options.row_format = RowFormatOf(flags.cache_format).value_or(RowFormat::kFp32);
@@ -193,7 +200,7 @@ absl::Status Run(const Flags& flags) {
   StopSignals signals;
   InstallBusErrorHandler();
   STRAIT_RETURN_IF_ERROR(CheckAddresses(flags));
-  STRAIT_RETURN_IF_ERROR(CheckHostCache(flags));
+  STRAIT_RETURN_IF_ERROR(CheckHostMemory(flags));
   const uint32_t threads = flags.threads > 0 ? flags.threads : AvailableCores();
   // What cannot run here says so before anything is read.
   uint64_t memory_bytes = 0;
@@ -217,6 +224,7 @@ absl::Status Run(const Flags& flags) {
   STRAIT_ASSIGN_OR_RETURN(options.weights_fingerprint, FingerprintOf(flags));
   options.core.orphan_timeout_us = uint64_t{flags.orphan_timeout_s} * 1'000'000;
   options.core.host_cache_bytes = flags.host_cache_bytes;
+  options.core.replica_bytes = flags.replica_bytes;
   options.cache_row_bytes = static_cast<uint32_t>(backend->block_bytes() / limits::kBlockTokens);
   STRAIT_ASSIGN_OR_RETURN(auto worker, WorkerProcess::Create(options, backend.get()));
   Log(LogLevel::kInfo, "worker started",
@@ -278,6 +286,11 @@ int main(int argc, char** argv) {
   AddFlag(
       app, "--host-cache-bytes", flags.host_cache_bytes,
       "Host memory for cache rows that make room for others, e.g. 8GiB; taken when it is needed")
+      ->transform(CLI::AsSizeValue(false));
+  AddFlag(
+      app, "--replica-memory", flags.replica_bytes,
+      "Host memory for copies of other workers' cache rows, from which sequences go on when such "
+      "a worker dies, e.g. 8GiB; taken when it is needed")
       ->transform(CLI::AsSizeValue(false));
   AddFlag(
       app, "--max-step-tokens", flags.max_step_tokens,

@@ -123,6 +123,8 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
       {"--preempt", true, false, "auto, park or replay: what becomes of rows that make room"},
       {"--host-cache-bytes", false, true,
        "Host memory of each worker for rows that make room, as 8GiB (default: none)"},
+      {"--replica-memory", false, true,
+       "Host memory of each worker for copies of others' rows, as 8GiB (default: none)"},
       {"--transport", false, true,
        "How hidden states travel: auto (NCCL between GPU workers, else gRPC), grpc or nccl"},
       {"--simd", false, true,

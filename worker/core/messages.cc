@@ -110,6 +110,16 @@ v1::FromWorker ServedMessage(uint64_t stage_id, PipelineEpoch epoch,
   return message;
 }
 
+v1::FromWorker ReplicatedMessage(const ReplicaStore::Told& told) {
+  v1::FromWorker message;
+  v1::Replicated& replicated = *message.mutable_replicated();
+  replicated.set_stage_id(told.stage_id);
+  replicated.set_keys(Pack(told.keys));
+  replicated.set_failed(Pack(told.failed));
+  replicated.set_fetched_bytes(told.fetched_bytes);
+  return message;
+}
+
 v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id) {
   v1::FromWorker message;
   v1::EdgeId& id = *message.mutable_edge_id();
@@ -228,6 +238,60 @@ absl::Status CheckActivate(const v1::ActivateStage& activate) {
                                                    limits::kMaxStepTokens));
   }
   return CheckSampledEdge(activate);
+}
+
+namespace {
+
+absl::Status CheckRestore(const v1::FetchRows& fetch, LayerRange layers,
+                          const StageTraits& traits) {
+  STRAIT_ASSIGN_OR_RETURN(const std::vector<ContentKey> keys, ParseContentKeys(fetch.keys()));
+  if (fetch.begin_row() != 0 || keys.empty() || fetch.end_row() > traits.max_positions ||
+      fetch.end_row() != keys.size() * limits::kBlockTokens ||
+      static_cast<uint32_t>(fetch.tokens().ids_size()) != fetch.end_row()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "rows ", fetch.begin_row(), " to ", fetch.end_row(), " with ", keys.size(), " keys and ",
+        fetch.tokens().ids_size(), " tokens: whole blocks from row 0 are wanted, each with a key"));
+  }
+  for (const uint32_t token : fetch.tokens().ids()) {
+    if (token < traits.vocab_size) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("token id ", token, ", the vocabulary has ", traits.vocab_size));
+  }
+  LayerIndex next = layers.begin;
+  for (const v1::RowsSource& source : fetch.sources()) {
+    if (source.layer_begin() != next || source.layer_end() <= next ||
+        source.data_address().empty() || source.secret() == 0) {
+      break;
+    }
+    next = source.layer_end();
+  }
+  if (next == layers.end) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("no source of layer ", next, " of layers ", layers.begin, " to ", layers.end));
+}
+
+}  // namespace
+
+absl::Status CheckRestores(const v1::ActivateStage& activate, LayerRange layers,
+                           const StageTraits& traits) {
+  uint64_t last = 0;
+  for (const v1::FetchRows& fetch : activate.restores()) {
+    const absl::Status checked = [&]() -> absl::Status {
+      if (fetch.sequence_id() <= last || fetch.stage_id() != activate.stage_id() ||
+          FromWire(fetch.epoch()) != FromWire(activate.epoch())) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            "of stage ", fetch.stage_id(), " in epoch ", ToString(FromWire(fetch.epoch())),
+            " behind sequence ", last, ": those of this stage and epoch are wanted, by rising id"));
+      }
+      return CheckRestore(fetch, layers, traits);
+    }();
+    if (!checked.ok()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("restore of sequence ", fetch.sequence_id(), ": ", checked.message()));
+    }
+    last = fetch.sequence_id();
+  }
+  return absl::OkStatus();
 }
 
 std::optional<Edge> IncomingEdge(const v1::ActivateStage& activate) {

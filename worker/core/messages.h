@@ -16,6 +16,7 @@
 #include "strait/v1/cluster.pb.h"
 #include "worker/backend.h"
 #include "worker/stage/stage.h"
+#include "worker/transfer/replica_store.h"
 #include "worker/transport/transport.h"
 
 namespace strait {
@@ -32,6 +33,7 @@ v1::FromWorker FetchedMessage(uint64_t stage_id, PipelineEpoch epoch,
                               const Importer::Fetched& fetched);
 v1::FromWorker ServedMessage(uint64_t stage_id, PipelineEpoch epoch,
                              const Exporter::Served& served);
+v1::FromWorker ReplicatedMessage(const ReplicaStore::Told& told);
 v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id);
 // Answers a request of the coordinator that failed; `epoch` of an activation.
 // `edge`: what failed, if it was one; null otherwise.
@@ -47,6 +49,9 @@ absl::StatusOr<uint32_t> CheckCacheBytes(uint64_t cache_bytes, uint64_t block_by
 absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers, uint64_t block_bytes);
 // InvalidArgument: indices, neighbours, nonces and addresses contradict each other.
 absl::Status CheckActivate(const v1::ActivateStage& activate);
+// InvalidArgument: what a stage of these layers is to have before it is active is malformed.
+absl::Status CheckRestores(const v1::ActivateStage& activate, LayerRange layers,
+                           const StageTraits& traits);
 // From which stage it takes what: hidden states from the one before, or the first sampled ids of the last.
 // REQUIRES: CheckActivate passed.
 std::optional<Edge> IncomingEdge(const v1::ActivateStage& activate);

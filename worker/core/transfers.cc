@@ -2,9 +2,11 @@
 //
 // How a WorkerCore has its stages' rows fetched from other workers, and served to them.
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "proto/base/status_macros.h"
 #include "proto/rpc/status.h"
 #include "proto/wire/epoch_wire.h"
 #include "worker/core/messages.h"
@@ -30,6 +32,7 @@ void WorkerCore::OnFetch(const v1::FetchRows& fetch, uint64_t now_us) {
 }
 
 void WorkerCore::OnServe(const v1::ServeRows& serve) {
+  if (serve.stage_id() == 0) return replicas_.Serve(serve);
   Hosted* const hosted = Find(serve.stage_id());
   if (hosted != nullptr && hosted->stage != nullptr) hosted->stage->ServeRows(serve);
 }
@@ -45,6 +48,7 @@ void WorkerCore::AskRows(uint64_t now_us) {
       if (it->second.stage != nullptr) it->second.stage->AskRows(last, now_us);
     }
   }
+  replicas_.Ask(now_us);
 }
 
 void WorkerCore::OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us) {
@@ -55,6 +59,7 @@ void WorkerCore::OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_
 }
 
 void WorkerCore::OnAsk(PeerAskId id, const RowsAsk& ask, uint64_t) {
+  if (ask.stage_id == 0) return replicas_.OnAsk(id, ask);
   Hosted* const hosted = Find(ask.stage_id);
   if (hosted != nullptr && hosted->stage != nullptr) return hosted->stage->OnAsk(id, ask);
   share_.transfer->Answer(
@@ -90,8 +95,53 @@ bool WorkerCore::MovesRows() const {
   });
 }
 
+void WorkerCore::Restore(uint64_t stage_id, Hosted& hosted, const v1::ActivateStage& activate,
+                         uint64_t now_us) {
+  // In a handover its blocks are those of the stages before it, which may still need them.
+  const uint32_t most_blocks =
+      shares_.WaitsFor(stage_id).empty() ? std::numeric_limits<uint32_t>::max() : 0;
+  const uint64_t until_us = now_us + uint64_t{activate.restore_timeout_ms()} * 1'000;
+  hosted.stage->Restore(activate.restores(), most_blocks, until_us, now_us);
+  hosted.restoring = hosted.stage->restoring();
+  if (hosted.restoring) AskRows(now_us);
+}
+
+void WorkerCore::TellRestored(Hosted& hosted) {
+  if (!hosted.restoring || hosted.stage->restoring()) return;
+  hosted.restoring = false;
+  ports_->Note(LogLevel::kInfo, "rows restored",
+               {{"stage", hosted.stage->stage_id()},
+                {"sequences", hosted.stage->held().size()},
+                {"blocks", hosted.stage->blocks_used()}});
+  TellActive(hosted);
+}
+
+bool WorkerCore::CopiesRows() const {
+  return replicas_.busy() || std::any_of(hosted_.begin(), hosted_.end(), [](const auto& entry) {
+           return entry.second.stage != nullptr && entry.second.stage->CopiesRows();
+         });
+}
+
+void WorkerCore::PollCopies(uint64_t now_us) {
+  bool any = replicas_.busy();
+  for (const ReplicaStore::Told& told : replicas_.Poll()) ports_->Tell(ReplicatedMessage(told));
+  for (auto& [id, hosted] : hosted_) {
+    if (hosted.stage == nullptr || !hosted.stage->CopiesRows()) continue;
+    any = true;
+    HostMoves moves;
+    RowMoves rows;
+    hosted.stage->PollCopies(now_us, &moves, &rows);
+    TellMoves(id, hosted.stage->epoch(), moves, rows);
+    TellRestored(hosted);
+  }
+  if (!any) return;
+  AskRows(now_us);
+  Settle();
+}
+
 absl::Status WorkerCore::CheckTransfers() const {
-  uint64_t asked = 0;
+  STRAIT_RETURN_IF_ERROR(replicas_.CheckIntegrity());
+  uint64_t asked = replicas_.asked_bytes();
   uint64_t made = 0;
   for (const auto& [id, hosted] : hosted_) {
     if (hosted.stage == nullptr) continue;

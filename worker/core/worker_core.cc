@@ -40,6 +40,7 @@ void WorkerCore::FillHello(v1::Hello* hello) const {
   hello->clear_held_stages();
   hello->set_term(term_);
   hello->set_host_cache_bytes(options_.host_cache_bytes);
+  hello->set_replica_bytes(options_.replica_bytes);
   for (const auto& [id, hosted] : hosted_) {
     if (hosted.stage == nullptr) continue;
     const StageModel& model = hosted.stage->model();
@@ -59,7 +60,10 @@ void WorkerCore::OnWelcome(const v1::Welcome& welcome) {
         absl::UnavailableError("stages that it was told of have gone meanwhile"));
   }
   // Stages of another coordinator's are not this one's business; it asks for none of them.
-  if (welcome.term() != term_) DropStages();
+  if (welcome.term() != term_) {
+    DropStages();
+    replicas_.Clear();
+  }
   term_ = welcome.term();
 }
 
@@ -71,12 +75,14 @@ void WorkerCore::OnDetached(uint64_t now_us) {
     it->second.resize_due = false;  // the next coordinator asks anew
     if (it->second.stage != nullptr) {
       it->second.stage->EndTransfers();
+      TellRestored(it->second);
       ++it;
       continue;
     }
     shares_.Remove(it->first);
     it = hosted_.erase(it);
   }
+  replicas_.EndTransfers();
   told_when_settled_.clear();
   Settle();
 }
@@ -96,7 +102,7 @@ void WorkerCore::OnMessage(v1::ToWorker message, uint64_t now_us) {
     case v1::ToWorker::kLoadStage:
       return OnLoad(message.load_stage());
     case v1::ToWorker::kActivateStage:
-      return OnActivate(message.activate_stage());
+      return OnActivate(message.activate_stage(), now_us);
     case v1::ToWorker::kUnloadStage:
       return OnUnload(message.unload_stage().stage_id());
     case v1::ToWorker::kResizeCache:
@@ -105,6 +111,8 @@ void WorkerCore::OnMessage(v1::ToWorker message, uint64_t now_us) {
       return OnFetch(message.fetch_rows(), now_us);
     case v1::ToWorker::kServeRows:
       return OnServe(message.serve_rows());
+    case v1::ToWorker::kReplicate:
+      return replicas_.Replicate(message.replicate(), now_us);
     case v1::ToWorker::kShutdown:
       ports_->Note(
           LogLevel::kInfo, "the coordinator asks to stop",
@@ -118,7 +126,7 @@ void WorkerCore::OnMessage(v1::ToWorker message, uint64_t now_us) {
 
 // ---------------------------------------------------------------- epochs and edges
 
-void WorkerCore::OnActivate(const v1::ActivateStage& activate) {
+void WorkerCore::OnActivate(const v1::ActivateStage& activate, uint64_t now_us) {
   const uint64_t id = activate.stage_id();
   const PipelineEpoch epoch = FromWire(activate.epoch());
   Hosted* const hosted = Find(id);
@@ -127,6 +135,7 @@ void WorkerCore::OnActivate(const v1::ActivateStage& activate) {
       return absl::FailedPreconditionError(absl::StrCat("stage ", id, " is not loaded"));
     }
     STRAIT_RETURN_IF_ERROR(CheckActivate(activate));
+    STRAIT_RETURN_IF_ERROR(CheckRestores(activate, hosted->layers, traits_));
     const uint64_t block_bytes = hosted->layers.size() * traits_.block_bytes;
     if (activate.host_blocks() <= options_.host_cache_bytes / block_bytes) return absl::OkStatus();
     return absl::InvalidArgumentError(
@@ -144,6 +153,7 @@ void WorkerCore::OnActivate(const v1::ActivateStage& activate) {
     TellFailed(id, absl::AbortedError("a newer epoch came"), before);
   }
   if (!std::exchange(hosted->took_over, true)) TakeOver(id, *hosted);
+  Restore(id, *hosted, activate, now_us);
   Enter(id, *hosted, activate);
   Settle();  // steps that were begun may have been in the way
 }
@@ -159,6 +169,7 @@ void WorkerCore::TakeOver(uint64_t stage_id, Hosted& hosted) {
     it->in = {};
     it->out = {};
     it->memory = {};
+    if (it->restoring) it->activating = false;  // it never will be
   }
   if (predecessors.empty()) return;
   hosted.stage->TakeOver(predecessors);
@@ -176,8 +187,9 @@ void WorkerCore::Enter(uint64_t stage_id, Hosted& hosted, const v1::ActivateStag
   const bool is_up = SetOutgoing(stage_id, hosted, OutgoingEdge(activate));
   // What came for older epochs is refused now, or was dropped.
   transport_->Consumed(stage_id, hosted.stage->epoch(), StepId{0});
-  hosted.activating = !is_up;
-  if (is_up) TellActive(hosted);
+  hosted.activating = true;
+  hosted.edge_due = !is_up;
+  TellActive(hosted);
 }
 
 void WorkerCore::SetIncoming(uint64_t stage_id, Hosted& hosted, const std::optional<Edge>& next) {
@@ -231,7 +243,8 @@ void WorkerCore::OnEdgeUp(const Edge& edge, HiddenMemory memory) {
   if (hosted == nullptr || hosted->out.is_down) return;
   hosted->out.is_up = true;
   hosted->memory = std::move(memory);
-  if (std::exchange(hosted->activating, false)) TellActive(*hosted);
+  hosted->edge_due = false;
+  TellActive(*hosted);
 }
 
 void WorkerCore::OnEdgeDown(const Edge& edge, const absl::Status& why) {
@@ -367,27 +380,6 @@ void WorkerCore::FinishStep(uint64_t stage_id, const Clock& clock) {
   Settle();
 }
 
-bool WorkerCore::CopiesRows() const {
-  return std::any_of(hosted_.begin(), hosted_.end(), [](const auto& entry) {
-    return entry.second.stage != nullptr && entry.second.stage->CopiesRows();
-  });
-}
-
-void WorkerCore::PollCopies(uint64_t now_us) {
-  bool any = false;
-  for (auto& [id, hosted] : hosted_) {
-    if (hosted.stage == nullptr || !hosted.stage->CopiesRows()) continue;
-    any = true;
-    HostMoves moves;
-    RowMoves rows;
-    hosted.stage->PollCopies(now_us, &moves, &rows);
-    TellMoves(id, hosted.stage->epoch(), moves, rows);
-  }
-  if (!any) return;
-  AskRows(now_us);
-  Settle();
-}
-
 void WorkerCore::DropStages() {
   for (const auto& [id, hosted] : hosted_) ForgetEdges(id);
   ports_->CancelLoads(last_serial_);
@@ -399,7 +391,9 @@ void WorkerCore::DropStages() {
 
 // ---------------------------------------------------------------- telling
 
-void WorkerCore::TellActive(const Hosted& hosted) {
+void WorkerCore::TellActive(Hosted& hosted) {
+  if (!hosted.activating || hosted.edge_due || hosted.restoring) return;
+  hosted.activating = false;
   const Stage& stage = *hosted.stage;
   ports_->Note(LogLevel::kInfo, "stage active",
                {{"stage", stage.stage_id()}, {"epoch", ToString(stage.epoch())}});

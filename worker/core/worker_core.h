@@ -4,7 +4,7 @@
 // what it answers to its coordinator, and which step is next. Events go in, calls on its ports and
 // its transport come out.
 //
-// Owns:    the stages, and how they share the worker's cache.
+// Owns:    the stages, and how they share the worker's cache; replicas of other workers' prefix blocks.
 // Borrows: WorkerPorts, Transport, CacheMemory, RowTransfer; they outlive it.
 // Thread:  loop thread only. No I/O, no clock of its own, no threads: the worker process
 //          (worker/service) and the simulator (tests/sim) run this same code.
@@ -33,6 +33,7 @@
 #include "worker/backend.h"
 #include "worker/core/cache_shares.h"
 #include "worker/stage/stage.h"
+#include "worker/transfer/replica_store.h"
 #include "worker/transfer/row_transfer.h"
 #include "worker/transport/transport.h"
 
@@ -44,6 +45,7 @@ struct WorkerCoreOptions {
   // How long stages stay without a coordinator.
   uint64_t orphan_timeout_us = 60'000'000;
   uint64_t host_cache_bytes = 0;  // of host memory, for its stages' tiers; 0: none
+  uint64_t replica_bytes = 0;     // of host memory, for replicas; 0: none
   // Of rows that it asks other workers for at once; less where rows are tiny.
   uint64_t transfer_frame_bytes = limits::kTransferFrameBytes;
 };
@@ -82,7 +84,14 @@ class WorkerCore {
   // `transfer` null: the worker neither gives nor takes rows.
   WorkerCore(WorkerCoreOptions options, const StageTraits& traits, CacheMemory* cache,
              Transport* transport, WorkerPorts* ports, RowTransfer* transfer = nullptr)
-      : options_(options), traits_(traits), transport_(transport), ports_(ports), shares_(cache) {
+      : options_(options),
+        traits_(traits),
+        transport_(transport),
+        ports_(ports),
+        shares_(cache),
+        replicas_(
+            {.layers = {0, traits.num_layers}, .shape = traits.row_shape, .origin = traits.origin},
+            options.replica_bytes, &share_) {
     host_budget_.limit_bytes = options.host_cache_bytes;
     share_.transfer = transfer;
     share_.frame_bytes = options.transfer_frame_bytes;
@@ -139,6 +148,7 @@ class WorkerCore {
   HostedState StateOf(uint64_t stage_id) const;
   // Null: not here, or still loading.
   const Stage* FindStage(uint64_t stage_id) const;
+  const ReplicaStore& replicas() const { return replicas_; }
   bool attached() const { return attached_; }
   // Latent blocks held by all stages.
   uint64_t BlocksHeld() const;
@@ -162,7 +172,9 @@ class WorkerCore {
     bool unload_when_loaded = false;
     bool took_over = false;   // from its predecessors
     bool resize_due = false;  // CacheResized not yet told
-    bool activating = false;  // ACTIVE not yet told
+    bool activating = false;  // ACTIVE not yet told:
+    bool edge_due = false;    // its next edge is not up in this epoch, or
+    bool restoring = false;   // its first rows are not all here
     bool is_stuck = false;    // told that it cannot go on in this epoch
     End in;                   // from the stage before it, or of ids from the last
     End out;
@@ -175,7 +187,7 @@ class WorkerCore {
   Hosted* FindByEdge(uint64_t stage_id, End Hosted::*end, const Edge& edge);
 
   void OnLoad(const v1::LoadStage& load);
-  void OnActivate(const v1::ActivateStage& activate);
+  void OnActivate(const v1::ActivateStage& activate, uint64_t now_us);
   void OnUnload(uint64_t stage_id);
   void OnResize(const v1::ResizeCache& resize);
   // What successors of it, of stages here, must be in themselves.
@@ -190,6 +202,10 @@ class WorkerCore {
 
   void OnFetch(const v1::FetchRows& fetch, uint64_t now_us);
   void OnServe(const v1::ServeRows& serve);
+  // It fetches what it is to have before it is active.
+  void Restore(uint64_t stage_id, Hosted& hosted, const v1::ActivateStage& activate,
+               uint64_t now_us);
+  void TellRestored(Hosted& hosted);
   // Of all stages: first for sequences that stand still.
   void AskRows(uint64_t now_us);
   void TellMoves(uint64_t stage_id, PipelineEpoch epoch, const HostMoves& moves,
@@ -204,7 +220,8 @@ class WorkerCore {
   // Those over NCCL, which end with the epoch: together, and before any of the next is made.
   void DropNcclEdges(uint64_t stage_id, Hosted& hosted);
 
-  void TellActive(const Hosted& hosted);
+  // If nothing of its activation is awaited any more.
+  void TellActive(Hosted& hosted);
   // `edge`: what failed, if it was one.
   void TellFailed(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch = {},
                   const Edge* edge = nullptr);
@@ -225,6 +242,7 @@ class WorkerCore {
   CacheShares shares_;
   HostBudget host_budget_;
   TransferShare share_;
+  ReplicaStore replicas_;
   uint64_t last_asked_ = 0;  // stage whose asks went first
   std::map<uint64_t, Hosted> hosted_;
   std::vector<v1::FromWorker> told_when_settled_;

@@ -47,7 +47,7 @@ bool Stage::IsQuiet() const {
   return !state_->tier.busy() && state_->model->copies().num_under_way() == 0;
 }
 bool Stage::CopiesRows() const {
-  return !IsQuiet() || state_->importer.busy() || state_->exporter.busy();
+  return !IsQuiet() || state_->restoring || state_->importer.busy() || state_->exporter.busy();
 }
 const HostTier& Stage::tier() const { return state_->tier; }
 const Importer& Stage::importer() const { return state_->importer; }
@@ -59,6 +59,7 @@ uint32_t Stage::peak_blocks() const {
 }
 uint32_t Stage::capacity_blocks() const { return state_->capacity_blocks; }
 const LatentCache& Stage::cache() const { return state_->residents.cache(); }
+bool Stage::restoring() const { return state_->restoring; }
 std::vector<HeldRows> Stage::held() const { return state_->residents.left(); }
 
 absl::Status Stage::CheckIntegrity() const {
@@ -138,6 +139,10 @@ absl::Status Stage::AcceptPlan(v1::StepPlan plan, uint64_t now_us, uint32_t* num
         absl::StrCat("a plan for stage ", plan.stage_id(), " came to stage ", s.stage_id));
   }
   STRAIT_RETURN_IF_ERROR(s.CheckEpoch({plan.epoch().term(), plan.epoch().counter()}, "a plan"));
+  if (s.restoring) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("a plan came to stage ", s.stage_id, ", which is not active yet"));
+  }
   if (s.plans.size() >= limits::kMaxStepsInFlight) {
     return absl::ResourceExhaustedError(
         absl::StrCat(s.plans.size(), " plans wait at stage ", s.stage_id, ", it takes no more"));

@@ -110,6 +110,14 @@ class Stage {
   // first epoch, without a plan; no layer is in two of them, or was taken over before.
   void TakeOver(absl::Span<Stage* const> predecessors);
 
+  // Rows that it is to have before it is active (ActivateStage.restores) are fetched, until until_us at the latest:
+  // while `restoring`. Of each sequence that it does not have, the whole blocks that came, up to the first that did
+  // not, are then as an earlier epoch left them. `most_blocks`: that may be taken for them, besides what bounds it
+  // anyway. REQUIRES: no plan came in this epoch.
+  void Restore(const google::protobuf::RepeatedPtrField<v1::FetchRows>& restores,
+               uint32_t most_blocks, uint64_t until_us, uint64_t now_us);
+  bool restoring() const;
+
   // Blocks of its tables from `end` on are replaced by others. REQUIRES: no step is begun; the pool was
   // narrowed to `end`.
   void Compact(BlockId end, std::vector<BlockMove>* moves);
@@ -142,7 +150,7 @@ class Stage {
   // What contradicts the plans is told by PollCopies. Of an older epoch: nothing happens.
   void FetchRows(const v1::FetchRows& fetch, uint64_t now_us);
   void ServeRows(const v1::ServeRows& serve);
-  // The coordinator is gone: nothing is fetched or served any more in this epoch.
+  // The coordinator is gone: nothing is fetched or served any more in this epoch, and what was restored is all.
   void EndTransfers();
   // Asks other workers for rows, as far as it may. `last`: of sequences that stand still; else of all others.
   void AskRows(bool last, uint64_t now_us);

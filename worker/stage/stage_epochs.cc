@@ -27,6 +27,9 @@ void Stage::State::DropBegun() {
 void Stage::State::LeaveEpoch() {
   DropBegun();
   EndCopies();
+  restoring = false;
+  restores.clear();
+  unfilled.clear();
   plans.clear();
   hiddens.clear();
   returning.Clear();
@@ -96,9 +99,11 @@ void Stage::TakeOver(absl::Span<Stage* const> predecessors) {
 
 absl::Status Stage::SetCapacity(uint32_t num_blocks) {
   State& s = *state_;
-  if (s.ledger.blocks() > num_blocks) {
+  // What is restored, the ledger does not know yet.
+  const uint64_t held = s.restoring ? blocks_used() : s.ledger.blocks();
+  if (held > num_blocks) {
     return absl::FailedPreconditionError(
-        absl::StrCat("stage ", s.stage_id, " holds ", s.ledger.blocks(),
+        absl::StrCat("stage ", s.stage_id, " holds ", held,
                      " latent blocks after the plans that it has, it cannot do with ", num_blocks));
   }
   if (num_blocks > s.model->spec().pool_blocks) {

@@ -78,6 +78,7 @@ void Stage::State::ApplyCacheOp(const v1::CacheOp& op, WaitingPlan* plan) {
       tier.Offload(key, cache.PrefixBlocks(key));
     } else if (op.has_return_prefix()) {
       cache.TakePrefix(key);
+      unfilled.insert(key);
       tier.Return(key, cache.PrefixBlocks(key));
     } else {
       tier.Forget(key);
@@ -88,6 +89,7 @@ void Stage::State::ApplyCacheOp(const v1::CacheOp& op, WaitingPlan* plan) {
 void Stage::State::DropPrefix(const ContentKey& key) {
   LatentCache& cache = residents.cache();
   if (!cache.has_prefix(key)) return;
+  unfilled.erase(key);
   if (tier.Uses(key)) {
     tier.Abandon(key, cache.DropPinned(key));
   } else {
@@ -114,7 +116,9 @@ void Stage::State::OnMoved(std::vector<HostTier::End> ends, HostMoves* moves) {
     cache.Unpin(end.abandoned);
     if (!end.is_return) continue;
     (end.ok ? moves->returned : moves->lost).push_back(end.key);
-    if (end.ok && end.abandoned.empty()) ledger.prefixes().Returned(end.key);
+    if (!end.ok || !end.abandoned.empty()) continue;
+    ledger.prefixes().Returned(end.key);
+    unfilled.erase(end.key);
   }
   cache.KeepFreed(StepId{});
 }
@@ -146,6 +150,7 @@ void Stage::PollCopies(uint64_t now_us, HostMoves* moves, RowMoves* rows) {
   s.Prepare();
   RowMoves told{s.importer.Poll(now_us), s.exporter.Poll()};
   if (rows != nullptr) *rows = std::move(told);
+  if (s.restoring && (now_us >= s.restore_until_us || s.IsRestored())) s.EndRestores();
 }
 
 void Stage::FetchRows(const v1::FetchRows& fetch, uint64_t now_us) {
@@ -165,6 +170,7 @@ void Stage::ServeRows(const v1::ServeRows& serve) {
 }
 
 void Stage::EndTransfers() {
+  if (state_->restoring) state_->EndRestores();
   state_->importer.EndFetches();
   state_->exporter.Clear();
 }

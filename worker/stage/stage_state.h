@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What a Stage has: private to worker/stage/stage*.cc, which share it out by what happens to it. Plans and
-// hidden states come in (stage.cc), epochs are entered and left (stage_epochs.cc), steps are begun and
-// finished (stage_steps.cc), plans' cache operations are applied (stage_ops.cc).
+// hidden states come in (stage.cc), epochs are entered and left (stage_epochs.cc), rows are fetched before it is
+// active (stage_restores.cc), steps are begun and finished (stage_steps.cc), plans' cache operations are applied
+// (stage_ops.cc).
 //
 // Owns, Borrows, Thread: as Stage.
 #pragma once
@@ -10,6 +11,8 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <set>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/types/span.h"
@@ -46,6 +49,16 @@ struct WaitingHidden {
   uint64_t arrived_us = 0;
 };
 
+// A sequence whose first rows are fetched before the stage is active.
+struct RestoredSequence {
+  SequenceId id;
+  PlacementEpoch placement;
+  std::vector<ContentKey> keys;  // of its whole blocks
+  std::vector<TokenId> tokens;   // of their rows
+  uint32_t num_shared = 0;  // leading blocks that are here, or that a sequence before it fetches
+  bool is_fetched = false;  // those behind are an import's
+};
+
 struct Stage::State {
   State(uint64_t id, std::unique_ptr<StageModel> stage_model, const StageTraits& stage_traits,
         BlockPool* block_pool, HostBudget* host_budget, TransferShare* transfer_share)
@@ -58,8 +71,10 @@ struct Stage::State {
         tier(model->spec().layers.size(), &model->copies(), host_budget),
         own_share(transfer_share == nullptr ? std::make_unique<TransferShare>() : nullptr),
         importer(RowTraitsOf(), &model->copies(), &residents.cache(), Share(transfer_share)),
-        exporter(RowTraitsOf(), &model->copies(), &residents.cache(), Share(transfer_share),
-                 [this](SequenceId id) { return residents.FinishedRows(id); }),
+        exporter(
+            RowTraitsOf(), &model->copies(), &residents.cache(), Share(transfer_share),
+            [this](SequenceId id) { return residents.FinishedRows(id); },
+            [this](const ContentKey& key) { return HasPrefixRows(key); }),
         ledger(Shape(), {}) {}
 
   StageShape Shape() const {
@@ -106,6 +121,16 @@ struct Stage::State {
   // The next plan's operations, if copies wait for them: these need not wait for its step.
   void Prepare();
   void DropPrefix(const ContentKey& key);
+  bool HasPrefixRows(const ContentKey& key) const {
+    return residents.cache().has_prefix(key) && !unfilled.contains(key);
+  }
+  // Takes blocks for what is to come of it, at most so many of each layer, and has it fetched. `coming`: keys that
+  // sequences before it fetch.
+  RestoredSequence BeginRestore(const v1::FetchRows& fetch, uint32_t most_blocks,
+                                std::set<ContentKey>* coming, uint64_t now_us);
+  bool IsRestored() const;
+  // What is here of them is left.
+  void EndRestores();
   void OnMoved(std::vector<HostTier::End> ends, HostMoves* moves);
   // Copies that have ended, of whoever's: the importer's and the exporter's are seen to.
   std::vector<CopyEnd> PollEnds(uint64_t now_us);
@@ -146,6 +171,10 @@ struct Stage::State {
   const std::unique_ptr<TransferShare> own_share;  // where no other was given
   Importer importer;
   Exporter exporter;
+  std::set<ContentKey> unfilled;  // prefix blocks whose rows are on their way back from host memory
+  bool restoring = false;
+  uint64_t restore_until_us = 0;
+  std::vector<RestoredSequence> restores;
   PlanLedger ledger;  // ahead of `residents` by the plans that wait
   std::deque<WaitingPlan> plans;
   std::deque<WaitingHidden> hiddens;  // in step order; the i-th belongs to the i-th plan with rows

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "proto/base/check.h"
 #include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
 
 namespace strait {
 
@@ -15,17 +16,18 @@ Exporter::~Exporter() {
 }
 
 void Exporter::Serve(const v1::ServeRows& serve) {
-  const Key key = {SequenceId{serve.sequence_id()},
-                   {serve.placement().term(), serve.placement().counter()}};
+  const Key key = KeyOf(SequenceId{serve.sequence_id()},
+                        {serve.placement().term(), serve.placement().counter()});
   if (serve.end()) {
     services_.erase(key);
     return;
   }
-  if (serve.secret() == 0 || !finished_(key.first)) return;
+  const bool of_prefixes = key.first == SequenceId{};
+  if (serve.secret() == 0 || (!of_prefixes && !finished_(key.first))) return;
   Service& service = services_[key];
   service.secret = serve.secret();
   if (service.served_rows != serve.served_rows()) service.is_told = false;
-  service.served_rows = serve.served_rows();
+  service.served_rows = of_prefixes ? 0 : serve.served_rows();
   tell_ = tell_ || IsServed(service);
 }
 
@@ -66,10 +68,23 @@ void Exporter::Abort(std::optional<SequenceId> id, const char* why) {
 
 // ---------------------------------------------------------------- asks
 
+absl::Status Exporter::CheckKeys(const RowsAsk& ask) const {
+  if (ask.keys.empty()) {
+    return absl::InvalidArgumentError("prefix blocks are asked for by their keys");
+  }
+  for (const ContentKey& key : ask.keys) {
+    if (has_prefix_(key)) continue;
+    return absl::NotFoundError(
+        absl::StrCat("block ", absl::Hex(key.low), " is no prefix block here"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status Exporter::Check(const RowsAsk& ask) const {
-  const auto service = services_.find({ask.sequence, ask.placement});
+  const auto service = services_.find(KeyOf(ask));
+  const bool of_prefixes = ask.sequence == SequenceId{};
   const std::optional<uint32_t> finished = finished_(ask.sequence);
-  if (service == services_.end() || !finished) {
+  if (service == services_.end() || (!of_prefixes && !finished)) {
     return absl::NotFoundError(absl::StrCat("nothing is served of sequence ", ask.sequence.value,
                                             " to placement ", ToString(ask.placement)));
   }
@@ -77,30 +92,19 @@ absl::Status Exporter::Check(const RowsAsk& ask) const {
   if ((service->second.secret ^ ask.secret) != 0) {
     return absl::PermissionDeniedError("not the secret that the coordinator gave");
   }
-  if (ask.layers.begin < traits_.layers.begin || ask.layers.end > traits_.layers.end ||
-      ask.layers.begin >= ask.layers.end || ask.num_rows == 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(ask.num_rows, " rows of layers ", ask.layers.begin, " to ", ask.layers.end,
-                     ", the stage has ", traits_.layers.begin, " to ", traits_.layers.end));
+  STRAIT_RETURN_IF_ERROR(CheckAsk(traits_, ask));
+  if (of_prefixes) return CheckKeys(ask);
+  if (!ask.keys.empty()) {
+    return absl::InvalidArgumentError("rows of a sequence are asked for without keys");
   }
   const uint64_t end = uint64_t{ask.first_row} + ask.num_rows;
-  if (end > *finished) {
-    return absl::OutOfRangeError(
-        absl::StrCat("rows to ", end, ", of which ", *finished, " are finished here"));
-  }
-  const uint64_t bytes = BytesOf(traits_, RangeOf(ask));
-  const uint64_t pieces = PiecesOf(RangeOf(ask));
-  if (bytes > limits::kTransferFrameBytes || pieces > limits::kMaxTransferBlocks ||
-      pieces > kMaxCopyEntries) {
-    return absl::InvalidArgumentError(absl::StrCat(pieces, " pieces of ", bytes,
-                                                   " bytes in one frame, at most ",
-                                                   limits::kTransferFrameBytes, " bytes"));
-  }
-  return absl::OkStatus();
+  if (end <= *finished) return absl::OkStatus();
+  return absl::OutOfRangeError(
+      absl::StrCat("rows to ", end, ", of which ", *finished, " are finished here"));
 }
 
 bool Exporter::StandsStill(const RowsAsk& ask) const {
-  const auto service = services_.find({ask.sequence, ask.placement});
+  const auto service = services_.find(KeyOf(ask));
   return service != services_.end() && service->second.served_rows > 0;
 }
 
@@ -144,17 +148,26 @@ bool Exporter::BeginRead(std::unique_ptr<Making>* next) {
     Answer(making, std::move(checked));
     return true;
   }
-  const auto tables = cache_->PageTables(ask.sequence);
+  absl::Span<const absl::Span<const BlockId>> tables;
+  if (ask.keys.empty()) tables = cache_->PageTables(ask.sequence);
   std::vector<BlockRows> list;
   making->frame = {.sequence = ask.sequence, .placement = ask.placement, .pieces = {}, .rows = {}};
   making->blocks.clear();
-  ForPieces(RangeOf(ask), [&](LayerIndex layer, uint32_t first, uint32_t count) {
+  const auto add = [&](LayerIndex layer, uint32_t first, uint32_t count) {
     const uint32_t index = layer - traits_.layers.begin;
-    const BlockId block = tables[index].at(first / limits::kBlockTokens);
+    BlockHeader header = PieceHeader(traits_, layer, first, count);
+    BlockId block = 0;
+    if (ask.keys.empty()) {
+      block = tables[index].at(first / limits::kBlockTokens);
+    } else {
+      header.content_key = ask.keys[(first - ask.first_row) / limits::kBlockTokens];
+      block = cache_->PrefixBlocks(header.content_key)[index];
+    }
     list.push_back({index, block, first % limits::kBlockTokens, count});
     making->blocks.push_back(block);
-    making->frame.pieces.push_back(PieceHeader(traits_, layer, first, count));
-  });
+    making->frame.pieces.push_back(header);
+  };
+  ForPieces(RangeOf(ask), add);
   making->frame.rows = share_->transfer->TakeRows(making->bytes);
   const absl::StatusOr<CopyId> copy = copies_->Read(
       list, {{reinterpret_cast<std::byte*>(making->frame.rows.data()), making->bytes}, false});
@@ -192,15 +205,17 @@ void Exporter::OnCopies(absl::Span<const CopyEnd> ends) {
       share_->transfer->GiveRows(std::move(making->frame.rows));
       continue;
     }
-    const Key key = {making->ask.sequence, making->ask.placement};
+    const Key key = KeyOf(making->ask);
     if (!end.status.ok()) {
       Answer(making.get(), end.status);
     } else if (!services_.contains(key)) {
       Answer(making.get(), absl::AbortedError("it is served no more"));
     } else {
       Release(*making);
-      unconfirmed_.emplace(making->id, key);
-      share_->unconfirmed.emplace(making->id, this);
+      if (key.first != SequenceId{}) {
+        unconfirmed_.emplace(making->id, key);
+        share_->unconfirmed.emplace(making->id, this);
+      }
       share_->transfer->Answer(making->id, std::move(making->frame));
     }
   }

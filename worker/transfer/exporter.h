@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Exporter gives rows of a stage's sequences to workers that ask for them: of sequences that the
-// coordinator said may be read, to who shows the secret that it was told.
+// Exporter gives rows of a stage's sequences, and its prefix blocks by their keys, to workers that ask for them:
+// what the coordinator said may be read, to who shows the secret that it was told.
 //
 // Owns:    frames until they are answered.
 // Borrows: BlockCopies, whose ends are handed in; LatentCache; TransferShare. They outlive it.
 // Thread:  loop thread only. No I/O, no clock of its own, no threads.
-// Errors:  what a peer is answered: NotFound, PermissionDenied, Aborted (the sequence left, or the epoch
+// Errors:  what a peer is answered: NotFound (also a key that is no prefix block here), PermissionDenied, Aborted (the sequence left, or the epoch
 //          ended, while it was read), OutOfRange (rows that are not finished), InvalidArgument,
 //          ResourceExhausted, Internal (the copy).
 // Limits:  kTransferBytesUnderWay, kMaxFramesMade of the worker; kMaxExportCopies under way.
@@ -42,14 +42,17 @@ class Exporter {
  public:
   // Rows of finished steps; absent: the sequence is not here.
   using FinishedRows = std::function<std::optional<uint32_t>(SequenceId)>;
+  // Whether the cache has such a prefix block, with its rows.
+  using HasPrefix = std::function<bool(const ContentKey&)>;
 
   Exporter(const RowTraits& traits, BlockCopies* copies, LatentCache* cache, TransferShare* share,
-           FinishedRows finished)
+           FinishedRows finished, HasPrefix has_prefix)
       : traits_(traits),
         copies_(copies),
         cache_(cache),
         share_(share),
-        finished_(std::move(finished)) {}
+        finished_(std::move(finished)),
+        has_prefix_(std::move(has_prefix)) {}
   ~Exporter();  // REQUIRES: num_copies() == 0
   Exporter(const Exporter&) = delete;
   Exporter& operator=(const Exporter&) = delete;
@@ -84,7 +87,11 @@ class Exporter {
   uint64_t made_bytes() const { return made_bytes_; }
 
  private:
-  using Key = std::pair<SequenceId, PlacementEpoch>;
+  using Key = std::pair<SequenceId, PlacementEpoch>;  // of prefix blocks: 0, 0
+  static Key KeyOf(SequenceId sequence, PlacementEpoch placement) {
+    return {sequence, sequence == SequenceId{} ? PlacementEpoch{} : placement};
+  }
+  static Key KeyOf(const RowsAsk& ask) { return KeyOf(ask.sequence, ask.placement); }
   struct Service {
     uint64_t secret = 0;
     uint32_t served_rows = 0;  // not 0: it stands still, and this is to be told once
@@ -101,7 +108,7 @@ class Exporter {
   };
 
   absl::Status Check(const RowsAsk& ask) const;
-  static RowRange RangeOf(const RowsAsk& ask) { return {ask.layers, ask.first_row, ask.num_rows}; }
+  absl::Status CheckKeys(const RowsAsk& ask) const;
   bool StandsStill(const RowsAsk& ask) const;
   void BeginReads();
   // False: not now.
@@ -118,6 +125,7 @@ class Exporter {
   LatentCache* const cache_;
   TransferShare* const share_;
   const FinishedRows finished_;
+  const HasPrefix has_prefix_;
 
   std::map<Key, Service> services_;
   std::deque<std::unique_ptr<Making>> waiting_;

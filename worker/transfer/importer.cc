@@ -7,6 +7,7 @@
 #include "proto/base/check.h"
 #include "proto/base/limits.h"
 #include "proto/base/status_macros.h"
+#include "proto/model/content_key.h"
 #include "proto/wire/epoch_wire.h"
 
 namespace strait {
@@ -56,14 +57,48 @@ void Importer::Close(SequenceId id) {
 
 // ---------------------------------------------------------------- what the coordinator asks for
 
+absl::Status Importer::TakeKeys(const v1::FetchRows& fetch, Fetching* fetching) const {
+  STRAIT_ASSIGN_OR_RETURN(fetching->keys, ParseContentKeys(fetch.keys()));
+  if (fetching->keys.empty()) return absl::OkStatus();
+  const uint64_t num_rows = fetch.end_row() - fetch.begin_row();
+  if (fetch.begin_row() % limits::kBlockTokens == 0 &&
+      fetching->keys.size() * limits::kBlockTokens == num_rows) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat(fetching->keys.size(), " keys of rows ",
+                                                 fetch.begin_row(), " to ", fetch.end_row(),
+                                                 ": a key is of a whole block"));
+}
+
+absl::Status Importer::TakeSources(const v1::FetchRows& fetch, Fetching* fetching) const {
+  LayerIndex next = traits_.layers.begin;
+  for (const v1::RowsSource& wire : fetch.sources()) {
+    if (wire.layer_begin() != next || wire.layer_end() <= next ||
+        wire.layer_end() > traits_.layers.end || wire.data_address().empty() ||
+        wire.secret() == 0 || (wire.stage_id() == 0 && fetching->keys.empty())) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "a source of layers ", wire.layer_begin(), " to ", wire.layer_end(), " at \"",
+          wire.data_address(), "\", layer ", next, " of ", traits_.layers.end,
+          " is next, each has an address and a secret, and replicas are asked for by keys"));
+    }
+    next = wire.layer_end();
+    fetching->sources.push_back({.layers = {wire.layer_begin(), wire.layer_end()},
+                                 .stage_id = wire.stage_id(),
+                                 .epoch = FromWire(wire.epoch()),
+                                 .address = wire.data_address(),
+                                 .secret = wire.secret()});
+  }
+  if (next == traits_.layers.end) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("its sources end before layer ", next));
+}
+
 absl::StatusOr<Importer::FetchingPtr> Importer::MakeFetching(const v1::FetchRows& fetch,
                                                              uint32_t most_rows,
                                                              uint32_t vocab_size) const {
   if (most_rows == 0) {
     return absl::InvalidArgumentError("no plan that came before imports it for this placement");
   }
-  const auto it = imports_.find(
-      {SequenceId{fetch.sequence_id()}, {fetch.placement().term(), fetch.placement().counter()}});
+  const auto it = imports_.find({SequenceId{fetch.sequence_id()}, FromWire(fetch.placement())});
   const uint32_t begin = it == imports_.end() ? 0 : it->second->rows_wanted;
   if (fetch.begin_row() != begin || fetch.end_row() <= begin || fetch.end_row() > most_rows) {
     return absl::InvalidArgumentError(
@@ -80,35 +115,24 @@ absl::StatusOr<Importer::FetchingPtr> Importer::MakeFetching(const v1::FetchRows
         absl::StrCat("token id ", token, ", the vocabulary has ", vocab_size));
   }
   auto fetching = std::make_shared<Fetching>();
-  LayerIndex next = traits_.layers.begin;
-  for (const v1::RowsSource& wire : fetch.sources()) {
-    if (wire.layer_begin() != next || wire.layer_end() <= next ||
-        wire.layer_end() > traits_.layers.end || wire.data_address().empty() ||
-        wire.secret() == 0) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("a source of layers ", wire.layer_begin(), " to ", wire.layer_end(),
-                       " at \"", wire.data_address(), "\", layer ", next, " of ",
-                       traits_.layers.end, " is next, and each has an address and a secret"));
-    }
-    next = wire.layer_end();
-    fetching->sources.push_back({.layers = {wire.layer_begin(), wire.layer_end()},
-                                 .stage_id = wire.stage_id(),
-                                 .epoch = FromWire(wire.epoch()),
-                                 .address = wire.data_address(),
-                                 .secret = wire.secret()});
-  }
-  if (next != traits_.layers.end) {
-    return absl::InvalidArgumentError(absl::StrCat("its sources end before layer ", next));
-  }
+  STRAIT_RETURN_IF_ERROR(TakeKeys(fetch, fetching.get()));
+  STRAIT_RETURN_IF_ERROR(TakeSources(fetch, fetching.get()));
+  fetching->begin_row = begin;
   fetching->end_row = fetch.end_row();
   fetching->bytes_per_s = fetch.bytes_per_s();
   fetching->any_numerics = fetch.any_numerics();
   for (size_t source = 0; source < fetching->sources.size(); ++source) {
     const RowRange all = {fetching->sources[source].layers, begin, fetch.end_row() - begin};
-    for (const RowRange& range : CutRange(traits_, all, share_->frame_bytes)) {
+    for (const RowRange& range : fetching->keys.empty()
+                                     ? CutRange(traits_, all, share_->frame_bytes)
+                                     : CutBlocks(traits_, all, share_->frame_bytes)) {
       fetching->to_ask.push_back(
           {.source = source, .range = range, .bytes = BytesOf(traits_, range)});
     }
+  }
+  if (!fetching->keys.empty()) {
+    std::stable_sort(fetching->to_ask.begin(), fetching->to_ask.end(),
+                     [](const Cut& a, const Cut& b) { return a.range.first < b.range.first; });
   }
   fetching->num_open = fetching->to_ask.size();
   return fetching;
@@ -116,8 +140,7 @@ absl::StatusOr<Importer::FetchingPtr> Importer::MakeFetching(const v1::FetchRows
 
 void Importer::Fetch(const v1::FetchRows& fetch, uint32_t most_rows, uint32_t vocab_size,
                      uint64_t now_us) {
-  const Key key = {SequenceId{fetch.sequence_id()},
-                   {fetch.placement().term(), fetch.placement().counter()}};
+  const Key key = {SequenceId{fetch.sequence_id()}, FromWire(fetch.placement())};
   absl::StatusOr<FetchingPtr> made = MakeFetching(fetch, most_rows, vocab_size);
   const auto it = imports_.find(key);
   if (!made.ok() && it == imports_.end()) {
@@ -144,6 +167,7 @@ void Importer::Fetch(const v1::FetchRows& fetch, uint32_t most_rows, uint32_t vo
 void Importer::EndFetches() {
   for (const auto& [key, import] : imports_) {
     if (import->rows_wanted == import->rows_fetched && import->status.ok()) continue;
+    STRAIT_CHECK(!import->is_restore, "what a stage begins with ends first");
     Fail(import.get(), absl::UnavailableError("the coordinator that asked for it is gone"));
     import->tell = false;
   }
@@ -204,8 +228,9 @@ void Importer::Count(Import* import, int change, uint64_t now_us) {
 
 bool Importer::MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us) {
   Import& import = *fetching.import;
-  if (cut.range.first + cut.range.count > import.rows_taken || now_us < cut.not_before_us)
+  if (cut.range.first + cut.range.count > import.rows_taken || now_us < cut.not_before_us) {
     return false;
+  }
   const auto peer = peers_.find(fetching.sources[cut.source].address);
   if (peer != peers_.end() && now_us < peer->second.not_before_us) return false;
   if (fetching.bytes_per_s == 0) return true;
@@ -252,42 +277,45 @@ void Importer::SendAsk(const FetchingPtr& fetching, Cut cut, uint64_t now_us) {
   if (fetching->bytes_per_s > 0) import.allowance -= static_cast<int64_t>(cut.bytes);
   Count(&import, 1, now_us);
   asked_.emplace(id, UnderWay{fetching, cut, {}, {}});
-  share_->transfer->Ask(id, source.address,
-                        {.stage_id = source.stage_id,
-                         .epoch = source.epoch,
-                         .sequence = import.key.first,
-                         .placement = import.key.second,
-                         .secret = source.secret,
-                         .layers = cut.range.layers,
-                         .first_row = cut.range.first,
-                         .num_rows = cut.range.count});
+  share_->transfer->Ask(id, source.address, AskOf(*fetching, cut));
+}
+
+RowsAsk Importer::AskOf(const Fetching& fetching, const Cut& cut) const {
+  const Source& source = fetching.sources[cut.source];
+  RowsAsk ask = {.stage_id = source.stage_id,
+                 .epoch = source.epoch,
+                 .sequence = fetching.import->key.first,
+                 .placement = fetching.import->key.second,
+                 .secret = source.secret,
+                 .layers = cut.range.layers,
+                 .first_row = cut.range.first,
+                 .num_rows = cut.range.count,
+                 .keys = {}};
+  if (source.stage_id != 0) return ask;
+  const auto first =
+      fetching.keys.begin() + (cut.range.first - fetching.begin_row) / limits::kBlockTokens;
+  ask.keys.assign(first, first + cut.range.count / limits::kBlockTokens);
+  return ask;
 }
 
 // ---------------------------------------------------------------- what comes
 
-absl::Status Importer::CheckFrame(const Fetching& fetching, const Cut& cut,
-                                  const RowsFrame& frame) const {
-  const Key key = {frame.sequence, frame.placement};
-  if (key != fetching.import->key) {
-    return absl::DataLossError(absl::StrCat("a frame of sequence ", frame.sequence.value,
-                                            " for placement ", ToString(frame.placement)));
-  }
-  return CheckPieces(traits_, cut.range, fetching.any_numerics, frame);
-}
-
 void Importer::AskAgain(UnderWay under_way, uint64_t pause_us, uint64_t now_us) {
   Release(under_way.cut);
-  Count(under_way.fetching->import.get(), -1, now_us);
+  Import* const import = under_way.fetching->import.get();
+  Count(import, -1, now_us);
+  if (under_way.cut.range.first >= under_way.fetching->useless_row) {
+    --under_way.fetching->num_open;
+    return EndDone(import);
+  }
   under_way.cut.not_before_us = now_us + pause_us;
   under_way.fetching->to_ask.push_front(under_way.cut);
 }
 
 void Importer::Refuse(UnderWay under_way, absl::Status why, uint64_t now_us) {
-  const std::shared_ptr<Import> import = under_way.fetching->import;
-  ++import->refused_frames;
-  const bool is_final = ++under_way.cut.refusals >= kMaxRefusals;
-  AskAgain(std::move(under_way), 0, now_us);
-  if (is_final) Fail(import.get(), std::move(why));
+  ++under_way.fetching->import->refused_frames;
+  if (++under_way.cut.refusals < kMaxRefusals) return AskAgain(std::move(under_way), 0, now_us);
+  GiveUp(std::move(under_way), std::move(why), now_us);
 }
 
 void Importer::OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us) {
@@ -310,16 +338,21 @@ void Importer::OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us
       return AskAgain(std::move(under_way), 0, now_us);
     case absl::StatusCode::kResourceExhausted:
     case absl::StatusCode::kOutOfRange:
-    case absl::StatusCode::kNotFound:
       return AskAgain(std::move(under_way), kAskAgainUs, now_us);
+    case absl::StatusCode::kNotFound:
+      if (!import->is_restore) return AskAgain(std::move(under_way), kAskAgainUs, now_us);
+      return Miss(std::move(under_way), frame.status(), now_us);
+    case absl::StatusCode::kPermissionDenied:
+      if (!import->is_restore) return GiveUp(std::move(under_way), frame.status(), now_us);
+      return Miss(std::move(under_way), frame.status(), now_us);
     case absl::StatusCode::kDataLoss:
       return Refuse(std::move(under_way), frame.status(), now_us);
     default:
-      AskAgain(std::move(under_way), 0, now_us);
-      return Fail(import, frame.status());
+      return GiveUp(std::move(under_way), frame.status(), now_us);
   }
   peer = {};
-  if (const absl::Status checked = CheckFrame(*under_way.fetching, under_way.cut, *frame);
+  if (const absl::Status checked = CheckFrame(traits_, AskOf(*under_way.fetching, under_way.cut),
+                                              under_way.fetching->any_numerics, *frame);
       !checked.ok()) {
     return Refuse(std::move(under_way), checked, now_us);
   }
@@ -343,7 +376,8 @@ void Importer::BeginWrites(uint64_t now_us) {
     next->blocks.clear();
     for (const BlockHeader& piece : next->frame.pieces) {
       const uint32_t layer = piece.layer - traits_.layers.begin;
-      const BlockId block = tables[layer].at(piece.first_position / limits::kBlockTokens);
+      const BlockId block =
+          tables[layer].at((piece.first_position - import->first_row) / limits::kBlockTokens);
       list.push_back({layer, block, piece.first_position % limits::kBlockTokens, piece.num_rows});
       next->blocks.push_back(block);
     }
@@ -355,8 +389,7 @@ void Importer::BeginWrites(uint64_t now_us) {
     std::unique_ptr<UnderWay> begun = std::move(next);
     arrived_.pop_front();
     if (!copy.ok()) {
-      AskAgain(std::move(*begun), 0, now_us);
-      Fail(import, copy.status());
+      GiveUp(std::move(*begun), copy.status(), now_us);
       continue;
     }
     cache_->BeginCopy(begun->blocks);
@@ -371,33 +404,42 @@ void Importer::OnCopies(absl::Span<const CopyEnd> ends, uint64_t now_us) {
     const std::unique_ptr<UnderWay> written = std::move(it->second);
     writing_.erase(it);
     cache_->EndCopy(written->blocks);
-    Release(written->cut);
     share_->transfer->GiveRows(std::move(written->frame.rows));
     Import* const import = written->fetching->import.get();
-    if (import->is_closed || !import->status.ok()) continue;
-    Count(import, -1, now_us);
-    if (!end.status.ok()) {
-      Fail(import, end.status);
-      continue;
+    if (import->is_closed || !import->status.ok()) {
+      Release(written->cut);
+    } else if (!end.status.ok()) {
+      GiveUp(std::move(*written), end.status, now_us);
+    } else {
+      Finish(std::move(*written), now_us);
     }
-    Finish(std::move(*written), now_us);
   }
 }
 
-void Importer::Finish(UnderWay written, uint64_t) {
+void Importer::Finish(UnderWay written, uint64_t now_us) {
   Import& import = *written.fetching->import;
-  for (const BlockHeader& piece : written.frame.pieces) import.digest.Add(piece);
+  Release(written.cut);
+  Count(&import, -1, now_us);
+  for (const BlockHeader& piece : written.frame.pieces) {
+    import.digest.Add(piece);
+    if (!import.is_restore) continue;
+    ++import.layers_here[(piece.first_position - import.first_row) / limits::kBlockTokens];
+  }
   import.bytes += written.cut.bytes;
-  if (--written.fetching->num_open > 0) return;
+  --written.fetching->num_open;
+  EndDone(&import);
+}
+
+void Importer::EndDone(Import* import) {
   // A later fetch may be done before an earlier one.
   for (auto it = fetches_.begin(); it != fetches_.end();) {
-    if ((*it)->import.get() != &import) {
+    if ((*it)->import.get() != import) {
       ++it;
       continue;
     }
     if ((*it)->num_open > 0) return;
-    import.rows_fetched = (*it)->end_row;
-    import.tell = true;
+    import->rows_fetched = (*it)->end_row;
+    import->tell = !import->is_restore;
     it = fetches_.erase(it);
   }
 }
@@ -406,6 +448,7 @@ std::vector<Importer::Fetched> Importer::Poll(uint64_t now_us) {
   BeginWrites(now_us);
   std::vector<Fetched> told = std::exchange(refused_, {});
   for (const auto& [key, import] : imports_) {
+    if (import->is_restore) continue;
     const bool is_due =
         import->bytes != import->told_bytes && now_us >= import->told_us + kTellFetchedUs;
     if (!import->tell && !is_due) continue;

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Importer brings the rows of sequences that come from another pipeline into a stage's cache: it asks
-// the workers that have them, piece by piece, and looks at what comes before it writes it.
+// Importer brings the rows of sequences that come from another pipeline, or with which a stage begins, into
+// its cache: it asks the workers that have them, piece by piece, and looks at what comes before it writes it.
 //
 // Owns:    the token ids of imports; frames until they are in the cache.
 // Borrows: BlockCopies, whose ends are handed in; LatentCache; TransferShare. They outlive it.
 // Thread:  loop thread only. No I/O, no clock of its own, no threads.
 // Errors:  Unavailable is asked again with a growing pause, without end: whoever wants the rows knows how
 //          long. ResourceExhausted, OutOfRange and NotFound (who has the rows may hear later that they are asked for)
-//          are asked again soon. What comes damaged, or is not what
-//          was asked for, is counted and asked again, kMaxRefusals times a piece. All else ends the import.
+//          are asked again soon; of a restore, NotFound kMaxMisses times. What comes damaged, or is not what
+//          was asked for, is counted and asked again, kMaxRefusals times a piece. All else ends the import;
+//          of a restore only the rows from there on.
 // Limits:  TransferShare; kMaxImportCopies under way.
 // Why:     pieces are cut from what the coordinator asks for, and cut the same when they are asked for
 //          again: so both ends sum up the same pieces (proto/wire/rows_digest.h). Rows are there when all
@@ -43,9 +44,12 @@ inline constexpr uint32_t kMaxRefusals = 3;
 inline constexpr uint64_t kFirstPauseUs = 50'000;  // after Unavailable; doubles
 inline constexpr uint64_t kMaxPauseUs = 1'000'000;
 inline constexpr uint64_t kAskAgainUs = 5'000;  // after ResourceExhausted, OutOfRange, NotFound
+// Of a piece with keys: a key may not be there, but who is asked may also hear later that it is to serve it.
+inline constexpr uint32_t kMaxMisses = 5;
+inline constexpr uint64_t kFirstMissUs = 10'000;  // doubles
 inline constexpr uint64_t kTellFetchedUs = 100'000;
 
-class Importer {
+class Importer final : public RowsTaker {
  public:
   Importer(const RowTraits& traits, BlockCopies* copies, LatentCache* cache, TransferShare* share)
       : traits_(traits), copies_(copies), cache_(cache), share_(share) {}
@@ -71,10 +75,21 @@ class Importer {
   // The epoch is over: no import any more. Copies may be under way.
   void Clear();
 
+  // ---- With what a stage begins ----
+  // Rows of `fetch`, whole blocks with keys, are fetched into the sequence's tables, whose first entries are of the
+  // first of these rows. Nothing of it is told by Poll. Errors: what Fetch would tell; FailedPrecondition: this
+  // worker moves no rows. REQUIRES: there are blocks for them; no import of this placement.
+  absl::Status Restore(const v1::FetchRows& fetch, uint32_t vocab_size, uint64_t now_us);
+  // Whether nothing of it is awaited any more. REQUIRES: Restore.
+  bool IsRestored(SequenceId id, PlacementEpoch placement) const;
+  // It is no import any more. How many of its blocks are here in all layers, before the first that is not. Copies
+  // into the others may be under way. REQUIRES: Restore.
+  uint32_t EndRestore(SequenceId id, PlacementEpoch placement);
+
   // ---- What drives it ----
   // Asks for as much as may be under way. `last`: for sequences that stand still; else for all others.
   void Ask(bool last, uint64_t now_us);
-  void OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us);
+  void OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us) override;
   // Those of others are passed over.
   void OnCopies(absl::Span<const CopyEnd> ends, uint64_t now_us);
   struct Fetched {
@@ -100,15 +115,18 @@ class Importer {
   using Key = std::pair<SequenceId, PlacementEpoch>;
   struct Source {
     LayerRange layers;
-    uint64_t stage_id = 0;
+    uint64_t stage_id = 0;  // 0: replicas, asked for by key
     PipelineEpoch epoch;
     std::string address;
     uint64_t secret = 0;
   };
   struct Import {
     Key key;
-    uint32_t rows_taken = 0;   // that there are blocks for
-    uint32_t rows_wanted = 0;  // by all fetches
+    bool is_restore = false;
+    uint32_t first_row = 0;             // of its tables
+    std::vector<uint32_t> layers_here;  // of a restore, by block: layers whose rows are here
+    uint32_t rows_taken = 0;            // that there are blocks for
+    uint32_t rows_wanted = 0;           // by all fetches
     uint32_t rows_fetched = 0;
     std::vector<TokenId> tokens;  // [rows_wanted]
     bool is_last = false;         // it stands still
@@ -132,11 +150,15 @@ class Importer {
     RowRange range;
     uint64_t bytes = 0;
     uint32_t refusals = 0;
+    uint32_t misses = 0;
     uint64_t not_before_us = 0;
   };
   struct Fetching {
     std::shared_ptr<Import> import;
+    uint32_t begin_row = 0;
     uint32_t end_row = 0;
+    std::vector<ContentKey> keys;         // of its blocks, or none
+    uint32_t useless_row = ~uint32_t{0};  // of a restore: rows from here on are not asked for again
     std::vector<Source> sources;
     uint64_t bytes_per_s = 0;
     bool any_numerics = false;
@@ -158,15 +180,23 @@ class Importer {
 
   absl::StatusOr<FetchingPtr> MakeFetching(const v1::FetchRows& fetch, uint32_t most_rows,
                                            uint32_t vocab_size) const;
+  absl::Status TakeKeys(const v1::FetchRows& fetch, Fetching* fetching) const;
+  absl::Status TakeSources(const v1::FetchRows& fetch, Fetching* fetching) const;
   bool MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us);
   void SendAsk(const FetchingPtr& fetching, Cut cut, uint64_t now_us);
-  absl::Status CheckFrame(const Fetching& fetching, const Cut& cut, const RowsFrame& frame) const;
+  RowsAsk AskOf(const Fetching& fetching, const Cut& cut) const;
   // Not what was asked for, or damaged.
   void Refuse(UnderWay under_way, absl::Status why, uint64_t now_us);
   void AskAgain(UnderWay under_way, uint64_t pause_us, uint64_t now_us);
   void BeginWrites(uint64_t now_us);
   void Finish(UnderWay under_way, uint64_t now_us);
+  // Of fetches that have no open cut.
+  void EndDone(Import* import);
   void Fail(Import* import, absl::Status why);
+  // What was asked for does not come: its import fails, or, of a restore, these rows and all behind.
+  void Miss(UnderWay under_way, absl::Status why, uint64_t now_us);
+  void GiveUp(UnderWay under_way, absl::Status why, uint64_t now_us);
+  void GiveUpRows(const UnderWay& under_way, const absl::Status& why);
   // Of an import: what was asked for and what has come is dropped.
   void DropAsked(const Import& import);
   void Count(Import* import, int change, uint64_t now_us);

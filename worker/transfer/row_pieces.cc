@@ -52,8 +52,54 @@ std::vector<RowRange> CutRange(const RowTraits& traits, const RowRange& range,
   return cuts;
 }
 
-absl::Status CheckPieces(const RowTraits& traits, const RowRange& range, bool any_numerics,
-                         const RowsFrame& frame) {
+std::vector<RowRange> CutBlocks(const RowTraits& traits, const RowRange& range,
+                                uint64_t frame_bytes) {
+  constexpr uint64_t kMostPieces = std::min<uint64_t>(limits::kMaxTransferBlocks, kMaxCopyEntries);
+  const uint64_t block_bytes = uint64_t{traits.shape.row_bytes()} * limits::kBlockTokens;
+  const uint64_t most = std::clamp<uint64_t>(frame_bytes / block_bytes, 1, kMostPieces);
+  const auto [begin, end] = range.layers;
+  const auto layers = static_cast<uint32_t>(std::min<uint64_t>(end - begin, most));
+  const auto blocks = static_cast<uint32_t>(std::clamp<uint64_t>(most / layers, 1, kMaxAskKeys));
+  std::vector<RowRange> cuts;
+  for (uint32_t done = 0; done < range.count; done += blocks * limits::kBlockTokens) {
+    const uint32_t count = std::min(range.count - done, blocks * limits::kBlockTokens);
+    for (LayerIndex layer = begin; layer < end; layer += layers) {
+      cuts.push_back({{layer, std::min(layer + layers, end)}, range.first + done, count});
+    }
+  }
+  return cuts;
+}
+
+absl::Status CheckAsk(const RowTraits& traits, const RowsAsk& ask) {
+  if (ask.layers.begin < traits.layers.begin || ask.layers.end > traits.layers.end ||
+      ask.layers.begin >= ask.layers.end || ask.num_rows == 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(ask.num_rows, " rows of layers ", ask.layers.begin, " to ", ask.layers.end,
+                     ", here are layers ", traits.layers.begin, " to ", traits.layers.end));
+  }
+  const uint64_t bytes = BytesOf(traits, RangeOf(ask));
+  const uint64_t pieces = PiecesOf(RangeOf(ask));
+  if (bytes > limits::kTransferFrameBytes || pieces > limits::kMaxTransferBlocks ||
+      pieces > kMaxCopyEntries) {
+    return absl::InvalidArgumentError(absl::StrCat(pieces, " pieces of ", bytes,
+                                                   " bytes in one frame, at most ",
+                                                   limits::kTransferFrameBytes, " bytes"));
+  }
+  const bool is_whole = ask.first_row % limits::kBlockTokens == 0 &&
+                        ask.num_rows == ask.keys.size() * limits::kBlockTokens;
+  if (ask.keys.empty() || (is_whole && ask.keys.size() <= kMaxAskKeys)) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(ask.keys.size(), " keys of ", ask.num_rows, " rows from row ", ask.first_row,
+                   ": a key is of a whole block, and an ask has at most ", kMaxAskKeys));
+}
+
+absl::Status CheckFrame(const RowTraits& traits, const RowsAsk& ask, bool any_numerics,
+                        const RowsFrame& frame) {
+  const RowRange range = RangeOf(ask);
+  if (frame.sequence != ask.sequence || frame.placement != ask.placement) {
+    return absl::DataLossError(absl::StrCat("a frame of sequence ", frame.sequence.value,
+                                            " for placement ", ToString(frame.placement)));
+  }
   if (frame.rows.size() != BytesOf(traits, range) || frame.pieces.size() != PiecesOf(range)) {
     return absl::DataLossError(absl::StrCat("a frame of ", frame.pieces.size(), " pieces and ",
                                             frame.rows.size(), " bytes, asked for were ",
@@ -63,9 +109,13 @@ absl::Status CheckPieces(const RowTraits& traits, const RowRange& range, bool an
   auto piece = frame.pieces.begin();
   ForPieces(range, [&](LayerIndex layer, uint32_t first, uint32_t count) {
     BlockHeader theirs = *piece++;
-    const BlockHeader ours = PieceHeader(traits, layer, first, count);
+    BlockHeader ours = PieceHeader(traits, layer, first, count);
     theirs.row_checksum = 0;
-    theirs.content_key = {};
+    if (ask.keys.empty()) {
+      theirs.content_key = {};
+    } else {
+      ours.content_key = ask.keys[(first - ask.first_row) / limits::kBlockTokens];
+    }
     if (any_numerics) theirs.origin.numerics = ours.origin.numerics;
     if (theirs == ours || !status.ok()) return;
     if (theirs.layer != layer || theirs.first_position != first || theirs.num_rows != count) {
@@ -73,6 +123,9 @@ absl::Status CheckPieces(const RowTraits& traits, const RowRange& range, bool an
           "rows ", theirs.first_position, " to ", theirs.first_position + theirs.num_rows,
           " of layer ", theirs.layer, " came, asked for were ", first, " to ", first + count,
           " of layer ", layer));
+    } else if (theirs.content_key != ours.content_key) {
+      status = absl::DataLossError(absl::StrCat("another block than was asked for came, rows from ",
+                                                first, " of layer ", layer));
     } else if (theirs.origin == ours.origin) {
       status = absl::FailedPreconditionError(absl::StrCat(
           "rows of ", theirs.row_bytes, " bytes, rank ", theirs.rank, ", format ",

@@ -22,7 +22,7 @@ namespace strait {
 
 // What a stage's rows are, for the headers that go with them.
 struct RowTraits {
-  LayerRange layers;  // of the stage
+  LayerRange layers;  // of the stage, or of the model
   RowShape shape;
   BlockOrigin origin;
 };
@@ -33,6 +33,8 @@ struct RowRange {
   uint32_t first = 0;
   uint32_t count = 0;
 };
+
+inline RowRange RangeOf(const RowsAsk& ask) { return {ask.layers, ask.first_row, ask.num_rows}; }
 
 inline uint64_t BytesOf(const RowTraits& traits, const RowRange& range) {
   return uint64_t{range.layers.size()} * range.count * traits.shape.row_bytes();
@@ -67,9 +69,18 @@ BlockHeader PieceHeader(const RowTraits& traits, LayerIndex layer, uint32_t firs
 std::vector<RowRange> CutRange(const RowTraits& traits, const RowRange& range,
                                uint64_t frame_bytes);
 
-// Whether a frame has exactly these pieces. DataLoss: others, or other bytes; FailedPrecondition: rows of
+// The same of whole blocks, by rising position: of each few blocks all layers. What has come when it ends early is
+// of use. REQUIRES: the range begins and ends at blocks' borders.
+std::vector<RowRange> CutBlocks(const RowTraits& traits, const RowRange& range,
+                                uint64_t frame_bytes);
+
+// What an ask must be in itself: layers of these, rows in one frame, keys of whole blocks or none.
+// InvalidArgument.
+absl::Status CheckAsk(const RowTraits& traits, const RowsAsk& ask);
+
+// Whether a frame has exactly what was asked for. DataLoss: others, or other bytes; FailedPrecondition: rows of
 // another model, of numerics that are not `any_numerics`, or of another shape.
-absl::Status CheckPieces(const RowTraits& traits, const RowRange& range, bool any_numerics,
-                         const RowsFrame& frame);
+absl::Status CheckFrame(const RowTraits& traits, const RowsAsk& ask, bool any_numerics,
+                        const RowsFrame& frame);
 
 }  // namespace strait

@@ -32,6 +32,8 @@ namespace strait {
 
 // Of one worker, not answered.
 inline constexpr size_t kMaxAsksUnderWay = 64;
+// Of one ask.
+inline constexpr size_t kMaxAskKeys = 128;
 
 // As RowsRequest of proto/strait/v1/transfer.proto.
 struct RowsAsk {
@@ -43,6 +45,9 @@ struct RowsAsk {
   LayerRange layers;
   uint32_t first_row = 0;
   uint32_t num_rows = 0;
+  // Not empty: of the blocks of these rows, which are whole ones. Of replicas (stage_id 0), or of a stage's prefix
+  // blocks (sequence 0).
+  std::vector<ContentKey> keys;
 };
 
 // Rows of several pieces, each of one block, and what they are.

@@ -5,8 +5,10 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/types/span.h"
+#include "proto/base/check.h"
 #include "proto/base/limits.h"
 #include "proto/base/status_macros.h"
+#include "proto/model/content_key.h"
 #include "proto/rpc/byte_cursor.h"
 #include "proto/rpc/status.h"
 #include "proto/wire/block_codec.h"
@@ -52,6 +54,7 @@ v1::RowsRequest ToWire(uint64_t request_id, const RowsAsk& ask) {
   request.set_layer_end(ask.layers.end);
   request.set_first_row(ask.first_row);
   request.set_num_rows(ask.num_rows);
+  request.set_keys(Pack(ask.keys));
   return request;
 }
 
@@ -65,10 +68,13 @@ absl::StatusOr<v1::RowsRequest> ParseRequest(const grpc::ByteBuffer& message) {
   cursor.Read(cursor.remaining(), &bytes);
   v1::RowsRequest request;
   if (!request.ParseFromString(bytes)) return Malformed("unreadable request");
+  if (!ParseContentKeys(request.keys()).ok()) return Malformed("its keys");
   return request;
 }
 
 RowsAsk FromWire(const v1::RowsRequest& request) {
+  const auto keys = ParseContentKeys(request.keys());
+  STRAIT_CHECK(keys.ok(), "ParseRequest looked at them");
   return {.stage_id = request.stage_id(),
           .epoch = {request.epoch_term(), request.epoch_counter()},
           .sequence = SequenceId{request.sequence_id()},
@@ -76,7 +82,8 @@ RowsAsk FromWire(const v1::RowsRequest& request) {
           .secret = request.secret(),
           .layers = {request.layer_begin(), request.layer_end()},
           .first_row = request.first_row(),
-          .num_rows = request.num_rows()};
+          .num_rows = request.num_rows(),
+          .keys = *keys};
 }
 
 // ---------------------------------------------------------------- replies

@@ -28,6 +28,7 @@ namespace strait {
 
 v1::RowsRequest ToWire(uint64_t request_id, const RowsAsk& ask);
 absl::StatusOr<v1::RowsRequest> ParseRequest(const grpc::ByteBuffer& message);
+// REQUIRES: ParseRequest took it.
 RowsAsk FromWire(const v1::RowsRequest& request);
 
 // Fills in the pieces' checksums.

@@ -12,14 +12,23 @@
 #include <cstdint>
 #include <map>
 
+#include "absl/status/statusor.h"
 #include "proto/base/ids.h"
 #include "proto/base/limits.h"
 #include "worker/transfer/row_transfer.h"
 
 namespace strait {
 
-class Importer;
 class Exporter;
+
+// Who asks for rows, and is given the answers.
+class RowsTaker {
+ public:
+  virtual void OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us) = 0;
+
+ protected:
+  ~RowsTaker() = default;
+};
 
 // Of what bulk asks for: the rest is for sequences that stand still, which must not wait behind it.
 inline constexpr uint64_t kBulkBytesUnderWay = limits::kTransferBytesUnderWay / 2;
@@ -34,7 +43,7 @@ struct TransferShare {
   size_t num_made = 0;              // such frames
   bool holds_copies = false;        // none begins: the cache is about to become smaller
   AskId last_ask;
-  std::map<AskId, Importer*> asks;             // not answered
+  std::map<AskId, RowsTaker*> asks;            // not answered
   std::map<PeerAskId, Exporter*> unconfirmed;  // answered, and OnServed has not come
 };
 

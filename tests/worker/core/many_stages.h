@@ -6,6 +6,7 @@
 
 #include <gtest/gtest.h>
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -23,9 +24,13 @@ namespace strait {
 struct ManyStages {
   static constexpr uint32_t kLayers = 6;
 
-  explicit ManyStages(int64_t memory_blocks = 1000, RowTransfer* transfer = nullptr)
+  // `replica_blocks`: that replicas may have memory for.
+  explicit ManyStages(int64_t memory_blocks = 1000, RowTransfer* transfer = nullptr,
+                      uint32_t replica_blocks = 0, uint64_t frame_bytes = 100 * kHashRowBytes)
       : memory(memory_blocks),
-        core({.orphan_timeout_us = 1'000'000, .transfer_frame_bytes = 100 * kHashRowBytes},
+        core({.orphan_timeout_us = 1'000'000,
+              .replica_bytes = uint64_t{replica_blocks} * limits::kBlockTokens * kHashRowBytes,
+              .transfer_frame_bytes = frame_bytes},
              {.num_layers = kLayers,
               .hidden_row_bytes = kFakeHiddenRowBytes,
               .vocab_size = kFakeVocab,
@@ -59,7 +64,8 @@ struct ManyStages {
     }
   }
   // Edges of the pipeline are up at once.
-  void Activate(const std::vector<uint64_t>& pipeline, size_t index, uint64_t counter) {
+  void Activate(const std::vector<uint64_t>& pipeline, size_t index, uint64_t counter,
+                const std::function<void(v1::ActivateStage*)>& amend = {}) {
     v1::ToWorker message;
     v1::ActivateStage& activate = *message.mutable_activate_stage();
     activate.set_stage_id(pipeline[index]);
@@ -83,7 +89,8 @@ struct ManyStages {
                   .to_stage_id = pipeline[index + 1]};
     }
     behind[pipeline[index]] = activate.next_stage_id();
-    core.OnMessage(std::move(message), 0);
+    if (amend) amend(&activate);
+    core.OnMessage(std::move(message), now_us);
     if (next) core.OnEdgeUp(*next, {});
   }
   void ActivateAll(const std::vector<uint64_t>& pipeline, uint64_t counter) {
@@ -178,6 +185,7 @@ struct ManyStages {
   }
 
   static uint64_t Clock() { return 0; }
+  uint64_t now_us = 0;  // when it is activated
 
   const int64_t memory;
   int64_t taken = 0;

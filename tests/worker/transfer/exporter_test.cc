@@ -99,12 +99,16 @@ class ExporterTest : public testing::Test {
   std::map<SequenceId, uint32_t> finished_;
   ScriptedTransfer transfer_;
   TransferShare share_;
-  Exporter exporter_{HashRowTraits(kLayers, kOrigin), &copies_, &cache_, &share_,
+  Exporter exporter_{HashRowTraits(kLayers, kOrigin),
+                     &copies_,
+                     &cache_,
+                     &share_,
                      [this](SequenceId id) -> std::optional<uint32_t> {
                        const auto it = finished_.find(id);
                        if (it == finished_.end()) return std::nullopt;
                        return it->second;
-                     }};
+                     },
+                     [this](const ContentKey& key) { return cache_.has_prefix(key); }};
   std::vector<Exporter::Served> told_;
   uint64_t last_ask_ = 0;
 };
@@ -288,6 +292,78 @@ TEST_F(ExporterTest, ACopyThatFailsIsTold) {
   Asked(AskOf(0, 100));
   Turn();
   EXPECT_EQ(CodeOf(1), absl::StatusCode::kInternal);
+}
+
+TEST_F(ExporterTest, PrefixBlocksAreServedByTheirKeys) {
+  const ContentKey first{1, 1}, second{2, 2};
+  cache_.KeepPrefix(kId, first);
+  cache_.KeepPrefix(kId, second);
+  RowsAsk ask{.secret = kSecret, .layers = {4, 6}, .first_row = 640, .num_rows = 128};
+  ask.keys = {second, first};                          // whatever their order
+  EXPECT_EQ(Asked(ask), absl::StatusCode::kNotFound);  // nothing is served
+  v1::ServeRows serve = ServeOf(SequenceId{0}, 64);
+  serve.clear_placement();
+  exporter_.Serve(serve);
+  EXPECT_EQ(Asked(ask), absl::StatusCode::kUnknown);
+  Turn();
+  const auto& answer = transfer_.answers.at(last_ask_);
+  ASSERT_TRUE(answer.ok()) << answer.status();
+  ASSERT_EQ(answer->pieces.size(), 4u);
+  EXPECT_TRUE(CheckFrame(HashRowTraits(kLayers, kOrigin), ask, false, *answer).ok());
+  for (size_t i = 0; i < 4; ++i) {
+    const LayerIndex layer = 4 + static_cast<LayerIndex>(i / 2);
+    EXPECT_EQ(answer->pieces[i].content_key, i % 2 == 0 ? second : first);
+    const auto* rows = reinterpret_cast<const std::byte*>(answer->rows.data());
+    EXPECT_EQ(GetHashRow(rows + (i * 64 + 5) * kHashRowBytes),
+              Value(layer, (i % 2 == 0 ? 64 : 0) + 5));
+  }
+  Confirm(last_ask_);
+  Turn();
+  EXPECT_TRUE(told_.empty());  // of these nobody is told
+
+  RowsAsk wrong = ask;
+  wrong.keys[1] = {3, 3};
+  EXPECT_EQ(Asked(wrong), absl::StatusCode::kNotFound);
+  wrong = ask;
+  wrong.secret = 1;
+  EXPECT_EQ(Asked(wrong), absl::StatusCode::kPermissionDenied);
+  wrong = ask;
+  wrong.keys.pop_back();
+  EXPECT_EQ(Asked(wrong), absl::StatusCode::kInvalidArgument);
+  wrong = ask;
+  wrong.keys.clear();
+  EXPECT_EQ(Asked(wrong), absl::StatusCode::kInvalidArgument);
+  wrong = ask;
+  wrong.first_row = 1;
+  EXPECT_EQ(Asked(wrong), absl::StatusCode::kInvalidArgument);
+  // Keys of a sequence: it is asked for by positions.
+  exporter_.Serve(ServeOf());
+  wrong = AskOf(0, 64);
+  wrong.keys = {first};
+  EXPECT_EQ(Asked(wrong), absl::StatusCode::kInvalidArgument);
+
+  // They stay when their sequence goes; a copy of one that is dropped ends well.
+  finished_.erase(kId);
+  exporter_.Close(kId);
+  cache_.Close(kId);
+  faults_.delay_polls = 2;
+  EXPECT_EQ(Asked(ask), absl::StatusCode::kUnknown);
+  cache_.DropPrefix(first);
+  EXPECT_EQ(cache_.num_pinned(), 2u);
+  while (exporter_.num_copies() > 0) Turn();
+  EXPECT_EQ(CodeOf(last_ask_), absl::StatusCode::kOk);
+  EXPECT_EQ(Asked(ask), absl::StatusCode::kNotFound);
+  EXPECT_EQ(cache_.num_pinned(), 0u);
+
+  // Until it is ended.
+  ask.keys = {second};
+  ask.num_rows = 64;
+  EXPECT_EQ(Asked(ask), absl::StatusCode::kUnknown);
+  serve.set_end(true);
+  exporter_.Serve(serve);
+  while (exporter_.num_copies() > 0) Turn();
+  EXPECT_EQ(CodeOf(last_ask_), absl::StatusCode::kAborted);
+  EXPECT_EQ(Asked(ask), absl::StatusCode::kNotFound);
 }
 
 }  // namespace

@@ -119,7 +119,8 @@ TEST(RowsMessageTest, WhatNobodyWritesIsRefused) {
 }
 
 TEST(RowsMessageTest, ARequestIsWhatWasAsked) {
-  const RowsAsk ask = AnAsk();
+  RowsAsk ask = AnAsk();
+  ask.keys = {{1, 2}, {3, 4}};
   const auto parsed = ParseRequest(BufferOf(ToWire(9, ask).SerializeAsString()));
   ASSERT_TRUE(parsed.ok());
   EXPECT_EQ(parsed->request_id(), 9u);
@@ -132,6 +133,12 @@ TEST(RowsMessageTest, ARequestIsWhatWasAsked) {
   EXPECT_EQ(back.layers, ask.layers);
   EXPECT_EQ(back.first_row, ask.first_row);
   EXPECT_EQ(back.num_rows, ask.num_rows);
+  EXPECT_EQ(back.keys, ask.keys);
+  v1::RowsRequest wrong = ToWire(9, ask);
+  wrong.mutable_keys()->pop_back();
+  EXPECT_FALSE(ParseRequest(BufferOf(wrong.SerializeAsString())).ok());
+  ask.keys.assign(kMaxAskKeys, {~uint64_t{0}, 1});
+  EXPECT_TRUE(ParseRequest(BufferOf(ToWire(9, ask).SerializeAsString())).ok());
 }
 
 }  // namespace
