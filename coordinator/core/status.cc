@@ -176,6 +176,10 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Cont
   out["process_id"] = worker.process_id;
   out["memory_bytes"] = worker.memory_bytes;
   out["host_cache_bytes"] = worker.host_cache_bytes;
+  out["replica_bytes"] = worker.replica_bytes;
+  if (cluster.replicas().Offers(worker.id)) {
+    out["replica_bytes_used"] = cluster.replicas().used_bytes(worker.id);
+  }
   const uint64_t booked =
       BookedBytes(context.options, context.model, worker.memory(), worker.stages);
   out["booked_bytes"] = booked;
@@ -190,6 +194,11 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Cont
                              ? SeatJson(*cluster.pipelines().at(hosted.pipeline), hosted.slot_index)
                              : StageJson(stage_id, hosted);
     stage["pipeline_id"] = hosted.pipeline.value;
+    if (seated) {
+      const Copying& copying =
+          cluster.pipelines().at(hosted.pipeline)->slots[hosted.slot_index].copying;
+      if (copying.buddy.value != 0) stage["buddy_worker_id"] = copying.buddy.value;
+    }
     stage["block_bytes"] = context.model.block_bytes;
     // As planned; with cache, and weights that no other stage there has too, all that it takes.
     stage["workspace_bytes"] = StageWorkspaceBytes(context.model, hosted.layers, worker.memory());
@@ -253,7 +262,7 @@ json::Object PipelineJson(const Pipeline& pipeline, const Cluster& cluster, cons
   return out;
 }
 
-json::Object SequenceJson(const Sequence& sequence,
+json::Object SequenceJson(const Sequence& sequence, const Cluster& cluster,
                           const absl::flat_hash_map<const Scheduler*, PipelineId>& pipelines) {
   json::Object out;
   out["id"] = sequence.id.value;
@@ -279,6 +288,9 @@ json::Object SequenceJson(const Sequence& sequence,
         rows < sequence.rows_wanted() && home->ready_ticket == 0 ? "prefilling" : "decoding";
     out["pipeline_id"] = pipelines.at(home->scheduler).value;
     out["placement"] = EpochJson(home->epoch);
+    const Pipeline& pipeline = *cluster.pipelines().at(pipelines.at(home->scheduler));
+    out["protected_rows"] = cluster.ProtectedRows(pipeline, *home);
+    out["unprotected"] = !cluster.replicas().any() || !cluster.IsProtected(pipeline, *home);
     if (!home->rows.even()) {
       json::Array by_stage;
       for (uint32_t s = 0; s < home->scheduler->stages().size(); ++s) {
@@ -331,6 +343,13 @@ json::Object StatsJson(const CoreStats& stats) {
   out["host_copied_bytes"] = stats.host_copied_bytes;
   out["host_copying_us"] = stats.host_copying_us;
   out["preemptions"] = stats.preemptions;
+  out["replicas_made"] = stats.replicas_made;
+  out["replicas_failed"] = stats.replicas_failed;
+  out["replicas_refused"] = stats.replicas_refused;
+  out["replicated_bytes"] = stats.replicated_bytes;
+  out["restored_rows"] = stats.restored_rows;
+  out["decoding_us"] = stats.decoding_us;
+  out["protected_us"] = stats.protected_us;
   out["migrations"] = stats.migrations;
   out["migrations_failed"] = stats.migrations_failed;
   out["migrated_bytes"] = stats.migrated_bytes;
@@ -384,7 +403,7 @@ std::string Core::StatusJson(uint64_t now_us) const {
   json::Array sequences;
   for (const auto& [id, sequence] : state.journal.sequences()) {
     if (sequences.size() == kMaxListedSequences) break;
-    sequences.push_back(SequenceJson(*sequence, by_scheduler));
+    sequences.push_back(SequenceJson(*sequence, state.cluster, by_scheduler));
   }
   out["running"] = stats.running;
   out["waiting"] = stats.waiting;
