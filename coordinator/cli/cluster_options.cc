@@ -113,11 +113,11 @@ absl::Status CompleteOptions(LocalClusterOptions* options) {
                      "(config.json, *.safetensors, tokenizer.json)"));
   }
   if (options->worker_threads == 0) {
-    options->worker_threads = std::max(1u, AvailableCores() / options->num_workers);
+    options->worker_threads = std::max(1u, AvailableCores() / options->num_processes());
   }
   if (options->worker_memory.empty() && !on_gpu) {
     const uint64_t share = static_cast<uint64_t>(static_cast<double>(AvailableMemoryBytes()) *
-                                                 kMemoryShare / options->num_workers);
+                                                 kMemoryShare / options->num_processes());
     if (share > 0) options->worker_memory = std::to_string(share);
   }
   return absl::OkStatus();
@@ -177,11 +177,11 @@ ChildSpec WorkerSpec(const LocalClusterOptions& options, const Daemons& daemons,
   if (options.backend == "cuda") {
     const auto num_gpus = static_cast<uint32_t>(options.gpus.size());
     const uint32_t slot = index % num_gpus;
-    const uint32_t sharers = (options.num_workers - slot + num_gpus - 1) / num_gpus;
+    const uint32_t sharers = (options.num_processes() - slot + num_gpus - 1) / num_gpus;
     Append(spec.argv, {"--backend", "cuda", "--gpu", std::to_string(options.gpus[slot]),
                        "--gpu-memory-share", absl::StrCat(kGpuMemoryShare / sharers)});
     // Where any share one, all go by the network: NCCL takes two such for two hosts.
-    const bool any_share = options.num_workers > num_gpus;
+    const bool any_share = options.num_processes() > num_gpus;
     if (any_share) spec.environment = SharedGpuEnvironment(name);
   }
   if (!options.random_weights.empty()) {

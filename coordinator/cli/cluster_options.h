@@ -21,6 +21,7 @@ struct LocalClusterOptions {
   // 0: two stages a pipeline; on GPUs a worker each, and one a pipeline at least.
   uint32_t num_workers = 0;
   uint32_t num_pipelines = 1;
+  uint32_t num_spares = 0;  // more workers, which take the place of one that dies
   std::string backend = "cpu";
   std::vector<uint32_t> gpus;  // over which workers are dealt in turn; empty: GPU 0
   std::string http;  // host:port; empty: 127.0.0.1:8000, or a free port when that is taken
@@ -38,6 +39,7 @@ struct LocalClusterOptions {
 
   // After CompleteOptions.
   uint32_t num_stages() const { return num_workers / num_pipelines; }
+  uint32_t num_processes() const { return num_workers + num_spares; }
 };
 
 // Checks options and fills in what was left to us: workers, threads, memory, GPUs.

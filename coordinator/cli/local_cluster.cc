@@ -95,7 +95,7 @@ absl::Status LocalCluster::Launch() {
   const Daemons daemons{folder, http_, grpc_};
   coordinator_.name = "coordinator";
   coordinator_.spec = CoordinatorSpec(options_, daemons);
-  for (uint32_t i = 0; i < options_.num_workers; ++i) {
+  for (uint32_t i = 0; i < options_.num_processes(); ++i) {
     Process worker;
     worker.name = WorkerName(i);
     worker.spec = WorkerSpec(options_, daemons, i);
@@ -110,8 +110,8 @@ absl::Status LocalCluster::Launch() {
   client_ = std::make_unique<HttpClient>(probe, key, signals_->fd());
 
   terminal_->Say(absl::StrCat(
-      "Starting a coordinator and ", options_.num_workers, " worker",
-      options_.num_workers == 1 ? "" : "s", " (", options_.num_pipelines, " pipeline",
+      "Starting a coordinator and ", options_.num_processes(), " worker",
+      options_.num_processes() == 1 ? "" : "s", " (", options_.num_pipelines, " pipeline",
       options_.num_pipelines == 1 ? "" : "s", " of ", num_stages(), " stage",
       num_stages() == 1 ? "" : "s", ", ", options_.worker_threads, " thread",
       options_.worker_threads == 1 ? "" : "s", " a worker); logs in ", options_.log_dir));
@@ -283,9 +283,9 @@ void LocalCluster::ShowLoading() {
     terminal_->Say(absl::StrCat("Not serving yet: ", error));
     shown_error_ = error;
   }
-  if (workers.size() < options_.num_workers) {
+  if (workers.size() < options_.num_processes()) {
     terminal_->Progress(absl::StrCat("Waiting for workers, ", workers.size(), " of ",
-                                     options_.num_workers, " registered"),
+                                     options_.num_processes(), " registered"),
                         -1);
   } else if (total > 0) {
     terminal_->Progress(

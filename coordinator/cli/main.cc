@@ -59,6 +59,11 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
       ->check(CLI::Range(1u, 1024u))
       ->capture_default_str()
       ->group(group);
+  verb.add_option("--spares", options->num_spares,
+                  "More workers, without a stage until one dies or pipelines are scaled")
+      ->envname("STRAIT_SPARES")
+      ->check(CLI::Range(0u, 1024u))
+      ->group(group);
   verb.add_option("--backend", options->backend, "Where workers compute: cpu, or cuda")
       ->envname("STRAIT_BACKEND")
       ->capture_default_str()

@@ -1,0 +1,222 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""What a client feels when its sequence moves to another pipeline, and when a worker under it dies.
+
+  moves.py --bin build/release/bin [--model DIR] [--lengths 1024,8192,16000] [--moves 6] [--load 0,8] [--threads 1]
+           [--crash] [--replica-memory 2GiB] [--deaths 2] [--arg=--backend --arg=cuda …] [--json FILE]
+
+Two pipelines of one worker each. A sequence of each length decodes and moves back and forth; with --load others decode
+beside it, half of them in each pipeline. The pause is the gap at the client between the last token of the old pipeline and the
+first of the new one, less the median of the 50 gaps before it. With --crash one pipeline of two stages, and a spare: the
+worker of each stage is killed in turn while a sequence decodes; once with copies of rows on the other workers, once without.
+The gap of a death runs from the kill's moment to the next token. Random weights.
+"""
+import argparse
+import json
+import os
+import pathlib
+import random
+import signal
+import statistics
+import threading
+import time
+import urllib.request
+
+from report import MODELS, Server
+
+GAPS = 50
+
+
+def tokens(seed, count):
+    # The smallest bundled vocabulary has 640 ids.
+    return random.Random(seed).choices(range(10, 610), k=count)
+
+
+class Stream:
+    """Decodes until it is closed, and notes when each token came."""
+
+    def __init__(self, server, prompt, max_tokens, seed=0):
+        self.server, self.length, self.times, self.ids = server, len(prompt), [], []
+        self.closed, self.failure = False, None
+        room = server.get("/strait/status")["max_positions"] - len(prompt)
+        body = {"prompt": prompt, "max_tokens": min(max_tokens, room), "temperature": 0.8, "seed": seed, "ignore_eos": True, "stream": True,
+                "return_token_ids": True}
+        request = urllib.request.Request(server.url + "/v1/completions", json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        self.reply = urllib.request.urlopen(request, timeout=1200)
+        self.name = None
+        self.thread = threading.Thread(target=self.read, daemon=True)
+        self.thread.start()
+
+    def read(self):
+        try:
+            for line in self.reply:
+                if self.closed:
+                    return
+                if not line.startswith(b"data: {"):
+                    continue
+                now, event = time.perf_counter(), json.loads(line[6:])
+                if "error" in event:
+                    raise RuntimeError(event["error"])
+                self.name = event["id"]
+                for choice in event["choices"]:
+                    ids = choice.get("token_ids") or []
+                    self.ids += ids
+                    self.times += [now] * len(ids)
+        except Exception as e:
+            if not self.closed:
+                self.failure = e
+
+    def wait(self, count, timeout=1200):
+        end = time.monotonic() + timeout
+        while len(self.times) < count:
+            if self.failure or time.monotonic() > end:
+                raise RuntimeError(f"{len(self.times)} of {count} tokens came: {self.failure}")
+            time.sleep(0.002)
+
+    def close(self):
+        self.closed = True
+        try:
+            self.reply.close()
+        except Exception:
+            pass
+
+    def gaps_before(self, index):
+        """Of the tokens up to this one."""
+        first = max(0, index - GAPS)
+        return [b - a for a, b in zip(self.times[first:index], self.times[first + 1:index + 1])]
+
+
+def operator_key(server):
+    port = server.url.rsplit(":", 1)[1]
+    for folder in (os.environ.get("XDG_RUNTIME_DIR"), os.environ.get("XDG_STATE_HOME"),
+                   os.path.expanduser("~/.local/state")):
+        path = pathlib.Path(folder or "/nowhere") / "strait" / f"operator-key-{port}"
+        if path.exists():
+            return path.read_text().strip()
+    raise RuntimeError("strait up left no operator key")
+
+
+def migrate(server, key, sequence, to):
+    request = urllib.request.Request(server.url + "/strait/migrate", json.dumps({"sequence": sequence, "to": to}).encode(),
+                                     {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=600) as reply:
+        last = json.loads(reply.read().splitlines()[-1])
+    if last["event"] != "done":
+        raise RuntimeError(last)
+    return last
+
+
+def place(server, name):
+    for sequence in server.get("/strait/status")["sequences"]:
+        if sequence["request"] == name:
+            return sequence.get("pipeline_id")
+    return None
+
+
+def moves(server, length, count, load, seed):
+    key = operator_key(server)
+    pipelines = [p["id"] for p in server.get("/strait/status")["pipelines"]]
+    others = [Stream(server, tokens(f"load {seed} {i}", 256), 100_000 if load else 1, i) for i in range(load)]
+    for other in others:
+        other.wait(5)
+    stream = Stream(server, tokens(f"{length} {seed}", length), (count + 2) * (GAPS + 60))
+    stream.wait(GAPS + 5)
+    time.sleep(1.2)  # status is published now and then
+    here = place(server, stream.name)
+    rows = []
+    for _ in range(count):
+        to = next(p for p in pipelines if p != here)
+        done = migrate(server, key, stream.name, to)
+        index = done["rows"] - length  # of the source's last token
+        stream.wait(index + GAPS)
+        before = statistics.median(stream.gaps_before(index))
+        after = statistics.median([b - a for a, b in zip(stream.times[index + 1:index + GAPS - 1], stream.times[index + 2:index + GAPS])])
+        gap = stream.times[index + 1] - stream.times[index]
+        rows.append({"tokens": length, "load": load, "pause_ms": (gap - before) * 1e3, "gap_ms": gap * 1e3,
+                     "gap_before_ms": before * 1e3, "gap_after_ms": after * 1e3, "told_pause_ms": done["pause_ms"],
+                     "rows": done["rows"], "rounds": done["rounds"], "bytes": done["moved_bytes"], "total_ms": done["total_ms"]})
+        assert done["recomputed_rows"] == 0
+        here = to
+    stream.close()
+    for other in others:
+        other.close()
+    time.sleep(0.5)
+    return rows
+
+
+def told(rows):
+    pauses = sorted(r["pause_ms"] for r in rows)
+    middle = {k: statistics.median(r[k] for r in rows) for k in rows[0]}
+    rate = statistics.median(r["bytes"] / r["total_ms"] / 1e6 for r in rows)
+    return (f"{middle['tokens']:.0f} tokens, load {middle['load']:.0f}: pause {middle['pause_ms']:.1f} ms (most {pauses[-1]:.1f}), a gap "
+            f"{middle['gap_before_ms']:.1f} ms before, {middle['gap_after_ms']:.1f} after; {middle['bytes'] / 2**20:.1f} MiB in "
+            f"{middle['total_ms']:.0f} ms, {rate:.2f} GB/s, {middle['rounds']:.0f} rounds")
+
+
+def deaths(programs, model, threads, length, memory, count, args):
+    """One stage after the other dies; strait up starts it anew, the spare takes its place."""
+    rows = []
+    with Server(programs, model, 2, threads, ["--pipelines", "1", "--spares", "1", "--replica-memory", memory, *args]) as server:
+        stream = Stream(server, tokens(f"crash {length}", length), (count + 1) * 400)
+        stream.wait(200)
+        for n in range(count):
+            until = time.monotonic() + 60
+            while memory != "0" and time.monotonic() < until:
+                time.sleep(0.3)
+                if all(not s.get("unprotected", True) for s in server.get("/strait/status")["sequences"]):
+                    break
+            status = server.get("/strait/status")
+            stage = n % 2
+            victim = next(w for w in status["workers"] if any(s.get("stage_index") == stage for s in w["stages"]))
+            before, at = status["stats"], len(stream.times)
+            killed = time.perf_counter()
+            os.kill(victim["process_id"], signal.SIGKILL)
+            stream.wait(at + 100)
+            index = next(i for i, t in enumerate(stream.times) if t > killed and t - stream.times[i - 1] > 0.0
+                         and max(b - a for a, b in zip(stream.times[at - 1:], stream.times[at:])) == t - stream.times[i - 1])
+            time.sleep(1.5)
+            after = server.get("/strait/status")["stats"]
+            rows.append({"tokens": length, "copies": memory != "0", "stage": stage, "gap_ms": (stream.times[index] - killed) * 1e3,
+                         "restored_rows": after["restored_rows"] - before["restored_rows"],
+                         "recomputed_rows": after["recomputed_rows"] - before["recomputed_rows"]})
+            print(f"{length} tokens, stage {stage} killed, copies {'on' if memory != '0' else 'off'}: {rows[-1]['gap_ms']:.0f} ms to the "
+                  f"next token; {rows[-1]['restored_rows']} rows restored, {rows[-1]['recomputed_rows']} computed again", flush=True)
+            stream.wait(len(stream.times) + 64)
+        stream.close()
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bin", type=pathlib.Path, required=True, help="folder of the programs")
+    parser.add_argument("--model", type=pathlib.Path, default=MODELS / "long-context")
+    parser.add_argument("--lengths", default="1024,8192,16000", help="of prompts, in tokens")
+    parser.add_argument("--moves", type=int, default=6, help="of each length and load; 0: none")
+    parser.add_argument("--load", default="0,8", help="sequences that decode beside it")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--crash", action="store_true", help="workers die, too")
+    parser.add_argument("--deaths", type=int, default=2, help="of each length, with copies and without")
+    parser.add_argument("--replica-memory", default="2GiB", help="of each worker, for --crash")
+    parser.add_argument("--arg", action="append", default=[], help="one more argument of strait up; repeat it")
+    parser.add_argument("--json", type=pathlib.Path)
+    o = parser.parse_args()
+    lengths = [int(n) for n in o.lengths.split(",")]
+    results = {"model": o.model.name, "threads": o.threads, "moves": [], "deaths": []}
+    if o.moves > 0:
+        with Server(o.bin, o.model, 2, o.threads, ["--pipelines", "2", *o.arg]) as server:
+            for length in lengths:
+                for load in (int(n) for n in o.load.split(",")):
+                    rows = moves(server, length, o.moves, load, f"{length} {load}")
+                    results["moves"] += rows
+                    print(told(rows), flush=True)
+    if o.crash:
+        for length in lengths:
+            for memory in (o.replica_memory, "0"):
+                results["deaths"] += deaths(o.bin, o.model, o.threads, length, memory, o.deaths, o.arg)
+    if o.json:
+        o.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
