@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // How a WorkerCore has its stages' rows fetched from other workers, and served to them.
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -80,6 +81,13 @@ void WorkerCore::TellMoves(uint64_t stage_id, PipelineEpoch epoch, const HostMov
   for (const Exporter::Served& served : rows.served) {
     ports_->Tell(ServedMessage(stage_id, epoch, served));
   }
+}
+
+bool WorkerCore::MovesRows() const {
+  return std::any_of(hosted_.begin(), hosted_.end(), [](const auto& entry) {
+    const Stage* const stage = entry.second.stage.get();
+    return stage != nullptr && stage->importer().num_copies() + stage->exporter().num_copies() > 0;
+  });
 }
 
 absl::Status WorkerCore::CheckTransfers() const {

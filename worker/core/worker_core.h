@@ -126,6 +126,8 @@ class WorkerCore {
   // ---- Copies of rows, to and from host memory and other workers ----
   // Any is under way, or is to be asked for: PollCopies is to be called every millisecond or so.
   bool CopiesRows() const;
+  // Rows of another worker's, or for one, are on their last yards: PollCopies may well be called sooner.
+  bool MovesRows() const;
   void PollCopies(uint64_t now_us);
 
   // The process ends, or its data is not to be trusted: every stage goes.

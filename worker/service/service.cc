@@ -27,8 +27,10 @@ namespace strait {
 namespace {
 
 constexpr std::chrono::microseconds kIdleWait = std::chrono::seconds(1);
-// While rows are copied to or from host memory.
+// While rows are copied to or from host memory; and while such copies are between two workers, where a client may wait
+// for the last of them.
 constexpr std::chrono::microseconds kCopyWait(1000);
+constexpr std::chrono::microseconds kMoveWait(50);
 
 }  // namespace
 
@@ -92,6 +94,7 @@ class WorkerProcess::Impl final : private WorkerPorts {
     link_->Dial(hello_);
     for (bool busy = false; !stop_; busy = !stop_ && DoSteps()) {
       const std::chrono::microseconds timeout = busy                  ? std::chrono::seconds(0)
+                                                : core_->MovesRows()  ? kMoveWait
                                                 : core_->CopiesRows() ? kCopyWait
                                                                       : kIdleWait;
       for (Event& event : queue_.PopAll(timeout, transport_->eager_wait()))

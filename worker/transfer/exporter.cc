@@ -155,7 +155,7 @@ bool Exporter::BeginRead(std::unique_ptr<Making>* next) {
     making->blocks.push_back(block);
     making->frame.pieces.push_back(PieceHeader(traits_, layer, first, count));
   });
-  making->frame.rows.resize(making->bytes);
+  making->frame.rows = share_->transfer->TakeRows(making->bytes);
   const absl::StatusOr<CopyId> copy = copies_->Read(
       list, {{reinterpret_cast<std::byte*>(making->frame.rows.data()), making->bytes}, false});
   if (absl::IsResourceExhausted(copy.status())) return false;
@@ -188,7 +188,10 @@ void Exporter::OnCopies(absl::Span<const CopyEnd> ends) {
     const std::unique_ptr<Making> making = std::move(it->second);
     reading_.erase(it);
     cache_->EndCopy(making->blocks);
-    if (making->is_answered) continue;
+    if (making->is_answered) {
+      share_->transfer->GiveRows(std::move(making->frame.rows));
+      continue;
+    }
     const Key key = {making->ask.sequence, making->ask.placement};
     if (!end.status.ok()) {
       Answer(making.get(), end.status);

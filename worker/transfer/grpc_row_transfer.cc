@@ -35,10 +35,11 @@ class GrpcRowTransfer::Impl {
  public:
   Impl(const GrpcRowTransferOptions& options, RowTransferEvents events)
       : events_(std::move(events)),
-        server(options.stall_timeout, &events_),
+        buffers(std::make_shared<RowBuffers>()),
+        server(options.stall_timeout, buffers, &events_),
         service(&server),
-        client(
-            std::make_unique<RowsClient>(options.answer_timeout, options.idle_timeout, &events_)) {
+        client(std::make_unique<RowsClient>(options.answer_timeout, options.idle_timeout, buffers,
+                                            &events_)) {
     watchdog_ = std::thread([this] { Watch(); });
   }
   ~Impl() { Stop(); }
@@ -60,8 +61,9 @@ class GrpcRowTransfer::Impl {
     while (!changed_.wait_for(lock, kWatchdogPeriod, [this] { return stop_; })) {
       lock.unlock();
       const uint64_t now_us = MonotonicMicros();
-      client->CheckDeadlines(now_us);
-      server.CheckDeadlines(now_us);
+      const bool asks = client->CheckDeadlines(now_us);
+      const bool gives = server.CheckDeadlines(now_us);
+      if (!asks && !gives) buffers->Clear();
       lock.lock();
     }
   }
@@ -69,6 +71,7 @@ class GrpcRowTransfer::Impl {
   const RowTransferEvents events_;
 
  public:
+  const std::shared_ptr<RowBuffers> buffers;
   RowsServer server;
   Service service;
   std::unique_ptr<RowsClient> client;  // null once stopped
@@ -93,6 +96,8 @@ void GrpcRowTransfer::Forget(AskId id) {
 void GrpcRowTransfer::Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) {
   impl_->server.Answer(id, std::move(frame));
 }
+std::string GrpcRowTransfer::TakeRows(size_t bytes) { return impl_->buffers->Take(bytes); }
+void GrpcRowTransfer::GiveRows(std::string rows) { impl_->buffers->Give(std::move(rows)); }
 grpc::Service* GrpcRowTransfer::service() { return &impl_->service; }
 uint64_t GrpcRowTransfer::num_stalls() const { return impl_->server.num_stalls(); }
 void GrpcRowTransfer::Stop() { impl_->Stop(); }

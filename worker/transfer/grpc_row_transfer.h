@@ -7,7 +7,8 @@
 // Thread:  as RowTransfer. Stop before the gRPC server is shut down that has its service, the destructor after.
 //          Neither on a gRPC thread.
 // Errors:  as RowTransfer; RowsClient and RowsServer say more.
-// Limits:  GrpcRowTransferOptions; kMaxTransferMessageBytes of a message.
+// Limits:  GrpcRowTransferOptions; kMaxTransferMessageBytes of a message. Memory of frames that is kept while there are
+//          connections: RowBuffers.
 // Why:     it is served by the worker's data server, whose owner registers service(): one port for all that
 //          workers say to each other.
 #pragma once
@@ -40,6 +41,8 @@ class GrpcRowTransfer final : public RowTransfer {
   void Ask(AskId id, const std::string& peer_address, const RowsAsk& ask) override;
   void Forget(AskId id) override;
   void Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) override;
+  std::string TakeRows(size_t bytes) override;
+  void GiveRows(std::string rows) override;
 
   // To be registered with a gRPC server.
   grpc::Service* service();

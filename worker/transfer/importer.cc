@@ -372,6 +372,7 @@ void Importer::OnCopies(absl::Span<const CopyEnd> ends, uint64_t now_us) {
     writing_.erase(it);
     cache_->EndCopy(written->blocks);
     Release(written->cut);
+    share_->transfer->GiveRows(std::move(written->frame.rows));
     Import* const import = written->fetching->import.get();
     if (import->is_closed || !import->status.ok()) continue;
     Count(import, -1, now_us);

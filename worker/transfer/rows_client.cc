@@ -30,6 +30,7 @@ struct Asked {
 // What the stream's events may hold: never the stream itself, which must not end on a gRPC thread.
 struct PeerState {
   std::string address;
+  std::shared_ptr<RowBuffers> buffers;
   const RowTransferEvents* events;
   std::mutex mu;
   std::map<uint64_t, Asked> asked;  // guarded by mu; by the request's id
@@ -78,7 +79,9 @@ bool OnReply(PeerState* state, const grpc::ByteBuffer& message) {
     return false;
   }
   AskId id;
-  if (state->Take(reply->request_id(), &id)) state->events->on_rows(id, reply->Open());
+  if (state->Take(reply->request_id(), &id)) {
+    state->events->on_rows(id, reply->Open(state->buffers.get()));
+  }
   return true;
 }
 
@@ -91,8 +94,8 @@ struct RowsClient::Peer {
 };
 
 RowsClient::RowsClient(std::chrono::milliseconds answer, std::chrono::milliseconds idle,
-                       const RowTransferEvents* events)
-    : answer_timeout_(answer), idle_timeout_(idle), events_(events) {}
+                       std::shared_ptr<RowBuffers> buffers, const RowTransferEvents* events)
+    : answer_timeout_(answer), idle_timeout_(idle), buffers_(std::move(buffers)), events_(events) {}
 
 RowsClient::~RowsClient() = default;
 
@@ -100,6 +103,7 @@ std::shared_ptr<RowsClient::Peer> RowsClient::Open(const std::string& address) {
   auto peer = std::make_shared<Peer>();
   peer->state = std::make_shared<PeerState>();
   peer->state->address = address;
+  peer->state->buffers = buffers_;
   peer->state->events = events_;
   rpc::StreamOptions options;
   options.max_queued_messages = 2 * kMaxAsksUnderWay;
@@ -153,11 +157,12 @@ void RowsClient::Forget(AskId id) {
   }
 }
 
-void RowsClient::CheckDeadlines(uint64_t now_us) {
+bool RowsClient::CheckDeadlines(uint64_t now_us) {
   const auto answer_us = static_cast<uint64_t>(answer_timeout_.count()) * 1000;
   const auto idle_us = static_cast<uint64_t>(idle_timeout_.count()) * 1000;
   std::vector<std::shared_ptr<Peer>> buried;
   std::vector<std::shared_ptr<Peer>> silent;
+  bool is_connected = false;
   {
     std::lock_guard lock(mu_);
     for (auto it = peers_.begin(); it != peers_.end();) {
@@ -176,6 +181,7 @@ void RowsClient::CheckDeadlines(uint64_t now_us) {
       it = is_idle ? peers_.erase(it) : std::next(it);
     }
     buried.swap(dropped_);
+    is_connected = !peers_.empty();
   }
   for (const std::shared_ptr<Peer>& peer : silent) {
     const absl::Status why =
@@ -183,6 +189,7 @@ void RowsClient::CheckDeadlines(uint64_t now_us) {
     peer->state->End(why);
     peer->stream->Close(why);
   }
+  return is_connected;
 }
 
 }  // namespace strait

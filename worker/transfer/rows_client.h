@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "worker/transfer/row_buffers.h"
 #include "worker/transfer/row_transfer.h"
 
 namespace strait {
@@ -24,12 +25,13 @@ class RowsClient {
  public:
   // `answer`: without any answer over a stream that was asked over. `idle`: nothing is asked; it is closed.
   RowsClient(std::chrono::milliseconds answer, std::chrono::milliseconds idle,
-             const RowTransferEvents* events);
+             std::shared_ptr<RowBuffers> buffers, const RowTransferEvents* events);
   ~RowsClient();
 
   void Ask(AskId id, const std::string& peer_address, const RowsAsk& ask);
   void Forget(AskId id);
-  void CheckDeadlines(uint64_t now_us);
+  // Whether it has a connection.
+  bool CheckDeadlines(uint64_t now_us);
 
  private:
   struct Peer;
@@ -38,6 +40,7 @@ class RowsClient {
 
   const std::chrono::milliseconds answer_timeout_;
   const std::chrono::milliseconds idle_timeout_;
+  const std::shared_ptr<RowBuffers> buffers_;
   const RowTransferEvents* const events_;
 
   std::mutex mu_;                                       // the watchdog reads what the loop writes

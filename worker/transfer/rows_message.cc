@@ -16,6 +16,16 @@ namespace {
 
 constexpr size_t kMaxRequestBytes = 4096;
 
+// Rows that gRPC has yet to write.
+struct Lent {
+  std::string rows;
+  std::shared_ptr<RowBuffers> buffers;
+};
+void TakeBack(void* lent) {
+  const std::unique_ptr<Lent> gone(static_cast<Lent*>(lent));
+  gone->buffers->Give(std::move(gone->rows));
+}
+
 absl::Span<const std::byte> Bytes(const std::string& text) {
   return {reinterpret_cast<const std::byte*>(text.data()), text.size()};
 }
@@ -80,7 +90,8 @@ void SealFrame(RowsFrame* frame) {
   }
 }
 
-absl::StatusOr<grpc::ByteBuffer> EncodeFrame(uint64_t request_id, RowsFrame frame) {
+absl::StatusOr<grpc::ByteBuffer> EncodeFrame(uint64_t request_id, RowsFrame frame,
+                                             std::shared_ptr<RowBuffers> buffers) {
   std::string head(TransferHeadBytes(static_cast<uint32_t>(frame.pieces.size())), '\0');
   TransferHeader header;
   header.sequence_id = frame.sequence.value;
@@ -96,11 +107,9 @@ absl::StatusOr<grpc::ByteBuffer> EncodeFrame(uint64_t request_id, RowsFrame fram
   fields += head;
   rpc::AppendVarint(&fields, rpc::BytesTag(5));
   rpc::AppendVarint(&fields, frame.rows.size());
-  auto* lent = new std::string(std::move(frame.rows));
+  auto* lent = new Lent{std::move(frame.rows), std::move(buffers)};
   const grpc::Slice slices[2] = {
-      grpc::Slice(fields), grpc::Slice(
-                               lent->data(), lent->size(),
-                               [](void* owner) { delete static_cast<std::string*>(owner); }, lent)};
+      grpc::Slice(fields), grpc::Slice(lent->rows.data(), lent->rows.size(), &TakeBack, lent)};
   return grpc::ByteBuffer(slices, 2);
 }
 
@@ -161,7 +170,7 @@ absl::StatusOr<RowsReply> RowsReply::Parse(const grpc::ByteBuffer& message) {
   return reply;
 }
 
-absl::StatusOr<RowsFrame> RowsReply::Open() const {
+absl::StatusOr<RowsFrame> RowsReply::Open(RowBuffers* buffers) const {
   const auto damaged = [](const absl::Status& why) {
     return absl::IsFailedPrecondition(why) ? why : absl::DataLossError(why.message());
   };
@@ -176,8 +185,7 @@ absl::StatusOr<RowsFrame> RowsReply::Open() const {
   RowsFrame frame{.sequence = SequenceId{head->header.sequence_id},
                   .placement = {head->header.placement_term, head->header.placement_counter},
                   .pieces = std::move(head->blocks),
-                  .rows = {}};
-  frame.rows.reserve(rows_bytes_);
+                  .rows = buffers->TakeEmpty(rows_bytes_)};
   size_t offset = rows_offset_;
   for (size_t i = rows_slice_; i < slices_.size(); ++i, offset = 0) {
     frame.rows.append(reinterpret_cast<const char*>(slices_[i].begin()) + offset,

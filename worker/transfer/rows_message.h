@@ -12,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,7 @@
 #include "grpcpp/support/byte_buffer.h"
 #include "grpcpp/support/slice.h"
 #include "strait/v1/transfer.pb.h"
+#include "worker/transfer/row_buffers.h"
 #include "worker/transfer/row_transfer.h"
 
 namespace strait {
@@ -30,8 +32,10 @@ RowsAsk FromWire(const v1::RowsRequest& request);
 
 // Fills in the pieces' checksums.
 void SealFrame(RowsFrame* frame);
-// InvalidArgument: no frame that a peer would take. REQUIRES: it is sealed.
-absl::StatusOr<grpc::ByteBuffer> EncodeFrame(uint64_t request_id, RowsFrame frame);
+// InvalidArgument: no frame that a peer would take. REQUIRES: it is sealed. `buffers` get the rows' memory when
+// gRPC has written them.
+absl::StatusOr<grpc::ByteBuffer> EncodeFrame(uint64_t request_id, RowsFrame frame,
+                                             std::shared_ptr<RowBuffers> buffers);
 grpc::ByteBuffer EncodeError(uint64_t request_id, const absl::Status& why);
 
 class RowsReply {
@@ -40,7 +44,7 @@ class RowsReply {
 
   uint64_t request_id() const { return request_id_; }
   // The frame, looked at and copied, or the peer's error.
-  absl::StatusOr<RowsFrame> Open() const;
+  absl::StatusOr<RowsFrame> Open(RowBuffers* buffers) const;
 
  private:
   uint64_t request_id_ = 0;

@@ -33,8 +33,12 @@ struct RowsServer::Incoming {
   }
 };
 
-RowsServer::RowsServer(std::chrono::milliseconds stall, const RowTransferEvents* events)
-    : stall_timeout_(stall), events_(events), sealing_(kSealingFrames) {
+RowsServer::RowsServer(std::chrono::milliseconds stall, std::shared_ptr<RowBuffers> buffers,
+                       const RowTransferEvents* events)
+    : stall_timeout_(stall),
+      buffers_(std::move(buffers)),
+      events_(events),
+      sealing_(kSealingFrames) {
   sealer_ = std::thread([this] { Seal(); });
 }
 
@@ -166,7 +170,7 @@ void RowsServer::Seal() {
       if (incoming == nullptr) continue;
       std::vector<BlockHeader> pieces = sealing.frame.pieces;
       absl::StatusOr<grpc::ByteBuffer> message =
-          EncodeFrame(sealing.asked.request, std::move(sealing.frame));
+          EncodeFrame(sealing.asked.request, std::move(sealing.frame), buffers_);
       --incoming->num_open;
       if (!message.ok()) {
         // A bug of ours, and the peer's asks go on.
@@ -190,7 +194,7 @@ void RowsServer::Send(const Asked& asked, grpc::ByteBuffer message) {
   if (!sent.ok() && !absl::IsUnavailable(sent)) stream->Close(sent);
 }
 
-void RowsServer::CheckDeadlines(uint64_t now_us) {
+bool RowsServer::CheckDeadlines(uint64_t now_us) {
   const auto stall_us = static_cast<uint64_t>(stall_timeout_.count()) * 1000;
   std::vector<IncomingPtr> streams;
   {
@@ -208,6 +212,7 @@ void RowsServer::CheckDeadlines(uint64_t now_us) {
     ++num_stalls_;
     stream->Abort();
   }
+  return !streams.empty();
 }
 
 }  // namespace strait

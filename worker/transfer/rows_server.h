@@ -22,6 +22,7 @@
 
 #include "grpcpp/grpcpp.h"
 #include "proto/rpc/queue.h"
+#include "worker/transfer/row_buffers.h"
 #include "worker/transfer/row_transfer.h"
 
 namespace strait {
@@ -30,13 +31,15 @@ inline constexpr size_t kMaxRowStreams = 256;
 
 class RowsServer {
  public:
-  RowsServer(std::chrono::milliseconds stall, const RowTransferEvents* events);
+  RowsServer(std::chrono::milliseconds stall, std::shared_ptr<RowBuffers> buffers,
+             const RowTransferEvents* events);
   ~RowsServer();
 
   grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Accept(
       grpc::CallbackServerContext* context);
   void Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame);
-  void CheckDeadlines(uint64_t now_us);
+  // Whether it has a connection.
+  bool CheckDeadlines(uint64_t now_us);
   void Stop();
   uint64_t num_stalls() const { return num_stalls_; }  // peers cut off
 
@@ -61,6 +64,7 @@ class RowsServer {
   uint64_t QueuedBytes();
 
   const std::chrono::milliseconds stall_timeout_;
+  const std::shared_ptr<RowBuffers> buffers_;
   const RowTransferEvents* const events_;
 
   std::atomic<uint64_t> num_stalls_ = 0;

@@ -3,12 +3,15 @@
 // How fast the rows of a sequence go from one worker to another over gRPC and loopback, and how fast
 // gRPC alone carries messages of that size.
 //
-//   row_transfer_bench [--smoke] [--rows N] [--layers N] [--repeats N]
+//   row_transfer_bench [--smoke] [--rows N] [--layers N] [--repeats N] [--frame-bytes N]
 //
 // move: two worker cores, each with a loop and a thread that copies rows; from FetchRows to the last
 // RowsFetched, of V3's bf16 rows (1,152 bytes). Rows are read from one cache, summed, sent, summed again and
 // written into the other. gRPC: a stream whose server answers each request with the same memory, and
-// whose client drops what comes, with as many requests under way. Both take turns; the median is printed.
+// whose client drops what comes, with as many requests under way. Both take turns; medians are printed, also of
+// the time of CPUs of both ends, which says more where others use the machine.
+#include <sys/resource.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -57,7 +60,18 @@ struct Sizes {
   uint32_t rows = 16'384;
   uint32_t layers = 8;
   int repeats = 7;
+  uint64_t frame_bytes = WorkerCoreOptions().transfer_frame_bytes;
 };
+
+// Of all threads of this process.
+double CpuSeconds() {
+  rusage usage;
+  STRAIT_CHECK(getrusage(RUSAGE_SELF, &usage) == 0);
+  const auto seconds = [](const timeval& t) {
+    return static_cast<double>(t.tv_sec) + static_cast<double>(t.tv_usec) / 1e6;
+  };
+  return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+}
 
 double Seconds(std::chrono::steady_clock::time_point since) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - since).count();
@@ -124,7 +138,7 @@ class Worker final : private WorkerPorts {
     builder.RegisterService(rows_->service());
     server_ = builder.BuildAndStart();
     STRAIT_CHECK(server_ != nullptr && port_ != 0);
-    core_.emplace(WorkerCoreOptions{},
+    core_.emplace(WorkerCoreOptions{.transfer_frame_bytes = sizes.frame_bytes},
                   StageTraits{.num_layers = sizes.layers,
                               .hidden_row_bytes = 4,
                               .vocab_size = 1000,
@@ -191,7 +205,10 @@ class Worker final : private WorkerPorts {
   void Post(std::function<void()> what) { queue_.Push(std::move(what)); }
   void Run() {
     for (bool busy = false; !stop_; busy = DoSteps()) {
-      const std::chrono::microseconds wait(busy ? 0 : core_->CopiesRows() ? 1'000 : 100'000);
+      const std::chrono::microseconds wait(busy                  ? 0
+                                           : core_->MovesRows()  ? 50
+                                           : core_->CopiesRows() ? 1'000
+                                                                 : 100'000);
       for (auto& event : queue_.PopAll(wait)) event();
       if (core_->CopiesRows()) core_->PollCopies(MonotonicMicros());
     }
@@ -399,7 +416,7 @@ void Run(const Sizes& sizes) {
   const uint64_t bytes = uint64_t{sizes.rows} * sizes.layers * kShape.row_bytes();
   const RowTraits traits = {.layers = {0, sizes.layers}, .shape = kShape, .origin = {}};
   const std::vector<RowRange> asks =
-      CutRange(traits, {{0, sizes.layers}, 0, sizes.rows}, limits::kTransferFrameBytes);
+      CutRange(traits, {{0, sizes.layers}, 0, sizes.rows}, sizes.frame_bytes);
   const uint64_t message_bytes = BytesOf(traits, asks[0]);
   const uint64_t under_way = std::max<uint64_t>(kBulkBytesUnderWay / message_bytes, 1);
   const uint64_t num_messages = (bytes + message_bytes - 1) / message_bytes;
@@ -407,18 +424,24 @@ void Run(const Sizes& sizes) {
   Bare bare(message_bytes);
   move.Once();
   bare.Once(num_messages, under_way);
-  std::vector<double> moves, bares;
+  std::vector<double> moves, bares, move_cpu, bare_cpu;
   for (int i = 0; i < sizes.repeats; ++i) {
+    const double began = CpuSeconds();
     moves.push_back(move.Once());
+    const double between = CpuSeconds();
     bares.push_back(bare.Once(num_messages, under_way));
+    move_cpu.push_back(between - began);
+    bare_cpu.push_back(CpuSeconds() - between);
   }
   const double moved = static_cast<double>(bytes) / Median(moves) / 1e9;
   const double carried = static_cast<double>(num_messages * message_bytes) / Median(bares) / 1e9;
   std::printf("%u rows x %u layers, %.1f MB in messages of %.2f MB, %llu under way\n", sizes.rows,
               sizes.layers, static_cast<double>(bytes) / 1e6,
               static_cast<double>(message_bytes) / 1e6, static_cast<unsigned long long>(under_way));
-  std::printf("move  %8.2f ms  %6.3f GB/s\n", Median(moves) * 1e3, moved);
-  std::printf("gRPC  %8.2f ms  %6.3f GB/s\n", Median(bares) * 1e3, carried);
+  std::printf("move  %8.2f ms  %6.3f GB/s  %8.2f ms of CPU\n", Median(moves) * 1e3, moved,
+              Median(move_cpu) * 1e3);
+  std::printf("gRPC  %8.2f ms  %6.3f GB/s  %8.2f ms of CPU\n", Median(bares) * 1e3, carried,
+              Median(bare_cpu) * 1e3);
   std::printf("a move goes at %.0f %% of gRPC alone\n", 100 * moved / carried);
 }
 
@@ -437,9 +460,12 @@ int main(int argc, char** argv) {
       sizes.layers = static_cast<uint32_t>(std::atoi(argv[++i]));
     } else if (i + 1 < argc && flag == "--repeats") {
       sizes.repeats = std::atoi(argv[++i]);
+    } else if (i + 1 < argc && flag == "--frame-bytes") {
+      sizes.frame_bytes = static_cast<uint64_t>(std::atoll(argv[++i]));
     } else {
       std::fprintf(stderr,
-                   "usage: row_transfer_bench [--smoke] [--rows N] [--layers N] [--repeats N]\n");
+                   "usage: row_transfer_bench [--smoke] [--rows N] [--layers N] [--repeats N] "
+                   "[--frame-bytes N]\n");
       return 2;
     }
   }

@@ -142,7 +142,7 @@ TEST(GrpcRowTransferTest, BytesThatAreNoFrameAreDataLoss) {
   // By the row that is asked for.
   EvilPeer evil([](const v1::RowsRequest& request) -> std::optional<std::string> {
     const RowsFrame frame = AFrame(FromWire(request));
-    std::string bytes = BytesOf(*EncodeFrame(request.request_id(), frame));
+    std::string bytes = BytesOf(*EncodeFrame(request.request_id(), frame, Buffers()));
     switch (request.first_row()) {
       case 0:
         return bytes.substr(0, bytes.size() - 1);
@@ -192,7 +192,7 @@ TEST(GrpcRowTransferTest, WhatIsNoReplyEndsTheStream) {
       reply.set_rows(std::string(limits::kMaxTransferMessageBytes + 1, 'x'));
       return reply.SerializeAsString();
     }
-    return BytesOf(*EncodeFrame(request.request_id(), AFrame(FromWire(request))));
+    return BytesOf(*EncodeFrame(request.request_id(), AFrame(FromWire(request)), Buffers()));
   });
   RowsNode to;
   uint64_t id = 0;

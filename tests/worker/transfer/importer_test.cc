@@ -322,9 +322,8 @@ TEST_F(ImporterTest, WhatWasNotAskedForIsNotWritten) {
 }
 
 TEST_F(ImporterTest, WhatTheSourceRefusesEndsTheImport) {
-  for (const absl::Status& why :
-       {absl::PermissionDeniedError("p"), absl::AbortedError("a"),
-        absl::FailedPreconditionError("f"), absl::InternalError("i")}) {
+  for (const absl::Status& why : {absl::PermissionDeniedError("p"), absl::AbortedError("a"),
+                                  absl::FailedPreconditionError("f"), absl::InternalError("i")}) {
     importer_.Close(kId);
     Take(64);
     Say(Fetch(0, 20));

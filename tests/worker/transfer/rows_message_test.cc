@@ -22,7 +22,7 @@ RowsFrame Sealed() {
   return frame;
 }
 std::string Encoded(const RowsFrame& frame, uint64_t request_id = 300) {
-  const auto message = EncodeFrame(request_id, frame);
+  const auto message = EncodeFrame(request_id, frame, Buffers());
   EXPECT_TRUE(message.ok()) << message.status();
   return BytesOf(*message);
 }
@@ -40,7 +40,7 @@ TEST(RowsMessageTest, AFrameIsWhatTheGeneratedClassReads) {
   const auto parsed = RowsReply::Parse(BufferOf(bytes));
   ASSERT_TRUE(parsed.ok()) << parsed.status();
   EXPECT_EQ(parsed->request_id(), 300u);
-  const auto opened = parsed->Open();
+  const auto opened = parsed->Open(Buffers().get());
   ASSERT_TRUE(opened.ok()) << opened.status();
   ExpectEqual(*opened, frame);
 }
@@ -58,7 +58,7 @@ TEST(RowsMessageTest, AFrameInManySlicesIsTheSame) {
     }
     const auto parsed = RowsReply::Parse(grpc::ByteBuffer(slices.data(), slices.size()));
     ASSERT_TRUE(parsed.ok()) << parsed.status();
-    const auto opened = parsed->Open();
+    const auto opened = parsed->Open(Buffers().get());
     ASSERT_TRUE(opened.ok()) << opened.status();
     ExpectEqual(*opened, frame);
   }
@@ -69,7 +69,7 @@ TEST(RowsMessageTest, AnErrorIsTold) {
       RowsReply::Parse(EncodeError(5, absl::OutOfRangeError("not finished: row 7")));
   ASSERT_TRUE(parsed.ok()) << parsed.status();
   EXPECT_EQ(parsed->request_id(), 5u);
-  EXPECT_EQ(parsed->Open().status(), absl::OutOfRangeError("not finished: row 7"));
+  EXPECT_EQ(parsed->Open(Buffers().get()).status(), absl::OutOfRangeError("not finished: row 7"));
 }
 
 TEST(RowsMessageTest, WhatIsCutOffAnywhereIsFound) {
@@ -77,10 +77,10 @@ TEST(RowsMessageTest, WhatIsCutOffAnywhereIsFound) {
   for (size_t length = 0; length < bytes.size(); length += length < 1'000 ? 1 : 97) {
     const auto parsed = RowsReply::Parse(BufferOf(bytes.substr(0, length)));
     if (!parsed.ok()) continue;
-    EXPECT_EQ(parsed->Open().status().code(), absl::StatusCode::kDataLoss) << length;
+    EXPECT_EQ(parsed->Open(Buffers().get()).status().code(), absl::StatusCode::kDataLoss) << length;
   }
   const auto longer = RowsReply::Parse(BufferOf(bytes + "x"));
-  EXPECT_TRUE(!longer.ok() || absl::IsDataLoss(longer->Open().status()));
+  EXPECT_TRUE(!longer.ok() || absl::IsDataLoss(longer->Open(Buffers().get()).status()));
 }
 
 TEST(RowsMessageTest, OneByteOfDamageIsFound) {
@@ -93,7 +93,7 @@ TEST(RowsMessageTest, OneByteOfDamageIsFound) {
     const auto parsed = RowsReply::Parse(BufferOf(damaged));
     if (!parsed.ok()) continue;
     // A header may say that it is of another version.
-    const absl::Status status = parsed->Open().status();
+    const absl::Status status = parsed->Open(Buffers().get()).status();
     EXPECT_TRUE(absl::IsDataLoss(status) || absl::IsFailedPrecondition(status))
         << "byte " << at << ": " << status;
   }
@@ -110,12 +110,12 @@ TEST(RowsMessageTest, WhatNobodyWritesIsRefused) {
   reply.set_rows(std::string(limits::kTransferFrameBytes + 1, 'x'));
   const auto parsed = RowsReply::Parse(BufferOf(reply.SerializeAsString()));
   ASSERT_TRUE(parsed.ok());
-  EXPECT_THAT(parsed->Open().status().message(), HasSubstr("more than a frame"));
+  EXPECT_THAT(parsed->Open(Buffers().get()).status().message(), HasSubstr("more than a frame"));
   EXPECT_FALSE(ParseRequest(BufferOf(std::string(5'000, 'x'))).ok());
   EXPECT_FALSE(ParseRequest(BufferOf("xyz")).ok());
   RowsFrame frame = Sealed();
   frame.pieces.clear();
-  EXPECT_FALSE(EncodeFrame(1, frame).ok());
+  EXPECT_FALSE(EncodeFrame(1, frame, Buffers()).ok());
 }
 
 TEST(RowsMessageTest, ARequestIsWhatWasAsked) {

@@ -138,6 +138,11 @@ inline void ExpectEqual(const RowsFrame& a, const RowsFrame& b) {
   EXPECT_TRUE(a.rows == b.rows);
 }
 
+inline const std::shared_ptr<RowBuffers>& Buffers() {
+  static const auto buffers = std::make_shared<RowBuffers>();
+  return buffers;
+}
+
 // Answers each request with what `answer` makes of it.
 class EvilPeer final
     : public v1::RowTransfer::WithRawCallbackMethod_Rows<v1::RowTransfer::Service> {
