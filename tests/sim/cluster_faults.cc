@@ -15,7 +15,7 @@ constexpr uint64_t kLinkFaultUs = 15'000'000;
 // A fault that is aimed at a phase strikes at once, or a moment later.
 constexpr uint64_t kAimDelayUs = 3'000;
 // Requests that come where a destination is to be short of room.
-constexpr uint32_t kCrowd = 4;
+constexpr uint32_t kCrowd = 6;
 
 std::string NameOf(const SimWorker& worker) { return absl::StrCat("fault: w", worker.instance()); }
 
@@ -146,12 +146,12 @@ void SimCluster::MakeAims() {
   for (uint32_t i = 0; i < scenario_.num_aimed; ++i) {
     Aim aim;
     // Later phases are short, and fewer moves get there.
-    aim.phase = static_cast<MovePhase>(world_.Pick({0, 1, 2, 2, 3, 3, 3, 4, 4}));
+    aim.phase = static_cast<MovePhase>(world_.Pick({0, 0, 1, 2, 2, 3, 3, 3, 4, 4}));
     do {
       aim.fault = static_cast<MoveFault>(world_.Random(0, kNumMoveFaults - 1));
     } while (!CanMeet(aim.fault, aim.phase));
     // Not every destination that is crowded is short of room.
-    if (CanMeet(MoveFault::kNoRoom, aim.phase) && world_.Chance(0.1)) {
+    if (CanMeet(MoveFault::kNoRoom, aim.phase) && world_.Chance(0.15)) {
       aim.fault = MoveFault::kNoRoom;
     }
     aim.delay_us = world_.Chance(0.6) ? 0 : world_.Random(1, kAimDelayUs);
@@ -206,7 +206,8 @@ SimWorker* SimCluster::AliveOf(const std::vector<WorkerId>& ids) {
 
 void SimCluster::CrowdDestination(SimWorker* source) {
   world_.Trace(NameOf(*source) + " stands still for a moment, and requests come");
-  source->Stall(world_.Random(10'000, scenario_.options.heartbeat_timeout_us / 2));
+  const uint64_t timeout_us = scenario_.options.heartbeat_timeout_us;
+  source->Stall(world_.Random(timeout_us / 4, timeout_us * 3 / 4));
   requests_left_ += kCrowd;
   for (uint32_t i = 0; i < kCrowd; ++i) {
     world_.After(world_.Random(1, 10'000), [this] { gate_.Pass([this] { SubmitOne(); }); });

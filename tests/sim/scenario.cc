@@ -200,6 +200,8 @@ Scenario MakeGroundScenario(World* world) {
   s.replacement_chance = 1;
   s.heals = true;
   s.num_lies = 0;
+  s.num_moves = 2;
+  s.moves_us = 1'000'000;
   return s;
 }
 
@@ -244,7 +246,8 @@ Scenario MakeMovesScenario(World* world) {
   o.num_stages = static_cast<uint32_t>(w.Random(1, 2));
   // Workers of other sizes make other splits.
   s.equal_memory = w.Chance(0.2);
-  s.columns_least = static_cast<uint32_t>(w.Pick({9, 11, 14, 20, 50}));
+  s.columns_least = static_cast<uint32_t>(w.Pick({9, 10, 12, 16, 50}));
+  o.heartbeat_timeout_us = w.Pick({500'000, 2'000'000});
   const uint64_t enough = m.embedding_bytes + m.head_bytes + num_layers * 3000 +
                           m.workspace_bytes.back() +
                           uint64_t{s.columns_least + 2} * num_layers * m.block_bytes;

@@ -68,7 +68,7 @@ struct Scenario {
 
 Scenario MakeScenario(Shape shape, World* world);
 Scenario MakeAnyScenario(World* world);
-// At least two pipelines, five workers, eight sequences of 300 tokens each, three faults.
+// At least two pipelines, five workers, eight sequences of 300 tokens each, two moves, three faults.
 Scenario MakeGroundScenario(World* world);
 // Prompts of some hundred tokens that begin alike and part at any place, in caches of few blocks.
 Scenario MakeSharingScenario(World* world);

@@ -45,10 +45,10 @@ struct Outcome {
 
 // What a seed decides within.
 enum class Shape {
-  kAny,      // anything, small: most clusters have few workers and short sequences
-  kGround,   // at least two pipelines, five workers, eight sequences of 300 tokens, three faults
+  kAny,  // anything, small: most clusters have few workers and short sequences
+  kGround,  // at least two pipelines, five workers, eight sequences of 300 tokens, two moves, three faults
   kSharing,  // prompts that begin alike, caches of few blocks
-  kMoves,    // as kGround, with moves between the pipelines, and faults at their phases
+  kMoves,    // as kGround: faults at phases of moves, pipelines of other splits
 };
 
 struct SimulationOptions {
