@@ -152,6 +152,7 @@ class WorkerTest : public testing::Test {
                                      .last_workspace_bytes = {6}};
     options.nccl = std::move(nccl);
     options.core.orphan_timeout_us = 3'000'000;
+    options.core.replica_bytes = 1 << 20;
     auto made = WorkerProcess::Create(options, &backend_);
     EXPECT_TRUE(made.ok()) << made.status();
     worker_ = std::move(*made);

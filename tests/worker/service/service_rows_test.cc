@@ -2,6 +2,7 @@
 //
 // Defends: a worker fetches a running sequence's rows over its data port from who has them, and the sequence goes on
 // there with the tokens that it would have had; only who shows the secret gets any.
+#include "proto/model/content_key.h"
 #include "tests/worker/service/service_fixture.h"
 
 namespace strait {
@@ -130,6 +131,87 @@ TEST_F(ServiceRowsTest, WithoutTheSecretThereAreNoRows) {
             absl::StatusCode::kPermissionDenied)
       << message.ShortDebugString();
   EXPECT_EQ(message.rows_fetched().rows(), 0u);
+}
+
+// The worker is its own buddy: what a stage of it had, another one begins with.
+TEST_F(ServiceRowsTest, AStageBeginsWithTheRowsOfOneThatIsGone) {
+  std::vector<TokenId> prompt(150);
+  for (size_t i = 0; i < prompt.size(); ++i) prompt[i] = static_cast<TokenId>(i * 7 % 1000);
+  SequenceSpec spec;
+  spec.prompt = prompt;
+  spec.max_tokens = 2;
+  spec.ignore_eos = true;
+  spec.seed = 3;
+  spec.temperature = 0;
+  const sim::Expected expected = sim::Expect(spec, shape_);
+  RunPlan(Plan(kFromStage, kFromStage, 1, prompt, 0, true));
+  v1::ToWorker plan;
+  plan.mutable_step()->set_stage_id(kFromStage);
+  plan.mutable_step()->mutable_epoch()->set_term(1);
+  plan.mutable_step()->mutable_epoch()->set_counter(kFromStage);
+  plan.mutable_step()->set_step_id(2);
+  v1::KeepPrefix* keep = plan.mutable_step()->add_cache_ops()->mutable_keep_prefix();
+  const std::string keys = Pack({ContentKey{1, 1}, ContentKey{2, 2}});
+  keep->set_sequence_id(kSequence);
+  keep->set_keys(keys);
+  RunPlan(plan);
+
+  v1::ToWorker message;
+  v1::ServeRows* serve = message.mutable_serve_rows();
+  serve->set_stage_id(kFromStage);
+  serve->mutable_epoch()->set_term(1);
+  serve->mutable_epoch()->set_counter(kFromStage);
+  serve->set_secret(kSecret);
+  coordinator_.Send(message);
+  v1::RowsSource source;
+  source.set_layer_end(6);
+  source.set_stage_id(kFromStage);
+  *source.mutable_epoch() = serve->epoch();
+  source.set_data_address(worker_->data_address());
+  source.set_secret(kSecret);
+  *message.mutable_replicate()->mutable_source() = source;
+  message.mutable_replicate()->set_keys(keys);
+  coordinator_.Send(message);
+  v1::FromWorker answer = coordinator_.Answer();
+  ASSERT_TRUE(answer.has_replicated()) << answer.ShortDebugString();
+  EXPECT_EQ(answer.replicated().keys(), keys);
+  EXPECT_EQ(answer.replicated().fetched_bytes(), 2 * 6 * 64 * kHashRowBytes);
+  message.mutable_unload_stage()->set_stage_id(kFromStage);
+  coordinator_.Send(message);
+  ExpectState(kFromStage, v1::StageState::UNLOADED);
+
+  message = {};
+  message.mutable_serve_rows()->set_secret(kSecret + 1);
+  coordinator_.Send(message);
+  message = Activation(kToStage, kToStage + 1, 0, 1);
+  v1::ActivateStage& activate = *message.mutable_activate_stage();
+  activate.set_restore_timeout_ms(60'000);
+  v1::FetchRows& fetch = *activate.add_restores();
+  SetMove(kToStage, &fetch);
+  *fetch.mutable_epoch() = activate.epoch();
+  fetch.set_end_row(128);
+  fetch.mutable_tokens()->mutable_ids()->Add(prompt.begin(), prompt.begin() + 128);
+  fetch.set_keys(keys);
+  source.set_stage_id(0);
+  source.clear_epoch();
+  source.set_secret(kSecret + 1);
+  *fetch.add_sources() = source;
+  coordinator_.Send(message);
+  answer = coordinator_.Answer();
+  ASSERT_TRUE(answer.has_stage_state()) << answer.ShortDebugString();
+  ASSERT_EQ(answer.stage_state().held_size(), 1) << answer.ShortDebugString();
+  EXPECT_EQ(answer.stage_state().held(0).rows(), 128u);
+  EXPECT_EQ(answer.stage_state().held(0).prefix_blocks(), 2u);
+
+  const std::vector<TokenId> rest(prompt.begin() + 128, prompt.end());
+  plan = Plan(kToStage, kToStage + 1, 1, rest, 128, true);
+  v1::OpenSequence* open = plan.mutable_step()->mutable_cache_ops(0)->mutable_open();
+  open->set_prompt_tokens(150);
+  open->add_kept_rows(128);
+  const v1::StageReport report = RunPlan(plan);
+  ASSERT_EQ(report.results_size(), 1);
+  EXPECT_EQ(report.results(0).sampled().token_id(), expected.tokens[0].id);
+  EXPECT_EQ(report.rows_computed(), 22u);
 }
 
 }  // namespace
