@@ -182,6 +182,8 @@ void Migrations::OnMigrate(VerbId verb, const MigrateSpec& spec, uint64_t now_us
 // ---------------------------------------------------------------- what workers say
 
 void Migrations::OnMessage(WorkerId worker, const v1::FromWorker& message, uint64_t now_us) {
+  // Evicted, maybe for this very message, and its moves are not given up yet.
+  if (!cluster_->workers().contains(worker)) return;
   const auto find = [&](const auto& told) -> Migration* {
     const auto it = moves_.find(SequenceId{told.sequence_id()});
     // Of a move that is over.
@@ -204,6 +206,8 @@ void Migrations::OnMessage(WorkerId worker, const v1::FromWorker& message, uint6
     });
     if (stage == move->fetched.end()) return accuse(told, "what it was not asked for");
     if (told.error_code() != 0) {
+      // What it has adopted it had fetched.
+      if (move->phase == Migration::Phase::kAdopt) return;
       const absl::Status error(static_cast<absl::StatusCode>(told.error_code()),
                                told.error_message());
       failures_.emplace(move->sequence, error);
