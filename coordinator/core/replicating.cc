@@ -74,16 +74,20 @@ bool Cluster::IsHeldAnywhere(const ContentKey& key) const {
 }
 
 void Cluster::AdvanceReplicas() {
-  if (!replicas_.any()) return;
   for (const auto& [id, pipeline] : pipelines_) {
     if (!pipeline->scheduler.started()) continue;
+    // Also where nobody makes copies any more: they would pile up.
     const std::vector<Scheduler::NewPrefix> made = pipeline->scheduler.TakeNewPrefixes();
+    if (!replicas_.any()) continue;
     for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
       StageSlot& slot = pipeline->slots[i];
+      // Steps are counted anew in each epoch, and what survived is new again.
+      if (slot.copying.served != pipeline->epoch) slot.copying.queue.clear();
       if (!replicas_.Offers(slot.copying.buddy)) {
         const std::optional<WorkerId> buddy = ChooseBuddy(slot);
         slot.copying.buddy = buddy.value_or(WorkerId{});
         slot.copying.queue.clear();
+        slot.copying.num_coming = 0;
         if (!buddy) continue;
         TellServeReplicas(*buddy);
         // What the last one had is gone with it.

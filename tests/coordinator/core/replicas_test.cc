@@ -236,5 +236,53 @@ TEST_F(ReplicasTest, CopiesOfOtherNumericsAreNotUsed) {
   EXPECT_GE(h_->core.Stats().replayed_tokens, 300u);
 }
 
+// The copies that the dead buddy was to make do not count as under way with the next one.
+TEST_F(ReplicasTest, ABuddyThatDiesWhileCopiesComeHasASuccessor) {
+  Start(Options(1), {0, kRoomy, kRoomy});
+  h_->answer_replicas = false;
+  // More than a buddy is told at once.
+  const RequestId request = h_->Submit(OneSequence(900, 60));
+  for (int i = 0; i < 8; ++i) {
+    RequestSpec spec = OneSequence(900, 60);
+    spec.sequences[0].cache_salt = std::to_string(i);
+    h_->Submit(std::move(spec));
+  }
+  Until(request, 10);
+  WorkerId buddy;
+  for (const auto& [id, worker] : h_->workers) {
+    if (!worker.replicas.asked.empty()) buddy = id;
+  }
+  ASSERT_NE(buddy.value, 0u);
+  h_->answer_replicas = true;
+  h_->Lose(buddy);
+  Rounds(2);
+  EXPECT_GE(ProtectedRows(), 896u);
+  EXPECT_FALSE(IsUnprotected());
+  h_->Run();
+}
+
+// Steps are counted anew in each epoch: what waited for one of the last epoch's holds nothing up.
+TEST_F(ReplicasTest, AnEpochLeavesNothingInTheQueue) {
+  Start(Options(2), {kRoomy, kRoomy, kRoomy});
+  const RequestId request = h_->Submit(OneSequence(250, 200));
+  Until(request, 120);
+  // A plan that keeps a block is out, and one stage has not reported it.
+  const WorkerId last = HostOf(2);
+  for (int i = 0; i < 200; ++i) {
+    bool keeps = false;
+    for (const v1::StepPlan& plan : h_->StageOf(last).plans) {
+      for (const v1::CacheOp& op : plan.cache_ops()) keeps = keeps || op.has_keep_prefix();
+    }
+    if (keeps) break;
+    Rounds(1);
+  }
+  h_->Lose(HostOf(0));
+  Until(request, 195);
+  EXPECT_GE(ProtectedRows(), 384u);
+  EXPECT_FALSE(IsUnprotected());
+  h_->Run();
+  ExpectWhole(request, 1, 250, 200);
+}
+
 }  // namespace
 }  // namespace strait
