@@ -168,6 +168,9 @@ class Cluster {
   bool IsHeldAnywhere(const ContentKey& key) const;
   // Of sequences that wait, and that it does not have, it fetches what copies there are.
   void SetRestores(const Pipeline& pipeline, StageSlot* slot, v1::ActivateStage* activate);
+  // The most of its leading blocks that the same workers have copies of, and which they are.
+  std::vector<ContentKey> CopiesOf(const Pipeline& pipeline, Sequence* sequence, LayerRange layers,
+                                   std::vector<Replicas::Part>* parts) const;
   void CountProtected(uint64_t now_us);
 
   // ---- Scale (scaling.cc) ----

@@ -116,7 +116,12 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
     if (pipeline.scheduler.ledger().reported(slot_index) < next.step.value) break;
     copying.queue.pop_front();
     if (!pipeline.scheduler.HasPrefix(next.key, slot_index)) continue;  // it made room meanwhile
-    if (replicas_.HasAny(next.key, slot.layers)) continue;
+    if (replicas_.Has(next.key, slot.layers, copying.buddy)) continue;
+    const auto parts = replicas_.MakeWay(next.key, slot.layers, copying.buddy);
+    if (!parts) continue;
+    for (const Replicas::Gone& each : *parts) {
+      forget[{each.layers.begin, each.layers.end}].push_back(each.key);
+    }
     const auto gone = replicas_.MakeRoom(
         copying.buddy, bytes, [this](const ContentKey& key) { return IsHeldAnywhere(key); });
     if (!gone) {
@@ -192,19 +197,13 @@ void Cluster::SetRestores(const Pipeline& pipeline, StageSlot* slot, v1::Activat
     const bool was_here =
         sequence->last_pipeline == pipeline.id || !pipelines_.contains(sequence->last_pipeline);
     if (!sequence->was_placed || !was_here || slot->may_hold.contains(id)) continue;
-    std::vector<ContentKey> keys;
     std::vector<Replicas::Part> parts;
+    std::vector<ContentKey> keys = CopiesOf(pipeline, sequence, slot->layers, &parts);
     uint64_t blocks = 0;
-    for (uint32_t b = 0; b < sequence->rows_settled() / kBlock; ++b) {
-      const std::optional<ContentKey> key = pipeline.scheduler.KeyIfKnown(sequence, b);
-      if (!key) break;
-      std::vector<Replicas::Part> found = replicas_.Find(*key, slot->layers);
-      if (found.empty() || (!parts.empty() && found != parts)) break;
-      const bool is_new = !counted.contains(*key);
-      if (blocks + is_new > room) break;
-      blocks += is_new;
-      parts = std::move(found);
-      keys.push_back(*key);
+    for (size_t b = 0; b < keys.size(); ++b) {
+      const bool is_new = !counted.contains(keys[b]);
+      if (blocks + is_new > room) keys.resize(b);
+      blocks += b < keys.size() && is_new;
     }
     const auto rows = static_cast<uint32_t>(keys.size()) * kBlock;
     if (rows == 0 || tokens + rows > kMaxRestoredTokens) continue;
@@ -235,6 +234,38 @@ void Cluster::SetRestores(const Pipeline& pipeline, StageSlot* slot, v1::Activat
       static_cast<uint32_t>(context_->options.restore_timeout_us / 1000));
 }
 
+std::vector<ContentKey> Cluster::CopiesOf(const Pipeline& pipeline, Sequence* sequence,
+                                          LayerRange layers,
+                                          std::vector<Replicas::Part>* parts) const {
+  std::vector<ContentKey> longest;
+  const uint32_t most = sequence->rows_settled() / kBlock;
+  const std::optional<ContentKey> first =
+      most > 0 ? pipeline.scheduler.KeyIfKnown(sequence, 0) : std::nullopt;
+  if (!first) return longest;
+  // One worker that has most of it, or several, each with some of the layers.
+  std::vector<std::vector<Replicas::Part>> choices;
+  for (const WorkerId keeper : replicas_.KeepersOf(*first, layers)) {
+    choices.push_back({{keeper, layers}});
+  }
+  choices.push_back(replicas_.Find(*first, layers));
+  for (std::vector<Replicas::Part>& choice : choices) {
+    std::vector<ContentKey> keys;
+    for (uint32_t b = 0; b < most && !choice.empty(); ++b) {
+      const std::optional<ContentKey> key = pipeline.scheduler.KeyIfKnown(sequence, b);
+      const bool are_there =
+          std::all_of(choice.begin(), choice.end(), [&](const Replicas::Part& part) {
+            return replicas_.IsThere(*key, part.layers, part.worker);
+          });
+      if (!are_there) break;
+      keys.push_back(*key);
+    }
+    if (keys.size() <= longest.size()) continue;
+    longest = std::move(keys);
+    *parts = std::move(choice);
+  }
+  return longest;
+}
+
 uint32_t Cluster::ProtectedRows(const Pipeline& pipeline, const Residency& residency) const {
   // What was there once is there, unless a copy was lost since.
   if (residency.losses_seen != replicas_.losses()) {
@@ -246,7 +277,7 @@ uint32_t Cluster::ProtectedRows(const Pipeline& pipeline, const Residency& resid
   for (; block < path.size(); ++block) {
     const bool safe =
         std::all_of(pipeline.slots.begin(), pipeline.slots.end(), [&](const StageSlot& slot) {
-          return !replicas_.Find(path[block]->key, slot.layers).empty();
+          return replicas_.IsThere(path[block]->key, slot.layers, slot.copying.buddy);
         });
     if (!safe) break;
   }

@@ -284,5 +284,56 @@ TEST_F(ReplicasTest, AnEpochLeavesNothingInTheQueue) {
   ExpectWhole(request, 1, 250, 200);
 }
 
+// Its place was taken by the keeper of its copies: a copy beside the rows protects nothing.
+TEST_F(ReplicasTest, WhoTakesThePlaceOfTheDeadIsNoBuddyOfIt) {
+  Start(Options(1), {0, kRoomy});
+  const RequestId request = h_->Submit(OneSequence(300, 200));
+  Until(request, 10);
+  EXPECT_GE(ProtectedRows(), 256u);
+  h_->Lose(w_[0]);
+  Until(request, 20);
+  EXPECT_EQ(h_->rows_restored, 256u);
+  EXPECT_EQ(ProtectedRows(), 0u);
+  EXPECT_TRUE(IsUnprotected());
+  const WorkerId third = Attach(kRoomy);
+  Rounds(2);
+  EXPECT_GE(ProtectedRows(), 256u) << "there is a buddy again";
+  h_->Lose(w_[1]);
+  EXPECT_EQ(h_->rows_restored, 512u);
+  EXPECT_FALSE(h_->workers.at(third).evicted);
+  h_->Run();
+  ExpectWhole(request, 1, 300, 200);
+}
+
+// What is shown as protected comes back, also of one whose blocks were made in two pipelines.
+TEST_F(ReplicasTest, AMovedSequenceIsRestoredWithAllItsBlocks) {
+  Start(Options(1, 2), {kRoomy, kRoomy, kRoomy, kRoomy});
+  const RequestId request = h_->Submit(OneSequence(300, 300));
+  Until(request, 10);
+  const uint64_t from = HostOf(0, 1) == WorkerId{} ? 2 : 1;
+  uint64_t at = 0;
+  for (const auto& [id, worker] : h_->workers) {
+    for (const auto& [stage_id, stage] : worker.stages) {
+      if (stage.lengths.contains(SequenceId{1})) at = stage.activate.pipeline_id();
+    }
+  }
+  ASSERT_NE(at, 0u) << from;
+  const VerbId verb = h_->Migrate(1, PipelineId{3 - at});
+  Until(request, 200);
+  ASSERT_TRUE(h_->verbs.contains(verb));
+  ASSERT_TRUE(h_->verbs.at(verb).ok()) << h_->verbs.at(verb);
+  const uint32_t rows = ProtectedRows();
+  EXPECT_GE(rows, 384u);
+  // Nobody else is to place it meanwhile.
+  const uint64_t replayed = h_->core.Stats().replayed_tokens;
+  h_->Lose(HostOf(0, at));
+  h_->Lose(HostOf(0, 3 - at));
+  Until(request, 201);
+  EXPECT_LE(h_->core.Stats().replayed_tokens - replayed, 127u);
+  EXPECT_GE(h_->rows_restored, rows);
+  h_->Run();
+  ExpectWhole(request, 1, 300, 300);
+}
+
 }  // namespace
 }  // namespace strait
