@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <deque>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -63,6 +64,8 @@ struct StageSlot {
   std::string nccl_id;       // of that edge, once this stage has made it
   uint32_t host_blocks = 0;  // prefix blocks that it may have in its worker's host memory
   Copying copying;
+  // In may_hold only because ActivateStage asked for it: a stage that fails before has none of it.
+  std::set<SequenceId> restored;
 
   // Whether it has not yet answered all that ActivateStage asks for.
   bool owes_answer() const {

@@ -189,6 +189,7 @@ void Cluster::SetRestores(const Pipeline& pipeline, StageSlot* slot, v1::Activat
   const uint64_t block_bytes = slot->layers.size() * context_->model.block_bytes;
   uint64_t room = slot->cache_bytes / block_bytes;
   for (const auto& [id, holding] : slot->may_hold) {
+    if (slot->restored.contains(id)) continue;
     room -= std::min<uint64_t>(room, (holding.planned + kBlock - 1) / kBlock);
   }
   uint64_t tokens = 0;
@@ -196,7 +197,10 @@ void Cluster::SetRestores(const Pipeline& pipeline, StageSlot* slot, v1::Activat
   for (const auto& [id, sequence] : journal_->waiting()) {
     const bool was_here =
         sequence->last_pipeline == pipeline.id || !pipelines_.contains(sequence->last_pipeline);
-    if (!sequence->was_placed || !was_here || slot->may_hold.contains(id)) continue;
+    const bool is_there = slot->may_hold.contains(id) && !slot->restored.contains(id);
+    if (!sequence->was_placed || !was_here || is_there) continue;
+    // More could not be placed.
+    if (slot->may_hold.size() >= context_->options.max_running) break;
     std::vector<Replicas::Part> parts;
     std::vector<ContentKey> keys = CopiesOf(pipeline, sequence, slot->layers, &parts);
     uint64_t blocks = 0;
@@ -227,6 +231,7 @@ void Cluster::SetRestores(const Pipeline& pipeline, StageSlot* slot, v1::Activat
       source->set_data_address(workers_.at(part.worker).data_address);
       source->set_secret(ReplicaSecret(0, part.worker.value));
     }
+    slot->restored.insert(id);
     AddHolding(id, {rows, rows, static_cast<uint32_t>(keys.size())}, &slot->may_hold);
     context_->stats.restored_rows += rows;
   }

@@ -335,5 +335,28 @@ TEST_F(ReplicasTest, AMovedSequenceIsRestoredWithAllItsBlocks) {
   ExpectWhole(request, 1, 300, 300);
 }
 
+// The first activation fails, for another stage's sake: the rows are asked for again with the next.
+TEST_F(ReplicasTest, AnActivationThatFailsCostsNoRestore) {
+  Start(Options(2), {kRoomy, kRoomy, kRoomy});
+  const RequestId request = h_->Submit(OneSequence(300, 60));
+  Until(request, 10);
+  const WorkerId survivor = HostOf(2);
+  h_->answer_activations = false;
+  h_->Lose(HostOf(0));
+  Harness::FakeStage& stage = h_->StageOf(survivor);
+  v1::StageState failed;
+  failed.set_stage_id(stage.load.stage_id());
+  failed.set_state(v1::StageState::FAILED);
+  *failed.mutable_epoch() = stage.activate.epoch();
+  failed.set_error_code(14);
+  h_->answer_activations = true;
+  h_->Answer(survivor, failed);
+  h_->Pump();
+  h_->Tick(5'000'000);
+  EXPECT_EQ(h_->rows_restored, 256u);
+  h_->Run();
+  ExpectWhole(request, 1, 300, 60);
+}
+
 }  // namespace
 }  // namespace strait
