@@ -31,6 +31,7 @@ namespace strait {
 struct Copying {
   WorkerId buddy;                          // 0: none
   std::deque<Scheduler::NewPrefix> queue;  // not told to it
+  std::deque<Scheduler::NewPrefix> failed;  // to be told again, a while later
   uint32_t num_coming = 0;                 // told, and not answered
   PipelineEpoch served;                    // since when it may read them
 };

@@ -59,8 +59,7 @@ std::optional<ContentKey> Scheduler::KeyIfKnown(Sequence* sequence, uint32_t blo
 std::vector<Scheduler::NewPrefix> Scheduler::AllPrefixes() const {
   std::vector<NewPrefix> all;
   // Some may be such with a plan that is under way.
-  const StepId last{ledger_.next_step().value - 1};
-  index_.ForEach([&](const PrefixIndex::Node& node) { all.push_back({node.key, last}); });
+  index_.ForEach([&](const PrefixIndex::Node& node) { all.push_back({node.key, last_step()}); });
   return all;
 }
 

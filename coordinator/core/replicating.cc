@@ -21,6 +21,9 @@ namespace {
 constexpr uint32_t kBlock = limits::kBlockTokens;
 // Of one stage, told to its buddy and not answered.
 constexpr uint32_t kMaxBlocksComing = 64;
+// Copies that could not be made are tried again so often, so many at most.
+constexpr uint64_t kCopyAgainUs = 1'000'000;
+constexpr uint32_t kMaxCopiesAgain = kMaxBlocksComing;
 // Of all restores of one activation.
 constexpr uint64_t kMaxRestoredTokens = 2'000'000;
 
@@ -82,11 +85,15 @@ void Cluster::AdvanceReplicas() {
     for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
       StageSlot& slot = pipeline->slots[i];
       // Steps are counted anew in each epoch, and what survived is new again.
-      if (slot.copying.served != pipeline->epoch) slot.copying.queue.clear();
+      if (slot.copying.served != pipeline->epoch) {
+        slot.copying.queue.clear();
+        slot.copying.failed.clear();
+      }
       if (!replicas_.Offers(slot.copying.buddy)) {
         const std::optional<WorkerId> buddy = ChooseBuddy(slot);
         slot.copying.buddy = buddy.value_or(WorkerId{});
         slot.copying.queue.clear();
+        slot.copying.failed.clear();
         slot.copying.num_coming = 0;
         if (!buddy) continue;
         TellServeReplicas(*buddy);
@@ -118,7 +125,10 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
     if (!pipeline.scheduler.HasPrefix(next.key, slot_index)) continue;  // it made room meanwhile
     if (replicas_.Has(next.key, slot.layers, copying.buddy)) continue;
     const auto parts = replicas_.MakeWay(next.key, slot.layers, copying.buddy);
-    if (!parts) continue;
+    if (!parts) {
+      copying.failed.push_back(next);
+      continue;
+    }
     for (const Replicas::Gone& each : *parts) {
       forget[{each.layers.begin, each.layers.end}].push_back(each.key);
     }
@@ -126,13 +136,16 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
         copying.buddy, bytes, [this](const ContentKey& key) { return IsHeldAnywhere(key); });
     if (!gone) {
       ++context_->stats.replicas_refused;
+      copying.failed.push_back(next);
       continue;
     }
     for (const Replicas::Gone& each : *gone) {
       forget[{each.layers.begin, each.layers.end}].push_back(each.key);
     }
-    if (replicas_.limit_bytes(copying.buddy) - replicas_.used_bytes(copying.buddy) < bytes)
+    if (replicas_.limit_bytes(copying.buddy) - replicas_.used_bytes(copying.buddy) < bytes) {
+      copying.failed.push_back(next);
       continue;
+    }
     replicas_.Begin(next.key, slot.layers, slot.stage_id, copying.buddy, bytes);
     ++copying.num_coming;
     keys.push_back(next.key);
@@ -158,6 +171,20 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
   context_->Send(std::move(out));
 }
 
+void Cluster::CopyAgain(uint64_t now_us) {
+  if (now_us < copy_again_us_) return;
+  copy_again_us_ = now_us + kCopyAgainUs;
+  for (const auto& [id, pipeline] : pipelines_) {
+    for (StageSlot& slot : pipeline->slots) {
+      std::deque<Scheduler::NewPrefix>& failed = slot.copying.failed;
+      for (uint32_t i = 0; i < kMaxCopiesAgain && !failed.empty(); ++i) {
+        slot.copying.queue.push_back(failed.front());
+        failed.pop_front();
+      }
+    }
+  }
+}
+
 void Cluster::OnReplicated(Worker* worker, const v1::Replicated& replicated, uint64_t now_us) {
   const auto end = [&](const std::string& packed, bool ok) -> absl::Status {
     const absl::StatusOr<std::vector<ContentKey>> keys = ParseContentKeys(packed);
@@ -171,6 +198,9 @@ void Cluster::OnReplicated(Worker* worker, const v1::Replicated& replicated, uin
         for (StageSlot& slot : pipeline->slots) {
           if (slot.stage_id == replicated.stage_id() && slot.copying.buddy == worker->id) {
             slot.copying.num_coming -= slot.copying.num_coming > 0;
+            if (!ok && pipeline->scheduler.started()) {
+              slot.copying.failed.push_back({key, pipeline->scheduler.last_step()});
+            }
           }
         }
       }

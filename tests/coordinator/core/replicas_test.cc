@@ -358,5 +358,21 @@ TEST_F(ReplicasTest, AnActivationThatFailsCostsNoRestore) {
   ExpectWhole(request, 1, 300, 60);
 }
 
+TEST_F(ReplicasTest, AFailedCopyIsMadeLater) {
+  Start(Options(1), {kRoomy, kRoomy});
+  h_->fail_copies = true;
+  const RequestId request = h_->Submit(OneSequence(300, 200));
+  Until(request, 10);
+  EXPECT_EQ(ProtectedRows(), 0u);
+  EXPECT_TRUE(IsUnprotected());
+  EXPECT_LE(h_->copies_failed, 8u) << "not at once again and again";
+  h_->fail_copies = false;
+  h_->Tick(3'000'000);
+  Until(request, 20);
+  EXPECT_GE(ProtectedRows(), 256u);
+  h_->Run();
+  ExpectWhole(request, 1, 300, 200);
+}
+
 }  // namespace
 }  // namespace strait
