@@ -168,6 +168,8 @@ class Cluster {
   void TellServeReplicas(WorkerId buddy);
   uint64_t ReplicaSecret(uint64_t what, uint64_t id) const;
   bool IsHeldAnywhere(const ContentKey& key) const;
+  // A pipeline that served does not now.
+  bool IsRecovering() const;
   // Of sequences that wait, and that it does not have, it fetches what copies there are.
   void SetRestores(const Pipeline& pipeline, StageSlot* slot, v1::ActivateStage* activate);
   // The most of its leading blocks that the same workers have copies of, and which they are.

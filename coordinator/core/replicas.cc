@@ -105,7 +105,6 @@ std::optional<std::vector<Replicas::Gone>> Replicas::MakeRoom(
     }
     gone.push_back({key, copies[index].layers});
     Drop(key, index);
-    ++losses_;
   }
   return gone;
 }

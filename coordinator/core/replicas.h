@@ -69,7 +69,7 @@ class Replicas {
   std::vector<WorkerId> KeepersOf(const ContentKey& key, LayerRange layers) const;
   // That are there.
   uint64_t num_there() const { return num_there_; }
-  // Rises whenever a copy is lost: what was known to be there may not be.
+  // Rises whenever a copy is lost that a sequence may have: what was known to be there may not be.
   uint64_t losses() const { return losses_; }
   absl::Status CheckIntegrity() const;
 

@@ -76,6 +76,12 @@ bool Cluster::IsHeldAnywhere(const ContentKey& key) const {
                      [&](const auto& entry) { return entry.second->scheduler.HoldsPrefix(key); });
 }
 
+bool Cluster::IsRecovering() const {
+  return std::any_of(pipelines_.begin(), pipelines_.end(), [](const auto& entry) {
+    return entry.second->served && entry.second->state != Pipeline::State::kActive;
+  });
+}
+
 void Cluster::AdvanceReplicas() {
   for (const auto& [id, pipeline] : pipelines_) {
     if (!pipeline->scheduler.started()) continue;
@@ -121,6 +127,10 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
   while (!copying.queue.empty() && copying.num_coming < kMaxBlocksComing) {
     const Scheduler::NewPrefix next = copying.queue.front();
     if (pipeline.scheduler.ledger().reported(slot_index) < next.step.value) break;
+    // What seems to be nobody's may be of those that wait for a stage to begin with it.
+    const bool has_room =
+        replicas_.limit_bytes(copying.buddy) - replicas_.used_bytes(copying.buddy) >= bytes;
+    if (!has_room && IsRecovering()) break;
     copying.queue.pop_front();
     if (!pipeline.scheduler.HasPrefix(next.key, slot_index)) continue;  // it made room meanwhile
     if (replicas_.Has(next.key, slot.layers, copying.buddy)) continue;
