@@ -243,7 +243,10 @@ void Migrations::OnMessage(WorkerId worker, const v1::FromWorker& message, uint6
 // ---------------------------------------------------------------- what is told to workers
 
 uint64_t Migrations::SecretOf(const Migration& move, uint64_t stage_id) const {
-  return EdgeNonce(EdgeNonce(context_->options.edge_secret, move.placement.counter), stage_id);
+  // No edge, whose nonce its two workers know, has such an id.
+  constexpr uint64_t kMoves = uint64_t{1} << 63;
+  const uint64_t key = EdgeNonce(context_->options.edge_secret, kMoves);
+  return EdgeNonce(EdgeNonce(key, move.placement.counter), stage_id);
 }
 
 void Migrations::Serve(const Migration& move, uint32_t served_rows, bool end) {

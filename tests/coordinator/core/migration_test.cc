@@ -3,6 +3,7 @@
 // A running sequence goes to another pipeline with its rows: no token is lost, doubled or changed, none of its
 // rows is computed again, nobody else gives way for it, and whatever fails on the way leaves it in exactly one
 // place. The harness' workers object to what an honest worker would refuse.
+#include "coordinator/core/edges.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/coordinator/core/harness.h"
@@ -226,6 +227,37 @@ TEST_F(MigrationTest, AWrongDigestLeavesItWhereItIs) {
   ExpectWhole(request, 1, 100, 60);
   EXPECT_EQ(h_->core.Stats().recomputed_rows, 0u);
   ExpectEmpty();
+}
+
+// Who knows an edge's nonce knows no secret of a move.
+TEST_F(MigrationTest, SecretsDoNotFollowFromNoncesOfEdges) {
+  Start(2);
+  h_->Submit(OneSequence(100, 60));
+  Rounds(12);
+  h_->answer_fetches = false;
+  h_->Migrate(1, PipelineId{Other(WhereIs(1))});
+  std::vector<uint64_t> nonces;
+  for (const auto& [id, worker] : h_->workers) {
+    for (const auto& [stage_id, stage] : worker.stages) {
+      for (const uint64_t nonce : {stage.activate.edge_nonce(), stage.activate.next_edge_nonce(),
+                                   stage.activate.sampled_edge_nonce()}) {
+        if (nonce != 0) nonces.push_back(nonce);
+      }
+    }
+  }
+  int secrets = 0;
+  for (const auto& [id, worker] : h_->workers) {
+    for (const auto& [stage_id, stage] : worker.stages) {
+      for (const auto& [sequence, serve] : stage.moves.serves) {
+        ++secrets;
+        for (const uint64_t nonce : nonces) EXPECT_NE(serve.secret, EdgeNonce(nonce, stage_id));
+      }
+    }
+  }
+  EXPECT_EQ(secrets, 2);
+  EXPECT_THAT(nonces, testing::Not(IsEmpty()));
+  h_->answer_fetches = true;
+  h_->Run();
 }
 
 // Rows that never come hold up nothing: the move is given up by its deadlines.
