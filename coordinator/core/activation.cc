@@ -143,6 +143,7 @@ void Cluster::CompleteActivation(Pipeline* pipeline, uint64_t now_us) {
                       .capacity_bytes = slot.cache_bytes,
                       .host_blocks = slot.host_blocks});
     told.push_back(std::exchange(slot.may_hold, {}));
+    slot.restored.clear();
     HostedStage& stage = HostedIn(slot);
     if (stage.resize) stage.resize->asked_us = now_us;
   }

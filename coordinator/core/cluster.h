@@ -162,12 +162,19 @@ class Cluster {
   std::optional<WorkerId> ChooseBuddy(const StageSlot& slot) const;
   // What the next of its blocks are is told to a stage's buddy.
   void Replicate(const Pipeline& pipeline, uint32_t slot_index);
+  // What could not be copied, a while ago.
+  void CopyAgain(uint64_t now_us);
   void TellServePrefixes(const Pipeline& pipeline, StageSlot* slot);
   void TellServeReplicas(WorkerId buddy);
   uint64_t ReplicaSecret(uint64_t what, uint64_t id) const;
   bool IsHeldAnywhere(const ContentKey& key) const;
+  // A pipeline that served does not now.
+  bool IsRecovering() const;
   // Of sequences that wait, and that it does not have, it fetches what copies there are.
   void SetRestores(const Pipeline& pipeline, StageSlot* slot, v1::ActivateStage* activate);
+  // The most of its leading blocks that the same workers have copies of, and which they are.
+  std::vector<ContentKey> CopiesOf(const Pipeline& pipeline, Sequence* sequence, LayerRange layers,
+                                   std::vector<Replicas::Part>* parts) const;
   void CountProtected(uint64_t now_us);
 
   // ---- Scale (scaling.cc) ----
@@ -254,6 +261,7 @@ class Cluster {
   Replicas replicas_;
   std::set<WorkerId> serves_replicas_;  // that were told so
   uint64_t counted_us_ = 0;             // until when protected time is counted
+  uint64_t copy_again_us_ = 0;          // not before
   std::map<WorkerId, Worker> workers_;
   Pipelines pipelines_;
   uint32_t num_active_ = 0;

@@ -16,6 +16,7 @@ namespace strait {
 void Cluster::OnTick(uint64_t now_us) {
   look_again_ = true;  // backoffs run out
   CountProtected(now_us);
+  CopyAgain(now_us);
   using Late = std::vector<std::pair<WorkerId, absl::Status>>;
   Late silent;
   for (const auto& [id, worker] : workers_) {

@@ -125,6 +125,7 @@ absl::Status Cluster::CheckIntegrity() const {
   if (active != num_active_) {
     return absl::InternalError(absl::StrCat(active, " pipelines active, counted ", num_active_));
   }
+  STRAIT_RETURN_IF_ERROR(replicas_.CheckIntegrity());
   return CheckScale();
 }
 

@@ -182,6 +182,8 @@ void Migrations::OnMigrate(VerbId verb, const MigrateSpec& spec, uint64_t now_us
 // ---------------------------------------------------------------- what workers say
 
 void Migrations::OnMessage(WorkerId worker, const v1::FromWorker& message, uint64_t now_us) {
+  // Evicted, maybe for this very message, and its moves are not given up yet.
+  if (!cluster_->workers().contains(worker)) return;
   const auto find = [&](const auto& told) -> Migration* {
     const auto it = moves_.find(SequenceId{told.sequence_id()});
     // Of a move that is over.
@@ -204,6 +206,8 @@ void Migrations::OnMessage(WorkerId worker, const v1::FromWorker& message, uint6
     });
     if (stage == move->fetched.end()) return accuse(told, "what it was not asked for");
     if (told.error_code() != 0) {
+      // What it has adopted it had fetched.
+      if (move->phase == Migration::Phase::kAdopt) return;
       const absl::Status error(static_cast<absl::StatusCode>(told.error_code()),
                                told.error_message());
       failures_.emplace(move->sequence, error);
@@ -239,7 +243,10 @@ void Migrations::OnMessage(WorkerId worker, const v1::FromWorker& message, uint6
 // ---------------------------------------------------------------- what is told to workers
 
 uint64_t Migrations::SecretOf(const Migration& move, uint64_t stage_id) const {
-  return EdgeNonce(EdgeNonce(context_->options.edge_secret, move.placement.counter), stage_id);
+  // No edge, whose nonce its two workers know, has such an id.
+  constexpr uint64_t kMoves = uint64_t{1} << 63;
+  const uint64_t key = EdgeNonce(context_->options.edge_secret, kMoves);
+  return EdgeNonce(EdgeNonce(key, move.placement.counter), stage_id);
 }
 
 void Migrations::Serve(const Migration& move, uint32_t served_rows, bool end) {

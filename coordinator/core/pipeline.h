@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <deque>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -30,6 +31,7 @@ namespace strait {
 struct Copying {
   WorkerId buddy;                          // 0: none
   std::deque<Scheduler::NewPrefix> queue;  // not told to it
+  std::deque<Scheduler::NewPrefix> failed;  // to be told again, a while later
   uint32_t num_coming = 0;                 // told, and not answered
   PipelineEpoch served;                    // since when it may read them
 };
@@ -63,6 +65,8 @@ struct StageSlot {
   std::string nccl_id;       // of that edge, once this stage has made it
   uint32_t host_blocks = 0;  // prefix blocks that it may have in its worker's host memory
   Copying copying;
+  // In may_hold only because ActivateStage asked for it: a stage that fails before has none of it.
+  std::set<SequenceId> restored;
 
   // Whether it has not yet answered all that ActivateStage asks for.
   bool owes_answer() const {

@@ -58,7 +58,8 @@ std::optional<ContentKey> Scheduler::KeyIfKnown(Sequence* sequence, uint32_t blo
 
 std::vector<Scheduler::NewPrefix> Scheduler::AllPrefixes() const {
   std::vector<NewPrefix> all;
-  index_.ForEach([&](const PrefixIndex::Node& node) { all.push_back({node.key, StepId{1}}); });
+  // Some may be such with a plan that is under way.
+  index_.ForEach([&](const PrefixIndex::Node& node) { all.push_back({node.key, last_step()}); });
   return all;
 }
 

@@ -37,11 +37,14 @@ void Replicas::Forget(WorkerId worker) {
 
 void Replicas::Begin(const ContentKey& key, LayerRange layers, uint64_t stage_id, WorkerId worker,
                      uint64_t bytes) {
-  STRAIT_CHECK(!HasAny(key, layers));
   Keeper& keeper = keepers_.at(worker);
   STRAIT_CHECK(bytes <= keeper.limit_bytes - keeper.used_bytes);
   keeper.used_bytes += bytes;
-  copies_[key].push_back(
+  std::vector<Copy>& copies = copies_[key];
+  STRAIT_CHECK(std::none_of(copies.begin(), copies.end(), [&](const Copy& copy) {
+    return copy.worker == worker && Overlap(copy.layers, layers);
+  }));
+  copies.push_back(
       {.worker = worker, .layers = layers, .stage_id = stage_id, .bytes = bytes});
 }
 
@@ -102,16 +105,64 @@ std::optional<std::vector<Replicas::Gone>> Replicas::MakeRoom(
     }
     gone.push_back({key, copies[index].layers});
     Drop(key, index);
-    ++losses_;
   }
   return gone;
 }
 
-bool Replicas::HasAny(const ContentKey& key, LayerRange layers) const {
+bool Replicas::Covers(const ContentKey& key, LayerRange layers, WorkerId worker,
+                      bool are_there) const {
   const auto it = copies_.find(key);
-  return it != copies_.end() &&
-         std::any_of(it->second.begin(), it->second.end(),
-                     [&](const Copy& copy) { return Overlap(copy.layers, layers); });
+  if (it == copies_.end()) return false;
+  // Of one worker no two overlap.
+  uint32_t num_layers = 0;
+  for (const Copy& copy : it->second) {
+    if (copy.worker != worker || !Overlap(copy.layers, layers)) continue;
+    if (are_there && !copy.is_there) return false;
+    num_layers +=
+        std::min(copy.layers.end, layers.end) - std::max(copy.layers.begin, layers.begin);
+  }
+  return num_layers == layers.size();
+}
+
+bool Replicas::Has(const ContentKey& key, LayerRange layers, WorkerId worker) const {
+  return Covers(key, layers, worker, false);
+}
+
+bool Replicas::IsThere(const ContentKey& key, LayerRange layers, WorkerId worker) const {
+  return Covers(key, layers, worker, true);
+}
+
+std::vector<WorkerId> Replicas::KeepersOf(const ContentKey& key, LayerRange layers) const {
+  std::vector<WorkerId> workers;
+  const auto it = copies_.find(key);
+  if (it == copies_.end()) return workers;
+  for (const Copy& copy : it->second) {
+    const bool is_new = std::find(workers.begin(), workers.end(), copy.worker) == workers.end();
+    if (is_new && IsThere(key, layers, copy.worker)) workers.push_back(copy.worker);
+  }
+  return workers;
+}
+
+std::optional<std::vector<Replicas::Gone>> Replicas::MakeWay(const ContentKey& key,
+                                                             LayerRange layers, WorkerId worker) {
+  std::vector<Gone> gone;
+  const auto it = copies_.find(key);
+  if (it == copies_.end()) return gone;
+  const auto is_in_the_way = [&](const Copy& copy) {
+    return copy.worker == worker && Overlap(copy.layers, layers);
+  };
+  for (const Copy& copy : it->second) {
+    if (is_in_the_way(copy) && !copy.is_there) return std::nullopt;
+  }
+  for (size_t i = it->second.size(); i-- > 0;) {
+    if (!is_in_the_way(it->second[i])) continue;
+    gone.push_back({key, it->second[i].layers});
+    const bool is_last = it->second.size() == 1;
+    Drop(key, i);
+    ++losses_;
+    if (is_last) break;
+  }
+  return gone;
 }
 
 std::vector<Replicas::Part> Replicas::Find(const ContentKey& key, LayerRange layers) const {

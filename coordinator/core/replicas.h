@@ -6,7 +6,9 @@
 // Thread:  loop thread only. Plain values: what is sent for it, Cluster decides (replicating.cc).
 // Limits:  what each worker offers (Hello.replica_bytes).
 // Why:     a copy is known by content key and layers, so it is true whatever became of the stage, the epoch or
-//          the pipeline that it was read from. Copies that no sequence has give way first, the one made
+//          the pipeline that it was read from. A stage has all of its copies at one worker, its buddy, whatever others
+//          have: who takes its place asks one for all of a sequence's blocks, and they never are where the stage
+//          is. Copies that no sequence has give way first, the one made
 //          longest ago; one that a sequence has gives way to nobody: the newer block stays without.
 #pragma once
 
@@ -35,8 +37,8 @@ class Replicas {
   uint64_t limit_bytes(WorkerId worker) const { return keepers_.at(worker).limit_bytes; }
   uint64_t used_bytes(WorkerId worker) const { return keepers_.at(worker).used_bytes; }
 
-  // A copy comes to `worker`, of a stage's layers. REQUIRES: it offers, and has room; none of these layers is
-  // there or on its way.
+  // A copy comes to `worker`, of a stage's layers. REQUIRES: it offers, and has room; it has none of these layers, nor
+  // are any on their way to it.
   void Begin(const ContentKey& key, LayerRange layers, uint64_t stage_id, WorkerId worker,
              uint64_t bytes);
   // It is there, or is not to be. False: nobody asked for it.
@@ -50,8 +52,12 @@ class Replicas {
   std::optional<std::vector<Gone>> MakeRoom(WorkerId worker, uint64_t bytes,
                                             const std::function<bool(const ContentKey&)>& is_held);
 
-  // Any of these layers has a copy, there or on its way.
-  bool HasAny(const ContentKey& key, LayerRange layers) const;
+  // All of these layers have copies at `worker`, there or on their way.
+  bool Has(const ContentKey& key, LayerRange layers, WorkerId worker) const;
+  bool IsThere(const ContentKey& key, LayerRange layers, WorkerId worker) const;
+  // Copies at `worker` of some of these layers are to be forgotten, for one of all of them. Absent: some are on their way.
+  std::optional<std::vector<Gone>> MakeWay(const ContentKey& key, LayerRange layers,
+                                           WorkerId worker);
   struct Part {
     WorkerId worker;
     LayerRange layers;
@@ -59,9 +65,11 @@ class Replicas {
   };
   // Copies that are there of all of these layers, by rising layers; empty: not of all.
   std::vector<Part> Find(const ContentKey& key, LayerRange layers) const;
+  // Workers that have all of them.
+  std::vector<WorkerId> KeepersOf(const ContentKey& key, LayerRange layers) const;
   // That are there.
   uint64_t num_there() const { return num_there_; }
-  // Rises whenever a copy is lost: what was known to be there may not be.
+  // Rises whenever a copy is lost that a sequence may have: what was known to be there may not be.
   uint64_t losses() const { return losses_; }
   absl::Status CheckIntegrity() const;
 
@@ -80,6 +88,7 @@ class Replicas {
     std::map<uint64_t, ContentKey> by_age;  // of those that are there
   };
   void Drop(const ContentKey& key, size_t index);
+  bool Covers(const ContentKey& key, LayerRange layers, WorkerId worker, bool are_there) const;
 
   std::map<WorkerId, Keeper> keepers_;
   absl::flat_hash_map<ContentKey, std::vector<Copy>, ContentKeyHash> copies_;

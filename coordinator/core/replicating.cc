@@ -21,6 +21,9 @@ namespace {
 constexpr uint32_t kBlock = limits::kBlockTokens;
 // Of one stage, told to its buddy and not answered.
 constexpr uint32_t kMaxBlocksComing = 64;
+// Copies that could not be made are tried again so often, so many at most.
+constexpr uint64_t kCopyAgainUs = 1'000'000;
+constexpr uint32_t kMaxCopiesAgain = kMaxBlocksComing;
 // Of all restores of one activation.
 constexpr uint64_t kMaxRestoredTokens = 2'000'000;
 
@@ -73,17 +76,31 @@ bool Cluster::IsHeldAnywhere(const ContentKey& key) const {
                      [&](const auto& entry) { return entry.second->scheduler.HoldsPrefix(key); });
 }
 
+bool Cluster::IsRecovering() const {
+  return std::any_of(pipelines_.begin(), pipelines_.end(), [](const auto& entry) {
+    return entry.second->served && entry.second->state != Pipeline::State::kActive;
+  });
+}
+
 void Cluster::AdvanceReplicas() {
-  if (!replicas_.any()) return;
   for (const auto& [id, pipeline] : pipelines_) {
     if (!pipeline->scheduler.started()) continue;
+    // Also where nobody makes copies any more: they would pile up.
     const std::vector<Scheduler::NewPrefix> made = pipeline->scheduler.TakeNewPrefixes();
+    if (!replicas_.any()) continue;
     for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
       StageSlot& slot = pipeline->slots[i];
+      // Steps are counted anew in each epoch, and what survived is new again.
+      if (slot.copying.served != pipeline->epoch) {
+        slot.copying.queue.clear();
+        slot.copying.failed.clear();
+      }
       if (!replicas_.Offers(slot.copying.buddy)) {
         const std::optional<WorkerId> buddy = ChooseBuddy(slot);
         slot.copying.buddy = buddy.value_or(WorkerId{});
         slot.copying.queue.clear();
+        slot.copying.failed.clear();
+        slot.copying.num_coming = 0;
         if (!buddy) continue;
         TellServeReplicas(*buddy);
         // What the last one had is gone with it.
@@ -110,20 +127,35 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
   while (!copying.queue.empty() && copying.num_coming < kMaxBlocksComing) {
     const Scheduler::NewPrefix next = copying.queue.front();
     if (pipeline.scheduler.ledger().reported(slot_index) < next.step.value) break;
+    // What seems to be nobody's may be of those that wait for a stage to begin with it.
+    const bool has_room =
+        replicas_.limit_bytes(copying.buddy) - replicas_.used_bytes(copying.buddy) >= bytes;
+    if (!has_room && IsRecovering()) break;
     copying.queue.pop_front();
     if (!pipeline.scheduler.HasPrefix(next.key, slot_index)) continue;  // it made room meanwhile
-    if (replicas_.HasAny(next.key, slot.layers)) continue;
+    if (replicas_.Has(next.key, slot.layers, copying.buddy)) continue;
+    const auto parts = replicas_.MakeWay(next.key, slot.layers, copying.buddy);
+    if (!parts) {
+      copying.failed.push_back(next);
+      continue;
+    }
+    for (const Replicas::Gone& each : *parts) {
+      forget[{each.layers.begin, each.layers.end}].push_back(each.key);
+    }
     const auto gone = replicas_.MakeRoom(
         copying.buddy, bytes, [this](const ContentKey& key) { return IsHeldAnywhere(key); });
     if (!gone) {
       ++context_->stats.replicas_refused;
+      copying.failed.push_back(next);
       continue;
     }
     for (const Replicas::Gone& each : *gone) {
       forget[{each.layers.begin, each.layers.end}].push_back(each.key);
     }
-    if (replicas_.limit_bytes(copying.buddy) - replicas_.used_bytes(copying.buddy) < bytes)
+    if (replicas_.limit_bytes(copying.buddy) - replicas_.used_bytes(copying.buddy) < bytes) {
+      copying.failed.push_back(next);
       continue;
+    }
     replicas_.Begin(next.key, slot.layers, slot.stage_id, copying.buddy, bytes);
     ++copying.num_coming;
     keys.push_back(next.key);
@@ -149,6 +181,20 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
   context_->Send(std::move(out));
 }
 
+void Cluster::CopyAgain(uint64_t now_us) {
+  if (now_us < copy_again_us_) return;
+  copy_again_us_ = now_us + kCopyAgainUs;
+  for (const auto& [id, pipeline] : pipelines_) {
+    for (StageSlot& slot : pipeline->slots) {
+      std::deque<Scheduler::NewPrefix>& failed = slot.copying.failed;
+      for (uint32_t i = 0; i < kMaxCopiesAgain && !failed.empty(); ++i) {
+        slot.copying.queue.push_back(failed.front());
+        failed.pop_front();
+      }
+    }
+  }
+}
+
 void Cluster::OnReplicated(Worker* worker, const v1::Replicated& replicated, uint64_t now_us) {
   const auto end = [&](const std::string& packed, bool ok) -> absl::Status {
     const absl::StatusOr<std::vector<ContentKey>> keys = ParseContentKeys(packed);
@@ -162,6 +208,9 @@ void Cluster::OnReplicated(Worker* worker, const v1::Replicated& replicated, uin
         for (StageSlot& slot : pipeline->slots) {
           if (slot.stage_id == replicated.stage_id() && slot.copying.buddy == worker->id) {
             slot.copying.num_coming -= slot.copying.num_coming > 0;
+            if (!ok && pipeline->scheduler.started()) {
+              slot.copying.failed.push_back({key, pipeline->scheduler.last_step()});
+            }
           }
         }
       }
@@ -180,6 +229,7 @@ void Cluster::SetRestores(const Pipeline& pipeline, StageSlot* slot, v1::Activat
   const uint64_t block_bytes = slot->layers.size() * context_->model.block_bytes;
   uint64_t room = slot->cache_bytes / block_bytes;
   for (const auto& [id, holding] : slot->may_hold) {
+    if (slot->restored.contains(id)) continue;
     room -= std::min<uint64_t>(room, (holding.planned + kBlock - 1) / kBlock);
   }
   uint64_t tokens = 0;
@@ -187,20 +237,17 @@ void Cluster::SetRestores(const Pipeline& pipeline, StageSlot* slot, v1::Activat
   for (const auto& [id, sequence] : journal_->waiting()) {
     const bool was_here =
         sequence->last_pipeline == pipeline.id || !pipelines_.contains(sequence->last_pipeline);
-    if (!sequence->was_placed || !was_here || slot->may_hold.contains(id)) continue;
-    std::vector<ContentKey> keys;
+    const bool is_there = slot->may_hold.contains(id) && !slot->restored.contains(id);
+    if (!sequence->was_placed || !was_here || is_there) continue;
+    // More could not be placed.
+    if (slot->may_hold.size() >= context_->options.max_running) break;
     std::vector<Replicas::Part> parts;
+    std::vector<ContentKey> keys = CopiesOf(pipeline, sequence, slot->layers, &parts);
     uint64_t blocks = 0;
-    for (uint32_t b = 0; b < sequence->rows_settled() / kBlock; ++b) {
-      const std::optional<ContentKey> key = pipeline.scheduler.KeyIfKnown(sequence, b);
-      if (!key) break;
-      std::vector<Replicas::Part> found = replicas_.Find(*key, slot->layers);
-      if (found.empty() || (!parts.empty() && found != parts)) break;
-      const bool is_new = !counted.contains(*key);
-      if (blocks + is_new > room) break;
-      blocks += is_new;
-      parts = std::move(found);
-      keys.push_back(*key);
+    for (size_t b = 0; b < keys.size(); ++b) {
+      const bool is_new = !counted.contains(keys[b]);
+      if (blocks + is_new > room) keys.resize(b);
+      blocks += b < keys.size() && is_new;
     }
     const auto rows = static_cast<uint32_t>(keys.size()) * kBlock;
     if (rows == 0 || tokens + rows > kMaxRestoredTokens) continue;
@@ -224,11 +271,44 @@ void Cluster::SetRestores(const Pipeline& pipeline, StageSlot* slot, v1::Activat
       source->set_data_address(workers_.at(part.worker).data_address);
       source->set_secret(ReplicaSecret(0, part.worker.value));
     }
+    slot->restored.insert(id);
     AddHolding(id, {rows, rows, static_cast<uint32_t>(keys.size())}, &slot->may_hold);
     context_->stats.restored_rows += rows;
   }
   activate->set_restore_timeout_ms(
       static_cast<uint32_t>(context_->options.restore_timeout_us / 1000));
+}
+
+std::vector<ContentKey> Cluster::CopiesOf(const Pipeline& pipeline, Sequence* sequence,
+                                          LayerRange layers,
+                                          std::vector<Replicas::Part>* parts) const {
+  std::vector<ContentKey> longest;
+  const uint32_t most = sequence->rows_settled() / kBlock;
+  const std::optional<ContentKey> first =
+      most > 0 ? pipeline.scheduler.KeyIfKnown(sequence, 0) : std::nullopt;
+  if (!first) return longest;
+  // One worker that has most of it, or several, each with some of the layers.
+  std::vector<std::vector<Replicas::Part>> choices;
+  for (const WorkerId keeper : replicas_.KeepersOf(*first, layers)) {
+    choices.push_back({{keeper, layers}});
+  }
+  choices.push_back(replicas_.Find(*first, layers));
+  for (std::vector<Replicas::Part>& choice : choices) {
+    std::vector<ContentKey> keys;
+    for (uint32_t b = 0; b < most && !choice.empty(); ++b) {
+      const std::optional<ContentKey> key = pipeline.scheduler.KeyIfKnown(sequence, b);
+      const bool are_there =
+          std::all_of(choice.begin(), choice.end(), [&](const Replicas::Part& part) {
+            return replicas_.IsThere(*key, part.layers, part.worker);
+          });
+      if (!are_there) break;
+      keys.push_back(*key);
+    }
+    if (keys.size() <= longest.size()) continue;
+    longest = std::move(keys);
+    *parts = std::move(choice);
+  }
+  return longest;
 }
 
 uint32_t Cluster::ProtectedRows(const Pipeline& pipeline, const Residency& residency) const {
@@ -242,7 +322,7 @@ uint32_t Cluster::ProtectedRows(const Pipeline& pipeline, const Residency& resid
   for (; block < path.size(); ++block) {
     const bool safe =
         std::all_of(pipeline.slots.begin(), pipeline.slots.end(), [&](const StageSlot& slot) {
-          return !replicas_.Find(path[block]->key, slot.layers).empty();
+          return replicas_.IsThere(path[block]->key, slot.layers, slot.copying.buddy);
         });
     if (!safe) break;
   }

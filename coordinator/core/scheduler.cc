@@ -254,7 +254,8 @@ std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
     return std::nullopt;
   }
   // Or whoever decodes waits for room that others are about to leave.
-  const bool may_be_empty = is_awaited || ops_are_urgent_ || num_still_ > 0;
+  const bool may_be_empty =
+      is_awaited || ops_are_urgent_ || num_still_ > 0 || Youngest() == nullptr;
   Draft draft = Begin();
   PlanSurvivors(&draft);
   PlanKeeps(&draft);

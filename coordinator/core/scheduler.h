@@ -127,6 +127,7 @@ class Scheduler {
   // Prefix blocks since the last call.
   std::vector<NewPrefix> TakeNewPrefixes() { return std::exchange(new_prefixes_, {}); }
   std::vector<NewPrefix> AllPrefixes() const;
+  StepId last_step() const { return StepId{ledger_.next_step().value - 1}; }
   bool HasPrefix(const ContentKey& key, uint32_t stage_index) const;
   // A resident has it.
   bool HoldsPrefix(const ContentKey& key) const;

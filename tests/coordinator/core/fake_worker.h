@@ -21,6 +21,7 @@
 #include "proto/model/reservation.h"
 #include "tests/coordinator/core/fake_moves.h"
 #include "tests/coordinator/core/fake_prefixes.h"
+#include "tests/coordinator/core/fake_replicas.h"
 
 namespace strait {
 
@@ -52,6 +53,8 @@ struct FakeStage {
   std::set<SequenceId> told;                       // with the last ACTIVE, not named since
   FakePrefixes prefixes;
   FakeMoves moves;  // an import's length is what it has blocks for
+  uint64_t prefix_secret = 0;    // of this epoch: that who reads its prefix blocks shows
+  uint64_t restored_counter = 0;  // of the last epoch that it began with rows from elsewhere
   uint64_t rows_computed = 0;
   uint64_t rows_stored = 0;
   uint64_t rows_kept = 0;     // by the last first plan
@@ -68,6 +71,7 @@ struct FakeStage {
 struct FakeWorker {
   v1::Hello hello;
   std::map<uint64_t, FakeStage> stages;
+  FakeReplicas replicas;
   bool evicted = false;
   absl::Status why;
 };

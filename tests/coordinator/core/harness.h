@@ -95,6 +95,7 @@ class Harness {
     const WorkerId id{++last_worker};
     workers[id] = std::move(lost.at(old));
     workers[id].hello = hello;
+    workers[id].replicas = {};
     for (auto& [stage_id, stage] : workers[id].stages) {
       stage.plans.clear();
       stage.resize_due.reset();
@@ -191,6 +192,7 @@ class Harness {
   void AnswerActivation(WorkerId id) { AnswerActivation(id, StageOf(id)); }
   void AnswerActivation(WorkerId id, FakeStage& stage) {
     stage.answered = stage.activate.epoch().counter();
+    Restore(stage);
     v1::StageState state;
     state.set_stage_id(stage.activate.stage_id());
     state.set_state(v1::StageState::ACTIVE);
@@ -277,6 +279,24 @@ class Harness {
     for (const v1::FromWorker& message : told) core.OnWorkerMessage(id, message, now_us);
     if (!told.empty()) Pump();
   }
+  // Copies that it was told to make are there, or are not to be.
+  void AnswerReplicas(WorkerId id) {
+    FakeWorker& worker = workers.at(id);
+    std::vector<v1::FromWorker> told;
+    for (const v1::Replicate& replicate : std::exchange(worker.replicas.asked, {})) {
+      v1::FromWorker& message = told.emplace_back();
+      v1::Replicated* replicated = message.mutable_replicated();
+      replicated->set_stage_id(replicate.source().stage_id());
+      const absl::StatusOr<std::vector<ContentKey>> keys = ParseContentKeys(replicate.keys());
+      for (const ContentKey& key : *keys) {
+        const bool ok = !fail_copies && Copy(&worker, replicate.source(), key);
+        AppendTo(key, ok ? replicated->mutable_keys() : replicated->mutable_failed());
+        ++(ok ? copies_made : copies_failed);
+      }
+    }
+    for (const v1::FromWorker& message : told) core.OnWorkerMessage(id, message, now_us);
+    if (!told.empty()) Pump();
+  }
   VerbId Migrate(MigrateSpec spec) {
     const VerbId id{++last_verb};
     core.OnMigrate(id, std::move(spec), now_us);
@@ -342,7 +362,7 @@ class Harness {
     if (!sound.ok()) problems.push_back(sound.ToString());
     // Only now that all messages are delivered: an answer brings new ones.
     for (const auto& [id, stage_id] : std::exchange(moves_told_, {})) {
-      if (!answer_fetches) return;
+      if (!answer_fetches) break;
       const auto find = [&, id = id, stage_id = stage_id]() -> FakeStage* {
         const auto worker = workers.find(id);
         if (worker == workers.end() || !worker->second.stages.contains(stage_id)) return nullptr;
@@ -350,6 +370,10 @@ class Harness {
       };
       if (FakeStage* stage = find()) AnswerFetches(id, *stage);
       if (FakeStage* stage = find()) AnswerServe(id, *stage);
+    }
+    if (!answer_replicas) return;
+    for (const WorkerId id : std::exchange(replicas_told_, {})) {
+      if (workers.contains(id)) AnswerReplicas(id);
     }
   }
 
@@ -379,6 +403,12 @@ class Harness {
   bool answer_resizes = true;
   bool answer_unloads = true;
   bool answer_fetches = true;
+  bool answer_replicas = true;
+  bool fail_copies = false;
+  uint64_t copies_made = 0;    // of one block of one stage
+  uint64_t copies_failed = 0;
+  uint32_t most_restored = ~0u;  // blocks of each sequence that come in time
+  uint64_t rows_restored = 0;    // each stage counts its own
   uint64_t spoil_digest = 0;
   bool tell_rows = true;  // else as workers that drop everything with an epoch
   std::function<void(WorkerId, v1::StageState*)> before_active;  // may change what is told
@@ -405,6 +435,79 @@ class Harness {
   static constexpr TokenId kUnknown = ~TokenId{0};
 
   std::set<std::pair<WorkerId, uint64_t>> moves_told_;  // stages with something to answer
+  std::set<WorkerId> replicas_told_;                    // likewise
+
+  FakeWorker* WorkerAt(const std::string& data_address) {
+    for (auto& [id, worker] : workers) {
+      if (!worker.evicted && worker.hello.data_address() == data_address) return &worker;
+    }
+    return nullptr;
+  }
+  // False: its source has it no more.
+  bool Copy(FakeWorker* worker, const v1::RowsSource& source, const ContentKey& key) {
+    FakeWorker* from = WorkerAt(source.data_address());
+    if (from == nullptr || !from->stages.contains(source.stage_id())) return false;
+    FakeStage& stage = from->stages.at(source.stage_id());
+    if (from == worker) Problem(stage, "has its copies on its own worker");
+    if (stage.epoch.counter() != source.epoch().counter()) return false;
+    if (stage.prefix_secret != source.secret() || source.secret() == 0) {
+      Problem(stage, "does not know the secret that its buddy shows");
+    }
+    if (!stage.prefixes.Has(key)) return false;
+    for (LayerIndex layer = source.layer_begin(); layer < source.layer_end(); ++layer) {
+      worker->replicas.blocks.insert({key, layer});
+    }
+    if (worker->replicas.blocks.size() * block_bytes > worker->hello.replica_bytes()) {
+      Problem(stage, "gets more copies than its buddy has memory for");
+    }
+    return true;
+  }
+  // As many whole blocks as there are copies of.
+  void Restore(FakeStage& stage) {
+    if (std::exchange(stage.restored_counter, stage.epoch.counter()) == stage.epoch.counter()) {
+      return;
+    }
+    uint64_t last = 0;
+    for (const v1::FetchRows& restore : stage.activate.restores()) {
+      const SequenceId id{restore.sequence_id()};
+      if (id.value <= last) Problem(stage, "restores do not come by rising ids");
+      last = id.value;
+      if (stage.lengths.contains(id)) continue;
+      std::vector<ContentKey> keys = *ParseContentKeys(restore.keys());
+      if (restore.end_row() != keys.size() * limits::kBlockTokens) Problem(stage, "keys lack");
+      size_t here = 0;
+      while (here < std::min<size_t>(keys.size(), most_restored) &&
+             IsCopied(stage, restore, keys[here])) {
+        ++here;
+      }
+      keys.resize(here);
+      if (keys.empty()) continue;
+      const auto& ids = restore.tokens().ids();
+      stage.fed[id].assign(ids.begin(), ids.begin() + long(here) * limits::kBlockTokens);
+      stage.lengths[id] = static_cast<uint32_t>(here) * limits::kBlockTokens;
+      rows_restored += stage.lengths[id];
+      stage.prefixes.Adopt(id, std::move(keys));
+      stage.told.insert(id);
+    }
+    if (last != 0 && HeldBytesOf(stage, block_bytes) > stage.cache_bytes) {
+      Problem(stage, "is to restore more than its cache holds");
+    }
+  }
+  bool IsCopied(FakeStage& stage, const v1::FetchRows& restore, const ContentKey& key) {
+    LayerIndex next = stage.layers().begin;
+    for (const v1::RowsSource& source : restore.sources()) {
+      if (source.layer_begin() != next) Problem(stage, "restores leave layers out");
+      next = source.layer_end();
+      const FakeWorker* from = WorkerAt(source.data_address());
+      if (from == nullptr) return false;
+      if (from->replicas.secret != source.secret() || source.secret() == 0) {
+        Problem(stage, "shows a secret that the keeper of its copies does not know");
+      }
+      if (!from->replicas.Has(key, {source.layer_begin(), source.layer_end()})) return false;
+    }
+    if (next != stage.layers().end) Problem(stage, "restores leave layers out");
+    return true;
+  }
 
   uint32_t GrantedToken(const v1::SequenceStep& step) const {
     if (token_at) return token_at(step.sequence_id(), step.first_position());
@@ -539,6 +642,7 @@ class Harness {
       stage.told.clear();
       for (const auto& [sequence, import] : stage.moves.imports) stage.lengths.erase(sequence);
       stage.moves = {};
+      stage.prefix_secret = 0;
       if (!tell_rows) {
         stage.lengths.clear();
         stage.prefixes.Clear();
@@ -574,6 +678,16 @@ class Harness {
       FakeStage& stage = worker.stages.at(m.message.fetch_rows().stage_id());
       stage.moves.fetches.push_back(m.message.fetch_rows());
       moves_told_.insert({m.worker, m.message.fetch_rows().stage_id()});
+    } else if (m.message.has_replicate()) {
+      worker.replicas.Forget(m.message.replicate());
+      if (!m.message.replicate().has_source()) return;
+      worker.replicas.asked.push_back(m.message.replicate());
+      replicas_told_.insert(m.worker);
+    } else if (m.message.has_serve_rows() && m.message.serve_rows().stage_id() == 0) {
+      worker.replicas.secret = m.message.serve_rows().secret();
+    } else if (m.message.has_serve_rows() && m.message.serve_rows().sequence_id() == 0) {
+      worker.stages.at(m.message.serve_rows().stage_id()).prefix_secret =
+          m.message.serve_rows().secret();
     } else if (m.message.has_serve_rows()) {
       FakeStage& stage = worker.stages.at(m.message.serve_rows().stage_id());
       OnServe(m.message.serve_rows(), &stage);

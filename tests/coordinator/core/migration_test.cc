@@ -3,6 +3,7 @@
 // A running sequence goes to another pipeline with its rows: no token is lost, doubled or changed, none of its
 // rows is computed again, nobody else gives way for it, and whatever fails on the way leaves it in exactly one
 // place. The harness' workers object to what an honest worker would refuse.
+#include "coordinator/core/edges.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/coordinator/core/harness.h"
@@ -228,6 +229,37 @@ TEST_F(MigrationTest, AWrongDigestLeavesItWhereItIs) {
   ExpectEmpty();
 }
 
+// Who knows an edge's nonce knows no secret of a move.
+TEST_F(MigrationTest, SecretsDoNotFollowFromNoncesOfEdges) {
+  Start(2);
+  h_->Submit(OneSequence(100, 60));
+  Rounds(12);
+  h_->answer_fetches = false;
+  h_->Migrate(1, PipelineId{Other(WhereIs(1))});
+  std::vector<uint64_t> nonces;
+  for (const auto& [id, worker] : h_->workers) {
+    for (const auto& [stage_id, stage] : worker.stages) {
+      for (const uint64_t nonce : {stage.activate.edge_nonce(), stage.activate.next_edge_nonce(),
+                                   stage.activate.sampled_edge_nonce()}) {
+        if (nonce != 0) nonces.push_back(nonce);
+      }
+    }
+  }
+  int secrets = 0;
+  for (const auto& [id, worker] : h_->workers) {
+    for (const auto& [stage_id, stage] : worker.stages) {
+      for (const auto& [sequence, serve] : stage.moves.serves) {
+        ++secrets;
+        for (const uint64_t nonce : nonces) EXPECT_NE(serve.secret, EdgeNonce(nonce, stage_id));
+      }
+    }
+  }
+  EXPECT_EQ(secrets, 2);
+  EXPECT_THAT(nonces, testing::Not(IsEmpty()));
+  h_->answer_fetches = true;
+  h_->Run();
+}
+
 // Rows that never come hold up nothing: the move is given up by its deadlines.
 TEST_F(MigrationTest, ALinkThatStandsStillCostsTheMoveAlone) {
   Start(1);
@@ -243,6 +275,69 @@ TEST_F(MigrationTest, ALinkThatStandsStillCostsTheMoveAlone) {
   ASSERT_TRUE(h_->verbs.contains(verb));
   EXPECT_EQ(h_->verbs.at(verb).code(), absl::StatusCode::kDeadlineExceeded);
   EXPECT_THAT(std::string(h_->verbs.at(verb).message()), HasSubstr("--migrate-stall"));
+  h_->Run();
+  ExpectWhole(request, 1, 100, 60);
+  ExpectEmpty();
+}
+
+// What a worker says may come behind its eviction, and be of a move that was not given up yet.
+TEST_F(MigrationTest, LastWordsOfWhoWasEvictedAreNothing) {
+  Start(1);
+  const RequestId request = h_->Submit(OneSequence(100, 60));
+  Rounds(8);
+  const uint64_t from = WhereIs(1);
+  h_->answer_fetches = false;
+  h_->Migrate(1, PipelineId{Other(from)});
+  Rounds(3);
+  const WorkerId worker = WorkersOf(Other(from)).front();
+  const Harness::FakeStage& stage = h_->StageOf(worker);
+  ASSERT_FALSE(stage.moves.fetches.empty());
+  v1::FromWorker lie;
+  lie.mutable_rows_fetched()->set_stage_id(stage.load.stage_id());
+  *lie.mutable_rows_fetched()->mutable_epoch() = stage.epoch;
+  lie.mutable_rows_fetched()->set_sequence_id(1);
+  *lie.mutable_rows_fetched()->mutable_placement() = stage.moves.fetches.front().placement();
+  lie.mutable_rows_fetched()->set_rows(100'000);
+  h_->core.OnWorkerMessage(worker, v1::FromWorker(), h_->now_us);
+  h_->core.OnWorkerMessage(worker, lie, h_->now_us);
+  h_->Pump();
+  EXPECT_TRUE(h_->workers.at(worker).evicted);
+  h_->Run();
+  ExpectWhole(request, 1, 100, 60);
+}
+
+// The move is done but for the destination's word: an error of what was fetched before is none any more.
+TEST_F(MigrationTest, AnErrorAfterTheCommitIsTooLate) {
+  Start(1);
+  const RequestId request = h_->Submit(OneSequence(100, 60));
+  Rounds(8);
+  const uint64_t from = WhereIs(1);
+  const VerbId verb = h_->Migrate(1, PipelineId{Other(from)});
+  const WorkerId worker = WorkersOf(Other(from)).front();
+  const Harness::FakeStage& stage = h_->StageOf(worker);
+  v1::FromWorker error;
+  bool is_told = false;
+  for (int i = 0; i < 40 && !h_->verbs.contains(verb); ++i) {
+    if (const auto it = stage.moves.imports.find(SequenceId{1}); it != stage.moves.imports.end()) {
+      v1::RowsFetched* told = error.mutable_rows_fetched();
+      told->set_stage_id(stage.load.stage_id());
+      *told->mutable_epoch() = stage.epoch;
+      told->set_sequence_id(1);
+      told->mutable_placement()->set_term(it->second.placement.term);
+      told->mutable_placement()->set_counter(it->second.placement.counter);
+      told->set_error_code(10);
+    }
+    const std::string status = h_->core.StatusJson(h_->now_us);
+    if (!is_told && status.find("\"phase\":\"adopt\"") != std::string::npos) {
+      h_->core.OnWorkerMessage(worker, error, h_->now_us);
+      h_->Pump();
+      is_told = true;
+    }
+    Rounds(1);
+  }
+  EXPECT_TRUE(is_told);
+  ASSERT_TRUE(h_->verbs.contains(verb));
+  EXPECT_TRUE(h_->verbs.at(verb).ok()) << h_->verbs.at(verb);
   h_->Run();
   ExpectWhole(request, 1, 100, 60);
   ExpectEmpty();

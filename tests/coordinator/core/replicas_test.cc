@@ -1,0 +1,378 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Prefix blocks get copies on other workers, and who takes a dead worker's place begins with them: each copy
+// where it outlives its stage, asked for once, within its keeper's memory, and shown as what it is. The harness'
+// workers object to what an honest worker would refuse.
+#include "coordinator/core/replicas.h"
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/coordinator/core/harness.h"
+
+namespace strait {
+namespace {
+
+using testing::HasSubstr;
+using testing::IsEmpty;
+using testing::Not;
+
+// One layer has 1,000 bytes, embedding and head 500, a workspace 50, a block of all layers 512.
+constexpr uint64_t kRoomy = 100'000;
+
+class ReplicasTest : public testing::Test {
+ protected:
+  // `replica_bytes` of each worker; 0: it is no buddy.
+  void Start(CoreOptions options, const std::vector<uint64_t>& replica_bytes) {
+    h_ = std::make_unique<Harness>(options, SmallModel());
+    h_->token_at = [](uint64_t sequence, uint32_t position) {
+      return static_cast<uint32_t>(10 + (sequence * 31 + position * 7) % 83);
+    };
+    for (const uint64_t bytes : replica_bytes) w_.push_back(Attach(bytes));
+    ASSERT_EQ(h_->core.Stats().pipelines_active, options.num_pipelines);
+  }
+  static CoreOptions Options(uint32_t num_stages, uint32_t num_pipelines = 1) {
+    CoreOptions options;
+    options.num_stages = num_stages;
+    options.num_pipelines = num_pipelines;
+    options.max_step_tokens = 256;
+    options.prefill_chunk = 256;
+    options.prefix_cache = true;
+    return options;
+  }
+  WorkerId Attach(uint64_t replica_bytes) {
+    v1::Hello hello = h_->MakeHello(kRoomy);
+    hello.set_replica_bytes(replica_bytes);
+    return h_->Attach(hello);
+  }
+  void TearDown() override {
+    ASSERT_NE(h_, nullptr);
+    EXPECT_THAT(h_->problems, IsEmpty());
+  }
+  void Rounds(int rounds) {
+    for (int i = 0; i < rounds; ++i) {
+      for (auto& [id, worker] : h_->workers) {
+        std::vector<uint64_t> ids;
+        for (const auto& [stage_id, stage] : worker.stages) ids.push_back(stage_id);
+        for (const uint64_t stage_id : ids) {
+          const auto it = worker.stages.find(stage_id);
+          if (it != worker.stages.end() && !it->second.plans.empty()) h_->Report(id, it->second);
+        }
+      }
+    }
+  }
+  // Until it has so many tokens.
+  void Until(RequestId request, size_t tokens) {
+    for (int i = 0; i < 500 && h_->tokens[request].size() < tokens; ++i) Rounds(1);
+    ASSERT_GE(h_->tokens[request].size(), tokens);
+  }
+  WorkerId HostOf(uint64_t layer_begin, uint64_t pipeline = 0) {
+    for (const auto& [id, worker] : h_->workers) {
+      for (const auto& [stage_id, stage] : worker.stages) {
+        if (stage.load.layer_begin() != layer_begin || worker.evicted) continue;
+        if (pipeline == 0 || stage.activate.pipeline_id() == pipeline) return id;
+      }
+    }
+    return {};
+  }
+  // Of the sequence that `status` lists first.
+  uint32_t ProtectedRows() {
+    const std::string status = h_->core.StatusJson(h_->now_us);
+    const std::string name = "\"protected_rows\":";
+    const size_t at = status.find(name);
+    return at == std::string::npos ? 0 : std::stoul(status.substr(at + name.size()));
+  }
+  bool IsUnprotected() {
+    return h_->core.StatusJson(h_->now_us).find("\"unprotected\":true") != std::string::npos;
+  }
+  void ExpectWhole(RequestId request, uint64_t sequence, uint32_t prompt, uint32_t max_tokens) {
+    ASSERT_TRUE(h_->ended.contains(request)) << h_->core.StatusJson(h_->now_us);
+    EXPECT_TRUE(h_->ended.at(request).status.ok()) << h_->ended.at(request).status;
+    const std::vector<TokenInfo>& tokens = h_->tokens[request];
+    ASSERT_EQ(tokens.size(), max_tokens);
+    for (uint32_t i = 0; i < max_tokens; ++i) {
+      EXPECT_EQ(tokens[i].position, prompt + i);
+      EXPECT_EQ(tokens[i].id, h_->token_at(sequence, prompt + i));
+    }
+  }
+
+  std::unique_ptr<Harness> h_;
+  std::vector<WorkerId> w_;
+};
+
+TEST_F(ReplicasTest, FullBlocksGetACopyOfEveryStageOnAnotherWorker) {
+  Start(Options(2), {kRoomy, kRoomy, 0});
+  const RequestId request = h_->Submit(OneSequence(300, 60));
+  Until(request, 10);
+  EXPECT_EQ(ProtectedRows(), 256u);
+  EXPECT_FALSE(IsUnprotected());
+  EXPECT_EQ(h_->copies_made, 8u);
+  EXPECT_EQ(h_->core.Stats().replicas_made, 8u);
+  EXPECT_EQ(h_->copies_failed, 0u);
+  h_->Run();
+  ExpectWhole(request, 1, 300, 60);
+}
+
+TEST_F(ReplicasTest, ADeathCostsTheTailAlone) {
+  Start(Options(2), {kRoomy, kRoomy, 0});
+  const RequestId request = h_->Submit(OneSequence(300, 60));
+  Until(request, 10);
+  const uint64_t computed = h_->core.Stats().replayed_tokens;
+  h_->Lose(HostOf(0));
+  EXPECT_EQ(h_->rows_restored, 256u);
+  Until(request, 11);
+  EXPECT_LE(h_->core.Stats().replayed_tokens - computed, 127u);
+  h_->Run();
+  ExpectWhole(request, 1, 300, 60);
+}
+
+TEST_F(ReplicasTest, WhatDoesNotComeInTimeIsComputed) {
+  Start(Options(2), {kRoomy, kRoomy, 0});
+  const RequestId request = h_->Submit(OneSequence(300, 60));
+  Until(request, 10);
+  h_->most_restored = 2;
+  h_->Lose(HostOf(2));
+  EXPECT_EQ(h_->rows_restored, 128u);
+  h_->Run();
+  ExpectWhole(request, 1, 300, 60);
+}
+
+TEST_F(ReplicasTest, WhoTellsMoreThanThereWereCopiesOfLies) {
+  Start(Options(2), {kRoomy, kRoomy, 0});
+  const RequestId request = h_->Submit(OneSequence(300, 60));
+  Until(request, 10);
+  h_->before_active = [&](WorkerId id, v1::StageState* state) {
+    if (id != w_[2]) return;
+    ASSERT_GT(state->held_size(), 0);
+    state->mutable_held(0)->set_rows(320);
+    state->mutable_held(0)->set_prefix_blocks(5);
+  };
+  h_->Lose(HostOf(0));
+  EXPECT_TRUE(h_->workers.at(w_[2]).evicted);
+  EXPECT_THAT(h_->workers.at(w_[2]).why.ToString(), HasSubstr("256 were planned"));
+}
+
+TEST_F(ReplicasTest, WhoTellsOfACopyThatNobodyAskedForLies) {
+  Start(Options(1), {kRoomy, kRoomy});
+  const RequestId request = h_->Submit(OneSequence(100, 60));
+  Until(request, 3);
+  const WorkerId buddy = HostOf(0) == w_[0] ? w_[1] : w_[0];
+  v1::FromWorker lie;
+  lie.mutable_replicated()->set_stage_id(1);
+  AppendTo(ContentKey{1, 2}, lie.mutable_replicated()->mutable_keys());
+  h_->core.OnWorkerMessage(buddy, lie, h_->now_us);
+  h_->Pump();
+  EXPECT_TRUE(h_->workers.at(buddy).evicted);
+  h_->Run();
+  ExpectWhole(request, 1, 100, 60);
+}
+
+TEST_F(ReplicasTest, OneThatEndedMeanwhileIsClosedWhereItWasRestored) {
+  Start(Options(2), {kRoomy, kRoomy, 0});
+  const RequestId request = h_->Submit(OneSequence(300, 60));
+  Until(request, 10);
+  h_->answer_activations = false;
+  h_->Lose(HostOf(0));
+  h_->core.OnCancel(request, std::nullopt, h_->now_us);
+  h_->Pump();
+  h_->answer_activations = true;
+  for (auto& [id, worker] : h_->workers) {
+    for (auto& [stage_id, stage] : worker.stages) h_->AnswerActivation(id, stage);
+  }
+  h_->Pump();
+  EXPECT_EQ(h_->rows_restored, 256u);
+  h_->Run();
+  EXPECT_EQ(h_->core.Stats().cache_bytes_used, 0u);
+}
+
+TEST_F(ReplicasTest, MemoryOfABuddyIsNeverExceededAndTheHeldStay) {
+  // Five blocks of four layers.
+  Start(Options(1), {0, 5 * 512});
+  const RequestId first = h_->Submit(OneSequence(200, 40));
+  h_->Run();
+  ExpectWhole(first, 1, 200, 40);
+  RequestSpec spec = OneSequence(260, 300);
+  spec.sequences[0].cache_salt = "other";
+  const RequestId second = h_->Submit(std::move(spec));
+  Until(second, 10);
+  EXPECT_EQ(ProtectedRows(), 256u) << "what nobody has gave way";
+  Until(second, 290);
+  EXPECT_EQ(ProtectedRows(), 320u) << "what it has did not";
+  EXPECT_TRUE(IsUnprotected());
+  EXPECT_GT(h_->core.Stats().replicas_refused, 0u);
+  h_->Run();
+  ExpectWhole(second, 2, 260, 300);
+}
+
+TEST_F(ReplicasTest, WithoutSharingASequenceHasItsCopiesAllTheSame) {
+  CoreOptions options = Options(2);
+  options.prefix_cache = false;
+  Start(options, {kRoomy, kRoomy, kRoomy});
+  RequestSpec spec = OneSequence(300, 60);
+  spec.sequences.push_back(spec.sequences[0]);
+  spec.sequences[1].choice_index = 1;
+  const RequestId request = h_->Submit(std::move(spec));
+  Until(request, 20);
+  h_->Lose(HostOf(0));
+  EXPECT_EQ(h_->rows_restored, 512u);
+  h_->Run();
+  EXPECT_TRUE(h_->ended.contains(request));
+  h_->core.OnFlush(h_->now_us);
+  h_->Pump();
+  h_->Run();
+  EXPECT_EQ(h_->core.Stats().cache_bytes_used, 0u);
+}
+
+// Rows of other numerics are no rows of this pipeline's.
+TEST_F(ReplicasTest, CopiesOfOtherNumericsAreNotUsed) {
+  Start(Options(2), {kRoomy, kRoomy});
+  v1::Hello other = h_->MakeHello(kRoomy);
+  other.set_numerics_id("other");
+  h_->Attach(other);
+  const RequestId request = h_->Submit(OneSequence(300, 60));
+  Until(request, 10);
+  h_->Lose(HostOf(0));
+  h_->Run();
+  ExpectWhole(request, 1, 300, 60);
+  EXPECT_GE(h_->core.Stats().replayed_tokens, 300u);
+}
+
+// The copies that the dead buddy was to make do not count as under way with the next one.
+TEST_F(ReplicasTest, ABuddyThatDiesWhileCopiesComeHasASuccessor) {
+  Start(Options(1), {0, kRoomy, kRoomy});
+  h_->answer_replicas = false;
+  // More than a buddy is told at once.
+  const RequestId request = h_->Submit(OneSequence(900, 60));
+  for (int i = 0; i < 8; ++i) {
+    RequestSpec spec = OneSequence(900, 60);
+    spec.sequences[0].cache_salt = std::to_string(i);
+    h_->Submit(std::move(spec));
+  }
+  Until(request, 10);
+  WorkerId buddy;
+  for (const auto& [id, worker] : h_->workers) {
+    if (!worker.replicas.asked.empty()) buddy = id;
+  }
+  ASSERT_NE(buddy.value, 0u);
+  h_->answer_replicas = true;
+  h_->Lose(buddy);
+  Rounds(2);
+  EXPECT_GE(ProtectedRows(), 896u);
+  EXPECT_FALSE(IsUnprotected());
+  h_->Run();
+}
+
+// Steps are counted anew in each epoch: what waited for one of the last epoch's holds nothing up.
+TEST_F(ReplicasTest, AnEpochLeavesNothingInTheQueue) {
+  Start(Options(2), {kRoomy, kRoomy, kRoomy});
+  const RequestId request = h_->Submit(OneSequence(250, 200));
+  Until(request, 120);
+  // A plan that keeps a block is out, and one stage has not reported it.
+  const WorkerId last = HostOf(2);
+  for (int i = 0; i < 200; ++i) {
+    bool keeps = false;
+    for (const v1::StepPlan& plan : h_->StageOf(last).plans) {
+      for (const v1::CacheOp& op : plan.cache_ops()) keeps = keeps || op.has_keep_prefix();
+    }
+    if (keeps) break;
+    Rounds(1);
+  }
+  h_->Lose(HostOf(0));
+  Until(request, 195);
+  EXPECT_GE(ProtectedRows(), 384u);
+  EXPECT_FALSE(IsUnprotected());
+  h_->Run();
+  ExpectWhole(request, 1, 250, 200);
+}
+
+// Its place was taken by the keeper of its copies: a copy beside the rows protects nothing.
+TEST_F(ReplicasTest, WhoTakesThePlaceOfTheDeadIsNoBuddyOfIt) {
+  Start(Options(1), {0, kRoomy});
+  const RequestId request = h_->Submit(OneSequence(300, 200));
+  Until(request, 10);
+  EXPECT_GE(ProtectedRows(), 256u);
+  h_->Lose(w_[0]);
+  Until(request, 20);
+  EXPECT_EQ(h_->rows_restored, 256u);
+  EXPECT_EQ(ProtectedRows(), 0u);
+  EXPECT_TRUE(IsUnprotected());
+  const WorkerId third = Attach(kRoomy);
+  Rounds(2);
+  EXPECT_GE(ProtectedRows(), 256u) << "there is a buddy again";
+  h_->Lose(w_[1]);
+  EXPECT_EQ(h_->rows_restored, 512u);
+  EXPECT_FALSE(h_->workers.at(third).evicted);
+  h_->Run();
+  ExpectWhole(request, 1, 300, 200);
+}
+
+// What is shown as protected comes back, also of one whose blocks were made in two pipelines.
+TEST_F(ReplicasTest, AMovedSequenceIsRestoredWithAllItsBlocks) {
+  Start(Options(1, 2), {kRoomy, kRoomy, kRoomy, kRoomy});
+  const RequestId request = h_->Submit(OneSequence(300, 300));
+  Until(request, 10);
+  const uint64_t from = HostOf(0, 1) == WorkerId{} ? 2 : 1;
+  uint64_t at = 0;
+  for (const auto& [id, worker] : h_->workers) {
+    for (const auto& [stage_id, stage] : worker.stages) {
+      if (stage.lengths.contains(SequenceId{1})) at = stage.activate.pipeline_id();
+    }
+  }
+  ASSERT_NE(at, 0u) << from;
+  const VerbId verb = h_->Migrate(1, PipelineId{3 - at});
+  Until(request, 200);
+  ASSERT_TRUE(h_->verbs.contains(verb));
+  ASSERT_TRUE(h_->verbs.at(verb).ok()) << h_->verbs.at(verb);
+  const uint32_t rows = ProtectedRows();
+  EXPECT_GE(rows, 384u);
+  // Nobody else is to place it meanwhile.
+  const uint64_t replayed = h_->core.Stats().replayed_tokens;
+  h_->Lose(HostOf(0, at));
+  h_->Lose(HostOf(0, 3 - at));
+  Until(request, 201);
+  EXPECT_LE(h_->core.Stats().replayed_tokens - replayed, 127u);
+  EXPECT_GE(h_->rows_restored, rows);
+  h_->Run();
+  ExpectWhole(request, 1, 300, 300);
+}
+
+// The first activation fails, for another stage's sake: the rows are asked for again with the next.
+TEST_F(ReplicasTest, AnActivationThatFailsCostsNoRestore) {
+  Start(Options(2), {kRoomy, kRoomy, kRoomy});
+  const RequestId request = h_->Submit(OneSequence(300, 60));
+  Until(request, 10);
+  const WorkerId survivor = HostOf(2);
+  h_->answer_activations = false;
+  h_->Lose(HostOf(0));
+  Harness::FakeStage& stage = h_->StageOf(survivor);
+  v1::StageState failed;
+  failed.set_stage_id(stage.load.stage_id());
+  failed.set_state(v1::StageState::FAILED);
+  *failed.mutable_epoch() = stage.activate.epoch();
+  failed.set_error_code(14);
+  h_->answer_activations = true;
+  h_->Answer(survivor, failed);
+  h_->Pump();
+  h_->Tick(5'000'000);
+  EXPECT_EQ(h_->rows_restored, 256u);
+  h_->Run();
+  ExpectWhole(request, 1, 300, 60);
+}
+
+TEST_F(ReplicasTest, AFailedCopyIsMadeLater) {
+  Start(Options(1), {kRoomy, kRoomy});
+  h_->fail_copies = true;
+  const RequestId request = h_->Submit(OneSequence(300, 200));
+  Until(request, 10);
+  EXPECT_EQ(ProtectedRows(), 0u);
+  EXPECT_TRUE(IsUnprotected());
+  EXPECT_LE(h_->copies_failed, 8u) << "not at once again and again";
+  h_->fail_copies = false;
+  h_->Tick(3'000'000);
+  Until(request, 20);
+  EXPECT_GE(ProtectedRows(), 256u);
+  h_->Run();
+  ExpectWhole(request, 1, 300, 200);
+}
+
+}  // namespace
+}  // namespace strait
