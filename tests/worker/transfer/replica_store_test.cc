@@ -309,6 +309,20 @@ TEST_F(ReplicaStoreTest, AReplicaWhoseBytesChangedIsDropped) {
   EXPECT_TRUE(Asked(AskOf({KeyNo(1), KeyNo(2)})).ok());
 }
 
+TEST_F(ReplicaStoreTest, RowsBehindAllThatASequenceCanHaveAreRefused) {
+  Replicate(Of({KeyNo(1), KeyNo(2)}));
+  AnswerAll();
+  Serve(kSecret);
+  RowsAsk ask = AskOf({KeyNo(1), KeyNo(2)});
+  // The second block's end is beyond 32 bits; the first one's is behind all positions.
+  for (const uint32_t first : {~0u - 63, limits::kMaxPositionEmbeddings - 64}) {
+    ask.first_row = first;
+    EXPECT_TRUE(absl::IsInvalidArgument(Asked(ask).status())) << first;
+  }
+  ask.first_row = limits::kMaxPositionEmbeddings - 128;
+  EXPECT_TRUE(Asked(ask).ok());
+}
+
 TEST_F(ReplicaStoreTest, CopiesOutliveTheCoordinatorAndNothingElseDoes) {
   Replicate(Of({KeyNo(1)}));
   AnswerAll();
@@ -332,6 +346,31 @@ TEST_F(ReplicaStoreTest, CopiesOutliveTheCoordinatorAndNothingElseDoes) {
   store_.Clear();
   EXPECT_EQ(store_.num_blocks(), 0u);
   EXPECT_EQ(store_.taken_bytes(), 0u);
+}
+
+TEST_F(ReplicaStoreTest, WhatNobodyNamesAfterACoordinatorWasLostMakesRoom) {
+  std::vector<ContentKey> keys;
+  for (uint64_t i = 1; i <= 10; ++i) keys.push_back(KeyNo(i));
+  Replicate(Of(keys));
+  AnswerAll();
+  EXPECT_EQ(store_.num_blocks(), 20u);
+  store_.EndTransfers();
+  // The next one's books are empty: it names what is of use to it, and forgets nothing.
+  there_.clear();
+  Replicate(Of({KeyNo(1), KeyNo(9)}));
+  Turn();
+  EXPECT_THAT(there_, ElementsAre(1, 9));
+  Replicate(Of({KeyNo(11), KeyNo(12), KeyNo(13)}));
+  AnswerAll();
+  EXPECT_THAT(failed_, IsEmpty());
+  EXPECT_THAT(there_, UnorderedElementsAre(1, 9, 11, 12, 13));
+  for (const uint64_t key : {1, 9, 11, 12, 13}) EXPECT_TRUE(store_.has(KeyNo(key), 3)) << key;
+  EXPECT_EQ(store_.num_blocks(), 20u);
+  // What it named stays.
+  for (uint64_t i = 21; i <= 40; ++i) Replicate(Of({KeyNo(i)}));
+  AnswerAll();
+  EXPECT_EQ(failed_.size(), 15u);
+  for (const uint64_t key : {1, 9, 11, 12, 13}) EXPECT_TRUE(store_.has(KeyNo(key), 2)) << key;
 }
 
 TEST_F(ReplicaStoreTest, AsksComeBehindAllOthersAndKeepToTheirRate) {
