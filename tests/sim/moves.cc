@@ -140,7 +140,11 @@ void Moves::OnMessage(const VerbEnded& ended) {
   if (it == verbs_.end()) return world_->Violation("a verb is answered twice");
   const Verb verb = it->second;
   verbs_.erase(it);
-  if (verb.is_live) watches_.erase(verb.sequence);
+  Watch watch;
+  if (verb.is_live) {
+    watch = watches_[verb.sequence];
+    watches_.erase(verb.sequence);
+  }
   world_->Trace(absl::StrCat("verb ", ended.verb.value, " ended: ", ended.status.ToString()));
   if (!verb.is_live && ended.status.ok()) {
     return world_->Violation("a move is done of which nothing was told");
@@ -155,6 +159,7 @@ void Moves::OnMessage(const VerbEnded& ended) {
         counts_.Add(MoveFault::kNoRoom, static_cast<MovePhase>(p));
       }
     }
+    CheckBack(verb, watch);
     return CheckReason(verb, ended.status);
   }
   ++num_done_;
@@ -195,6 +200,18 @@ std::string Moves::Reason(const Verb& verb, const absl::Status& status) const {
     reason = "the destination failed";
   }
   return absl::StrCat(verb.is_live ? verb.phase : "refused", ": ", reason);
+}
+
+void Moves::CheckBack(const Verb& verb, const Watch& watch) {
+  if (verb.phase != Name(MovePhase::kAdopt) || watch.placement == 0) return;
+  const json::Value status = Status();
+  for (const json::Value& sequence : status.at("sequences").as_array()) {
+    if (Number(sequence, "id") != verb.sequence.value) continue;
+    if (!sequence.as_object().contains("placement")) continue;
+    if (Number(sequence.at("placement"), "counter") > watch.placement) continue;
+    world_->Violation(absl::StrCat("sequence ", verb.sequence.value,
+                                   " went back under no newer placement epoch"));
+  }
 }
 
 void Moves::CheckReason(const Verb& verb, const absl::Status& status) {
@@ -254,6 +271,9 @@ std::vector<LiveMove> Moves::Live() const {
     for (const json::Value& sequence : status.at("sequences").as_array()) {
       if (Number(sequence, "id") != move.sequence.value) continue;
       move.decodes = Number(sequence, "generated_tokens") > 0;
+      if (sequence.as_object().contains("placement")) {
+        move.placement = Number(sequence.at("placement"), "counter");
+      }
       move.request = RequestId{Number(sequence, "request_id")};
       move.choice = static_cast<uint32_t>(Number(sequence, "choice"));
     }
@@ -282,6 +302,7 @@ void Moves::CheckDeadlines(uint64_t clock_us) {
     if (stands_still && !watch.frozen_us) watch.frozen_us = clock_us;
     if (move.phase == MovePhase::kAdopt) {
       if (!watch.adopts_us) watch.adopts_us = clock_us;
+      watch.placement = std::max(watch.placement, move.placement);
       if (clock_us > *watch.adopts_us + kAdoptUs) late(move, *watch.adopts_us, "all patience");
       continue;
     }

@@ -32,7 +32,8 @@ struct LiveMove {
   PipelineId from;
   PipelineId to;
   MovePhase phase = MovePhase::kReserve;
-  bool decodes = false;  // a client waits for its next token
+  bool decodes = false;    // a client waits for its next token
+  uint64_t placement = 0;  // epoch's counter, of its home
   std::tuple<MovePhase, uint64_t, uint64_t, uint64_t> progress;
   std::vector<WorkerId> sources;
   std::vector<WorkerId> destinations;
@@ -87,12 +88,15 @@ class Moves {
     uint64_t begin_us = 0;
     std::optional<uint64_t> frozen_us;
     std::optional<uint64_t> adopts_us;
+    uint64_t placement = 0;  // where it went, once it is there
   };
   json::Value Status() const;
   static uint64_t EpochOf(const json::Value& status, PipelineId pipeline);
   // How it ended, in a word or two.
   std::string Reason(const Verb& verb, const absl::Status& status) const;
   void CheckReason(const Verb& verb, const absl::Status& status);
+  // A sequence that went back did so under a newer placement epoch than it had where it went.
+  void CheckBack(const Verb& verb, const Watch& watch);
 
   World* const world_;
   const Scenario* const scenario_;
