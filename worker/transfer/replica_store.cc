@@ -241,6 +241,7 @@ void ReplicaStore::OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t no
     return OnError(std::move(cut), absl::DataLossError(checked.message()), now_us);
   }
   Store(cut, *frame);
+  share_->transfer->GiveRows(std::move(frame->rows));
 }
 
 void ReplicaStore::AskAgain(Cut cut, uint64_t pause_us, uint64_t now_us) {
@@ -377,7 +378,8 @@ absl::StatusOr<RowsFrame> ReplicaStore::FrameOf(const RowsAsk& ask) {
   STRAIT_RETURN_IF_ERROR(CheckAsk(traits_, ask));
   if (ask.keys.empty()) return absl::InvalidArgumentError("replicas are asked for by their keys");
   RowsFrame frame{.sequence = ask.sequence, .placement = ask.placement, .pieces = {}, .rows = {}};
-  frame.rows.reserve(ask.layers.size() * ask.keys.size() * block_bytes_);
+  frame.rows = share_->transfer->TakeRows(BytesOf(traits_, RangeOf(ask)));
+  size_t at = 0;
   for (LayerIndex layer = ask.layers.begin; layer < ask.layers.end; ++layer) {
     for (size_t i = 0; i < ask.keys.size(); ++i) {
       const auto it = blocks_.find({ask.keys[i], layer});
@@ -396,7 +398,8 @@ absl::StatusOr<RowsFrame> ReplicaStore::FrameOf(const RowsAsk& ask) {
       }
       header.first_position = ask.first_row + static_cast<uint32_t>(i) * limits::kBlockTokens;
       frame.pieces.push_back(header);
-      frame.rows.append(reinterpret_cast<const char*>(rows.data()), rows.size());
+      std::memcpy(frame.rows.data() + at, rows.data(), rows.size());
+      at += rows.size();
     }
   }
   return frame;
