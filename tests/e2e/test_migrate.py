@@ -14,6 +14,7 @@ from harness import BACKEND, ROOT, Daemons, strait, wait_until
 SHAPE = "v2-lite"
 MODEL = ROOT / "tests/golden" / SHAPE
 FIXED = [] if BACKEND == "cpu" else ["--deterministic"]
+FORMAT = [] if BACKEND == "cpu" else ["--cache-format", "bf16"]
 TOKENS = 1500  # long enough for two moves, and what is checked between them
 MEMORY = "256MiB" if BACKEND == "cpu" else "1GiB"
 KEY = "operator-key-of-the-tests"
@@ -27,7 +28,7 @@ class Pair(Daemons):
         key_file.chmod(0o600)
         self.key, self.spares = key_file, spares
         super().__init__(MODEL, pipelines=2, stages=stages, random_weights=None, memory=MEMORY, worker_args=FIXED,
-                         coordinator_args=["--operator-key-file", str(key_file)])
+                         coordinator_args=["--operator-key-file", str(key_file), *FORMAT])
 
     def __enter__(self):
         super().__enter__()
