@@ -53,6 +53,7 @@ class Harness {
     hello.set_name("w" + std::to_string(id));
     hello.set_data_address("host:" + std::to_string(id));
     hello.set_memory_bytes(memory_bytes);
+    hello.set_replica_bytes(replica_bytes);
     hello.set_model_fingerprint(7);
     hello.set_weights_fingerprint(0xABC);
     hello.set_cache_row_bytes(2);
@@ -403,6 +404,7 @@ class Harness {
   bool answer_resizes = true;
   bool answer_unloads = true;
   bool answer_fetches = true;
+  uint64_t replica_bytes = 0;  // that workers offer which attach from now on
   bool answer_replicas = true;
   bool fail_copies = false;
   uint64_t copies_made = 0;    // of one block of one stage
@@ -468,6 +470,8 @@ class Harness {
       return;
     }
     uint64_t last = 0;
+    // Its blocks are still those of the stages before it.
+    if (!stage.load.successor_of().empty()) return;
     for (const v1::FetchRows& restore : stage.activate.restores()) {
       const SequenceId id{restore.sequence_id()};
       if (id.value <= last) Problem(stage, "restores do not come by rising ids");
