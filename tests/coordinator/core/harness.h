@@ -96,7 +96,11 @@ class Harness {
     const WorkerId id{++last_worker};
     workers[id] = std::move(lost.at(old));
     workers[id].hello = hello;
-    workers[id].replicas = {};
+    // As a worker that forgets what the coordinator has forgotten.
+    FakeReplicas& replicas = workers[id].replicas;
+    replicas.blocks.clear();
+    replicas.asked.clear();
+    replicas.secret = 0;
     for (auto& [stage_id, stage] : workers[id].stages) {
       stage.plans.clear();
       stage.resize_due.reset();
@@ -504,9 +508,10 @@ class Harness {
       next = source.layer_end();
       const FakeWorker* from = WorkerAt(source.data_address());
       if (from == nullptr) return false;
-      if (from->replicas.secret != source.secret() || source.secret() == 0) {
+      if (!from->replicas.secrets.contains(source.secret()) || source.secret() == 0) {
         Problem(stage, "shows a secret that the keeper of its copies does not know");
       }
+      if (from->replicas.secret != source.secret()) return false;  // it came back meanwhile
       if (!from->replicas.Has(key, {source.layer_begin(), source.layer_end()})) return false;
     }
     if (next != stage.layers().end) Problem(stage, "restores leave layers out");
@@ -689,6 +694,7 @@ class Harness {
       replicas_told_.insert(m.worker);
     } else if (m.message.has_serve_rows() && m.message.serve_rows().stage_id() == 0) {
       worker.replicas.secret = m.message.serve_rows().secret();
+      worker.replicas.secrets.insert(worker.replicas.secret);
     } else if (m.message.has_serve_rows() && m.message.serve_rows().sequence_id() == 0) {
       worker.stages.at(m.message.serve_rows().stage_id()).prefix_secret =
           m.message.serve_rows().secret();
