@@ -228,7 +228,11 @@ class Harness {
     const v1::StageReport report = MakeReport(stage);
     if (answer_resizes) AnswerResize(id, stage);
     Send(id, report);
-    if (answer_fetches) AnswerFetches(id, stage);
+    // It may have been unloaded for it.
+    const auto worker = workers.find(id);
+    if (!answer_fetches || worker == workers.end()) return;
+    const auto still = worker->second.stages.find(report.stage_id());
+    if (still != worker->second.stages.end()) AnswerFetches(id, still->second);
   }
   // Rows that it was told to fetch, and has blocks for, come.
   void AnswerFetches(WorkerId id, FakeStage& stage) {
