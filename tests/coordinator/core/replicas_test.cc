@@ -263,7 +263,7 @@ TEST_F(ReplicasTest, ABuddyThatDiesWhileCopiesComeHasASuccessor) {
 
 // Steps are counted anew in each epoch: what waited for one of the last epoch's holds nothing up.
 TEST_F(ReplicasTest, AnEpochLeavesNothingInTheQueue) {
-  Start(Options(2), {kRoomy, kRoomy, kRoomy});
+  Start(Options(2), {0, kRoomy, kRoomy});
   const RequestId request = h_->Submit(OneSequence(250, 200));
   Until(request, 120);
   // A plan that keeps a block is out, and one stage has not reported it.
