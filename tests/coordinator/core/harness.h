@@ -415,7 +415,7 @@ class Harness {
   uint64_t replica_bytes = 0;  // that workers offer which attach from now on
   bool answer_replicas = true;
   bool fail_copies = false;
-  uint64_t copies_made = 0;    // of one block of one stage
+  uint64_t copies_made = 0;  // of one block of one stage
   uint64_t copies_failed = 0;
   uint32_t most_restored = ~0u;  // blocks of each sequence that come in time
   uint64_t rows_restored = 0;    // each stage counts its own
