@@ -29,11 +29,11 @@ namespace strait {
 
 // How a stage's prefix blocks get copies on another worker (coordinator/core/replicating.cc).
 struct Copying {
-  WorkerId buddy;                          // 0: none
-  std::deque<Scheduler::NewPrefix> queue;  // not told to it
+  WorkerId buddy;                           // 0: none
+  std::deque<Scheduler::NewPrefix> queue;   // not told to it
   std::deque<Scheduler::NewPrefix> failed;  // to be told again, a while later
-  uint32_t num_coming = 0;                 // told, and not answered
-  PipelineEpoch served;                    // since when it may read them
+  uint32_t num_coming = 0;                  // told, and not answered
+  PipelineEpoch served;                     // since when it may read them
 };
 
 // One place in a pipeline.

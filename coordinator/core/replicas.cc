@@ -44,8 +44,7 @@ void Replicas::Begin(const ContentKey& key, LayerRange layers, uint64_t stage_id
   STRAIT_CHECK(std::none_of(copies.begin(), copies.end(), [&](const Copy& copy) {
     return copy.worker == worker && Overlap(copy.layers, layers);
   }));
-  copies.push_back(
-      {.worker = worker, .layers = layers, .stage_id = stage_id, .bytes = bytes});
+  copies.push_back({.worker = worker, .layers = layers, .stage_id = stage_id, .bytes = bytes});
 }
 
 void Replicas::Drop(const ContentKey& key, size_t index) {
@@ -118,8 +117,7 @@ bool Replicas::Covers(const ContentKey& key, LayerRange layers, WorkerId worker,
   for (const Copy& copy : it->second) {
     if (copy.worker != worker || !Overlap(copy.layers, layers)) continue;
     if (are_there && !copy.is_there) return false;
-    num_layers +=
-        std::min(copy.layers.end, layers.end) - std::max(copy.layers.begin, layers.begin);
+    num_layers += std::min(copy.layers.end, layers.end) - std::max(copy.layers.begin, layers.begin);
   }
   return num_layers == layers.size();
 }

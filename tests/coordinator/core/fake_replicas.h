@@ -21,6 +21,7 @@ struct FakeReplicas {
   std::set<std::pair<ContentKey, LayerIndex>> blocks;
   std::deque<v1::Replicate> asked;  // not answered
   uint64_t secret = 0;              // that who asks for them shows
+  std::set<uint64_t> secrets;       // that it ever knew, on other streams
 
   bool Has(const ContentKey& key, LayerRange layers) const {
     for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {

@@ -52,8 +52,8 @@ struct FakeStage {
   std::map<SequenceId, std::vector<TokenId>> fed;  // what they are of; kUnknown: granted
   std::set<SequenceId> told;                       // with the last ACTIVE, not named since
   FakePrefixes prefixes;
-  FakeMoves moves;  // an import's length is what it has blocks for
-  uint64_t prefix_secret = 0;    // of this epoch: that who reads its prefix blocks shows
+  FakeMoves moves;                // an import's length is what it has blocks for
+  uint64_t prefix_secret = 0;     // of this epoch: that who reads its prefix blocks shows
   uint64_t restored_counter = 0;  // of the last epoch that it began with rows from elsewhere
   uint64_t rows_computed = 0;
   uint64_t rows_stored = 0;

@@ -53,6 +53,7 @@ class Harness {
     hello.set_name("w" + std::to_string(id));
     hello.set_data_address("host:" + std::to_string(id));
     hello.set_memory_bytes(memory_bytes);
+    hello.set_replica_bytes(replica_bytes);
     hello.set_model_fingerprint(7);
     hello.set_weights_fingerprint(0xABC);
     hello.set_cache_row_bytes(2);
@@ -95,7 +96,11 @@ class Harness {
     const WorkerId id{++last_worker};
     workers[id] = std::move(lost.at(old));
     workers[id].hello = hello;
-    workers[id].replicas = {};
+    // As a worker that forgets what the coordinator has forgotten.
+    FakeReplicas& replicas = workers[id].replicas;
+    replicas.blocks.clear();
+    replicas.asked.clear();
+    replicas.secret = 0;
     for (auto& [stage_id, stage] : workers[id].stages) {
       stage.plans.clear();
       stage.resize_due.reset();
@@ -223,7 +228,11 @@ class Harness {
     const v1::StageReport report = MakeReport(stage);
     if (answer_resizes) AnswerResize(id, stage);
     Send(id, report);
-    if (answer_fetches) AnswerFetches(id, stage);
+    // It may have been unloaded for it.
+    const auto worker = workers.find(id);
+    if (!answer_fetches || worker == workers.end()) return;
+    const auto still = worker->second.stages.find(report.stage_id());
+    if (still != worker->second.stages.end()) AnswerFetches(id, still->second);
   }
   // Rows that it was told to fetch, and has blocks for, come.
   void AnswerFetches(WorkerId id, FakeStage& stage) {
@@ -403,9 +412,10 @@ class Harness {
   bool answer_resizes = true;
   bool answer_unloads = true;
   bool answer_fetches = true;
+  uint64_t replica_bytes = 0;  // that workers offer which attach from now on
   bool answer_replicas = true;
   bool fail_copies = false;
-  uint64_t copies_made = 0;    // of one block of one stage
+  uint64_t copies_made = 0;  // of one block of one stage
   uint64_t copies_failed = 0;
   uint32_t most_restored = ~0u;  // blocks of each sequence that come in time
   uint64_t rows_restored = 0;    // each stage counts its own
@@ -468,6 +478,8 @@ class Harness {
       return;
     }
     uint64_t last = 0;
+    // Its blocks are still those of the stages before it.
+    if (!stage.load.successor_of().empty()) return;
     for (const v1::FetchRows& restore : stage.activate.restores()) {
       const SequenceId id{restore.sequence_id()};
       if (id.value <= last) Problem(stage, "restores do not come by rising ids");
@@ -500,9 +512,10 @@ class Harness {
       next = source.layer_end();
       const FakeWorker* from = WorkerAt(source.data_address());
       if (from == nullptr) return false;
-      if (from->replicas.secret != source.secret() || source.secret() == 0) {
+      if (!from->replicas.secrets.contains(source.secret()) || source.secret() == 0) {
         Problem(stage, "shows a secret that the keeper of its copies does not know");
       }
+      if (from->replicas.secret != source.secret()) return false;  // it came back meanwhile
       if (!from->replicas.Has(key, {source.layer_begin(), source.layer_end()})) return false;
     }
     if (next != stage.layers().end) Problem(stage, "restores leave layers out");
@@ -685,6 +698,7 @@ class Harness {
       replicas_told_.insert(m.worker);
     } else if (m.message.has_serve_rows() && m.message.serve_rows().stage_id() == 0) {
       worker.replicas.secret = m.message.serve_rows().secret();
+      worker.replicas.secrets.insert(worker.replicas.secret);
     } else if (m.message.has_serve_rows() && m.message.serve_rows().sequence_id() == 0) {
       worker.stages.at(m.message.serve_rows().stage_id()).prefix_secret =
           m.message.serve_rows().secret();

@@ -28,6 +28,8 @@ class Fuzz {
     // Some stages have little room, some a lot.
     const uint32_t n = options_.num_stages;
     memory_ = 5'100 / n + 1'000 + (4 + Pick(6)) * 512 / n + Pick(2) * 40'000;
+    // Some have host memory for copies, of few blocks or of many.
+    if (Pick(2) == 0) h_.replica_bytes = Pick(2) == 0 ? 5 * 512 : 1'000'000;
     const uint32_t workers = options_.num_stages * options_.num_pipelines + Pick(2);
     for (uint32_t i = 0; i < workers; ++i) h_.Attach(memory_);
   }
@@ -47,6 +49,7 @@ class Fuzz {
   uint64_t num_scales() const { return num_scales_; }
   uint64_t num_scaled() const { return num_scaled_; }
   uint64_t num_taken_back() const { return num_taken_back_; }
+  uint64_t rows_restored() const { return h_.rows_restored; }
 
  private:
   uint32_t Pick(uint32_t below) { return random_() % below; }
@@ -209,6 +212,9 @@ class Fuzz {
     h_.answer_loads = Pick(2) > 0;
     h_.answer_fetches = Pick(2) > 0;
     h_.spoil_digest = Pick(50) == 0;
+    h_.answer_replicas = Pick(3) > 0;
+    h_.fail_copies = Pick(10) == 0;
+    h_.most_restored = Pick(4) == 0 ? Pick(2) : ~0u;
     if (kind < 8 || seats.empty()) Submit();
     if (seats.empty()) return Return();
     const Seat seat = seats[Pick(static_cast<uint32_t>(seats.size()))];
@@ -254,11 +260,14 @@ class Fuzz {
   void TellMoves(const Seat& seat) {
     if (Harness::FakeStage* stage = StageAt(seat)) h_.AnswerFetches(seat.worker, *stage);
     if (Harness::FakeStage* stage = StageAt(seat)) h_.AnswerServe(seat.worker, *stage);
+    if (StageAt(seat) != nullptr) h_.AnswerReplicas(seat.worker);
   }
 
   void Settle() {
     h_.answer_activations = h_.answer_resizes = h_.answer_loads = h_.answer_fetches = true;
     h_.spoil_digest = 0;
+    h_.answer_replicas = true;
+    h_.fail_copies = false;
     for (int round = 0; round < 400; ++round) {
       while (!gone_.empty()) Return();
       // Scaled pipelines may have taken what others lost.
@@ -342,6 +351,7 @@ TEST(ReplayFuzzTest, WhateverFailsWheneverItFails) {
   const auto begin = static_cast<uint32_t>(first != nullptr ? std::atoi(first) : 1);
   const auto seeds = static_cast<uint32_t>(count != nullptr ? std::atoi(count) : 200);
   CoreStats all;
+  uint64_t restored = 0;
   uint64_t back = 0, uneven = 0, scales = 0, scaled = 0, taken_back = 0;
   for (uint32_t seed = begin; seed < begin + seeds && !HasFailure(); ++seed) {
     SCOPED_TRACE(testing::Message() << "STRAIT_FUZZ_SEED=" << seed);
@@ -357,6 +367,10 @@ TEST(ReplayFuzzTest, WhateverFailsWheneverItFails) {
     scales += fuzz.num_scales();
     scaled += fuzz.num_scaled();
     taken_back += fuzz.num_taken_back();
+    restored += fuzz.rows_restored();
+    all.replicas_made += stats.replicas_made;
+    all.replicas_failed += stats.replicas_failed;
+    all.replicas_refused += stats.replicas_refused;
     all.migrations += stats.migrations;
     all.migrations_failed += stats.migrations_failed;
   }
@@ -364,13 +378,15 @@ TEST(ReplayFuzzTest, WhateverFailsWheneverItFails) {
       "seeds %u to %u: %lu recoveries, %lu places taken back, %lu rows kept, %lu recomputed, %lu "
       "chunks that some stage had, %lu preemptions, %lu of %lu scales done, %lu moves, %lu given "
       "up, %lu "
-      "of them taken back\n",
+      "of them taken back, %lu copies made, %lu failed, %lu without room, %lu rows restored\n",
       begin, begin + seeds - 1, all.recoveries, back, all.kept_rows, all.recomputed_rows, uneven,
-      all.preemptions, scaled, scales, all.migrations, all.migrations_failed, taken_back);
+      all.preemptions, scaled, scales, all.migrations, all.migrations_failed, taken_back,
+      all.replicas_made, all.replicas_failed, all.replicas_refused, restored);
   if (seeds < 100) return;
   for (const uint64_t seen :
        {all.recoveries, back, all.kept_rows, all.recomputed_rows, uneven, all.preemptions, scales,
-        scaled, all.migrations, all.migrations_failed, taken_back}) {
+        scaled, all.migrations, all.migrations_failed, taken_back, all.replicas_made,
+        all.replicas_failed, all.replicas_refused, restored}) {
     EXPECT_GT(seen, 0u);
   }
 }

@@ -241,13 +241,13 @@ TEST_F(ReplicasTest, ABuddyThatDiesWhileCopiesComeHasASuccessor) {
   Start(Options(1), {0, kRoomy, kRoomy});
   h_->answer_replicas = false;
   // More than a buddy is told at once.
-  const RequestId request = h_->Submit(OneSequence(900, 60));
-  for (int i = 0; i < 8; ++i) {
-    RequestSpec spec = OneSequence(900, 60);
+  for (int i = 0; i < 9; ++i) {
+    RequestSpec spec = OneSequence(900, 100);
     spec.sequences[0].cache_salt = std::to_string(i);
     h_->Submit(std::move(spec));
   }
-  Until(request, 10);
+  Until(RequestId{9}, 2);
+  EXPECT_TRUE(IsUnprotected());
   WorkerId buddy;
   for (const auto& [id, worker] : h_->workers) {
     if (!worker.replicas.asked.empty()) buddy = id;
@@ -263,7 +263,7 @@ TEST_F(ReplicasTest, ABuddyThatDiesWhileCopiesComeHasASuccessor) {
 
 // Steps are counted anew in each epoch: what waited for one of the last epoch's holds nothing up.
 TEST_F(ReplicasTest, AnEpochLeavesNothingInTheQueue) {
-  Start(Options(2), {kRoomy, kRoomy, kRoomy});
+  Start(Options(2), {0, kRoomy, kRoomy});
   const RequestId request = h_->Submit(OneSequence(250, 200));
   Until(request, 120);
   // A plan that keeps a block is out, and one stage has not reported it.
@@ -307,26 +307,27 @@ TEST_F(ReplicasTest, WhoTakesThePlaceOfTheDeadIsNoBuddyOfIt) {
 
 // What is shown as protected comes back, also of one whose blocks were made in two pipelines.
 TEST_F(ReplicasTest, AMovedSequenceIsRestoredWithAllItsBlocks) {
-  Start(Options(1, 2), {kRoomy, kRoomy, kRoomy, kRoomy});
+  Start(Options(1, 2), {0, 0, kRoomy, kRoomy});
   const RequestId request = h_->Submit(OneSequence(300, 300));
   Until(request, 10);
-  const uint64_t from = HostOf(0, 1) == WorkerId{} ? 2 : 1;
   uint64_t at = 0;
   for (const auto& [id, worker] : h_->workers) {
     for (const auto& [stage_id, stage] : worker.stages) {
       if (stage.lengths.contains(SequenceId{1})) at = stage.activate.pipeline_id();
     }
   }
-  ASSERT_NE(at, 0u) << from;
+  ASSERT_NE(at, 0u);
   const VerbId verb = h_->Migrate(1, PipelineId{3 - at});
   Until(request, 200);
   ASSERT_TRUE(h_->verbs.contains(verb));
   ASSERT_TRUE(h_->verbs.at(verb).ok()) << h_->verbs.at(verb);
   const uint32_t rows = ProtectedRows();
   EXPECT_GE(rows, 384u);
-  // Nobody else is to place it meanwhile.
   const uint64_t replayed = h_->core.Stats().replayed_tokens;
+  // Where it was first it could go, too, and begin anew.
+  h_->answer_loads = false;
   h_->Lose(HostOf(0, at));
+  h_->answer_loads = true;
   h_->Lose(HostOf(0, 3 - at));
   Until(request, 201);
   EXPECT_LE(h_->core.Stats().replayed_tokens - replayed, 127u);
@@ -370,6 +371,22 @@ TEST_F(ReplicasTest, AFailedCopyIsMadeLater) {
   h_->Tick(3'000'000);
   Until(request, 20);
   EXPECT_GE(ProtectedRows(), 256u);
+  h_->Run();
+  ExpectWhole(request, 1, 300, 200);
+}
+
+
+// Not so yet: Core::State::PlaceWaiting sends it to the other pipeline at once, where it has no rows, though its own
+// is about to begin with copies of them.
+TEST_F(ReplicasTest, DISABLED_AnotherPipelineIsNoReasonToComputeAllAgain) {
+  Start(Options(1, 2), {0, 0, kRoomy, kRoomy});
+  const RequestId request = h_->Submit(OneSequence(300, 200));
+  Until(request, 10);
+  EXPECT_FALSE(IsUnprotected());
+  const WorkerId host = h_->StageOf(w_[0]).lengths.empty() ? w_[1] : w_[0];
+  h_->Lose(host);
+  Until(request, 11);
+  EXPECT_LE(h_->core.Stats().replayed_tokens, 127u);
   h_->Run();
   ExpectWhole(request, 1, 300, 200);
 }
