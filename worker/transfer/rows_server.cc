@@ -17,15 +17,19 @@ namespace {
 using Stream = rpc::ServerStream<grpc::ByteBuffer, grpc::ByteBuffer>;
 using std::chrono_literals::operator""s;
 
+// A client asks as soon as it opens a stream.
+constexpr auto kFirstAskTimeout = 10s;
 constexpr size_t kSealingFrames = 1024;  // what may be asked bounds it
 
 }  // namespace
 
 struct RowsServer::Incoming {
   std::mutex mu;
-  std::shared_ptr<Stream> stream;    // guarded by mu; let go when it ends
-  uint64_t last_request = 0;         // read reactions only
-  std::atomic<size_t> num_open = 0;  // asks that are not answered
+  std::shared_ptr<Stream> stream;  // guarded by mu; let go when it ends
+  const uint64_t arrived_us = MonotonicMicros();
+  uint64_t last_request = 0;            // read reactions only
+  std::atomic<bool> was_given = false;  // rows: it has shown a secret
+  std::atomic<size_t> num_open = 0;     // asks that are not answered
 
   std::shared_ptr<Stream> Current() {
     std::lock_guard lock(mu);
@@ -71,6 +75,7 @@ grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* RowsServer::Accept(
   // Besides frames, as many refusals.
   options.max_queued_messages = 4 * kMaxAsksUnderWay;
   options.max_queued_bytes = 2 * limits::kTransferBytesUnderWay;
+  options.first_message_timeout = kFirstAskTimeout;
   rpc::StreamEvents<grpc::ByteBuffer> events;
   events.on_message = [this, incoming](grpc::ByteBuffer message) {
     return OnMessage(incoming, message);
@@ -79,10 +84,22 @@ grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* RowsServer::Accept(
   auto stream = std::make_shared<Stream>(context, options, std::move(events));
   incoming->stream = stream;
   bool room;
+  IncomingPtr stranger;
   {
     std::lock_guard lock(mu_);
+    if (streams_.size() >= kMaxRowStreams) {
+      for (const IncomingPtr& each : streams_) {
+        if (each->was_given) continue;
+        if (stranger == nullptr || each->arrived_us < stranger->arrived_us) stranger = each;
+      }
+      if (stranger != nullptr) streams_.erase(stranger);
+    }
     room = streams_.size() < kMaxRowStreams && !stopping_;
     streams_.insert(incoming);
+  }
+  if (stranger != nullptr) {
+    // It may not read, so its end is not waited for.
+    if (const auto last = stranger->Current()) last->Abort();
   }
   stream->Start();
   if (!room) stream->Close(absl::ResourceExhaustedError("too many streams that ask for rows"));
@@ -178,6 +195,7 @@ void RowsServer::Seal() {
         Send(sealing.asked, EncodeError(sealing.asked.request, message.status()));
         continue;
       }
+      incoming->was_given = true;
       // First, so that the last rows are confirmed when they arrive.
       events_->on_served(sealing.id, std::move(pieces));
       Send(sealing.asked, *std::move(message));

@@ -7,7 +7,7 @@
 // Thread:  Accept: gRPC's. Answer: loop thread. CheckDeadlines: watchdog thread. Stop: any but gRPC's, before the
 //          gRPC server is shut down; the destructor after it.
 // Errors:  a peer that contradicts itself is ended with InvalidArgument; one that reads nothing for too long is cut off.
-// Limits:  kMaxRowStreams; kMaxAsksUnderWay unanswered of a stream; while kTransferBytesUnderWay wait to be
+// Limits:  kMaxRowStreams, beyond which one that was never given rows makes room; kMaxAsksUnderWay unanswered of a stream; while kTransferBytesUnderWay wait to be
 //          written to all peers together, asks are answered ResourceExhausted.
 #pragma once
 

@@ -11,6 +11,7 @@
 
 #include "tests/worker/transfer/rows_node.h"
 #include "tests/worker/transport/stopped_path.h"
+#include "worker/transfer/rows_server.h"
 
 namespace strait {
 namespace {
@@ -238,8 +239,9 @@ TEST(GrpcRowTransferTest, WhoAsksForTooMuchAtOnceIsToldSo) {
 // Requests of a peer that is no RowsClient.
 class RawClient {
  public:
-  explicit RawClient(const std::string& address) {
-    auto channel = rpc::MakeChannel(address, rpc::Traffic::kTransfer);
+  explicit RawClient(const std::string& address)
+      : RawClient(rpc::MakeChannel(address, rpc::Traffic::kTransfer)) {}
+  explicit RawClient(const std::shared_ptr<grpc::Channel>& channel) {
     stub_ = v1::RowTransfer::NewStub(channel);
     rpc::StreamOptions options{
         .max_queued_messages = 10'000, .max_queued_bytes = 1 << 28, .max_message_bytes = 1 << 20};
@@ -274,6 +276,36 @@ TEST(GrpcRowTransferTest, RequestsThatDoNotRiseEndTheStream) {
   const auto ended = raw.ended.PopAll(30s);
   ASSERT_EQ(ended.size(), 1u);
   EXPECT_TRUE(absl::IsInvalidArgument(ended[0])) << ended[0];
+}
+
+TEST(GrpcRowTransferTest, StrangersDoNotKeepOthersOut) {
+  RowsNode from;
+  RowsNode known;
+  const auto answer = [&] {
+    from.transfer->Answer(from.Next<RowsNode::Asked>().id, AFrame(AnAsk()));
+  };
+  known.transfer->Ask(AskId{1}, from.address(), AnAsk());
+  answer();
+  EXPECT_TRUE(known.Next<RowsNode::Rows>().frame.ok());
+  // Each asks, is refused, and stays.
+  const auto channel = rpc::MakeChannel(from.address(), rpc::Traffic::kTransfer);
+  std::vector<std::unique_ptr<RawClient>> strangers;
+  for (size_t i = 0; i < kMaxRowStreams + 3; ++i) {
+    strangers.push_back(std::make_unique<RawClient>(channel));
+    strangers.back()->Send(1);
+    from.transfer->Answer(from.Next<RowsNode::Asked>().id,
+                          absl::PermissionDeniedError("not the secret"));
+  }
+  RowsNode to;
+  to.transfer->Ask(AskId{1}, from.address(), AnAsk());
+  answer();
+  EXPECT_TRUE(to.Next<RowsNode::Rows>().frame.ok());
+  known.transfer->Ask(AskId{2}, from.address(), AnAsk());
+  answer();
+  EXPECT_TRUE(known.Next<RowsNode::Rows>().frame.ok());
+  // Those that came first made room.
+  EXPECT_EQ(strangers.front()->ended.PopAll(30s).size(), 1u);
+  EXPECT_TRUE(strangers.back()->ended.PopAll(0s).empty());
 }
 
 TEST(GrpcRowTransferTest, APeerThatDoesNotReadIsCutOff) {
