@@ -248,12 +248,13 @@ bool Importer::MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us)
 void Importer::Ask(bool last, uint64_t now_us) {
   if (share_->transfer == nullptr) return;
   const uint64_t limit = last ? limits::kTransferBytesUnderWay : kBulkBytesUnderWay;
+  const size_t most_asks = last ? kMaxAsksUnderWay : kBulkAsksUnderWay;
   for (auto it = fetches_.begin(); it != fetches_.end(); ++it) {
     const FetchingPtr& fetching = *it;
     if (fetching->import->is_last != last) continue;
     std::deque<Cut>& cuts = fetching->to_ask;
     for (auto cut = cuts.begin(); cut != cuts.end();) {
-      if (share_->asks.size() >= kMaxAsksUnderWay || share_->asked_bytes + cut->bytes > limit) {
+      if (share_->asks.size() >= most_asks || share_->asked_bytes + cut->bytes > limit) {
         return;
       }
       if (!MayAsk(*fetching, *cut, now_us)) {

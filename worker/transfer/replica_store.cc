@@ -194,7 +194,7 @@ void ReplicaStore::Ask(uint64_t now_us) {
       it = to_ask_.erase(it);
       continue;
     }
-    if (asked_.size() >= kMaxReplicaAsks || share_->asks.size() >= kMaxAsksUnderWay ||
+    if (asked_.size() >= kMaxReplicaAsks || share_->asks.size() >= kBulkAsksUnderWay ||
         share_->asked_bytes + it->bytes > kReplicaBytesUnderWay) {
       return;
     }

@@ -33,6 +33,7 @@ class RowsTaker {
 // Of what bulk asks for: the rest is for sequences that stand still, which must not wait behind it.
 inline constexpr uint64_t kBulkBytesUnderWay = limits::kTransferBytesUnderWay / 2;
 static_assert(kBulkBytesUnderWay >= limits::kTransferFrameBytes);
+inline constexpr size_t kBulkAsksUnderWay = kMaxAsksUnderWay / 4 * 3;
 
 struct TransferShare {
   RowTransfer* transfer = nullptr;  // null: the worker neither gives nor takes rows

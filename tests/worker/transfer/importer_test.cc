@@ -363,10 +363,26 @@ TEST_F(ImporterTest, NoMoreAsksThanTheWorkerMayHave) {
   Take(6'000);
   Say(Fetch(0, 6'000));
   Ask();
-  EXPECT_EQ(transfer_.asks.size(), kMaxAsksUnderWay);
+  EXPECT_EQ(transfer_.asks.size(), kBulkAsksUnderWay);
   AnswerAll();
   EXPECT_EQ(told_.back().rows, 6'000u);
   ExpectRows(6'000);
+}
+
+TEST_F(ImporterTest, SmallAsksOfBulkLeaveRoomForWhoStandsStill) {
+  // Of many asks that nobody answers none is large.
+  Take(6'000);
+  Say(Fetch(0, 6'000));
+  Ask();
+  transfer_.asks.clear();
+  const SequenceId other{8};
+  Take(64, other);
+  v1::FetchRows fetch = Fetch(0, 10, other);
+  fetch.set_is_last(true);
+  Say(fetch);
+  Ask();
+  ASSERT_EQ(transfer_.asks.size(), 2u);  // of two stages
+  EXPECT_EQ(transfer_.asks[0].ask.sequence, other);
 }
 
 TEST_F(ImporterTest, ARateIsKept) {
