@@ -309,6 +309,20 @@ TEST_F(ReplicaStoreTest, AReplicaWhoseBytesChangedIsDropped) {
   EXPECT_TRUE(Asked(AskOf({KeyNo(1), KeyNo(2)})).ok());
 }
 
+TEST_F(ReplicaStoreTest, RowsBehindAllThatASequenceCanHaveAreRefused) {
+  Replicate(Of({KeyNo(1), KeyNo(2)}));
+  AnswerAll();
+  Serve(kSecret);
+  RowsAsk ask = AskOf({KeyNo(1), KeyNo(2)});
+  // The second block's end is beyond 32 bits; the first one's is behind all positions.
+  for (const uint32_t first : {~0u - 63, limits::kMaxPositionEmbeddings - 64}) {
+    ask.first_row = first;
+    EXPECT_TRUE(absl::IsInvalidArgument(Asked(ask).status())) << first;
+  }
+  ask.first_row = limits::kMaxPositionEmbeddings - 128;
+  EXPECT_TRUE(Asked(ask).ok());
+}
+
 TEST_F(ReplicaStoreTest, CopiesOutliveTheCoordinatorAndNothingElseDoes) {
   Replicate(Of({KeyNo(1)}));
   AnswerAll();
