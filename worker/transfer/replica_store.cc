@@ -61,17 +61,25 @@ void ReplicaStore::Replicate(const v1::Replicate& replicate, uint64_t now_us) {
   Ask(now_us);
 }
 
+void ReplicaStore::MakeRoom(uint64_t num_blocks) {
+  while (!unnamed_.empty() && blocks_.size() + num_reserved_ + num_blocks > most_blocks_) {
+    Drop(blocks_.find(*unnamed_.begin()));
+  }
+}
+
 ReplicaStore::WantedPtr ReplicaStore::Want(uint64_t stage_id, const ContentKey& key,
                                            LayerRange layers) {
   uint64_t num_missing = 0;
   for (LayerIndex layer = layers.begin; layer < layers.end; ++layer) {
     num_missing += !has(key, layer);
+    unnamed_.erase({key, layer});
   }
   if (num_missing == 0) {
     ToldOf(stage_id).keys.push_back(key);
     tell_ = true;
     return nullptr;
   }
+  MakeRoom(num_missing);
   if (blocks_.size() + num_reserved_ + num_missing > most_blocks_ ||
       wanted_.size() >= kMaxReplicaKeys) {
     ToldOf(stage_id).failed.push_back(key);
@@ -122,6 +130,7 @@ void ReplicaStore::Forget(absl::Span<const ContentKey> keys, LayerRange layers) 
 
 void ReplicaStore::Drop(std::map<std::pair<ContentKey, LayerIndex>, Block>::iterator block) {
   free_.push_back(block->second.data);
+  unnamed_.erase(block->first);
   blocks_.erase(block);
 }
 
@@ -146,10 +155,12 @@ void ReplicaStore::EndTransfers() {
   told_.clear();
   tell_ = false;
   secrets_.clear();
+  for (const auto& [at, block] : blocks_) unnamed_.insert(unnamed_.end(), at);
 }
 
 void ReplicaStore::Clear() {
   EndTransfers();
+  unnamed_.clear();
   blocks_.clear();
   free_.clear();
   memory_.clear();

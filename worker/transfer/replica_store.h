@@ -14,7 +14,8 @@
 // Why:     nobody waits for a copy, so its asks come last, and leave room for all others. A block lies with the
 //          checksum that its source made: a copy that was right when it came is looked at again when it is needed.
 //          Copies are true whatever becomes of their source, so they end only with the process, when they are
-//          forgotten, or with the coordinator's term.
+//          forgotten, or with the coordinator's term; but a coordinator that came back knows nothing of them until
+//          it names them again, and would never forget them: they make room for those that it names.
 #pragma once
 
 #include <cstddef>
@@ -22,6 +23,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -58,7 +60,8 @@ class ReplicaStore final : public RowsTaker {
   void Replicate(const v1::Replicate& replicate, uint64_t now_us);
   // REQUIRES: stage_id 0.
   void Serve(const v1::ServeRows& serve);
-  // The coordinator is gone: nothing is fetched, served or told any more of what it asked for. Copies stay.
+  // The coordinator is gone: nothing is fetched, served or told any more of what it asked for. Copies stay, until
+  // there is no room for others.
   void EndTransfers();
   // Copies go, too.
   void Clear();
@@ -129,6 +132,8 @@ class ReplicaStore final : public RowsTaker {
 
   void Forget(absl::Span<const ContentKey> keys, LayerRange layers);
   void Drop(std::map<std::pair<ContentKey, LayerIndex>, Block>::iterator block);
+  // Copies that nobody named since the coordinator was lost go, as far as so many blocks more need it.
+  void MakeRoom(uint64_t num_blocks);
   // Reserves memory for it. Null: it does not fit, or is here; that is told.
   WantedPtr Want(uint64_t stage_id, const ContentKey& key, LayerRange layers);
   void CutUp(std::shared_ptr<const Source> source, LayerRange layers,
@@ -151,6 +156,7 @@ class ReplicaStore final : public RowsTaker {
   TransferShare* const share_;
 
   std::map<std::pair<ContentKey, LayerIndex>, Block> blocks_;
+  std::set<std::pair<ContentKey, LayerIndex>> unnamed_;  // of these, since the coordinator was lost
   std::vector<std::unique_ptr<std::byte[]>> memory_;
   std::vector<std::byte*> free_;  // a stack
   uint64_t num_slots_ = 0;

@@ -348,6 +348,31 @@ TEST_F(ReplicaStoreTest, CopiesOutliveTheCoordinatorAndNothingElseDoes) {
   EXPECT_EQ(store_.taken_bytes(), 0u);
 }
 
+TEST_F(ReplicaStoreTest, WhatNobodyNamesAfterACoordinatorWasLostMakesRoom) {
+  std::vector<ContentKey> keys;
+  for (uint64_t i = 1; i <= 10; ++i) keys.push_back(KeyNo(i));
+  Replicate(Of(keys));
+  AnswerAll();
+  EXPECT_EQ(store_.num_blocks(), 20u);
+  store_.EndTransfers();
+  // The next one's books are empty: it names what is of use to it, and forgets nothing.
+  there_.clear();
+  Replicate(Of({KeyNo(1), KeyNo(9)}));
+  Turn();
+  EXPECT_THAT(there_, ElementsAre(1, 9));
+  Replicate(Of({KeyNo(11), KeyNo(12), KeyNo(13)}));
+  AnswerAll();
+  EXPECT_THAT(failed_, IsEmpty());
+  EXPECT_THAT(there_, UnorderedElementsAre(1, 9, 11, 12, 13));
+  for (const uint64_t key : {1, 9, 11, 12, 13}) EXPECT_TRUE(store_.has(KeyNo(key), 3)) << key;
+  EXPECT_EQ(store_.num_blocks(), 20u);
+  // What it named stays.
+  for (uint64_t i = 21; i <= 40; ++i) Replicate(Of({KeyNo(i)}));
+  AnswerAll();
+  EXPECT_EQ(failed_.size(), 15u);
+  for (const uint64_t key : {1, 9, 11, 12, 13}) EXPECT_TRUE(store_.has(KeyNo(key), 2)) << key;
+}
+
 TEST_F(ReplicaStoreTest, AsksComeBehindAllOthersAndKeepToTheirRate) {
   share_.asked_bytes = kReplicaBytesUnderWay;  // others fetch
   Replicate(Of({KeyNo(1)}));
