@@ -377,8 +377,15 @@ absl::StatusOr<RowsFrame> ReplicaStore::FrameOf(const RowsAsk& ask) {
   if (!is_known) return absl::PermissionDeniedError("not a secret that the coordinator gave");
   STRAIT_RETURN_IF_ERROR(CheckAsk(traits_, ask));
   if (ask.keys.empty()) return absl::InvalidArgumentError("replicas are asked for by their keys");
-  RowsFrame frame{.sequence = ask.sequence, .placement = ask.placement, .pieces = {}, .rows = {}};
-  frame.rows = share_->transfer->TakeRows(BytesOf(traits_, RangeOf(ask)));
+  const uint64_t bytes = BytesOf(traits_, RangeOf(ask));
+  if (share_->made_bytes + share_->transfer->WaitingBytes() + bytes >
+      limits::kTransferBytesUnderWay) {
+    return absl::ResourceExhaustedError("too many frames wait to be read: ask again");
+  }
+  RowsFrame frame{.sequence = ask.sequence,
+                  .placement = ask.placement,
+                  .pieces = {},
+                  .rows = share_->transfer->TakeRows(bytes)};
   size_t at = 0;
   for (LayerIndex layer = ask.layers.begin; layer < ask.layers.end; ++layer) {
     for (size_t i = 0; i < ask.keys.size(); ++i) {

@@ -77,9 +77,11 @@ absl::Status CheckAsk(const RowTraits& traits, const RowsAsk& ask) {
         absl::StrCat(ask.num_rows, " rows of layers ", ask.layers.begin, " to ", ask.layers.end,
                      ", here are layers ", traits.layers.begin, " to ", traits.layers.end));
   }
-  if (uint64_t{ask.first_row} + ask.num_rows > limits::kMaxPositionEmbeddings) {
-    return absl::InvalidArgumentError(absl::StrCat(ask.num_rows, " rows from row ", ask.first_row,
-                                                   ": no sequence is that long"));
+  // Of a sequence's rows it is the sequence that says how many there are.
+  if (!ask.keys.empty() &&
+      uint64_t{ask.first_row} + ask.num_rows > limits::kMaxPositionEmbeddings) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(ask.num_rows, " rows from row ", ask.first_row, ": no sequence is that long"));
   }
   const uint64_t bytes = BytesOf(traits, RangeOf(ask));
   const uint64_t pieces = PiecesOf(RangeOf(ask));

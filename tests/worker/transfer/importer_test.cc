@@ -403,6 +403,36 @@ TEST_F(ImporterTest, ARateIsKept) {
   EXPECT_LE(told_.size(), 7u);
 }
 
+TEST_F(ImporterTest, TheLastRowsDoNotWaitForWhatIsOwedOfARate) {
+  share_.frame_bytes = 1'000 * kHashRowBytes;
+  Take(300);
+  v1::FetchRows fetch = Fetch(0, 200);
+  fetch.set_bytes_per_s(160);  // 15 s and more for the first frame
+  Say(fetch);
+  for (int i = 0; i < 2; ++i) {
+    Ask();
+    while (transfer_.asks.empty()) Turn(100'000);
+    Answer();
+    Turn();
+    Turn();
+  }
+  ASSERT_EQ(told_.back().rows, 200u);
+  fetch = Fetch(200, 210);
+  fetch.set_bytes_per_s(160);
+  fetch.set_is_last(true);
+  Say(fetch);
+  Ask();
+  EXPECT_EQ(transfer_.asks.size(), 2u);
+  // A prompt's rest, which may be long and whose client waits anyway, does.
+  AnswerAll();
+  fetch = Fetch(210, 300);
+  fetch.set_bytes_per_s(160);
+  fetch.set_is_last(true);
+  Say(fetch);
+  Ask();
+  EXPECT_TRUE(transfer_.asks.empty());
+}
+
 TEST_F(ImporterTest, ACopyThatFailsEndsTheImport) {
   Take(64);
   Say(Fetch(0, 20));
