@@ -44,11 +44,15 @@ std::optional<WorkerId> Cluster::ChooseBuddy(const StageSlot& slot) const {
     return std::tuple(same_host, stages[worker.id], worker.id);
   };
   for (const auto& [id, worker] : workers_) {
-    if (id == slot.worker || !replicas_.Offers(id)) continue;
+    if (id == slot.worker || !MayGetCopies(id)) continue;
     if (best == nullptr || rank(worker) < rank(*best)) best = &worker;
   }
   if (best == nullptr) return std::nullopt;
   return best->id;
+}
+
+bool Cluster::MayGetCopies(WorkerId id) const {
+  return replicas_.Offers(id) && workers_.at(id).duty == Worker::Duty::kServes;
 }
 
 void Cluster::TellServePrefixes(const Pipeline& pipeline, StageSlot* slot) {
@@ -80,10 +84,11 @@ void Cluster::AdvanceReplicas() {
     const std::vector<Scheduler::NewPrefix> made = pipeline->scheduler.TakeNewPrefixes();
     for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
       StageSlot& slot = pipeline->slots[i];
-      if (!replicas_.Offers(slot.copying.buddy)) {
+      if (!MayGetCopies(slot.copying.buddy)) {
         const std::optional<WorkerId> buddy = ChooseBuddy(slot);
         slot.copying.buddy = buddy.value_or(WorkerId{});
         slot.copying.queue.clear();
+        slot.copying.num_coming = 0;
         if (!buddy) continue;
         TellServeReplicas(*buddy);
         // What the last one had is gone with it.

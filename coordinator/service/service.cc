@@ -61,10 +61,14 @@ struct Migrating {
   MigrateSpec spec;
   std::shared_ptr<VerbListener> listener;
 };
+struct DrainAsked {
+  DrainSpec spec;
+  std::shared_ptr<VerbListener> listener;
+};
 struct Flushing {};
 struct StopLoop {};
 using Event = std::variant<Attached, Said, Ended, Submitted, Cancelled, Scaling, Migrating,
-                           Flushing, StopLoop>;
+                           DrainAsked, Flushing, StopLoop>;
 
 }  // namespace
 
@@ -142,6 +146,16 @@ class CoordinatorService::Impl {
       std::lock_guard lock(submit_mu_);
       if (!stopped_) {
         queue_.Push(Migrating{std::move(spec), std::move(listener)});
+        return;
+      }
+    }
+    listener->OnVerbEnd(absl::UnavailableError("the coordinator stops"));
+  }
+  void Drain(DrainSpec spec, std::shared_ptr<VerbListener> listener) {
+    {
+      std::lock_guard lock(submit_mu_);
+      if (!stopped_) {
+        queue_.Push(DrainAsked{std::move(spec), std::move(listener)});
         return;
       }
     }
@@ -314,6 +328,15 @@ class CoordinatorService::Impl {
     core_.OnMigrate(id, std::move(migrating.spec), now_us);
   }
 
+  void On(DrainAsked& asked, uint64_t now_us) {
+    const VerbId id{++last_verb_};
+    Log(LogLevel::kInfo, asked.spec.undo ? "drain undone" : "drain",
+        {{"verb", id.value},
+         {"worker", PrintableText(asked.spec.worker, limits::kMaxErrorMessageBytes)}});
+    verbs_[id] = std::move(asked.listener);
+    core_.OnDrain(id, std::move(asked.spec), now_us);
+  }
+
   void On(Flushing&, uint64_t now_us) {
     Log(LogLevel::kInfo, "prefix blocks are flushed");
     core_.OnFlush(now_us);
@@ -396,6 +419,10 @@ class CoordinatorService::Impl {
     const auto it = verbs_.find(told.verb);
     if (it != verbs_.end()) it->second->OnMove(std::move(told.report));
   }
+  void Do(DrainTold& told) {
+    const auto it = verbs_.find(told.verb);
+    if (it != verbs_.end()) it->second->OnDrain(std::move(told.report));
+  }
   void Do(VerbEnded& ended) {
     Log(ended.status.ok() ? LogLevel::kInfo : LogLevel::kWarning, "verb ended",
         {{"verb", ended.verb.value}, {"why", ended.status}});
@@ -463,6 +490,9 @@ void CoordinatorService::Cancel(RequestId id, std::optional<uint32_t> sequence_i
 }
 void CoordinatorService::Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) {
   impl_->Migrate(std::move(spec), std::move(listener));
+}
+void CoordinatorService::Drain(DrainSpec spec, std::shared_ptr<VerbListener> listener) {
+  impl_->Drain(std::move(spec), std::move(listener));
 }
 void CoordinatorService::Scale(uint32_t num_stages, ScaleDone done) {
   impl_->Scale(num_stages, std::move(done));
