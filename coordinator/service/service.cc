@@ -141,25 +141,17 @@ class CoordinatorService::Impl {
   void Cancel(RequestId request, std::optional<uint32_t> sequence_index) {
     queue_.Push(Cancelled{request, sequence_index});
   }
-  void Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) {
+  // Migrating, or DrainAsked.
+  template <class Asked>
+  void Ask(Asked asked) {
     {
       std::lock_guard lock(submit_mu_);
       if (!stopped_) {
-        queue_.Push(Migrating{std::move(spec), std::move(listener)});
+        queue_.Push(std::move(asked));
         return;
       }
     }
-    listener->OnVerbEnd(absl::UnavailableError("the coordinator stops"));
-  }
-  void Drain(DrainSpec spec, std::shared_ptr<VerbListener> listener) {
-    {
-      std::lock_guard lock(submit_mu_);
-      if (!stopped_) {
-        queue_.Push(DrainAsked{std::move(spec), std::move(listener)});
-        return;
-      }
-    }
-    listener->OnVerbEnd(absl::UnavailableError("the coordinator stops"));
+    asked.listener->OnVerbEnd(absl::UnavailableError("the coordinator stops"));
   }
   void Flush() { queue_.Push(Flushing{}); }
 
@@ -415,14 +407,8 @@ class CoordinatorService::Impl {
                                                .rows_lost = reply.rows_lost()});
   }
 
-  void Do(MoveTold& told) {
-    const auto it = verbs_.find(told.verb);
-    if (it != verbs_.end()) it->second->OnMove(std::move(told.report));
-  }
-  void Do(DrainTold& told) {
-    const auto it = verbs_.find(told.verb);
-    if (it != verbs_.end()) it->second->OnDrain(std::move(told.report));
-  }
+  void Do(MoveTold& told) { verbs_.at(told.verb)->OnMove(std::move(told.report)); }
+  void Do(DrainTold& told) { verbs_.at(told.verb)->OnDrain(std::move(told.report)); }
   void Do(VerbEnded& ended) {
     Log(ended.status.ok() ? LogLevel::kInfo : LogLevel::kWarning, "verb ended",
         {{"verb", ended.verb.value}, {"why", ended.status}});
@@ -489,10 +475,10 @@ void CoordinatorService::Cancel(RequestId id, std::optional<uint32_t> sequence_i
   impl_->Cancel(id, sequence_index);
 }
 void CoordinatorService::Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) {
-  impl_->Migrate(std::move(spec), std::move(listener));
+  impl_->Ask(Migrating{std::move(spec), std::move(listener)});
 }
 void CoordinatorService::Drain(DrainSpec spec, std::shared_ptr<VerbListener> listener) {
-  impl_->Drain(std::move(spec), std::move(listener));
+  impl_->Ask(DrainAsked{std::move(spec), std::move(listener)});
 }
 void CoordinatorService::Scale(uint32_t num_stages, ScaleDone done) {
   impl_->Scale(num_stages, std::move(done));
