@@ -113,11 +113,40 @@ struct MoveReport {
   uint64_t total_us = 0;
 };
 
+// A worker's sequences go elsewhere with their caches; then it has no stage, and gets none.
+struct DrainSpec {
+  std::string worker;       // its id, or its name where no other has it
+  bool dry_run = false;     // only which way it would be
+  bool undo = false;        // instead: a worker that drains, or is drained, gets stages again
+  uint64_t timeout_us = 0;  // 0: the server's, of a move
+};
+
+// How a drain goes, or went.
+struct DrainReport {
+  WorkerId worker;
+  std::string name;
+  PipelineId pipeline;  // that it has a stage of, or had; 0: none
+  // "move": sequences go to other pipelines, then this one is dissolved; "replace": the pipeline gets other stages without
+  // the worker; "none": it had no stage, or no way is chosen yet.
+  std::string way;
+  std::string phase;  // "waiting", "moving", "replacing", "unloading", "done"; "serving": undone
+  uint32_t sequences_left = 0;
+  uint32_t sequences_moved = 0;
+  uint64_t moved_bytes = 0;
+  uint64_t rows_kept =
+      0;  // by a replacement, summed over layers, copies that were fetched included
+  uint64_t rows_lost = 0;  // that are computed again
+  uint64_t pause_us = 0;   // the longest
+  uint64_t total_us = 0;
+};
+
 // Called on the loop thread, and must only enqueue; not after OnVerbEnd.
 class VerbListener {
  public:
   virtual ~VerbListener() = default;
-  virtual void OnMove(MoveReport report) = 0;  // now and then, and once more before the end
+  // Now and then, and once more before the end.
+  virtual void OnMove(MoveReport report) = 0;
+  virtual void OnDrain(DrainReport report) = 0;
   // Ok; InvalidArgument, NotFound (no such sequence, pipeline, worker), FailedPrecondition (not now; says when),
   // ResourceExhausted (no room, with the numbers), Aborted (what failed; all goes on as before), DeadlineExceeded.
   virtual void OnVerbEnd(absl::Status status) = 0;
@@ -147,6 +176,7 @@ class Engine {
 
   // It goes on whether anybody listens or not.
   virtual void Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) = 0;
+  virtual void Drain(DrainSpec spec, std::shared_ptr<VerbListener> listener) = 0;
 
   // Every pipeline gets so many stages (1 to kMaxStagesPerPipeline) while it serves. `done` is called once, by the
   // rules of a VerbListener: InvalidArgument, FailedPrecondition (no pipeline serves, or another scale is under

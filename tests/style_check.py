@@ -23,6 +23,8 @@ LONGER = {
     "coordinator/text/jinja_renderer.cc": "one evaluator, a case for each node",
     "coordinator/http/connection.cc": "one state machine of one connection",
     "tests/coordinator/http/server_test.cc": "one behaviour of the server a test, one fixture",
+    "tests/coordinator/core/harness.h": "one stand-in for a cluster: its workers answer each other",
+    "tests/worker/transfer/importer_test.cc": "one behaviour of the importer a test, one fixture",
     "tests/golden/generate.py": "a self-contained oracle beside the generator",
 }
 LABELS = ("Owns", "Borrows", "Thread", "Shapes", "Stream", "Errors", "Limits", "Why")

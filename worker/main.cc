@@ -51,6 +51,7 @@ struct Flags {
   std::optional<uint32_t> gpu;  // none: 0
   uint32_t threads = 0;
   uint32_t orphan_timeout_s = 60;
+  double drain_timeout_s = 30;
   LogFlags log;
   bool insecure = false;
   bool deterministic = false;
@@ -223,6 +224,7 @@ absl::Status Run(const Flags& flags) {
   options.model_fingerprint = ModelFingerprint(config);
   STRAIT_ASSIGN_OR_RETURN(options.weights_fingerprint, FingerprintOf(flags));
   options.core.orphan_timeout_us = uint64_t{flags.orphan_timeout_s} * 1'000'000;
+  options.drain_timeout_us = static_cast<uint64_t>(flags.drain_timeout_s * 1e6);
   options.core.host_cache_bytes = flags.host_cache_bytes;
   options.core.replica_bytes = flags.replica_bytes;
   options.cache_row_bytes = static_cast<uint32_t>(backend->block_bytes() / limits::kBlockTokens);
@@ -235,7 +237,7 @@ absl::Status Run(const Flags& flags) {
        {"threads", threads},
        {"numerics", backend->numerics_id()},
        {"coordinator", flags.coordinator}});
-  signals.Watch([&worker] { worker->Stop(); });
+  signals.Watch([&worker] { worker->Leave(); });
   worker->Run();
   signals.Forget();
   // A load cannot be interrupted; nothing of it outlives the process.
@@ -318,6 +320,11 @@ int main(int argc, char** argv) {
   AddFlag(app, "--orphan-timeout", flags.orphan_timeout_s,
           "Seconds for which stages and their cache are kept while there is no coordinator")
       ->check(CLI::Range(0u, 86'400u));
+  AddFlag(app, "--drain-timeout", flags.drain_timeout_s,
+          "After SIGTERM or SIGINT: seconds for which it serves on while its sequences go "
+          "elsewhere with "
+          "their cache; 0: it stops at once, as it does by a second signal")
+      ->check(CLI::Range(0.0, 86'400.0));
   AddFlag(app, "--name", flags.name, "Name for people, in status and logs");
   AddSwitch(app, "--deterministic", flags.deterministic,
             "A sequence's tokens depend on the sequence alone, not on what is computed beside it. "

@@ -164,15 +164,10 @@ ChildSpec WorkerSpec(const LocalClusterOptions& options, const Daemons& daemons,
   const std::string name = WorkerName(index);
   ChildSpec spec;
   spec.log_path = absl::StrCat(options.log_dir, "/", name, ".log");
-  spec.argv = {daemons.folder + "/strait-worker",
-               "--coordinator",
-               daemons.grpc,
-               "--model",
-               options.model,
-               "--name",
-               name,
-               "--threads",
-               std::to_string(options.worker_threads)};
+  spec.argv = {daemons.folder + "/strait-worker", "--coordinator", daemons.grpc, "--model",
+               options.model, "--name", name, "--threads", std::to_string(options.worker_threads),
+               // All of them stop together, or one that others restart.
+               "--drain-timeout", "0"};
   if (!options.worker_memory.empty()) Append(spec.argv, {"--memory", options.worker_memory});
   if (options.backend == "cuda") {
     const auto num_gpus = static_cast<uint32_t>(options.gpus.size());

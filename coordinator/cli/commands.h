@@ -29,6 +29,7 @@ void AddUp(CLI::App& app, Run* run);
 void AddGenerate(CLI::App& app, Run* run);
 void AddStatus(CLI::App& app, Run* run);
 void AddMigrate(CLI::App& app, Run* run);
+void AddDrain(CLI::App& app, Run* run);
 void AddScale(CLI::App& app, Run* run);
 void AddBench(CLI::App& app, Run* run);
 void AddEval(CLI::App& app, Run* run);

@@ -195,6 +195,7 @@ int main(int argc, char** argv) {
   strait::cli::AddGenerate(app, &run);
   strait::cli::AddStatus(app, &run);
   strait::cli::AddMigrate(app, &run);
+  strait::cli::AddDrain(app, &run);
   strait::cli::AddScale(app, &run);
   strait::cli::AddBench(app, &run);
   strait::cli::AddEval(app, &run);

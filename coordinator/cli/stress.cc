@@ -44,10 +44,10 @@ void PrintTable(const json::Object& report) {
     failed += count.to_number<uint64_t>();
   }
   std::fputs(FormatTable({{"seconds", "streams", "moves", "failed", "deaths", "stops", "reshapes",
-                           "recomputed tokens", "violations"},
+                           "drains", "recomputed tokens", "violations"},
                           {FormatNumber(Number(report, "seconds")), count_of("streams"),
                            count_of("migrations"), absl::StrCat(failed), count_of("worker_deaths"),
-                           count_of("worker_stops"), count_of("reshapes"),
+                           count_of("worker_stops"), count_of("reshapes"), count_of("drains"),
                            count_of("recomputed_tokens"), count_of("violations")}})
                  .c_str(),
              stdout);
@@ -65,7 +65,7 @@ void PrintTable(const json::Object& report) {
   std::printf("\nmoved %s, at %s/s (median move)\n",
               FormatBytes(Number(report, "moved_bytes")).c_str(),
               FormatBytes(Number(report.at("move_bytes_per_s").get_object(), "p50")).c_str());
-  for (const char* kind : {"failed_migrations", "failed_reshapes"}) {
+  for (const char* kind : {"failed_migrations", "failed_reshapes", "failed_drains"}) {
     for (const auto& [reason, count] : report.at(kind).get_object()) {
       std::printf("%s: %s × %s\n", kind, boost::json::serialize(count).c_str(),
                   std::string(reason.data(), reason.size()).c_str());
@@ -214,6 +214,11 @@ void AddStress(CLI::App& app, Run* run) {
       ->check(often);
   verb->add_option("--reshape-every", stress.reshape_every_s,
                    "Seconds between two changes of the number of stages; 0: none")
+      ->check(often);
+  verb->add_option(
+          "--drain-every", stress.drain_every_s,
+          "Seconds between two drains of a worker, which gets stages again after up to 2 s; "
+          "0: none")
       ->check(often);
   verb->add_option("--json", flags->json_path,
                    "Write all figures to this file; - is standard output");

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "coordinator/cli/drain_call.h"
 #include "coordinator/cli/drive.h"
 #include "coordinator/cli/move_call.h"
 #include "coordinator/cli/status_json.h"
@@ -21,6 +22,8 @@ namespace {
 
 constexpr int kStatusTimeoutMs = 30'000;
 constexpr double kMoveTimeoutS = 60;
+constexpr double kDrainTimeoutS = 120;
+constexpr int kLongestOutMs = 2'000;  // that a worker stays drained
 constexpr int kReshapeTimeoutMs = 180'000;
 constexpr int kShortestWaitMs = 5;  // the status that is drawn from is no newer than that
 constexpr int kShortestStopMs = 50;
@@ -142,6 +145,30 @@ class Reshaper : public Disturber {
   const uint32_t max_stages_;
 };
 
+class Drainer : public Disturber {
+ public:
+  using Disturber::Disturber;
+
+  void Once() override {
+    const json::Object status = Status();
+    const auto workers = Objects(status, "workers");
+    if (workers.empty()) return;
+    DrainRequest request;
+    request.worker = absl::StrCat(static_cast<uint64_t>(Number(*Pick(workers), "id")));
+    request.timeout_s = kDrainTimeoutS;
+    const auto nothing = [](const DrainLine&) {};
+    const absl::StatusOr<DrainOutcome> outcome = CallDrain(operator_client_, request, nothing);
+    if (absl::IsCancelled(outcome.status())) return;
+    if (!outcome.ok()) return context_.log->AddFailure("drain", "no answer");
+    if (!outcome->done) return context_.log->AddFailure("drain", outcome->code);
+    context_.log->AddFault("drain");
+    WaitReadable(context_.end_fd, static_cast<int>(draws_.Below(kLongestOutMs)));
+    // One that died meanwhile comes back as another.
+    request.undo = true;
+    (void)CallDrain(operator_client_, request, nothing);
+  }
+};
+
 // The second field after the name, which is in brackets and may hold any: the parent's process id.
 bool IsChild(int64_t pid) {
   std::ifstream file(absl::StrCat("/proc/", pid, "/stat"));
@@ -173,6 +200,9 @@ std::unique_ptr<Disturbance> MakeKiller(const DisturbContext& context, Draws dra
 }
 std::unique_ptr<Disturbance> MakeStopper(const DisturbContext& context, Draws draws) {
   return std::make_unique<Stopper>(context, draws);
+}
+std::unique_ptr<Disturbance> MakeDrainer(const DisturbContext& context, Draws draws) {
+  return std::make_unique<Drainer>(context, draws);
 }
 std::unique_ptr<Disturbance> MakeReshaper(const DisturbContext& context, Draws draws,
                                           uint32_t max_stages) {

@@ -45,6 +45,9 @@ std::unique_ptr<Disturbance> MakeStopper(const DisturbContext& context, Draws dr
 std::unique_ptr<Disturbance> MakeReshaper(const DisturbContext& context, Draws draws,
                                           uint32_t max_stages);
 
+// A worker is drained, and a moment later it gets stages again.
+std::unique_ptr<Disturbance> MakeDrainer(const DisturbContext& context, Draws draws);
+
 // About every `every_s` seconds, until the end.
 void DisturbUntil(const DisturbContext& context, Disturbance& disturbance, double every_s,
                   Draws draws);

@@ -104,8 +104,9 @@ std::vector<std::string> StressLog::violations() const {
 std::string StressLog::Progress() const {
   std::lock_guard lock(mu_);
   std::string text = absl::StrCat(num_streams_, " streams, ", moves_.size(), " moves");
-  for (const auto& [kind, what] : {std::pair("death", " deaths"), std::pair("stop", " stops"),
-                                   std::pair("reshape", " reshapes")}) {
+  for (const auto& [kind, what] :
+       {std::pair("death", " deaths"), std::pair("stop", " stops"),
+        std::pair("reshape", " reshapes"), std::pair("drain", " drains")}) {
     if (const uint64_t count = CountOf(faults_, kind)) absl::StrAppend(&text, ", ", count, what);
   }
   if (num_violations_ > 0) absl::StrAppend(&text, ", ", num_violations_, " VIOLATIONS");
@@ -140,6 +141,8 @@ json::Object StressLog::Report() const {
   out["worker_stops"] = CountOf(faults_, "stop");
   out["reshapes"] = CountOf(faults_, "reshape");
   out["failed_reshapes"] = Reasons(failed_, "reshape");
+  out["drains"] = CountOf(faults_, "drain");
+  out["failed_drains"] = Reasons(failed_, "drain");
   out["violations"] = num_violations_;
   out["violation_texts"] = json::Array(violations_.begin(), violations_.end());
 

@@ -201,6 +201,7 @@ void Stress::StartDisturbances(const DisturbContext& context) {
   for (uint32_t i = 0; i < options_.movers; ++i) start(options_.move_every_s, MakeMover);
   if (options_.kill_every_s > 0) start(options_.kill_every_s, MakeKiller);
   if (options_.stop_every_s > 0) start(options_.stop_every_s, MakeStopper);
+  if (options_.drain_every_s > 0) start(options_.drain_every_s, MakeDrainer);
   if (options_.reshape_every_s > 0) {
     start(options_.reshape_every_s, [stages = max_stages_](const DisturbContext& c, Draws draws) {
       return MakeReshaper(c, draws, stages);

@@ -45,6 +45,7 @@ struct StressOptions {
   double kill_every_s = 0;    // 0, here and below: never
   double stop_every_s = 0;
   double reshape_every_s = 0;
+  double drain_every_s = 0;
 };
 
 class Stress {

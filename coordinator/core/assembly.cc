@@ -37,7 +37,8 @@ uint64_t Cluster::capacity_rows() const {
 }
 
 bool Cluster::IsIdle(const Worker& worker, uint64_t now_us) const {
-  return worker.stages.empty() && faults_.IsFit(worker.id, now_us);
+  return worker.stages.empty() && worker.duty == Worker::Duty::kServes &&
+         faults_.IsFit(worker.id, now_us);
 }
 
 std::vector<Worker*> Cluster::IdleWorkers(uint64_t now_us) {
@@ -197,7 +198,9 @@ void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
   // What the roomiest workers at hand could do with other layer ranges. Loading everything anew
   // pays only if the pipeline holds at least twice as much afterwards, or cannot work otherwise.
   std::vector<Worker*> all = idle;
-  for (Worker* worker : WorkersOf(*pipeline)) all.push_back(worker);
+  for (Worker* worker : WorkersOf(*pipeline)) {
+    if (worker->duty == Worker::Duty::kServes) all.push_back(worker);
+  }
   std::stable_sort(all.begin(), all.end(), [](const Worker* a, const Worker* b) {
     return a->memory_bytes > b->memory_bytes;
   });

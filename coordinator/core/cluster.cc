@@ -107,6 +107,12 @@ void Cluster::Remove(WorkerId id, const absl::Status& why, bool may_return, bool
     if (stage.role != HostedStage::Role::kPlace) continue;
     Vacate(pipelines_.at(stage.pipeline).get(), stage.slot_index, now_us);
   }
+  if (worker->duty != Worker::Duty::kServes) {
+    // Its copies go with it, and others have been told of new ones only.
+    for (auto& [pipeline_id, pipeline] : pipelines_) {
+      for (StageSlot& slot : pipeline->slots) slot.copying.buddy = WorkerId{};
+    }
+  }
   workers_.erase(id);
   replicas_.Forget(id);
   serves_replicas_.erase(id);
@@ -138,7 +144,7 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
     case v1::FromWorker::kRowsFetched:
     case v1::FromWorker::kRowsServed:
     case v1::FromWorker::kLeave:
-      return;  // Migrations' business
+      return;  // Migrations' business, and Draining's
     case v1::FromWorker::kReplicated:
       return OnReplicated(worker, message.replicated(), now_us);
     case v1::FromWorker::kEdgeId:

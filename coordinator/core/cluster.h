@@ -44,6 +44,9 @@ inline constexpr uint64_t kConsolidateAfterUs = 10'000'000;
 // A worker that does not answer how its memory is lent out, by ResizeCache or UnloadStage, for so long.
 inline constexpr uint64_t kMemoryTimeoutUs = 300'000'000;
 
+// Processes that are remembered as drained, whether they are attached or not.
+inline constexpr size_t kMaxDrainedInstances = 1024;
+
 class Cluster {
  public:
   Cluster(Context* context, Journal* journal) : context_(context), journal_(journal) {}
@@ -60,6 +63,29 @@ class Cluster {
   // A worker said what cannot be.
   void Accuse(WorkerId id, absl::Status why, uint64_t now_us) { Evict(id, std::move(why), now_us); }
   bool IsScaling() const { return scale_.has_value(); }
+
+  // ---- Workers that are to have no stage (coordinator/core/draining.h) ----
+  // It lasts over a loss of its stream. REQUIRES: it is attached.
+  void SetDuty(WorkerId id, Worker::Duty duty);
+  // A worker of it drains: it takes new sequences only where no other pipeline can.
+  bool IsClosed(const Pipeline& pipeline) const;
+  // In which it has stages, or will have; null: none.
+  const Pipeline* PipelineOf(const Worker& worker) const;
+  // It gets as many stages as it has on workers that do not drain, as by a scale of it alone. CheckReplace: what Replace
+  // would find now. FailedPrecondition: it does not serve, or pipelines are scaled; ResourceExhausted with the numbers.
+  absl::Status CheckReplace(PipelineId id, uint64_t now_us);
+  absl::Status Replace(PipelineId id, uint64_t now_us);
+  struct Replaced {
+    absl::Status status;
+    v1::ScaleReply reply;
+  };
+  // Once, when it has ended.
+  std::optional<Replaced> TakeReplaced() { return std::exchange(replaced_, std::nullopt); }
+  // While its stages serve as before; later it goes on.
+  void CancelReplace(const absl::Status& why);
+  // Its workers unload and are idle afterwards; whoever is in it waits again.
+  void Retire(PipelineId id, const absl::Status& why, uint64_t now_us);
+  void Shutdown(WorkerId id, const std::string& reason);
   // New prefix blocks get copies on other workers. To be called when plans are out.
   void AdvanceReplicas();
   const Replicas& replicas() const { return replicas_; }
@@ -160,6 +186,7 @@ class Cluster {
   // ---- Copies on other workers (replicating.cc) ----
   void OnReplicated(Worker* worker, const v1::Replicated& replicated, uint64_t now_us);
   std::optional<WorkerId> ChooseBuddy(const StageSlot& slot) const;
+  bool MayGetCopies(WorkerId id) const;
   // What the next of its blocks are is told to a stage's buddy.
   void Replicate(const Pipeline& pipeline, uint32_t slot_index);
   // What could not be copied, a while ago.
@@ -183,7 +210,7 @@ class Cluster {
   // True: it goes on at once, with this pipeline or the next.
   bool ScaleStep(uint64_t now_us);
   bool BeginTurn(uint64_t now_us);
-  absl::StatusOr<ScalePlan> PlanScaleOf(Pipeline* pipeline, uint64_t now_us);
+  absl::StatusOr<ScalePlan> PlanScaleOf(Pipeline* pipeline, uint32_t num_stages, uint64_t now_us);
   void LoadNext(Pipeline* pipeline, uint64_t now_us);
   void Switch(Pipeline* pipeline, uint64_t now_us);
   // The new stages are active: old ones go, before the first plan.
@@ -271,6 +298,8 @@ class Cluster {
   uint64_t last_epoch_counter_ = 0;
   uint64_t weights_fingerprint_ = 0;  // of the workers that are attached, or were last
   std::optional<Scale> scale_;
+  std::optional<Replaced> replaced_;
+  std::set<uint64_t> drained_instances_;  // at most kMaxDrainedInstances
   std::string deadly_;         // not empty: a sequence has seen too many deaths; the last one
   absl::Status plan_problem_;  // why no further pipeline was formed
   bool look_again_ =

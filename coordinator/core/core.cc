@@ -69,7 +69,8 @@ Core::State::State(CoreOptions core_options, ModelShape model)
     : context{std::move(core_options), std::move(model), {}, {}},
       journal(&context),
       cluster(&context, &journal),
-      migrations(&context, &journal, &cluster) {
+      migrations(&context, &journal, &cluster),
+      draining(&context, &journal, &cluster, &migrations) {
   const absl::Status valid = ValidateOptions(context.options, context.model);
   STRAIT_CHECK(valid.ok(), "ValidateOptions comes first");
 }
@@ -86,6 +87,7 @@ void Core::OnWorkerMessage(WorkerId worker, const v1::FromWorker& message, uint6
   now_us = state_->Awake(now_us);
   state_->cluster.OnMessage(worker, message, now_us);
   state_->migrations.OnMessage(worker, message, now_us);
+  state_->draining.OnMessage(worker, message, now_us);
   state_->WatchPipelines(now_us);
 }
 
@@ -121,11 +123,22 @@ void Core::OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us) {
         {}});
     return;
   }
+  if (state_->draining.IsBusy()) {
+    state_->context.Send(ScaleAnswered{
+        id,
+        absl::FailedPreconditionError("a worker is being drained; wait for the end of that"),
+        {}});
+    return;
+  }
   state_->cluster.OnScale(id, num_stages, state_->Awake(now_us));
 }
 
 void Core::OnMigrate(VerbId id, MigrateSpec spec, uint64_t now_us) {
   state_->migrations.OnMigrate(id, spec, state_->Awake(now_us));
+}
+
+void Core::OnDrain(VerbId id, DrainSpec spec, uint64_t now_us) {
+  state_->draining.OnDrain(id, spec, state_->Awake(now_us));
 }
 
 void Core::OnFlush(uint64_t now_us) {
@@ -155,6 +168,7 @@ std::vector<CoreMessage> Core::Take(uint64_t now_us) {
   State& state = *state_;
   now_us = state.Awake(now_us);
   state.cluster.Advance(now_us);
+  if (state.draining.Advance(now_us)) state.cluster.Advance(now_us);
   // A step that closes sequences makes room, so placing and forming take turns until neither does
   // more. A move may go on when a plan is out.
   bool moved = state.migrations.Advance(now_us);
@@ -274,13 +288,19 @@ void Core::State::PlaceWaiting() {
     }
     sequence->awaits.reset();
     bool held_by_any = false;
+    // Who drains gets nobody, unless there is no other.
+    const bool held_by_open =
+        std::any_of(active.begin(), active.end(), [&](const Pipeline* pipeline) {
+          return !cluster.IsClosed(*pipeline) && pipeline->scheduler.CanEverHold(*sequence);
+        });
     for (size_t i = 0; i < active.size(); ++i) {
       Scheduler& scheduler = active[i]->scheduler;
       held_by_any = held_by_any || scheduler.CanEverHold(*sequence);
       prospects[i] = scheduler.Look(sequence);
       const uint32_t known =
           prospects[i].cached_rows + prospects[i].host_rows + prospects[i].promised_rows;
-      candidates[i] = {scheduler.HasRoom(sequence, prospects[i]),
+      const bool is_open = !held_by_open || !cluster.IsClosed(*active[i]);
+      candidates[i] = {is_open && scheduler.HasRoom(sequence, prospects[i]),
                        scheduler.load() + (sequence->rows_wanted() - known), scheduler.free_rows()};
     }
     if (const std::optional<size_t> choice = ChoosePipeline(candidates)) {
@@ -330,6 +350,7 @@ absl::Status Core::CheckIntegrity() const {
   STRAIT_RETURN_IF_ERROR(state_->journal.CheckIntegrity());
   STRAIT_RETURN_IF_ERROR(state_->cluster.CheckIntegrity());
   STRAIT_RETURN_IF_ERROR(state_->migrations.CheckIntegrity());
+  STRAIT_RETURN_IF_ERROR(state_->draining.CheckIntegrity());
   const CoreStats stats = Stats();
   if (stats.running + stats.waiting != state_->journal.num_sequences()) {
     return absl::InternalError(absl::StrCat(stats.running, " sequences run and ", stats.waiting,

@@ -152,19 +152,23 @@ struct ScaleAnswered {
   absl::Status status;  // ok: every pipeline has so many stages now
   v1::ScaleReply reply;
 };
-// To OnMigrate: how it goes, and once that it is over.
+// To OnMigrate and OnDrain: how it goes, and once that it is over.
 using VerbId = Id<struct VerbTag>;
 struct MoveTold {
   VerbId verb;
   MoveReport report;
 };
+struct DrainTold {
+  VerbId verb;
+  DrainReport report;
+};
 struct VerbEnded {
   VerbId verb;
   absl::Status status;
 };
-using CoreMessage =
-    std::variant<SendToWorker, EvictWorker, RequestRefused, RequestAdmitted, PromptCached,
-                 PromptScored, TokenEmitted, SequenceEnded, ScaleAnswered, MoveTold, VerbEnded>;
+using CoreMessage = std::variant<SendToWorker, EvictWorker, RequestRefused, RequestAdmitted,
+                                 PromptCached, PromptScored, TokenEmitted, SequenceEnded,
+                                 ScaleAnswered, MoveTold, DrainTold, VerbEnded>;
 
 // Counters that only grow, and gauges; for metrics and status.
 struct CoreStats {
@@ -236,6 +240,8 @@ class Core {
   void OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us);
   // Answered by MoveTold and VerbEnded, as VerbListener says.
   void OnMigrate(VerbId id, MigrateSpec spec, uint64_t now_us);
+  // Answered by DrainTold and VerbEnded, likewise.
+  void OnDrain(VerbId id, DrainSpec spec, uint64_t now_us);
   // Prefix blocks that no sequence has go, in host memory, too.
   void OnFlush(uint64_t now_us);
   // Deadlines, heartbeat timeouts. Call at least every kCallGapUs, and it may be called at any time.

@@ -83,6 +83,7 @@ void Cluster::OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us) {
   worker.process_id = hello.process_id();
   worker.nccl = NcclSupportOf(hello);
   worker.attached_us = worker.last_heard_us = now_us;
+  if (drained_instances_.contains(worker.instance)) worker.duty = Worker::Duty::kDrained;
   look_again_ = true;
 
   SendToWorker out{id, {}};

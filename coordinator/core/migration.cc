@@ -129,6 +129,14 @@ absl::StatusOr<Migration> Migrations::Plan(const MigrateSpec& spec, uint64_t now
     return absl::InvalidArgumentError(absl::StrCat("sequence ", sequence->id.value,
                                                    " is in pipeline ", spec.to.value, " already"));
   }
+  if (cluster_->IsClosed(*to)) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "pipeline ", spec.to.value, " takes no sequences: a worker of it is being drained"));
+  }
+  if (paused_) {
+    return absl::FailedPreconditionError(
+        "a pipeline is about to get other stages, as a worker is drained; come back after that");
+  }
   if (cluster_->IsScaling()) {
     return absl::FailedPreconditionError("pipelines are being scaled; wait for the end of that");
   }
@@ -158,6 +166,20 @@ absl::StatusOr<Migration> Migrations::Plan(const MigrateSpec& spec, uint64_t now
   move.deadline_us =
       now_us + (spec.timeout_us > 0 ? spec.timeout_us : context_->options.migrate_timeout_us);
   return move;
+}
+
+absl::Status Migrations::Begin(SequenceId sequence, PipelineId to, uint64_t now_us) {
+  MigrateSpec spec;
+  spec.sequence = absl::StrCat(sequence.value);
+  spec.to = to;
+  STRAIT_ASSIGN_OR_RETURN(Migration move, Plan(spec, now_us));
+  move.drains = true;
+  moves_.emplace(sequence, std::move(move));
+  return absl::OkStatus();
+}
+
+bool Migrations::Agree(const Pipeline& a, const Pipeline& b) const {
+  return NumericsOf(a, *cluster_) == NumericsOf(b, *cluster_);
 }
 
 void Migrations::OnMigrate(VerbId verb, const MigrateSpec& spec, uint64_t now_us) {

@@ -28,6 +28,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -67,6 +68,7 @@ struct Migration {
 
   // --- Constant ---
   std::optional<VerbId> verb;
+  bool drains = false;  // Draining began it
   SequenceId sequence;
   PipelineId from;
   PipelineId to;
@@ -110,6 +112,22 @@ class Migrations {
 
   // Answered by MoveTold and VerbEnded.
   void OnMigrate(VerbId verb, const MigrateSpec& spec, uint64_t now_us);
+  // ---- Moves that Draining begins (coordinator/core/draining.h) ----
+  // Errors as those of OnMigrate, at once.
+  absl::Status Begin(SequenceId sequence, PipelineId to, uint64_t now_us);
+  struct Ended {
+    SequenceId sequence;
+    absl::Status status;
+    uint64_t bytes = 0;
+    uint64_t pause_us = 0;
+  };
+  // Of these moves, since the last call.
+  std::vector<Ended> TakeEnded() { return std::exchange(ended_, {}); }
+  // Equal bits on both.
+  bool Agree(const Pipeline& a, const Pipeline& b) const;
+  // No further move begins.
+  void set_paused(bool paused) { paused_ = paused; }
+
   // RowsFetched and RowsServed; other messages are not its business.
   void OnMessage(WorkerId worker, const v1::FromWorker& message, uint64_t now_us);
   // Takes every move as far as it goes now. True: a scheduler may have something to plan for it.
@@ -149,6 +167,8 @@ class Migrations {
   Journal* const journal_;
   Cluster* const cluster_;
   std::map<SequenceId, Migration> moves_;
+  std::vector<Ended> ended_;
+  bool paused_ = false;
   std::map<SequenceId, absl::Status> failures_;  // that workers told of moves, until they end
 };
 

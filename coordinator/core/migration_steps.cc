@@ -237,6 +237,9 @@ Migrations::Outcome Migrations::Finish(Migration* move, uint64_t now_us) {
   stats.migrated_bytes += move->bytes();
   stats.migration_pause_us += move->pause_us;
   stats.migration_pause_us_max = std::max(stats.migration_pause_us_max, move->pause_us);
+  if (move->drains) {
+    ended_.push_back({move->sequence, absl::OkStatus(), move->bytes(), move->pause_us});
+  }
   if (move->verb) {
     MoveReport report = ReportOf(*move, now_us);
     report.phase = "done";
@@ -261,6 +264,7 @@ Migrations::Outcome Migrations::Abort(Migration* move, absl::Status why, uint64_
   }
   if (move->phase != Phase::kReserve) Serve(*move, 0, true);
   ++context_->stats.migrations_failed;
+  if (move->drains) ended_.push_back({move->sequence, why, move->bytes(), 0});
   if (move->verb) {
     Tell(move, now_us);
     context_->Send(VerbEnded{*move->verb, std::move(why)});

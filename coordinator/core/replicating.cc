@@ -47,11 +47,15 @@ std::optional<WorkerId> Cluster::ChooseBuddy(const StageSlot& slot) const {
     return std::tuple(same_host, stages[worker.id], worker.id);
   };
   for (const auto& [id, worker] : workers_) {
-    if (id == slot.worker || !replicas_.Offers(id)) continue;
+    if (id == slot.worker || !MayGetCopies(id)) continue;
     if (best == nullptr || rank(worker) < rank(*best)) best = &worker;
   }
   if (best == nullptr) return std::nullopt;
   return best->id;
+}
+
+bool Cluster::MayGetCopies(WorkerId id) const {
+  return replicas_.Offers(id) && workers_.at(id).duty == Worker::Duty::kServes;
 }
 
 void Cluster::TellServePrefixes(const Pipeline& pipeline, StageSlot* slot) {
@@ -95,7 +99,7 @@ void Cluster::AdvanceReplicas() {
         slot.copying.queue.clear();
         slot.copying.failed.clear();
       }
-      if (!replicas_.Offers(slot.copying.buddy)) {
+      if (!MayGetCopies(slot.copying.buddy)) {
         const std::optional<WorkerId> buddy = ChooseBuddy(slot);
         slot.copying.buddy = buddy.value_or(WorkerId{});
         slot.copying.queue.clear();

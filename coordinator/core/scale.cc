@@ -20,7 +20,7 @@ std::vector<const ScaleHost*> ChooseHosts(absl::Span<const ScaleHost> hosts, uin
                                           size_t num_spares) {
   std::vector<const ScaleHost*> chosen;
   for (const ScaleHost& host : hosts) {
-    if (!host.old_slots.empty()) chosen.push_back(&host);
+    if (!host.old_slots.empty() || host.follows) chosen.push_back(&host);
   }
   while (chosen.size() > num_stages) {
     // Of equals the last.
@@ -30,7 +30,9 @@ std::vector<const ScaleHost*> ChooseHosts(absl::Span<const ScaleHost> hosts, uin
     chosen.erase(std::next(least).base());
   }
   for (const ScaleHost& host : hosts) {
-    if (!host.old_slots.empty() || num_spares == 0 || chosen.size() == num_stages) continue;
+    if (!host.old_slots.empty() || host.follows || num_spares == 0 || chosen.size() == num_stages) {
+      continue;
+    }
     chosen.push_back(&host);
     --num_spares;
   }
@@ -154,8 +156,9 @@ absl::StatusOr<ScalePlan> PlanScale(const CoreOptions& options, const ModelShape
     absl::StatusOr<ScalePlan> plan = PlanOn(options, model, old_slots, chosen, num_stages, needs);
     if (plan.ok()) return plan;
     if (!refused) refused = plan.status();
-    num_spares = std::count_if(chosen.begin(), chosen.end(),
-                               [](const auto* host) { return host->old_slots.empty(); });
+    num_spares = std::count_if(chosen.begin(), chosen.end(), [](const auto* host) {
+      return host->old_slots.empty() && !host->follows;
+    });
     if (num_spares == 0) return *refused;
     --num_spares;
   }

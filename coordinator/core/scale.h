@@ -31,6 +31,8 @@ struct ScaleHost {
   WorkerId worker;
   WorkerMemory memory;              // less what stages of other pipelines take
   std::vector<uint32_t> old_slots;  // of this pipeline, on this worker; none: a spare
+  // A spare that comes where a worker is left out, so that the others keep their layers.
+  bool follows = false;
 };
 
 struct ScaledStage {
@@ -54,8 +56,9 @@ struct ScaleNeeds {
 };
 
 // `hosts`: the pipeline's workers in the order of their stages, then spares, the better ones first. With more
-// of its own than stages those with the least memory are left out; spares are taken while there are fewer. A
-// worker of several stages has contiguous ones.
+// of its own than stages those with the least memory are left out; spares are taken while there are fewer. One that
+// `follows` counts as one of its own. A worker of several stages has contiguous ones.
+// REQUIRES: `hosts` is not empty.
 absl::StatusOr<ScalePlan> PlanScale(const CoreOptions& options, const ModelShape& model,
                                     absl::Span<const StageSlot> old_slots,
                                     absl::Span<const ScaleHost> hosts, uint32_t num_stages,
@@ -78,6 +81,7 @@ struct Scale {
     kGrowing,     // they serve; the old ones go, caches grow
   };
   ScaleId id;
+  bool drains = false;  // of one pipeline, which has so many stages already: a worker is left out
   uint32_t num_stages = 0;
   std::vector<PipelineId> pipelines;  // whose turn has not come; by falling id
   uint32_t done = 0;                  // have it

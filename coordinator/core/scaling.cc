@@ -14,6 +14,7 @@
 #include "coordinator/core/cluster.h"
 #include "proto/base/check.h"
 #include "proto/base/limits.h"
+#include "proto/base/status_macros.h"
 
 namespace strait {
 
@@ -104,6 +105,12 @@ bool Cluster::ScaleStep(uint64_t now_us) {
 
 bool Cluster::BeginTurn(uint64_t now_us) {
   Scale& scale = *scale_;
+  if (scale.pipelines.empty() && scale.drains) {
+    context_->num_hosts = std::min(context_->num_hosts, scale.hosts_min);
+    look_again_ = true;
+    AnswerScale(absl::OkStatus());
+    return false;
+  }
   if (scale.pipelines.empty()) {
     context_->num_stages = scale.num_stages;
     // Workers that are left may be fewer for a pipeline that there is not now.
@@ -122,7 +129,7 @@ bool Cluster::BeginTurn(uint64_t now_us) {
     return false;
   }
   Pipeline* pipeline = it->second.get();
-  if (pipeline->slots.size() == scale.num_stages) {
+  if (pipeline->slots.size() == scale.num_stages && !scale.drains) {
     scale.hosts_min = std::min(scale.hosts_min, static_cast<uint32_t>(WorkersOf(*pipeline).size()));
     scale.pipelines.pop_back();
     ++scale.done;
@@ -130,7 +137,7 @@ bool Cluster::BeginTurn(uint64_t now_us) {
   }
   // Of an earlier change something is still under way, or its epoch has only begun.
   if (!Grown(*pipeline) || !pipeline->scheduler.MayShrink()) return false;
-  absl::StatusOr<ScalePlan> plan = PlanScaleOf(pipeline, now_us);
+  absl::StatusOr<ScalePlan> plan = PlanScaleOf(pipeline, scale.num_stages, now_us);
   if (!plan.ok()) {
     AnswerScale(absl::Status(
         plan.status().code(),
@@ -154,9 +161,20 @@ bool Cluster::BeginTurn(uint64_t now_us) {
   return true;
 }
 
-absl::StatusOr<ScalePlan> Cluster::PlanScaleOf(Pipeline* pipeline, uint64_t now_us) {
+absl::StatusOr<ScalePlan> Cluster::PlanScaleOf(Pipeline* pipeline, uint32_t num_stages,
+                                               uint64_t now_us) {
   std::vector<ScaleHost> hosts;
+  std::vector<Worker*> spares = IdleWorkers(now_us);
   for (Worker* worker : WorkersOf(*pipeline)) {
+    if (worker->duty != Worker::Duty::kServes) {
+      if (spares.empty()) continue;
+      hosts.push_back({.worker = spares.front()->id,
+                       .memory = spares.front()->memory(),
+                       .old_slots = {},
+                       .follows = true});
+      spares.erase(spares.begin());
+      continue;
+    }
     ScaleHost host{.worker = worker->id, .memory = worker->memory(), .old_slots = {}};
     HostedStages others = worker->stages;
     std::erase_if(others, [&](const auto& entry) { return entry.second.pipeline == pipeline->id; });
@@ -166,8 +184,13 @@ absl::StatusOr<ScalePlan> Cluster::PlanScaleOf(Pipeline* pipeline, uint64_t now_
     }
     hosts.push_back(std::move(host));
   }
-  for (Worker* worker : IdleWorkers(now_us)) {
+  for (Worker* worker : spares) {
     hosts.push_back({.worker = worker->id, .memory = worker->memory(), .old_slots = {}});
+  }
+  if (hosts.empty()) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("no other worker is attached that could have any of its ",
+                     pipeline->slots.size(), " stage(s)"));
   }
   ScaleNeeds needs{.resident_rows = pipeline->scheduler.resident_rows_max()};
   const uint64_t holds = pipeline->capacity_rows(context_->model.policy());
@@ -175,8 +198,16 @@ absl::StatusOr<ScalePlan> Cluster::PlanScaleOf(Pipeline* pipeline, uint64_t now_
     if (sequence->rows_max() > holds) continue;  // another pipeline's
     needs.promised_rows = std::max<uint64_t>(needs.promised_rows, sequence->rows_max());
   }
-  return PlanScale(context_->options, context_->model, pipeline->slots, hosts, scale_->num_stages,
-                   needs);
+  const auto plan_on = [&] {
+    return PlanScale(context_->options, context_->model, pipeline->slots, hosts, num_stages, needs);
+  };
+  absl::StatusOr<ScalePlan> plan = plan_on();
+  const auto first = std::stable_partition(hosts.begin(), hosts.end(),
+                                           [](const ScaleHost& host) { return !host.follows; });
+  if (plan.ok() || first == hosts.end()) return plan;
+  // Too small for that: as any other spare.
+  for (auto host = first; host != hosts.end(); ++host) host->follows = false;
+  return plan_on();
 }
 
 void Cluster::LoadNext(Pipeline* pipeline, uint64_t now_us) {
@@ -303,8 +334,86 @@ void Cluster::AnswerScale(const absl::Status& status) {
   answer.reply.set_pause_us(scale_->pause_us);
   answer.reply.set_rows_kept(scale_->rows_kept);
   answer.reply.set_rows_lost(scale_->rows_lost);
-  context_->Send(std::move(answer));
+  if (scale_->drains) {
+    replaced_ = Replaced{std::move(answer.status), std::move(answer.reply)};
+  } else {
+    context_->Send(std::move(answer));
+  }
   scale_.reset();
+}
+
+// ---------------------------------------------------------------- workers that are to have no stage
+
+void Cluster::SetDuty(WorkerId id, Worker::Duty duty) {
+  Worker& worker = workers_.at(id);
+  worker.duty = duty;
+  if (duty == Worker::Duty::kDrained) {
+    if (drained_instances_.size() < kMaxDrainedInstances) {
+      drained_instances_.insert(worker.instance);
+    }
+  } else {
+    drained_instances_.erase(worker.instance);
+  }
+  look_again_ = true;
+}
+
+bool Cluster::IsClosed(const Pipeline& pipeline) const {
+  return std::any_of(pipeline.slots.begin(), pipeline.slots.end(), [this](const StageSlot& slot) {
+    return slot.state != StageSlot::State::kVacant &&
+           workers_.at(slot.worker).duty != Worker::Duty::kServes;
+  });
+}
+
+const Pipeline* Cluster::PipelineOf(const Worker& worker) const {
+  for (const auto& [id, stage] : worker.stages) {
+    if (stage.role == HostedStage::Role::kPlace || stage.role == HostedStage::Role::kNext) {
+      return pipelines_.at(stage.pipeline).get();
+    }
+  }
+  return nullptr;
+}
+
+absl::Status Cluster::CheckReplace(PipelineId id, uint64_t now_us) {
+  Pipeline* pipeline = pipelines_.at(id).get();
+  if (scale_ || pipeline->state != Pipeline::State::kActive) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("pipeline ", id.value, scale_ ? " is being scaled" : " does not serve now"));
+  }
+  return PlanScaleOf(pipeline, static_cast<uint32_t>(pipeline->slots.size()), now_us).status();
+}
+
+absl::Status Cluster::Replace(PipelineId id, uint64_t now_us) {
+  STRAIT_RETURN_IF_ERROR(CheckReplace(id, now_us));
+  const auto num_stages = static_cast<uint32_t>(pipelines_.at(id)->slots.size());
+  replaced_.reset();
+  scale_ = Scale{.drains = true,
+                 .num_stages = num_stages,
+                 .pipelines = {id},
+                 .hosts_min = num_stages,
+                 .since_us = now_us};
+  return absl::OkStatus();
+}
+
+void Cluster::CancelReplace(const absl::Status& why) {
+  if (!scale_ || !scale_->drains) return;
+  if (scale_->prepares()) {
+    AbortScale(scale_->pipeline, why);
+  } else if (scale_->phase == Scale::Phase::kWaiting) {
+    AnswerScale(why);
+  }
+}
+
+void Cluster::Retire(PipelineId id, const absl::Status& why, uint64_t now_us) {
+  Fail(pipelines_.at(id).get(), why, now_us);
+  Dissolve(id);
+  look_again_ = true;
+}
+
+void Cluster::Shutdown(WorkerId id, const std::string& reason) {
+  SendToWorker out{id, {}};
+  out.message.mutable_shutdown()->set_reason(reason);
+  drained_instances_.erase(workers_.at(id).instance);  // it does not come back
+  context_->Send(std::move(out));
 }
 
 }  // namespace strait

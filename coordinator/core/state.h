@@ -2,7 +2,7 @@
 //
 // Core::State: the parts of Core, and what needs more than one of them.
 //
-// Owns:    Context, Journal, Cluster, Migrations.
+// Owns:    Context, Journal, Cluster, Migrations, Draining.
 // Thread:  loop thread only.
 #pragma once
 
@@ -13,6 +13,7 @@
 #include "coordinator/core/cluster.h"
 #include "coordinator/core/context.h"
 #include "coordinator/core/core.h"
+#include "coordinator/core/draining.h"
 #include "coordinator/core/journal.h"
 #include "coordinator/core/migration.h"
 
@@ -42,6 +43,7 @@ struct Core::State {
   Journal journal;
   Cluster cluster;
   Migrations migrations;
+  Draining draining;
   std::optional<uint64_t> no_pipeline_since_us;
   uint64_t last_call_us = 0;
   uint64_t awake_us = 0;  // at last_call_us

@@ -148,6 +148,8 @@ const char* Name(FaultPolicy::Standing standing) {
 
 // What the worker does, by its stages; of several that differ the least settled.
 const char* WorkerState(const Worker& worker, const Cluster& cluster) {
+  if (worker.duty == Worker::Duty::kDraining) return "draining";
+  if (worker.duty == Worker::Duty::kDrained) return "drained";
   const char* state = worker.stages.empty() ? "idle" : "unloading";
   bool loading = false, loaded = false, serving = false;
   for (const auto& [stage_id, stage] : worker.stages) {
@@ -316,6 +318,20 @@ json::Object MoveJson(const MoveReport& report) {
   return out;
 }
 
+json::Object DrainJson(const DrainReport& report) {
+  json::Object out;
+  out["worker_id"] = report.worker.value;
+  out["worker"] = report.name;
+  out["pipeline"] = report.pipeline.value;
+  out["way"] = report.way;
+  out["phase"] = report.phase;
+  out["sequences_left"] = report.sequences_left;
+  out["sequences_moved"] = report.sequences_moved;
+  out["moved_bytes"] = report.moved_bytes;
+  out["total_ms"] = report.total_us / 1000;
+  return out;
+}
+
 json::Object StatsJson(const CoreStats& stats) {
   json::Object ended;
   ended["stop"] = stats.requests_ended[static_cast<int>(FinishReason::kStop)];
@@ -413,6 +429,11 @@ std::string Core::StatusJson(uint64_t now_us) const {
     migrations.push_back(MoveJson(state.migrations.ReportOf(move, now_us)));
   }
   out["migrations"] = std::move(migrations);
+  json::Array drains;
+  for (const Drain& drain : state.draining.drains()) {
+    drains.push_back(DrainJson(state.draining.ReportOf(drain, now_us)));
+  }
+  out["drains"] = std::move(drains);
   out["vocab_size"] = state.context.model.vocab_size;
   out["max_positions"] = state.context.model.max_positions;
   out["stats"] = StatsJson(stats);

@@ -71,7 +71,10 @@ struct Worker {
   uint64_t attached_us = 0;
   uint64_t last_heard_us = 0;
   uint64_t resident_bytes = 0;
-  HostedStages stages;            // none: a spare
+  HostedStages stages;  // none: a spare
+  // Of a worker that is to have no stage (coordinator/core/draining.h): it gets none, nor new copies.
+  enum class Duty { kServes, kDraining, kDrained };
+  Duty duty = Duty::kServes;
   uint64_t load_progress_us = 0;  // when the bytes of any of its stages last grew
   std::string last_error;
 

@@ -146,6 +146,7 @@ const OpenAiHandler::Route* OpenAiHandler::FindRoute(std::string_view path) {
       {"/strait/status", "GET", Access::kClientOrOperator, &H::Status},
       {"/strait/flush", "POST", Access::kClientOrOperator, &H::Flush},
       {"/strait/migrate", "POST", Access::kOperator, nullptr, &H::Migrate},
+      {"/strait/drain", "POST", Access::kOperator, nullptr, &H::Drain},
       {"/strait/scale", "POST", Access::kOperator, nullptr, &H::Scale},
       {"/health", "GET", Access::kOpen, &H::Health},
       {"/readyz", "GET", Access::kOpen, &H::Health},
@@ -277,6 +278,15 @@ void OpenAiHandler::Migrate(Call& call) {
   std::make_shared<VerbExchange>(state_, std::move(call.route), std::move(call.request_id),
                                  std::move(call.responder))
       ->Migrate(std::move(std::get<MigrateSpec>(parsed)));
+}
+
+void OpenAiHandler::Drain(Call& call) {
+  std::variant<DrainSpec, ApiError> parsed = Stopping();
+  if (!draining_) parsed = ParseDrain(call.request.body);
+  if (const ApiError* error = std::get_if<ApiError>(&parsed)) return Refuse(call, *error);
+  std::make_shared<VerbExchange>(state_, std::move(call.route), std::move(call.request_id),
+                                 std::move(call.responder))
+      ->Drain(std::move(std::get<DrainSpec>(parsed)));
 }
 
 void OpenAiHandler::Scale(Call& call) {

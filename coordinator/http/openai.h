@@ -65,6 +65,7 @@ class OpenAiHandler : public HttpHandler {
   // These answer later:
   void Complete(Call& call);
   void Migrate(Call& call);
+  void Drain(Call& call);
   void Scale(Call& call);
   HttpResponse Health(const Call& call);
   HttpResponse Live(const Call& call);

@@ -19,7 +19,7 @@ std::string Milliseconds(uint64_t us) {
   return text;
 }
 
-std::string MoveLine(const MoveReport& report, std::string_view event) {
+std::string LineOf(const MoveReport& report, std::string_view event) {
   JsonWriter json;
   json.BeginObject().Key("event").String(event);
   json.Key("sequence").Int(report.sequence.value);
@@ -28,6 +28,21 @@ std::string MoveLine(const MoveReport& report, std::string_view event) {
   json.Key("rows").Int(report.rows).Key("rows_total").Int(report.rows_total);
   json.Key("moved_bytes").Int(report.moved_bytes);
   json.Key("recomputed_rows").Int(report.recomputed_rows);
+  json.Key("pause_ms").Raw(Milliseconds(report.pause_us));
+  json.Key("total_ms").Raw(Milliseconds(report.total_us)).EndObject();
+  return json.Take() + "\n";
+}
+
+std::string LineOf(const DrainReport& report, std::string_view event) {
+  JsonWriter json;
+  json.BeginObject().Key("event").String(event);
+  json.Key("worker_id").Int(report.worker.value).Key("worker").String(Utf8Lossy(report.name));
+  json.Key("pipeline").Int(report.pipeline.value);
+  json.Key("way").String(report.way).Key("phase").String(report.phase);
+  json.Key("sequences_left").Int(report.sequences_left);
+  json.Key("sequences_moved").Int(report.sequences_moved);
+  json.Key("moved_bytes").Int(report.moved_bytes);
+  json.Key("rows_kept").Int(report.rows_kept).Key("rows_lost").Int(report.rows_lost);
   json.Key("pause_ms").Raw(Milliseconds(report.pause_us));
   json.Key("total_ms").Raw(Milliseconds(report.total_us)).EndObject();
   return json.Take() + "\n";
@@ -68,6 +83,11 @@ void VerbExchange::Migrate(MigrateSpec spec) {
   state_->engine->Migrate(std::move(spec), shared_from_this());
 }
 
+void VerbExchange::Drain(DrainSpec spec) {
+  Watch();
+  state_->engine->Drain(std::move(spec), shared_from_this());
+}
+
 void VerbExchange::Scale(uint32_t num_stages) {
   Watch();
   state_->engine->Scale(num_stages,
@@ -86,6 +106,12 @@ void VerbExchange::OnMove(MoveReport report) {
   Post();
 }
 
+void VerbExchange::OnDrain(DrainReport report) {
+  std::lock_guard lock(mu_);
+  report_ = std::move(report);
+  Post();
+}
+
 void VerbExchange::OnVerbEnd(absl::Status status) {
   std::lock_guard lock(mu_);
   ended_ = Ended{std::move(status), std::nullopt};
@@ -95,13 +121,13 @@ void VerbExchange::OnVerbEnd(absl::Status status) {
 // After closing, no post is made, so the server may end its threads.
 void VerbExchange::Post() {
   if (closed_ || std::exchange(posted_, true)) return;
-  responder_->Post([self = shared_from_this()] { self->Drain(); });
+  responder_->Post([self = shared_from_this()] { self->Take(); });
 }
 
 // ---- The Responder's posts ----
 
-void VerbExchange::Drain() {
-  std::optional<MoveReport> report;
+void VerbExchange::Take() {
+  std::optional<Report> report;
   std::optional<Ended> ended;
   {
     std::lock_guard lock(mu_);
@@ -115,8 +141,8 @@ void VerbExchange::Drain() {
   if (last_) Tell(*last_, "progress");
 }
 
-void VerbExchange::Tell(const MoveReport& report, std::string_view event) {
-  std::string line = MoveLine(report, event);
+void VerbExchange::Tell(const Report& report, std::string_view event) {
+  std::string line = std::visit([&](const auto& told) { return LineOf(told, event); }, report);
   if (std::exchange(streaming_, true)) return responder_->Write(std::move(line));
   HttpResponse head;
   head.content_type = "application/x-ndjson";

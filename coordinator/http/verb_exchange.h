@@ -29,14 +29,17 @@ class VerbExchange : public VerbListener, public std::enable_shared_from_this<Ve
   VerbExchange(std::shared_ptr<ApiState> state, std::string route, std::string request_id,
                std::shared_ptr<Responder> responder);
 
-  // One of the two, once.
+  // One of the three, once.
   void Migrate(MigrateSpec spec);
+  void Drain(DrainSpec spec);
   void Scale(uint32_t num_stages);
 
   void OnMove(MoveReport report) override;
+  void OnDrain(DrainReport report) override;
   void OnVerbEnd(absl::Status status) override;
 
  private:
+  using Report = std::variant<MoveReport, DrainReport>;
   struct Ended {
     absl::Status status;
     std::optional<ScaleOutcome> outcome;  // of a scale
@@ -44,8 +47,8 @@ class VerbExchange : public VerbListener, public std::enable_shared_from_this<Ve
 
   void Watch();  // the client
   void Post();   // under mu_
-  void Drain();
-  void Tell(const MoveReport& report, std::string_view event);
+  void Take();   // what was posted for
+  void Tell(const Report& report, std::string_view event);
   void End(const Ended& ended);
   void Fail(const ApiError& error);
   void Abandoned(AbandonReason reason);
@@ -59,12 +62,12 @@ class VerbExchange : public VerbListener, public std::enable_shared_from_this<Ve
   const std::shared_ptr<Responder> responder_;
 
   // Used in posts only.
-  std::optional<MoveReport> last_;  // that was told
+  std::optional<Report> last_;  // that was told
   bool streaming_ = false;
   bool finished_ = false;
 
   std::mutex mu_;  // between the engine's thread and the posts; guards what follows
-  std::optional<MoveReport> report_;
+  std::optional<Report> report_;
   std::optional<Ended> ended_;
   bool posted_ = false;
   bool closed_ = false;  // nobody listens any more

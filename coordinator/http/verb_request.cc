@@ -59,6 +59,36 @@ std::string ReadSequence(Fields& fields) {
   return name;
 }
 
+std::string ReadWorker(Fields& fields) {
+  constexpr char kForms[] = "a worker's \"id\" or \"name\" as GET /strait/status tells it";
+  const json::Value* value = fields.Any("worker");
+  if (value == nullptr) {
+    fields.Fail("worker", std::string("\"worker\" is missing: it is ") + kForms);
+    return "";
+  }
+  if (const std::optional<int64_t> id = WholeNumber(*value); id && *id > 0) {
+    return std::to_string(*id);
+  }
+  if (!value->is_string()) {
+    fields.Fail("worker", std::string("\"worker\" must be a string, not ") +
+                              std::string(json::TypeName(*value)) + ": " + kForms);
+    return "";
+  }
+  std::string name(json::View(value->get_string()));
+  if (name.empty() || name.size() > kMaxWorkerNameBytes) {
+    fields.Fail("worker", "\"worker\" has " + std::to_string(name.size()) +
+                              " bytes; it must have 1 to " + std::to_string(kMaxWorkerNameBytes) +
+                              ": it is " + kForms);
+  }
+  return name;
+}
+
+// A time that was given is none that means the server's.
+uint64_t ReadTimeoutUs(Fields& fields) {
+  const double seconds = fields.Number("timeout", 0, 0, kMaxVerbSeconds, fields.Any("timeout"));
+  return fields.Any("timeout") ? std::max<uint64_t>(static_cast<uint64_t>(seconds * 1e6), 1) : 0;
+}
+
 }  // namespace
 
 std::variant<MigrateSpec, ApiError> ParseMigrate(std::string_view body) {
@@ -74,10 +104,22 @@ std::variant<MigrateSpec, ApiError> ParseMigrate(std::string_view body) {
   spec.to = PipelineId{static_cast<uint64_t>(to.value_or(0))};
   spec.dry_run = fields.Bool("dry_run", false);
   spec.force_numerics = fields.Bool("force_numerics", false);
-  const double seconds = fields.Number("timeout", 0, 0, kMaxVerbSeconds, fields.Any("timeout"));
-  // A time that was given is none that means the server's.
-  const auto timeout_us = static_cast<uint64_t>(seconds * 1e6);
-  spec.timeout_us = fields.Any("timeout") ? std::max<uint64_t>(timeout_us, 1) : 0;
+  spec.timeout_us = ReadTimeoutUs(fields);
+  if (!fields.ok()) return *fields.error();
+  return spec;
+}
+
+std::variant<DrainSpec, ApiError> ParseDrain(std::string_view body) {
+  std::variant<json::Object, ApiError> parsed = ParseBody(body);
+  if (auto* error = std::get_if<ApiError>(&parsed)) return std::move(*error);
+  const json::Object& object = std::get<json::Object>(parsed);
+  Fields fields(object);
+  RefuseUnknown(fields, object, {"worker", "dry_run", "undo", "timeout"});
+  DrainSpec spec;
+  spec.worker = ReadWorker(fields);
+  spec.dry_run = fields.Bool("dry_run", false);
+  spec.undo = fields.Bool("undo", false);
+  spec.timeout_us = ReadTimeoutUs(fields);
   if (!fields.ok()) return *fields.error();
   return spec;
 }

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The bodies of the elastic verbs' routes: POST /strait/migrate and /strait/scale.
+// The bodies of the elastic verbs' routes: POST /strait/migrate, /strait/drain and /strait/scale.
 //
 // Thread:  pure functions.
 // Errors:  ApiError, naming the field, the value and the bound. A field that no verb has is refused:
 //          who moves sequences should know what was understood.
-// Limits:  kMaxSequenceNameBytes, kMaxVerbSeconds; proto/base/limits.h.
+// Limits:  kMaxSequenceNameBytes, kMaxWorkerNameBytes, kMaxVerbSeconds; proto/base/limits.h.
 #pragma once
 
 #include <cstddef>
@@ -19,11 +19,16 @@
 namespace strait {
 
 inline constexpr size_t kMaxSequenceNameBytes = 256;  // "chatcmpl-", an x-request-id, "/127"
+inline constexpr size_t kMaxWorkerNameBytes = 256;
 inline constexpr double kMaxVerbSeconds = 86'400;
 
 // {"sequence": "12" | 12 | "cmpl-…" | "cmpl-…/1", "to": 2, "dry_run": false, "timeout": 300,
 //  "force_numerics": false}; all but the first two may be left out.
 std::variant<MigrateSpec, ApiError> ParseMigrate(std::string_view body);
+
+// {"worker": "worker-1" | "2" | 2, "dry_run": false, "undo": false, "timeout": 300}; all but the first may be left
+// out.
+std::variant<DrainSpec, ApiError> ParseDrain(std::string_view body);
 
 // {"stages": 3}: the number of stages.
 std::variant<uint32_t, ApiError> ParseScale(std::string_view body);

@@ -61,10 +61,14 @@ struct Migrating {
   MigrateSpec spec;
   std::shared_ptr<VerbListener> listener;
 };
+struct DrainAsked {
+  DrainSpec spec;
+  std::shared_ptr<VerbListener> listener;
+};
 struct Flushing {};
 struct StopLoop {};
 using Event = std::variant<Attached, Said, Ended, Submitted, Cancelled, Scaling, Migrating,
-                           Flushing, StopLoop>;
+                           DrainAsked, Flushing, StopLoop>;
 
 }  // namespace
 
@@ -137,15 +141,17 @@ class CoordinatorService::Impl {
   void Cancel(RequestId request, std::optional<uint32_t> sequence_index) {
     queue_.Push(Cancelled{request, sequence_index});
   }
-  void Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) {
+  // Migrating, or DrainAsked.
+  template <class Asked>
+  void Ask(Asked asked) {
     {
       std::lock_guard lock(submit_mu_);
       if (!stopped_) {
-        queue_.Push(Migrating{std::move(spec), std::move(listener)});
+        queue_.Push(std::move(asked));
         return;
       }
     }
-    listener->OnVerbEnd(absl::UnavailableError("the coordinator stops"));
+    asked.listener->OnVerbEnd(absl::UnavailableError("the coordinator stops"));
   }
   void Flush() { queue_.Push(Flushing{}); }
 
@@ -314,6 +320,15 @@ class CoordinatorService::Impl {
     core_.OnMigrate(id, std::move(migrating.spec), now_us);
   }
 
+  void On(DrainAsked& asked, uint64_t now_us) {
+    const VerbId id{++last_verb_};
+    Log(LogLevel::kInfo, asked.spec.undo ? "drain undone" : "drain",
+        {{"verb", id.value},
+         {"worker", PrintableText(asked.spec.worker, limits::kMaxErrorMessageBytes)}});
+    verbs_[id] = std::move(asked.listener);
+    core_.OnDrain(id, std::move(asked.spec), now_us);
+  }
+
   void On(Flushing&, uint64_t now_us) {
     Log(LogLevel::kInfo, "prefix blocks are flushed");
     core_.OnFlush(now_us);
@@ -392,10 +407,8 @@ class CoordinatorService::Impl {
                                                .rows_lost = reply.rows_lost()});
   }
 
-  void Do(MoveTold& told) {
-    const auto it = verbs_.find(told.verb);
-    if (it != verbs_.end()) it->second->OnMove(std::move(told.report));
-  }
+  void Do(MoveTold& told) { verbs_.at(told.verb)->OnMove(std::move(told.report)); }
+  void Do(DrainTold& told) { verbs_.at(told.verb)->OnDrain(std::move(told.report)); }
   void Do(VerbEnded& ended) {
     Log(ended.status.ok() ? LogLevel::kInfo : LogLevel::kWarning, "verb ended",
         {{"verb", ended.verb.value}, {"why", ended.status}});
@@ -462,7 +475,10 @@ void CoordinatorService::Cancel(RequestId id, std::optional<uint32_t> sequence_i
   impl_->Cancel(id, sequence_index);
 }
 void CoordinatorService::Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) {
-  impl_->Migrate(std::move(spec), std::move(listener));
+  impl_->Ask(Migrating{std::move(spec), std::move(listener)});
+}
+void CoordinatorService::Drain(DrainSpec spec, std::shared_ptr<VerbListener> listener) {
+  impl_->Ask(DrainAsked{std::move(spec), std::move(listener)});
 }
 void CoordinatorService::Scale(uint32_t num_stages, ScaleDone done) {
   impl_->Scale(num_stages, std::move(done));

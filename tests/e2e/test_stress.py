@@ -21,7 +21,7 @@ def own(*args, **kw):
 def test_deaths_stops_and_reshapes_of_its_own_cluster(tmp_path):
     path = tmp_path / "report.json"
     done = own("--pipelines", 2, "--stages", 1, "--seconds", 12, "--movers", 0, "--kill-every", 2.5, "--stop-every", 2,
-               "--reshape-every", 2, "--json", path)
+               "--reshape-every", 2, "--drain-every", 3, "--json", path)
     assert done.returncode == 0, done.stderr
     report = json.loads(path.read_text())
     assert report["violations"] == 0 and report["violation_texts"] == []
@@ -30,8 +30,9 @@ def test_deaths_stops_and_reshapes_of_its_own_cluster(tmp_path):
     assert report["workers_lost"] >= report["worker_deaths"]
     assert report["reshapes"] + sum(report["failed_reshapes"].values()) > 0
     assert report["recomputed_tokens"] > 0
+    assert report["drains"] + sum(report["failed_drains"].values()) > 0
     assert report["migrations"] == 0 and "migration" in report["skipped_faults"]
-    assert {"partition", "drain", "join", "bandwidth limit"} <= set(report["skipped_faults"])
+    assert {"partition", "join", "bandwidth limit"} <= set(report["skipped_faults"])
     assert set(report["pause_ms"]) >= {"p50", "p99", "max"}
     assert "violations" in done.stdout and "not done: migration" in done.stdout
 

@@ -197,6 +197,7 @@ void SimCluster::Pump() {
                    },
                    [&](const ScaleAnswered& m) { OnScaled(m); },
                    [&](const MoveTold& m) { moves_.OnMessage(m); },
+                   [&](const DrainTold&) {},  // no drain is asked for
                    [&](const VerbEnded& m) { moves_.OnMessage(m); },
                    [&](const auto& m) { clients_.OnMessage(m); },
                },

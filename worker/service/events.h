@@ -66,9 +66,10 @@ struct Loaded {
   LoadOrder order;
   absl::StatusOr<std::unique_ptr<StageModel>> model;
 };
+struct LeaveCluster {};
 struct StopLoop {};
 // What the loop thread takes from its queue, one at a time.
 using Event = std::variant<Control, Detached, EdgeUp, EdgeDown, NcclIdMade, Hidden, Sampled,
-                           RowsCame, PeerAsked, FrameServed, Loaded, StopLoop>;
+                           RowsCame, PeerAsked, FrameServed, Loaded, LeaveCluster, StopLoop>;
 
 }  // namespace strait

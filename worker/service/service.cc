@@ -102,6 +102,10 @@ class WorkerProcess::Impl final : private WorkerPorts {
       if (link_paused_.exchange(false)) link_->Resume();
       if (core_->CopiesRows()) core_->PollCopies(MonotonicMicros());
       if (!core_->attached()) OnTick();
+      if (leave_by_us_ && MonotonicMicros() >= *leave_by_us_) {
+        Log(LogLevel::kWarning, "not drained in time");
+        stop_ = true;
+      }
     }
     Log(LogLevel::kInfo, "stopping", {{"stages", core_->num_stages()}});
     link_->Stop();
@@ -109,6 +113,7 @@ class WorkerProcess::Impl final : private WorkerPorts {
   }
 
   void Stop() { queue_.Push(StopLoop{}); }
+  void Leave() { queue_.Push(LeaveCluster{}); }
   bool loading() const { return loader_->busy(); }
 
   std::string data_address;
@@ -159,6 +164,18 @@ class WorkerProcess::Impl final : private WorkerPorts {
 
   void On(StopLoop&) { stop_ = true; }
 
+  void On(LeaveCluster&) {
+    if (session_ == 0 || options_.drain_timeout_us == 0) {
+      stop_ = true;
+      return;
+    }
+    Log(LogLevel::kInfo, "asks to be drained", {{"stages", core_->num_stages()}});
+    leave_by_us_ = MonotonicMicros() + options_.drain_timeout_us;
+    v1::FromWorker message;
+    message.mutable_leave()->set_reason("a signal asked it to stop");
+    Tell(std::move(message));
+  }
+
   void On(Control& control) {
     if (control.message.has_welcome()) {
       told_session_ = session_ = control.session;
@@ -176,6 +193,7 @@ class WorkerProcess::Impl final : private WorkerPorts {
     if (detached.session == session_) {
       session_ = 0;
       core_->OnDetached(MonotonicMicros());
+      stop_ = stop_ || leave_by_us_;  // nobody drains it any more
     }
     core_->FillHello(&hello_);
     link_->Dial(hello_);
@@ -241,7 +259,8 @@ class WorkerProcess::Impl final : private WorkerPorts {
   std::optional<WorkerCore> core_;
   v1::Hello hello_;
   bool stop_ = false;
-  LinkSession session_ = 0;  // 0: detached
+  std::optional<uint64_t> leave_by_us_;  // it has asked to be drained
+  LinkSession session_ = 0;              // 0: detached
 };
 
 absl::StatusOr<std::unique_ptr<WorkerProcess>> WorkerProcess::Create(WorkerOptions options,
@@ -255,6 +274,7 @@ WorkerProcess::WorkerProcess(std::unique_ptr<Impl> impl) : impl_(std::move(impl)
 WorkerProcess::~WorkerProcess() = default;
 void WorkerProcess::Run() { impl_->Run(); }
 void WorkerProcess::Stop() { impl_->Stop(); }
+void WorkerProcess::Leave() { impl_->Leave(); }
 bool WorkerProcess::loading() const { return impl_->loading(); }
 const std::string& WorkerProcess::data_address() const { return impl_->data_address; }
 

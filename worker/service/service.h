@@ -43,6 +43,7 @@ struct WorkerOptions {
   uint32_t cache_row_bytes = 0;           // of one token in one layer
   std::optional<StageCosts> stage_costs;  // absent: as on the CPU
   NcclOffer nccl;
+  uint64_t drain_timeout_us = 0;  // for which it serves on after Leave; 0: it does not ask
   WorkerCoreOptions core;
 };
 
@@ -53,9 +54,12 @@ class WorkerProcess {
                                                                Backend* backend);
   ~WorkerProcess();
 
-  // Returns after Stop, or when the coordinator says Shutdown.
+  // Returns when the coordinator says Shutdown, or after Stop or Leave.
   void Run();
   void Stop();
+  // Asks the coordinator to drain it, and serves on until Shutdown comes, the coordinator goes or
+  // drain_timeout_us is over.
+  void Leave();
 
   // Whether a load is under way that the destructor would wait for.
   bool loading() const;

@@ -318,6 +318,23 @@ class Harness {
     spec.to = to;
     return Migrate(std::move(spec));
   }
+  VerbId Drain(DrainSpec spec) {
+    const VerbId id{++last_verb};
+    core.OnDrain(id, std::move(spec), now_us);
+    Pump();
+    return id;
+  }
+  VerbId Drain(WorkerId worker) {
+    DrainSpec spec;
+    spec.worker = std::to_string(worker.value);
+    return Drain(std::move(spec));
+  }
+  void Leave(WorkerId worker) {
+    v1::FromWorker message;
+    message.mutable_leave()->set_reason("SIGTERM");
+    core.OnWorkerMessage(worker, message, now_us);
+    Pump();
+  }
   // What was asked for last, once its rows allow it.
   void AnswerResize(WorkerId id, FakeStage& stage) {
     if (!stage.resize_due || HeldBytesOf(stage, block_bytes) > *stage.resize_due) return;
@@ -431,6 +448,8 @@ class Harness {
   std::map<RequestId, absl::Status> refused;
   std::map<ScaleId, ScaleAnswered> scaled;
   std::map<VerbId, std::vector<MoveReport>> moves;
+  std::map<VerbId, std::vector<DrainReport>> drains;
+  std::set<WorkerId> shut_down;
   std::map<VerbId, absl::Status> verbs;  // that ended
   std::vector<std::string> problems;
   std::vector<std::pair<WorkerId, uint64_t>> unloads;  // not answered
@@ -708,6 +727,8 @@ class Harness {
       FakeStage& stage = worker.stages.at(m.message.serve_rows().stage_id());
       OnServe(m.message.serve_rows(), &stage);
       moves_told_.insert({m.worker, m.message.serve_rows().stage_id()});
+    } else if (m.message.has_shutdown()) {
+      shut_down.insert(m.worker);
     } else if (m.message.has_step()) {
       FakeStage& stage = worker.stages.at(m.message.step().stage_id());
       for (const uint64_t before : stage.load.successor_of()) {
@@ -726,6 +747,7 @@ class Harness {
   }
   void On(const ScaleAnswered& m) { scaled[m.scale] = m; }
   void On(const MoveTold& m) { moves[m.verb].push_back(m.report); }
+  void On(const DrainTold& m) { drains[m.verb].push_back(m.report); }
   void On(const VerbEnded& m) { verbs[m.verb] = m.status; }
   void On(const RequestRefused& m) { refused[m.request] = m.why; }
   void On(const RequestAdmitted&) {}

@@ -89,6 +89,10 @@ class FakeEngine : public Engine {
     moves.emplace_back(std::move(spec), std::move(listener));
   }
   std::vector<std::pair<MigrateSpec, std::shared_ptr<VerbListener>>> moves;
+  void Drain(DrainSpec spec, std::shared_ptr<VerbListener> listener) override {
+    drains.emplace_back(std::move(spec), std::move(listener));
+  }
+  std::vector<std::pair<DrainSpec, std::shared_ptr<VerbListener>>> drains;
   void Scale(uint32_t num_stages, ScaleDone done) override {
     scales.emplace_back(num_stages, std::move(done));
   }

@@ -218,6 +218,62 @@ TEST_F(VerbTest, AServerThatStopsSaysSo) {
   ExpectError(*Migrate(R"({"sequence": "12", "to": 2})"), 503, "", "stopping", "draining");
 }
 
+TEST_F(VerbTest, ADrainReachesTheEngineAndItsReportsAreLines) {
+  const auto drain = [&](const std::string& body) {
+    return Begin("POST", "/strait/drain", body, kOperator);
+  };
+  auto responder = drain(R"({"worker": "worker-1"})");
+  drain(R"({"worker": 3, "dry_run": true, "timeout": 1.5})");
+  drain(R"({"worker": "3", "undo": true, "timeout": null})");
+  ASSERT_EQ(engine_.drains.size(), 3u);
+  EXPECT_EQ(engine_.drains[0].first.worker, "worker-1");
+  EXPECT_FALSE(engine_.drains[0].first.dry_run || engine_.drains[0].first.undo);
+  EXPECT_EQ(engine_.drains[0].first.timeout_us, 0u);
+  EXPECT_EQ(engine_.drains[1].first.worker, "3");
+  EXPECT_TRUE(engine_.drains[1].first.dry_run);
+  EXPECT_EQ(engine_.drains[1].first.timeout_us, 1'500'000u);
+  EXPECT_TRUE(engine_.drains[2].first.undo);
+  DrainReport report;
+  report.worker = WorkerId{3};
+  report.name = "worker-1";
+  report.pipeline = PipelineId{2};
+  report.way = "move";
+  report.phase = "moving";
+  report.sequences_left = 4;
+  report.sequences_moved = 5;
+  report.moved_bytes = 6;
+  report.pause_us = 1500;
+  report.total_us = 2000;
+  engine_.drains[0].second->OnDrain(report);
+  responder->RunPosts();
+  EXPECT_EQ(responder->stream,
+            R"({"event":"progress","worker_id":3,"worker":"worker-1","pipeline":2,"way":"move",)"
+            R"("phase":"moving","sequences_left":4,"sequences_moved":5,"moved_bytes":6,)"
+            R"("rows_kept":0,"rows_lost":0,"pause_ms":1.500,"total_ms":2.000})"
+            "\n");
+  report.phase = "done";
+  engine_.drains[0].second->OnDrain(report);
+  engine_.drains[0].second->OnVerbEnd(absl::OkStatus());
+  responder->RunPosts();
+  EXPECT_TRUE(responder->stream_ended);
+  EXPECT_EQ(Lines(*responder).at(1).at("event"), "done");
+}
+
+TEST_F(VerbTest, WhatIsNoDrainNamesTheFieldAndTheFix) {
+  const auto refused = [&](const std::string& body, const char* param, const char* in_message) {
+    ExpectError(*Begin("POST", "/strait/drain", body, kOperator), 400, param, in_message, body);
+  };
+  refused("{}", "worker", "GET /strait/status");
+  refused(R"({"worker": ""})", "worker", "1 to 256");
+  refused(R"({"worker": -1})", "worker", "must be a string, not an integer");
+  refused(R"({"worker": "1", "undo": 1})", "undo", "true or false");
+  refused(R"({"worker": "1", "timeout": 0})", "timeout", "greater than 0");
+  refused(R"({"worker": "1", "to": 2})", "to", "it takes");
+  ExpectError(*Begin("POST", "/strait/drain", R"({"worker": "1"})", {}), 403, "", "operator",
+              "without a key");
+  EXPECT_TRUE(engine_.drains.empty());
+}
+
 TEST_F(VerbTest, AScaleAnswersOnce) {
   auto responder = Begin("POST", "/strait/scale", R"({"stages": 3})", kOperator);
   ASSERT_EQ(engine_.scales.size(), 1u);
