@@ -120,7 +120,7 @@ def moves(server, length, count, load, seed):
     others = [Stream(server, tokens(f"load {seed} {i}", 256), 100_000 if load else 1, i) for i in range(load)]
     for other in others:
         other.wait(5)
-    stream = Stream(server, tokens(f"{length} {seed}", length), (count + 2) * (GAPS + 60))
+    stream = Stream(server, tokens(f"{length} {seed}", length), 10**6)
     stream.wait(GAPS + 5)
     time.sleep(1.2)  # status is published now and then
     here = place(server, stream.name)
@@ -158,7 +158,7 @@ def deaths(programs, model, threads, length, memory, count, args):
     """One stage after the other dies; strait up starts it anew, the spare takes its place."""
     rows = []
     with Server(programs, model, 2, threads, ["--pipelines", "1", "--spares", "1", "--replica-memory", memory, *args]) as server:
-        stream = Stream(server, tokens(f"crash {length}", length), (count + 1) * 400)
+        stream = Stream(server, tokens(f"crash {length}", length), 10**6)
         stream.wait(200)
         for n in range(count):
             until = time.monotonic() + 60
