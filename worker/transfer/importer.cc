@@ -226,14 +226,20 @@ void Importer::Count(Import* import, int change, uint64_t now_us) {
   import->num_under_way = static_cast<size_t>(static_cast<int64_t>(import->num_under_way) + change);
 }
 
-bool Importer::MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us) {
-  Import& import = *fetching.import;
+bool Importer::MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us) const {
+  const Import& import = *fetching.import;
   if (cut.range.first + cut.range.count > import.rows_taken || now_us < cut.not_before_us) {
     return false;
   }
   const auto peer = peers_.find(fetching.sources[cut.source].address);
-  if (peer != peers_.end() && now_us < peer->second.not_before_us) return false;
+  return peer == peers_.end() || now_us >= peer->second.not_before_us;
+}
+
+bool Importer::HasAllowance(const Fetching& fetching, uint64_t now_us) {
+  Import& import = *fetching.import;
   if (fetching.bytes_per_s == 0) return true;
+  // What is owed of the rounds before would be the client's pause.
+  if (import.is_last && fetching.end_row - fetching.begin_row <= limits::kBlockTokens) return true;
   // A tenth of a second's worth at most is saved up.
   const uint64_t idle_us = std::min<uint64_t>(now_us - import.refilled_us, 100'000);
   const auto rate = static_cast<double>(fetching.bytes_per_s);
@@ -257,6 +263,7 @@ void Importer::Ask(bool last, uint64_t now_us) {
       if (share_->asks.size() >= most_asks || share_->asked_bytes + cut->bytes > limit) {
         return;
       }
+      if (!HasAllowance(*fetching, now_us)) break;
       if (!MayAsk(*fetching, *cut, now_us)) {
         ++cut;
         continue;

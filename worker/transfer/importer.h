@@ -182,7 +182,9 @@ class Importer final : public RowsTaker {
                                            uint32_t vocab_size) const;
   absl::Status TakeKeys(const v1::FetchRows& fetch, Fetching* fetching) const;
   absl::Status TakeSources(const v1::FetchRows& fetch, Fetching* fetching) const;
-  bool MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us);
+  bool MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us) const;
+  // By its rate. The last rows, which are few, are not held to it.
+  bool HasAllowance(const Fetching& fetching, uint64_t now_us);
   void SendAsk(const FetchingPtr& fetching, Cut cut, uint64_t now_us);
   RowsAsk AskOf(const Fetching& fetching, const Cut& cut) const;
   // Not what was asked for, or damaged.

@@ -403,6 +403,29 @@ TEST_F(ImporterTest, ARateIsKept) {
   EXPECT_LE(told_.size(), 7u);
 }
 
+TEST_F(ImporterTest, TheLastRowsDoNotWaitForWhatIsOwedOfARate) {
+  share_.frame_bytes = 1'000 * kHashRowBytes;
+  Take(300);
+  const auto say = [&](uint32_t begin, uint32_t end, bool is_last) {
+    v1::FetchRows fetch = Fetch(begin, end);
+    fetch.set_bytes_per_s(160);
+    fetch.set_is_last(is_last);
+    Say(fetch);
+    Ask();
+  };
+  say(0, 200, false);
+  while (importer_.busy()) {
+    if (!transfer_.asks.empty()) Answer();
+    Turn(100'000);
+  }
+  ASSERT_EQ(told_.back().rows, 200u);
+  say(200, 210, true);
+  EXPECT_EQ(transfer_.asks.size(), 2u);
+  AnswerAll();
+  say(210, 300, true);  // of a prompt, whose client waits anyway
+  EXPECT_TRUE(transfer_.asks.empty());
+}
+
 TEST_F(ImporterTest, ACopyThatFailsEndsTheImport) {
   Take(64);
   Say(Fetch(0, 20));
