@@ -113,8 +113,10 @@ void Exporter::OnAsk(PeerAskId id, const RowsAsk& ask) {
     return share_->transfer->Answer(id, std::move(checked));
   }
   const uint64_t bytes = BytesOf(traits_, RangeOf(ask));
-  if (share_->made_bytes + bytes > limits::kTransferBytesUnderWay ||
-      share_->num_made >= kMaxFramesMade) {
+  // As who asks does: what is read of sequences that stand still finds room.
+  const bool is_last = StandsStill(ask);
+  if (share_->made_bytes + bytes > (is_last ? limits::kTransferBytesUnderWay : kBulkBytesMade) ||
+      share_->num_made >= (is_last ? kMaxFramesMade : kMaxFramesMade / 2)) {
     return share_->transfer->Answer(id, absl::ResourceExhaustedError(absl::StrCat(
                                             share_->num_made, " frames of ", share_->made_bytes,
                                             " bytes are being made: ask again")));
@@ -126,10 +128,9 @@ void Exporter::OnAsk(PeerAskId id, const RowsAsk& ask) {
   making->id = id;
   making->ask = ask;
   making->bytes = bytes;
-  const auto behind = StandsStill(ask)
-                          ? std::find_if(waiting_.begin(), waiting_.end(),
-                                         [&](const auto& m) { return !StandsStill(m->ask); })
-                          : waiting_.end();
+  const auto behind = is_last ? std::find_if(waiting_.begin(), waiting_.end(),
+                                             [&](const auto& m) { return !StandsStill(m->ask); })
+                              : waiting_.end();
   waiting_.insert(behind, std::move(making));
   BeginReads();
 }

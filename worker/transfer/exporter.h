@@ -37,6 +37,8 @@ namespace strait {
 
 inline constexpr size_t kMaxExportCopies = 8;
 inline constexpr size_t kMaxFramesMade = 256;
+// Of these limits, for all but sequences that stand still.
+inline constexpr uint64_t kBulkBytesMade = limits::kTransferBytesUnderWay / 4 * 3;
 
 class Exporter {
  public:

@@ -270,15 +270,23 @@ TEST_F(ExporterTest, WhoStandsStillIsReadFirst) {
 
 TEST_F(ExporterTest, NoMoreIsMadeThanTheWorkerMayHold) {
   exporter_.Serve(ServeOf());
+  Fill(SequenceId{8}, 100);
+  exporter_.Serve(ServeOf(SequenceId{8}, 100));  // it stands still
   const uint64_t each = uint64_t{kLayers.size()} * 100 * kHashRowBytes;
-  share_.made_bytes = limits::kTransferBytesUnderWay - each;  // of other stages
+  share_.made_bytes = kBulkBytesMade - each;  // of other stages
   share_.holds_copies = true;
   EXPECT_EQ(Asked(AskOf(0, 100)), absl::StatusCode::kUnknown);
   EXPECT_EQ(Asked(AskOf(0, 100)), absl::StatusCode::kResourceExhausted);
-  share_.made_bytes = each;
-  share_.num_made = kMaxFramesMade;
+  EXPECT_EQ(Asked(AskOf(0, 100, SequenceId{8})), absl::StatusCode::kUnknown);
+  share_.made_bytes = limits::kTransferBytesUnderWay;
+  EXPECT_EQ(Asked(AskOf(0, 1, SequenceId{8})), absl::StatusCode::kResourceExhausted);
+  share_.made_bytes = 2 * each;
+  share_.num_made = kMaxFramesMade / 2;
   EXPECT_EQ(Asked(AskOf(0, 1)), absl::StatusCode::kResourceExhausted);
-  share_.num_made = 1;
+  EXPECT_EQ(Asked(AskOf(0, 1, SequenceId{8})), absl::StatusCode::kUnknown);
+  share_.num_made = kMaxFramesMade;
+  EXPECT_EQ(Asked(AskOf(0, 1, SequenceId{8})), absl::StatusCode::kResourceExhausted);
+  share_.num_made = 3;
   share_.holds_copies = false;
   Turn();
   Turn();
