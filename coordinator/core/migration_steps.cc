@@ -109,7 +109,11 @@ Migrations::Outcome Migrations::Reserve(Migration* move, Sequence* sequence, uin
     return Abort(move, absl::AbortedError(absl::StrCat("pipeline ", move->to.value, " failed")),
                  now_us);
   }
-  if (!to->scheduler.MayImport() || !sequence->home()->opened) return Outcome::kWaits;
+  // A stage serves what it has open: before its first step, it would not know what it is told to serve.
+  const Residency& home = *sequence->home();
+  if (!to->scheduler.MayImport() || !home.opened || !home.scheduler->IsOpen(home)) {
+    return Outcome::kWaits;
+  }
   const absl::StatusOr<Residency*> incoming =
       to->scheduler.Import(sequence, ImportRowsFor(*sequence, sequence->home()->rows.next()));
   if (!incoming.ok()) return Abort(move, incoming.status(), now_us);

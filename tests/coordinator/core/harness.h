@@ -456,6 +456,8 @@ class Harness {
       stage->moves.serves.erase(sequence);
       return;
     }
+    // As worker/transfer does it: what is not here, it cannot serve.
+    if (!stage->lengths.contains(sequence)) return;
     stage->moves.serves[sequence] = {
         {told.placement().term(), told.placement().counter()}, told.secret(), told.served_rows()};
   }

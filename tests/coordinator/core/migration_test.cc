@@ -166,6 +166,21 @@ TEST_F(MigrationTest, APromptGoesBetweenItsChunks) {
   ExpectEmpty();
 }
 
+TEST_F(MigrationTest, WhatNoStageHasOpenYetIsServedOnceItIs) {
+  Start(2);
+  const RequestId request = h_->Submit(OneSequence(600, 10));
+  for (const uint64_t to : {1, 2}) {  // its plan is out; of these one is where it is
+    h_->Migrate(1, PipelineId{to});
+  }
+  for (int i = 0; i < 100 && h_->core.Stats().migrations == 0; ++i) Rounds(1);
+  EXPECT_EQ(h_->core.Stats().migrations, 1u);
+  EXPECT_THAT(h_->tokens[request], IsEmpty());
+  h_->Run();
+  ExpectWhole(request, 1, 600, 10);
+  EXPECT_EQ(h_->core.Stats().recomputed_rows, 0u);
+  ExpectEmpty();
+}
+
 TEST_F(MigrationTest, ScoresOfAPromptComeOnceAndInOrder) {
   Start(2);
   RequestSpec spec = OneSequence(300, 5);
