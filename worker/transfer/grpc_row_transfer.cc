@@ -96,6 +96,7 @@ void GrpcRowTransfer::Forget(AskId id) {
 void GrpcRowTransfer::Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) {
   impl_->server.Answer(id, std::move(frame));
 }
+uint64_t GrpcRowTransfer::WaitingBytes() { return impl_->server.WaitingBytes(); }
 std::string GrpcRowTransfer::TakeRows(size_t bytes) { return impl_->buffers->Take(bytes); }
 void GrpcRowTransfer::GiveRows(std::string rows) { impl_->buffers->Give(std::move(rows)); }
 grpc::Service* GrpcRowTransfer::service() { return &impl_->service; }

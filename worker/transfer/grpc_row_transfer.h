@@ -30,7 +30,7 @@ struct GrpcRowTransferOptions {
   // two steps.
   std::chrono::milliseconds answer_timeout{10'000};
   std::chrono::milliseconds idle_timeout{30'000};   // then a connection is closed
-  std::chrono::milliseconds stall_timeout{30'000};  // of a write to a peer that does not read
+  std::chrono::milliseconds stall_timeout{10'000};  // of a write to a peer that does not read
 };
 
 class GrpcRowTransfer final : public RowTransfer {
@@ -41,6 +41,7 @@ class GrpcRowTransfer final : public RowTransfer {
   void Ask(AskId id, const std::string& peer_address, const RowsAsk& ask) override;
   void Forget(AskId id) override;
   void Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) override;
+  uint64_t WaitingBytes() override;
   std::string TakeRows(size_t bytes) override;
   void GiveRows(std::string rows) override;
 

@@ -376,8 +376,16 @@ absl::StatusOr<RowsFrame> ReplicaStore::FrameOf(const RowsAsk& ask) {
   if (!is_known) return absl::PermissionDeniedError("not a secret that the coordinator gave");
   STRAIT_RETURN_IF_ERROR(CheckAsk(traits_, ask));
   if (ask.keys.empty()) return absl::InvalidArgumentError("replicas are asked for by their keys");
-  RowsFrame frame{.sequence = ask.sequence, .placement = ask.placement, .pieces = {}, .rows = {}};
-  frame.rows.reserve(ask.layers.size() * ask.keys.size() * block_bytes_);
+  const uint64_t bytes = BytesOf(traits_, RangeOf(ask));
+  if (share_->made_bytes + share_->transfer->WaitingBytes() + bytes >
+      limits::kTransferBytesUnderWay) {
+    return absl::ResourceExhaustedError("too many frames wait to be read: ask again");
+  }
+  RowsFrame frame{.sequence = ask.sequence,
+                  .placement = ask.placement,
+                  .pieces = {},
+                  .rows = share_->transfer->TakeRows(bytes)};
+  size_t at = 0;
   for (LayerIndex layer = ask.layers.begin; layer < ask.layers.end; ++layer) {
     for (size_t i = 0; i < ask.keys.size(); ++i) {
       const auto it = blocks_.find({ask.keys[i], layer});
@@ -396,7 +404,8 @@ absl::StatusOr<RowsFrame> ReplicaStore::FrameOf(const RowsAsk& ask) {
       }
       header.first_position = ask.first_row + static_cast<uint32_t>(i) * limits::kBlockTokens;
       frame.pieces.push_back(header);
-      frame.rows.append(reinterpret_cast<const char*>(rows.data()), rows.size());
+      std::memcpy(frame.rows.data() + at, rows.data(), rows.size());
+      at += rows.size();
     }
   }
   return frame;

@@ -8,8 +8,8 @@
 // Thread:  loop thread only. No I/O, no clock of its own, no threads.
 // Errors:  a key that does not fit, whose source refuses it, or does not answer kMaxReplicaTries times, is told as
 //          failed. What a peer is answered: NotFound, also where memory changed a block's bytes: it is dropped;
-//          PermissionDenied; InvalidArgument.
-// Limits:  limit_bytes of rows; kReplicaBytesUnderWay, kMaxReplicaAsks of what is asked for; kMaxReplicaKeys that
+//          PermissionDenied; InvalidArgument; ResourceExhausted.
+// Limits:  limit_bytes of rows; kTransferBytesUnderWay of frames that peers have not taken; kReplicaBytesUnderWay, kMaxReplicaAsks of what is asked for; kMaxReplicaKeys that
 //          wait; kMaxReplicaSecrets, beyond which the oldest goes.
 // Why:     nobody waits for a copy, so its asks come last, and leave room for all others. A block lies with the
 //          checksum that its source made: a copy that was right when it came is looked at again when it is needed.

@@ -81,6 +81,9 @@ class RowTransfer {
   // The pieces' row_checksum is made here. Of a peer that is gone it does nothing.
   virtual void Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) = 0;
 
+  // Of frames that Answer was given, those that peers have not taken yet: their bytes.
+  virtual uint64_t WaitingBytes() { return 0; }
+
   // Memory for RowsFrame::rows, with any contents; and what is not needed any more, to be used again.
   virtual std::string TakeRows(size_t bytes) { return std::string(bytes, '\0'); }
   virtual void GiveRows(std::string) {}

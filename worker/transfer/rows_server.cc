@@ -116,13 +116,13 @@ void RowsServer::OnEnd(const IncomingPtr& incoming) {
   last = std::move(incoming->stream);
 }
 
-uint64_t RowsServer::QueuedBytes() {
+uint64_t RowsServer::WaitingBytes() {
   std::vector<IncomingPtr> streams;
   {
     std::lock_guard lock(mu_);
     streams.assign(streams_.begin(), streams_.end());
   }
-  uint64_t bytes = 0;
+  uint64_t bytes = sealing_bytes_;
   for (const IncomingPtr& incoming : streams) {
     if (const auto stream = incoming->Current()) bytes += stream->queued_bytes();
   }
@@ -141,7 +141,7 @@ bool RowsServer::OnMessage(const IncomingPtr& incoming, const grpc::ByteBuffer& 
     return false;
   }
   incoming->last_request = request->request_id();
-  if (incoming->num_open >= kMaxAsksUnderWay || QueuedBytes() > limits::kTransferBytesUnderWay) {
+  if (incoming->num_open >= kMaxAsksUnderWay || WaitingBytes() > limits::kTransferBytesUnderWay) {
     Send({incoming, request->request_id()},
          EncodeError(request->request_id(),
                      absl::ResourceExhaustedError("too much is asked for, or waits to be read")));
@@ -171,6 +171,7 @@ void RowsServer::Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) {
   const IncomingPtr incoming = asked.from.lock();
   if (incoming == nullptr || incoming->Current() == nullptr) return;
   if (frame.ok()) {
+    sealing_bytes_ += frame->rows.size();
     sealing_.Push({.id = id, .asked = std::move(asked), .frame = *std::move(frame)});
     return;
   }
@@ -182,25 +183,30 @@ void RowsServer::Seal() {
   for (;;) {
     for (Sealing& sealing : sealing_.PopAll(1s)) {
       if (sealing.is_end) return;
-      SealFrame(&sealing.frame);
-      const IncomingPtr incoming = sealing.asked.from.lock();
-      if (incoming == nullptr) continue;
-      std::vector<BlockHeader> pieces = sealing.frame.pieces;
-      absl::StatusOr<grpc::ByteBuffer> message =
-          EncodeFrame(sealing.asked.request, std::move(sealing.frame), buffers_);
-      --incoming->num_open;
-      if (!message.ok()) {
-        // A bug of ours, and the peer's asks go on.
-        Log(LogLevel::kError, "rows that cannot be sent", {{"why", message.status()}});
-        Send(sealing.asked, EncodeError(sealing.asked.request, message.status()));
-        continue;
-      }
-      incoming->was_given = true;
-      // First, so that the last rows are confirmed when they arrive.
-      events_->on_served(sealing.id, std::move(pieces));
-      Send(sealing.asked, *std::move(message));
+      const uint64_t bytes = sealing.frame.rows.size();
+      SealOne(std::move(sealing));
+      sealing_bytes_ -= bytes;
     }
   }
+}
+
+void RowsServer::SealOne(Sealing sealing) {
+  SealFrame(&sealing.frame);
+  const IncomingPtr incoming = sealing.asked.from.lock();
+  if (incoming == nullptr) return;
+  std::vector<BlockHeader> pieces = sealing.frame.pieces;
+  absl::StatusOr<grpc::ByteBuffer> message =
+      EncodeFrame(sealing.asked.request, std::move(sealing.frame), buffers_);
+  --incoming->num_open;
+  if (!message.ok()) {
+    // A bug of ours, and the peer's asks go on.
+    Log(LogLevel::kError, "rows that cannot be sent", {{"why", message.status()}});
+    return Send(sealing.asked, EncodeError(sealing.asked.request, message.status()));
+  }
+  incoming->was_given = true;
+  // First, so that the last rows are confirmed when they arrive.
+  events_->on_served(sealing.id, std::move(pieces));
+  Send(sealing.asked, *std::move(message));
 }
 
 void RowsServer::Send(const Asked& asked, grpc::ByteBuffer message) {

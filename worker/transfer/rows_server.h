@@ -38,6 +38,8 @@ class RowsServer {
   grpc::ServerBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>* Accept(
       grpc::CallbackServerContext* context);
   void Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame);
+  // To be sealed, or written to peers.
+  uint64_t WaitingBytes();
   // Whether it has a connection.
   bool CheckDeadlines(uint64_t now_us);
   void Stop();
@@ -60,8 +62,8 @@ class RowsServer {
   bool OnMessage(const IncomingPtr& incoming, const grpc::ByteBuffer& message);
   void OnEnd(const IncomingPtr& incoming);
   void Seal();
+  void SealOne(Sealing sealing);
   static void Send(const Asked& asked, grpc::ByteBuffer message);
-  uint64_t QueuedBytes();
 
   const std::chrono::milliseconds stall_timeout_;
   const std::shared_ptr<RowBuffers> buffers_;
@@ -74,6 +76,7 @@ class RowsServer {
   std::map<PeerAskId, Asked> asked_;  // guarded by mu_: given to the loop, not answered
   PeerAskId last_ask_;                // guarded by mu_
   BoundedQueue<Sealing> sealing_;
+  std::atomic<uint64_t> sealing_bytes_ = 0;
   std::thread sealer_;
 };
 

@@ -318,10 +318,12 @@ TEST(GrpcRowTransferTest, APeerThatDoesNotReadIsCutOff) {
     raw.Send(id);
     from.transfer->Answer(from.Next<RowsNode::Asked>().id, frame);
   }
+  EXPECT_GE(from.transfer->WaitingBytes(), uint64_t{8} * limits::kTransferFrameBytes / 2);
   while (from.transfer->num_stalls() == 0) std::this_thread::sleep_for(10ms);
   raw.stopped = false;
   raw.Resume();
   EXPECT_EQ(raw.ended.PopAll(30s).size(), 1u);
+  while (from.transfer->WaitingBytes() > 0) std::this_thread::sleep_for(10ms);
 }
 
 TEST(GrpcRowTransferTest, AnswersToAPeerThatIsGoneAreDropped) {

@@ -323,6 +323,19 @@ TEST_F(ReplicaStoreTest, RowsBehindAllThatASequenceCanHaveAreRefused) {
   EXPECT_TRUE(Asked(ask).ok());
 }
 
+TEST_F(ReplicaStoreTest, NoMoreIsGivenThanPeersTake) {
+  Replicate(Of({KeyNo(1), KeyNo(2)}));
+  AnswerAll();
+  Serve(kSecret);
+  const RowsAsk ask = AskOf({KeyNo(1), KeyNo(2)});
+  transfer_.waiting_bytes = limits::kTransferBytesUnderWay - 4 * kBlockBytes;
+  EXPECT_TRUE(Asked(ask).ok());
+  ++transfer_.waiting_bytes;
+  EXPECT_TRUE(absl::IsResourceExhausted(Asked(ask).status()));
+  transfer_.waiting_bytes = 0;
+  EXPECT_TRUE(Asked(ask).ok());
+}
+
 TEST_F(ReplicaStoreTest, CopiesOutliveTheCoordinatorAndNothingElseDoes) {
   Replicate(Of({KeyNo(1)}));
   AnswerAll();

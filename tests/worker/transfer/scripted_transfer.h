@@ -36,6 +36,7 @@ class ScriptedTransfer final : public RowTransfer {
   void Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) override {
     answers.emplace(id.value, std::move(frame));
   }
+  uint64_t WaitingBytes() override { return waiting_bytes; }
   // The oldest ask that was not taken.
   Asked Take() {
     Asked asked = std::move(asks.front());
@@ -45,6 +46,7 @@ class ScriptedTransfer final : public RowTransfer {
 
   std::vector<Asked> asks;
   std::vector<AskId> forgotten;
+  uint64_t waiting_bytes = 0;
   std::map<uint64_t, absl::StatusOr<RowsFrame>> answers;
 };
 
