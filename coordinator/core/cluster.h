@@ -92,6 +92,9 @@ class Cluster {
   // Rows that a death of any one worker leaves a copy of; whether it costs no more than the tail and a block.
   uint32_t ProtectedRows(const Pipeline& pipeline, const Residency& residency) const;
   bool IsProtected(const Pipeline& pipeline, const Residency& residency) const;
+  // Its pipeline is about to serve again, for the first time since it failed, and to begin with copies of its rows: it
+  // is not to compute them elsewhere. For restore_timeout_us at most, twice: while stages load, and activate.
+  bool BeginsWithCopies(Sequence* sequence, uint64_t now_us) const;
   // Sends a step of `pipeline` to all of its stages.
   void SendStep(const Pipeline& pipeline, const v1::StepPlan& plan);
 

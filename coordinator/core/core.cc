@@ -173,7 +173,7 @@ std::vector<CoreMessage> Core::Take(uint64_t now_us) {
   // more. A move may go on when a plan is out.
   bool moved = state.migrations.Advance(now_us);
   for (bool formed = state.cluster.num_active() > 0; formed || moved;) {
-    state.PlaceWaiting();
+    state.PlaceWaiting(now_us);
     formed = false;
     for (const auto& [id, pipeline] : state.cluster.pipelines()) {
       while (const std::optional<v1::StepPlan> plan = pipeline->scheduler.Form(now_us)) {
@@ -267,7 +267,7 @@ void Core::State::EndRequest(RequestId id, std::optional<uint32_t> sequence_inde
   }
 }
 
-void Core::State::PlaceWaiting() {
+void Core::State::PlaceWaiting(uint64_t now_us) {
   std::vector<Pipeline*> active;
   for (const auto& [id, pipeline] : cluster.pipelines()) {
     if (pipeline->scheduler.started()) active.push_back(pipeline.get());
@@ -280,6 +280,7 @@ void Core::State::PlaceWaiting() {
     ++it;
     // Preempted with a token under way: it is next, a moment later.
     if (sequence->home() != nullptr) return;
+    if (cluster.BeginsWithCopies(sequence, now_us)) continue;
     if (sequence->awaits &&
         std::any_of(active.begin(), active.end(), [sequence](Pipeline* pipeline) {
           return pipeline->scheduler.Await(*sequence->awaits);

@@ -315,6 +315,22 @@ std::vector<ContentKey> Cluster::CopiesOf(const Pipeline& pipeline, Sequence* se
   return longest;
 }
 
+bool Cluster::BeginsWithCopies(Sequence* sequence, uint64_t now_us) const {
+  if (!replicas_.any() || !sequence->was_placed || sequence->rows_settled() < kBlock) return false;
+  const auto it = pipelines_.find(sequence->last_pipeline);
+  if (it == pipelines_.end()) return false;
+  const Pipeline& pipeline = *it->second;
+  if (pipeline.state == Pipeline::State::kActive || !pipeline.served || pipeline.failures > 0 ||
+      pipeline.num_vacant() > 0 ||
+      now_us > pipeline.since_us + context_->options.restore_timeout_us) {
+    return false;
+  }
+  const std::optional<ContentKey> key = pipeline.scheduler.KeyIfKnown(sequence, 0);
+  return key && std::any_of(pipeline.slots.begin(), pipeline.slots.end(), [&](const auto& slot) {
+           return !replicas_.Find(*key, slot.layers).empty();
+         });
+}
+
 uint32_t Cluster::ProtectedRows(const Pipeline& pipeline, const Residency& residency) const {
   // What was there once is there, unless a copy was lost since.
   if (residency.losses_seen != replicas_.losses()) {

@@ -37,7 +37,7 @@ struct Core::State {
   void EndRequest(RequestId id, std::optional<uint32_t> sequence_index, FinishReason reason,
                   const absl::Status& status);
   // Waiting sequences, by age, to pipelines with room.
-  void PlaceWaiting();
+  void PlaceWaiting(uint64_t now_us);
 
   Context context;
   Journal journal;

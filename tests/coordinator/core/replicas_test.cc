@@ -375,10 +375,8 @@ TEST_F(ReplicasTest, AFailedCopyIsMadeLater) {
   ExpectWhole(request, 1, 300, 200);
 }
 
-
-// Not so yet: Core::State::PlaceWaiting sends it to the other pipeline at once, where it has no rows, though its own
-// is about to begin with copies of them.
-TEST_F(ReplicasTest, DISABLED_AnotherPipelineIsNoReasonToComputeAllAgain) {
+// It waits for its own, which is about to begin with copies of its rows; but not for long.
+TEST_F(ReplicasTest, AnotherPipelineIsNoReasonToComputeAllAgain) {
   Start(Options(1, 2), {0, 0, kRoomy, kRoomy});
   const RequestId request = h_->Submit(OneSequence(300, 200));
   Until(request, 10);

@@ -406,30 +406,23 @@ TEST_F(ImporterTest, ARateIsKept) {
 TEST_F(ImporterTest, TheLastRowsDoNotWaitForWhatIsOwedOfARate) {
   share_.frame_bytes = 1'000 * kHashRowBytes;
   Take(300);
-  v1::FetchRows fetch = Fetch(0, 200);
-  fetch.set_bytes_per_s(160);  // 15 s and more for the first frame
-  Say(fetch);
-  for (int i = 0; i < 2; ++i) {
+  const auto say = [&](uint32_t begin, uint32_t end, bool is_last) {
+    v1::FetchRows fetch = Fetch(begin, end);
+    fetch.set_bytes_per_s(160);
+    fetch.set_is_last(is_last);
+    Say(fetch);
     Ask();
-    while (transfer_.asks.empty()) Turn(100'000);
-    Answer();
-    Turn();
-    Turn();
+  };
+  say(0, 200, false);
+  while (importer_.busy()) {
+    if (!transfer_.asks.empty()) Answer();
+    Turn(100'000);
   }
   ASSERT_EQ(told_.back().rows, 200u);
-  fetch = Fetch(200, 210);
-  fetch.set_bytes_per_s(160);
-  fetch.set_is_last(true);
-  Say(fetch);
-  Ask();
+  say(200, 210, true);
   EXPECT_EQ(transfer_.asks.size(), 2u);
-  // A prompt's rest, which may be long and whose client waits anyway, does.
   AnswerAll();
-  fetch = Fetch(210, 300);
-  fetch.set_bytes_per_s(160);
-  fetch.set_is_last(true);
-  Say(fetch);
-  Ask();
+  say(210, 300, true);  // of a prompt, whose client waits anyway
   EXPECT_TRUE(transfer_.asks.empty());
 }
 
