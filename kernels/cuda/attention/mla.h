@@ -81,6 +81,10 @@ struct MlaParams {
   int32_t rank = 0;                     // kv_lora_rank
   int32_t rope = 0;                     // qk_rope_head_dim
   RowFormat format = RowFormat::kBf16;  // of all segments
+  // Rows of the plan's tiles, at most: heads times new tokens of a sequence. A hint: up to 16 rows of
+  // fp8 cache and no block_lse take a kernel that reads faster, on the Hopper path; its results are
+  // others, within the rounding. More rows than stated are right too, and slow.
+  int32_t tile_rows = 64;
   bool out_fp32 = false;
   bool units = false;  // page tables: [blocks, kMlaBlockUnits] ids of units; unit id begins at
                        // blocks + id * kMlaUnitBytes; pool_map of MakeMlaUnitMap
