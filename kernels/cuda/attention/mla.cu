@@ -181,7 +181,7 @@ cudaError_t LaunchMla(const MlaParams& params, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   }
   const cudaError_t error = path == MlaPath::kPortable ? mla::LaunchPortable(params, stream)
-                            : mla::TakesFewRows(params)
+                            : params.format == RowFormat::kFp8 && mla::TakesFewRows(params)
                                 ? mla::LaunchFewRows(params, kMlaFewRowsVariants[0], stream)
                                 : mla::LaunchHopper(params, stream);
   return error != cudaSuccess ? error : mla::LaunchMerge(params, stream);

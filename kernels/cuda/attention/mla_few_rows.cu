@@ -38,6 +38,9 @@
 // maximum, scales relative to a power of two above the largest that a warp has met.
 #include "kernels/cuda/attention/mla_few_rows.h"
 
+#include <array>
+#include <utility>
+
 #include "kernels/cuda/attention/mla_few_rows.cuh"
 #include "kernels/cuda/device/device.h"
 
@@ -46,8 +49,8 @@ namespace {
 
 using namespace few;  // NOLINT: its own parts
 
-template <int kGroups, int kStages, int kCopies, int kBlocks, bool kBits, bool kCopiesOnly>
-__global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kBlocks)
+template <MlaFewRowsVariant kV>
+__global__ void __launch_bounds__((kV.groups + 1) * kGroupThreads, kV.blocks)
     FewRowsKernel(const __grid_constant__ MlaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   auto* const raw = DynamicShared<unsigned char>();
@@ -57,31 +60,25 @@ __global__ void __launch_bounds__((kGroups + 1) * kGroupThreads, kBlocks)
     if (blockIdx.x == 0) WaitForEarlier();
     return;
   }
-  const Shared<kGroups, kStages> s = {raw, SharedAddress(raw)};
+  const Shared<kV> s(raw);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < kV.stages; ++i) {
       wgmma::BarrierInit(s.full(i), 1);
       wgmma::BarrierInit(s.empty(i), 4);
     }
     wgmma::FenceBarrierInit();
   }
   __syncthreads();
-  if (threadIdx.x >= kGroups * kGroupThreads) {
-    wgmma::FewerRegisters<FeederRegisters(kGroups)>();
-    if (threadIdx.x < kGroups * kGroupThreads + 32) Feed<kGroups, kStages, kCopies>(p, s);
+  if (threadIdx.x >= kV.groups * kGroupThreads) {
+    wgmma::FewerRegisters<FeederRegisters(kV.groups)>();
+    if (threadIdx.x < kV.groups * kGroupThreads + 32) Feed<kV>(p, s);
   } else {
-    wgmma::MoreRegisters<ConsumerRegisters(kGroups)>();
-    Consumer<kGroups, kStages, kBits, kCopiesOnly>(p, s).Run();
+    wgmma::MoreRegisters<ConsumerRegisters(kV.groups)>();
+    Consumer<kV>(p, s).Run();
   }
 #else
   Trap();
 #endif
-}
-
-template <int kGroups, int kStages>
-constexpr uint32_t SharedBytes() {
-  return kStages * kStageBytes +
-         kGroups * (kPartialBytes + kWeightBytes + kMlaFewRows * (4 + 8 + 16)) + kStages * 16;
 }
 
 struct Kernel {
@@ -90,22 +87,21 @@ struct Kernel {
   uint32_t shared_bytes;
 };
 
-template <int kIndex>
+template <size_t kIndex>
 Kernel MakeKernel() {
   constexpr MlaFewRowsVariant kV = kMlaFewRowsVariants[kIndex];
-  constexpr uint32_t kBytes = SharedBytes<kV.groups, kV.stages>();
+  constexpr uint32_t kBytes = Layout<kV>::kBytes;
   static_assert((kBytes + 1024) * kV.blocks <= 228 * 1024);
-  return {
-      kV,
-      FewRowsKernel<kV.groups, kV.stages, kV.copies, kV.blocks, kV.integer_bits, kV.copies_only>,
-      kBytes};
+  return {kV, FewRowsKernel<kV>, kBytes};
+}
+template <size_t... kIndices>
+std::array<Kernel, sizeof...(kIndices)> MakeKernels(std::index_sequence<kIndices...>) {
+  return {MakeKernel<kIndices>()...};
 }
 
 const Kernel* FindKernel(const MlaFewRowsVariant& variant) {
-  static const Kernel kernels[] = {MakeKernel<0>(), MakeKernel<1>(), MakeKernel<2>(),
-                                   MakeKernel<3>(), MakeKernel<4>(), MakeKernel<5>(),
-                                   MakeKernel<6>()};
-  static_assert(std::size(kernels) == std::size(kMlaFewRowsVariants));
+  static const auto kernels =
+      MakeKernels(std::make_index_sequence<std::size(kMlaFewRowsVariants)>());
   for (const Kernel& kernel : kernels) {
     if (kernel.variant == variant) return &kernel;
   }
@@ -142,7 +138,7 @@ cudaError_t LaunchFewRows(const MlaParams& params, const MlaFewRowsVariant& vari
 }
 
 bool TakesFewRows(const MlaParams& params) {
-  return params.format == RowFormat::kFp8 && params.rank == 512 && params.rope == 64 &&
+  return !params.units && params.rank == 512 && params.rope == 64 &&
          params.tile_rows <= kMlaFewRows && params.block_lse == nullptr;
 }
 
@@ -152,7 +148,9 @@ namespace strait::cuda {
 
 cudaError_t LaunchMlaFewRows(const MlaParams& params, const MlaFewRowsVariant& variant,
                              cudaStream_t stream) {
-  if (!mla::TakesFewRows(params) || ComputeCapabilityMajor() != 9) return cudaErrorInvalidValue;
+  if (!mla::TakesFewRows(params) || params.format != variant.format ||
+      ComputeCapabilityMajor() != 9)
+    return cudaErrorInvalidValue;
   const cudaError_t error = mla::LaunchFewRows(params, variant, stream);
   return error != cudaSuccess ? error : mla::LaunchMerge(params, stream);
 }

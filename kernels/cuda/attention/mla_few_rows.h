@@ -17,22 +17,31 @@ namespace strait::cuda {
 
 inline constexpr int32_t kMlaFewRows = 16;  // of a tile at a time; more take several passes
 
-// How the kernel is cut; the default is what LaunchMla takes. All give the results of the same
-// products, in another order where the groups are others.
+// How the kernel is cut; all give the results of the same products, in another order where the groups
+// are others.
 struct MlaFewRowsVariant {
-  int32_t groups = 2;         // warpgroups, each of which takes every groups-th cache block
-  int32_t stages = 4;         // cache blocks in shared memory
-  int32_t copies = 4;         // bulk copies of a cache block
+  RowFormat format = RowFormat::kFp8;
+  int32_t groups = 2;         // warpgroups, each of which takes every groups-th step
+  int32_t stages = 4;         // steps in shared memory: 64 rows of fp8, 32 of bf16
+  int32_t copies = 4;         // bulk copies of a step; bf16: one a row
   int32_t blocks = 1;         // thread blocks of a multiprocessor
   bool integer_bits = false;  // codes to halves by shifts and masks, not by the conversion
   bool copies_only = false;   // brings cache blocks and does nothing with them: no results
   friend bool operator==(const MlaFewRowsVariant&, const MlaFewRowsVariant&) = default;
 };
 
-// Those that are compiled, the default first.
+// Those that are compiled. LaunchMla takes the first, for fp8 rows; bf16 rows not yet.
 inline constexpr MlaFewRowsVariant kMlaFewRowsVariants[] = {
-    {2, 4, 4, 1, false}, {2, 4, 1, 1, false}, {2, 3, 4, 1, false},       {3, 4, 4, 1, false},
-    {1, 2, 4, 2, false}, {2, 4, 4, 1, true},  {2, 4, 4, 1, false, true},
+    {.groups = 2, .stages = 4, .copies = 4},
+    {.groups = 2, .stages = 4, .copies = 1},
+    {.groups = 2, .stages = 3, .copies = 4},
+    {.groups = 3, .stages = 4, .copies = 4},
+    {.groups = 1, .stages = 2, .copies = 4, .blocks = 2},
+    {.groups = 2, .stages = 4, .copies = 4, .integer_bits = true},
+    {.groups = 2, .stages = 4, .copies = 4, .copies_only = true},
+    {.format = RowFormat::kBf16, .groups = 2, .stages = 5, .copies = 32},
+    {.format = RowFormat::kBf16, .groups = 1, .stages = 2, .copies = 32, .blocks = 2},
+    {.format = RowFormat::kBf16, .groups = 2, .stages = 5, .copies = 32, .copies_only = true},
 };
 
 // Attention of every tile of the plan, then the merge. A variant of two thread blocks a

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Decoding with few heads over fp8 rows: the kernel of tiles of 64 rows against every variant of the
+// Decoding with few heads over fp8 or bf16 rows: the kernel of tiles of 64 rows against every variant of the
 // few-rows kernel, replayed in turn.
 //
 //   64 rows      MlaParams::tile_rows = 64: what a ratio is of; "again" is the same once more
@@ -27,6 +27,7 @@ namespace strait::cuda {
 struct FewRowsOptions {
   bool smoke = false;
   bool deterministic = false;
+  RowFormat format = RowFormat::kFp8;
   int rounds = 15;
   std::string only;
 };
@@ -41,14 +42,18 @@ class FewRowsBench {
     const std::string name = std::to_string(size.heads) + " heads, " + std::to_string(size.batch) +
                              " x " + std::to_string(size.length);
     if (name.find(options_.only) == std::string::npos) return true;
-    constexpr int64_t kBlockBytes = 64 * int64_t{RowBytes(RowFormat::kFp8, 512, 64)};
+    const int64_t block_bytes = 64 * int64_t{RowBytes(options_.format, 512, 64)};
     const int32_t blocks = (size.length + 63) / 64;
-    const int64_t cache_bytes = int64_t{size.batch} * blocks * kBlockBytes;
+    const int64_t cache_bytes = int64_t{size.batch} * blocks * block_bytes;
     const int64_t enough = options_.smoke ? 1 : 2 * int64_t{device_.l2_bytes} + (8 << 20);
     const int copies = static_cast<int>((enough + cache_bytes - 1) / cache_bytes);
     const int64_t num_blocks = int64_t{copies} * size.batch * blocks;
-    std::byte* const rows = Allocate<std::byte>(num_blocks * kBlockBytes);
-    FillFp8Rows<<<1024, 128>>>(rows, num_blocks * 64);
+    std::byte* const rows = Allocate<std::byte>(num_blocks * block_bytes);
+    if (options_.format == RowFormat::kBf16) {
+      FillBf16<<<1024, 256>>>(reinterpret_cast<__nv_bfloat16*>(rows), num_blocks * block_bytes / 2);
+    } else {
+      FillFp8Rows<<<1024, 128>>>(rows, num_blocks * 64);
+    }
     std::vector<uint32_t> ids(static_cast<size_t>(num_blocks));
     std::iota(ids.begin(), ids.end(), 0u);
     std::shuffle(ids.begin(), ids.end(), std::mt19937_64(std::random_device{}()));
@@ -66,16 +71,25 @@ class FewRowsBench {
     const Attention two(size, twice, options_.deterministic);
     Check(cudaDeviceSynchronize(), "fill");
 
-    std::vector<Way> ways = {{"64 rows", one.params}, {"again", one.params}};
+    std::vector<Way> ways(2);
+    ways[0].name = "64 rows";
+    ways[1].name = "again";
     for (const MlaFewRowsVariant& variant : kMlaFewRowsVariants) {
-      ways.push_back({Name(variant), variant.blocks == 2 ? two.params : one.params, &variant});
+      if (variant.format != options_.format) continue;
+      Way& way = ways.emplace_back();
+      way.name = Name(variant);
+      way.variant = &variant;
     }
     for (Way& way : ways) {
+      way.params = way.variant != nullptr && way.variant->blocks == 2 ? two.params : one.params;
       way.params.path = MlaPath::kHopper;
       way.params.segments = device_segments;
-      way.params.format = RowFormat::kFp8;
-      way.params.block_bytes = kBlockBytes;
+      way.params.format = options_.format;
+      way.params.block_bytes = block_bytes;
       way.params.blocks = rows;
+      if (options_.format == RowFormat::kBf16) {
+        Check(MakeMlaPoolMap(rows, num_blocks, block_bytes, &way.params.pool_map), "tensor map");
+      }
       if (way.variant != nullptr) way.params.tile_rows = kMlaFewRows;
       Compare(ways[0], size, copies, one.rows, &way);
     }
@@ -162,7 +176,8 @@ class FewRowsBench {
       for (Way& way : ways) way.ratios.push_back(way.times.back() / ways[0].times.back());
     }
     const double limit_us = static_cast<double>(bytes) / device_.read_gb_per_s / 1e3;
-    std::printf("%s%s: limit %.1f us\n", name.c_str(),
+    const char* const format = options_.format == RowFormat::kBf16 ? "bf16" : "fp8";
+    std::printf("%s, %s%s: limit %.1f us\n", name.c_str(), format,
                 options_.deterministic ? ", deterministic" : "", limit_us);
     for (Way& way : ways) {
       const double us = MedianOf(way.times);
@@ -175,13 +190,14 @@ class FewRowsBench {
           way.error);
       if (json != nullptr) {
         std::fprintf(json,
-                     "{\"form\": \"few rows\", \"heads\": %d, \"batch\": %d, \"length\": %d, "
+                     "{\"form\": \"few rows\", \"format\": \"%s\", \"heads\": %d, \"batch\": %d, "
+                     "\"length\": %d, "
                      "\"deterministic\": %s, \"way\": \"%s\", \"us\": %.2f, \"gb_per_s\": %.1f, "
                      "\"ratio\": %.4f, \"least\": %.4f, \"most\": %.4f, \"error\": %.3e, "
                      "\"read_gb_per_s\": %.1f, \"device\": \"%s\"}\n",
-                     size.heads, size.batch, size.length, options_.deterministic ? "true" : "false",
-                     way.name.c_str(), us, gb_per_s, ratio, *least, *most, way.error,
-                     device_.read_gb_per_s, device_.name);
+                     format, size.heads, size.batch, size.length,
+                     options_.deterministic ? "true" : "false", way.name.c_str(), us, gb_per_s,
+                     ratio, *least, *most, way.error, device_.read_gb_per_s, device_.name);
       }
     }
     std::fflush(stdout);

@@ -92,6 +92,7 @@ class Case {
     const bool rounds = shape_.format == RowFormat::kFp8 && (!shape_.few_rows || shape_.block_lse);
     return rounds ? 1.2e-2 : 2e-3;
   }
+  Shape& shape() { return shape_; }
   int64_t pairs() const { return int64_t{num_tokens_} * shape_.heads; }
   float scale() const { return 1.3f / std::sqrt(static_cast<float>(shape_.rank + shape_.rope)); }
 
