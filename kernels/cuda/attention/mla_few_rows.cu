@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Latent attention of at most 16 (token, head) rows a tile over fp8 cache rows of 512 + 64 columns, on
-// Hopper: decoding with 16 heads.
+// Latent attention of at most 16 (token, head) rows a tile over fp8 or bf16 cache rows of 512 + 64
+// columns, on Hopper: decoding with 16 heads.
 //
 // Roofline: a cache block is 41,984 bytes and, for 16 rows, 2 * 16 * 64 * (576 + 512) = 2.2 Mflop: 53
 //   flops a byte. An H200 reads 34.3 bytes a nanosecond for each multiprocessor: 1,224 ns or 2,160
@@ -11,14 +11,16 @@
 //     codes to halves   1,024 conversions and 256 permutes of a warp, half rate               640
 //     shared memory     328 copy, 320 + 256 rows read for scores and values, 256 partial
 //                       scores, 80 weights                                                  1,240
-//     instructions      about 760 a quadrant, one a cycle                                     760
-//   So none of them is in the way of the copies as long as they overlap.
+//     instructions      840 a quadrant, one a cycle                                           840
+//   So none of them is in the way of the copies as long as they overlap. Predicted and measured shares
+//   of the limit: README.md here.
 //
 // Why not warpgroup products: these take tiles of 64 rows of A. 16 heads are a quarter of one; cache
 // rows as A would fill it, but must come through registers widened, and registers that such a product
 // reads may not change until it is waited for. Products of a warp have 16 rows of A, exactly the heads,
 // and take codes as B straight from the registers that widen them; the tensor cores are at most half
-// busy. A code is widened to a half, which is one instruction for two codes where bf16 takes seven.
+// busy. A code is widened to a half, which is one instruction for two codes; to bf16 it takes seven for
+// four.
 //
 // A warp of a group of four has a quarter of the latent columns, 128 that share a scale, for scores and
 // values both. Its part of q stays in registers. In one block:
@@ -33,6 +35,9 @@
 // 656 bytes, 16 more than a multiple of 128: eight rows 16 bytes wide lie in different banks. For
 // values a transposing load moves pairs of codes: two columns of two rows in one register; a permute
 // makes two pairs of rows of them, one for each column. Even and odd columns are different products.
+//
+// bf16 rows go the same way without scales and widening, half a block at a time and 16 bytes further
+// apart than in the cache: 73,728 bytes a block, 3,800 cycles.
 //
 // Halves have few exponents: q is brought to 2^12 by a power of two a head, weights are 2^11 at the
 // maximum, scales relative to a power of two above the largest that a warp has met.
@@ -49,10 +54,13 @@ namespace {
 
 using namespace few;  // NOLINT: its own parts
 
-template <MlaFewRowsVariant kV>
-__global__ void __launch_bounds__((kV.groups + 1) * kGroupThreads, kV.blocks)
+// By its index: nvcc does not take a kernel of a variant itself.
+template <int kIndex>
+__global__ void __launch_bounds__((kMlaFewRowsVariants[kIndex].groups + 1) * kGroupThreads,
+                                  kMlaFewRowsVariants[kIndex].blocks)
     FewRowsKernel(const __grid_constant__ MlaParams p) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr MlaFewRowsVariant kV = kMlaFewRowsVariants[kIndex];
   auto* const raw = DynamicShared<unsigned char>();
   StartNext();
   // Blocks without work make room at once; one waits, or this kernel might end before those before.
@@ -87,21 +95,21 @@ struct Kernel {
   uint32_t shared_bytes;
 };
 
-template <size_t kIndex>
+template <int kIndex>
 Kernel MakeKernel() {
   constexpr MlaFewRowsVariant kV = kMlaFewRowsVariants[kIndex];
   constexpr uint32_t kBytes = Layout<kV>::kBytes;
   static_assert((kBytes + 1024) * kV.blocks <= 228 * 1024);
-  return {kV, FewRowsKernel<kV>, kBytes};
+  return {kV, FewRowsKernel<kIndex>, kBytes};
 }
-template <size_t... kIndices>
-std::array<Kernel, sizeof...(kIndices)> MakeKernels(std::index_sequence<kIndices...>) {
+template <int... kIndices>
+std::array<Kernel, sizeof...(kIndices)> MakeKernels(std::integer_sequence<int, kIndices...>) {
   return {MakeKernel<kIndices>()...};
 }
 
 const Kernel* FindKernel(const MlaFewRowsVariant& variant) {
   static const auto kernels =
-      MakeKernels(std::make_index_sequence<std::size(kMlaFewRowsVariants)>());
+      MakeKernels(std::make_integer_sequence<int, std::size(kMlaFewRowsVariants)>());
   for (const Kernel& kernel : kernels) {
     if (kernel.variant == variant) return &kernel;
   }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Latent attention on Hopper where a tile has few rows and the cache is fp8: decoding with at most 16
-// heads. LaunchMla takes it where MlaParams::tile_rows allows; this header is for what measures it.
+// Latent attention on Hopper where a tile has few rows: decoding with at most 16 heads. LaunchMla takes
+// it for fp8 rows where MlaParams::tile_rows allows; this header is for what measures it.
 //
 // Thread, Stream: as mla.h.
 // Errors:  cudaErrorInvalidValue: a format, a shape or a variant that there is no kernel for.
