@@ -70,10 +70,8 @@ __global__ void __launch_bounds__((kMlaFewRowsVariants[kIndex].groups + 1) * kGr
   }
   const Shared<kV> s(raw);
   if (threadIdx.x == 0) {
-    for (int i = 0; i < kV.stages; ++i) {
-      wgmma::BarrierInit(s.full(i), 1);
-      wgmma::BarrierInit(s.empty(i), 4);
-    }
+    for (uint32_t i = 0; i < Layout<kV>::kFull; ++i) wgmma::BarrierInit(s.full(i), 1);
+    for (int i = 0; i < kV.stages; ++i) wgmma::BarrierInit(s.empty(i), 4);
     wgmma::FenceBarrierInit();
   }
   __syncthreads();

@@ -57,7 +57,7 @@ class Consumer : Products<kV> {
           const bool all_seen =
               present == Rows::kStepRows && step_position + Rows::kStepRows - 1 <= first_position;
           const uint32_t stage = (at + i) % kV.stages;
-          wgmma::BarrierWait(s_.full(stage), (at + i) / kV.stages & 1);
+          wgmma::BarrierWait(s_.full(at + i), s_.full_parity(at + i));
           if constexpr (kV.copies_only) {
             Base::Release(stage);
           } else {

@@ -3,6 +3,8 @@
 // Shared memory of the few-rows attention kernel, the barriers in it, and the warp that fills it.
 #pragma once
 
+#include <numeric>
+
 #include "kernels/cuda/attention/mla_device.cuh"
 #include "kernels/cuda/attention/mla_few_rows.h"
 
@@ -35,6 +37,12 @@ inline constexpr uint32_t kScalesAt = ScalesOffset(512);
 constexpr int ConsumerRegisters(int groups) { return groups == 1 ? 208 : groups == 2 ? 224 : 152; }
 constexpr int FeederRegisters(int groups) { return groups == 1 ? 48 : 56; }
 
+// Barriers that say that a step is there: step n's is n % kFull. As many as both stages and groups
+// divide, so that within a stretch each is one group's alone. A barrier a stage is not enough: waits
+// tell even from odd turns of a stage only. If groups take turns with it, one that is ahead, as the
+// copies of its own step came first, finds the turn before unfinished and takes that for its own done.
+constexpr int FullBarriers(int stages, int groups) { return std::lcm(stages, groups); }
+
 // Offsets from a 1,024-byte boundary.
 template <MlaFewRowsVariant kV>
 struct Layout {
@@ -51,7 +59,9 @@ struct Layout {
   static constexpr uint32_t kStatesAt = kFactorsAt + kV.groups * kMlaFewRows * 4;
   static constexpr uint32_t kQueryAt = kStatesAt + kV.groups * kMlaFewRows * 8;
   static constexpr uint32_t kBarriersAt = kQueryAt + kV.groups * kMlaFewRows * 16;
-  static constexpr uint32_t kBytes = kBarriersAt + kV.stages * 16;
+  static constexpr uint32_t kFull = FullBarriers(kV.stages, kV.groups);
+  static_assert(kFull % kV.groups == 0 && kFull % kV.stages == 0);
+  static constexpr uint32_t kBytes = kBarriersAt + (kFull + kV.stages) * 8;
 };
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -64,9 +74,14 @@ struct Shared : Layout<kV> {
 
   __device__ Shared(unsigned char* at) : memory(at), address(SharedAddress(at)) {}
   __device__ uint32_t stage(uint32_t i) const { return address + i * L::Rows::kStageBytes; }
-  __device__ uint32_t full(uint32_t i) const { return address + L::kBarriersAt + i * 8; }
-  __device__ uint32_t empty(uint32_t i) const {
-    return address + L::kBarriersAt + (kV.stages + i) * 8;
+  // Of the step; arrived at once, by the copy warp. Waited for: full_parity.
+  __device__ uint32_t full(uint32_t step) const {
+    return address + L::kBarriersAt + step % L::kFull * 8;
+  }
+  __device__ static uint32_t full_parity(uint32_t step) { return step / L::kFull & 1; }
+  // Of the stage: all warps of the group whose step it had are done with it.
+  __device__ uint32_t empty(uint32_t stage) const {
+    return address + L::kBarriersAt + (L::kFull + stage) * 8;
   }
   // [16 heads] weights of the step's rows
   __device__ unsigned char* weights(int group) const {
@@ -134,14 +149,14 @@ __device__ __forceinline__ void Feed(const MlaParams& p, const Shared<kV>& s) {
         if (block >= work.settled_blocks) WaitForEarlier();
         if (lane == 0) {
           wgmma::BarrierWait(s.empty(stage), (at / kV.stages & 1) ^ 1);
-          wgmma::BarrierExpect(s.full(stage), present * Rows::kBytes);
+          wgmma::BarrierExpect(s.full(at), present * Rows::kBytes);
         }
         __syncwarp();
         const int rows = min(present - lane * kPart, kPart);
         if (lane < kCopies && rows > 0) {
           wgmma::CopyBulk(s.stage(stage) + lane * kPart * Rows::kStride,
                           p.blocks + id * p.block_bytes + (first_row + lane * kPart) * Rows::kBytes,
-                          rows * Rows::kBytes, s.full(stage));
+                          rows * Rows::kBytes, s.full(at));
         }
         __syncwarp();
       }

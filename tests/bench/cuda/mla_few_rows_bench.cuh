@@ -7,7 +7,9 @@
 //   g2 s4 c4 ... groups, stages, copies a block of a variant; x2: two thread blocks a multiprocessor
 //   copies only  what bringing the blocks takes by itself; no results
 // A ratio is the median over rounds of time over the time of "64 rows" in that round. error: of a
-// result to that of "64 rows", root of the mean square, of which that one's own is most (3e-3).
+// result to that of "64 rows", root of the mean square, of which that one's own is most (3e-3); the
+// largest of launches by themselves and of the last of the replays.
+// --variant takes one of these names: that one and the kernel of 64 rows alone.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +23,7 @@
 
 #include "kernels/cuda/attention/mla_few_rows.h"
 #include "tests/bench/cuda/mla_bench.cuh"
+#include "tests/bench/cuda/watched.h"
 
 namespace strait::cuda {
 
@@ -30,18 +33,24 @@ struct FewRowsOptions {
   RowFormat format = RowFormat::kFp8;
   int rounds = 15;
   std::string only;
+  std::string variant;
 };
 
 class FewRowsBench {
  public:
-  FewRowsBench(const FewRowsOptions& options, const Device& device)
-      : options_(options), device_(device) {}
+  FewRowsBench(const FewRowsOptions& options, const Device& device, Watched* watched)
+      : options_(options), device_(device), watched_(*watched) {}
 
-  // Whether all results agree.
-  bool Run(const Size& size, std::FILE* json) {
+  // Whether all results agree. at: the size's index.
+  bool Run(int at, const Size& size, std::FILE* json) {
     const std::string name = std::to_string(size.heads) + " heads, " + std::to_string(size.batch) +
                              " x " + std::to_string(size.length);
     if (name.find(options_.only) == std::string::npos) return true;
+    const auto now = [&](const Way* way) {
+      doing = name + (way == nullptr ? "" : ", " + way->name);
+      watched_.Doing(at, doing, way != nullptr && way->variant != nullptr ? way->name : "");
+    };
+    now(nullptr);
     const int64_t block_bytes = 64 * int64_t{RowBytes(options_.format, 512, 64)};
     const int32_t blocks = (size.length + 63) / 64;
     const int64_t cache_bytes = int64_t{size.batch} * blocks * block_bytes;
@@ -75,10 +84,15 @@ class FewRowsBench {
     ways[0].name = "64 rows";
     ways[1].name = "again";
     for (const MlaFewRowsVariant& variant : kMlaFewRowsVariants) {
-      if (variant.format != options_.format) continue;
+      if (variant.format != options_.format || watched_.Failed(Name(variant))) continue;
+      if (!options_.variant.empty() && Name(variant) != options_.variant) continue;
       Way& way = ways.emplace_back();
       way.name = Name(variant);
       way.variant = &variant;
+    }
+    if (ways.size() == 2 && !options_.variant.empty() && !watched_.Failed(options_.variant)) {
+      std::fprintf(stderr, "no variant %s\n", options_.variant.c_str());
+      return false;
     }
     for (Way& way : ways) {
       way.params = way.variant != nullptr && way.variant->blocks == 2 ? two.params : one.params;
@@ -91,9 +105,35 @@ class FewRowsBench {
         Check(MakeMlaPoolMap(rows, num_blocks, block_bytes, &way.params.pool_map), "tensor map");
       }
       if (way.variant != nullptr) way.params.tile_rows = kMlaFewRows;
-      Compare(ways[0], size, copies, one.rows, &way);
     }
-    Measure(ways, name, size, copies, cache_bytes + one.rows * (576 + 512) * 2, json);
+    // Each way through all that can go wrong before the next begins.
+    const int launches = options_.smoke ? 1 : std::max(copies, 8);
+    std::vector<std::vector<float>> expected;
+    const std::vector<int> compared = {0, (launches - 1) % copies, copies - 1};
+    now(&ways[0]);
+    for (const int copy : compared) expected.push_back(Out(ways[0], size, copy, one.rows));
+    for (Way& way : ways) {
+      now(&way);
+      for (size_t i = 0; i < compared.size(); ++i) {
+        Include(expected[i], Out(way, size, compared[i], one.rows), &way.error);
+      }
+      way.replay = std::make_unique<Replay>(launches, [&](int i, cudaStream_t stream) {
+        Launch(way, size.batch, i % copies, stream);
+      });
+      Clear(way, one.rows);
+      way.replay->Time();
+      Include(expected[1], Read(way, one.rows), &way.error);
+    }
+    Measure(ways, now);
+    // Results of the last of many replays in turn, too.
+    for (Way& way : ways) {
+      now(&way);
+      Clear(way, one.rows);
+      way.replay->Time();
+      Include(expected[1], Read(way, one.rows), &way.error);
+    }
+    Print(ways, name, size, cache_bytes + one.rows * (576 + 512) * 2, json);
+    now(nullptr);
     for (void* memory : std::initializer_list<void*>{rows, table, device_segments}) {
       Check(cudaFree(memory), "free");
     }
@@ -128,11 +168,14 @@ class FewRowsBench {
           "launch");
   }
 
-  static std::vector<float> Out(const Way& way, const Size& size, int copy, int64_t rows) {
+  static void Clear(const Way& way, int64_t rows) {
     Check(cudaMemset(way.params.out, 0xff, static_cast<size_t>(rows) * 1024), "clear");
-    Launch(way, size.batch, copy, nullptr);
+    Check(cudaDeviceSynchronize(), "clear");
+  }
+  static std::vector<float> Read(const Way& way, int64_t rows) {
     std::vector<uint16_t> bits(static_cast<size_t>(rows) * 512);
-    Check(cudaMemcpy(bits.data(), way.params.out, bits.size() * 2, cudaMemcpyDeviceToHost), "out");
+    Check(cudaMemcpy(bits.data(), way.params.out, bits.size() * 2, cudaMemcpyDeviceToHost),
+          "launch by itself, out");
     std::vector<float> out(bits.size());
     for (size_t i = 0; i < bits.size(); ++i) {
       const uint32_t wide = uint32_t{bits[i]} << 16;
@@ -140,46 +183,49 @@ class FewRowsBench {
     }
     return out;
   }
-
-  static void Compare(const Way& base, const Size& size, int copies, int64_t rows, Way* way) {
-    for (int copy = 0; copy < copies; copy += std::max(1, copies - 1)) {
-      const std::vector<float> expected = Out(base, size, copy, rows);
-      const std::vector<float> actual = Out(*way, size, copy, rows);
-      double error = 0;
-      double norm = 0;
-      for (size_t i = 0; i < expected.size(); ++i) {
-        const double by = double{actual[i]} - expected[i];
-        error += by * by;
-        norm += double{expected[i]} * expected[i];
-      }
-      const double relative = std::sqrt(error / norm);
-      if (!(relative <= way->error)) way->error = relative;  // NaN too
-    }
+  static std::vector<float> Out(const Way& way, const Size& size, int copy, int64_t rows) {
+    Clear(way, rows);
+    Launch(way, size.batch, copy, nullptr);
+    return Read(way, rows);
   }
 
-  void Measure(std::vector<Way>& ways, const std::string& name, const Size& size, int copies,
-               int64_t bytes, std::FILE* json) const {
-    const int launches = options_.smoke ? 1 : std::max(copies, 8);
-    for (Way& way : ways) {
-      way.replay = std::make_unique<Replay>(launches, [&](int i, cudaStream_t stream) {
-        Launch(way, size.batch, i % copies, stream);
-      });
+  // Raises *most to the error of `actual`; NaN stays.
+  static void Include(const std::vector<float>& expected, const std::vector<float>& actual,
+                      double* most) {
+    double error = 0;
+    double norm = 0;
+    for (size_t i = 0; i < expected.size(); ++i) {
+      const double by = double{actual[i]} - expected[i];
+      error += by * by;
+      norm += double{expected[i]} * expected[i];
     }
+    const double relative = std::sqrt(error / norm);
+    if (!std::isnan(*most) && !(relative <= *most)) *most = relative;
+  }
+
+  // now(way): what is measured from here on.
+  template <class Now>
+  void Measure(std::vector<Way>& ways, const Now& now) const {
     const int count = static_cast<int>(ways.size());
     const int rounds = options_.smoke ? 1 : options_.rounds;
     for (int round = 0; round < rounds; ++round) {
       for (int i = 0; i < count; ++i) {
         Way& way = ways[static_cast<size_t>(
             round % 2 == 0 ? (round / 2 + i) % count : ((round / 2 - i) % count + count) % count)];
+        now(&way);
         way.times.push_back(MedianOf({way.replay->Time(), way.replay->Time(), way.replay->Time()}));
       }
       for (Way& way : ways) way.ratios.push_back(way.times.back() / ways[0].times.back());
     }
+  }
+
+  void Print(const std::vector<Way>& ways, const std::string& name, const Size& size, int64_t bytes,
+             std::FILE* json) const {
     const double limit_us = static_cast<double>(bytes) / device_.read_gb_per_s / 1e3;
     const char* const format = options_.format == RowFormat::kBf16 ? "bf16" : "fp8";
     std::printf("%s, %s%s: limit %.1f us\n", name.c_str(), format,
                 options_.deterministic ? ", deterministic" : "", limit_us);
-    for (Way& way : ways) {
+    for (const Way& way : ways) {
       const double us = MedianOf(way.times);
       const double ratio = MedianOf(way.ratios);
       const auto [least, most] = std::minmax_element(way.ratios.begin(), way.ratios.end());
@@ -201,14 +247,17 @@ class FewRowsBench {
       }
     }
     std::fflush(stdout);
+    if (json != nullptr) std::fflush(json);
   }
 
   const FewRowsOptions options_;
   const Device device_;
+  Watched& watched_;
 };
 
 // Whether all results agree at every size.
-inline bool RunFewRows(const FewRowsOptions& options, const Device& device, std::FILE* json) {
+inline bool RunFewRows(const FewRowsOptions& options, const Device& device, Watched* watched,
+                       std::FILE* json) {
   std::vector<Size> sizes;
   for (const int32_t heads : {16, 8}) {
     for (const auto& [batch, length] :
@@ -217,9 +266,11 @@ inline bool RunFewRows(const FewRowsOptions& options, const Device& device, std:
     }
   }
   if (options.smoke) sizes = {{16, 1, 300}, {8, 3, 100}};
-  FewRowsBench bench(options, device);
+  FewRowsBench bench(options, device, watched);
   bool same = true;
-  for (const Size& size : sizes) same &= bench.Run(size, json);
+  for (int i = watched->first(); i < static_cast<int>(sizes.size()); ++i) {
+    same &= bench.Run(i, sizes[static_cast<size_t>(i)], json);
+  }
   return same;
 }
 

@@ -3,7 +3,7 @@
 // Defends: attention of few (token, head) rows over fp8 and bf16 cache rows is its float64 twin's, in every
 // variant: 1 to 16 heads, lengths about a block, stretches of odd and of no length, split or not,
 // scales far apart; unused rows hold NaN, ends of page tables wild ids. Deterministic results are those
-// of the sequence alone.
+// of the sequence alone. Copies that overtake each other, in the emulator: any order.
 #include "kernels/cuda/attention/mla_few_rows.h"
 
 #include <gtest/gtest.h>
@@ -32,6 +32,11 @@ double Tolerance(const Shape& shape) {
 }
 
 class MlaFewRowsTest : public gpu_test::GpuTest {
+ public:
+  static std::vector<int32_t> AllVariants() {
+    return Variants([](const MlaFewRowsVariant&) { return true; });
+  }
+
  protected:
   void SetUp() override {
     GpuTest::SetUp();
@@ -54,9 +59,6 @@ class MlaFewRowsTest : public gpu_test::GpuTest {
       if (!variant.copies_only && also(variant)) variants.push_back(i);
     }
     return variants;
-  }
-  static std::vector<int32_t> AllVariants() {
-    return Variants([](const MlaFewRowsVariant&) { return true; });
   }
   void Check(const Shape& shape, const std::vector<Tokens>& tokens, int32_t grid = 0) {
     SCOPED_TRACE(std::to_string(shape.heads) + " heads, variant " + std::to_string(shape.variant) +
@@ -109,6 +111,26 @@ TEST_F(MlaFewRowsTest, LongSequencesAreSplitAndMerged) {
   }
   Check(Of(8), {{1, 20000 + Pick(0, 64)}});
 }
+
+// By variant: many turns of the stages in one stretch, then stretches that begin at any stage.
+class MlaFewRowsVariantTest : public MlaFewRowsTest, public testing::WithParamInterface<int32_t> {};
+
+TEST_P(MlaFewRowsVariantTest, GroupsDoNotTakeEachOthersSteps) {
+  STRAIT_TRACE_SEED();
+  const int32_t variant = GetParam();
+  Check(Of(16, variant), {{1, 64 * 40 + Pick(0, 63)}}, 1);
+  Check(Of(16, variant), {{1, 64 * Pick(4, 8)}, {1, 64 * Pick(4, 8)}, {1, 64 * 5}, {1, 7}}, 1);
+}
+
+INSTANTIATE_TEST_SUITE_P(Variants, MlaFewRowsVariantTest,
+                         testing::ValuesIn(MlaFewRowsTest::AllVariants()),
+                         [](const testing::TestParamInfo<int32_t>& info) {
+                           const MlaFewRowsVariant& v = kMlaFewRowsVariants[info.param];
+                           return std::string(v.format == RowFormat::kFp8 ? "Fp8" : "Bf16") +
+                                  "Groups" + std::to_string(v.groups) + "Stages" +
+                                  std::to_string(v.stages) + "Copies" + std::to_string(v.copies) +
+                                  (v.integer_bits ? "Bits" : "");
+                         });
 
 // A half has 30 powers of two for weights times scales.
 TEST_F(MlaFewRowsTest, ScalesFarApart) {
