@@ -180,10 +180,9 @@ cudaError_t LaunchMla(const MlaParams& params, cudaStream_t stream) {
   if (params.units && (path != MlaPath::kHopper || params.format != RowFormat::kBf16)) {
     return cudaErrorInvalidValue;
   }
-  const cudaError_t error = path == MlaPath::kPortable ? mla::LaunchPortable(params, stream)
-                            : params.format == RowFormat::kFp8 && mla::TakesFewRows(params)
-                                ? mla::LaunchFewRows(params, kMlaFewRowsVariants[0], stream)
-                                : mla::LaunchHopper(params, stream);
+  const cudaError_t error = path == MlaPath::kPortable  ? mla::LaunchPortable(params, stream)
+                            : mla::TakesFewRows(params) ? mla::LaunchFewRows(params, stream)
+                                                        : mla::LaunchHopper(params, stream);
   return error != cudaSuccess ? error : mla::LaunchMerge(params, stream);
 }
 

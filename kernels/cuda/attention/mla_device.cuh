@@ -9,7 +9,6 @@
 #include <cstdint>
 
 #include "kernels/cuda/attention/mla.h"
-#include "kernels/cuda/attention/mla_few_rows.h"
 #include "kernels/cuda/device/common.cuh"
 #include "kernels/cuda/device/ptx.cuh"
 
@@ -93,9 +92,8 @@ inline cudaLaunchAttribute EarlyStart() {
 // Kernels of the other files.
 cudaError_t LaunchPortable(const MlaParams& params, cudaStream_t stream);
 cudaError_t LaunchHopper(const MlaParams& params, cudaStream_t stream);
-bool TakesFewRows(const MlaParams& params);
-cudaError_t LaunchFewRows(const MlaParams& params, const MlaFewRowsVariant& variant,
-                          cudaStream_t stream);
+bool TakesFewRows(const MlaParams& params);  // of the Hopper path
+cudaError_t LaunchFewRows(const MlaParams& params, cudaStream_t stream);
 cudaError_t LaunchMerge(const MlaParams& params, cudaStream_t stream);
 cudaError_t PreparePortable();
 cudaError_t PrepareHopper();

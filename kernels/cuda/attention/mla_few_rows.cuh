@@ -15,60 +15,41 @@ inline constexpr float kSlack = 4.0f;  // by which a score passes the maximum be
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // One warp of a group. Between products it weighs four heads, a lane four rows of every 32 of one.
-template <MlaFewRowsVariant kV>
-class Consumer : Products<kV> {
-  using Base = Products<kV>;
-  using Rows = typename Base::Rows;
-  using Base::group_;
-  using Base::lane_;
-  using Base::out_;
-  using Base::p_;
-  using Base::quad;
-  using Base::row;
-  using Base::s_;
-  using Base::SyncAll;
-  using Base::SyncGroup;
-  using Base::warp_;
-
+class Consumer : Products {
  public:
-  using Base::Base;
+  using Products::Products;
 
   __device__ __forceinline__ void Run() {
-    uint32_t at = 0;  // number of the stretch's first step
+    uint32_t at = 0;  // number of the stretch's first block
     const int end = p_.plan.work_begin[blockIdx.x + 1];
     for (int w = p_.plan.work_begin[blockIdx.x]; w < end; ++w) {
       const MlaWork work = p_.plan.work[w];
       const MlaSegment segment = p_.segments[work.sequence];
       const int cache_rows = CacheRows(work, segment);
-      const int num_steps = NumSteps<Rows>(work, cache_rows);
-      for (int first = 0; first < work.num_rows; first += kMlaFewRows, at += num_steps) {
-        scale_ = p_.softmax_scale * kLog2e * Base::Begin(work, first, WeighedHead());
+      const int num_blocks = NumBlocks(work, cache_rows);
+      for (int first = 0; first < work.num_rows; first += kMlaFewRows, at += num_blocks) {
+        scale_ = p_.softmax_scale * kLog2e * Begin(work, first, WeighedHead());
         max_ = NegInf();
         base_ = -kWeightShift;
         sum_ = 0;
         const int first_position =
             work.first_position + (work.row_in_sequence + first) / p_.num_heads;
         const int position = RowPosition(work, first + WeighedHead(), p_.num_heads);
-        for (int i = group_; i < num_steps; i += kV.groups) {
-          const int block = work.block_begin + i / Rows::kStepsOfBlock;
-          const int first_row = i % Rows::kStepsOfBlock * Rows::kStepRows;
-          const int present = min(cache_rows - block * kMlaBlockRows - first_row, Rows::kStepRows);
-          const int step_position = BlockPosition(segment, block) + first_row;
+        for (int i = group_; i < num_blocks; i += kGroups) {
+          const int block = work.block_begin + i;
+          const int present = min(cache_rows - block * kMlaBlockRows, kMlaBlockRows);
+          const int block_position = BlockPosition(segment, block);
           const bool all_seen =
-              present == Rows::kStepRows && step_position + Rows::kStepRows - 1 <= first_position;
-          const uint32_t stage = (at + i) % kV.stages;
-          wgmma::BarrierWait(s_.full(at + i), s_.full_parity(at + i));
-          if constexpr (kV.copies_only) {
-            Base::Release(stage);
-          } else {
-            if (present < Rows::kStepRows) Base::ZeroRows(stage, present);
-            uint32_t scales[Base::kTiles];
-            Base::Scores(stage, scales);
-            SyncGroup();
-            Weigh(all_seen ? Rows::kStepRows : SeenRows(position, step_position, present));
-            SyncGroup();
-            Base::Values(stage, scales);
-          }
+              present == kMlaBlockRows && block_position + kMlaBlockRows - 1 <= first_position;
+          const uint32_t stage = (at + i) % kStages;
+          wgmma::BarrierWait(s_.full(stage), (at + i) / kStages & 1);
+          if (present < kMlaBlockRows) ZeroRows(stage, present);
+          uint32_t scales[kTiles];
+          Scores(stage, scales);
+          SyncGroup();
+          Weigh(all_seen ? kMlaBlockRows : SeenRows(position, block_position, present));
+          SyncGroup();
+          Values(stage, scales);
         }
         Write(work, first);
       }
@@ -80,9 +61,9 @@ class Consumer : Products<kV> {
 
   // Scores become weights, of which the first `seen` rows have one.
   __device__ __forceinline__ void Weigh(int seen) {
-    constexpr int kRuns = Rows::kStepRows / 32;
+    constexpr int kRuns = kMlaBlockRows / 32;
     const int first = lane_ % 8 * 4;
-    const float* const from = s_.partial(group_) + WeighedHead() * Rows::kPartialStride + first;
+    const float* const from = s_.partial(group_) + WeighedHead() * kPartialStride + first;
     float score[kRuns][4];
     float most = NegInf();
 #pragma unroll
@@ -91,14 +72,14 @@ class Consumer : Products<kV> {
 #pragma unroll
       for (int quarter = 0; quarter < 4; ++quarter) {
         part[quarter] = *reinterpret_cast<const float4*>(
-            from + quarter * kMlaFewRows * Rows::kPartialStride + i * 32);
+            from + quarter * kMlaFewRows * kPartialStride + i * 32);
       }
       score[i][0] = (part[0].x + part[1].x) + (part[2].x + part[3].x);
       score[i][1] = (part[0].y + part[1].y) + (part[2].y + part[3].y);
       score[i][2] = (part[0].z + part[1].z) + (part[2].z + part[3].z);
       score[i][3] = (part[0].w + part[1].w) + (part[2].w + part[3].w);
     }
-    if (seen < Rows::kStepRows) {
+    if (seen < kMlaBlockRows) {
 #pragma unroll
       for (int i = 0; i < kRuns; ++i) {
 #pragma unroll
@@ -117,7 +98,7 @@ class Consumer : Products<kV> {
       factor = MoveMaximum(most);
     }
     if (lane_ % 8 == 0) s_.factors(group_)[WeighedHead()] = factor;
-    unsigned char* const to = s_.weights(group_) + WeighedHead() * Rows::kWeightStride + first * 2;
+    unsigned char* const to = s_.weights(group_) + WeighedHead() * kWeightStride + first * 2;
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
       float e[4];
@@ -125,8 +106,7 @@ class Consumer : Products<kV> {
       for (int k = 0; k < 4; ++k) e[k] = Exp2(fmaf(score[i][k], scale_, -base_));
       sum_ += (e[0] + e[1]) + (e[2] + e[3]);
       *reinterpret_cast<uint2*>(to + i * 64) =
-          Rows::kFp8 ? make_uint2(PackHalves(e[0], e[1]), PackHalves(e[2], e[3]))
-                     : make_uint2(PackBf16(e[0], e[1]), PackBf16(e[2], e[3]));
+          make_uint2(PackHalves(e[0], e[1]), PackHalves(e[2], e[3]));
     }
   }
 
@@ -162,15 +142,15 @@ class Consumer : Products<kV> {
       max[r] = NegInf();
       sum[r] = 0;
 #pragma unroll
-      for (int g = 0; g < kV.groups; ++g) max[r] = fmaxf(max[r], s_.states(g)[head]);
+      for (int g = 0; g < kGroups; ++g) max[r] = fmaxf(max[r], s_.states(g)[head]);
 #pragma unroll
-      for (int g = 0; g < kV.groups; ++g) {
+      for (int g = 0; g < kGroups; ++g) {
         sum[r] += s_.states(g)[kMlaFewRows + head] * Rescale(s_.states(g)[head], max[r]);
       }
       const float own = Rescale(s_.states(group_)[head], max[r]);
-      factor[r] = sum[r] > 0 ? own / sum[r] * Base::Unit() : 0.0f;
+      factor[r] = sum[r] > 0 ? own / sum[r] * Unit() : 0.0f;
     }
-    Base::Multiply(factor);
+    Multiply(factor);
     AddGroups();
     if (group_ != 0) return;
 #pragma unroll
@@ -189,13 +169,8 @@ class Consumer : Products<kV> {
       for (int n = 0; n < 16; n += 2) {
         const float* const one = out_[n] + r * 2;
         const float* const other = out_[n + 1] + r * 2;
-        if constexpr (Rows::kFp8) {
-          Store(partial, at + n * 8 + quad() * 4, one[0], other[0]);
-          Store(partial, at + n * 8 + quad() * 4 + 2, one[1], other[1]);
-        } else {
-          Store(partial, at + n * 8 + quad() * 2, one[0], one[1]);
-          Store(partial, at + n * 8 + 8 + quad() * 2, other[0], other[1]);
-        }
+        Store(partial, at + n * 8 + quad() * 4, one[0], other[0]);
+        Store(partial, at + n * 8 + quad() * 4 + 2, one[1], other[1]);
       }
     }
   }
@@ -204,7 +179,7 @@ class Consumer : Products<kV> {
   __device__ __forceinline__ void AddGroups() {
     auto* const shared = reinterpret_cast<float4*>(s_.partial(0)) + warp_ * 16 * 32 + lane_;
 #pragma unroll
-    for (int g = 1; g < kV.groups; ++g) {
+    for (int g = 1; g < kGroups; ++g) {
       if (group_ == g) {
 #pragma unroll
         for (int n = 0; n < 16; ++n) {
@@ -222,7 +197,7 @@ class Consumer : Products<kV> {
           out_[n][3] += other.w;
         }
       }
-      if (g + 1 < kV.groups) SyncAll();
+      if (g + 1 < kGroups) SyncAll();
     }
   }
 

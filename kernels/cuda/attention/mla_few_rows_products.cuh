@@ -11,8 +11,6 @@ namespace strait::cuda::mla::few {
 // Exponents of fp32 as they stand in it.
 inline constexpr uint32_t kOneExponent = 1u << 23;
 inline constexpr uint32_t kTwiceBias = 254u << 23;
-// How much too small SpreadCodes' halves are.
-inline constexpr float kSpread = 256.0f;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -31,12 +29,6 @@ __device__ __forceinline__ uint32_t MultiplyHalves(uint32_t a, uint32_t b) {
   memcpy(&a, &x, sizeof(a));
   return a;
 }
-// Codes 0 and 2 of a word, and 1 and 3: exponent and mantissa of a code at their place in a half.
-__device__ __forceinline__ void SpreadCodes(uint32_t codes, uint32_t& even, uint32_t& odd) {
-  const uint32_t up = codes << 8;
-  even = (up & 0x80008000u) | ((up >> 1) & 0x3f803f80u);
-  odd = (codes & 0x80008000u) | ((codes >> 1) & 0x3f803f80u);
-}
 
 template <int kCount>
 __device__ __forceinline__ void Clear(float (&sums)[kCount][4]) {
@@ -46,22 +38,12 @@ __device__ __forceinline__ void Clear(float (&sums)[kCount][4]) {
     for (int i = 0; i < 4; ++i) sums[n][i] = 0;
   }
 }
-__device__ __forceinline__ void MultiplyBf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                             uint32_t b1) {
-  MmaBf16(d, a[0], a[1], a[2], a[3], b0, b1);
-}
 
 // A lane has, of a product, rows lane / 4 and 8 more (heads) of A and of the result, and columns
 // 2 * (lane % 4) and the next of the result.
-template <MlaFewRowsVariant kV>
 class Products {
  public:
-  using Rows = CacheRowsOf<kV.format>;
-  using L = Layout<kV>;
-  static constexpr int kTiles = Rows::kTiles;
-  static constexpr bool kBits = kV.integer_bits;
-
-  __device__ Products(const MlaParams& params, const Shared<kV>& shared)
+  __device__ Products(const MlaParams& params, const Shared& shared)
       : p_(params),
         s_(shared),
         group_(static_cast<int>(threadIdx.x) / kGroupThreads),
@@ -71,30 +53,23 @@ class Products {
  private:
   static constexpr int kAll = 1;    // named barriers
   static constexpr int kGroup = 2;  // + group
-  // Tiles whose codes wait in registers: few where registers are.
-  static constexpr int kTilesAtOnce = kV.groups == 3 ? 2 : kTiles;
 
  protected:
   __device__ __forceinline__ void SyncGroup() const { SyncSome(kGroup + group_, kGroupThreads); }
-  __device__ __forceinline__ void SyncAll() const { SyncSome(kAll, kV.groups * kGroupThreads); }
+  __device__ __forceinline__ void SyncAll() const { SyncSome(kAll, kGroups * kGroupThreads); }
   __device__ __forceinline__ int row() const { return lane_ / 4; }
   __device__ __forceinline__ int quad() const { return lane_ % 4; }
 
-  // This warp's columns of q to registers; the result becomes zero. For fp8 rows times a power of two
-  // that brings a head's largest number to 2^12: exact as halves but for numbers 2^27 smaller than it.
-  // Returns what scores of `head` are to be multiplied by for it.
+  // This warp's columns of q to registers, times a power of two that brings a head's largest number to
+  // 2^12: exact as halves but for numbers 2^27 smaller than it. The result becomes zero. Returns what scores of `head` are to be multiplied by for it.
   __device__ __forceinline__ float Begin(const MlaWork& work, int first, int head) {
     unit_ = kOneExponent;
     Clear(out_);
     WaitForEarlier();
-    // Of 16 columns, which are one product: of fp8 rows 4 * quad() and the next three, which a word of
-    // codes holds; of bf16 rows 2 * quad(), the next, and those 8 further.
+    // Of 16 columns, which are one product: 4 * quad() and the next three, which a word of codes holds; of
+    // rope columns 2 * quad(), the next, and those 8 further.
     uint2 latent[2][8];
     uint2 rope[2];
-    const auto load = [&](const __nv_bfloat16* from) {
-      const auto* const words = reinterpret_cast<const uint32_t*>(from + quad() * 2);
-      return make_uint2(words[0], words[4]);
-    };
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int in_tile = first + row() + r * 8;
@@ -103,38 +78,22 @@ class Products {
       const auto* const from =
           static_cast<const __nv_bfloat16*>(p_.q_latent) + q_row * p_.q_latent_stride + warp_ * 128;
       const auto* const from_rope =
-          static_cast<const __nv_bfloat16*>(p_.q_rope) + q_row * p_.q_rope_stride + warp_ * 16;
+          reinterpret_cast<const uint32_t*>(static_cast<const __nv_bfloat16*>(p_.q_rope) +
+                                            q_row * p_.q_rope_stride + warp_ * 16 + quad() * 2);
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
-        latent[r][k] = make_uint2(0, 0);
-        if (!inside) continue;
-        latent[r][k] = Rows::kFp8 ? *reinterpret_cast<const uint2*>(from + k * 16 + quad() * 4)
-                                  : load(from + k * 16);
+        latent[r][k] =
+            inside ? *reinterpret_cast<const uint2*>(from + k * 16 + quad() * 4) : make_uint2(0, 0);
       }
-      rope[r] = inside ? load(from_rope) : make_uint2(0, 0);
+      rope[r] = inside ? make_uint2(from_rope[0], from_rope[4]) : make_uint2(0, 0);
     }
-    if constexpr (Rows::kFp8) {
-      return TakeHalves(latent, rope, head);
-    } else {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-#pragma unroll
-        for (int k = 0; k < 8; ++k) {
-          query_[k][r] = latent[r][k].x;
-          query_[k][2 + r] = latent[r][k].y;
-        }
-        rope_[r] = rope[r].x;
-        rope_[2 + r] = rope[r].y;
-      }
-      SyncAll();  // the others have read what the tile before left
-      return 1;
-    }
+    return TakeHalves(latent, rope, head);
   }
 
   // Rows that are not present become zeros, codes and scales: what lies there may be NaN.
   __device__ __forceinline__ void ZeroRows(uint32_t stage, int present) const {
-    const uint32_t from = s_.stage(stage) + present * Rows::kStride;
-    const int pieces = (Rows::kStepRows - present) * static_cast<int>(Rows::kStride / 16);
+    const uint32_t from = s_.stage(stage) + present * kRowBytes;
+    const int pieces = (kMlaBlockRows - present) * static_cast<int>(kRowBytes / 16);
     for (int i = static_cast<int>(threadIdx.x) % kGroupThreads; i < pieces; i += kGroupThreads) {
       wgmma::StorePiece(from + i * 16, make_uint4(0, 0, 0, 0));
     }
@@ -143,67 +102,54 @@ class Products {
   }
 
   // The quarter's part of the scores, and of the rope columns' a quarter, to shared memory. scales: of
-  // the lane's rows of each tile, in units of the warp's result; fp8 alone.
+  // the lane's rows of each tile, in units of the warp's result.
   __device__ __forceinline__ void Scores(uint32_t stage, uint32_t (&scales)[kTiles]) {
     const uint32_t rows = s_.stage(stage);
-    const uint32_t latent =
-        rows + warp_ * Rows::kQuarterBytes + lane_ % 8 * Rows::kStride + lane_ / 8 * 16;
-    const uint32_t rope = rows + Rows::kRopeAt + warp_ * 32 +
-                          (lane_ / 16 * 8 + lane_ % 8) * Rows::kStride + lane_ / 8 % 2 * 16;
+    const uint32_t latent = rows + warp_ * kQuarterBytes + lane_ % 8 * kRowBytes + lane_ / 8 * 16;
+    const uint32_t rope =
+        rows + kRopeAt + warp_ * 32 + (lane_ / 16 * 8 + lane_ % 8) * kRowBytes + lane_ / 8 % 2 * 16;
     float* const to =
-        s_.partial(group_) + (warp_ * kMlaFewRows + row()) * Rows::kPartialStride + quad() * 2;
+        s_.partial(group_) + (warp_ * kMlaFewRows + row()) * kPartialStride + quad() * 2;
     float scale[kTiles][2];
     float most = 0;
 #pragma unroll
-    for (int j = 0; Rows::kFp8 && j < kTiles; ++j) {
+    for (int j = 0; j < kTiles; ++j) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        scale[j][r] = *reinterpret_cast<const float*>(s_.memory + stage * Rows::kStageBytes +
-                                                      kScalesAt + warp_ * 4 + j * Rows::kTileBytes +
-                                                      (quad() * 2 + r) * Rows::kStride);
+        scale[j][r] = *reinterpret_cast<const float*>(s_.memory + stage * kStageBytes + kScalesAt +
+                                                      warp_ * 4 + j * kTileBytes +
+                                                      (quad() * 2 + r) * kRowBytes);
         most = fmaxf(most, scale[j][r]);
       }
     }
+    float score[kTiles][4];
+    Clear(score);
 #pragma unroll
-    for (int from = 0; from < kTiles; from += kTilesAtOnce) {
-      float score[kTilesAtOnce][4];
-      Clear(score);
-#pragma unroll
-      for (int j = 0; j < kTilesAtOnce; j += 2) {
-        uint32_t keys[4];
-        LoadMatrices(keys, rope + (from + j) * Rows::kTileBytes);
-        MultiplyBf16(score[j], rope_, keys[0], keys[1]);
-        MultiplyBf16(score[j + 1], rope_, keys[2], keys[3]);
-      }
-      if constexpr (Rows::kFp8) {
-        float sum[kTilesAtOnce][4];
-        Clear(sum);
-        MultiplyCodes(latent + from * Rows::kTileBytes, sum);
-#pragma unroll
-        for (int j = 0; j < kTilesAtOnce; ++j) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            score[j][i] = fmaf(sum[j][i], scale[from + j][i % 2], score[j][i]);
-          }
-        }
-      } else {
-        MultiplyKeys(latent + from * Rows::kTileBytes, score);
-      }
-#pragma unroll
-      for (int j = 0; j < kTilesAtOnce; ++j) {
-        float* const at = to + (from + j) * 8;
-        *reinterpret_cast<float2*>(at) = make_float2(score[j][0], score[j][1]);
-        *reinterpret_cast<float2*>(at + 8 * Rows::kPartialStride) =
-            make_float2(score[j][2], score[j][3]);
-      }
+    for (int j = 0; j < kTiles; j += 2) {
+      uint32_t keys[4];
+      LoadMatrices(keys, rope + j * kTileBytes);
+      MmaBf16(score[j], rope_[0], rope_[1], rope_[2], rope_[3], keys[0], keys[1]);
+      MmaBf16(score[j + 1], rope_[0], rope_[1], rope_[2], rope_[3], keys[2], keys[3]);
     }
-    if constexpr (Rows::kFp8) {
-      MoveUnit(most);
-      const float inverse = __uint_as_float(kTwiceBias - unit_);
+    float sum[kTiles][4];
+    Clear(sum);
+    MultiplyCodes(latent, sum);
 #pragma unroll
-      for (int j = 0; j < kTiles; ++j) {
-        scales[j] = PackHalves(scale[j][0] * inverse, scale[j][1] * inverse);
-      }
+    for (int j = 0; j < kTiles; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) score[j][i] = fmaf(sum[j][i], scale[j][i % 2], score[j][i]);
+    }
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      float* const at = to + j * 8;
+      *reinterpret_cast<float2*>(at) = make_float2(score[j][0], score[j][1]);
+      *reinterpret_cast<float2*>(at + 8 * kPartialStride) = make_float2(score[j][2], score[j][3]);
+    }
+    MoveUnit(most);
+    const float inverse = __uint_as_float(kTwiceBias - unit_);
+#pragma unroll
+    for (int j = 0; j < kTiles; ++j) {
+      scales[j] = PackHalves(scale[j][0] * inverse, scale[j][1] * inverse);
     }
   }
 
@@ -213,30 +159,23 @@ class Products {
     if (__builtin_expect(__any_sync(kFullWarp, factor[0] != 1 || factor[1] != 1), 0)) {
       Multiply(factor);
     }
-    const uint32_t weights = s_.address + L::kWeightsAt + group_ * L::kWeightBytes +
-                             lane_ % 16 * Rows::kWeightStride + lane_ / 16 * 16;
-    const uint32_t latent = s_.stage(stage) + warp_ * Rows::kQuarterBytes +
-                            lane_ % 16 * Rows::kStride + lane_ / 16 * 16;
+    const uint32_t weights = s_.address + kWeightsAt + group_ * kWeightBytes +
+                             lane_ % 16 * kWeightStride + lane_ / 16 * 16;
+    const uint32_t latent =
+        s_.stage(stage) + warp_ * kQuarterBytes + lane_ % 16 * kRowBytes + lane_ / 16 * 16;
 #pragma unroll
     for (int k = 0; k < kTiles / 2; ++k) {
       uint32_t a[4];
       LoadMatrices(a, weights + k * 32);
-      if constexpr (Rows::kFp8) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = MultiplyHalves(a[i], scales[k * 2 + i / 2]);
-      }
+      for (int i = 0; i < 4; ++i) a[i] = MultiplyHalves(a[i], scales[k * 2 + i / 2]);
 #pragma unroll
-      for (int pair = 0; pair < static_cast<int>(Rows::kQuarterBytes) / 32; ++pair) {
+      for (int pair = 0; pair < static_cast<int>(kQuarterBytes) / 32; ++pair) {
         // Two times 16 bytes of columns; of each two words, the second 8 rows further. A word has two
-        // rows: of bf16 column row(), of codes columns 2 * row() and the next.
+        // rows of columns 2 * row() and the next.
         uint32_t words[4];
-        LoadMatricesTransposed(words, latent + k * 2 * Rows::kTileBytes + pair * 32);
-        if constexpr (Rows::kFp8) {
-          AddCodes(words, a, &out_[pair * 4]);
-        } else {
-          MultiplyBf16(out_[pair * 2], a, words[0], words[1]);
-          MultiplyBf16(out_[pair * 2 + 1], a, words[2], words[3]);
-        }
+        LoadMatricesTransposed(words, latent + k * 2 * kTileBytes + pair * 32);
+        AddCodes(words, a, &out_[pair * 4]);
       }
     }
     Release(stage);
@@ -256,16 +195,14 @@ class Products {
   }
 
   // What out_ is to be multiplied by.
-  __device__ __forceinline__ float Unit() const {
-    return Rows::kFp8 ? __uint_as_float(unit_) * (kBits ? kSpread : 1.0f) : 1.0f;
-  }
+  __device__ __forceinline__ float Unit() const { return __uint_as_float(unit_); }
 
   const MlaParams& p_;
-  const Shared<kV> s_;
+  const Shared s_;
   const int group_;
   const int warp_;  // of the group
   const int lane_;
-  float out_[16][4];  // heads x 8 columns each; fp8: of 16 columns the even ones, then the odd ones
+  float out_[16][4];  // heads x 8 columns each: of 16 columns the even ones, then the odd ones
 
  private:
   // The exponent of the largest number of a head's q; far enough from either end to be turned round.
@@ -308,55 +245,31 @@ class Products {
 #pragma unroll
       for (int k = 0; k < 8; ++k) {
         const uint2 v = latent[r][k];
-        query_[k][r] = kBits ? PackHalves(low(v.x), low(v.y)) : PackHalves(low(v.x), high(v.x));
-        query_[k][2 + r] =
-            kBits ? PackHalves(high(v.x), high(v.y)) : PackHalves(low(v.y), high(v.y));
+        query_[k][r] = PackHalves(low(v.x), high(v.x));
+        query_[k][2 + r] = PackHalves(low(v.y), high(v.y));
       }
-      constexpr float kRope = kBits ? 1 / kSpread : 1.0f;
-      rope_[r] = PackBf16(low(rope[r].x) * kRope, high(rope[r].x) * kRope);
-      rope_[2 + r] = PackBf16(low(rope[r].y) * kRope, high(rope[r].y) * kRope);
+      rope_[r] = PackBf16(low(rope[r].x), high(rope[r].x));
+      rope_[2 + r] = PackBf16(low(rope[r].y), high(rope[r].y));
     }
-    return __uint_as_float((QueryExponent(head) - 12) << 23) * (kBits ? kSpread : 1.0f);
+    return __uint_as_float((QueryExponent(head) - 12) << 23);
   }
 
-  // Of kTilesAtOnce tiles: sum = q . codes.
-  __device__ __forceinline__ void MultiplyCodes(uint32_t codes, float (&sum)[kTilesAtOnce][4]) {
+  // Of all tiles: sum = q . codes.
+  __device__ __forceinline__ void MultiplyCodes(uint32_t codes, float (&sum)[kTiles][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t words[kTilesAtOnce][4];
+      uint32_t words[kTiles][4];
 #pragma unroll
-      for (int j = 0; j < kTilesAtOnce; ++j) {
-        LoadMatrices(words[j], codes + j * Rows::kTileBytes + half * 64);
+      for (int j = 0; j < kTiles; ++j) {
+        LoadMatrices(words[j], codes + j * kTileBytes + half * 64);
       }
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
 #pragma unroll
-        for (int j = 0; j < kTilesAtOnce; ++j) {
+        for (int j = 0; j < kTiles; ++j) {
           uint32_t b[2];
-          if constexpr (kBits) {
-            SpreadCodes(words[j][k], b[0], b[1]);
-          } else {
-            E4m3QuadToHalves(words[j][k], b[0], b[1]);
-          }
+          E4m3QuadToHalves(words[j][k], b[0], b[1]);
           MmaF16(sum[j], query_[half * 4 + k], b[0], b[1]);
-        }
-      }
-    }
-  }
-  // The same of bf16 rows, added.
-  __device__ __forceinline__ void MultiplyKeys(uint32_t latent, float (&score)[kTilesAtOnce][4]) {
-#pragma unroll
-    for (int k = 0; k < 8; k += 2) {
-      uint32_t keys[kTilesAtOnce][4];
-#pragma unroll
-      for (int j = 0; j < kTilesAtOnce; ++j) {
-        LoadMatrices(keys[j], latent + j * Rows::kTileBytes + k * 32);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-#pragma unroll
-        for (int j = 0; j < kTilesAtOnce; ++j) {
-          MultiplyBf16(score[j], query_[k + i], keys[j][i * 2], keys[j][i * 2 + 1]);
         }
       }
     }
@@ -384,11 +297,7 @@ class Products {
     uint32_t odd[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if constexpr (kBits) {
-        SpreadCodes(words[i], even[i], odd[i]);
-      } else {
-        E4m3QuadToHalves(__byte_perm(words[i], 0, 0x3120), even[i], odd[i]);
-      }
+      E4m3QuadToHalves(__byte_perm(words[i], 0, 0x3120), even[i], odd[i]);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

@@ -6,8 +6,7 @@
 //             [--deterministic] [--only TEXT]
 //   mla_bench --units [--pool-gib N] [--smoke] [--json FILE] [--only TEXT]
 //   mla_bench --fp8-rows [--rounds N] [--smoke] [--json FILE] [--only TEXT]
-//   mla_bench --fp8-few|--bf16-few [--deterministic] [--rounds N] [--smoke] [--json FILE] [--only TEXT]
-//             [--variant NAME] [--patience SECONDS] [--unwatched]
+//   mla_bench --fp8-few [--deterministic] [--rounds N] [--smoke] [--json FILE] [--only TEXT]
 //
 // A case is timed as the replay of a graph of launches (attention and merge) that walk over copies
 // of the cache of more than twice the L2; the median of the replays, divided by the launches.
@@ -17,9 +16,7 @@
 // "and keys" with the product that makes keys and values, whose flops then count.
 // --units: blocks as lists of column units against row-major blocks (mla_units_bench.cuh).
 // --fp8-rows: fp8 rows against the same numbers in bf16 (mla_fp8_bench.cuh).
-// --fp8-few, --bf16-few: variants of the kernel for few heads, fp8 or bf16 rows (mla_few_rows_bench.cuh).
-//   A variant that fails, or hangs for longer than --patience, is named and left out from there on; one
-//   that does so fails the run. --unwatched: all in one process, for debuggers.
+// --fp8-few: the kernel for few heads against that of tiles of 64 rows, fp8 rows (mla_few_rows_bench.cuh).
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -64,10 +61,6 @@ struct Options {
   bool units = false;
   bool fp8_rows = false;
   bool few_rows = false;
-  RowFormat few_format = RowFormat::kFp8;
-  std::string variant;
-  int patience_s = 20;
-  bool unwatched = false;
   int rounds = 15;
   int64_t pool_gib = 0;
   RowFormat format = RowFormat::kBf16;
@@ -279,8 +272,40 @@ Device Open(bool smoke) {
   return device;
 }
 
-// All that needs a GPU; lines are added to the JSON file.
-int Measure(const Options& options, Watched* watched) {
+int Main(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    const char* value = i + 1 < argc ? argv[i + 1] : "";
+    if (argument == "--smoke") {
+      options.smoke = true;
+    } else if (argument == "--deterministic") {
+      options.deterministic = true;
+    } else if (argument == "--units") {
+      options.units = true;
+    } else if (argument == "--fp8-rows") {
+      options.fp8_rows = true;
+    } else if (argument == "--fp8-few") {
+      options.few_rows = true;
+    } else if (argument == "--rounds") {
+      options.rounds = std::atoi(value), ++i;
+    } else if (argument == "--pool-gib") {
+      options.pool_gib = std::atoll(value), ++i;
+    } else if (argument == "--json") {
+      options.json = value, ++i;
+    } else if (argument == "--only") {
+      options.only = value, ++i;
+    } else if (argument == "--format") {
+      options.format = std::strcmp(value, "fp8") == 0 ? RowFormat::kFp8 : RowFormat::kBf16;
+      ++i;
+    } else if (argument == "--path") {
+      options.path = std::strcmp(value, "portable") == 0 ? MlaPath::kPortable : MlaPath::kHopper;
+      ++i;
+    } else {
+      std::fprintf(stderr, "unknown argument %s\n", argument.c_str());
+      return 2;
+    }
+  }
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess || count == 0) {
@@ -296,7 +321,7 @@ int Measure(const Options& options, Watched* watched) {
   const Device device = Open(options.smoke);
   Check(PrepareMla(), "prepare");
   Check(PrepareMhaPrefill(), "prepare");
-  std::FILE* json = options.json.empty() ? nullptr : std::fopen(options.json.c_str(), "a");
+  std::FILE* json = options.json.empty() ? nullptr : std::fopen(options.json.c_str(), "w");
   if (!options.json.empty() && json == nullptr) {
     std::perror(options.json.c_str());
     return 1;
@@ -308,9 +333,9 @@ int Measure(const Options& options, Watched* watched) {
     return same ? 0 : 1;
   }
   if (options.few_rows) {
-    const bool same = RunFewRows({options.smoke, options.deterministic, options.few_format,
-                                  std::max(1, options.rounds), options.only, options.variant},
-                                 device, watched, json);
+    const bool same = RunFewRows(
+        {options.smoke, options.deterministic, std::max(1, options.rounds), options.only}, device,
+        json);
     if (json != nullptr) std::fclose(json);
     return same ? 0 : 1;
   }
@@ -334,61 +359,6 @@ int Measure(const Options& options, Watched* watched) {
   }
   if (json != nullptr) std::fclose(json);
   return 0;
-}
-
-int Main(int argc, char** argv) {
-  Options options;
-  for (int i = 1; i < argc; ++i) {
-    const std::string argument = argv[i];
-    const char* value = i + 1 < argc ? argv[i + 1] : "";
-    if (argument == "--smoke") {
-      options.smoke = true;
-    } else if (argument == "--deterministic") {
-      options.deterministic = true;
-    } else if (argument == "--units") {
-      options.units = true;
-    } else if (argument == "--fp8-rows") {
-      options.fp8_rows = true;
-    } else if (argument == "--fp8-few" || argument == "--bf16-few") {
-      options.few_rows = true;
-      options.few_format = argument == "--fp8-few" ? RowFormat::kFp8 : RowFormat::kBf16;
-    } else if (argument == "--variant") {
-      options.variant = value, ++i;
-    } else if (argument == "--patience") {
-      options.patience_s = std::max(1, std::atoi(value)), ++i;
-    } else if (argument == "--unwatched") {
-      options.unwatched = true;
-    } else if (argument == "--rounds") {
-      options.rounds = std::atoi(value), ++i;
-    } else if (argument == "--pool-gib") {
-      options.pool_gib = std::atoll(value), ++i;
-    } else if (argument == "--json") {
-      options.json = value, ++i;
-    } else if (argument == "--only") {
-      options.only = value, ++i;
-    } else if (argument == "--format") {
-      options.format = std::strcmp(value, "fp8") == 0 ? RowFormat::kFp8 : RowFormat::kBf16;
-      ++i;
-    } else if (argument == "--path") {
-      options.path = std::strcmp(value, "portable") == 0 ? MlaPath::kPortable : MlaPath::kHopper;
-      ++i;
-    } else {
-      std::fprintf(stderr, "unknown argument %s\n", argument.c_str());
-      return 2;
-    }
-  }
-  if (!options.json.empty()) {
-    std::FILE* const json = std::fopen(options.json.c_str(), "w");
-    if (json == nullptr) {
-      std::perror(options.json.c_str());
-      return 1;
-    }
-    std::fclose(json);
-  }
-  Watched unwatched;
-  if (!options.few_rows || options.unwatched) return Measure(options, &unwatched);
-  return Watched::Watch(options.patience_s,
-                        [&](Watched& watched) { return Measure(options, &watched); });
 }
 
 }  // namespace

@@ -11,7 +11,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -19,13 +18,9 @@
 
 namespace strait::cuda {
 
-// What is being measured, for messages; may be empty.
-inline std::string doing;
-
 inline void Check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s%s%s: %s\n", doing.c_str(), doing.empty() ? "" : ", ", what,
-               cudaGetErrorString(error));
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
   std::exit(1);
 }
 

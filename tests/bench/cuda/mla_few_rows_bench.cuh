@@ -1,15 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Decoding with few heads over fp8 or bf16 rows: the kernel of tiles of 64 rows against every variant of the
-// few-rows kernel, replayed in turn.
+// Decoding with few heads over fp8 rows: the kernel of tiles of 64 rows against the few-rows kernel,
+// replayed in turn.
 //
-//   64 rows      MlaParams::tile_rows = 64: what a ratio is of; "again" is the same once more
-//   g2 s4 c4 ... groups, stages, copies a block of a variant; x2: two thread blocks a multiprocessor
-//   copies only  what bringing the blocks takes by itself; no results
+//   64 rows   MlaParams::tile_rows = 64: what a ratio is of; "again" is the same once more
+//   few rows  MlaParams::tile_rows = 16
 // A ratio is the median over rounds of time over the time of "64 rows" in that round. error: of a
 // result to that of "64 rows", root of the mean square, of which that one's own is most (3e-3); the
 // largest of launches by themselves and of the last of the replays.
-// --variant takes one of these names: that one and the kernel of 64 rows alone.
 #pragma once
 
 #include <algorithm>
@@ -21,48 +19,36 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/attention/mla_few_rows.h"
+#include "kernels/cuda/attention/mla.h"
 #include "tests/bench/cuda/mla_bench.cuh"
-#include "tests/bench/cuda/watched.h"
 
 namespace strait::cuda {
 
 struct FewRowsOptions {
   bool smoke = false;
   bool deterministic = false;
-  RowFormat format = RowFormat::kFp8;
   int rounds = 15;
   std::string only;
-  std::string variant;
 };
 
 class FewRowsBench {
  public:
-  FewRowsBench(const FewRowsOptions& options, const Device& device, Watched* watched)
-      : options_(options), device_(device), watched_(*watched) {}
+  FewRowsBench(const FewRowsOptions& options, const Device& device)
+      : options_(options), device_(device) {}
 
-  // Whether all results agree. at: the size's index.
-  bool Run(int at, const Size& size, std::FILE* json) {
+  // Whether all results agree.
+  bool Run(const Size& size, std::FILE* json) {
     const std::string name = std::to_string(size.heads) + " heads, " + std::to_string(size.batch) +
                              " x " + std::to_string(size.length);
     if (name.find(options_.only) == std::string::npos) return true;
-    const auto now = [&](const Way* way) {
-      doing = name + (way == nullptr ? "" : ", " + way->name);
-      watched_.Doing(at, doing, way != nullptr && way->variant != nullptr ? way->name : "");
-    };
-    now(nullptr);
-    const int64_t block_bytes = 64 * int64_t{RowBytes(options_.format, 512, 64)};
+    const int64_t block_bytes = 64 * int64_t{RowBytes(RowFormat::kFp8, 512, 64)};
     const int32_t blocks = (size.length + 63) / 64;
     const int64_t cache_bytes = int64_t{size.batch} * blocks * block_bytes;
     const int64_t enough = options_.smoke ? 1 : 2 * int64_t{device_.l2_bytes} + (8 << 20);
     const int copies = static_cast<int>((enough + cache_bytes - 1) / cache_bytes);
     const int64_t num_blocks = int64_t{copies} * size.batch * blocks;
     std::byte* const rows = Allocate<std::byte>(num_blocks * block_bytes);
-    if (options_.format == RowFormat::kBf16) {
-      FillBf16<<<1024, 256>>>(reinterpret_cast<__nv_bfloat16*>(rows), num_blocks * block_bytes / 2);
-    } else {
-      FillFp8Rows<<<1024, 128>>>(rows, num_blocks * 64);
-    }
+    FillFp8Rows<<<1024, 128>>>(rows, num_blocks * 64);
     std::vector<uint32_t> ids(static_cast<size_t>(num_blocks));
     std::iota(ids.begin(), ids.end(), 0u);
     std::shuffle(ids.begin(), ids.end(), std::mt19937_64(std::random_device{}()));
@@ -74,98 +60,66 @@ class FewRowsBench {
       segments[i].rank = 512;
     }
     MlaSegment* const device_segments = Upload(segments);
-    const Attention one(size, device_, options_.deterministic);
-    Device twice = device_;
-    twice.multiprocessors *= 2;
-    const Attention two(size, twice, options_.deterministic);
+    const Attention attention(size, device_, options_.deterministic);
     Check(cudaDeviceSynchronize(), "fill");
 
-    std::vector<Way> ways(2);
+    std::vector<Way> ways(3);
     ways[0].name = "64 rows";
     ways[1].name = "again";
-    for (const MlaFewRowsVariant& variant : kMlaFewRowsVariants) {
-      if (variant.format != options_.format || watched_.Failed(Name(variant))) continue;
-      if (!options_.variant.empty() && Name(variant) != options_.variant) continue;
-      Way& way = ways.emplace_back();
-      way.name = Name(variant);
-      way.variant = &variant;
-    }
-    if (ways.size() == 2 && !options_.variant.empty() && !watched_.Failed(options_.variant)) {
-      std::fprintf(stderr, "no variant %s\n", options_.variant.c_str());
-      return false;
-    }
+    ways[2].name = "few rows";
     for (Way& way : ways) {
-      way.params = way.variant != nullptr && way.variant->blocks == 2 ? two.params : one.params;
+      way.params = attention.params;
       way.params.path = MlaPath::kHopper;
       way.params.segments = device_segments;
-      way.params.format = options_.format;
+      way.params.format = RowFormat::kFp8;
       way.params.block_bytes = block_bytes;
       way.params.blocks = rows;
-      if (options_.format == RowFormat::kBf16) {
-        Check(MakeMlaPoolMap(rows, num_blocks, block_bytes, &way.params.pool_map), "tensor map");
-      }
-      if (way.variant != nullptr) way.params.tile_rows = kMlaFewRows;
     }
-    // Each way through all that can go wrong before the next begins.
+    ways[2].params.tile_rows = kMlaFewRows;
     const int launches = options_.smoke ? 1 : std::max(copies, 8);
     std::vector<std::vector<float>> expected;
     const std::vector<int> compared = {0, (launches - 1) % copies, copies - 1};
-    now(&ways[0]);
-    for (const int copy : compared) expected.push_back(Out(ways[0], size, copy, one.rows));
+    for (const int copy : compared) expected.push_back(Out(ways[0], size, copy, attention.rows));
     for (Way& way : ways) {
-      now(&way);
       for (size_t i = 0; i < compared.size(); ++i) {
-        Include(expected[i], Out(way, size, compared[i], one.rows), &way.error);
+        Include(expected[i], Out(way, size, compared[i], attention.rows), &way.error);
       }
       way.replay = std::make_unique<Replay>(launches, [&](int i, cudaStream_t stream) {
         Launch(way, size.batch, i % copies, stream);
       });
-      Clear(way, one.rows);
+      Clear(way, attention.rows);
       way.replay->Time();
-      Include(expected[1], Read(way, one.rows), &way.error);
+      Include(expected[1], Read(way, attention.rows), &way.error);
     }
-    Measure(ways, now);
+    Measure(ways);
     // Results of the last of many replays in turn, too.
     for (Way& way : ways) {
-      now(&way);
-      Clear(way, one.rows);
+      Clear(way, attention.rows);
       way.replay->Time();
-      Include(expected[1], Read(way, one.rows), &way.error);
+      Include(expected[1], Read(way, attention.rows), &way.error);
     }
-    Print(ways, name, size, cache_bytes + one.rows * (576 + 512) * 2, json);
-    now(nullptr);
+    Print(ways, name, size, cache_bytes + attention.rows * (576 + 512) * 2, json);
     for (void* memory : std::initializer_list<void*>{rows, table, device_segments}) {
       Check(cudaFree(memory), "free");
     }
-    return std::all_of(ways.begin(), ways.end(), [](const Way& way) {
-      return way.error < 1e-2 || (way.variant != nullptr && way.variant->copies_only);
-    });
+    return std::all_of(ways.begin(), ways.end(), [](const Way& way) { return way.error < 1e-2; });
   }
 
  private:
   struct Way {
     std::string name;
     MlaParams params;
-    const MlaFewRowsVariant* variant = nullptr;
     double error = 0;
     std::unique_ptr<Replay> replay;
     std::vector<double> times;
     std::vector<double> ratios;
   };
 
-  static std::string Name(const MlaFewRowsVariant& v) {
-    if (v.copies_only) return "copies only";
-    return "g" + std::to_string(v.groups) + " s" + std::to_string(v.stages) + " c" +
-           std::to_string(v.copies) + (v.blocks > 1 ? " x2" : "") + (v.integer_bits ? " bits" : "");
-  }
-
   // Launch i of a way walks over copy i % copies.
   static void Launch(const Way& way, int32_t batch, int copy, cudaStream_t stream) {
     MlaParams launch = way.params;
     launch.segments += int64_t{copy} * batch;
-    Check(way.variant == nullptr ? LaunchMla(launch, stream)
-                                 : LaunchMlaFewRows(launch, *way.variant, stream),
-          "launch");
+    Check(LaunchMla(launch, stream), "launch");
   }
 
   static void Clear(const Way& way, int64_t rows) {
@@ -203,16 +157,13 @@ class FewRowsBench {
     if (!std::isnan(*most) && !(relative <= *most)) *most = relative;
   }
 
-  // now(way): what is measured from here on.
-  template <class Now>
-  void Measure(std::vector<Way>& ways, const Now& now) const {
+  void Measure(std::vector<Way>& ways) const {
     const int count = static_cast<int>(ways.size());
     const int rounds = options_.smoke ? 1 : options_.rounds;
     for (int round = 0; round < rounds; ++round) {
       for (int i = 0; i < count; ++i) {
         Way& way = ways[static_cast<size_t>(
             round % 2 == 0 ? (round / 2 + i) % count : ((round / 2 - i) % count + count) % count)];
-        now(&way);
         way.times.push_back(MedianOf({way.replay->Time(), way.replay->Time(), way.replay->Time()}));
       }
       for (Way& way : ways) way.ratios.push_back(way.times.back() / ways[0].times.back());
@@ -222,8 +173,7 @@ class FewRowsBench {
   void Print(const std::vector<Way>& ways, const std::string& name, const Size& size, int64_t bytes,
              std::FILE* json) const {
     const double limit_us = static_cast<double>(bytes) / device_.read_gb_per_s / 1e3;
-    const char* const format = options_.format == RowFormat::kBf16 ? "bf16" : "fp8";
-    std::printf("%s, %s%s: limit %.1f us\n", name.c_str(), format,
+    std::printf("%s%s: limit %.1f us\n", name.c_str(),
                 options_.deterministic ? ", deterministic" : "", limit_us);
     for (const Way& way : ways) {
       const double us = MedianOf(way.times);
@@ -236,14 +186,14 @@ class FewRowsBench {
           way.error);
       if (json != nullptr) {
         std::fprintf(json,
-                     "{\"form\": \"few rows\", \"format\": \"%s\", \"heads\": %d, \"batch\": %d, "
+                     "{\"form\": \"few rows\", \"format\": \"fp8\", \"heads\": %d, \"batch\": %d, "
                      "\"length\": %d, "
                      "\"deterministic\": %s, \"way\": \"%s\", \"us\": %.2f, \"gb_per_s\": %.1f, "
                      "\"ratio\": %.4f, \"least\": %.4f, \"most\": %.4f, \"error\": %.3e, "
                      "\"read_gb_per_s\": %.1f, \"device\": \"%s\"}\n",
-                     format, size.heads, size.batch, size.length,
-                     options_.deterministic ? "true" : "false", way.name.c_str(), us, gb_per_s,
-                     ratio, *least, *most, way.error, device_.read_gb_per_s, device_.name);
+                     size.heads, size.batch, size.length, options_.deterministic ? "true" : "false",
+                     way.name.c_str(), us, gb_per_s, ratio, *least, *most, way.error,
+                     device_.read_gb_per_s, device_.name);
       }
     }
     std::fflush(stdout);
@@ -252,12 +202,10 @@ class FewRowsBench {
 
   const FewRowsOptions options_;
   const Device device_;
-  Watched& watched_;
 };
 
 // Whether all results agree at every size.
-inline bool RunFewRows(const FewRowsOptions& options, const Device& device, Watched* watched,
-                       std::FILE* json) {
+inline bool RunFewRows(const FewRowsOptions& options, const Device& device, std::FILE* json) {
   std::vector<Size> sizes;
   for (const int32_t heads : {16, 8}) {
     for (const auto& [batch, length] :
@@ -266,11 +214,9 @@ inline bool RunFewRows(const FewRowsOptions& options, const Device& device, Watc
     }
   }
   if (options.smoke) sizes = {{16, 1, 300}, {8, 3, 100}};
-  FewRowsBench bench(options, device, watched);
+  FewRowsBench bench(options, device);
   bool same = true;
-  for (int i = watched->first(); i < static_cast<int>(sizes.size()); ++i) {
-    same &= bench.Run(i, sizes[static_cast<size_t>(i)], json);
-  }
+  for (const Size& size : sizes) same &= bench.Run(size, json);
   return same;
 }
 

@@ -20,7 +20,6 @@
 #include <vector>
 
 #include "kernels/cuda/attention/mla.h"
-#include "kernels/cuda/attention/mla_few_rows.h"
 #include "kernels/reference/kernels.h"
 #include "tests/kernels/cuda/gpu_test.h"
 
@@ -45,7 +44,6 @@ struct Shape {
   bool block_lse = false;
   bool positions = false;  // blocks say where they begin; every third block is missing
   bool few_rows = false;   // MlaParams::tile_rows says so
-  int32_t variant = -1;    // of the few-rows kernel; -1: LaunchMla's choice
   float scale_spread = 4;  // fp8: a scale lies between 0.005 and that many times it
   bool units = false;      // the pool is units of 64 columns (mla.h), scattered
 };
@@ -87,10 +85,10 @@ class Case {
 
   // A score is about normal(0, 1.3). bf16: fp32 sums only. fp8: each code * scale is rounded to
   // bf16, at most 2^-9 off: 1.5e-3 on a score in the mean square, eight times that allowed.
-  // The few-rows kernel rounds neither.
+  // The few-rows kernel does not.
   double LseTolerance() const {
-    const bool rounds = shape_.format == RowFormat::kFp8 && (!shape_.few_rows || shape_.block_lse);
-    return rounds ? 1.2e-2 : 2e-3;
+    const bool few = shape_.few_rows && !shape_.block_lse && shape_.path == MlaPath::kHopper;
+    return shape_.format == RowFormat::kFp8 && !few ? 1.2e-2 : 2e-3;
   }
   Shape& shape() { return shape_; }
   int64_t pairs() const { return int64_t{num_tokens_} * shape_.heads; }
@@ -278,10 +276,7 @@ class Case {
     EXPECT_EQ(PrepareMla(), cudaSuccess);
     for (const int64_t begin : plan_begins) {
       p.plan = ViewMlaPlan(limits, device_plan.data() + begin);
-      EXPECT_EQ(shape_.variant < 0
-                    ? LaunchMla(p, nullptr)
-                    : LaunchMlaFewRows(p, kMlaFewRowsVariants[shape_.variant], nullptr),
-                cudaSuccess);
+      EXPECT_EQ(LaunchMla(p, nullptr), cudaSuccess);
     }
     result.out = shape_.out_fp32 ? out_fp32.Get() : gpu_test::ToFloat(out_bf16.Get());
     result.lse = lse.Get();
