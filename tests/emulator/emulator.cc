@@ -4,6 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -93,6 +94,12 @@ struct Block {
   Barrier barriers[kNamedBarriers];
 };
 
+// A copy that is on its way.
+struct Deferred {
+  std::function<void()> work;
+  uint32_t rounds = 0;  // until it is there
+};
+
 // What runs at the same time: most often one block.
 struct Cluster {
   dim3 grid;
@@ -100,7 +107,7 @@ struct Cluster {
   const std::function<void()>* body = nullptr;
   std::vector<Block> blocks;
   Barrier barrier;
-  std::vector<std::function<void()>> deferred;
+  std::vector<Deferred> deferred;
   uint64_t progress = 0;
 
   int live() const {
@@ -192,15 +199,29 @@ std::mt19937& Random() {
   return random;
 }
 
-void RunDeferred(bool all) {
-  std::vector<std::function<void()>> later;
-  std::vector<std::function<void()>> now;
-  for (auto& work : cluster->deferred) {
-    (all || Random()() % 2 == 0 ? now : later).push_back(std::move(work));
+// Most copies come within a few rounds, an eighth after as long as a kernel takes for several steps:
+// copies overtake each other by far, as memory lets them.
+uint32_t Delay() {
+  const uint32_t bits = Random()();
+  return bits % 8 == 0 ? bits / 8 % 2048 : static_cast<uint32_t>(std::countr_zero(bits / 8 | 256));
+}
+
+// If the threads are stuck, time passes until the next copy comes.
+void RunDeferred(bool stuck) {
+  uint32_t passed = 1;
+  if (stuck) {
+    passed = UINT32_MAX;
+    for (const Deferred& one : cluster->deferred) passed = std::min(passed, one.rounds);
+  }
+  std::vector<Deferred> later;
+  std::vector<Deferred> now;
+  for (Deferred& one : cluster->deferred) {
+    one.rounds -= std::min(one.rounds, passed);
+    (one.rounds == 0 ? now : later).push_back(std::move(one));
   }
   cluster->deferred = std::move(later);
-  for (auto& work : now) {
-    work();
+  for (Deferred& one : now) {
+    one.work();
     ++cluster->progress;
   }
 }
@@ -414,7 +435,7 @@ void MeetWarpgroup(void* mine, Combine combine) {
        self->linear % kWarpgroupThreads, 0, kWarpgroupThreads, mine, combine);
 }
 
-void Defer(std::function<void()> work) { cluster->deferred.push_back(std::move(work)); }
+void Defer(std::function<void()> work) { cluster->deferred.push_back({std::move(work), Delay()}); }
 
 void AddCopy(std::function<void()> work) {
   self->copies.push_back({std::move(work), self->copy_group});

@@ -71,7 +71,7 @@ uint32_t AddressInBlock(uint32_t shared_address, uint32_t rank);
 // Fails if the block to which the address belongs has ended: nobody may reach into it any more.
 void CheckAlive(uint32_t shared_address);
 
-// Runs some time later, at the latest when nobody can go on without it.
+// Runs some time later, at the latest when nobody can go on without it. Later ones may come first.
 void Defer(std::function<void()> work);
 
 // A thread's asynchronous copies, made when it waits for them.

@@ -153,7 +153,9 @@ cudaError_t LaunchMerge(const MlaParams& params, cudaStream_t stream) {
 
 cudaError_t PrepareMla() {
   const cudaError_t error = mla::PreparePortable();
-  return error != cudaSuccess ? error : mla::PrepareHopper();
+  if (error != cudaSuccess) return error;
+  const cudaError_t hopper = mla::PrepareHopper();
+  return hopper != cudaSuccess ? hopper : mla::PrepareFewRows();
 }
 
 MlaPath MlaAutoPath(RowFormat, int32_t rank, int32_t rope) {
@@ -178,8 +180,9 @@ cudaError_t LaunchMla(const MlaParams& params, cudaStream_t stream) {
   if (params.units && (path != MlaPath::kHopper || params.format != RowFormat::kBf16)) {
     return cudaErrorInvalidValue;
   }
-  const cudaError_t error = path == MlaPath::kHopper ? mla::LaunchHopper(params, stream)
-                                                     : mla::LaunchPortable(params, stream);
+  const cudaError_t error = path == MlaPath::kPortable  ? mla::LaunchPortable(params, stream)
+                            : mla::TakesFewRows(params) ? mla::LaunchFewRows(params, stream)
+                                                        : mla::LaunchHopper(params, stream);
   return error != cudaSuccess ? error : mla::LaunchMerge(params, stream);
 }
 

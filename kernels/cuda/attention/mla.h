@@ -35,6 +35,8 @@ namespace strait::cuda {
 
 enum class MlaPath : int32_t { kAuto, kPortable, kHopper };
 
+inline constexpr int32_t kMlaFewRows = 16;
+
 // What one sequence has in one layer. One segment a sequence today, at full rank; segments of
 // lower rank or another format become more entries a sequence.
 struct MlaSegment {
@@ -81,6 +83,11 @@ struct MlaParams {
   int32_t rank = 0;                     // kv_lora_rank
   int32_t rope = 0;                     // qk_rope_head_dim
   RowFormat format = RowFormat::kBf16;  // of all segments
+  // Rows of the plan's tiles, at most: MlaLargestTile. Up to kMlaFewRows, over fp8 rows and without
+  // block_lse, the Hopper path takes a kernel that reads faster. Its bits are others, and those of a
+  // token also depend on later ones in its tile: for no deterministic plan of several tokens a
+  // sequence. More rows than stated are right too, and slow.
+  int32_t tile_rows = kMlaTileRows;
   bool out_fp32 = false;
   bool units = false;  // page tables: [blocks, kMlaBlockUnits] ids of units; unit id begins at
                        // blocks + id * kMlaUnitBytes; pool_map of MakeMlaUnitMap

@@ -92,8 +92,11 @@ inline cudaLaunchAttribute EarlyStart() {
 // Kernels of the other files.
 cudaError_t LaunchPortable(const MlaParams& params, cudaStream_t stream);
 cudaError_t LaunchHopper(const MlaParams& params, cudaStream_t stream);
+bool TakesFewRows(const MlaParams& params);  // of the Hopper path
+cudaError_t LaunchFewRows(const MlaParams& params, cudaStream_t stream);
 cudaError_t LaunchMerge(const MlaParams& params, cudaStream_t stream);
 cudaError_t PreparePortable();
 cudaError_t PrepareHopper();
+cudaError_t PrepareFewRows();
 
 }  // namespace strait::cuda::mla

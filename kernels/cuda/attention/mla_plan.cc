@@ -189,6 +189,12 @@ bool PlanMla(const MlaSequence* sequences, int32_t num_sequences, const MlaPlanO
   return true;
 }
 
+int32_t MlaLargestTile(const MlaPlan& plan) {
+  int32_t rows = 0;
+  for (const MlaWork& work : plan.work) rows = std::max(rows, work.num_rows);
+  return rows;
+}
+
 MlaPlanLimits MaxMlaPlan(int32_t num_thread_blocks, int32_t max_sequences, int32_t max_tokens,
                          int32_t num_heads, int64_t max_rows, bool deterministic) {
   MlaPlanLimits limits;

@@ -117,6 +117,9 @@ struct MlaPlan {
 bool PlanMla(const MlaSequence* sequences, int32_t num_sequences, const MlaPlanOptions& options,
              const MlaPlanLimits& limits, MlaPlan* plan);
 
+// Rows of the plan's largest tile; 0: it has none.
+int32_t MlaLargestTile(const MlaPlan& plan);
+
 // Limits that hold for every step of at most max_tokens tokens in max_sequences sequences of at
 // most max_rows cache rows.
 MlaPlanLimits MaxMlaPlan(int32_t num_thread_blocks, int32_t max_sequences, int32_t max_tokens,

@@ -6,6 +6,7 @@
 //             [--deterministic] [--only TEXT]
 //   mla_bench --units [--pool-gib N] [--smoke] [--json FILE] [--only TEXT]
 //   mla_bench --fp8-rows [--rounds N] [--smoke] [--json FILE] [--only TEXT]
+//   mla_bench --fp8-few [--deterministic] [--rounds N] [--smoke] [--json FILE] [--only TEXT]
 //
 // A case is timed as the replay of a graph of launches (attention and merge) that walk over copies
 // of the cache of more than twice the L2; the median of the replays, divided by the launches.
@@ -15,6 +16,7 @@
 // "and keys" with the product that makes keys and values, whose flops then count.
 // --units: blocks as lists of column units against row-major blocks (mla_units_bench.cuh).
 // --fp8-rows: fp8 rows against the same numbers in bf16 (mla_fp8_bench.cuh).
+// --fp8-few: the kernel for few heads against that of tiles of 64 rows, fp8 rows (mla_few_rows_bench.cuh).
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -31,6 +33,7 @@
 #include "kernels/cuda/attention/mla.h"
 #include "kernels/cuda/gemm/gemm.h"
 #include "tests/bench/cuda/mla_bench.cuh"
+#include "tests/bench/cuda/mla_few_rows_bench.cuh"
 #include "tests/bench/cuda/mla_fp8_bench.cuh"
 #include "tests/bench/cuda/mla_units_bench.cuh"
 
@@ -57,6 +60,7 @@ struct Options {
   bool deterministic = false;
   bool units = false;
   bool fp8_rows = false;
+  bool few_rows = false;
   int rounds = 15;
   int64_t pool_gib = 0;
   RowFormat format = RowFormat::kBf16;
@@ -281,6 +285,8 @@ int Main(int argc, char** argv) {
       options.units = true;
     } else if (argument == "--fp8-rows") {
       options.fp8_rows = true;
+    } else if (argument == "--fp8-few") {
+      options.few_rows = true;
     } else if (argument == "--rounds") {
       options.rounds = std::atoi(value), ++i;
     } else if (argument == "--pool-gib") {
@@ -307,7 +313,7 @@ int Main(int argc, char** argv) {
                  error != cudaSuccess ? cudaGetErrorString(error) : "no GPU");
     return 77;
   }
-  if ((options.units || options.fp8_rows) &&
+  if ((options.units || options.fp8_rows || options.few_rows) &&
       MlaAutoPath(RowFormat::kBf16, 512, 64) != MlaPath::kHopper) {
     std::fprintf(stderr, "SKIPPED, nothing was measured: this is of the Hopper kernel\n");
     return 77;
@@ -323,6 +329,13 @@ int Main(int argc, char** argv) {
   if (options.fp8_rows) {
     const bool same =
         RunFp8({options.smoke, std::max(1, options.rounds), options.only}, device, json);
+    if (json != nullptr) std::fclose(json);
+    return same ? 0 : 1;
+  }
+  if (options.few_rows) {
+    const bool same = RunFewRows(
+        {options.smoke, options.deterministic, std::max(1, options.rounds), options.only}, device,
+        json);
     if (json != nullptr) std::fclose(json);
     return same ? 0 : 1;
   }

@@ -229,6 +229,7 @@ absl::Status CudaLayers::Attend(const DeviceLayer& weights, const cuda::MlaSegme
   mla.num_heads = heads;
   mla.rank = rank;
   mla.rope = rope;
+  mla.tile_rows = tile.attention_tile_rows;
   for (const cuda::MlaPlanView& plan : tile.plans) {
     mla.plan = plan;
     STRAIT_CUDA_RETURN_IF_ERROR(cuda::LaunchMla(mla, stream_));

@@ -37,8 +37,10 @@ struct CudaTile {
   const int32_t* sequence_index = nullptr;    // [num_rows] into a layer's segments
   absl::Span<const cuda::MlaPlanView> plans;  // launched one after the other; together all rows
                                               // that attend in the absorbed form
-  const PromptPlan* prompts = nullptr;        // which rows attend in the absorbed form, and how the
-                                              // others; null: all are absorbed
+  int32_t attention_tile_rows =
+      cuda::kMlaTileRows;               // of the plans' tiles, at most: MlaParams::tile_rows
+  const PromptPlan* prompts = nullptr;  // which rows attend in the absorbed form, and how the
+                                        // others; null: all are absorbed
 };
 
 // The latent cache on the device.

@@ -357,18 +357,23 @@ absl::Status CudaStageModel::Plan(const StageBatch& batch, uint32_t begin, Slot*
   cuda::CutMlaBatch(prompts_.absorbed.data(), static_cast<int32_t>(prompts_.absorbed.size()),
                     options, limits_.mla, &plan_parts_);
   uint64_t used = 0;
+  int32_t largest = 0;
   for (size_t part = 0; part + 1 < plan_parts_.begin.size(); ++part) {
     const int32_t first = plan_parts_.begin[part];
     STRAIT_CHECK(cuda::PlanMla(&plan_parts_.sequences[static_cast<size_t>(first)],
                                plan_parts_.begin[part + 1] - first, options, limits_.mla, &plan_),
                  "the plan's limits hold for every part");
     STRAIT_CHECK(used + cuda::MlaPlanUsedBytes(plan_) <= limits_.plan_bytes);
+    largest = std::max(largest, cuda::MlaLargestTile(plan_));
     plan_views_.push_back(cuda::ViewMlaPlan(limits_.mla, ws_.plan + used));
     used += static_cast<uint64_t>(cuda::WriteMlaPlan(plan_, slot->plan.data() + used));
   }
   STRAIT_CUDA_RETURN_IF_ERROR(
       cudaMemcpyAsync(ws_.plan, slot->plan.data(), used, cudaMemcpyHostToDevice, stream_));
   tile->plans = plan_views_;
+  // The kernel for few rows sums in another order. With --deterministic a row takes one kernel, in
+  // whatever step it is computed: a prompt's, a replay's.
+  if (!limits_.deterministic) tile->attention_tile_rows = largest;
   return absl::OkStatus();
 }
 

@@ -160,9 +160,10 @@ class CudaStageModel final : public StageModel {
   size_t next_slot_ = 0;
   size_t num_begun_ = 0;
 
-  // By rows of the step: all that a graph's launches depend on, with the addresses of the tables,
-  // which follow from it. A size is captured when it is first seen: capturing all at load would
-  // take longer than the load of a small model, for sizes that mostly never come.
+  // By rows of the step: all that a graph's launches depend on, with the addresses of the tables and
+  // the tiles of attention, a token each, which follow from it. A size is captured when it is first
+  // seen: capturing all at load would take longer than the load of a small model, for sizes that
+  // mostly never come.
   std::map<int32_t, cudaGraphExec_t> graphs_;
   GraphLedger graph_ledger_;
 

@@ -127,6 +127,9 @@ TEST(MlaPlanTest, RandomBatchesAreCoveredOnceAndEvenly) {
     const int32_t grid = pick(1, 140);
     const MlaPlan plan = Plan(batch, heads, false, grid);
     ExpectWhole(batch, heads, plan);
+    int32_t most_tokens = 0;
+    for (const MlaSequence& s : batch.sequences) most_tokens = std::max(most_tokens, s.num_tokens);
+    EXPECT_EQ(MlaLargestTile(plan), std::min(most_tokens * heads, kMlaTileRows));
     int64_t heaviest = 0;
     int64_t total = 0;
     for (size_t i = 0; i < static_cast<size_t>(grid); ++i) {

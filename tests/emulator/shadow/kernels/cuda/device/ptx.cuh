@@ -40,6 +40,10 @@ inline float Bf16ToFloat(uint16_t bits) {
 inline float LowBf16(uint32_t pair) { return Bf16ToFloat(static_cast<uint16_t>(pair & 0xffff)); }
 inline float HighBf16(uint32_t pair) { return Bf16ToFloat(static_cast<uint16_t>(pair >> 16)); }
 
+inline float HalfToFloat(uint16_t bits) { return __half2float(std::bit_cast<__half>(bits)); }
+inline float LowHalf(uint32_t pair) { return HalfToFloat(static_cast<uint16_t>(pair & 0xffff)); }
+inline float HighHalf(uint32_t pair) { return HalfToFloat(static_cast<uint16_t>(pair >> 16)); }
+
 // ---- mma.sync.m16n8k16 ----
 struct MmaLane {
   float* d;
@@ -47,7 +51,8 @@ struct MmaLane {
   uint32_t b[2];
 };
 
-inline void MmaWarp(void* const* slots, uint32_t mask) {
+template <float (*kLow)(uint32_t), float (*kHigh)(uint32_t)>
+void MmaWarp(void* const* slots, uint32_t mask) {
   if (mask != 0xffffffffu) Fail("a product without all lanes of the warp");
   float a[16][16];
   float b[16][8];
@@ -58,12 +63,12 @@ inline void MmaWarp(void* const* slots, uint32_t mask) {
     for (int i = 0; i < 4; ++i) {
       const int r = row + i % 2 * 8;
       const int k = pair + i / 2 * 8;
-      a[r][k] = LowBf16(one.a[i]);
-      a[r][k + 1] = HighBf16(one.a[i]);
+      a[r][k] = kLow(one.a[i]);
+      a[r][k + 1] = kHigh(one.a[i]);
     }
     for (int i = 0; i < 2; ++i) {
-      b[pair + i * 8][row] = LowBf16(one.b[i]);
-      b[pair + i * 8 + 1][row] = HighBf16(one.b[i]);
+      b[pair + i * 8][row] = kLow(one.b[i]);
+      b[pair + i * 8 + 1][row] = kHigh(one.b[i]);
     }
   }
   for (int lane = 0; lane < 32; ++lane) {
@@ -189,7 +194,11 @@ namespace strait::cuda {
 inline void MmaBf16(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
                     uint32_t b1) {
   emulator::MmaLane lane = {d, {a0, a1, a2, a3}, {b0, b1}};
-  emulator::MeetWarp(0xffffffffu, &lane, emulator::MmaWarp);
+  emulator::MeetWarp(0xffffffffu, &lane, emulator::MmaWarp<emulator::LowBf16, emulator::HighBf16>);
+}
+inline void MmaF16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::MmaLane lane = {d, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  emulator::MeetWarp(0xffffffffu, &lane, emulator::MmaWarp<emulator::LowHalf, emulator::HighHalf>);
 }
 inline void LoadMatrices(uint32_t (&r)[4], uint32_t from) {
   emulator::MatrixLane lane = {r, from};
@@ -304,6 +313,16 @@ void NamedSync() {
 template <int kId, int kThreads>
 void NamedArrive() {
   emulator::NamedBarrier(kId, kThreads, false);
+}
+
+inline void CopyBulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  if (to % 16 != 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    emulator::Fail("a bulk copy that is not of pieces of 16 bytes");
+  }
+  emulator::Defer([=] {
+    std::memcpy(emulator::At(to), from, bytes);
+    emulator::CompleteBytes(barrier, static_cast<int32_t>(bytes));
+  });
 }
 
 inline void LoadBox(uint32_t to, const void* map, int x, int y, int z, uint32_t barrier) {
