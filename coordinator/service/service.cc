@@ -413,7 +413,10 @@ class CoordinatorService::Impl {
     Log(ended.status.ok() ? LogLevel::kInfo : LogLevel::kWarning, "verb ended",
         {{"verb", ended.verb.value}, {"why", ended.status}});
     auto node = verbs_.extract(ended.verb);
-    if (node) node.mapped()->OnVerbEnd(std::move(ended.status));
+    if (!node) return;
+    // Who asked looks at the status next, and is to see what came of it.
+    Publish(MonotonicMicros());
+    node.mapped()->OnVerbEnd(std::move(ended.status));
   }
 
   RequestListener* Find(RequestId request) {

@@ -150,6 +150,12 @@ class Http:
         assert reply.status_code == 200, reply.text
         return reply.json()
 
+    def fresh_status(self):
+        """What status tells is of a moment ago, longer if nobody has asked."""
+        self.status()
+        time.sleep(0.3)
+        return self.status()
+
     def bytes_in_use(self):
         """Of the caches, without prefix blocks that no sequence has now."""
         stats = self.status()["stats"]

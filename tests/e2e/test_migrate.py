@@ -48,6 +48,11 @@ class Pair(Daemons):
         found = [s for s in self.status()["sequences"] if s["request"] == name and s["choice"] == choice]
         return found[0] if found else None
 
+    def known(self, name, choice=0):
+        """The same, once status tells of it: what it tells is of a moment ago."""
+        wait_until(lambda: self.sequence(name, choice) is not None, what=f"status to tell of {name}")
+        return self.sequence(name, choice)
+
     def wait_there(self, name, pipeline, choice=0):
         # What status tells is of a moment ago.
         wait_until(lambda: (self.sequence(name, choice) or {}).get("pipeline_id") == pipeline, what=f"{name} in {pipeline}")
@@ -135,11 +140,11 @@ def told(done):
 
 
 def test_the_same_tokens_when_a_sequence_moves_twice(pair, undisturbed):
-    before = pair.status()["stats"]
+    before = pair.fresh_status()["stats"]
     stream = Stream(pair, "moved", **body())
     for wanted in (50, 400):
         stream.wait(wanted)
-        was = pair.sequence("cmpl-moved")
+        was = pair.known("cmpl-moved")
         to = pair.other_than(was["pipeline_id"])
         # By its request's name, then by its id.
         sequence, begin, end, rows, rounds, pause_ms, total_s = told(
@@ -148,7 +153,7 @@ def test_the_same_tokens_when_a_sequence_moves_twice(pair, undisturbed):
         assert rows >= was["rows"] > 600 and rounds >= 1 and pause_ms / 1000 <= total_s
         pair.wait_there("cmpl-moved", to)
     assert stream.end() == undisturbed[1]
-    after = pair.status()["stats"]
+    after = pair.fresh_status()["stats"]
     for count in ("recomputed_rows", "replayed_tokens", "recoveries", "workers_lost"):
         assert after[count] == before[count], count
     wait_until(lambda: pair.bytes_in_use() == 0, what="both ends to have let go of it")
@@ -158,7 +163,7 @@ def test_the_same_tokens_when_a_sequence_moves_twice(pair, undisturbed):
 def test_one_choice_of_several_moves(pair, undisturbed):
     stream = Stream(pair, "both", **body(n=2))
     stream.wait(50, choice=1)
-    was = [pair.sequence("cmpl-both", choice) for choice in (0, 1)]
+    was = [pair.known("cmpl-both", choice) for choice in (0, 1)]
     to = pair.other_than(was[1]["pipeline_id"])
     ambiguous = pair.migrate("cmpl-both", to)
     assert ambiguous.returncode == 1 and "/" in ambiguous.stderr, ambiguous.stderr
@@ -172,7 +177,7 @@ def test_one_choice_of_several_moves(pair, undisturbed):
 def test_a_dry_run_says_what_could_be_and_moves_nothing(pair, undisturbed):
     stream = Stream(pair, "dry", **body())
     stream.wait(50)
-    was = pair.sequence("cmpl-dry")
+    was = pair.known("cmpl-dry")
     done = pair.migrate("cmpl-dry", pair.other_than(was["pipeline_id"]), "--dry-run")
     assert done.returncode == 0, done.stderr
     assert re.match(rf"sequence {was['id']} from pipeline {was['pipeline_id']} to \d+ could move: \d+ rows$", done.stdout)
@@ -184,7 +189,7 @@ def test_a_dry_run_says_what_could_be_and_moves_nothing(pair, undisturbed):
 def test_a_client_that_hangs_up_stops_no_move(pair, undisturbed):
     stream = Stream(pair, "alone", **body())
     stream.wait(50)
-    was = pair.sequence("cmpl-alone")
+    was = pair.known("cmpl-alone")
     to = pair.other_than(was["pipeline_id"])
     ask = json.dumps({"sequence": was["id"], "to": to}).encode()
     with pair.socket() as s:
@@ -199,7 +204,7 @@ def test_a_client_that_hangs_up_stops_no_move(pair, undisturbed):
 def test_reports_are_lines_of_json(pair, undisturbed):
     stream = Stream(pair, "lines", **body())
     stream.wait(50)
-    was = pair.sequence("cmpl-lines")
+    was = pair.known("cmpl-lines")
     reply = pair.ask(sequence="cmpl-lines", to=pair.other_than(was["pipeline_id"]), timeout=60)
     assert reply.status_code == 200 and reply.headers["content-type"] == "application/x-ndjson", reply.text
     lines = [json.loads(line) for line in reply.text.splitlines()]
@@ -214,7 +219,7 @@ def test_reports_are_lines_of_json(pair, undisturbed):
 def test_what_cannot_be_is_refused_with_the_reason_and_changes_nothing(pair, undisturbed):
     stream = Stream(pair, "stays", **body())
     stream.wait(50)
-    was = pair.sequence("cmpl-stays")
+    was = pair.known("cmpl-stays")
     to = pair.other_than(was["pipeline_id"])
     for sequence, pipeline, status in (("cmpl-nobody", to, 404), ("999999", to, 404), ("cmpl-stays/7", to, 404),
                                        ("cmpl-stays", 77, 404), ("cmpl-stays", was["pipeline_id"], (400, 409))):

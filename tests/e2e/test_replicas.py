@@ -92,10 +92,10 @@ def test_a_death_costs_a_tail_and_a_block(undisturbed, victim, prefix_cache):
         streams = Streams(d)
         streams.wait_for(100)
         wait_until(lambda: all(not s["unprotected"] for s in d.status()["sequences"]), what="copies of all rows")
-        before = d.status()["stats"]
+        before = d.fresh_status()["stats"]
         d.kill_worker(next(i for i in (0, 1) if d.stage_of(i) == victim))
         assert streams.join() == undisturbed
-        after = d.status()["stats"]
+        after = d.fresh_status()["stats"]
         stages = 2
         computed = after["recomputed_rows"] - before["recomputed_rows"]
         restored = after["restored_rows"] - before["restored_rows"]
@@ -114,7 +114,7 @@ def test_without_memory_for_copies_all_is_replayed(undisturbed):
         assert all(s["unprotected"] for s in d.status()["sequences"])
         d.kill_worker(0)
         assert streams.join() == undisturbed
-        stats = d.status()["stats"]
+        stats = d.fresh_status()["stats"]
         assert stats["restored_rows"] == 0 and stats["recomputed_rows"] > MOST_ROWS * len(PROMPTS)
 
 
