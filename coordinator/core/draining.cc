@@ -317,7 +317,8 @@ Draining::End Draining::Move(Drain* drain, const Pipeline& pipeline, bool* chang
   size_t under_way = 0;
   for (const auto& [id, move] : migrations_->moves()) under_way += move.drains;
   std::vector<Sequence*> waiting;
-  bool given_up = false;
+  bool given_up = OpenPipelines().empty();
+  if (given_up) drain->refusal = absl::ResourceExhaustedError("no other pipeline serves any more");
   for (const auto& [id, residency] : residents) {
     if (migrations_->moves().contains(id) || residency->role != Residency::Role::kHome) continue;
     const auto tries = drain->tries.find(id);

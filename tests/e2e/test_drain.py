@@ -44,6 +44,11 @@ class Drained(Daemons):
         """What status tells of one, by index of start; None: it is not attached."""
         return next((w for w in self.status()["workers"] if w["name"] == f"worker-{index}"), None)
 
+    def wait_drained(self, index):
+        # What status tells is of a moment ago.
+        wait_until(lambda: self.worker(index)["state"] == "drained", what="the worker to be drained")
+        assert self.worker(index)["stages"] == []
+
     def busy_worker(self):
         """One with sequences in its pipeline, by index."""
         def find():
@@ -106,15 +111,15 @@ def test_sequences_go_to_the_other_pipeline(tmp_path, undisturbed, stages):
                         done.stdout)
         assert told and int(told[1]) > 0, done.stdout
         print("\n" + done.stdout)
-        assert d.worker(victim)["stages"] == [] and d.worker(victim)["state"] == "drained"
+        d.wait_drained(victim)
         assert streams.join() == undisturbed
         stats = d.fresh_status()["stats"]
         assert stats["recomputed_rows"] == 0 and stats["replayed_tokens"] == 0 and stats["migrations"] >= int(told[1])
-        assert d.active_pipelines() == 1 and not d.status()["drains"]
+        wait_until(lambda: d.active_pipelines() == 1 and not d.status()["drains"], what="one pipeline")
         # Another time it may have stages again.
         assert "may get stages again" in d.drain(d.worker(victim)["id"], "--undo").stdout
         d.wait_pipelines(2)
-        assert d.worker(victim)["state"] == "serving"
+        wait_until(lambda: d.worker(victim)["state"] == "serving", what="the worker to serve")
 
 
 def test_sigterm_drains_first(tmp_path, undisturbed):
@@ -148,7 +153,7 @@ def test_a_spare_takes_the_place_from_copies(tmp_path, undisturbed, victim_stage
         assert done.returncode == 0, done.stderr
         print("\n" + done.stdout)
         assert "has other stages" in done.stdout, done.stdout
-        assert d.worker(victim)["stages"] == [] and d.worker(victim)["state"] == "drained"
+        d.wait_drained(victim)
         assert streams.join() == undisturbed
         after = d.status()["stats"]
         assert after["recoveries"] == before["recoveries"] and after["workers_lost"] == before["workers_lost"]
@@ -164,5 +169,5 @@ def test_what_cannot_be_is_refused_and_all_goes_on(tmp_path, undisturbed):
             refused = d.drain("worker-0", *args)
             assert refused.returncode == 1 and "no other worker" in refused.stderr, refused.stderr
         assert d.drain("worker-7").returncode == 1
-        assert d.worker(0)["state"] == "serving"
+        wait_until(lambda: d.worker(0)["state"] == "serving", what="the worker to serve on")
         assert streams.join() == undisturbed

@@ -94,8 +94,8 @@ class DrainingTest : public testing::Test {
 TEST_F(DrainingTest, SequencesMoveAndThePipelineGoes) {
   Start(2, 1, {kRoomy, kRoomy});
   Serve({100, 90, 40, 70, 33, 64});
-  const size_t there = NumResidentsAt(workers_[0]);
-  ASSERT_GE(there, 2u);
+  const size_t residents = NumResidentsAt(workers_[0]);
+  ASSERT_GT(residents, 1u);
   const VerbId verb = h_->Drain(workers_[0]);
   EXPECT_THAT(Status(), HasSubstr("\"state\":\"draining\""));
   Rounds(25);
@@ -103,14 +103,14 @@ TEST_F(DrainingTest, SequencesMoveAndThePipelineGoes) {
   const DrainReport report = h_->drains.at(verb).back();
   EXPECT_EQ(report.phase, "done");
   EXPECT_EQ(report.way, "move");
-  EXPECT_EQ(report.sequences_moved, there);
+  EXPECT_EQ(report.sequences_moved, residents);
   EXPECT_GT(report.moved_bytes, 0u);
   EXPECT_EQ(report.sequences_left, 0u);
   EXPECT_EQ(NumStages(workers_[0]), 0u);
   EXPECT_THAT(Status(), HasSubstr("\"state\":\"drained\""));
   ExpectAllTokens();
   EXPECT_EQ(h_->core.Stats().recomputed_rows, 0u);
-  EXPECT_EQ(h_->core.Stats().migrations, there);
+  EXPECT_EQ(h_->core.Stats().migrations, residents);
   // It gets no place, whatever happens to the others.
   h_->Tick(1'000'000);
   EXPECT_EQ(NumStages(workers_[0]), 0u);
@@ -256,13 +256,13 @@ TEST_F(DrainingTest, WhoLeavesIsDrainedAndToldToStop) {
   EXPECT_EQ(h_->core.Stats().recomputed_rows, 0u);
 }
 
-TEST_F(DrainingTest, WhoLeavesAndCannotBeDrainedIsToldAtOnce) {
+TEST_F(DrainingTest, WhoLeavesAndCannotBeDrainedIsToldAllTheSame) {
   Start(2, 1, {kRoomy, kRoomy});
   Serve({100, 90});
-  // Nobody is left to take anything.
+  // What has begun to move to the second one ends there; nobody is left to take more.
   h_->Leave(workers_[0]);
   h_->Leave(workers_[1]);
-  Rounds(25);
+  Rounds(30);
   EXPECT_EQ(h_->shut_down.size(), 2u);
   h_->Lose(workers_[0]);
   h_->Lose(workers_[1]);
