@@ -19,7 +19,7 @@ void Exporter::Serve(const v1::ServeRows& serve) {
   const Key key = KeyOf(SequenceId{serve.sequence_id()},
                         {serve.placement().term(), serve.placement().counter()});
   if (serve.end()) {
-    services_.erase(key);
+    if (const auto it = services_.find(key); it != services_.end()) End(it);
     return;
   }
   const bool of_prefixes = key.first == SequenceId{};
@@ -37,12 +37,24 @@ bool Exporter::IsServed(const Service& service) const {
 }
 
 void Exporter::Close(SequenceId id) {
-  const auto first = services_.lower_bound({id, {}});
-  auto last = first;
-  while (last != services_.end() && last->first.first == id) ++last;
-  if (first == last) return;
-  services_.erase(first, last);
+  for (auto it = services_.lower_bound({id, {}}); it != services_.end() && it->first.first == id;
+       it = services_.lower_bound({id, {}})) {
+    End(it);
+  }
   Abort(id, "the sequence left while it was read");
+}
+
+void Exporter::End(std::map<Key, Service>::iterator service) {
+  // A peer that is gone confirms nothing.
+  for (auto it = unconfirmed_.begin(); it != unconfirmed_.end();) {
+    if (it->second != service->first) {
+      ++it;
+      continue;
+    }
+    share_->unconfirmed.erase(it->first);
+    it = unconfirmed_.erase(it);
+  }
+  services_.erase(service);
 }
 
 void Exporter::Clear() {

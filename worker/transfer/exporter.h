@@ -117,6 +117,7 @@ class Exporter {
   bool BeginRead(std::unique_ptr<Making>* next);
   void Answer(Making* making, absl::Status why);
   void Release(const Making& making);
+  void End(std::map<Key, Service>::iterator service);
   // Of a sequence, or of all.
   void Abort(std::optional<SequenceId> id, const char* why);
   // All that was to be read was, and nobody was told.

@@ -242,9 +242,21 @@ TEST_F(ExporterTest, AFrameThatIsNeverConfirmedIsNoHarm) {
   Asked(AskOf(0, 100));
   Turn();
   EXPECT_EQ(share_.unconfirmed.size(), 1u);
-  exporter_.Clear();
+  v1::ServeRows end = ServeOf();
+  end.set_end(true);
+  exporter_.Serve(end);
   EXPECT_TRUE(share_.unconfirmed.empty());
   Confirm(1);
+  exporter_.Serve(ServeOf());
+  Asked(AskOf(0, 100));
+  Turn();
+  exporter_.Close(kId);
+  EXPECT_TRUE(share_.unconfirmed.empty());
+  exporter_.Serve(ServeOf());
+  Asked(AskOf(0, 100));
+  Turn();
+  exporter_.Clear();
+  EXPECT_TRUE(share_.unconfirmed.empty());
 }
 
 TEST_F(ExporterTest, WhoStandsStillIsReadFirst) {
