@@ -131,7 +131,15 @@ class Mover {
     }
   }
 
-  void Close(Pipeline* pipeline, uint64_t id) { pipeline->Send(WithClose(pipeline->Plan(), id)); }
+  // And others take its blocks at once.
+  void Close(Pipeline* pipeline, uint64_t id) {
+    v1::StepPlan plan = WithClose(pipeline->Plan(), id);
+    std::vector<TokenId> tokens;
+    AddOpen(&plan, 2'000 + id);
+    p_.AddMore(&plan, 2'000 + id, &tokens, 1 + p_.Below(300));
+    pipeline->Send(plan);
+    pipeline->Send(WithClose(pipeline->Plan(), 2'000 + id));
+  }
 
   // The coordinator gives the move up, in one of its ways.
   void EndEarly(uint64_t id, PlacementEpoch placement) {
