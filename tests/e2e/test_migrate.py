@@ -15,7 +15,7 @@ SHAPE = "v2-lite"
 MODEL = ROOT / "tests/golden" / SHAPE
 FIXED = [] if BACKEND == "cpu" else ["--deterministic"]
 FORMAT = [] if BACKEND == "cpu" else ["--cache-format", "bf16"]
-TOKENS = 1500 if BACKEND == "cpu" else 1900  # long enough for two moves, and what is checked between them
+TOKENS = 1900  # long enough for two moves, and what is checked between them
 MEMORY = "256MiB" if BACKEND == "cpu" else "1GiB"
 KEY = "operator-key-of-the-tests"
 

@@ -37,14 +37,14 @@ class Copied(Daemons):
         return worker["stages"][0]["stage_index"] if worker["stages"] else None
 
 
-def body(prompt, tokens=400 if not GPU else 1800):
+def body(prompt, tokens=1000 if not GPU else 1800):
     return dict(prompt=prompt, max_tokens=tokens, temperature=0.9, seed=5, logprobs=1, ignore_eos=True, return_token_ids=True)
 
 
 class Streams:
     """One for each prompt, read side by side."""
 
-    def __init__(self, cluster, tokens=400 if not GPU else 1800):
+    def __init__(self, cluster, tokens=1000 if not GPU else 1800):
         import threading
         self.out = [([], [], []) for _ in PROMPTS]
         self.errors = []
