@@ -147,7 +147,7 @@ class Importer final : public RowsTaker {
   // What one ask is for.
   struct Cut {
     size_t source = 0;
-    RowRange range;
+    LayerRows range;
     uint64_t bytes = 0;
     uint32_t refusals = 0;
     uint32_t misses = 0;

@@ -100,7 +100,7 @@ void ReplicaStore::CutUp(std::shared_ptr<const Source> source, LayerRange layers
                          absl::Span<const WantedPtr> wanted) {
   if (wanted.empty()) return;
   const auto count = static_cast<uint32_t>(wanted.size()) * limits::kBlockTokens;
-  for (const RowRange& range : CutBlocks(traits_, {layers, 0, count}, share_->frame_bytes)) {
+  for (const LayerRows& range : CutBlocks(traits_, {layers, 0, count}, share_->frame_bytes)) {
     const absl::Span<const WantedPtr> keys =
         wanted.subspan(range.first / limits::kBlockTokens, range.count / limits::kBlockTokens);
     for (const WantedPtr& key : keys) ++key->num_open;

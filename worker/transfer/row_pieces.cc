@@ -21,12 +21,12 @@ BlockHeader PieceHeader(const RowTraits& traits, LayerIndex layer, uint32_t firs
   return header;
 }
 
-std::vector<RowRange> CutRange(const RowTraits& traits, const RowRange& range,
-                               uint64_t frame_bytes) {
+std::vector<LayerRows> CutRange(const RowTraits& traits, const LayerRows& range,
+                                uint64_t frame_bytes) {
   constexpr uint64_t kMostPieces = std::min<uint64_t>(limits::kMaxTransferBlocks, kMaxCopyEntries);
-  std::vector<RowRange> cuts;
+  std::vector<LayerRows> cuts;
   const auto [begin, end] = range.layers;
-  const RowRange layer_rows = {{begin, begin + 1}, range.first, range.count};
+  const LayerRows layer_rows = {{begin, begin + 1}, range.first, range.count};
   const uint64_t layer_bytes = BytesOf(traits, layer_rows);
   const uint64_t layer_pieces = PiecesOf(layer_rows);
   if (layer_bytes <= frame_bytes && layer_pieces <= kMostPieces) {
@@ -52,15 +52,15 @@ std::vector<RowRange> CutRange(const RowTraits& traits, const RowRange& range,
   return cuts;
 }
 
-std::vector<RowRange> CutBlocks(const RowTraits& traits, const RowRange& range,
-                                uint64_t frame_bytes) {
+std::vector<LayerRows> CutBlocks(const RowTraits& traits, const LayerRows& range,
+                                 uint64_t frame_bytes) {
   constexpr uint64_t kMostPieces = std::min<uint64_t>(limits::kMaxTransferBlocks, kMaxCopyEntries);
   const uint64_t block_bytes = uint64_t{traits.shape.row_bytes()} * limits::kBlockTokens;
   const uint64_t most = std::clamp<uint64_t>(frame_bytes / block_bytes, 1, kMostPieces);
   const auto [begin, end] = range.layers;
   const auto layers = static_cast<uint32_t>(std::min<uint64_t>(end - begin, most));
   const auto blocks = static_cast<uint32_t>(std::clamp<uint64_t>(most / layers, 1, kMaxAskKeys));
-  std::vector<RowRange> cuts;
+  std::vector<LayerRows> cuts;
   for (uint32_t done = 0; done < range.count; done += blocks * limits::kBlockTokens) {
     const uint32_t count = std::min(range.count - done, blocks * limits::kBlockTokens);
     for (LayerIndex layer = begin; layer < end; layer += layers) {
@@ -101,7 +101,7 @@ absl::Status CheckAsk(const RowTraits& traits, const RowsAsk& ask) {
 
 absl::Status CheckFrame(const RowTraits& traits, const RowsAsk& ask, bool any_numerics,
                         const RowsFrame& frame) {
-  const RowRange range = RangeOf(ask);
+  const LayerRows range = RangeOf(ask);
   if (frame.sequence != ask.sequence || frame.placement != ask.placement) {
     return absl::DataLossError(absl::StrCat("a frame of sequence ", frame.sequence.value,
                                             " for placement ", ToString(frame.placement)));

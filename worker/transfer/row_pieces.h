@@ -28,19 +28,19 @@ struct RowTraits {
 };
 
 // Rows [first, first + count) of layers of the model.
-struct RowRange {
+struct LayerRows {
   LayerRange layers;
   uint32_t first = 0;
   uint32_t count = 0;
 };
 
-inline RowRange RangeOf(const RowsAsk& ask) { return {ask.layers, ask.first_row, ask.num_rows}; }
+inline LayerRows RangeOf(const RowsAsk& ask) { return {ask.layers, ask.first_row, ask.num_rows}; }
 
-inline uint64_t BytesOf(const RowTraits& traits, const RowRange& range) {
+inline uint64_t BytesOf(const RowTraits& traits, const LayerRows& range) {
   return uint64_t{range.layers.size()} * range.count * traits.shape.row_bytes();
 }
 // REQUIRES: range.count > 0, and it ends within 32 bits.
-constexpr uint64_t PiecesOf(const RowRange& range) {
+constexpr uint64_t PiecesOf(const LayerRows& range) {
   const uint64_t blocks = (uint64_t{range.first} + range.count - 1) / limits::kBlockTokens -
                           range.first / limits::kBlockTokens + 1;
   return blocks * range.layers.size();
@@ -49,7 +49,7 @@ constexpr uint64_t PiecesOf(const RowRange& range) {
 // visit(layer, first row, number of rows) of each piece, in the order of a frame: layer by layer, cut at
 // the borders of blocks.
 template <class Visit>
-void ForPieces(const RowRange& range, Visit visit) {
+void ForPieces(const LayerRows& range, Visit visit) {
   const uint32_t end = range.first + range.count;
   for (LayerIndex layer = range.layers.begin; layer < range.layers.end; ++layer) {
     for (uint32_t at = range.first; at < end;) {
@@ -66,13 +66,13 @@ BlockHeader PieceHeader(const RowTraits& traits, LayerIndex layer, uint32_t firs
 
 // The range in asks of at most frame_bytes, but of a block's rows at least: many layers at once where
 // their rows fit, else each layer cut at the borders of blocks. REQUIRES: range.count > 0.
-std::vector<RowRange> CutRange(const RowTraits& traits, const RowRange& range,
-                               uint64_t frame_bytes);
+std::vector<LayerRows> CutRange(const RowTraits& traits, const LayerRows& range,
+                                uint64_t frame_bytes);
 
 // The same of whole blocks, by rising position: of each few blocks all layers. What has come when it ends early is
 // of use. REQUIRES: the range begins and ends at blocks' borders.
-std::vector<RowRange> CutBlocks(const RowTraits& traits, const RowRange& range,
-                                uint64_t frame_bytes);
+std::vector<LayerRows> CutBlocks(const RowTraits& traits, const LayerRows& range,
+                                 uint64_t frame_bytes);
 
 // What an ask must be in itself: layers of these, rows in one frame, keys of whole blocks or none.
 // InvalidArgument.

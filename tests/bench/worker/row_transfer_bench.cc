@@ -415,7 +415,7 @@ double Median(std::vector<double> values) {
 void Run(const Sizes& sizes) {
   const uint64_t bytes = uint64_t{sizes.rows} * sizes.layers * kShape.row_bytes();
   const RowTraits traits = {.layers = {0, sizes.layers}, .shape = kShape, .origin = {}};
-  const std::vector<RowRange> asks =
+  const std::vector<LayerRows> asks =
       CutRange(traits, {{0, sizes.layers}, 0, sizes.rows}, sizes.frame_bytes);
   const uint64_t message_bytes = BytesOf(traits, asks[0]);
   const uint64_t under_way = std::max<uint64_t>(kBulkBytesUnderWay / message_bytes, 1);
