@@ -123,8 +123,7 @@ void Cluster::AdvanceReplicas() {
 void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
   StageSlot& slot = pipelines_.at(pipeline.id)->slots[slot_index];
   Copying& copying = slot.copying;
-  SendToWorker out{copying.buddy, {}};
-  v1::Replicate* message = out.message.mutable_replicate();
+  if (copying.queue.empty()) return;  // as at most events
   const uint64_t bytes = slot.layers.size() * context_->model.block_bytes;
   std::vector<ContentKey> keys;
   std::map<std::pair<LayerIndex, LayerIndex>, std::vector<ContentKey>> forget;
@@ -173,6 +172,8 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
     context_->Send(std::move(first));
   }
   if (keys.empty()) return;
+  SendToWorker out{copying.buddy, {}};
+  v1::Replicate* message = out.message.mutable_replicate();
   *message->mutable_keys() = Pack(keys);
   message->set_bytes_per_s(context_->options.replicate_bytes_per_s);
   v1::RowsSource* source = message->mutable_source();
