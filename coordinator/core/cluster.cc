@@ -26,6 +26,9 @@ Cluster::Seat Cluster::SeatOf(Worker* worker, uint64_t stage_id) {
   if (stage->role == HostedStage::Role::kNext) {
     return {stage, pipelines_.at(stage->pipeline).get(), &scale_->next[stage->slot_index]};
   }
+  if (stage->role == HostedStage::Role::kLanding) {
+    return {stage, pipelines_.at(stage->pipeline).get(), &scale_->landings[stage->slot_index]};
+  }
   if (stage->role != HostedStage::Role::kPlace) return {};
   Pipeline* pipeline = pipelines_.at(stage->pipeline).get();
   return {stage, pipeline, &pipeline->slots[stage->slot_index]};
@@ -91,10 +94,10 @@ void Cluster::Remove(WorkerId id, const absl::Status& why, bool may_return, bool
   std::optional<PipelineId> prepared;
   for (auto& [stage_id, stage] : worker->stages) {
     if (stage.role == HostedStage::Role::kPlace) pipelines.insert(stage.pipeline);
-    if (stage.role != HostedStage::Role::kNext) continue;
+    if (!stage.is_prepared()) continue;
     prepared = stage.pipeline;
+    SeatOf(worker, stage_id).slot->state = StageSlot::State::kVacant;
     stage.role = HostedStage::Role::kUnloading;
-    scale_->next[stage.slot_index].state = StageSlot::State::kVacant;
   }
   if (prepared) AbortScale(*prepared, lost);
   for (const PipelineId pipeline : pipelines) {
@@ -142,6 +145,7 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
     case v1::FromWorker::kCacheResized:
       return OnCacheResized(worker, message.cache_resized(), now_us);
     case v1::FromWorker::kRowsFetched:
+      return OnFetched(worker, message.rows_fetched(), now_us);
     case v1::FromWorker::kRowsServed:
     case v1::FromWorker::kLeave:
       return;  // Migrations' business, and Draining's
@@ -262,7 +266,7 @@ void Cluster::OnFailed(Worker* worker, const Seat& seat, const v1::StageState& s
   const std::string what = absl::StrCat("worker ", worker->name, " ", worker->last_error);
   const HostedStage stage = *seat.stage;
   worker->stages.erase(state.stage_id());
-  if (stage.role == HostedStage::Role::kNext) {
+  if (stage.is_prepared()) {
     seat.slot->state = StageSlot::State::kVacant;
     return AbortScale(pipeline->id, absl::Status(error.code(), what));
   }
@@ -282,7 +286,7 @@ void Cluster::OnReport(Worker* worker, const v1::StageReport& report, uint64_t n
   }
   Pipeline* pipeline = seat.pipeline;
   const PipelineEpoch epoch = FromWire(report.epoch());
-  if (seat.stage->role == HostedStage::Role::kNext) {
+  if (seat.stage->is_prepared()) {
     return Evict(id, absl::FailedPreconditionError("reports for a stage that is in no epoch"),
                  now_us);
   }
@@ -331,7 +335,7 @@ void Cluster::OnMoved(Worker* worker, const v1::PrefixesMoved& moved, uint64_t n
   const Seat seat = SeatOf(worker, moved.stage_id());
   if (seat.slot == nullptr && moved.stage_id() != 0 && moved.stage_id() <= last_stage_id_) return;
   const absl::Status status = [&]() -> absl::Status {
-    if (seat.slot == nullptr || seat.stage->role == HostedStage::Role::kNext) {
+    if (seat.slot == nullptr || seat.stage->is_prepared()) {
       return absl::InvalidArgumentError(absl::StrCat("speaks of prefix blocks of stage ",
                                                      moved.stage_id(), ", which is in no epoch"));
     }

@@ -214,7 +214,12 @@ class Cluster {
   bool ScaleStep(uint64_t now_us);
   bool BeginTurn(uint64_t now_us);
   absl::StatusOr<ScalePlan> PlanScaleOf(Pipeline* pipeline, uint32_t num_stages, uint64_t now_us);
+  void LoadLandings(Pipeline* pipeline, uint64_t now_us);
   void LoadNext(Pipeline* pipeline, uint64_t now_us);
+  void BeginCopies(const Pipeline& pipeline, uint64_t now_us);
+  bool StandsStill(Pipeline* pipeline, uint64_t now_us);
+  // A row of a sequence came to a stage; other messages of this kind are not its business.
+  void OnFetched(Worker* worker, const v1::RowsFetched& told, uint64_t now_us);
   void Switch(Pipeline* pipeline, uint64_t now_us);
   // The new stages are active: old ones go, before the first plan.
   void UnloadFollowed(PipelineId pipeline);

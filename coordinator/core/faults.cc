@@ -39,7 +39,8 @@ void Cluster::OnTick(uint64_t now_us) {
 void Cluster::CollectLate(const Pipeline& pipeline, uint64_t now_us,
                           std::vector<std::pair<WorkerId, absl::Status>>* late) const {
   const bool scales = scale_ && scale_->prepares() && scale_->pipeline == pipeline.id;
-  for (const std::vector<StageSlot>* slots : {&pipeline.slots, scales ? &scale_->next : nullptr}) {
+  for (const std::vector<StageSlot>* slots :
+       {&pipeline.slots, scales ? &scale_->next : nullptr, scales ? &scale_->landings : nullptr}) {
     if (slots == nullptr) continue;
     for (const StageSlot& slot : *slots) {
       if (slot.state != StageSlot::State::kLoading ||

@@ -82,10 +82,13 @@ absl::Status Cluster::CheckWorker(const Worker& worker) const {
     if (known && stage.role == HostedStage::Role::kPlace) {
       const auto& slots = pipeline->second->slots;
       known = stage.slot_index < slots.size() && slots[stage.slot_index].stage_id == stage_id;
-    } else if (known && stage.role == HostedStage::Role::kNext) {
-      known = scale_ && scale_->prepares() && scale_->pipeline == stage.pipeline &&
-              stage.slot_index < scale_->next.size() &&
-              scale_->next[stage.slot_index].stage_id == stage_id;
+    } else if (known && stage.is_prepared()) {
+      known = scale_ && scale_->prepares() && scale_->pipeline == stage.pipeline;
+      if (known) {
+        const bool lands = stage.role == HostedStage::Role::kLanding;
+        const std::vector<StageSlot>& slots = lands ? scale_->landings : scale_->next;
+        known = stage.slot_index < slots.size() && slots[stage.slot_index].stage_id == stage_id;
+      }
     } else if (known) {
       known = pipeline->second->state != Pipeline::State::kActive;
     }
@@ -107,10 +110,12 @@ absl::Status Cluster::CheckScale() const {
   if (pipelines_.at(scale_->pipeline)->state != Pipeline::State::kActive) {
     return absl::InternalError("a pipeline prepares for a scale and is not active");
   }
-  for (const StageSlot& slot : scale_->next) {
-    const auto worker = workers_.find(slot.worker);
-    if (worker != workers_.end() && worker->second.stages.contains(slot.stage_id)) continue;
-    return absl::InternalError(absl::StrCat("nobody has stage ", slot.stage_id, " of a scale"));
+  for (const std::vector<StageSlot>* slots : {&scale_->next, &scale_->landings}) {
+    for (const StageSlot& slot : *slots) {
+      const auto worker = workers_.find(slot.worker);
+      if (worker != workers_.end() && worker->second.stages.contains(slot.stage_id)) continue;
+      return absl::InternalError(absl::StrCat("nobody has stage ", slot.stage_id, " of a scale"));
+    }
   }
   return absl::OkStatus();
 }

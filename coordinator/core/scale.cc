@@ -2,6 +2,7 @@
 #include "coordinator/core/scale.h"
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <set>
 #include <utility>
@@ -15,12 +16,16 @@
 namespace strait {
 namespace {
 
-// Those that get a stage, in order: `num_spares` spares at most.
-std::vector<const ScaleHost*> ChooseHosts(absl::Span<const ScaleHost> hosts, uint32_t num_stages,
-                                          size_t num_spares) {
-  std::vector<const ScaleHost*> chosen;
+using Hosts = std::vector<const ScaleHost*>;
+
+bool IsOwn(const ScaleHost& host) { return !host.old_slots.empty() || host.follows; }
+
+// Those that get a stage, in order: the own ones, without those that have the least memory, then `num_spares` spares at
+// most.
+Hosts ChooseHosts(absl::Span<const ScaleHost> hosts, uint32_t num_stages, size_t num_spares) {
+  Hosts chosen;
   for (const ScaleHost& host : hosts) {
-    if (!host.old_slots.empty() || host.follows) chosen.push_back(&host);
+    if (IsOwn(host)) chosen.push_back(&host);
   }
   while (chosen.size() > num_stages) {
     // Of equals the last.
@@ -30,47 +35,166 @@ std::vector<const ScaleHost*> ChooseHosts(absl::Span<const ScaleHost> hosts, uin
     chosen.erase(std::next(least).base());
   }
   for (const ScaleHost& host : hosts) {
-    if (!host.old_slots.empty() || host.follows || num_spares == 0 || chosen.size() == num_stages) {
-      continue;
-    }
+    if (IsOwn(host) || num_spares == 0 || chosen.size() == num_stages) continue;
     chosen.push_back(&host);
     --num_spares;
   }
   return chosen;
 }
 
-// The old stages' caches on one host, while its new stages are there too. `fixed`: what both take without caches.
-absl::Status MakeRoom(const ModelShape& model, const ScaleHost& host, uint64_t fixed,
-                      absl::Span<const StageSlot> old_slots, const ScaleNeeds& needs,
-                      std::vector<uint64_t>* old_cache_bytes) {
+// Every choice of as many own hosts and spares as `first` has, own ones and spares each in their order, the spares anywhere;
+// `first` first. It alone, if there are more than kMaxScalePlans.
+std::vector<Hosts> Orders(absl::Span<const ScaleHost> hosts, const Hosts& first) {
+  Hosts own, spares;
+  for (const ScaleHost& host : hosts) {
+    if (IsOwn(host)) own.push_back(&host);
+  }
+  for (const ScaleHost* host : first) {
+    if (!IsOwn(*host)) spares.push_back(host);
+  }
+  std::vector<Hosts> orders = {first};
+  const size_t size = first.size();
+  const std::function<void(Hosts, size_t, size_t)> extend = [&](Hosts begun, size_t next_own,
+                                                                size_t next_spare) {
+    if (orders.size() > kMaxScalePlans) return;
+    if (begun.size() == size) {
+      if (begun != first) orders.push_back(std::move(begun));
+      return;
+    }
+    const size_t left = size - begun.size();
+    // Every spare of `first` has its place.
+    if (left > spares.size() - next_spare) {
+      for (size_t o = next_own; o < own.size(); ++o) {
+        Hosts longer = begun;
+        longer.push_back(own[o]);
+        extend(std::move(longer), o + 1, next_spare);
+      }
+    }
+    if (next_spare < spares.size()) {
+      begun.push_back(spares[next_spare]);
+      extend(std::move(begun), next_own, next_spare + 1);
+    }
+  };
+  extend({}, 0, 0);
+  if (orders.size() > kMaxScalePlans) orders.resize(1);
+  return orders;
+}
+
+// The parts of `layers` that none of these old slots has.
+std::vector<LayerRange> MissingLayers(LayerRange layers, absl::Span<const StageSlot> old_slots,
+                                      const std::vector<uint32_t>& slots) {
+  std::vector<LayerRange> missing;
+  LayerIndex next = layers.begin;
+  // By rising layers, as stages lie.
+  for (const uint32_t s : slots) {
+    const LayerRange both = Intersection(layers, old_slots[s].layers);
+    if (both.size() == 0) continue;
+    if (next < both.begin) missing.push_back({next, both.begin});
+    next = both.end;
+  }
+  if (next < layers.end) missing.push_back({next, layers.end});
+  return missing;
+}
+
+// One host's part of a plan: what is there beside each other until the switch.
+struct HostPart {
+  std::vector<ScaledStage> stages;
+  std::vector<ScaledLanding> landings;  // of these stages, from 0
+};
+
+// Caches of the old stages on one host, and rows for each landing beside them. `fixed`: what all take without caches;
+// `num_missing`: layers of landings.
+absl::StatusOr<uint64_t> MakeRoom(const ModelShape& model, const ScaleHost& host, uint64_t fixed,
+                                  absl::Span<const StageSlot> old_slots, uint32_t num_missing,
+                                  const ScaleNeeds& needs, std::vector<uint64_t>* old_cache_bytes) {
   uint64_t cache = 0;
+  uint64_t old_rows = std::numeric_limits<uint64_t>::max();
   uint32_t num_layers = 0;
   for (const uint32_t s : host.old_slots) {
     cache += CacheMemoryBytes(model, host.memory, old_slots[s].cache_bytes);
+    old_rows = std::min(old_rows,
+                        RowsThatFit(model.policy(), old_slots[s].cache_bytes, old_slots[s].layers));
     num_layers += old_slots[s].layers.size();
   }
-  if (fixed + cache <= host.memory.bytes) return absl::OkStatus();
+  const uint64_t landings =
+      num_missing == 0 ? 0
+                       : CacheMemoryBytes(model, host.memory,
+                                          StageCacheBytes(model, {0, num_missing}, old_rows));
+  if (fixed + cache + landings <= host.memory.bytes) return old_rows;
   const uint64_t room = host.memory.bytes - std::min(host.memory.bytes, fixed);
-  const uint64_t rows = CacheMemoryRows(model, host.memory, room, num_layers);
-  if (rows < std::max<uint64_t>(needs.resident_rows, limits::kBlockTokens)) {
+  const uint64_t rows = CacheMemoryRows(model, host.memory, room, num_layers + num_missing);
+  const uint64_t least = std::max<uint64_t>(
+      {needs.resident_rows, num_missing > 0 ? needs.reserved_rows : 0, limits::kBlockTokens});
+  if (rows < least) {
     return absl::ResourceExhaustedError(absl::StrCat(
         "old and new stages together take ", fixed, " bytes without cache of the ",
         host.memory.bytes, " of worker ", host.worker.value, ", which leaves room for ", rows,
-        " cache rows meanwhile; a sequence that runs may need ",
-        std::max<uint64_t>(needs.resident_rows, limits::kBlockTokens),
+        " cache rows meanwhile; a sequence that runs may need ", least,
         ": wait until it has ended, or give the worker more memory"));
   }
   for (const uint32_t s : host.old_slots) {
     uint64_t& bytes = (*old_cache_bytes)[s];
     bytes = std::min(bytes, StageCacheBytes(model, old_slots[s].layers, rows));
   }
-  return absl::OkStatus();
+  return rows;
+}
+
+absl::StatusOr<HostPart> PlanHost(const CoreOptions& options, const ModelShape& model,
+                                  absl::Span<const StageSlot> old_slots, const ScaleHost& host,
+                                  absl::Span<const StagePlan> stages, uint64_t capacity_rows,
+                                  const ScaleNeeds& needs, bool lands,
+                                  std::vector<uint64_t>* old_cache_bytes) {
+  HostPart part;
+  HostedStages both;
+  std::vector<uint64_t> old_ids;
+  for (const uint32_t s : host.old_slots) {
+    old_ids.push_back(old_slots[s].stage_id);
+    both[old_slots[s].stage_id] = {.layers = old_slots[s].layers};
+  }
+  uint64_t next_id = std::numeric_limits<uint64_t>::max();
+  uint32_t num_layers = 0, num_missing = 0;
+  for (size_t s = 0; s < stages.size(); ++s) {
+    both[next_id--] = {.layers = stages[s].layers};
+    num_layers += stages[s].layers.size();
+    if (!lands || old_ids.empty()) continue;
+    for (const LayerRange& missing : MissingLayers(stages[s].layers, old_slots, host.old_slots)) {
+      both[next_id--] = {.layers = missing};
+      num_missing += missing.size();
+      part.landings.push_back({.stage_index = static_cast<uint32_t>(s), .layers = missing});
+    }
+  }
+  uint64_t first_rows = capacity_rows;
+  if (!old_ids.empty()) {
+    STRAIT_ASSIGN_OR_RETURN(const uint64_t rows,
+                            MakeRoom(model, host, BookedBytes(options, model, host.memory, both),
+                                     old_slots, num_missing, needs, old_cache_bytes));
+    uint64_t bytes = 0;
+    for (const uint32_t s : host.old_slots) bytes += (*old_cache_bytes)[s];
+    for (ScaledLanding& landing : part.landings) {
+      landing.cache_bytes = StageCacheBytes(model, landing.layers, rows);
+      bytes += landing.cache_bytes;
+    }
+    first_rows = std::min(first_rows, RowsThatFit(model.policy(), bytes, {0, num_layers}));
+    if (first_rows < limits::kBlockTokens) {
+      return absl::ResourceExhaustedError(
+          absl::StrCat("the caches of worker ", host.worker.value, "'s stages have ", bytes,
+                       " bytes, which is no latent block for each of the ", num_layers,
+                       " layers that it would have; give it more memory"));
+    }
+  }
+  for (const StagePlan& stage : stages) {
+    part.stages.push_back({.worker = host.worker,
+                           .plan = stage,
+                           .first_cache_bytes = StageCacheBytes(model, stage.layers, first_rows),
+                           .successor_of = old_ids,
+                           .lands = old_ids.empty()});
+  }
+  return part;
 }
 
 absl::StatusOr<ScalePlan> PlanOn(const CoreOptions& options, const ModelShape& model,
-                                 absl::Span<const StageSlot> old_slots,
-                                 absl::Span<const ScaleHost* const> hosts, uint32_t num_stages,
-                                 const ScaleNeeds& needs) {
+                                 absl::Span<const StageSlot> old_slots, const Hosts& hosts,
+                                 uint32_t num_stages, const ScaleNeeds& needs) {
   std::vector<uint64_t> bytes;
   std::vector<WorkerMemory> memory;
   for (const ScaleHost* host : hosts) bytes.push_back(host->memory.bytes);
@@ -91,42 +215,56 @@ absl::StatusOr<ScalePlan> PlanOn(const CoreOptions& options, const ModelShape& m
   }
   for (const StageSlot& slot : old_slots) plan.old_cache_bytes.push_back(slot.cache_bytes);
   auto stage = layers.stages.begin();
-  for (size_t h = 0; h < hosts.size(); ++h) {
-    const ScaleHost& host = *hosts[h];
-    HostedStages both;
-    std::vector<uint64_t> old_ids;
-    for (const uint32_t s : host.old_slots) {
-      old_ids.push_back(old_slots[s].stage_id);
-      both[old_slots[s].stage_id] = {.layers = old_slots[s].layers};
-    }
-    const auto end = stage + counts[h];
-    uint32_t num_layers = 0;
-    for (auto s = stage; s != end; ++s) {
-      both[std::numeric_limits<uint64_t>::max() - (end - s)] = {.layers = s->layers};
-      num_layers += s->layers.size();
-    }
-    uint64_t first_rows = plan.capacity_rows;
-    if (!old_ids.empty()) {
-      STRAIT_RETURN_IF_ERROR(MakeRoom(model, host, BookedBytes(options, model, host.memory, both),
-                                      old_slots, needs, &plan.old_cache_bytes));
-      uint64_t old_bytes = 0;
-      for (const uint32_t s : host.old_slots) old_bytes += plan.old_cache_bytes[s];
-      first_rows = std::min(first_rows, RowsThatFit(model.policy(), old_bytes, {0, num_layers}));
-      if (first_rows < limits::kBlockTokens) {
-        return absl::ResourceExhaustedError(
-            absl::StrCat("the caches of worker ", host.worker.value, "'s stages have ", old_bytes,
-                         " bytes, which is no latent block for each of the ", num_layers,
-                         " layers that it would have; give it more memory"));
+  for (size_t h = 0; h < hosts.size(); stage += counts[h++]) {
+    const auto stages = absl::MakeConstSpan(&*stage, counts[h]);
+    const auto plan_host = [&](bool lands) {
+      return PlanHost(options, model, old_slots, *hosts[h], stages, plan.capacity_rows, needs,
+                      lands, &plan.old_cache_bytes);
+    };
+    absl::StatusOr<HostPart> part = plan_host(true);
+    if (absl::IsResourceExhausted(part.status())) part = plan_host(false);  // its rows are replayed
+    if (!part.ok()) return part.status();
+    for (const StagePlan& each : stages) {
+      for (const LayerRange& missing : MissingLayers(each.layers, old_slots, hosts[h]->old_slots)) {
+        plan.moved_bytes +=
+            StageWeightBytes(model, missing) + StageCacheBytes(model, missing, needs.reserved_rows);
       }
     }
-    for (; stage != end; ++stage) {
-      plan.stages.push_back({.worker = host.worker,
-                             .plan = *stage,
-                             .first_cache_bytes = StageCacheBytes(model, stage->layers, first_rows),
-                             .successor_of = old_ids});
+    const auto first = static_cast<uint32_t>(plan.stages.size());
+    for (ScaledLanding& landing : part->landings) {
+      landing.stage_index += first;
+      plan.landings.push_back(landing);
     }
+    plan.stages.insert(plan.stages.end(), part->stages.begin(), part->stages.end());
   }
   return plan;
+}
+
+uint64_t HeaviestStage(const ModelShape& model, const ScalePlan& plan) {
+  uint64_t heaviest = 0;
+  for (const ScaledStage& stage : plan.stages) {
+    heaviest = std::max(heaviest, StageWeightBytes(model, stage.plan.layers));
+  }
+  return heaviest;
+}
+
+// That of the fewest bytes, of those that are about as good as the best.
+ScalePlan ChoosePlan(const ModelShape& model, std::vector<ScalePlan> plans) {
+  uint64_t most_rows = 0;
+  uint64_t lightest = std::numeric_limits<uint64_t>::max();
+  for (const ScalePlan& plan : plans) {
+    most_rows = std::max(most_rows, plan.capacity_rows);
+    lightest = std::min(lightest, HeaviestStage(model, plan));
+  }
+  ScalePlan* best = nullptr;
+  for (ScalePlan& plan : plans) {
+    // Where no plan is good at both, capacity decides.
+    const bool is_good =
+        plan.capacity_rows >= most_rows - most_rows / 20 &&
+        (HeaviestStage(model, plan) <= lightest + lightest / 20 || plan.capacity_rows == most_rows);
+    if (is_good && (best == nullptr || plan.moved_bytes < best->moved_bytes)) best = &plan;
+  }
+  return std::move(*best);
 }
 
 }  // namespace
@@ -152,13 +290,18 @@ absl::StatusOr<ScalePlan> PlanScale(const CoreOptions& options, const ModelShape
   std::optional<absl::Status> refused;
   size_t num_spares = num_stages;
   for (;;) {
-    const std::vector<const ScaleHost*> chosen = ChooseHosts(hosts, num_stages, num_spares);
-    absl::StatusOr<ScalePlan> plan = PlanOn(options, model, old_slots, chosen, num_stages, needs);
-    if (plan.ok()) return plan;
-    if (!refused) refused = plan.status();
-    num_spares = std::count_if(chosen.begin(), chosen.end(), [](const auto* host) {
-      return host->old_slots.empty() && !host->follows;
-    });
+    const Hosts first = ChooseHosts(hosts, num_stages, num_spares);
+    std::vector<ScalePlan> plans;
+    for (const Hosts& chosen : Orders(hosts, first)) {
+      absl::StatusOr<ScalePlan> plan = PlanOn(options, model, old_slots, chosen, num_stages, needs);
+      if (plan.ok())
+        plans.push_back(*std::move(plan));
+      else if (!refused)
+        refused = plan.status();
+    }
+    if (!plans.empty()) return ChoosePlan(model, std::move(plans));
+    num_spares = std::count_if(first.begin(), first.end(),
+                               [](const ScaleHost* host) { return !IsOwn(*host); });
     if (num_spares == 0) return *refused;
     --num_spares;
   }

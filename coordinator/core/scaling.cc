@@ -2,11 +2,11 @@
 //
 // How a pipeline gets other stages while it serves: see coordinator/core/scale.h for what is planned.
 //
-//   waiting ─▶ making room ─▶ loading ─▶ switched ─▶ growing ─▶ waiting for the next pipeline
+//   waiting ─▶ making room ─▶ loading ─▶ copying ─▶ still ─▶ switched ─▶ growing ─▶ waiting for the next pipeline
 //
 // Until the switch the pipeline serves with its old stages, and whatever fails leaves it as it was. The
-// switch ends its epoch as a failure does, but nothing failed. From then on the new stages are its stages:
-// what fails is an ordinary failure of theirs.
+// switch ends its epoch as a failure does, but nothing failed, no step was under way, and rows that went to other workers
+// are there. From then on the new stages are its stages: what fails is an ordinary failure of theirs.
 #include <algorithm>
 #include <utility>
 
@@ -17,6 +17,17 @@
 #include "proto/base/status_macros.h"
 
 namespace strait {
+namespace {
+
+// A pipeline stands still so often, for migrate_pause_us each, before it changes without the rows that did not come.
+constexpr uint32_t kMaxStands = 2;
+
+bool AreLoaded(const std::vector<StageSlot>& slots) {
+  return std::all_of(slots.begin(), slots.end(),
+                     [](const StageSlot& slot) { return slot.state == StageSlot::State::kLoaded; });
+}
+
+}  // namespace
 
 void Cluster::OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us) {
   const auto refuse = [&](absl::Status why) {
@@ -77,14 +88,27 @@ bool Cluster::ScaleStep(uint64_t now_us) {
         if (HostedIn(slot).resize) return false;
       }
       scale.phase = Scale::Phase::kLoading;
-      LoadNext(pipeline, now_us);
-      return scale_.has_value();
-    case Scale::Phase::kLoading:
-      for (const StageSlot& slot : scale.next) {
-        if (slot.state != StageSlot::State::kLoaded) return false;
-      }
-      Switch(pipeline, now_us);
+      LoadLandings(pipeline, now_us);
       return true;
+    case Scale::Phase::kLoading:
+      if (!AreLoaded(scale.landings)) return false;
+      if (scale.next.empty()) {
+        LoadNext(pipeline, now_us);
+        return scale_.has_value();
+      }
+      if (!AreLoaded(scale.next)) return false;
+      BeginCopies(*pipeline, now_us);
+      scale.phase = Scale::Phase::kCopying;
+      return true;
+    case Scale::Phase::kCopying:
+      scale.ahead->Advance(*pipeline, now_us);
+      if (!scale.ahead->IsNear(*pipeline, now_us)) return false;
+      pipeline->scheduler.Hold(true);
+      scale.rest_asked = false;
+      scale.phase = Scale::Phase::kStill;
+      return true;
+    case Scale::Phase::kStill:
+      return StandsStill(pipeline, now_us);
     case Scale::Phase::kGrowing: {
       const bool stepped = scale.first_step_us > 0;
       if (pipeline->state != Pipeline::State::kActive || !Grown(*pipeline) ||
@@ -193,6 +217,13 @@ absl::StatusOr<ScalePlan> Cluster::PlanScaleOf(Pipeline* pipeline, uint32_t num_
                      pipeline->slots.size(), " stage(s)"));
   }
   ScaleNeeds needs{.resident_rows = pipeline->scheduler.resident_rows_max()};
+  const uint64_t unheld = pipeline->scheduler.num_unheld_prefix_blocks();
+  for (const StageCache& stage : pipeline->scheduler.stages()) {
+    const uint64_t blocks =
+        stage.reserved_bytes / context_->model.block_bytes / stage.layers.size();
+    needs.reserved_rows =
+        std::max(needs.reserved_rows, (blocks - std::min(blocks, unheld)) * limits::kBlockTokens);
+  }
   const uint64_t holds = pipeline->capacity_rows(context_->model.policy());
   for (const auto& [id, sequence] : journal_->sequences()) {
     if (sequence->rows_max() > holds) continue;  // another pipeline's
@@ -210,8 +241,24 @@ absl::StatusOr<ScalePlan> Cluster::PlanScaleOf(Pipeline* pipeline, uint32_t num_
   return plan_on();
 }
 
+void Cluster::LoadLandings(Pipeline* pipeline, uint64_t now_us) {
+  const ScalePlan& plan = scale_->plan;
+  scale_->landings.resize(plan.landings.size());
+  for (uint32_t i = 0; i < plan.landings.size(); ++i) {
+    StageSlot& slot = scale_->landings[i];
+    slot.layers = plan.landings[i].layers;
+    slot.cache_bytes = slot.wanted_cache_bytes = plan.landings[i].cache_bytes;
+    Assign(&slot, {.role = HostedStage::Role::kLanding, .pipeline = pipeline->id, .slot_index = i},
+           FindWorker(plan.stages[plan.landings[i].stage_index].worker), now_us);
+  }
+}
+
 void Cluster::LoadNext(Pipeline* pipeline, uint64_t now_us) {
-  const std::vector<ScaledStage>& stages = scale_->plan.stages;
+  std::vector<ScaledStage>& stages = scale_->plan.stages;
+  for (size_t i = 0; i < scale_->landings.size(); ++i) {
+    stages[scale_->plan.landings[i].stage_index].successor_of.push_back(
+        scale_->landings[i].stage_id);
+  }
   for (const ScaledStage& stage : stages) {
     const Worker* worker = FindWorker(stage.worker);
     if (!stage.successor_of.empty() || (worker != nullptr && IsIdle(*worker, now_us))) continue;
@@ -238,8 +285,51 @@ void Cluster::LoadNext(Pipeline* pipeline, uint64_t now_us) {
   }
 }
 
+void Cluster::BeginCopies(const Pipeline& pipeline, uint64_t now_us) {
+  std::vector<Landing> landings;
+  for (const StageSlot& slot : scale_->landings) {
+    landings.push_back({slot.stage_id, slot.worker, slot.layers});
+  }
+  for (size_t i = 0; i < scale_->next.size(); ++i) {
+    const StageSlot& slot = scale_->next[i];
+    if (scale_->plan.stages[i].lands) landings.push_back({slot.stage_id, slot.worker, slot.layers});
+  }
+  scale_->stands = 0;
+  scale_->ahead.emplace(
+      context_, std::move(landings), [this](WorkerId id) { return workers_.at(id).data_address; },
+      now_us);
+  scale_->ahead->Advance(pipeline, now_us);
+}
+
+bool Cluster::StandsStill(Pipeline* pipeline, uint64_t now_us) {
+  Scale& scale = *scale_;
+  const bool is_late = now_us >= scale.since_us + context_->options.migrate_pause_us;
+  if (pipeline->scheduler.ledger().in_flight() == 0) {
+    if (!std::exchange(scale.rest_asked, true)) scale.ahead->Finish(*pipeline, now_us);
+    if (scale.ahead->IsThere(now_us) || (is_late && scale.stands + 1 >= kMaxStands)) {
+      Switch(pipeline, now_us);
+      return true;
+    }
+  }
+  if (!is_late) return false;
+  if (++scale.stands >= kMaxStands) {
+    Switch(pipeline, now_us);
+    return true;
+  }
+  pipeline->scheduler.Hold(false);
+  scale.phase = Scale::Phase::kCopying;
+  return false;
+}
+
+void Cluster::OnFetched(Worker* worker, const v1::RowsFetched& told, uint64_t now_us) {
+  if (!scale_ || !scale_->ahead || !scale_->ahead->IsOf(worker->id, told.stage_id())) return;
+  const absl::Status sound = scale_->ahead->OnFetched(worker->id, told, now_us);
+  if (!sound.ok()) Evict(worker->id, sound, now_us);
+}
+
 void Cluster::Switch(Pipeline* pipeline, uint64_t now_us) {
   Scale& scale = *scale_;
+  scale.moved_bytes += scale.ahead->bytes();
   const Scheduler& scheduler = pipeline->scheduler;
   scale.held_before = scheduler.HeldRows();
   // Who waits for no step feels no pause before the switch.
@@ -251,7 +341,12 @@ void Cluster::Switch(Pipeline* pipeline, uint64_t now_us) {
   for (size_t i = 0; i < may_hold.size(); ++i) {
     pipeline->slots[i].may_hold = std::move(may_hold[i]);
   }
-  const std::vector<StageSlot> old = std::exchange(pipeline->slots, std::exchange(scale.next, {}));
+  std::vector<StageSlot> old = std::exchange(pipeline->slots, std::exchange(scale.next, {}));
+  for (StageSlot& landing : scale.landings) {
+    landing.may_hold = scale.ahead->HoldingsOf(landing.stage_id);
+    old.push_back(std::move(landing));
+  }
+  scale.landings.clear();
   for (StageSlot& slot : pipeline->slots) {
     HostedStage& hosted = HostedIn(slot);
     hosted.role = HostedStage::Role::kPlace;
@@ -259,7 +354,8 @@ void Cluster::Switch(Pipeline* pipeline, uint64_t now_us) {
     for (const StageSlot& each : old) {
       if (each.worker == slot.worker) followed.push_back(&each);
     }
-    slot.may_hold = HoldingsOfSuccessor(slot.layers, followed);
+    slot.may_hold = followed.empty() ? scale.ahead->HoldingsOf(slot.stage_id)
+                                     : HoldingsOfSuccessor(slot.layers, followed);
   }
   for (const StageSlot& slot : old) {
     Worker* worker = FindWorker(slot.worker);
@@ -279,6 +375,7 @@ void Cluster::Switch(Pipeline* pipeline, uint64_t now_us) {
   pipeline->planned_rows = scale.plan.capacity_rows;
   pipeline->scaled_rows.reset();
   pipeline->sampled_edge = {};
+  scale.ahead.reset();
   scale.phase = Scale::Phase::kSwitched;
 }
 
@@ -314,9 +411,14 @@ void Cluster::AbortScale(PipelineId id, const absl::Status& why) {
   if (!scale_ || scale_->pipeline != id || scale_->phase == Scale::Phase::kWaiting) return;
   const bool prepares = scale_->prepares();
   if (prepares) {
-    pipelines_.at(id)->scaled_rows.reset();
-    for (const StageSlot& slot : scale_->next) {
-      if (slot.state != StageSlot::State::kVacant) Unload(FindWorker(slot.worker), slot.stage_id);
+    Pipeline* pipeline = pipelines_.at(id).get();
+    pipeline->scaled_rows.reset();
+    pipeline->scheduler.Hold(false);
+    if (scale_->ahead && pipeline->scheduler.started()) scale_->ahead->End(*pipeline);
+    for (const std::vector<StageSlot>* slots : {&scale_->next, &scale_->landings}) {
+      for (const StageSlot& slot : *slots) {
+        if (slot.state != StageSlot::State::kVacant) Unload(FindWorker(slot.worker), slot.stage_id);
+      }
     }
   }
   // No room is the asker's to mend, whatever else is an accident.
@@ -334,6 +436,7 @@ void Cluster::AnswerScale(const absl::Status& status) {
   answer.reply.set_pause_us(scale_->pause_us);
   answer.reply.set_rows_kept(scale_->rows_kept);
   answer.reply.set_rows_lost(scale_->rows_lost);
+  answer.reply.set_moved_bytes(scale_->moved_bytes);
   if (scale_->drains) {
     replaced_ = Replaced{std::move(answer.status), std::move(answer.reply)};
   } else {

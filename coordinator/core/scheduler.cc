@@ -102,6 +102,7 @@ std::vector<Holdings> Scheduler::Stop() {
   STRAIT_CHECK(num_returning_ == 0);
   keepers_.clear();
   num_stages_ = 0;
+  held_ = false;
   unplanned_rows_ = 0;
   return may_hold;
 }
@@ -244,7 +245,7 @@ std::vector<Residency*> Scheduler::ChooseDecodes(size_t most) const {
 }
 
 std::optional<v1::StepPlan> Scheduler::Form(uint64_t now_us) {
-  if (!started() || ledger_.in_flight() >= limits::kMaxStepsInFlight) return std::nullopt;
+  if (!started() || held_ || ledger_.in_flight() >= limits::kMaxStepsInFlight) return std::nullopt;
   const bool full = ledger_.with_rows() >= steps_in_flight_max_;
   if (full && !close_now_) return std::nullopt;
   const bool is_awaited = std::exchange(is_awaited_, false) && !keepers_.empty();

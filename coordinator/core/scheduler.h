@@ -179,6 +179,10 @@ class Scheduler {
   // REQUIRES: resident_rows_max() fits; MayShrink() if any gets smaller.
   std::optional<v1::StepPlan> Resize(const std::vector<uint64_t>& capacity_bytes, uint64_t now_us);
 
+  // No step is formed while it is held; those under way go on. The begin of an epoch ends it.
+  void Hold(bool held) { held_ = held; }
+  bool held() const { return held_; }
+
   const StepLedger& ledger() const { return ledger_; }
   // Whether every link of the pipeline has carried something in this epoch, that from the last
   // stage to the first included, where there is one.
@@ -353,6 +357,7 @@ class Scheduler {
 
   PipelineId pipeline_;
   uint32_t num_stages_ = 0;  // 0: stopped
+  bool held_ = false;
   uint32_t steps_in_flight_max_ = 0;
   CacheBooks books_;
   uint64_t unplanned_rows_ = 0;

@@ -80,6 +80,8 @@ const char* Name(HostedStage::Role role) {
       return "";
     case HostedStage::Role::kNext:
       return "next";
+    case HostedStage::Role::kLanding:
+      return "landing";
     case HostedStage::Role::kFollowed:
       return "followed";
     case HostedStage::Role::kUnloading:

@@ -27,6 +27,7 @@ struct HostedStage {
   enum class Role {
     kPlace,      // has a place in a pipeline
     kNext,       // will have one when its pipeline's scale switches (coordinator/core/scale.h)
+    kLanding,    // has none, and never will: rows come to it for a kNext of the worker
     kFollowed,   // had one; its successors are not all active yet
     kUnloading,  // was told to go, and has not answered
   };
@@ -37,11 +38,13 @@ struct HostedStage {
   };
   Role role = Role::kPlace;
   PipelineId pipeline;      // but for kUnloading
-  uint32_t slot_index = 0;  // likewise; of kFollowed: what it was
+  uint32_t slot_index = 0;  // likewise; of kFollowed: what it was; of kLanding: in Scale::landings
   LayerRange layers;
   uint64_t cache_bytes = 0;  // that it may hold, as it was loaded or has answered last
   std::optional<Resize> resize;
   std::vector<uint64_t> successor_of;  // as it was told with LoadStage; some may be gone
+  // Of a scale that has not switched; it is in no epoch.
+  bool is_prepared() const { return role == Role::kNext || role == Role::kLanding; }
 };
 using HostedStages = std::map<uint64_t, HostedStage>;  // by stage id
 

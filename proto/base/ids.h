@@ -43,6 +43,11 @@ struct LayerRange {
   constexpr uint32_t size() const { return end - begin; }
   friend bool operator==(const LayerRange&, const LayerRange&) = default;
 };
+// Layers of both; none: of size 0.
+constexpr LayerRange Intersection(LayerRange a, LayerRange b) {
+  const LayerRange both{a.begin > b.begin ? a.begin : b.begin, a.end < b.end ? a.end : b.end};
+  return both.begin < both.end ? both : LayerRange{};
+}
 
 // Incarnation of a pipeline: what an older one says is refused everywhere. `term` counts coordinators,
 // `counter` the incarnations under one coordinator.

@@ -15,17 +15,27 @@
 namespace strait {
 
 void WorkerCore::OnFetch(const v1::FetchRows& fetch, uint64_t now_us) {
-  Hosted* const hosted = Find(fetch.stage_id());
-  if (hosted == nullptr || hosted->stage == nullptr || share_.transfer == nullptr) {
-    const PlacementEpoch placement = {fetch.placement().term(), fetch.placement().counter()};
-    return ports_->Tell(
-        FetchedMessage(fetch.stage_id(), FromWire(fetch.epoch()),
-                       {.id = SequenceId{fetch.sequence_id()},
-                        .placement = placement,
-                        .status = share_.transfer == nullptr
-                                      ? absl::FailedPreconditionError("this worker moves no rows")
-                                      : absl::NotFoundError(absl::StrCat("stage ", fetch.stage_id(),
-                                                                         " is not loaded here"))}));
+  const uint64_t id = fetch.stage_id();
+  Hosted* const hosted = Find(id);
+  const absl::Status may_fetch = [&]() -> absl::Status {
+    if (share_.transfer == nullptr) {
+      return absl::FailedPreconditionError("this worker moves no rows");
+    }
+    if (hosted == nullptr || hosted->stage == nullptr) {
+      return absl::NotFoundError(absl::StrCat("stage ", id, " is not loaded here"));
+    }
+    // In a handover its blocks are those of the stages before it, which may still need them.
+    if (hosted->stage->epoch() == PipelineEpoch{} && !shares_.WaitsFor(id).empty()) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("stage ", id, " follows others and is no landing"));
+    }
+    return absl::OkStatus();
+  }();
+  if (!may_fetch.ok()) {
+    return ports_->Tell(FetchedMessage(id, FromWire(fetch.epoch()),
+                                       {.id = SequenceId{fetch.sequence_id()},
+                                        .placement = FromWire(fetch.placement()),
+                                        .status = may_fetch}));
   }
   hosted->stage->FetchRows(fetch, now_us);
   AskRows(now_us);
@@ -35,6 +45,13 @@ void WorkerCore::OnServe(const v1::ServeRows& serve) {
   if (serve.stage_id() == 0) return replicas_.Serve(serve);
   Hosted* const hosted = Find(serve.stage_id());
   if (hosted != nullptr && hosted->stage != nullptr) hosted->stage->ServeRows(serve);
+}
+
+void WorkerCore::OnDropLanded(const v1::DropLanded& drop) {
+  Hosted* const hosted = Find(drop.stage_id());
+  if (hosted == nullptr || hosted->stage == nullptr) return;
+  hosted->stage->DropLanded(SequenceId{drop.sequence_id()});
+  Settle();
 }
 
 void WorkerCore::AskRows(uint64_t now_us) {

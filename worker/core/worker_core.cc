@@ -111,6 +111,8 @@ void WorkerCore::OnMessage(v1::ToWorker message, uint64_t now_us) {
       return OnFetch(message.fetch_rows(), now_us);
     case v1::ToWorker::kServeRows:
       return OnServe(message.serve_rows());
+    case v1::ToWorker::kDropLanded:
+      return OnDropLanded(message.drop_landed());
     case v1::ToWorker::kReplicate:
       return replicas_.Replicate(message.replicate(), now_us);
     case v1::ToWorker::kShutdown:

@@ -202,6 +202,7 @@ class WorkerCore {
 
   void OnFetch(const v1::FetchRows& fetch, uint64_t now_us);
   void OnServe(const v1::ServeRows& serve);
+  void OnDropLanded(const v1::DropLanded& drop);
   // It fetches what it is to have before it is active.
   void Restore(uint64_t stage_id, Hosted& hosted, const v1::ActivateStage& activate,
                uint64_t now_us);

@@ -45,10 +45,21 @@ void Residents::Close(SequenceId id) {
   if (residents_.erase(id) + left_.erase(id) + imports_.erase(id) > 0) cache_.Close(id);
 }
 
-void Residents::Import(SequenceId id, uint32_t rows) {
+void Residents::Import(SequenceId id, uint32_t rows, absl::Span<const ContentKey> prefix) {
   STRAIT_CHECK(!residents_.contains(id) && !left_.contains(id), "an import is resident");
-  if (imports_.insert(id).second) cache_.Open(id);
+  if (imports_.insert(id).second) cache_.Open(id, prefix);
   cache_.Grow(id, rows);
+}
+
+void Residents::LeaveImport(SequenceId id, std::vector<TokenId> tokens) {
+  STRAIT_CHECK(imports_.contains(id), "it is not imported");
+  if (tokens.empty()) return Close(id);
+  imports_.erase(id);
+  auto resident = std::make_shared<Resident>();
+  resident->finished = static_cast<uint32_t>(tokens.size());
+  resident->tokens = std::move(tokens);
+  cache_.Cut(id, resident->finished);
+  STRAIT_CHECK(left_.emplace(id, std::move(resident)).second, "it is left already");
 }
 
 void Residents::OpenImport(const v1::OpenSequence& open, SamplingParams sampling,

@@ -63,13 +63,15 @@ class Residents {
   // REQUIRES: no step is begun.
   void Leave();
 
-  // It is an import with blocks for so many rows. REQUIRES: neither resident nor left; no fewer rows
-  // than before.
-  void Import(SequenceId id, uint32_t rows);
+  // It is an import with blocks for so many rows. `prefix`: prefix blocks that it begins with, if it is new. REQUIRES:
+  // neither resident nor left; no fewer rows than before; LatentCache::Open.
+  void Import(SequenceId id, uint32_t rows, absl::Span<const ContentKey> prefix = {});
   // An import becomes resident with the rows of these tokens, all finished. REQUIRES: it has blocks
   // for them.
   void OpenImport(const v1::OpenSequence& open, SamplingParams sampling,
                   std::vector<TokenId> tokens);
+  // An import is left with the rows of these tokens; it goes if there are none. REQUIRES: as OpenImport.
+  void LeaveImport(SequenceId id, std::vector<TokenId> tokens);
   bool imported(SequenceId id) const { return imports_.contains(id); }
 
   // Rows of finished steps that it has, resident or left; absent: it is neither.

@@ -104,7 +104,7 @@ class Stage {
   bool NeedsSettling() const;
   void SettleCapacity();
 
-  // Takes over what other stages of the worker left of its layers: of each sequence the rows that every
+  // Takes over what other stages of the worker left of its layers, or landed: of each sequence the rows that every
   // layer has, and whose tokens this stage will need are known; of sequences those that it may hold, by
   // rising id. Their steps that are begun end first; they enter no epoch any more. REQUIRES: it is in its
   // first epoch, without a plan; no layer is in two of them, or was taken over before.
@@ -146,9 +146,12 @@ class Stage {
   // CopiesRows().
   void PollCopies(uint64_t now_us, HostMoves* moves, RowMoves* rows = nullptr);
 
-  // ---- Rows that move from one pipeline to another ----
-  // What contradicts the plans is told by PollCopies. Of an older epoch: nothing happens.
+  // ---- Rows that move from one pipeline to another, or ahead to a stage that is to come ----
+  // What contradicts the plans is told by PollCopies. Of an older epoch: nothing happens. In no epoch yet: it takes
+  // blocks for the rows, as a landing.
   void FetchRows(const v1::FetchRows& fetch, uint64_t now_us);
+  // Of a landing: nothing of it is needed.
+  void DropLanded(SequenceId id);
   void ServeRows(const v1::ServeRows& serve);
   // The coordinator is gone: nothing is fetched or served any more in this epoch, and what was restored is all.
   void EndTransfers();

@@ -26,7 +26,9 @@ void Stage::State::DropBegun() {
 
 void Stage::State::LeaveEpoch() {
   DropBegun();
+  auto here = TakeLanded();
   EndCopies();
+  LeaveLanded(std::move(here));
   restoring = false;
   restores.clear();
   unfilled.clear();

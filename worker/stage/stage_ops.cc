@@ -148,6 +148,7 @@ void Stage::PollCopies(uint64_t now_us, HostMoves* moves, RowMoves* rows) {
   s.OnMoved(s.tier.Poll(now_us, s.PollEnds(now_us)), moves);
   if (!s.tier.busy()) moves->copied = s.tier.TakeCopied();
   s.Prepare();
+  s.KeepLanded();
   RowMoves told{s.importer.Poll(now_us), s.exporter.Poll()};
   if (rows != nullptr) *rows = std::move(told);
   if (s.restoring && (now_us >= s.restore_until_us || s.IsRestored())) s.EndRestores();
@@ -156,6 +157,12 @@ void Stage::PollCopies(uint64_t now_us, HostMoves* moves, RowMoves* rows) {
 void Stage::FetchRows(const v1::FetchRows& fetch, uint64_t now_us) {
   State& s = *state_;
   if (!s.CheckEpoch(FromWire(fetch.epoch()), "a fetch").ok()) return;
+  if (s.epoch == PipelineEpoch{}) {
+    if (absl::Status landed = s.Land(fetch, now_us); !landed.ok()) {
+      s.importer.RefuseFetch(fetch, std::move(landed));
+    }
+    return;
+  }
   const PlanLedger::Import* const import = s.ledger.FindImport(SequenceId{fetch.sequence_id()});
   const PlacementEpoch placement = {fetch.placement().term(), fetch.placement().counter()};
   const bool is_known = import != nullptr && import->placement == placement;

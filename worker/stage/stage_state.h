@@ -10,8 +10,10 @@
 
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -57,6 +59,13 @@ struct RestoredSequence {
   std::vector<TokenId> tokens;   // of their rows
   uint32_t num_shared = 0;  // leading blocks that are here, or that a sequence before it fetches
   bool is_fetched = false;  // those behind are an import's
+};
+
+// A sequence whose rows come to a stage that is in no epoch yet.
+struct LandedSequence {
+  PlacementEpoch placement;
+  std::vector<ContentKey>
+      keys;  // of its leading blocks that are prefix blocks where they come from
 };
 
 struct Stage::State {
@@ -131,6 +140,13 @@ struct Stage::State {
   bool IsRestored() const;
   // What is here of them is left.
   void EndRestores();
+  // Rows for a stage that is in no epoch yet (stage_landing.cc): takes blocks, and has them fetched.
+  absl::Status Land(const v1::FetchRows& fetch, uint64_t now_us);
+  // Blocks whose rows came become prefix blocks, as they are where they come from.
+  void KeepLanded();
+  // Nothing lands any more; the tokens of the rows that are here. Then, when no copy is under way, these are left.
+  std::vector<std::pair<SequenceId, std::vector<TokenId>>> TakeLanded();
+  void LeaveLanded(std::vector<std::pair<SequenceId, std::vector<TokenId>>> here);
   void OnMoved(std::vector<HostTier::End> ends, HostMoves* moves);
   // Copies that have ended, of whoever's: the importer's and the exporter's are seen to.
   std::vector<CopyEnd> PollEnds(uint64_t now_us);
@@ -175,7 +191,8 @@ struct Stage::State {
   bool restoring = false;
   uint64_t restore_until_us = 0;
   std::vector<RestoredSequence> restores;
-  PlanLedger ledger;  // ahead of `residents` by the plans that wait
+  std::map<SequenceId, LandedSequence> landed;  // before its first epoch
+  PlanLedger ledger;                            // ahead of `residents` by the plans that wait
   std::deque<WaitingPlan> plans;
   std::deque<WaitingHidden> hiddens;  // in step order; the i-th belongs to the i-th plan with rows
   ReturningIds returning;             // to the first of several stages

@@ -19,9 +19,15 @@ Importer::~Importer() {
 
 // ---------------------------------------------------------------- what plans say
 
-void Importer::Take(SequenceId id, PlacementEpoch placement, uint32_t rows) {
+void Importer::Take(SequenceId id, PlacementEpoch placement, uint32_t rows,
+                    std::vector<TokenId> begins_with) {
   std::shared_ptr<Import>& import = imports_[{id, placement}];
-  if (import == nullptr) import = std::make_shared<Import>();
+  if (import == nullptr) {
+    import = std::make_shared<Import>();
+    import->rows_wanted = import->rows_fetched = static_cast<uint32_t>(begins_with.size());
+    import->tell = !begins_with.empty();
+    import->tokens = std::move(begins_with);
+  }
   import->key = {id, placement};
   import->rows_taken = rows;
 }
@@ -42,6 +48,12 @@ std::vector<TokenId> Importer::Open(SequenceId id) {
   }
   STRAIT_CHECK(false, "it is not imported");
   return {};
+}
+
+absl::Span<const TokenId> Importer::TokensHere(SequenceId id, PlacementEpoch placement) const {
+  const auto it = imports_.find({id, placement});
+  if (it == imports_.end()) return {};
+  return absl::MakeConstSpan(it->second->tokens).first(it->second->rows_fetched);
 }
 
 void Importer::Close(SequenceId id) {
@@ -162,6 +174,14 @@ void Importer::Fetch(const v1::FetchRows& fetch, uint32_t most_rows, uint32_t vo
                         fetch.tokens().ids().end());
   (*made)->import = import;
   fetches_.push_back(*std::move(made));
+}
+
+void Importer::RefuseFetch(const v1::FetchRows& fetch, absl::Status why) {
+  const Key key = {SequenceId{fetch.sequence_id()}, FromWire(fetch.placement())};
+  if (const auto it = imports_.find(key); it != imports_.end()) {
+    return Fail(it->second.get(), std::move(why));
+  }
+  refused_.push_back({.id = key.first, .placement = key.second, .status = std::move(why)});
 }
 
 void Importer::EndFetches() {

@@ -58,18 +58,24 @@ class Importer final : public RowsTaker {
   Importer& operator=(const Importer&) = delete;
 
   // ---- What plans say of imports ----
-  // There are blocks for so many rows. REQUIRES: no import of another placement.
-  void Take(SequenceId id, PlacementEpoch placement, uint32_t rows);
+  // There are blocks for so many rows. `begins_with`: tokens of its first rows, which are here, if it is new. REQUIRES: no
+  // import of another placement.
+  void Take(SequenceId id, PlacementEpoch placement, uint32_t rows,
+            std::vector<TokenId> begins_with = {});
   // Whether exactly these rows are here, and nothing more is on its way.
   bool IsFetched(SequenceId id, PlacementEpoch placement, uint32_t rows) const;
   // It is no import any more; its tokens. REQUIRES: IsFetched.
   std::vector<TokenId> Open(SequenceId id);
+  // Rows from 0 on that are here, and their tokens; none: no import of this placement.
+  absl::Span<const TokenId> TokensHere(SequenceId id, PlacementEpoch placement) const;
   // Nothing more is asked for. Copies into its blocks may be under way.
   void Close(SequenceId id);
 
   // ---- What the coordinator asks for ----
   // `most_rows`: for which a plan that has come takes blocks, of this placement; 0: none does.
   void Fetch(const v1::FetchRows& fetch, uint32_t most_rows, uint32_t vocab_size, uint64_t now_us);
+  // It contradicts what its stage has: Poll tells.
+  void RefuseFetch(const v1::FetchRows& fetch, absl::Status why);
   // The coordinator is gone: what it asked for ends, imports stay as they are.
   void EndFetches();
   // The epoch is over: no import any more. Copies may be under way.

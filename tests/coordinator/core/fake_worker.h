@@ -54,6 +54,7 @@ struct FakeStage {
   FakePrefixes prefixes;
   FakeMoves moves;                // an import's length is what it has blocks for
   uint64_t prefix_secret = 0;     // of this epoch: that who reads its prefix blocks shows
+  std::map<SequenceId, PlacementEpoch> landed;  // whose rows came before its first epoch
   uint64_t restored_counter = 0;  // of the last epoch that it began with rows from elsewhere
   uint64_t rows_computed = 0;
   uint64_t rows_stored = 0;

@@ -241,6 +241,10 @@ class Harness {
       const v1::FetchRows& fetch = fetches.front();
       const SequenceId sequence{fetch.sequence_id()};
       const PlacementEpoch placement{fetch.placement().term(), fetch.placement().counter()};
+      if (stage.epoch.counter() == 0 && fetch.epoch().counter() == 0) {
+        Land(fetch, &stage, &told);
+        continue;
+      }
       const auto it = stage.moves.imports.find(sequence);
       const bool is_due = fetch.epoch().counter() == stage.epoch.counter();
       if (is_due && (it == stage.moves.imports.end() || it->second.placement != placement ||
@@ -436,6 +440,7 @@ class Harness {
   uint64_t copies_failed = 0;
   uint32_t most_restored = ~0u;  // blocks of each sequence that come in time
   uint64_t rows_restored = 0;    // each stage counts its own
+  uint64_t rows_landed = 0;      // of each layer
   uint64_t spoil_digest = 0;
   bool tell_rows = true;  // else as workers that drop everything with an epoch
   std::function<void(WorkerId, v1::StageState*)> before_active;  // may change what is told
@@ -539,6 +544,49 @@ class Harness {
     }
     if (next != stage.layers().end) Problem(stage, "restores leave layers out");
     return true;
+  }
+
+  // Rows come to a stage that was never active.
+  void Land(const v1::FetchRows& fetch, FakeStage* stage, std::vector<v1::FromWorker>* told) {
+    const SequenceId id{fetch.sequence_id()};
+    const PlacementEpoch placement{fetch.placement().term(), fetch.placement().counter()};
+    if (!stage->load.successor_of().empty()) Problem(*stage, "rows land where others' blocks are");
+    const auto [it, is_new] = stage->landed.emplace(id, placement);
+    if (it->second != placement) Problem(*stage, "rows of two placements land");
+    std::vector<TokenId>& fed = stage->fed[id];
+    if (fed.size() != fetch.begin_row()) Problem(*stage, "rows are fetched out of order");
+    CheckSources(*stage, fetch);
+    fed.insert(fed.end(), fetch.tokens().ids().begin(), fetch.tokens().ids().end());
+    if (fed.size() != fetch.end_row()) Problem(*stage, "tokens and rows differ");
+    stage->lengths[id] = fetch.end_row();
+    std::vector<ContentKey> keys = *ParseContentKeys(fetch.prefix_keys());
+    if (keys.size() * limits::kBlockTokens > fetch.end_row()) Problem(*stage, "keys without rows");
+    stage->prefixes.Leave(id, 0);
+    stage->prefixes.Adopt(id, std::move(keys));
+    if (fetch.begin_row() == fetch.end_row()) return;
+    rows_landed += uint64_t{fetch.end_row() - fetch.begin_row()} * stage->layers().size();
+    v1::RowsFetched* fetched = told->emplace_back().mutable_rows_fetched();
+    fetched->set_stage_id(fetch.stage_id());
+    fetched->set_sequence_id(fetch.sequence_id());
+    *fetched->mutable_placement() = fetch.placement();
+    fetched->set_rows(fetch.end_row());
+    fetched->set_fetched_bytes(uint64_t{fetch.end_row()} * stage->layers().size());
+    if (HeldBytesOf(*stage, block_bytes) <= stage->cache_bytes) return;
+    fetched->set_error_code(8);
+    fetched->set_error_message("no room");
+    DropLanded(id, stage);
+  }
+  static void DropLanded(SequenceId id, FakeStage* stage) {
+    // What was asked for before is not answered.
+    auto& fetches = stage->moves.fetches;
+    fetches.erase(std::remove_if(fetches.begin(), fetches.end(),
+                                 [&](const auto& f) { return f.sequence_id() == id.value; }),
+                  fetches.end());
+    if (stage->landed.erase(id) == 0) return;
+    stage->lengths.erase(id);
+    stage->fed.erase(id);
+    stage->prefixes.Leave(id, 0);
+    stage->prefixes.DropUnheld();
   }
 
   uint32_t GrantedToken(const v1::SequenceStep& step) const {
@@ -645,7 +693,7 @@ class Harness {
   }
   void On(const SendToWorker& m) {
     const auto it = workers.find(m.worker);
-    if (it == workers.end()) return;
+    if (it == workers.end() || it->second.evicted) return;  // its stream is gone
     FakeWorker& worker = it->second;
     v1::StageState state;
     if (m.message.has_load_stage()) {
@@ -712,6 +760,9 @@ class Harness {
       FakeStage& stage = worker.stages.at(m.message.fetch_rows().stage_id());
       stage.moves.fetches.push_back(m.message.fetch_rows());
       moves_told_.insert({m.worker, m.message.fetch_rows().stage_id()});
+    } else if (m.message.has_drop_landed()) {
+      FakeStage& stage = worker.stages.at(m.message.drop_landed().stage_id());
+      DropLanded(SequenceId{m.message.drop_landed().sequence_id()}, &stage);
     } else if (m.message.has_replicate()) {
       worker.replicas.Forget(m.message.replicate());
       if (!m.message.replicate().has_source()) return;

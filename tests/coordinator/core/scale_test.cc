@@ -70,9 +70,12 @@ TEST(ScaleTest, WhoHasTheLeastMemoryIsLeftOutAndSparesAreTakenWhereThereAreTooFe
   EXPECT_THAT(Workers(*two), ElementsAre(1, 3));
   const auto four = PlanScale({}, SmallModel(), old, hosts, 4, {});
   ASSERT_TRUE(four.ok()) << four.status();
-  EXPECT_THAT(Workers(*four), ElementsAre(1, 2, 3, 4));
-  EXPECT_THAT(four->stages[3].successor_of, ElementsAre());
-  EXPECT_EQ(four->stages[3].first_cache_bytes, four->stages[3].plan.cache_bytes);
+  // The spare comes where the fewest layers change their worker: the second of two layers goes to it.
+  EXPECT_THAT(Workers(*four), ElementsAre(1, 2, 4, 3));
+  EXPECT_THAT(four->stages[2].successor_of, ElementsAre());
+  EXPECT_TRUE(four->stages[2].lands);
+  EXPECT_THAT(four->landings, ElementsAre());
+  EXPECT_EQ(four->stages[2].first_cache_bytes, four->stages[2].plan.cache_bytes);
 }
 
 TEST(ScaleTest, ASpareThatIsTooSmallIsLeftOut) {
@@ -107,15 +110,47 @@ TEST(ScaleTest, TooLittleForWhatRunsOrWasAdmittedIsRefusedWithTheNumbers) {
 }
 
 TEST(ScaleTest, MoreLayersOnAWorkerBeginWithTheCacheOfFewer) {
-  // Two workers with two layers each; one takes all four, with the cache of two until the old stage is gone.
+  // Two workers with two layers each; one takes all four. Rows of the two others come to a landing, for as many rows as
+  // the old stages hold; the new stage has both caches until these are gone.
   const std::vector<StageSlot> old = Slots({{{0, 2}, 1280}, {{2, 4}, 1280}});
   const std::vector<ScaleHost> hosts = {{WorkerId{1}, 20'000, {0}}, {WorkerId{2}, 15'000, {1}}};
   const auto plan = PlanScale({}, SmallModel(), old, hosts, 1, {});
   ASSERT_TRUE(plan.ok()) << plan.status();
   EXPECT_THAT(Workers(*plan), ElementsAre(1));
   EXPECT_THAT(plan->old_cache_bytes, ElementsAre(20 * 256, 20 * 256));
-  EXPECT_EQ(plan->stages[0].first_cache_bytes, 10 * 512u);
+  ASSERT_EQ(plan->landings.size(), 1u);
+  EXPECT_EQ(plan->landings[0].layers, (LayerRange{2, 4}));
+  EXPECT_EQ(plan->landings[0].cache_bytes, 20 * 256u);
+  EXPECT_EQ(plan->stages[0].first_cache_bytes, 20 * 512u);
   EXPECT_EQ(plan->stages[0].plan.cache_bytes, (20'000u - 5050) / 512 * 512);
+}
+
+TEST(ScaleTest, WithoutRoomForALandingRowsAreReplayed) {
+  // 20 blocks of two layers beside 5,150 of weights and workspaces: no two layers more have room for what is held.
+  const std::vector<StageSlot> old = Slots({{{0, 2}, 1280}, {{2, 4}, 1280}});
+  const std::vector<ScaleHost> hosts = {{WorkerId{1}, 5150 + 20 * 256, {0}},
+                                        {WorkerId{2}, 9'000, {1}}};
+  const auto some = PlanScale({}, SmallModel(), old, hosts, 1, {.reserved_rows = 9 * 64});
+  ASSERT_TRUE(some.ok()) << some.status();
+  ASSERT_EQ(some->landings.size(), 1u);
+  EXPECT_THAT(some->old_cache_bytes, ElementsAre(10 * 256, 20 * 256));
+  const auto none = PlanScale({}, SmallModel(), old, hosts, 1, {.reserved_rows = 11 * 64});
+  ASSERT_TRUE(none.ok()) << none.status();
+  EXPECT_THAT(none->landings, ElementsAre());
+  EXPECT_THAT(none->old_cache_bytes, ElementsAre(20 * 256, 20 * 256));
+}
+
+TEST(ScaleTest, OfGoodPlansTheOneThatMovesTheFewestBytes) {
+  // Two stages of two layers become four of one: the first and the last layer, with embedding and head, stay.
+  const std::vector<StageSlot> old = Slots({{{0, 2}, 640}, {{2, 4}, 640}});
+  const std::vector<ScaleHost> hosts = {{WorkerId{1}, 20'000, {0}},
+                                        {WorkerId{2}, 20'000, {1}},
+                                        {WorkerId{3}, 20'000, {}},
+                                        {WorkerId{4}, 20'000, {}}};
+  const auto plan = PlanScale({}, SmallModel(), old, hosts, 4, {.reserved_rows = 64});
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_THAT(Workers(*plan), ElementsAre(1, 3, 4, 2));
+  EXPECT_EQ(plan->moved_bytes, 2 * 1000u + 2 * 128) << "two layers, a block of each";
 }
 
 TEST(ScaleTest, ASuccessorMayHaveWhatAllOfItsLayersHave) {

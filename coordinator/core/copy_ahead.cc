@@ -1,0 +1,296 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "coordinator/core/copy_ahead.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "coordinator/core/edges.h"
+#include "proto/base/limits.h"
+#include "proto/wire/epoch_wire.h"
+
+namespace strait {
+namespace {
+
+constexpr uint32_t kBlock = limits::kBlockTokens;
+
+// Its rows can be read: they are where all stages know of them.
+bool IsReadable(const Residency& residency) {
+  return residency.role == Residency::Role::kHome && !residency.leaving && residency.opened &&
+         residency.scheduler->IsOpen(residency) && residency.rows.even();
+}
+
+}  // namespace
+
+uint32_t CopyAhead::Copied::rows_there() const {
+  return rows.empty() ? 0 : *std::min_element(rows.begin(), rows.end());
+}
+
+int CopyAhead::IndexOf(WorkerId worker, uint64_t stage_id) const {
+  for (size_t i = 0; i < landings_.size(); ++i) {
+    if (landings_[i].stage_id == stage_id && landings_[i].worker == worker) {
+      return static_cast<int>(i);
+    }
+  }
+  return -1;
+}
+
+uint64_t CopyAhead::SecretOf(PlacementEpoch placement, uint64_t stage_id) const {
+  // No edge, and no move, whose nonces others know, has such an id.
+  constexpr uint64_t kAhead = uint64_t{1} << 62;
+  const uint64_t key = EdgeNonce(context_->options.edge_secret, kAhead);
+  return EdgeNonce(EdgeNonce(key, placement.counter), stage_id);
+}
+
+std::vector<ContentKey> CopyAhead::KeysOf(const Residency& residency) {
+  std::vector<ContentKey> keys;
+  const uint32_t num_blocks = residency.prefix.blocks.least();
+  keys.reserve(num_blocks);
+  for (uint32_t i = 0; i < num_blocks; ++i) keys.push_back(residency.prefix.path[i]->key);
+  return keys;
+}
+
+bool CopyAhead::Waits(const std::vector<ContentKey>& keys) const {
+  return std::any_of(keys.begin(), keys.end(),
+                     [&](const ContentKey& key) { return coming_.contains(key); });
+}
+
+// ---------------------------------------------------------------- what goes on
+
+void CopyAhead::Advance(const Pipeline& from, uint64_t now_us) {
+  const auto& residents = from.scheduler.residents();
+  for (auto it = sequences_.begin(); it != sequences_.end();) {
+    const auto resident = residents.find(it->first);
+    if (resident != residents.end() && resident->second->epoch == it->second.placement) {
+      ++it;
+      continue;
+    }
+    GiveUp(it->first, &it->second);
+    it = sequences_.erase(it);
+  }
+  if (landings_.empty()) return;
+  for (const auto& [id, residency] : residents) {
+    if (!IsReadable(*residency)) continue;
+    const uint32_t end_row = residency->scheduler->RowsReported(*residency);
+    const auto it = sequences_.find(id);
+    if (it == sequences_.end()) {
+      if (end_row > 0 && !Waits(KeysOf(*residency))) {
+        Copied& copied = sequences_[id];
+        copied.placement = residency->epoch;
+        copied.rows.resize(landings_.size());
+        copied.bytes.resize(landings_.size());
+        Serve(from, id, copied.placement, false, false);
+        Ask(from, *residency, &copied, end_row, false, now_us);
+      }
+      continue;
+    }
+    Copied& copied = it->second;
+    if (copied.given_up || copied.rows_there() < copied.end_row) continue;
+    if (end_row >= copied.end_row + kRoundRows) {
+      Ask(from, *residency, &copied, end_row, false, now_us);
+    }
+  }
+}
+
+bool CopyAhead::IsLate(uint64_t now_us) const {
+  return now_us >= progress_us_ + context_->options.migrate_stall_us ||
+         now_us >= begin_us_ + context_->options.migrate_timeout_us;
+}
+
+bool CopyAhead::IsNear(const Pipeline& from, uint64_t now_us) const {
+  if (landings_.empty() || IsLate(now_us)) return true;
+  uint64_t rest = 0;
+  for (const auto& [id, residency] : from.scheduler.residents()) {
+    const auto it = sequences_.find(id);
+    if (it == sequences_.end()) {
+      // Nothing of it is anywhere yet: what it has by then is few rows, or it would be known.
+      if (!residency->opened || (residency->rows.even() && residency->rows.next() <= kRestRows)) {
+        continue;
+      }
+      return false;
+    }
+    const Copied& copied = it->second;
+    if (copied.given_up) continue;
+    const uint32_t left = residency->rows.next() - copied.rows_there();
+    const bool outruns = copied.rounds >= kMaxAheadRounds && copied.rows_there() == copied.end_row;
+    if (left > kRestRows && !outruns) return false;
+    rest += outruns ? 0 : left;
+  }
+  return rest <= kAllRestRows;
+}
+
+void CopyAhead::Finish(const Pipeline& from, uint64_t now_us) {
+  // What else came in between has left meanwhile, or is as it was.
+  Advance(from, now_us);
+  for (const auto& [id, residency] : from.scheduler.residents()) {
+    const auto it = sequences_.find(id);
+    if (it == sequences_.end() || it->second.given_up || !IsReadable(*residency)) continue;
+    Copied& copied = it->second;
+    const uint32_t end_row = residency->rows.next();
+    Serve(from, id, copied.placement, true, false);
+    // Also without a row more, for the keys of now.
+    if (end_row > copied.end_row || residency->prefix.blocks.least() > copied.num_keys) {
+      Ask(from, *residency, &copied, end_row, true, now_us);
+    }
+  }
+}
+
+bool CopyAhead::IsAllThere() const {
+  return std::all_of(sequences_.begin(), sequences_.end(), [](const auto& entry) {
+    return entry.second.given_up || entry.second.rows_there() == entry.second.end_row;
+  });
+}
+
+bool CopyAhead::IsThere(uint64_t now_us) const { return IsAllThere() || IsLate(now_us); }
+
+void CopyAhead::End(const Pipeline& from) {
+  for (const auto& [id, copied] : sequences_) Serve(from, id, copied.placement, false, true);
+}
+
+// ---------------------------------------------------------------- what is told to workers
+
+void CopyAhead::Ask(const Pipeline& from, const Residency& residency, Copied* copied,
+                    uint32_t end_row, bool is_last, uint64_t now_us) {
+  const Sequence& sequence = *residency.sequence;
+  if (IsAllThere()) progress_us_ = now_us;  // nobody was waited for
+  const uint32_t begin_row = std::exchange(copied->end_row, end_row);
+  ++copied->rounds;
+  std::vector<ContentKey> keys = KeysOf(residency);
+  keys.resize(std::min<size_t>(keys.size(), end_row / kBlock));
+  for (const ContentKey& key : keys) {
+    if (!landed_.contains(key) && coming_.insert(key).second) copied->coming.push_back(key);
+  }
+  copied->num_keys = static_cast<uint32_t>(keys.size());
+  for (const Landing& landing : landings_) {
+    SendToWorker out{landing.worker, {}};
+    v1::FetchRows* fetch = out.message.mutable_fetch_rows();
+    fetch->set_stage_id(landing.stage_id);
+    fetch->set_sequence_id(sequence.id.value);
+    ToWire(copied->placement, fetch->mutable_placement());
+    fetch->set_begin_row(begin_row);
+    fetch->set_end_row(end_row);
+    fetch->mutable_tokens()->mutable_ids()->Add(sequence.tokens.begin() + begin_row,
+                                                sequence.tokens.begin() + end_row);
+    *fetch->mutable_prefix_keys() = Pack(keys);
+    for (const StageSlot& source : from.slots) {
+      const LayerRange layers = Intersection(source.layers, landing.layers);
+      if (layers.size() == 0) continue;
+      v1::RowsSource* rows = fetch->add_sources();
+      rows->set_layer_begin(layers.begin);
+      rows->set_layer_end(layers.end);
+      rows->set_stage_id(source.stage_id);
+      ToWire(from.epoch, rows->mutable_epoch());
+      rows->set_data_address(address_(source.worker));
+      rows->set_secret(SecretOf(copied->placement, source.stage_id));
+    }
+    fetch->set_is_last(is_last);
+    fetch->set_bytes_per_s(context_->options.migrate_bytes_per_s);
+    context_->Send(std::move(out));
+  }
+  if (copied->rows_there() == end_row) Arrive(copied);
+}
+
+void CopyAhead::Serve(const Pipeline& from, SequenceId id, PlacementEpoch placement, bool is_last,
+                      bool end) const {
+  for (const StageSlot& source : from.slots) {
+    SendToWorker out{source.worker, {}};
+    v1::ServeRows* serve = out.message.mutable_serve_rows();
+    serve->set_stage_id(source.stage_id);
+    ToWire(from.epoch, serve->mutable_epoch());
+    serve->set_sequence_id(id.value);
+    ToWire(placement, serve->mutable_placement());
+    serve->set_secret(SecretOf(placement, source.stage_id));
+    // Not that it is told, but that it stands still.
+    serve->set_served_rows(is_last ? std::numeric_limits<uint32_t>::max() : 0);
+    serve->set_end(end);
+    context_->Send(std::move(out));
+  }
+}
+
+void CopyAhead::DropAt(SequenceId id) const {
+  for (const Landing& landing : landings_) {
+    SendToWorker out{landing.worker, {}};
+    out.message.mutable_drop_landed()->set_stage_id(landing.stage_id);
+    out.message.mutable_drop_landed()->set_sequence_id(id.value);
+    context_->Send(std::move(out));
+  }
+}
+
+void CopyAhead::GiveUp(SequenceId id, Copied* copied) {
+  if (std::exchange(copied->given_up, true)) return;
+  DropAt(id);
+  for (const ContentKey& key : std::exchange(copied->coming, {})) coming_.erase(key);
+}
+
+// ---------------------------------------------------------------- what workers say
+
+absl::Status CopyAhead::OnFetched(WorkerId worker, const v1::RowsFetched& told, uint64_t now_us) {
+  const auto index = static_cast<size_t>(IndexOf(worker, told.stage_id()));
+  const auto it = sequences_.find(SequenceId{told.sequence_id()});
+  // Late: it left, or was dropped.
+  if (it == sequences_.end() || FromWire(told.placement()) != it->second.placement ||
+      it->second.given_up) {
+    return absl::OkStatus();
+  }
+  Copied& copied = it->second;
+  if (told.error_code() != 0) {
+    GiveUp(it->first, &copied);
+    return absl::OkStatus();
+  }
+  if (told.rows() < copied.rows[index] || told.rows() > copied.end_row) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("stage ", told.stage_id(), " tells ", told.rows(), " rows of sequence ",
+                     told.sequence_id(), ", it had ", copied.rows[index], " of ", copied.end_row));
+  }
+  if (told.rows() > copied.rows[index] || told.fetched_bytes() > copied.bytes[index]) {
+    progress_us_ = now_us;
+  }
+  copied.rows[index] = told.rows();
+  const uint64_t bytes = std::max(copied.bytes[index], told.fetched_bytes());
+  bytes_ += bytes - std::exchange(copied.bytes[index], bytes);
+  if (copied.rows_there() == copied.end_row) Arrive(&copied);
+  return absl::OkStatus();
+}
+
+void CopyAhead::Arrive(Copied* copied) {
+  for (const ContentKey& key : std::exchange(copied->coming, {})) {
+    coming_.erase(key);
+    landed_.insert(key);
+  }
+}
+
+Holdings CopyAhead::HoldingsOf(uint64_t stage_id) const {
+  Holdings holdings;
+  const bool is_known =
+      std::any_of(landings_.begin(), landings_.end(),
+                  [&](const Landing& landing) { return landing.stage_id == stage_id; });
+  if (!is_known) return holdings;
+  for (const auto& [id, copied] : sequences_) {
+    if (copied.given_up) continue;
+    holdings.emplace(id, MayHold{copied.end_row, copied.end_row, copied.num_keys});
+  }
+  return holdings;
+}
+
+uint64_t CopyAhead::rows_there() const {
+  uint64_t rows = 0;
+  for (const auto& [id, copied] : sequences_) {
+    for (size_t i = 0; i < copied.rows.size(); ++i) {
+      rows += uint64_t{copied.rows[i]} * landings_[i].layers.size();
+    }
+  }
+  return rows;
+}
+
+uint64_t CopyAhead::rows_asked() const {
+  uint64_t rows = 0;
+  for (const auto& [id, copied] : sequences_) {
+    for (const Landing& landing : landings_) {
+      rows += uint64_t{copied.given_up ? 0 : copied.end_row} * landing.layers.size();
+    }
+  }
+  return rows;
+}
+
+}  // namespace strait
