@@ -13,6 +13,7 @@ import sys
 
 ROOT = pathlib.Path(sys.argv[1] if len(sys.argv) > 1 else __file__).resolve()
 ROOT = ROOT if ROOT.is_dir() else ROOT.parents[1]
+PAGE = ".md"
 CODE = {".h", ".cc", ".cu", ".cuh", ".py", ".sh", ".proto", ".cmake"}
 MAX_LINES = 500
 # Longer on purpose, each with its reason.
@@ -28,6 +29,9 @@ LONGER = {
     "tests/golden/generate.py": "a self-contained oracle beside the generator",
 }
 LABELS = ("Owns", "Borrows", "Thread", "Shapes", "Stream", "Errors", "Limits", "Why")
+# Pages that a newcomer reads from end to end.
+PAGE_LINES = {"README.md": 120, "ARCHITECTURE.md": 200}
+MAX_CELL = 200
 # folder -> folders whose headers it may include ("kernels <- worker -> proto <- coordinator").
 MAY_INCLUDE = {"proto": {"proto"}, "kernels": {"kernels"}, "worker": {"worker", "kernels", "proto"},
                "coordinator": {"coordinator", "proto"}}
@@ -42,7 +46,7 @@ def files():
         paths = [ROOT / name for name in listed if name]
     except (OSError, subprocess.CalledProcessError):  # an unpacked archive
         paths = [p for p in ROOT.rglob("*") if not {"build", ".venv"} & set(p.relative_to(ROOT).parts)]
-    return sorted(p for p in paths if p.is_file() and p.suffix in CODE)
+    return sorted(p for p in paths if p.is_file() and p.suffix in CODE | {PAGE})
 
 
 def check(path):
@@ -72,11 +76,57 @@ def check(path):
         yield 1, "no #pragma once"
 
 
+def prose(path):
+    """A page's lines with their numbers, without what stands between fences."""
+    fenced = False
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif not fenced:
+            yield number, line
+
+
+def anchors(path):
+    """The names by which a page's headings can be linked to, as GitHub makes them."""
+    found = set()
+    for _, line in prose(path):
+        heading = re.match(r"#+ (.*)", line)
+        if heading:
+            text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading[1]).strip().lower()
+            base = name = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+            again = 0
+            while name in found:
+                again += 1
+                name = f"{base}-{again}"
+            found.add(name)
+    return found
+
+
+def check_page(path):
+    name = str(path.relative_to(ROOT))
+    lines = path.read_text().count("\n")
+    if lines >= PAGE_LINES.get(name, lines + 1):
+        yield lines, f"not under {PAGE_LINES[name]} lines: move detail to the page beside the code"
+    for number, line in prose(path):
+        for cell in re.split(r"(?<!\\)\|", line)[1:-1] if line.startswith("|") else ():
+            if len(cell.strip()) > MAX_CELL:
+                yield number, f"a table cell of {len(cell.strip())} characters: at most {MAX_CELL}"
+        for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", line)):
+            if re.match(r"[a-z]+:", target):
+                continue
+            file, _, anchor = target.partition("#")
+            linked = (path.parent / file).resolve() if file else path
+            if not linked.exists():
+                yield number, f"a link to {file}, which is not there"
+            elif anchor and linked.suffix == PAGE and anchor not in anchors(linked):
+                yield number, f"a link to a heading that {linked.name} does not have: #{anchor}"
+
+
 def main():
     count = breaches = 0
     for path in files():
         count += 1
-        for number, what in check(path):
+        for number, what in (check_page if path.suffix == PAGE else check)(path):
             print(f"{path.relative_to(ROOT)}:{number}: {what}")
             breaches += 1
     print(f"{count} files, {breaches} breaches")

@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // `strait drain`: a worker's sequences go elsewhere with their caches; then it has no stage and gets none.
-#include <cstdio>
 #include <memory>
-#include <string>
 
-#include "absl/strings/str_cat.h"
 #include "coordinator/cli/commands.h"
 #include "coordinator/cli/drain_call.h"
+#include "coordinator/cli/verb_run.h"
 
 namespace strait::cli {
 namespace {
@@ -18,35 +16,17 @@ struct DrainFlags {
 };
 
 int RunDrain(const DrainFlags& flags) {
-  absl::StatusOr<Signals> signals = Signals::Create();
-  if (!signals.ok()) return Fail(signals.status());
-  absl::StatusOr<std::unique_ptr<HttpClient>> client =
-      OperatorClient(flags.operator_flags, signals->fd());
-  if (!client.ok()) return Fail(client.status());
-  Terminal terminal;
-  const auto show = [&](const DrainLine& report) {
-    const auto all = static_cast<double>(report.sequences_moved + report.sequences_left);
-    terminal.Progress(ProgressText(report), report.way == "move" && all > 0
-                                                ? static_cast<double>(report.sequences_moved) / all
-                                                : -1);
+  const DrainRequest& request = flags.request;
+  const auto call = [&](HttpClient& client, const auto& on_report) {
+    return CallDrain(client, request, on_report);
   };
-  const absl::StatusOr<DrainOutcome> outcome = CallDrain(**client, flags.request, show);
-  terminal.EndProgress();
-  if (absl::IsCancelled(outcome.status())) {
-    std::fprintf(
-        stderr,
-        "strait: detached; if the drain had begun it goes on, and strait status shows it\n");
-    return kExitCancelled;
-  }
-  if (!outcome.ok()) return Fail(outcome.status(), (*client)->url().Text());
-  if (!outcome->done) {
-    const DrainLine& last = outcome->last;
-    return Fail(absl::InternalError(
-        last.event.empty() ? outcome->message
-                           : absl::StrCat(outcome->message, " (", ProgressText(last), ")")));
-  }
-  std::printf("%s\n", DoneText(outcome->last, flags.request).c_str());
-  return 0;
+  const auto share = [](const DrainLine& report) {
+    const auto all = static_cast<double>(report.sequences_moved + report.sequences_left);
+    return report.way == "move" && all > 0 ? static_cast<double>(report.sequences_moved) / all : -1;
+  };
+  const auto done = [&](const DrainLine& report) { return DoneText(report, request); };
+  return RunVerb<DrainLine>(flags.operator_flags, call,
+                            {.noun = "drain", .after_error = "", .share = share, .done = done});
 }
 
 }  // namespace

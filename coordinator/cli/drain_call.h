@@ -4,8 +4,7 @@
 // reports.
 //
 // Thread:  the caller's; a client is used by one thread.
-// Errors:  the client's (Cancelled: the cancel descriptor; the drain goes on), Internal (an answer
-//          that is none). What the coordinator says against the drain is in DrainOutcome.
+// Errors:  FollowVerb's (coordinator/cli/verb_call.h).
 #pragma once
 
 #include <cstdint>
@@ -15,6 +14,7 @@
 
 #include "absl/status/statusor.h"
 #include "coordinator/cli/http_client.h"
+#include "coordinator/cli/verb_call.h"
 
 namespace strait::cli {
 
@@ -28,8 +28,7 @@ struct DrainRequest {
 };
 
 // One line of the answer.
-struct DrainLine {
-  std::string event;  // "progress", "done", "error"
+struct DrainLine : VerbLine {
   uint64_t worker_id = 0;
   std::string worker;
   uint64_t pipeline = 0;  // 0: it had no stage
@@ -42,16 +41,9 @@ struct DrainLine {
   uint64_t rows_lost = 0;
   double pause_ms = 0;
   double total_ms = 0;
-  std::string error_code;  // of an error
-  std::string error_message;
 };
 
-struct DrainOutcome {
-  bool done = false;
-  DrainLine last;    // the last report; of a refused drain: nothing
-  std::string code;  // why it is not done: "no_room", "aborted" …, or "HTTP 400"; and in words
-  std::string message;
-};
+using DrainOutcome = VerbOutcome<DrainLine>;
 
 absl::StatusOr<DrainLine> ParseDrainLine(std::string_view line);
 

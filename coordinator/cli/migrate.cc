@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // `strait migrate`: a running sequence goes to another pipeline with its cache.
-#include <cstdio>
 #include <memory>
-#include <string>
 
-#include "absl/strings/str_cat.h"
 #include "coordinator/cli/commands.h"
 #include "coordinator/cli/move_call.h"
+#include "coordinator/cli/verb_run.h"
 
 namespace strait::cli {
 namespace {
@@ -18,35 +16,19 @@ struct MigrateFlags {
 };
 
 int RunMigrate(const MigrateFlags& flags) {
-  absl::StatusOr<Signals> signals = Signals::Create();
-  if (!signals.ok()) return Fail(signals.status());
-  absl::StatusOr<std::unique_ptr<HttpClient>> client =
-      OperatorClient(flags.operator_flags, signals->fd());
-  if (!client.ok()) return Fail(client.status());
-  Terminal terminal;
-  const auto show = [&](const MoveLine& report) {
-    const double share = report.rows_total > 0 ? static_cast<double>(report.rows) /
-                                                     static_cast<double>(report.rows_total)
-                                               : -1;
-    terminal.Progress(ProgressText(report), share);
+  const MoveRequest& request = flags.request;
+  const auto call = [&](HttpClient& client, const auto& on_report) {
+    return CallMigrate(client, request, on_report);
   };
-  const absl::StatusOr<MoveOutcome> outcome = CallMigrate(**client, flags.request, show);
-  terminal.EndProgress();
-  if (absl::IsCancelled(outcome.status())) {
-    std::fprintf(
-        stderr, "strait: detached; if the move had begun it goes on, and strait status shows it\n");
-    return kExitCancelled;
-  }
-  if (!outcome.ok()) return Fail(outcome.status(), (*client)->url().Text());
-  if (!outcome->done) {
-    const MoveLine& last = outcome->last;
-    return Fail(absl::InternalError(last.event.empty()
-                                        ? outcome->message
-                                        : absl::StrCat(outcome->message, " (", ProgressText(last),
-                                                       "; it goes on where it was)")));
-  }
-  std::printf("%s\n", DoneText(outcome->last, flags.request.dry_run).c_str());
-  return 0;
+  const auto share = [](const MoveLine& report) {
+    return report.rows_total > 0
+               ? static_cast<double>(report.rows) / static_cast<double>(report.rows_total)
+               : -1;
+  };
+  const auto done = [&](const MoveLine& report) { return DoneText(report, request.dry_run); };
+  return RunVerb<MoveLine>(
+      flags.operator_flags, call,
+      {.noun = "move", .after_error = "; it goes on where it was", .share = share, .done = done});
 }
 
 }  // namespace

@@ -3,8 +3,7 @@
 // CallMigrate asks a coordinator to move a sequence (POST /strait/migrate) and follows its reports.
 //
 // Thread:  the caller's; a client is used by one thread.
-// Errors:  the client's (Cancelled: the cancel descriptor; the move goes on), Internal (an answer
-//          that is none). What the coordinator says against the move is in MoveOutcome.
+// Errors:  FollowVerb's (coordinator/cli/verb_call.h).
 #pragma once
 
 #include <cstdint>
@@ -14,6 +13,7 @@
 
 #include "absl/status/statusor.h"
 #include "coordinator/cli/http_client.h"
+#include "coordinator/cli/verb_call.h"
 
 namespace strait::cli {
 
@@ -28,8 +28,7 @@ struct MoveRequest {
 };
 
 // One line of the answer.
-struct MoveLine {
-  std::string event;  // "progress", "done", "error"
+struct MoveLine : VerbLine {
   uint64_t sequence = 0;
   uint64_t from = 0;
   uint64_t to = 0;
@@ -41,18 +40,9 @@ struct MoveLine {
   uint64_t recomputed_rows = 0;
   double pause_ms = 0;
   double total_ms = 0;
-  std::string error_code;  // of an error
-  std::string error_message;
 };
 
-struct MoveOutcome {
-  bool done = false;
-  MoveLine last;        // the last report; of a refused move: nothing
-  int http_status = 0;  // 200 also of a move that failed under way
-  // Why it is not done: "no_room", "aborted" …, or "HTTP 400"; and in words.
-  std::string code;
-  std::string message;
-};
+using MoveOutcome = VerbOutcome<MoveLine>;
 
 absl::StatusOr<MoveLine> ParseMoveLine(std::string_view line);
 

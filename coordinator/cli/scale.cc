@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "coordinator/cli/commands.h"
 #include "coordinator/cli/status_json.h"
+#include "coordinator/cli/terminal.h"
 #include "proto/base/json.h"
 #include "proto/base/limits.h"
 
@@ -19,11 +20,6 @@ struct ScaleFlags {
   uint32_t num_stages = 0;
   double timeout_s = 1800;
 };
-
-// "1 pipeline", "2 pipelines"
-std::string Counted(uint64_t count, const char* what) {
-  return absl::StrCat(count, " ", what, count == 1 ? "" : "s");
-}
 
 int RunScale(const ScaleFlags& flags) {
   absl::StatusOr<Signals> signals = Signals::Create();
@@ -47,7 +43,7 @@ int RunScale(const ScaleFlags& flags) {
   }
   const json::Object& done = parsed->get_object();
   std::printf("%s with %s; longest pause %.1f ms; rows kept in caches %.0f, computed again %.0f\n",
-              Counted(static_cast<uint64_t>(Number(done, "pipelines")), "pipeline").c_str(),
+              Counted(Count(done, "pipelines"), "pipeline").c_str(),
               Counted(flags.num_stages, "stage").c_str(), Number(done, "pause_ms"),
               Number(done, "rows_kept"), Number(done, "rows_lost"));
   return 0;

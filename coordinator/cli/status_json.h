@@ -3,6 +3,7 @@
 // Reading GET /strait/status leniently: what a server does not tell is empty, not an error.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -25,6 +26,12 @@ inline std::vector<const json::Object*> Objects(const json::Object& object, std:
 
 inline double Number(const json::Object& object, std::string_view key) {
   return json::GetDoubleOr(object, key, 0, "status").value_or(0);
+}
+
+// A count: nothing below 0.
+inline uint64_t Count(const json::Object& object, std::string_view key) {
+  const double value = Number(object, key);
+  return value > 0 ? static_cast<uint64_t>(value) : 0;
 }
 
 inline std::string Text(const json::Object& object, std::string_view key) {

@@ -88,11 +88,18 @@ std::string FormatBytes(double bytes) {
 }
 
 std::string FormatNumber(double value) {
-  char text[64];
   const double size = std::abs(value);
-  const int digits = size >= 100 || value == 0 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3;
+  return Fixed(value, size >= 100 || value == 0 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3);
+}
+
+std::string Fixed(double value, int digits) {
+  char text[64];
   std::snprintf(text, sizeof(text), "%.*f", digits, value);
   return text;
+}
+
+std::string Counted(uint64_t count, std::string_view what) {
+  return std::to_string(count) + " " + std::string(what) + (count == 1 ? "" : "s");
 }
 
 std::string FormatTable(const std::vector<std::vector<std::string>>& rows) {

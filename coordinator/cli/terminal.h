@@ -39,8 +39,10 @@ class Terminal {
   std::chrono::steady_clock::time_point last_line_at_;
 };
 
-std::string FormatBytes(double bytes);   // "1.50 GiB"
-std::string FormatNumber(double value);  // three significant digits or more
+std::string FormatBytes(double bytes);                       // "1.50 GiB"
+std::string FormatNumber(double value);                      // three significant digits or more
+std::string Fixed(double value, int digits);                 // "1.50": so many behind the point
+std::string Counted(uint64_t count, std::string_view what);  // "1 stage", "2 stages"
 
 // Columns padded to their widest cell; the first row is the header. Numbers are set flush right.
 std::string FormatTable(const std::vector<std::vector<std::string>>& rows);

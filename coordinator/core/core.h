@@ -255,7 +255,7 @@ class Core {
   bool Ready() const;  // a pipeline is active
   CoreStats Stats() const;
   // JSON text: workers, layer ranges, pipelines, cache bytes by layer, sequences (documented in
-  // coordinator/core/README.md).
+  // coordinator/core/STATUS.md).
   std::string StatusJson(uint64_t now_us) const;
   // Of every stage: reserved and held bytes are those of its sequences by their lengths there, and
   // within its capacity; no worker's memory is booked twice; a sequence is in one place. Used by tests at

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The status as JSON; coordinator/core/README.md documents every member.
+// The status as JSON; coordinator/core/STATUS.md documents every member.
 #include <algorithm>
 #include <string>
 #include <utility>

@@ -271,32 +271,22 @@ void OpenAiHandler::Complete(Call& call) {
       ->Start();
 }
 
-void OpenAiHandler::Migrate(Call& call) {
-  std::variant<MigrateSpec, ApiError> parsed = Stopping();
-  if (!draining_) parsed = ParseMigrate(call.request.body);
+template <class Spec>
+void OpenAiHandler::BeginVerb(Call& call, std::variant<Spec, ApiError> (*parse)(std::string_view),
+                              void (VerbExchange::*begin)(Spec)) {
+  std::variant<Spec, ApiError> parsed = Stopping();
+  if (!draining_) parsed = parse(call.request.body);
   if (const ApiError* error = std::get_if<ApiError>(&parsed)) return Refuse(call, *error);
-  std::make_shared<VerbExchange>(state_, std::move(call.route), std::move(call.request_id),
-                                 std::move(call.responder))
-      ->Migrate(std::move(std::get<MigrateSpec>(parsed)));
+  const auto exchange = std::make_shared<VerbExchange>(
+      state_, std::move(call.route), std::move(call.request_id), std::move(call.responder));
+  ((*exchange).*begin)(std::move(std::get<Spec>(parsed)));
 }
 
-void OpenAiHandler::Drain(Call& call) {
-  std::variant<DrainSpec, ApiError> parsed = Stopping();
-  if (!draining_) parsed = ParseDrain(call.request.body);
-  if (const ApiError* error = std::get_if<ApiError>(&parsed)) return Refuse(call, *error);
-  std::make_shared<VerbExchange>(state_, std::move(call.route), std::move(call.request_id),
-                                 std::move(call.responder))
-      ->Drain(std::move(std::get<DrainSpec>(parsed)));
-}
+void OpenAiHandler::Migrate(Call& call) { BeginVerb(call, ParseMigrate, &VerbExchange::Migrate); }
 
-void OpenAiHandler::Scale(Call& call) {
-  std::variant<uint32_t, ApiError> parsed = Stopping();
-  if (!draining_) parsed = ParseScale(call.request.body);
-  if (const ApiError* error = std::get_if<ApiError>(&parsed)) return Refuse(call, *error);
-  std::make_shared<VerbExchange>(state_, std::move(call.route), std::move(call.request_id),
-                                 std::move(call.responder))
-      ->Scale(std::get<uint32_t>(parsed));
-}
+void OpenAiHandler::Drain(Call& call) { BeginVerb(call, ParseDrain, &VerbExchange::Drain); }
+
+void OpenAiHandler::Scale(Call& call) { BeginVerb(call, ParseScale, &VerbExchange::Scale); }
 
 HttpResponse OpenAiHandler::Health(const Call&) {
   if (state_->engine->Ready() && !draining_) return Plain(200, "");

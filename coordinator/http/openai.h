@@ -2,7 +2,7 @@
 //
 // OpenAiHandler answers the OpenAI API (completions, chat, models), vLLM's /tokenize and
 // /detokenize, the routes of operation (health, metrics, status) and the elastic verbs (migrate,
-// scale). coordinator/http/README.md describes them all.
+// drain, scale). coordinator/http/README.md describes them all.
 //
 // Borrows: the engine, which outlives it and every server that uses it.
 // Thread:  Handle, OnRejected, SetDraining: any.
@@ -17,6 +17,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <variant>
 #include <vector>
 
 #include "coordinator/engine.h"
@@ -39,6 +40,7 @@ struct OpenAiOptions {
 };
 
 struct ApiState;
+class VerbExchange;
 
 class OpenAiHandler : public HttpHandler {
  public:
@@ -62,6 +64,10 @@ class OpenAiHandler : public HttpHandler {
   bool HasOperatorKey(const HttpRequest& request) const;
   std::optional<ApiError> RefusalOf(Access access, const HttpRequest& request) const;
   void Refuse(Call& call, const ApiError& error);
+  // Of an elastic verb: reads the body, and hands what it says to an exchange of its own.
+  template <class Spec>
+  void BeginVerb(Call& call, std::variant<Spec, ApiError> (*parse)(std::string_view),
+                 void (VerbExchange::*begin)(Spec));
   // These answer later:
   void Complete(Call& call);
   void Migrate(Call& call);

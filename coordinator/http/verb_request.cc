@@ -32,53 +32,31 @@ void RefuseUnknown(Fields& fields, const json::Object& object,
   }
 }
 
-std::string ReadSequence(Fields& fields) {
-  constexpr char kForms[] =
-      "a sequence's \"id\" or \"request\" as GET /strait/status tells it, with \"/choice\" behind "
-      "a "
-      "request that has several";
-  const json::Value* value = fields.Any("sequence");
-  if (value == nullptr) {
-    fields.Fail("sequence", std::string("\"sequence\" is missing: it is ") + kForms);
-    return "";
-  }
-  if (const std::optional<int64_t> id = WholeNumber(*value); id && *id > 0) {
-    return std::to_string(*id);
-  }
-  if (!value->is_string()) {
-    fields.Fail("sequence", std::string("\"sequence\" must be a string, not ") +
-                                std::string(json::TypeName(*value)) + ": " + kForms);
-    return "";
-  }
-  std::string name(json::View(value->get_string()));
-  if (name.empty() || name.size() > kMaxSequenceNameBytes) {
-    fields.Fail("sequence", "\"sequence\" has " + std::to_string(name.size()) +
-                                " bytes; it must have 1 to " +
-                                std::to_string(kMaxSequenceNameBytes) + ": it is " + kForms);
-  }
-  return name;
-}
+constexpr char kSequenceForms[] =
+    "a sequence's \"id\" or \"request\" as GET /strait/status tells it, with \"/choice\" behind a "
+    "request that has several";
+constexpr char kWorkerForms[] = "a worker's \"id\" or \"name\" as GET /strait/status tells it";
 
-std::string ReadWorker(Fields& fields) {
-  constexpr char kForms[] = "a worker's \"id\" or \"name\" as GET /strait/status tells it";
-  const json::Value* value = fields.Any("worker");
+// The id or name of what a verb is for; `forms` says what it may be.
+std::string ReadName(Fields& fields, const char* key, size_t max_bytes, const std::string& forms) {
+  const json::Value* value = fields.Any(key);
   if (value == nullptr) {
-    fields.Fail("worker", std::string("\"worker\" is missing: it is ") + kForms);
+    fields.Fail(key, Quoted(key) + " is missing: it is " + forms);
     return "";
   }
   if (const std::optional<int64_t> id = WholeNumber(*value); id && *id > 0) {
     return std::to_string(*id);
   }
   if (!value->is_string()) {
-    fields.Fail("worker", std::string("\"worker\" must be a string, not ") +
-                              std::string(json::TypeName(*value)) + ": " + kForms);
+    fields.Fail(key, Quoted(key) + " must be a string, not " + std::string(json::TypeName(*value)) +
+                         ": " + forms);
     return "";
   }
   std::string name(json::View(value->get_string()));
-  if (name.empty() || name.size() > kMaxWorkerNameBytes) {
-    fields.Fail("worker", "\"worker\" has " + std::to_string(name.size()) +
-                              " bytes; it must have 1 to " + std::to_string(kMaxWorkerNameBytes) +
-                              ": it is " + kForms);
+  if (name.empty() || name.size() > max_bytes) {
+    fields.Fail(key, Quoted(key) + " has " + std::to_string(name.size()) +
+                         " bytes; it must have 1 to " + std::to_string(max_bytes) + ": it is " +
+                         forms);
   }
   return name;
 }
@@ -98,7 +76,7 @@ std::variant<MigrateSpec, ApiError> ParseMigrate(std::string_view body) {
   Fields fields(object);
   RefuseUnknown(fields, object, {"sequence", "to", "dry_run", "timeout", "force_numerics"});
   MigrateSpec spec;
-  spec.sequence = ReadSequence(fields);
+  spec.sequence = ReadName(fields, "sequence", kMaxSequenceNameBytes, kSequenceForms);
   const std::optional<int64_t> to = fields.Int("to", 1, std::numeric_limits<uint32_t>::max());
   if (!to) fields.Fail("to", "\"to\" is missing: it is the \"id\" of a pipeline");
   spec.to = PipelineId{static_cast<uint64_t>(to.value_or(0))};
@@ -116,7 +94,7 @@ std::variant<DrainSpec, ApiError> ParseDrain(std::string_view body) {
   Fields fields(object);
   RefuseUnknown(fields, object, {"worker", "dry_run", "undo", "timeout"});
   DrainSpec spec;
-  spec.worker = ReadWorker(fields);
+  spec.worker = ReadName(fields, "worker", kMaxWorkerNameBytes, kWorkerForms);
   spec.dry_run = fields.Bool("dry_run", false);
   spec.undo = fields.Bool("undo", false);
   spec.timeout_us = ReadTimeoutUs(fields);

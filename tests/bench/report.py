@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what README states, and writes it there.
+"""Measures what tests/reports/cpu.md states, and writes it there.
 
   report.py [--bin build/release/bin] [--only NAME …] [--write]
 
 Every figure comes with the limit measured in the same run. --write replaces the tables between the `measured`
-marks of README.md and saves tests/reports/cpu.json. Close other programs first: it uses every core, and takes
+marks of tests/reports/cpu.md and saves tests/reports/cpu.json. Close other programs first: it uses every core, and takes
 about six minutes on two. Needs only the standard library and the release build with its tests.
 """
 import argparse
@@ -200,7 +200,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bin", type=pathlib.Path, default=ROOT / "build/release/bin")
     parser.add_argument("--only", nargs="*", choices=MEASURES, help="measure these and print them as JSON")
-    parser.add_argument("--write", action="store_true", help="write README's tables and tests/reports/cpu.json")
+    parser.add_argument("--write", action="store_true", help="write the tables of tests/reports/cpu.md and tests/reports/cpu.json")
     args = parser.parse_args()
     os.environ.pop("http_proxy", None)
     programs = args.bin.resolve()
@@ -217,10 +217,10 @@ def main():
     print(text)
     if args.write:
         (ROOT / "tests/reports/cpu.json").write_text(json.dumps(measured, indent=1) + "\n")
-        readme = (ROOT / "README.md").read_text()
-        before, rest = readme.split(MARKS[0])
+        page = ROOT / "tests/reports/cpu.md"
+        before, rest = page.read_text().split(MARKS[0])
         after = rest.split(MARKS[1])[1]
-        (ROOT / "README.md").write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
+        page.write_text(f"{before}{MARKS[0]}\n\n{text}\n\n{MARKS[1]}{after}")
 
 
 if __name__ == "__main__":

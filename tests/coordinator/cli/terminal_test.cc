@@ -14,6 +14,10 @@ TEST(FormatTest, NumbersAndBytes) {
   EXPECT_EQ(FormatNumber(12.34), "12.3");
   EXPECT_EQ(FormatNumber(1.234), "1.23");
   EXPECT_EQ(FormatNumber(0.0456), "0.046");
+  EXPECT_EQ(Fixed(1.25, 3), "1.250");
+  EXPECT_EQ(Fixed(-0.04, 1), "-0.0");
+  EXPECT_EQ(Counted(1, "round"), "1 round");
+  EXPECT_EQ(Counted(0, "round"), "0 rounds");
   EXPECT_EQ(FormatBytes(512), "512 B");
   EXPECT_EQ(FormatBytes(1536), "1.50 KiB");
   EXPECT_EQ(FormatBytes(3.0 * (1 << 30)), "3.00 GiB");
