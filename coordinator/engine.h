@@ -157,8 +157,9 @@ struct ScaleOutcome {
   uint32_t pipelines = 0;  // that have it now, also where it failed half way
   uint64_t pause_us =
       0;  // the longest, from a pipeline's last step before the change to its first after it
-  uint64_t rows_kept = 0;  // of sequences, summed over layers, that stayed in a cache
-  uint64_t rows_lost = 0;  // that are computed again
+  uint64_t rows_kept = 0;    // of sequences, summed over layers, that stayed in a cache
+  uint64_t rows_lost = 0;    // that are computed again
+  uint64_t moved_bytes = 0;  // of rows that went to other workers
 };
 
 class Engine {

@@ -42,10 +42,13 @@ int RunScale(const ScaleFlags& flags) {
     return Fail(absl::InternalError("/strait/scale: the answer is no JSON object"));
   }
   const json::Object& done = parsed->get_object();
-  std::printf("%s with %s; longest pause %.1f ms; rows kept in caches %.0f, computed again %.0f\n",
-              Counted(Count(done, "pipelines"), "pipeline").c_str(),
-              Counted(flags.num_stages, "stage").c_str(), Number(done, "pause_ms"),
-              Number(done, "rows_kept"), Number(done, "rows_lost"));
+  std::printf(
+      "%s with %s; longest pause %.1f ms; rows kept in caches %.0f, computed again %.0f, moved "
+      "%s\n",
+      Counted(Count(done, "pipelines"), "pipeline").c_str(),
+      Counted(flags.num_stages, "stage").c_str(), Number(done, "pause_ms"),
+      Number(done, "rows_kept"), Number(done, "rows_lost"),
+      FormatBytes(Number(done, "moved_bytes")).c_str());
   return 0;
 }
 

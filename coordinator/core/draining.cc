@@ -374,6 +374,7 @@ Draining::End Draining::AwaitReplace(Drain* drain, bool* changed) {
   drain->pause_us = std::max<uint64_t>(drain->pause_us, replaced->reply.pause_us());
   drain->rows_kept += replaced->reply.rows_kept();
   drain->rows_lost += replaced->reply.rows_lost();
+  drain->moved_bytes += replaced->reply.moved_bytes();
   drain->phase = Phase::kUnloading;
   if (replaced->status.ok()) return std::nullopt;
   drain->phase = Phase::kWaiting;

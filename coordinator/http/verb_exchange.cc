@@ -53,7 +53,7 @@ std::string ScaleJson(const ScaleOutcome& outcome) {
   json.BeginObject().Key("pipelines").Int(outcome.pipelines);
   json.Key("pause_ms").Raw(Milliseconds(outcome.pause_us));
   json.Key("rows_kept").Int(outcome.rows_kept).Key("rows_lost").Int(outcome.rows_lost);
-  json.EndObject();
+  json.Key("moved_bytes").Int(outcome.moved_bytes).EndObject();
   return json.Take();
 }
 

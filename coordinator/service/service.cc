@@ -398,13 +398,15 @@ class CoordinatorService::Impl {
          {"pipelines", reply.pipelines()},
          {"pause_us", reply.pause_us()},
          {"rows_kept", reply.rows_kept()},
-         {"rows_lost", reply.rows_lost()}});
+         {"rows_lost", reply.rows_lost()},
+         {"moved_bytes", reply.moved_bytes()}});
     auto node = scales_.extract(answered.scale);
     if (!node) return;
     node.mapped()(std::move(answered.status), {.pipelines = reply.pipelines(),
                                                .pause_us = reply.pause_us(),
                                                .rows_kept = reply.rows_kept(),
-                                               .rows_lost = reply.rows_lost()});
+                                               .rows_lost = reply.rows_lost(),
+                                               .moved_bytes = reply.moved_bytes()});
   }
 
   void Do(MoveTold& told) { verbs_.at(told.verb)->OnMove(std::move(told.report)); }

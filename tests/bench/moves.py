@@ -3,13 +3,14 @@
 """What a client feels when its sequence moves to another pipeline, and when a worker under it dies.
 
   moves.py --bin build/release/bin [--model DIR] [--lengths 1024,8192,16000] [--moves 6] [--load 0,8] [--threads 1]
-           [--crash] [--replica-memory 2GiB] [--deaths 2] [--arg=--backend --arg=cuda …] [--json FILE]
+           [--stages 1,2,4,2] [--crash] [--replica-memory 2GiB] [--deaths 2] [--arg=--backend --arg=cuda …] [--json FILE]
 
 Two pipelines of one worker each. A sequence of each length decodes and moves back and forth; with --load others decode
 beside it, half of them in each pipeline. The pause is the gap at the client between the last token of the old pipeline and the
 first of the new one, less the median of the 50 gaps before it. With --crash one pipeline of two stages, and a spare: the
 worker of each stage is killed in turn while a sequence decodes; once with copies of rows on the other workers, once without.
-The gap of a death runs from the kill's moment to the next token. Random weights.
+The gap of a death runs from the kill's moment to the next token. With --stages one pipeline on as many workers as the most
+stages of the list gets these numbers of stages, one after the other, while one sequence decodes. Random weights.
 """
 import argparse
 import json
@@ -187,6 +188,43 @@ def deaths(programs, model, threads, length, memory, count, args):
     return rows
 
 
+def scale(server, key, stages):
+    request = urllib.request.Request(server.url + "/strait/scale", json.dumps({"stages": stages}).encode(),
+                                     {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
+    with urllib.request.urlopen(request, timeout=1800) as reply:
+        return json.loads(reply.read())
+
+
+def changes(programs, model, threads, length, stages, args):
+    """One long sequence, while its pipeline gets other numbers of stages."""
+    rows = []
+    with Server(programs, model, max(stages), threads, ["--pipelines", "1", *args]) as server:
+        key = operator_key(server)
+        scale(server, key, stages[0])
+        stream = Stream(server, tokens(f"stages {length}", length), 10**6)
+        stream.wait(GAPS + 5)
+        for before, after in zip(stages, stages[1:]):
+            stats, at = server.get("/strait/status")["stats"], len(stream.times)
+            begin = time.perf_counter()
+            done = scale(server, key, after)
+            total = time.perf_counter() - begin
+            stream.wait(len(stream.times) + GAPS)
+            gap = max(b - a for a, b in zip(stream.times[at - 1:], stream.times[at:]))
+            time.sleep(1.2)  # status is published now and then
+            status = server.get("/strait/status")
+            rows.append({"tokens": length, "from": before, "to": after, "total_ms": total * 1e3,
+                         "pause_ms": (gap - statistics.median(stream.gaps_before(at - 1))) * 1e3, "told_pause_ms": done["pause_ms"],
+                         "gap_before_ms": statistics.median(stream.gaps_before(at - 1)) * 1e3, "bytes": done["moved_bytes"],
+                         "rows_lost": done["rows_lost"], "tokens_max": status["pipelines"][0]["tokens_max"],
+                         "recomputed_rows": status["stats"]["recomputed_rows"] - stats["recomputed_rows"]})
+            r = rows[-1]
+            print(f"{length} tokens, {before} -> {after} stages: pause {r['pause_ms']:.1f} ms at a gap of {r['gap_before_ms']:.1f}, "
+                  f"{r['bytes'] / 2**20:.1f} MiB moved, {r['recomputed_rows']} rows computed again, {r['total_ms']:.0f} ms in all; "
+                  f"then room for {r['tokens_max']} tokens", flush=True)
+        stream.close()
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bin", type=pathlib.Path, required=True, help="folder of the programs")
@@ -198,11 +236,12 @@ def main():
     parser.add_argument("--crash", action="store_true", help="workers die, too")
     parser.add_argument("--deaths", type=int, default=2, help="of each length, with copies and without")
     parser.add_argument("--replica-memory", default="2GiB", help="of each worker, for --crash")
+    parser.add_argument("--stages", default="", help="numbers of stages, one after the other")
     parser.add_argument("--arg", action="append", default=[], help="one more argument of strait up; repeat it")
     parser.add_argument("--json", type=pathlib.Path)
     o = parser.parse_args()
     lengths = [int(n) for n in o.lengths.split(",")]
-    results = {"model": o.model.name, "threads": o.threads, "moves": [], "deaths": []}
+    results = {"model": o.model.name, "threads": o.threads, "moves": [], "deaths": [], "changes": []}
     if o.moves > 0:
         with Server(o.bin, o.model, 2, o.threads, ["--pipelines", "2", *o.arg]) as server:
             for length in lengths:
@@ -210,6 +249,9 @@ def main():
                     rows = moves(server, length, o.moves, load, f"{length} {load}")
                     results["moves"] += rows
                     print(told(rows), flush=True)
+    if o.stages:
+        for length in lengths:
+            results["changes"] += changes(o.bin, o.model, o.threads, length, [int(n) for n in o.stages.split(",")], o.arg)
     if o.crash:
         for length in lengths:
             for memory in (o.replica_memory, "0"):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pipeline gets other stages while a client reads: the same tokens and log-probabilities, to the last bit, as without.
 
-One worker makes two and three stages of its one, which share its memory and its weights; a second worker takes some and
-gives them up again. Refusals name the reason and the flag. Runs on GPU workers with STRAIT_TEST_BACKEND=cuda.
+One worker makes two and three stages of its one, which share its memory and its weights; other workers take some and
+give them up again, and get the rows of their layers before they do. No row is computed again. Refusals name the reason and the flag. Runs on GPU workers with STRAIT_TEST_BACKEND=cuda.
 """
 import json
 import os
@@ -58,24 +58,66 @@ def streamed_while(cluster, *changes):
     return ids, logprobs, done
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_same_tokens_while_stages_change(workers):
+@pytest.mark.parametrize("workers,changes", [(1, (2, 3, 1, 2)), (2, (1, 2, 3, 1, 2))])
+def test_the_same_tokens_while_stages_change(workers, changes):
     with cluster_of(workers) as cluster:
         whole = cluster.complete(**body())["choices"][0]
         before = cluster.status()["workers"][0]
-        ids, logprobs, done = streamed_while(cluster, *[lambda n=n: scale(cluster, n) for n in (2, 3, 1, 2)])
+        ids, logprobs, done = streamed_while(cluster, *[lambda n=n: scale(cluster, n) for n in changes])
         for one in done:
             assert one.returncode == 0, one.stderr
             assert re.match(r"1 pipeline with \d stages?; longest pause [\d.]+ ms; rows kept", one.stdout), one.stdout
         assert ids == whole["token_ids"]
         assert logprobs == whole["logprobs"]["token_logprobs"]
         assert cluster.status()["stats"]["recoveries"] == 0
-        if workers == 1:
-            assert cluster.status()["stats"]["recomputed_rows"] < 50, "rows stay where their layers stay"
+        assert cluster.status()["stats"]["recomputed_rows"] == 0
+        moved = [re.search(r"computed again 0, moved ([\d.]+ \w+)\n", one.stdout).group(1) for one in done]
+        assert [one != "0 B" for one in moved] == ([False] * 4 if workers == 1 else [True, True, False, True, True]), moved
         assert sum(len(one) for one in layers(cluster)) == 2
         assert {w["id"] for w in cluster.status()["workers"]} >= {before["id"]}
         for worker in cluster.status()["workers"]:
             assert worker["booked_bytes"] <= worker["memory_bytes"]
+
+
+def test_one_long_sequence_beside_others_from_one_stage_to_two_to_four_to_two():
+    """Each on a worker of its own: most rows change their worker, none is computed again, and there is more room."""
+    tiny = ROOT / "deploy/models/tiny-random"
+    with Cluster(tiny, workers=4, pipelines=1, random_weights=1, memory="16MiB" if BACKEND == "cpu" else "1GiB", args=FIXED) as cluster:
+        assert scale(cluster, 1).returncode == 0
+        long = dict(prompt=[10 + i * 7 % 600 for i in range(3000)], max_tokens=500, temperature=0.9, seed=5, logprobs=1, ignore_eos=True,
+                    return_token_ids=True)
+        # Two that begin alike, and a prompt that is under way while stages change.
+        others = [dict(long, prompt=long["prompt"][:500] + [11 + i] * 40, seed=i, max_tokens=400) for i in range(2)]
+        whole = [cluster.complete(**one)["choices"][0] for one in (long, *others)]
+        parts, room = [None] * 3, []
+
+        def stream(i, one):
+            ids, logprobs = [], []
+            parts[i] = (ids, logprobs)
+            for event in cluster.stream(**one):
+                for choice in event.get("choices", []):
+                    ids += choice.get("token_ids") or []
+                    logprobs += (choice.get("logprobs") or {}).get("token_logprobs") or []
+
+        threads = [threading.Thread(target=stream, args=(i, one)) for i, one in enumerate((long, *others))]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: parts[0] and len(parts[0][0]) >= 10, what="tokens")
+        for stages in (2, 4, 2):
+            before = cluster.status()["pipelines"][0]["tokens_max"]
+            one = scale(cluster, stages)
+            assert one.returncode == 0, one.stderr
+            assert re.search(r"computed again 0, moved [1-9]", one.stdout), one.stdout
+            assert threads[0].is_alive(), "it ended before the stages had changed: it must be longer"
+            wait_until(lambda: cluster.status()["pipelines"][0]["tokens_max"] != before, what="another room")
+            room.append(cluster.status()["pipelines"][0]["tokens_max"])
+        for thread in threads:
+            thread.join()
+        assert room[1] > room[0] > 0 and room[2] == room[0], room
+        assert cluster.status()["stats"]["recomputed_rows"] == 0
+        for got, expected in zip(parts, whole):
+            assert got[0] == expected["token_ids"]
+            assert got[1] == expected["logprobs"]["token_logprobs"]
 
 
 def test_a_worker_that_dies_with_two_stages_is_replaced():

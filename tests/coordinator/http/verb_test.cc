@@ -278,12 +278,13 @@ TEST_F(VerbTest, AScaleAnswersOnce) {
   auto responder = Begin("POST", "/strait/scale", R"({"stages": 3})", kOperator);
   ASSERT_EQ(engine_.scales.size(), 1u);
   EXPECT_EQ(engine_.scales[0].first, 3u);
-  engine_.scales[0].second(absl::OkStatus(),
-                           {.pipelines = 2, .pause_us = 1500, .rows_kept = 640, .rows_lost = 7});
+  engine_.scales[0].second(
+      absl::OkStatus(),
+      {.pipelines = 2, .pause_us = 1500, .rows_kept = 640, .rows_lost = 7, .moved_bytes = 9});
   responder->RunPosts();
   ASSERT_TRUE(responder->sent);
   EXPECT_EQ(responder->sent->body,
-            R"({"pipelines":2,"pause_ms":1.500,"rows_kept":640,"rows_lost":7})");
+            R"({"pipelines":2,"pause_ms":1.500,"rows_kept":640,"rows_lost":7,"moved_bytes":9})");
   auto refused = Begin("POST", "/strait/scale", R"({"stages": 3})", kOperator);
   engine_.scales.at(1).second(absl::FailedPreconditionError("another scale is under way"), {});
   refused->RunPosts();
