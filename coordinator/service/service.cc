@@ -397,7 +397,6 @@ class CoordinatorService::Impl {
          {"why", answered.status},
          {"pipelines", reply.pipelines()},
          {"pause_us", reply.pause_us()},
-         {"rows_kept", reply.rows_kept()},
          {"rows_lost", reply.rows_lost()},
          {"moved_bytes", reply.moved_bytes()}});
     auto node = scales_.extract(answered.scale);
