@@ -298,7 +298,8 @@ RowsAsk Importer::AskOf(const Fetching& fetching, const Cut& cut) const {
                  .layers = cut.range.layers,
                  .first_row = cut.range.first,
                  .num_rows = cut.range.count,
-                 .keys = {}};
+                 .keys = {},
+                 .bytes = cut.bytes};
   if (source.stage_id != 0) return ask;
   const auto first =
       fetching.keys.begin() + (cut.range.first - fetching.begin_row) / limits::kBlockTokens;
@@ -390,9 +391,7 @@ void Importer::BeginWrites(uint64_t now_us) {
       next->blocks.push_back(block);
     }
     const absl::StatusOr<CopyId> copy = copies_->Write(
-        list,
-        {{reinterpret_cast<const std::byte*>(next->frame.rows.data()), next->frame.rows.size()},
-         false});
+        list, {absl::Span<const std::byte>(next->frame.bytes()), false});
     if (absl::IsResourceExhausted(copy.status())) return;
     std::unique_ptr<UnderWay> begun = std::move(next);
     arrived_.pop_front();

@@ -148,7 +148,7 @@ class ReplicaStore final : public RowsTaker {
   // It is there in all its layers, or not: `ok`.
   void End(Wanted* wanted, bool ok);
   Told& ToldOf(uint64_t stage_id);
-  absl::StatusOr<RowsFrame> FrameOf(const RowsAsk& ask);
+  absl::StatusOr<RowsFrame> FrameOf(PeerAskId id, const RowsAsk& ask);
 
   const RowTraits traits_;
   const uint64_t block_bytes_;
