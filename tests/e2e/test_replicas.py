@@ -7,7 +7,7 @@ import json
 import time
 
 import pytest
-from harness import BACKEND, ROOT, Daemons, wait_until
+from harness import BACKEND, ROOT, Daemons, expect_rows_went, wait_until
 
 SHAPE = "v2-lite"
 MODEL = ROOT / "tests/golden" / SHAPE
@@ -104,6 +104,7 @@ def test_a_death_costs_a_tail_and_a_block(undisturbed, victim, prefix_cache):
         assert after["workers_lost"] == before["workers_lost"] + 1 and after["recoveries"] == before["recoveries"] + 1
         assert computed <= MOST_ROWS * stages * len(PROMPTS)
         assert restored >= sum(len(p) for p in PROMPTS) - 64 * len(PROMPTS)
+        expect_rows_went(before, dict.fromkeys(before, 0), "replicated")
         assert after["protected_us"] > 0.8 * after["decoding_us"] > 0
 
 

@@ -96,7 +96,8 @@ void ReplicaStore::CutUp(std::shared_ptr<const Source> source, LayerRange layers
                          absl::Span<const WantedPtr> wanted) {
   if (wanted.empty()) return;
   const auto count = static_cast<uint32_t>(wanted.size()) * limits::kBlockTokens;
-  for (const LayerRows& range : CutBlocks(traits_, {layers, 0, count}, share_->frame_bytes)) {
+  const uint64_t frame_bytes = std::min(share_->frame_bytes, kReplicaFrameBytes);
+  for (const LayerRows& range : CutBlocks(traits_, {layers, 0, count}, frame_bytes)) {
     const absl::Span<const WantedPtr> keys =
         wanted.subspan(range.first / limits::kBlockTokens, range.count / limits::kBlockTokens);
     for (const WantedPtr& key : keys) ++key->num_open;
@@ -311,7 +312,9 @@ void ReplicaStore::Store(const Cut& cut, const RowsFrame& frame) {
     --num_reserved_;
   }
   for (const WantedPtr& wanted : cut.blocks) {
-    ToldOf(wanted->stage_id).fetched_bytes += cut.bytes / cut.blocks.size();
+    Told& told = ToldOf(wanted->stage_id);
+    told.fetched_bytes += cut.bytes / cut.blocks.size();
+    if (frame.lent.any()) told.shared_bytes += cut.bytes / cut.blocks.size();
     if (--wanted->num_open == 0 && !wanted->is_ended) End(wanted.get(), IsHere(*wanted));
   }
 }
@@ -379,8 +382,7 @@ absl::StatusOr<RowsFrame> ReplicaStore::FrameOf(PeerAskId id, const RowsAsk& ask
       limits::kTransferBytesUnderWay) {
     return absl::ResourceExhaustedError("too many frames wait to be read: ask again");
   }
-  RowsFrame frame{
-      .sequence = ask.sequence, .placement = ask.placement, .pieces = {}, .rows = {}};
+  RowsFrame frame{.sequence = ask.sequence, .placement = ask.placement, .pieces = {}, .rows = {}};
   share_->transfer->TakeRows(id, bytes, &frame);
   size_t at = 0;
   for (LayerIndex layer = ask.layers.begin; layer < ask.layers.end; ++layer) {

@@ -41,6 +41,8 @@ namespace strait {
 
 inline constexpr uint64_t kReplicaBytesUnderWay = kBulkBytesUnderWay / 2;
 static_assert(kReplicaBytesUnderWay >= limits::kTransferFrameBytes);
+// Of a frame that is fetched: the loop thread copies it, and steps wait for that.
+inline constexpr uint64_t kReplicaFrameBytes = limits::kTransferFrameBytes / 4;
 inline constexpr size_t kMaxReplicaAsks = kMaxAsksUnderWay / 4;
 inline constexpr size_t kMaxReplicaKeys = 1 << 18;
 inline constexpr size_t kMaxReplicaSecrets = 256;
@@ -76,6 +78,7 @@ class ReplicaStore final : public RowsTaker {
     std::vector<ContentKey> keys;
     std::vector<ContentKey> failed;
     uint64_t fetched_bytes = 0;
+    uint64_t shared_bytes = 0;  // of these: not by gRPC
   };
   // What is to be told since the last call: of each source at most one.
   std::vector<Told> Poll();

@@ -90,7 +90,10 @@ struct PeerState {
       lost.swap(asked);
       forgotten.clear();
     }
-    for (const auto& [request, ask] : lost) events->on_rows(ask.id, Lost(why));
+    for (auto& [request, ask] : lost) {
+      ask.offer.reset();
+      events->on_rows(ask.id, Lost(why));
+    }
   }
   absl::Status Lost(const absl::Status& why) const {
     return absl::UnavailableError(
@@ -109,6 +112,7 @@ bool OnReply(PeerState* state, const grpc::ByteBuffer& message) {
   if (!state->Take(reply->request_id(), &asked)) return true;
   absl::StatusOr<RowsFrame> frame = reply->Open(state->buffers.get(), asked.offer.get());
   if (frame.ok()) state->Count(*frame, asked.offer != nullptr);
+  asked.offer.reset();  // whoever is told may ask again
   state->events->on_rows(asked.id, std::move(frame));
   return true;
 }

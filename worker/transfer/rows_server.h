@@ -73,8 +73,8 @@ class RowsServer {
     std::weak_ptr<Incoming> from;
     uint64_t request = 0;
     SharedPlace place;
-    RegionPtr region;     // that has it, mapped; or null
-    OwnAnswer own = {};   // set: of this worker
+    RegionPtr region;    // that has it, mapped; or null
+    OwnAnswer own = {};  // set: of this worker
   };
   struct Sealing {
     PeerAskId id;

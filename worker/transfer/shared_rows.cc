@@ -206,8 +206,9 @@ absl::StatusOr<LentRows> SharedRegion::Offer::Take(uint64_t bytes) {
   }
   LentRows rows;
   rows.memory = region_->memory_.rows().subspan(place_.offset, bytes);
-  rows.keeper = std::shared_ptr<void>(nullptr, [region = std::exchange(region_, nullptr),
-                                                index = place_.index](void*) { region->Free(index); });
+  rows.keeper =
+      std::shared_ptr<void>(nullptr, [region = std::exchange(region_, nullptr),
+                                      index = place_.index](void*) { region->Free(index); });
   return rows;
 }
 
@@ -275,8 +276,8 @@ absl::StatusOr<std::shared_ptr<MappedRegion>> MappedRegion::Map(const SharedPlac
 absl::StatusOr<LentRows> MappedRegion::Write(const SharedPlace& place, uint64_t bytes) {
   if (place.index >= kMaxSharedPlaces || bytes > place.bytes || place.bytes > kSharedRowsBytes ||
       place.offset > kSharedRowsBytes - place.bytes) {
-    return absl::InvalidArgumentError(absl::StrCat("no place of ", bytes, " bytes at ",
-                                                   place.offset, ", which is number ", place.index));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "no place of ", bytes, " bytes at ", place.offset, ", which is number ", place.index));
   }
   const absl::Status gone = absl::FailedPreconditionError("the offer was taken back");
   if (!LockByte(memory_.file(), place.index)) return gone;

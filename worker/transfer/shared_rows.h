@@ -42,7 +42,8 @@
 namespace strait {
 
 inline constexpr uint64_t kSharedRowsBytes = limits::kTransferBytesUnderWay;
-inline constexpr uint64_t kSharedUnitBytes = 64 << 10;  // a place is some of these, one behind the other
+inline constexpr uint64_t kSharedUnitBytes =
+    64 << 10;  // a place is some of these, one behind the other
 inline constexpr uint32_t kMaxSharedPlaces = 4 * kMaxAsksUnderWay;
 
 // A place that is offered, as an ask tells it: strait.v1.SharedPlace.
@@ -70,7 +71,8 @@ struct SharedPage {
   uint64_t nonce_low = 0;
   uint64_t nonce_high = 0;
   uint64_t rows_bytes = 0;
-  std::array<uint64_t, kMaxSharedPlaces> words = {};  // ticket << 2 | state; only by std::atomic_ref
+  std::array<uint64_t, kMaxSharedPlaces> words =
+      {};  // ticket << 2 | state; only by std::atomic_ref
 };
 inline constexpr uint64_t kSharedPageBytes = 4096;
 static_assert(sizeof(SharedPage) <= kSharedPageBytes);
@@ -154,12 +156,13 @@ class SharedRegion : public std::enable_shared_from_this<SharedRegion> {
 
   internal::SharedMemory memory_;
   std::mutex mu_;
-  std::array<Place, kMaxSharedPlaces> places_;                            // guarded by mu_
-  std::vector<bool> units_ = std::vector<bool>(kSharedRowsBytes / kSharedUnitBytes);  // in use; guarded by mu_
-  size_t num_units_ = 0;     // of these; guarded by mu_
-  size_t num_given_up_ = 0;  // guarded by mu_
-  uint64_t last_ticket_ = 0;  // guarded by mu_
-  bool is_touched_ = false;   // guarded by mu_
+  std::array<Place, kMaxSharedPlaces> places_;  // guarded by mu_
+  std::vector<bool> units_ =
+      std::vector<bool>(kSharedRowsBytes / kSharedUnitBytes);  // in use; guarded by mu_
+  size_t num_units_ = 0;                                       // of these; guarded by mu_
+  size_t num_given_up_ = 0;                                    // guarded by mu_
+  uint64_t last_ticket_ = 0;                                   // guarded by mu_
+  bool is_touched_ = false;                                    // guarded by mu_
 };
 
 // The end that is asked.

@@ -438,7 +438,8 @@ void Run(const Sizes& sizes) {
   Move by_grpc(sizes, false);
   Bare bare(message_bytes);
   Way ways[] = {
-      {"gRPC alone", [&] { return bare.Once(num_messages, under_way); }, num_messages * message_bytes},
+      {"gRPC alone", [&] { return bare.Once(num_messages, under_way); },
+       num_messages * message_bytes},
       {"move, gRPC", [&] { return by_grpc.Once(); }, bytes},
       {"move, shared", [&] { return shared.Once(); }, bytes},
   };
