@@ -123,9 +123,10 @@ absl::StatusOr<Importer::FetchingPtr> Importer::MakeFetching(const v1::FetchRows
   fetching->any_numerics = fetch.any_numerics();
   for (size_t source = 0; source < fetching->sources.size(); ++source) {
     const LayerRows all = {fetching->sources[source].layers, begin, fetch.end_row() - begin};
-    for (const LayerRows& range : fetching->keys.empty()
-                                      ? CutRange(traits_, all, share_->frame_bytes)
-                                      : CutBlocks(traits_, all, share_->frame_bytes)) {
+    for (const LayerRows& range :
+         fetching->keys.empty()
+             ? CutRange(traits_, all, share_->frame_bytes)
+             : CutBlocks(traits_, all, std::min(share_->frame_bytes, kReplicaFrameBytes))) {
       fetching->to_ask.push_back(
           {.source = source, .range = range, .bytes = BytesOf(traits_, range)});
     }

@@ -41,8 +41,6 @@ namespace strait {
 
 inline constexpr uint64_t kReplicaBytesUnderWay = kBulkBytesUnderWay / 2;
 static_assert(kReplicaBytesUnderWay >= limits::kTransferFrameBytes);
-// Of a frame that is fetched: the loop thread copies it, and steps wait for that.
-inline constexpr uint64_t kReplicaFrameBytes = limits::kTransferFrameBytes / 4;
 inline constexpr size_t kMaxReplicaAsks = kMaxAsksUnderWay / 4;
 inline constexpr size_t kMaxReplicaKeys = 1 << 18;
 inline constexpr size_t kMaxReplicaSecrets = 256;
