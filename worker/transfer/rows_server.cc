@@ -192,6 +192,12 @@ RowsServer::RegionPtr RowsServer::RegionOf(const SharedPlace& place) {
   {
     std::lock_guard lock(mu_);
     if (RegionPtr region = find()) return region;
+  }
+  // Two streams of a worker's may begin at once. Mapped twice, one mapping would have to be given back.
+  std::lock_guard mapping(mapping_mu_);
+  {
+    std::lock_guard lock(mu_);
+    if (RegionPtr region = find()) return region;
     if (regions_.size() >= kMaxPeerRegions) return nullptr;
   }
   absl::StatusOr<RegionPtr> mapped = MappedRegion::Map(place, options_.lock_pages);
@@ -199,10 +205,8 @@ RowsServer::RegionPtr RowsServer::RegionOf(const SharedPlace& place) {
     Log(LogLevel::kInfo, "rows for a worker go by gRPC", {{"why", mapped.status()}});
     return nullptr;
   }
-  std::lock_guard lock(mu_);
-  // Two streams of a worker's may begin at once.
-  if (RegionPtr region = find()) return region;
   Log(LogLevel::kInfo, "rows for a worker go by shared memory", {{"process", place.process_id}});
+  std::lock_guard lock(mu_);
   regions_.push_back(*mapped);
   return *mapped;
 }

@@ -98,6 +98,7 @@ class RowsServer {
 
   std::atomic<uint64_t> num_stalls_ = 0;
   RowCounts counts_;
+  std::mutex mapping_mu_;  // regions are mapped one at a time; before mu_
   std::mutex mu_;          // gRPC's threads, the loop's and the watchdog share what is asked
   bool stopping_ = false;  // guarded by mu_
   std::set<IncomingPtr> streams_;     // guarded by mu_

@@ -8,12 +8,15 @@
 // Thread:  any, synchronized inside. An Offer, LentRows: one at a time.
 // Errors:  Create: ResourceExhausted, Unavailable: the system. Map: FailedPrecondition: what is offered is not there, not of this
 //          user, or not what it says it is. Write: FailedPrecondition: the offer was taken back; InvalidArgument:
-//          no such place. Take: DataLoss: nobody has written there. After each of them rows go by gRPC.
+//          no such place. Then rows go by gRPC. Take: DataLoss: nobody has written there; the rows are asked for again.
 // Limits:  kSharedRowsBytes of a region, kMaxSharedPlaces offered or in use; beyond, nothing is offered.
 // Why:     a memfd has no name, so nothing is left when both processes are killed; its size is sealed, so no end
 //          can pull the memory from under the other one (SIGBUS). It is reached as /proc/PID/fd/N, where the kernel itself
 //          asks for the same user; a nonce in it, told over the connection of the rows, says that it is the one that was
-//          meant. Another host, container or user finds nothing, or something else, and that is no error.
+//          meant. Another host, container or user finds nothing, or something else, and that is no error. No mount's limit
+//          counts (a container's /dev/shm).
+//          A region is mapped before the ask's secret is looked at: a stranger can make a worker map such memory of
+//          its own user, whose nonce it knows, and nothing else.
 //          A place has one writer, by a ticket that is never used again: it says in the region's first page that
 //          it writes, if the offer still stands, and that it has left. So an offer that is given up is not
 //          another transfer's before its writer is out of it, also where writer and stream no longer know of each
