@@ -90,6 +90,10 @@ class Importer final : public RowsTaker {
   // into the others may be under way. REQUIRES: Restore.
   uint32_t EndRestore(SequenceId id, PlacementEpoch placement);
 
+  // Of all that Restore brought.
+  uint64_t restored_bytes() const { return restored_bytes_; }
+  uint64_t restored_shared_bytes() const { return restored_shared_bytes_; }  // of these: not by gRPC
+
   // ---- What drives it ----
   // Asks for as much as may be under way. `last`: for sequences that stand still; else for all others.
   void Ask(bool last, uint64_t now_us);
@@ -228,6 +232,8 @@ class Importer final : public RowsTaker {
   std::map<std::string, Peer> peers_;
   std::vector<Fetched> refused_;  // fetches of no import
   uint64_t asked_bytes_ = 0;
+  uint64_t restored_bytes_ = 0;
+  uint64_t restored_shared_bytes_ = 0;
 };
 
 }  // namespace strait
