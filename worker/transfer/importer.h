@@ -92,7 +92,9 @@ class Importer final : public RowsTaker {
 
   // Of all that Restore brought.
   uint64_t restored_bytes() const { return restored_bytes_; }
-  uint64_t restored_shared_bytes() const { return restored_shared_bytes_; }  // of these: not by gRPC
+  uint64_t restored_shared_bytes() const {
+    return restored_shared_bytes_;
+  }  // of these: not by gRPC
 
   // ---- What drives it ----
   // Asks for as much as may be under way. `last`: for sequences that stand still; else for all others.
