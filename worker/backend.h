@@ -179,6 +179,11 @@ class Backend {
   // Of all its models.
   virtual CacheMemory& cache() = 0;
 
+  // Makes host memory of another's such as BlockCopies::Take gives, until the answer goes: null where all memory is.
+  // Neither needs the backend's loop; both may take milliseconds, and what is given back may wait for what a device
+  // computes. Errors: ResourceExhausted, Internal.
+  virtual absl::StatusOr<std::shared_ptr<void>> LockPages(absl::Span<std::byte>) { return nullptr; }
+
   virtual uint32_t hidden_row_bytes() const = 0;  // bytes of one token's hidden state on an edge
   virtual uint64_t block_bytes() const = 0;       // of a latent block of one layer
   virtual RowShape row_shape() const = 0;         // of every layer

@@ -42,6 +42,7 @@ struct Flags {
   uint32_t max_step_tokens = limits::kGpuStepTokens;
   std::string cache_format;  // empty: fp32 on the CPU, bf16 on a GPU
   std::string transport = "auto";
+  std::string row_transport = "auto";
   std::string nccl_library;
   std::optional<uint64_t> random_weights;
   uint64_t memory_bytes = 0;
@@ -226,6 +227,7 @@ absl::Status Run(const Flags& flags) {
   options.core.orphan_timeout_us = uint64_t{flags.orphan_timeout_s} * 1'000'000;
   options.drain_timeout_us = static_cast<uint64_t>(flags.drain_timeout_s * 1e6);
   options.core.host_cache_bytes = flags.host_cache_bytes;
+  options.shares_row_memory = flags.row_transport == "auto";
   options.core.replica_bytes = flags.replica_bytes;
   options.cache_row_bytes = static_cast<uint32_t>(backend->block_bytes() / limits::kBlockTokens);
   STRAIT_ASSIGN_OR_RETURN(auto worker, WorkerProcess::Create(options, backend.get()));
@@ -315,6 +317,11 @@ int main(int argc, char** argv) {
       "How hidden states travel: auto is NCCL between GPU workers with the same NCCL, else gRPC; "
       "grpc: always; nccl: refuse to start without NCCL. NCCL neither encrypts nor authenticates")
       ->check(CLI::IsMember({"auto", "grpc", "nccl"}));
+  AddFlag(
+      app, "--row-transport", flags.row_transport,
+      "How cache rows travel between workers: auto is memory that both share where they run on one "
+      "host as one user, else gRPC; grpc: always")
+      ->check(CLI::IsMember({"auto", "grpc"}));
   AddFlag(app, "--nccl-library", flags.nccl_library,
           "The NCCL library; default: libnccl.so.2 where the system finds it");
   AddFlag(app, "--orphan-timeout", flags.orphan_timeout_s,

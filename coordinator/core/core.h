@@ -196,6 +196,7 @@ struct CoreStats {
   uint64_t replicas_failed = 0;
   uint64_t replicas_refused = 0;  // for want of memory there
   uint64_t replicated_bytes = 0;
+  uint64_t replicated_shared_bytes = 0;  // of these: not by gRPC
   uint64_t restored_rows =
       0;  // that stages began with from such copies, at most; each stage counts its own
   uint64_t decoding_us = 0;   // summed over sequences; where copies are made
@@ -204,7 +205,8 @@ struct CoreStats {
   uint64_t migrations = 0;  // sequences that moved with all their rows
   uint64_t migrations_failed = 0;
   uint64_t migrated_bytes = 0;
-  uint64_t migration_pause_us = 0;  // summed; the longest
+  uint64_t migrated_shared_bytes = 0;  // of these: not by gRPC
+  uint64_t migration_pause_us = 0;     // summed; the longest
   uint64_t migration_pause_us_max = 0;
   uint64_t recoveries = 0;  // pipelines that came back with a new epoch
   uint64_t workers_lost = 0;

@@ -48,6 +48,12 @@ uint64_t Migration::bytes() const {
   return bytes;
 }
 
+uint64_t Migration::shared_bytes() const {
+  uint64_t bytes = 0;
+  for (const Fetched& stage : fetched) bytes += stage.shared_bytes;
+  return bytes;
+}
+
 const char* Name(Migration::Phase phase) {
   switch (phase) {
     case Migration::Phase::kReserve:
@@ -245,6 +251,7 @@ void Migrations::OnMessage(WorkerId worker, const v1::FromWorker& message, uint6
     stage->rows = told.rows();
     stage->digest = told.digest();
     stage->bytes = std::max(stage->bytes, told.fetched_bytes());
+    stage->shared_bytes = std::max(stage->shared_bytes, told.shared_bytes());
   } else if (message.has_rows_served()) {
     const v1::RowsServed& told = message.rows_served();
     Migration* move = find(told);
@@ -334,6 +341,7 @@ MoveReport Migrations::ReportOf(const Migration& move, uint64_t now_us) const {
   report.rounds = move.rounds;
   report.rows = move.rows();
   report.moved_bytes = move.bytes();
+  report.shared_bytes = move.shared_bytes();
   report.pause_us = move.pause_us;
   report.total_us = now_us - move.begin_us;
   report.rows_total = move.end_row;

@@ -58,6 +58,7 @@ struct Migration {
     uint32_t rows = 0;
     uint64_t digest = 0;
     uint64_t bytes = 0;
+    uint64_t shared_bytes = 0;
   };
   // Of a stage of the source.
   struct Served {
@@ -100,6 +101,7 @@ struct Migration {
   // Rows that all stages have.
   uint32_t rows() const;
   uint64_t bytes() const;
+  uint64_t shared_bytes() const;  // of these: not by gRPC
 };
 const char* Name(Migration::Phase phase);
 // For how many rows the destination is to have blocks, where there are so many.

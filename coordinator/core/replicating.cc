@@ -225,6 +225,7 @@ void Cluster::OnReplicated(Worker* worker, const v1::Replicated& replicated, uin
   absl::Status sound = end(replicated.keys(), true);
   if (sound.ok()) sound = end(replicated.failed(), false);
   context_->stats.replicated_bytes += replicated.fetched_bytes();
+  context_->stats.replicated_shared_bytes += replicated.shared_bytes();
   if (!sound.ok()) Evict(worker->id, sound, now_us);
 }
 

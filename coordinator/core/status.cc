@@ -316,6 +316,7 @@ json::Object MoveJson(const MoveReport& report) {
   out["rows"] = report.rows;
   out["rows_total"] = report.rows_total;
   out["moved_bytes"] = report.moved_bytes;
+  out["shared_bytes"] = report.shared_bytes;
   out["total_ms"] = report.total_us / 1000;
   return out;
 }
@@ -365,12 +366,14 @@ json::Object StatsJson(const CoreStats& stats) {
   out["replicas_failed"] = stats.replicas_failed;
   out["replicas_refused"] = stats.replicas_refused;
   out["replicated_bytes"] = stats.replicated_bytes;
+  out["replicated_shared_bytes"] = stats.replicated_shared_bytes;
   out["restored_rows"] = stats.restored_rows;
   out["decoding_us"] = stats.decoding_us;
   out["protected_us"] = stats.protected_us;
   out["migrations"] = stats.migrations;
   out["migrations_failed"] = stats.migrations_failed;
   out["migrated_bytes"] = stats.migrated_bytes;
+  out["migrated_shared_bytes"] = stats.migrated_shared_bytes;
   out["migration_pause_us"] = stats.migration_pause_us;
   out["migration_pause_us_max"] = stats.migration_pause_us_max;
   out["recoveries"] = stats.recoveries;

@@ -8,7 +8,8 @@
 
 Both wait until the cluster serves, always end every process that they started, and put the daemons' logs into the
 assertion when something goes wrong. Programs come from STRAIT_BIN (set by ctest), else build/release/bin. With
-STRAIT_TEST_BACKEND=cuda every cluster's workers compute on the GPU, with STRAIT_TEST_CACHE_FORMAT=fp8 on fp8 cache rows.
+STRAIT_TEST_BACKEND=cuda every cluster's workers compute on the GPU, with STRAIT_TEST_CACHE_FORMAT=fp8 on fp8 cache rows;
+with STRAIT_TEST_ROW_TRANSPORT=grpc rows between workers go by gRPC.
 """
 import atexit
 import contextlib
@@ -30,6 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 BIN = pathlib.Path(os.environ.get("STRAIT_BIN", ROOT / "build/release/bin"))
 BACKEND = os.environ.get("STRAIT_TEST_BACKEND", "cpu")
 CACHE_FORMAT = os.environ.get("STRAIT_TEST_CACHE_FORMAT", "")  # of `strait up`; empty: the backend's own
+ROW_TRANSPORT = os.environ.get("STRAIT_TEST_ROW_TRANSPORT", "auto")  # --row-transport of every worker
 TINY = ROOT / "deploy/models/tiny-random"
 START_TIMEOUT_S = 120  # generous: sanitizers, two busy cores
 REQUEST_TIMEOUT_S = 120
@@ -73,6 +75,13 @@ def wait_until(condition, timeout_s=START_TIMEOUT_S, what="condition"):
         time.sleep(0.05)
 
 
+def expect_rows_went(stats, before, what):
+    """That rows between workers went through shared memory and no other way; with STRAIT_TEST_ROW_TRANSPORT=grpc never so.
+    `what`: "migrated" or "replicated"."""
+    rows, shared = (stats[f"{what}_{kind}"] - before[f"{what}_{kind}"] for kind in ("bytes", "shared_bytes"))
+    assert rows > 0 and shared == (rows if ROW_TRANSPORT == "auto" else 0), (rows, shared)
+
+
 def alive(pid):
     """Whether a process runs; a zombie does not."""
     try:
@@ -102,7 +111,7 @@ atexit.register(shutil.rmtree, RUNTIME_DIR, ignore_errors=True)
 def clean_env(**more):
     """The environment without STRAIT_… settings of whoever runs the tests."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("STRAIT_") and "proxy" not in k.lower()}
-    return {**env, "XDG_RUNTIME_DIR": RUNTIME_DIR, **more}
+    return {**env, "XDG_RUNTIME_DIR": RUNTIME_DIR, "STRAIT_ROW_TRANSPORT": ROW_TRANSPORT, **more}
 
 
 class Http:

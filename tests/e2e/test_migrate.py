@@ -9,7 +9,7 @@ import re
 import threading
 
 import pytest
-from harness import BACKEND, ROOT, Daemons, strait, wait_until
+from harness import BACKEND, ROOT, Daemons, expect_rows_went, strait, wait_until
 
 SHAPE = "v2-lite"
 MODEL = ROOT / "tests/golden" / SHAPE
@@ -156,6 +156,7 @@ def test_the_same_tokens_when_a_sequence_moves_twice(pair, undisturbed):
     after = pair.fresh_status()["stats"]
     for count in ("recomputed_rows", "replayed_tokens", "recoveries", "workers_lost"):
         assert after[count] == before[count], count
+    expect_rows_went(after, before, "migrated")
     wait_until(lambda: pair.bytes_in_use() == 0, what="both ends to have let go of it")
     assert not pair.status()["migrations"]
 

@@ -4,10 +4,12 @@ log-probabilities, to the last bit, and at most 127 rows of a sequence computed 
 prefix blocks are shared. Without memory for copies all rows are replayed. Prints what each death cost.
 """
 import json
+import pathlib
+import re
 import time
 
 import pytest
-from harness import BACKEND, ROOT, Daemons, wait_until
+from harness import BACKEND, ROOT, ROW_TRANSPORT, Daemons, expect_rows_went, wait_until
 
 SHAPE = "v2-lite"
 MODEL = ROOT / "tests/golden" / SHAPE
@@ -104,6 +106,11 @@ def test_a_death_costs_a_tail_and_a_block(undisturbed, victim, prefix_cache):
         assert after["workers_lost"] == before["workers_lost"] + 1 and after["recoveries"] == before["recoveries"] + 1
         assert computed <= MOST_ROWS * stages * len(PROMPTS)
         assert restored >= sum(len(p) for p in PROMPTS) - 64 * len(PROMPTS)
+        expect_rows_went(before, dict.fromkeys(before, 0), "replicated")
+        # What the spare began with came the same way.
+        log = (pathlib.Path(d.log_dir) / "worker-2.log").read_text()
+        fetched, shared = map(int, re.findall(r"rows restored .*fetched_bytes=(\d+) shared_bytes=(\d+)", log)[-1])
+        assert fetched > 0 and shared == (fetched if ROW_TRANSPORT == "auto" else 0), log
         assert after["protected_us"] > 0.8 * after["decoding_us"] > 0
 
 

@@ -227,6 +227,15 @@ cudaError_t cudaHostAlloc(void** to, size_t bytes, unsigned) {
   strait::emulator::HostAllocations()[*to] = bytes;
   return cudaSuccess;
 }
+cudaError_t cudaHostRegister(void* at, size_t bytes, unsigned) {
+  const std::lock_guard lock(strait::emulator::mutex);
+  strait::emulator::HostAllocations()[at] = bytes;
+  return cudaSuccess;
+}
+cudaError_t cudaHostUnregister(void* at) {
+  const std::lock_guard lock(strait::emulator::mutex);
+  return strait::emulator::HostAllocations().erase(at) > 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* at) {
   using namespace strait::emulator;  // NOLINT: its own parts
   *attributes = {};

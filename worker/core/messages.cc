@@ -89,6 +89,7 @@ v1::FromWorker FetchedMessage(uint64_t stage_id, PipelineEpoch epoch,
   told.set_rows(fetched.rows);
   told.set_digest(fetched.digest);
   told.set_fetched_bytes(fetched.bytes);
+  told.set_shared_bytes(fetched.shared_bytes);
   told.set_fetching_us(fetched.us);
   told.set_refused_frames(fetched.refused_frames);
   if (fetched.status.ok()) return message;
@@ -117,6 +118,7 @@ v1::FromWorker ReplicatedMessage(const ReplicaStore::Told& told) {
   replicated.set_keys(Pack(told.keys));
   replicated.set_failed(Pack(told.failed));
   replicated.set_fetched_bytes(told.fetched_bytes);
+  replicated.set_shared_bytes(told.shared_bytes);
   return message;
 }
 

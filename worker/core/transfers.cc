@@ -129,7 +129,9 @@ void WorkerCore::TellRestored(Hosted& hosted) {
   ports_->Note(LogLevel::kInfo, "rows restored",
                {{"stage", hosted.stage->stage_id()},
                 {"sequences", hosted.stage->held().size()},
-                {"blocks", hosted.stage->blocks_used()}});
+                {"blocks", hosted.stage->blocks_used()},
+                {"fetched_bytes", hosted.stage->importer().restored_bytes()},
+                {"shared_bytes", hosted.stage->importer().restored_shared_bytes()}});
   TellActive(hosted);
 }
 

@@ -43,7 +43,10 @@ class WorkerProcess::Impl final : private WorkerPorts {
     GrpcTransportOptions transport;
     transport.listen_address = options_.listen_address;
     transport.hidden_row_bytes = backend_->hidden_row_bytes();
-    rows_ = std::make_unique<GrpcRowTransfer>(GrpcRowTransferOptions{}, EventsOfRows());
+    GrpcRowTransferOptions rows;
+    rows.shares_memory = options_.shares_row_memory;
+    rows.lock_pages = [this](absl::Span<std::byte> memory) { return backend_->LockPages(memory); };
+    rows_ = std::make_unique<GrpcRowTransfer>(rows, EventsOfRows());
     transport.services = {rows_->service()};
     STRAIT_ASSIGN_OR_RETURN(transport_,
                             Edges::Create(transport, options_.nccl, EventsOfTransport()));
@@ -56,6 +59,7 @@ class WorkerProcess::Impl final : private WorkerPorts {
       bound.port = static_cast<uint16_t>(transport_->port());
       data_address = bound.ToString();
     }
+    if (options_.shares_row_memory) rows_->SetAddress(data_address);
     hello_ = MakeHello(options_, *backend_, data_address);
     core_->FillHello(&hello_);
     loader_ = std::make_unique<StageLoader>(
@@ -107,7 +111,13 @@ class WorkerProcess::Impl final : private WorkerPorts {
         stop_ = true;
       }
     }
-    Log(LogLevel::kInfo, "stopping", {{"stages", core_->num_stages()}});
+    const RowTransferBytes moved = rows_->bytes();
+    Log(LogLevel::kInfo, "stopping",
+        {{"stages", core_->num_stages()},
+         {"row_bytes_came_shared", moved.came_shared},
+         {"row_bytes_came_by_grpc", moved.came_by_grpc},
+         {"row_bytes_went_shared", moved.went_shared},
+         {"row_bytes_went_by_grpc", moved.went_by_grpc}});
     link_->Stop();
     core_->DropStages();
   }

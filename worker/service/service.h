@@ -43,6 +43,7 @@ struct WorkerOptions {
   uint32_t cache_row_bytes = 0;           // of one token in one layer
   std::optional<StageCosts> stage_costs;  // absent: as on the CPU
   NcclOffer nccl;
+  bool shares_row_memory = true;  // with workers of this host; else rows go by gRPC everywhere
   uint64_t drain_timeout_us = 0;  // for which it serves on after Leave; 0: it does not ask
   WorkerCoreOptions core;
 };

@@ -164,7 +164,10 @@ bool Exporter::BeginRead(std::unique_ptr<Making>* next) {
   absl::Span<const absl::Span<const BlockId>> tables;
   if (ask.keys.empty()) tables = cache_->PageTables(ask.sequence);
   std::vector<BlockRows> list;
-  making->frame = {.sequence = ask.sequence, .placement = ask.placement, .pieces = {}, .rows = {}};
+  RowsFrame& frame = making->frame;
+  frame.sequence = ask.sequence;
+  frame.placement = ask.placement;
+  frame.pieces.clear();
   making->blocks.clear();
   const auto add = [&](LayerIndex layer, uint32_t first, uint32_t count) {
     const uint32_t index = layer - traits_.layers.begin;
@@ -178,12 +181,12 @@ bool Exporter::BeginRead(std::unique_ptr<Making>* next) {
     }
     list.push_back({index, block, first % limits::kBlockTokens, count});
     making->blocks.push_back(block);
-    making->frame.pieces.push_back(header);
+    frame.pieces.push_back(header);
   };
   ForPieces(RangeOf(ask), add);
-  making->frame.rows = share_->transfer->TakeRows(making->bytes);
-  const absl::StatusOr<CopyId> copy = copies_->Read(
-      list, {{reinterpret_cast<std::byte*>(making->frame.rows.data()), making->bytes}, false});
+  // It has memory if there was no room for its copy before.
+  if (frame.bytes().empty()) share_->transfer->TakeRows(making->id, making->bytes, &frame);
+  const absl::StatusOr<CopyId> copy = copies_->Read(list, {frame.bytes(), false});
   if (absl::IsResourceExhausted(copy.status())) return false;
   if (!copy.ok()) {
     Answer(making, copy.status());

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "grpcpp/grpcpp.h"
+#include "proto/base/log.h"
 #include "proto/rpc/clock.h"
 #include "strait/v1/transfer.grpc.pb.h"
 #include "worker/transfer/rows_client.h"
@@ -29,6 +30,16 @@ class Service final : public v1::RowTransfer::WithRawCallbackMethod_Rows<v1::Row
   RowsServer* const server_;
 };
 
+// Null: rows go by gRPC.
+std::shared_ptr<SharedRegion> MakeRegion(const GrpcRowTransferOptions& options) {
+  if (!options.shares_memory) return nullptr;
+  auto region = SharedRegion::Create(options.lock_pages);
+  if (region.ok()) return *std::move(region);
+  Log(LogLevel::kWarning, "no memory for rows of this host's workers, they come by gRPC",
+      {{"why", region.status()}});
+  return nullptr;
+}
+
 }  // namespace
 
 class GrpcRowTransfer::Impl {
@@ -36,10 +47,15 @@ class GrpcRowTransfer::Impl {
   Impl(const GrpcRowTransferOptions& options, RowTransferEvents events)
       : events_(std::move(events)),
         buffers(std::make_shared<RowBuffers>()),
-        server(options.stall_timeout, buffers, &events_),
+        region(MakeRegion(options)),
+        server({.stall_timeout = options.stall_timeout,
+                .takes_offers = options.shares_memory,
+                .lock_pages = options.lock_pages},
+               buffers, &events_),
         service(&server),
         client(std::make_unique<RowsClient>(options.answer_timeout, options.idle_timeout, buffers,
-                                            &events_)) {
+                                            region, &events_)),
+        came(client->counts()) {
     watchdog_ = std::thread([this] { Watch(); });
   }
   ~Impl() { Stop(); }
@@ -55,6 +71,26 @@ class GrpcRowTransfer::Impl {
     server.Stop();
   }
 
+  void AskSelf(AskId id, const RowsAsk& ask) {
+    std::shared_ptr<SharedRegion::Offer> offer;
+    if (region != nullptr) offer = region->Make(ask.bytes);
+    server.AskSelf(ask, offer == nullptr ? SharedPlace{} : offer->place(),
+                   [this, id, offer](absl::StatusOr<RowsFrame> frame) {
+                     if (frame.ok() && frame->lent.any()) {
+                       const uint64_t bytes = frame->lent.memory.size();
+                       frame->lent = {};  // its writer leaves it
+                       absl::StatusOr<LentRows> rows = offer->Take(bytes);
+                       if (!rows.ok()) {
+                         frame = rows.status();
+                       } else {
+                         frame->lent = *std::move(rows);
+                       }
+                     }
+                     if (frame.ok()) came->shared += frame->bytes().size();
+                     events_.on_rows(id, std::move(frame));
+                   });
+  }
+
  private:
   void Watch() {
     std::unique_lock lock(mu_);
@@ -63,7 +99,10 @@ class GrpcRowTransfer::Impl {
       const uint64_t now_us = MonotonicMicros();
       const bool asks = client->CheckDeadlines(now_us);
       const bool gives = server.CheckDeadlines(now_us);
-      if (!asks && !gives) buffers->Clear();
+      if (!asks && !gives) {
+        buffers->Clear();
+        if (region != nullptr) region->Trim();
+      }
       lock.lock();
     }
   }
@@ -72,9 +111,12 @@ class GrpcRowTransfer::Impl {
 
  public:
   const std::shared_ptr<RowBuffers> buffers;
+  const std::shared_ptr<SharedRegion> region;  // or null
+  std::string address;                         // of this worker
   RowsServer server;
   Service service;
   std::unique_ptr<RowsClient> client;  // null once stopped
+  const std::shared_ptr<RowCounts> came;
 
  private:
   std::mutex mu_;
@@ -88,7 +130,9 @@ GrpcRowTransfer::GrpcRowTransfer(const GrpcRowTransferOptions& options, RowTrans
 GrpcRowTransfer::~GrpcRowTransfer() = default;
 
 void GrpcRowTransfer::Ask(AskId id, const std::string& peer_address, const RowsAsk& ask) {
-  if (impl_->client) impl_->client->Ask(id, peer_address, ask);
+  if (!impl_->client) return;
+  if (peer_address == impl_->address) return impl_->AskSelf(id, ask);
+  impl_->client->Ask(id, peer_address, ask);
 }
 void GrpcRowTransfer::Forget(AskId id) {
   if (impl_->client) impl_->client->Forget(id);
@@ -97,10 +141,23 @@ void GrpcRowTransfer::Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) {
   impl_->server.Answer(id, std::move(frame));
 }
 uint64_t GrpcRowTransfer::WaitingBytes() { return impl_->server.WaitingBytes(); }
-std::string GrpcRowTransfer::TakeRows(size_t bytes) { return impl_->buffers->Take(bytes); }
+void GrpcRowTransfer::TakeRows(PeerAskId id, size_t bytes, RowsFrame* frame) {
+  impl_->server.TakeRows(id, bytes, frame);
+}
 void GrpcRowTransfer::GiveRows(std::string rows) { impl_->buffers->Give(std::move(rows)); }
 grpc::Service* GrpcRowTransfer::service() { return &impl_->service; }
 uint64_t GrpcRowTransfer::num_stalls() const { return impl_->server.num_stalls(); }
+void GrpcRowTransfer::SetAddress(std::string address) { impl_->address = std::move(address); }
+RowTransferBytes GrpcRowTransfer::bytes() const {
+  const RowCounts& went = impl_->server.counts();
+  return {.came_shared = impl_->came->shared,
+          .came_by_grpc = impl_->came->grpc,
+          .went_shared = went.shared,
+          .went_by_grpc = went.grpc};
+}
+uint64_t GrpcRowTransfer::shared_bytes_used() {
+  return impl_->region == nullptr ? 0 : impl_->region->used_bytes();
+}
 void GrpcRowTransfer::Stop() { impl_->Stop(); }
 
 }  // namespace strait

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // GrpcRowTransfer carries rows over gRPC streams, each over a connection of its own: bulk delays neither
-// heartbeats nor hidden states.
+// heartbeats nor hidden states. Between workers of one host, rows go through memory that both have, and streams only control
+// that. Rows of this same worker take no stream at all.
 //
-// Owns:    what asks and what answers; a watchdog thread, a thread that makes checksums.
+// Owns:    what asks and what answers; memory for rows that are asked for; a watchdog thread, a thread that makes
+//          checksums.
 // Thread:  as RowTransfer. Stop before the gRPC server is shut down that has its service, the destructor after.
 //          Neither on a gRPC thread.
 // Errors:  as RowTransfer; RowsClient and RowsServer say more.
@@ -18,6 +20,7 @@
 #include <string>
 
 #include "worker/transfer/row_transfer.h"
+#include "worker/transfer/shared_rows.h"
 
 namespace grpc {
 class Service;
@@ -31,6 +34,16 @@ struct GrpcRowTransferOptions {
   std::chrono::milliseconds answer_timeout{10'000};
   std::chrono::milliseconds idle_timeout{30'000};   // then a connection is closed
   std::chrono::milliseconds stall_timeout{10'000};  // of a write to a peer that does not read
+  bool shares_memory = true;                        // else rows go by message everywhere
+  LockPages lock_pages = {};                        // of memory that is shared; or empty
+};
+
+// Bytes of rows, since it began.
+struct RowTransferBytes {
+  uint64_t came_shared = 0;  // through memory that both ends have, or within this worker
+  uint64_t came_by_grpc = 0;
+  uint64_t went_shared = 0;
+  uint64_t went_by_grpc = 0;
 };
 
 class GrpcRowTransfer final : public RowTransfer {
@@ -42,12 +55,17 @@ class GrpcRowTransfer final : public RowTransfer {
   void Forget(AskId id) override;
   void Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) override;
   uint64_t WaitingBytes() override;
-  std::string TakeRows(size_t bytes) override;
+  void TakeRows(PeerAskId id, size_t bytes, RowsFrame* frame) override;
   void GiveRows(std::string rows) override;
 
+  // What other workers dial to ask this one: asks for it stay here. Before the first Ask.
+  void SetAddress(std::string address);
   // To be registered with a gRPC server.
   grpc::Service* service();
   uint64_t num_stalls() const;  // peers that were cut off because they read nothing
+  RowTransferBytes bytes() const;
+  // Of its memory for rows that is offered or in use.
+  uint64_t shared_bytes_used();
   // No event comes afterwards.
   void Stop();
 

@@ -135,9 +135,10 @@ absl::StatusOr<Importer::FetchingPtr> Importer::MakeFetching(const v1::FetchRows
   fetching->any_numerics = fetch.any_numerics();
   for (size_t source = 0; source < fetching->sources.size(); ++source) {
     const LayerRows all = {fetching->sources[source].layers, begin, fetch.end_row() - begin};
-    for (const LayerRows& range : fetching->keys.empty()
-                                      ? CutRange(traits_, all, share_->frame_bytes)
-                                      : CutBlocks(traits_, all, share_->frame_bytes)) {
+    for (const LayerRows& range :
+         fetching->keys.empty()
+             ? CutRange(traits_, all, share_->frame_bytes)
+             : CutBlocks(traits_, all, std::min(share_->frame_bytes, kReplicaFrameBytes))) {
       fetching->to_ask.push_back(
           {.source = source, .range = range, .bytes = BytesOf(traits_, range)});
     }
@@ -231,101 +232,6 @@ void Importer::Fail(Import* import, absl::Status why) {
   import->num_under_way = 0;
 }
 
-// ---------------------------------------------------------------- asking
-
-void Importer::Release(const Cut& cut) {
-  share_->asked_bytes -= cut.bytes;
-  asked_bytes_ -= cut.bytes;
-}
-
-void Importer::Count(Import* import, int change, uint64_t now_us) {
-  if (import->num_under_way > 0 && now_us > import->since_us) {
-    import->us += now_us - import->since_us;
-  }
-  import->since_us = now_us;
-  import->num_under_way = static_cast<size_t>(static_cast<int64_t>(import->num_under_way) + change);
-}
-
-bool Importer::MayAsk(const Fetching& fetching, const Cut& cut, uint64_t now_us) const {
-  const Import& import = *fetching.import;
-  if (cut.range.first + cut.range.count > import.rows_taken || now_us < cut.not_before_us) {
-    return false;
-  }
-  const auto peer = peers_.find(fetching.sources[cut.source].address);
-  return peer == peers_.end() || now_us >= peer->second.not_before_us;
-}
-
-bool Importer::HasAllowance(const Fetching& fetching, uint64_t now_us) {
-  Import& import = *fetching.import;
-  if (fetching.bytes_per_s == 0) return true;
-  // What is owed of the rounds before would be the client's pause.
-  if (import.is_last && fetching.end_row - fetching.begin_row <= limits::kBlockTokens) return true;
-  // A tenth of a second's worth at most is saved up.
-  const uint64_t idle_us = std::min<uint64_t>(now_us - import.refilled_us, 100'000);
-  const auto rate = static_cast<double>(fetching.bytes_per_s);
-  const auto refill = static_cast<int64_t>(rate * static_cast<double>(idle_us) / 1e6);
-  if (refill > 0) {
-    import.allowance = std::min(import.allowance + refill, static_cast<int64_t>(rate / 10));
-    import.refilled_us = now_us;
-  }
-  return import.allowance >= 0;
-}
-
-void Importer::Ask(bool last, uint64_t now_us) {
-  if (share_->transfer == nullptr) return;
-  const uint64_t limit = last ? limits::kTransferBytesUnderWay : kBulkBytesUnderWay;
-  const size_t most_asks = last ? kMaxAsksUnderWay : kBulkAsksUnderWay;
-  for (auto it = fetches_.begin(); it != fetches_.end(); ++it) {
-    const FetchingPtr& fetching = *it;
-    if (fetching->import->is_last != last) continue;
-    std::deque<Cut>& cuts = fetching->to_ask;
-    for (auto cut = cuts.begin(); cut != cuts.end();) {
-      if (share_->asks.size() >= most_asks || share_->asked_bytes + cut->bytes > limit) {
-        return;
-      }
-      if (!HasAllowance(*fetching, now_us)) break;
-      if (!MayAsk(*fetching, *cut, now_us)) {
-        ++cut;
-        continue;
-      }
-      Cut asked = *cut;
-      cut = cuts.erase(cut);
-      SendAsk(fetching, asked, now_us);
-    }
-  }
-}
-
-void Importer::SendAsk(const FetchingPtr& fetching, Cut cut, uint64_t now_us) {
-  Import& import = *fetching->import;
-  const Source& source = fetching->sources[cut.source];
-  const AskId id{++share_->last_ask.value};
-  share_->asks.emplace(id, this);
-  share_->asked_bytes += cut.bytes;
-  asked_bytes_ += cut.bytes;
-  if (fetching->bytes_per_s > 0) import.allowance -= static_cast<int64_t>(cut.bytes);
-  Count(&import, 1, now_us);
-  asked_.emplace(id, UnderWay{fetching, cut, {}, {}});
-  share_->transfer->Ask(id, source.address, AskOf(*fetching, cut));
-}
-
-RowsAsk Importer::AskOf(const Fetching& fetching, const Cut& cut) const {
-  const Source& source = fetching.sources[cut.source];
-  RowsAsk ask = {.stage_id = source.stage_id,
-                 .epoch = source.epoch,
-                 .sequence = fetching.import->key.first,
-                 .placement = fetching.import->key.second,
-                 .secret = source.secret,
-                 .layers = cut.range.layers,
-                 .first_row = cut.range.first,
-                 .num_rows = cut.range.count,
-                 .keys = {}};
-  if (source.stage_id != 0) return ask;
-  const auto first =
-      fetching.keys.begin() + (cut.range.first - fetching.begin_row) / limits::kBlockTokens;
-  ask.keys.assign(first, first + cut.range.count / limits::kBlockTokens);
-  return ask;
-}
-
 // ---------------------------------------------------------------- what comes
 
 void Importer::AskAgain(UnderWay under_way, uint64_t pause_us, uint64_t now_us) {
@@ -362,6 +268,8 @@ void Importer::OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us
       if (now_us >= peer.not_before_us) {
         peer.pause_us = std::clamp(peer.pause_us * 2, kFirstPauseUs, kMaxPauseUs);
         peer.not_before_us = now_us + peer.pause_us;
+        peer.frame_bytes = std::max(peer.frame_bytes / 2, kLeastFrameBytes);
+        peer.num_frames = 0;
       }
       return AskAgain(std::move(under_way), 0, now_us);
     case absl::StatusCode::kResourceExhausted:
@@ -378,7 +286,11 @@ void Importer::OnRows(AskId id, absl::StatusOr<RowsFrame> frame, uint64_t now_us
     default:
       return GiveUp(std::move(under_way), frame.status(), now_us);
   }
-  peer = {};
+  peer.pause_us = peer.not_before_us = 0;
+  if (++peer.num_frames >= kFramesBeforeLarger) {
+    peer.frame_bytes = std::min<uint64_t>(peer.frame_bytes * 2, limits::kTransferFrameBytes);
+    peer.num_frames = 0;
+  }
   if (const absl::Status checked = CheckFrame(traits_, AskOf(*under_way.fetching, under_way.cut),
                                               under_way.fetching->any_numerics, *frame);
       !checked.ok()) {
@@ -409,10 +321,8 @@ void Importer::BeginWrites(uint64_t now_us) {
       list.push_back({layer, block, piece.first_position % limits::kBlockTokens, piece.num_rows});
       next->blocks.push_back(block);
     }
-    const absl::StatusOr<CopyId> copy = copies_->Write(
-        list,
-        {{reinterpret_cast<const std::byte*>(next->frame.rows.data()), next->frame.rows.size()},
-         false});
+    const absl::StatusOr<CopyId> copy =
+        copies_->Write(list, {absl::Span<const std::byte>(next->frame.bytes()), false});
     if (absl::IsResourceExhausted(copy.status())) return;
     std::unique_ptr<UnderWay> begun = std::move(next);
     arrived_.pop_front();
@@ -454,6 +364,7 @@ void Importer::Finish(UnderWay written, uint64_t now_us) {
     ++import.layers_here[(piece.first_position - import.first_row) / limits::kBlockTokens];
   }
   import.bytes += written.cut.bytes;
+  if (written.frame.lent.any()) import.shared_bytes += written.cut.bytes;
   --written.fetching->num_open;
   EndDone(&import);
 }
@@ -489,6 +400,7 @@ std::vector<Importer::Fetched> Importer::Poll(uint64_t now_us) {
                     .rows = import->rows_fetched,
                     .digest = import->digest.Value(),
                     .bytes = import->bytes,
+                    .shared_bytes = import->shared_bytes,
                     .us = import->us,
                     .refused_frames = import->refused_frames,
                     .status = import->status});

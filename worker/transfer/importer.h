@@ -7,7 +7,8 @@
 // Borrows: BlockCopies, whose ends are handed in; LatentCache; TransferShare. They outlive it.
 // Thread:  loop thread only. No I/O, no clock of its own, no threads.
 // Errors:  Unavailable is asked again with a growing pause, without end: whoever wants the rows knows how
-//          long. ResourceExhausted, OutOfRange and NotFound (who has the rows may hear later that they are asked for)
+//          long; and in frames of half the size, to kLeastFrameBytes, since a slow link may bring no whole one in
+//          time. ResourceExhausted, OutOfRange and NotFound (who has the rows may hear later that they are asked for)
 //          are asked again soon; of a restore, NotFound kMaxMisses times. What comes damaged, or is not what
 //          was asked for, is counted and asked again, kMaxRefusals times a piece. All else ends the import;
 //          of a restore only the rows from there on.
@@ -48,6 +49,9 @@ inline constexpr uint64_t kAskAgainUs = 5'000;  // after ResourceExhausted, OutO
 inline constexpr uint32_t kMaxMisses = 5;
 inline constexpr uint64_t kFirstMissUs = 10'000;  // doubles
 inline constexpr uint64_t kTellFetchedUs = 100'000;
+inline constexpr uint64_t kLeastFrameBytes = 64 << 10;  // or one piece
+inline constexpr uint32_t kFramesBeforeLarger =
+    64;  // that come from a peer before it is asked for larger ones again
 
 class Importer final : public RowsTaker {
  public:
@@ -92,6 +96,12 @@ class Importer final : public RowsTaker {
   // into the others may be under way. REQUIRES: Restore.
   uint32_t EndRestore(SequenceId id, PlacementEpoch placement);
 
+  // Of all that Restore brought.
+  uint64_t restored_bytes() const { return restored_bytes_; }
+  uint64_t restored_shared_bytes() const {
+    return restored_shared_bytes_;
+  }  // of these: not by gRPC
+
   // ---- What drives it ----
   // Asks for as much as may be under way. `last`: for sequences that stand still; else for all others.
   void Ask(bool last, uint64_t now_us);
@@ -104,6 +114,7 @@ class Importer final : public RowsTaker {
     uint32_t rows = 0;
     uint64_t digest = 0;
     uint64_t bytes = 0;
+    uint64_t shared_bytes = 0;  // of these: not by gRPC
     uint64_t us = 0;
     uint32_t refused_frames = 0;
     absl::Status status;
@@ -139,6 +150,7 @@ class Importer final : public RowsTaker {
     bool is_closed = false;
     RowsDigest digest;
     uint64_t bytes = 0;
+    uint64_t shared_bytes = 0;
     uint32_t refused_frames = 0;
     absl::Status status;
     size_t num_under_way = 0;  // cuts
@@ -182,6 +194,8 @@ class Importer final : public RowsTaker {
   struct Peer {
     uint64_t pause_us = 0;
     uint64_t not_before_us = 0;
+    uint64_t frame_bytes = limits::kTransferFrameBytes;  // that it is asked for at once
+    uint32_t num_frames = 0;                             // that came since that changed
   };
 
   absl::StatusOr<FetchingPtr> MakeFetching(const v1::FetchRows& fetch, uint32_t most_rows,
@@ -192,6 +206,8 @@ class Importer final : public RowsTaker {
   // By its rate. The last rows, which are few, are not held to it.
   bool HasAllowance(const Fetching& fetching, uint64_t now_us);
   void SendAsk(const FetchingPtr& fetching, Cut cut, uint64_t now_us);
+  // The cut, or the first of those that it becomes where that is too much for its source at once.
+  std::deque<Cut>::iterator CutSmaller(Fetching* fetching, std::deque<Cut>::iterator cut) const;
   RowsAsk AskOf(const Fetching& fetching, const Cut& cut) const;
   // Not what was asked for, or damaged.
   void Refuse(UnderWay under_way, absl::Status why, uint64_t now_us);
@@ -224,6 +240,8 @@ class Importer final : public RowsTaker {
   std::map<std::string, Peer> peers_;
   std::vector<Fetched> refused_;  // fetches of no import
   uint64_t asked_bytes_ = 0;
+  uint64_t restored_bytes_ = 0;
+  uint64_t restored_shared_bytes_ = 0;
 };
 
 }  // namespace strait

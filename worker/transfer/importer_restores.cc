@@ -52,6 +52,8 @@ uint32_t Importer::EndRestore(SequenceId id, PlacementEpoch placement) {
   STRAIT_CHECK(it != imports_.end() && it->second->is_restore, "nothing is restored of it");
   Import& import = *it->second;
   import.is_closed = true;
+  restored_bytes_ += import.bytes;
+  restored_shared_bytes_ += import.shared_bytes;
   DropAsked(import);
   const auto end = std::find_if(import.layers_here.begin(), import.layers_here.end(),
                                 [&](uint32_t layers) { return layers < traits_.layers.size(); });

@@ -18,10 +18,6 @@ namespace {
 // Source rows may be of any numerics: their header says which, and who asks for them looks.
 constexpr bool kAnyNumerics = true;
 
-absl::Span<const std::byte> Bytes(const std::string& text) {
-  return {reinterpret_cast<const std::byte*>(text.data()), text.size()};
-}
-
 }  // namespace
 
 ReplicaStore::ReplicaStore(const RowTraits& traits, uint64_t limit_bytes, TransferShare* share)
@@ -100,7 +96,8 @@ void ReplicaStore::CutUp(std::shared_ptr<const Source> source, LayerRange layers
                          absl::Span<const WantedPtr> wanted) {
   if (wanted.empty()) return;
   const auto count = static_cast<uint32_t>(wanted.size()) * limits::kBlockTokens;
-  for (const LayerRows& range : CutBlocks(traits_, {layers, 0, count}, share_->frame_bytes)) {
+  const uint64_t frame_bytes = std::min(share_->frame_bytes, kReplicaFrameBytes);
+  for (const LayerRows& range : CutBlocks(traits_, {layers, 0, count}, frame_bytes)) {
     const absl::Span<const WantedPtr> keys =
         wanted.subspan(range.first / limits::kBlockTokens, range.count / limits::kBlockTokens);
     for (const WantedPtr& key : keys) ++key->num_open;
@@ -192,7 +189,8 @@ RowsAsk ReplicaStore::AskOf(const Cut& cut) const {
                  .layers = cut.layers,
                  .first_row = 0,
                  .num_rows = static_cast<uint32_t>(cut.blocks.size()) * limits::kBlockTokens,
-                 .keys = {}};
+                 .keys = {},
+                 .bytes = cut.bytes};
   for (const WantedPtr& wanted : cut.blocks) ask.keys.push_back(wanted->key);
   return ask;
 }
@@ -297,7 +295,7 @@ void ReplicaStore::Store(const Cut& cut, const RowsFrame& frame) {
   size_t index = 0;
   for (const BlockHeader& piece : frame.pieces) {
     Wanted& wanted = *cut.blocks[index++ % cut.blocks.size()];
-    const absl::Span<const std::byte> rows = Bytes(frame.rows).subspan(at, piece.payload_bytes);
+    const absl::Span<const std::byte> rows = frame.bytes().subspan(at, piece.payload_bytes);
     at += piece.payload_bytes;
     if (wanted.is_ended || has(wanted.key, piece.layer)) continue;
     std::byte* const slot = TakeSlot();
@@ -314,7 +312,9 @@ void ReplicaStore::Store(const Cut& cut, const RowsFrame& frame) {
     --num_reserved_;
   }
   for (const WantedPtr& wanted : cut.blocks) {
-    ToldOf(wanted->stage_id).fetched_bytes += cut.bytes / cut.blocks.size();
+    Told& told = ToldOf(wanted->stage_id);
+    told.fetched_bytes += cut.bytes / cut.blocks.size();
+    if (frame.lent.any()) told.shared_bytes += cut.bytes / cut.blocks.size();
     if (--wanted->num_open == 0 && !wanted->is_ended) End(wanted.get(), IsHere(*wanted));
   }
 }
@@ -366,10 +366,10 @@ std::vector<ReplicaStore::Told> ReplicaStore::Poll() {
 // ---------------------------------------------------------------- what is served
 
 void ReplicaStore::OnAsk(PeerAskId id, const RowsAsk& ask) {
-  share_->transfer->Answer(id, FrameOf(ask));
+  share_->transfer->Answer(id, FrameOf(id, ask));
 }
 
-absl::StatusOr<RowsFrame> ReplicaStore::FrameOf(const RowsAsk& ask) {
+absl::StatusOr<RowsFrame> ReplicaStore::FrameOf(PeerAskId id, const RowsAsk& ask) {
   if (secrets_.empty()) return absl::NotFoundError("no replicas are served here");
   bool is_known = false;
   // All of them, and words: the time tells nothing.
@@ -382,10 +382,8 @@ absl::StatusOr<RowsFrame> ReplicaStore::FrameOf(const RowsAsk& ask) {
       limits::kTransferBytesUnderWay) {
     return absl::ResourceExhaustedError("too many frames wait to be read: ask again");
   }
-  RowsFrame frame{.sequence = ask.sequence,
-                  .placement = ask.placement,
-                  .pieces = {},
-                  .rows = share_->transfer->TakeRows(bytes)};
+  RowsFrame frame{.sequence = ask.sequence, .placement = ask.placement, .pieces = {}, .rows = {}};
+  share_->transfer->TakeRows(id, bytes, &frame);
   size_t at = 0;
   for (LayerIndex layer = ask.layers.begin; layer < ask.layers.end; ++layer) {
     for (size_t i = 0; i < ask.keys.size(); ++i) {
@@ -405,7 +403,7 @@ absl::StatusOr<RowsFrame> ReplicaStore::FrameOf(const RowsAsk& ask) {
       }
       header.first_position = ask.first_row + static_cast<uint32_t>(i) * limits::kBlockTokens;
       frame.pieces.push_back(header);
-      std::memcpy(frame.rows.data() + at, rows.data(), rows.size());
+      std::memcpy(frame.bytes().data() + at, rows.data(), rows.size());
       at += rows.size();
     }
   }

@@ -76,6 +76,7 @@ class ReplicaStore final : public RowsTaker {
     std::vector<ContentKey> keys;
     std::vector<ContentKey> failed;
     uint64_t fetched_bytes = 0;
+    uint64_t shared_bytes = 0;  // of these: not by gRPC
   };
   // What is to be told since the last call: of each source at most one.
   std::vector<Told> Poll();
@@ -148,7 +149,7 @@ class ReplicaStore final : public RowsTaker {
   // It is there in all its layers, or not: `ok`.
   void End(Wanted* wanted, bool ok);
   Told& ToldOf(uint64_t stage_id);
-  absl::StatusOr<RowsFrame> FrameOf(const RowsAsk& ask);
+  absl::StatusOr<RowsFrame> FrameOf(PeerAskId id, const RowsAsk& ask);
 
   const RowTraits traits_;
   const uint64_t block_bytes_;

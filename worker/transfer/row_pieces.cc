@@ -106,9 +106,9 @@ absl::Status CheckFrame(const RowTraits& traits, const RowsAsk& ask, bool any_nu
     return absl::DataLossError(absl::StrCat("a frame of sequence ", frame.sequence.value,
                                             " for placement ", ToString(frame.placement)));
   }
-  if (frame.rows.size() != BytesOf(traits, range) || frame.pieces.size() != PiecesOf(range)) {
+  if (frame.bytes().size() != BytesOf(traits, range) || frame.pieces.size() != PiecesOf(range)) {
     return absl::DataLossError(absl::StrCat("a frame of ", frame.pieces.size(), " pieces and ",
-                                            frame.rows.size(), " bytes, asked for were ",
+                                            frame.bytes().size(), " bytes, asked for were ",
                                             PiecesOf(range), " and ", BytesOf(traits, range)));
   }
   absl::Status status;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // RowTransfer carries cache rows from one worker to another: who wants rows asks for them, and gets
-// them in frames of a few megabytes. Implementations: gRPC (worker/transfer/grpc_row_transfer.h),
-// simulated (tests/sim).
+// them in frames of a few megabytes. Implementations: gRPC, which on one host only controls it
+// (worker/transfer/grpc_row_transfer.h), simulated (tests/sim).
 //
 // Owns:    its connections, one to each worker that was asked, apart from those of Transport.
 // Thread:  all methods: loop thread. Events come on the transfer's own threads and must only
@@ -25,6 +25,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "proto/base/ids.h"
 #include "proto/latent_block.h"
 
@@ -48,6 +49,14 @@ struct RowsAsk {
   // Not empty: of the blocks of these rows, which are whole ones. Of replicas (stage_id 0), or of a stage's prefix
   // blocks (sequence 0).
   std::vector<ContentKey> keys;
+  uint64_t bytes = 0;  // that these rows have; 0: who asks does not say. Not told to the peer
+};
+
+// Memory of a transfer's, which has the rows of a frame until the keeper goes.
+struct LentRows {
+  absl::Span<std::byte> memory;
+  std::shared_ptr<void> keeper;
+  bool any() const { return !memory.empty(); }
 };
 
 // Rows of several pieces, each of one block, and what they are.
@@ -55,7 +64,14 @@ struct RowsFrame {
   SequenceId sequence;
   PlacementEpoch placement;
   std::vector<BlockHeader> pieces;  // layer by layer, by rising position
-  std::string rows;                 // packed in the same order
+  std::string rows;                 // packed in the same order, or
+  LentRows lent = {};               // where the transfer has them: another process may write there
+
+  absl::Span<std::byte> bytes() {
+    if (lent.any()) return lent.memory;
+    return {reinterpret_cast<std::byte*>(rows.data()), rows.size()};
+  }
+  absl::Span<const std::byte> bytes() const { return const_cast<RowsFrame*>(this)->bytes(); }
 };
 
 // An ask of this worker's, and one of a peer's.
@@ -84,8 +100,10 @@ class RowTransfer {
   // Of frames that Answer was given, those that peers have not taken yet: their bytes.
   virtual uint64_t WaitingBytes() { return 0; }
 
-  // Memory for RowsFrame::rows, with any contents; and what is not needed any more, to be used again.
-  virtual std::string TakeRows(size_t bytes) { return std::string(bytes, '\0'); }
+  // Gives the frame that is to answer this ask memory for its rows, with any contents: once an ask. The frame may
+  // go without an answer.
+  virtual void TakeRows(PeerAskId, size_t bytes, RowsFrame* frame) { frame->rows.resize(bytes); }
+  // What is not needed any more, to be used again.
   virtual void GiveRows(std::string) {}
 };
 

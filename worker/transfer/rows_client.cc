@@ -22,38 +22,64 @@ using Stream = rpc::ClientStream<grpc::ByteBuffer, v1::RowsRequest>;
 constexpr char kRowsMethod[] = "/strait.v1.RowTransfer/Rows";
 constexpr size_t kRequestBytes = 4096;
 
+using OfferPtr = std::unique_ptr<SharedRegion::Offer>;
+
 struct Asked {
   AskId id;
   uint64_t asked_us = 0;
+  OfferPtr offer;  // or null
 };
 
 // What the stream's events may hold: never the stream itself, which must not end on a gRPC thread.
 struct PeerState {
   std::string address;
   std::shared_ptr<RowBuffers> buffers;
+  std::shared_ptr<SharedRegion> region;  // or null
   const RowTransferEvents* events;
+  std::shared_ptr<RowCounts> counts;
   std::mutex mu;
-  std::map<uint64_t, Asked> asked;  // guarded by mu; by the request's id
-  uint64_t last_request = 0;        // guarded by mu
-  uint64_t heard_us = 0;            // guarded by mu
-  bool has_ended = false;           // guarded by mu
+  std::map<uint64_t, Asked> asked;         // guarded by mu; by the request's id
+  std::map<uint64_t, OfferPtr> forgotten;  // guarded by mu; not answered, and nobody waits
+  uint64_t last_request = 0;               // guarded by mu
+  uint64_t heard_us = 0;                   // guarded by mu
+  bool declines = false;                   // guarded by mu: offers
+  bool has_ended = false;                  // guarded by mu
 
   // The id of the request; 0: the stream has ended.
-  uint64_t Add(AskId id) {
+  uint64_t Add(AskId id, uint64_t bytes, SharedPlace* place) {
     std::lock_guard lock(mu);
     if (has_ended) return 0;
-    asked[++last_request] = {id, MonotonicMicros()};
+    OfferPtr offer = region == nullptr || declines ? nullptr : region->Make(bytes);
+    if (offer != nullptr) *place = offer->place();
+    asked[++last_request] = {id, MonotonicMicros(), std::move(offer)};
     return last_request;
   }
   // Whether somebody waits for it.
-  bool Take(uint64_t request, AskId* id) {
+  bool Take(uint64_t request, Asked* taken) {
     std::lock_guard lock(mu);
     heard_us = MonotonicMicros();
     const auto it = asked.find(request);
-    if (it == asked.end()) return false;
-    *id = it->second.id;
+    if (it == asked.end()) {
+      forgotten.erase(request);
+      return false;
+    }
+    *taken = std::move(it->second);
     asked.erase(it);
     return true;
+  }
+  void Forget(AskId id) {
+    std::lock_guard lock(mu);
+    const auto it = std::find_if(asked.begin(), asked.end(),
+                                 [id](const auto& entry) { return entry.second.id == id; });
+    if (it == asked.end()) return;
+    if (it->second.offer != nullptr) forgotten.emplace(it->first, std::move(it->second.offer));
+    asked.erase(it);
+  }
+  void Count(const RowsFrame& frame, bool was_offered) {
+    (frame.lent.any() ? counts->shared : counts->grpc) += frame.bytes().size();
+    if (frame.lent.any() || !was_offered) return;
+    std::lock_guard lock(mu);
+    declines = true;
   }
   // Nothing more comes over this stream.
   void End(const absl::Status& why) {
@@ -62,8 +88,12 @@ struct PeerState {
       std::lock_guard lock(mu);
       has_ended = true;
       lost.swap(asked);
+      forgotten.clear();
     }
-    for (const auto& [request, ask] : lost) events->on_rows(ask.id, Lost(why));
+    for (auto& [request, ask] : lost) {
+      ask.offer.reset();
+      events->on_rows(ask.id, Lost(why));
+    }
   }
   absl::Status Lost(const absl::Status& why) const {
     return absl::UnavailableError(
@@ -78,10 +108,12 @@ bool OnReply(PeerState* state, const grpc::ByteBuffer& message) {
     state->End(reply.status());
     return false;
   }
-  AskId id;
-  if (state->Take(reply->request_id(), &id)) {
-    state->events->on_rows(id, reply->Open(state->buffers.get()));
-  }
+  Asked asked;
+  if (!state->Take(reply->request_id(), &asked)) return true;
+  absl::StatusOr<RowsFrame> frame = reply->Open(state->buffers.get(), asked.offer.get());
+  if (frame.ok()) state->Count(*frame, asked.offer != nullptr);
+  asked.offer.reset();  // whoever is told may ask again
+  state->events->on_rows(asked.id, std::move(frame));
   return true;
 }
 
@@ -94,8 +126,13 @@ struct RowsClient::Peer {
 };
 
 RowsClient::RowsClient(std::chrono::milliseconds answer, std::chrono::milliseconds idle,
-                       std::shared_ptr<RowBuffers> buffers, const RowTransferEvents* events)
-    : answer_timeout_(answer), idle_timeout_(idle), buffers_(std::move(buffers)), events_(events) {}
+                       std::shared_ptr<RowBuffers> buffers, std::shared_ptr<SharedRegion> region,
+                       const RowTransferEvents* events)
+    : answer_timeout_(answer),
+      idle_timeout_(idle),
+      buffers_(std::move(buffers)),
+      region_(std::move(region)),
+      events_(events) {}
 
 RowsClient::~RowsClient() = default;
 
@@ -104,7 +141,9 @@ std::shared_ptr<RowsClient::Peer> RowsClient::Open(const std::string& address) {
   peer->state = std::make_shared<PeerState>();
   peer->state->address = address;
   peer->state->buffers = buffers_;
+  peer->state->region = region_;
   peer->state->events = events_;
+  peer->state->counts = counts_;
   rpc::StreamOptions options;
   options.max_queued_messages = 2 * kMaxAsksUnderWay;
   options.max_queued_bytes = options.max_queued_messages * kRequestBytes;
@@ -126,15 +165,16 @@ std::shared_ptr<RowsClient::Peer> RowsClient::Open(const std::string& address) {
 void RowsClient::Ask(AskId id, const std::string& peer_address, const RowsAsk& ask) {
   std::shared_ptr<Peer> peer;
   uint64_t request = 0;
+  SharedPlace place;
   {
     std::lock_guard lock(mu_);
     std::shared_ptr<Peer>& known = peers_[peer_address];
-    if (known != nullptr) request = known->state->Add(id);
+    if (known != nullptr) request = known->state->Add(id, ask.bytes, &place);
     if (request == 0) {
       // Not destroyed here: that waits for gRPC, and the loop thread should not.
       if (known != nullptr) dropped_.push_back(std::move(known));
       known = Open(peer_address);
-      request = known->state->Add(id);
+      request = known->state->Add(id, ask.bytes, &place);
     }
     known->used_us = MonotonicMicros();
     peer = known;
@@ -142,8 +182,8 @@ void RowsClient::Ask(AskId id, const std::string& peer_address, const RowsAsk& a
   if (request == 0) {
     return events_->on_rows(id, peer->state->Lost(absl::UnavailableError("it ended at once")));
   }
-  const absl::Status sent = peer->stream->Send(ToWire(request, ask));
-  AskId asked;
+  const absl::Status sent = peer->stream->Send(ToWire(request, ask, place));
+  Asked asked;
   if (!sent.ok() && peer->state->Take(request, &asked)) {
     events_->on_rows(id, peer->state->Lost(sent));
   }
@@ -151,10 +191,7 @@ void RowsClient::Ask(AskId id, const std::string& peer_address, const RowsAsk& a
 
 void RowsClient::Forget(AskId id) {
   std::lock_guard lock(mu_);
-  for (const auto& [address, peer] : peers_) {
-    std::lock_guard state_lock(peer->state->mu);
-    std::erase_if(peer->state->asked, [id](const auto& entry) { return entry.second.id == id; });
-  }
+  for (const auto& [address, peer] : peers_) peer->state->Forget(id);
 }
 
 bool RowsClient::CheckDeadlines(uint64_t now_us) {

@@ -6,8 +6,11 @@
 // Thread:  Ask, Forget: loop thread. CheckDeadlines: watchdog thread. Never a gRPC thread, and destroyed on none.
 //          What comes is looked at on gRPC's threads.
 // Errors:  as RowTransfer. However a stream ends, what was asked over it is Unavailable.
+// Why:     an offer lives as long as its ask is not answered, forgotten or not: meanwhile the peer may write there. A
+//          peer that answers an offer by a message has no use for more over this stream.
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <map>
@@ -18,20 +21,30 @@
 
 #include "worker/transfer/row_buffers.h"
 #include "worker/transfer/row_transfer.h"
+#include "worker/transfer/shared_rows.h"
 
 namespace strait {
+
+// Bytes of rows that came or went.
+struct RowCounts {
+  std::atomic<uint64_t> shared = 0;  // by memory that both have
+  std::atomic<uint64_t> grpc = 0;
+};
 
 class RowsClient {
  public:
   // `answer`: without any answer over a stream that was asked over. `idle`: nothing is asked; it is closed.
+  // `region` null: nothing is offered.
   RowsClient(std::chrono::milliseconds answer, std::chrono::milliseconds idle,
-             std::shared_ptr<RowBuffers> buffers, const RowTransferEvents* events);
+             std::shared_ptr<RowBuffers> buffers, std::shared_ptr<SharedRegion> region,
+             const RowTransferEvents* events);
   ~RowsClient();
 
   void Ask(AskId id, const std::string& peer_address, const RowsAsk& ask);
   void Forget(AskId id);
   // Whether it has a connection.
   bool CheckDeadlines(uint64_t now_us);
+  const std::shared_ptr<RowCounts>& counts() const { return counts_; }
 
  private:
   struct Peer;
@@ -41,7 +54,9 @@ class RowsClient {
   const std::chrono::milliseconds answer_timeout_;
   const std::chrono::milliseconds idle_timeout_;
   const std::shared_ptr<RowBuffers> buffers_;
+  const std::shared_ptr<SharedRegion> region_;
   const RowTransferEvents* const events_;
+  const std::shared_ptr<RowCounts> counts_ = std::make_shared<RowCounts>();
 
   std::mutex mu_;                                       // the watchdog reads what the loop writes
   std::map<std::string, std::shared_ptr<Peer>> peers_;  // guarded by mu_

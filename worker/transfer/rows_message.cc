@@ -40,7 +40,7 @@ absl::Status Malformed(const char* what) {
 
 // ---------------------------------------------------------------- requests
 
-v1::RowsRequest ToWire(uint64_t request_id, const RowsAsk& ask) {
+v1::RowsRequest ToWire(uint64_t request_id, const RowsAsk& ask, const SharedPlace& place) {
   v1::RowsRequest request;
   request.set_request_id(request_id);
   request.set_stage_id(ask.stage_id);
@@ -55,7 +55,29 @@ v1::RowsRequest ToWire(uint64_t request_id, const RowsAsk& ask) {
   request.set_first_row(ask.first_row);
   request.set_num_rows(ask.num_rows);
   request.set_keys(Pack(ask.keys));
+  if (!place.any()) return request;
+  v1::SharedPlace& told = *request.mutable_place();
+  told.set_nonce_low(place.nonce_low);
+  told.set_nonce_high(place.nonce_high);
+  told.set_process_id(place.process_id);
+  told.set_file(place.file);
+  told.set_index(place.index);
+  told.set_ticket(place.ticket);
+  told.set_offset(place.offset);
+  told.set_bytes(place.bytes);
   return request;
+}
+
+SharedPlace PlaceOf(const v1::RowsRequest& request) {
+  const v1::SharedPlace& told = request.place();
+  return {.nonce_low = told.nonce_low(),
+          .nonce_high = told.nonce_high(),
+          .process_id = told.process_id(),
+          .file = told.file(),
+          .index = told.index(),
+          .ticket = told.ticket(),
+          .offset = told.offset(),
+          .bytes = told.bytes()};
 }
 
 absl::StatusOr<v1::RowsRequest> ParseRequest(const grpc::ByteBuffer& message) {
@@ -83,13 +105,14 @@ RowsAsk FromWire(const v1::RowsRequest& request) {
           .layers = {request.layer_begin(), request.layer_end()},
           .first_row = request.first_row(),
           .num_rows = request.num_rows(),
-          .keys = *keys};
+          .keys = *keys,
+          .bytes = 0};
 }
 
 // ---------------------------------------------------------------- replies
 
 void SealFrame(RowsFrame* frame) {
-  const absl::Span<const std::byte> rows = Bytes(frame->rows);
+  const absl::Span<const std::byte> rows = frame->bytes();
   size_t at = 0;
   for (BlockHeader& piece : frame->pieces) {
     SealBlockHeader(rows.subspan(at, piece.payload_bytes), &piece);
@@ -98,7 +121,8 @@ void SealFrame(RowsFrame* frame) {
 }
 
 absl::StatusOr<grpc::ByteBuffer> EncodeFrame(uint64_t request_id, RowsFrame frame,
-                                             std::shared_ptr<RowBuffers> buffers) {
+                                             std::shared_ptr<RowBuffers> buffers,
+                                             uint64_t place_ticket) {
   std::string head(TransferHeadBytes(static_cast<uint32_t>(frame.pieces.size())), '\0');
   TransferHeader header;
   header.sequence_id = frame.sequence.value;
@@ -112,6 +136,11 @@ absl::StatusOr<grpc::ByteBuffer> EncodeFrame(uint64_t request_id, RowsFrame fram
   rpc::AppendVarint(&fields, rpc::BytesTag(4));
   rpc::AppendVarint(&fields, head.size());
   fields += head;
+  if (place_ticket != 0) {
+    rpc::AppendField(&fields, 6, place_ticket);
+    const grpc::Slice slice(fields);
+    return grpc::ByteBuffer(&slice, 1);
+  }
   rpc::AppendVarint(&fields, rpc::BytesTag(5));
   rpc::AppendVarint(&fields, frame.rows.size());
   auto* lent = new Lent{std::move(frame.rows), std::move(buffers)};
@@ -151,6 +180,10 @@ absl::StatusOr<RowsReply> RowsReply::Parse(const grpc::ByteBuffer& message) {
         error_code = value;
         continue;
       }
+      if (tag == rpc::VarintTag(6)) {
+        reply.place_ticket_ = value;
+        continue;
+      }
       if (value > cursor.remaining()) return Malformed("it ends in a field");
       if (tag == rpc::BytesTag(3)) {
         if (value > 2 * limits::kMaxErrorMessageBytes) return Malformed("an error that long");
@@ -177,7 +210,7 @@ absl::StatusOr<RowsReply> RowsReply::Parse(const grpc::ByteBuffer& message) {
   return reply;
 }
 
-absl::StatusOr<RowsFrame> RowsReply::Open(RowBuffers* buffers) const {
+absl::StatusOr<RowsFrame> RowsReply::Open(RowBuffers* buffers, SharedRegion::Offer* offer) const {
   const auto damaged = [](const absl::Status& why) {
     return absl::IsFailedPrecondition(why) ? why : absl::DataLossError(why.message());
   };
@@ -185,26 +218,40 @@ absl::StatusOr<RowsFrame> RowsReply::Open(RowBuffers* buffers) const {
   if (!error_.ok()) return error_;
   absl::StatusOr<TransferHead> head = DecodeTransferHead(Bytes(head_));
   if (!head.ok()) return damaged(head.status());
-  if (head->header.payload_bytes != rows_bytes_) {
-    return absl::DataLossError(
-        absl::StrCat(rows_bytes_, " bytes of rows, the headers have ", head->header.payload_bytes));
-  }
   RowsFrame frame{.sequence = SequenceId{head->header.sequence_id},
                   .placement = {head->header.placement_term, head->header.placement_counter},
                   .pieces = std::move(head->blocks),
-                  .rows = buffers->TakeEmpty(rows_bytes_)};
-  size_t offset = rows_offset_;
-  for (size_t i = rows_slice_; i < slices_.size(); ++i, offset = 0) {
-    frame.rows.append(reinterpret_cast<const char*>(slices_[i].begin()) + offset,
-                      slices_[i].size() - offset);
-  }
-  const absl::Span<const std::byte> rows = Bytes(frame.rows);
+                  .rows = {}};
+  STRAIT_RETURN_IF_ERROR(FindRows(head->header.payload_bytes, buffers, offer, &frame));
+  const absl::Span<const std::byte> rows = frame.bytes();
   size_t at = 0;
   for (const BlockHeader& piece : frame.pieces) {
     STRAIT_RETURN_IF_ERROR(CheckRows(piece, rows.subspan(at, piece.payload_bytes)));
     at += piece.payload_bytes;
   }
   return frame;
+}
+
+absl::Status RowsReply::FindRows(uint64_t rows_bytes, RowBuffers* buffers,
+                                 SharedRegion::Offer* offer, RowsFrame* frame) const {
+  if (place_ticket_ != 0 && rows_bytes_ == 0) {
+    if (offer == nullptr || offer->place().ticket != place_ticket_) {
+      return absl::DataLossError("its rows are said to be where nothing was offered");
+    }
+    STRAIT_ASSIGN_OR_RETURN(frame->lent, offer->Take(rows_bytes));
+    return absl::OkStatus();
+  }
+  if (rows_bytes != rows_bytes_) {
+    return absl::DataLossError(
+        absl::StrCat(rows_bytes_, " bytes of rows, the headers have ", rows_bytes));
+  }
+  frame->rows = buffers->TakeEmpty(rows_bytes_);
+  size_t offset = rows_offset_;
+  for (size_t i = rows_slice_; i < slices_.size(); ++i, offset = 0) {
+    frame->rows.append(reinterpret_cast<const char*>(slices_[i].begin()) + offset,
+                       slices_[i].size() - offset);
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace strait

@@ -23,20 +23,24 @@
 #include "strait/v1/transfer.pb.h"
 #include "worker/transfer/row_buffers.h"
 #include "worker/transfer/row_transfer.h"
+#include "worker/transfer/shared_rows.h"
 
 namespace strait {
 
-v1::RowsRequest ToWire(uint64_t request_id, const RowsAsk& ask);
+v1::RowsRequest ToWire(uint64_t request_id, const RowsAsk& ask, const SharedPlace& place = {});
 absl::StatusOr<v1::RowsRequest> ParseRequest(const grpc::ByteBuffer& message);
 // REQUIRES: ParseRequest took it.
 RowsAsk FromWire(const v1::RowsRequest& request);
+// As it was told: whoever uses it checks it.
+SharedPlace PlaceOf(const v1::RowsRequest& request);
 
 // Fills in the pieces' checksums.
 void SealFrame(RowsFrame* frame);
 // InvalidArgument: no frame that a peer would take. REQUIRES: it is sealed. `buffers` get the rows' memory when
-// gRPC has written them.
+// gRPC has written them. `place_ticket` not 0: they are where the peer offered it, and the frame lets go of that.
 absl::StatusOr<grpc::ByteBuffer> EncodeFrame(uint64_t request_id, RowsFrame frame,
-                                             std::shared_ptr<RowBuffers> buffers);
+                                             std::shared_ptr<RowBuffers> buffers,
+                                             uint64_t place_ticket = 0);
 grpc::ByteBuffer EncodeError(uint64_t request_id, const absl::Status& why);
 
 class RowsReply {
@@ -44,14 +48,19 @@ class RowsReply {
   static absl::StatusOr<RowsReply> Parse(const grpc::ByteBuffer& message);
 
   uint64_t request_id() const { return request_id_; }
-  // The frame, looked at and copied, or the peer's error.
-  absl::StatusOr<RowsFrame> Open(RowBuffers* buffers) const;
+  // The frame, looked at, and copied out of the message or taken from what the request had offered, or the peer's
+  // error. `offer` may be null.
+  absl::StatusOr<RowsFrame> Open(RowBuffers* buffers, SharedRegion::Offer* offer = nullptr) const;
 
  private:
+  absl::Status FindRows(uint64_t rows_bytes, RowBuffers* buffers, SharedRegion::Offer* offer,
+                        RowsFrame* frame) const;
+
   uint64_t request_id_ = 0;
   absl::Status error_;
   absl::Status damage_;  // of what follows the request's id
   std::string head_;
+  uint64_t place_ticket_ = 0;
   std::vector<grpc::Slice> slices_;  // of the whole message
   uint64_t rows_bytes_ = 0;
   size_t rows_slice_ = 0;  // where the rows begin

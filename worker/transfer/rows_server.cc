@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/transfer/rows_server.h"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -30,6 +31,7 @@ struct RowsServer::Incoming {
   uint64_t last_request = 0;            // read reactions only
   std::atomic<bool> was_given = false;  // rows: it has shown a secret
   std::atomic<size_t> num_open = 0;     // asks that are not answered
+  bool declines = false;                // read reactions only: what it offers cannot be reached
 
   std::shared_ptr<Stream> Current() {
     std::lock_guard lock(mu);
@@ -37,9 +39,9 @@ struct RowsServer::Incoming {
   }
 };
 
-RowsServer::RowsServer(std::chrono::milliseconds stall, std::shared_ptr<RowBuffers> buffers,
+RowsServer::RowsServer(RowsServerOptions options, std::shared_ptr<RowBuffers> buffers,
                        const RowTransferEvents* events)
-    : stall_timeout_(stall),
+    : options_(std::move(options)),
       buffers_(std::move(buffers)),
       events_(events),
       sealing_(kSealingFrames) {
@@ -147,17 +149,101 @@ bool RowsServer::OnMessage(const IncomingPtr& incoming, const grpc::ByteBuffer& 
                      absl::ResourceExhaustedError("too much is asked for, or waits to be read")));
     return true;
   }
+  Asked asked{.from = incoming, .request = request->request_id(), .place = PlaceOf(*request)};
+  if (asked.place.any() && !incoming->declines) {
+    asked.region = RegionOf(asked.place);
+    incoming->declines = asked.region == nullptr;
+  }
   PeerAskId id;
   {
     std::lock_guard lock(mu_);
     if (stopping_) return false;
     id = PeerAskId{++last_ask_.value};
-    asked_.emplace(id, Asked{incoming, request->request_id()});
+    asked_.emplace(id, std::move(asked));
   }
   ++incoming->num_open;
   events_->on_ask(id, FromWire(*request));
   return true;
 }
+
+void RowsServer::AskSelf(const RowsAsk& ask, const SharedPlace& place, OwnAnswer answer) {
+  Asked asked{.from = {}, .request = 0, .place = place};
+  if (place.any()) asked.region = RegionOf(place);
+  asked.own = std::move(answer);
+  PeerAskId id;
+  {
+    std::lock_guard lock(mu_);
+    if (stopping_) return;
+    id = PeerAskId{++last_ask_.value};
+    asked_.emplace(id, std::move(asked));
+  }
+  events_->on_ask(id, ask);
+}
+
+// ---------------------------------------------------------------- memory that peers offer
+
+RowsServer::RegionPtr RowsServer::RegionOf(const SharedPlace& place) {
+  if (!options_.takes_offers) return nullptr;
+  const auto find = [&]() -> RegionPtr {
+    const auto it = std::find_if(regions_.begin(), regions_.end(),
+                                 [&](const RegionPtr& region) { return region->Is(place); });
+    return it == regions_.end() ? nullptr : *it;
+  };
+  {
+    std::lock_guard lock(mu_);
+    if (RegionPtr region = find()) return region;
+  }
+  // Two streams of a worker's may begin at once. Mapped twice, one mapping would have to be given back.
+  std::lock_guard mapping(mapping_mu_);
+  {
+    std::lock_guard lock(mu_);
+    if (RegionPtr region = find()) return region;
+    if (regions_.size() >= kMaxPeerRegions) return nullptr;
+  }
+  absl::StatusOr<RegionPtr> mapped = MappedRegion::Map(place, options_.lock_pages);
+  if (!mapped.ok()) {
+    Log(LogLevel::kInfo, "rows for a worker go by gRPC", {{"why", mapped.status()}});
+    return nullptr;
+  }
+  Log(LogLevel::kInfo, "rows for a worker go by shared memory", {{"process", place.process_id}});
+  std::lock_guard lock(mu_);
+  regions_.push_back(*mapped);
+  return *mapped;
+}
+
+void RowsServer::DropRegions() {
+  std::vector<RegionPtr> gone;  // unmapped after the mutex
+  std::lock_guard lock(mu_);
+  size_t num_kept = 0;
+  for (auto it = regions_.end(); it != regions_.begin();) {
+    --it;
+    if ((*it)->IsOffered()) continue;
+    if ((*it)->is_locked() && ++num_kept <= kMaxKeptRegions) continue;
+    gone.push_back(std::move(*it));
+    it = regions_.erase(it);
+  }
+}
+
+void RowsServer::TakeRows(PeerAskId id, size_t bytes, RowsFrame* frame) {
+  RegionPtr region;
+  SharedPlace place;
+  {
+    std::lock_guard lock(mu_);
+    const auto it = asked_.find(id);
+    if (it != asked_.end()) {
+      region = it->second.region;
+      place = it->second.place;
+    }
+  }
+  if (region != nullptr) {
+    absl::StatusOr<LentRows> lent = region->Write(place, bytes);
+    // Else the offer was taken back: nobody will read this.
+    if (lent.ok()) frame->lent = *std::move(lent);
+  }
+  if (!frame->lent.any()) frame->rows = buffers_->Take(bytes);
+}
+
+// ---------------------------------------------------------------- answers
 
 void RowsServer::Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) {
   Asked asked;
@@ -169,12 +255,13 @@ void RowsServer::Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) {
     asked_.erase(it);
   }
   const IncomingPtr incoming = asked.from.lock();
-  if (incoming == nullptr || incoming->Current() == nullptr) return;
+  if (!asked.own && (incoming == nullptr || incoming->Current() == nullptr)) return;
   if (frame.ok()) {
-    sealing_bytes_ += frame->rows.size();
+    sealing_bytes_ += frame->bytes().size();
     sealing_.Push({.id = id, .asked = std::move(asked), .frame = *std::move(frame)});
     return;
   }
+  if (asked.own) return asked.own(frame.status());
   --incoming->num_open;
   Send(asked, EncodeError(asked.request, frame.status()));
 }
@@ -183,7 +270,7 @@ void RowsServer::Seal() {
   for (;;) {
     for (Sealing& sealing : sealing_.PopAll(1s)) {
       if (sealing.is_end) return;
-      const uint64_t bytes = sealing.frame.rows.size();
+      const uint64_t bytes = sealing.frame.bytes().size();
       SealOne(std::move(sealing));
       sealing_bytes_ -= bytes;
     }
@@ -192,11 +279,18 @@ void RowsServer::Seal() {
 
 void RowsServer::SealOne(Sealing sealing) {
   SealFrame(&sealing.frame);
+  const bool is_shared = sealing.frame.lent.any();
+  (is_shared || sealing.asked.own ? counts_.shared : counts_.grpc) += sealing.frame.bytes().size();
+  std::vector<BlockHeader> pieces = sealing.frame.pieces;
+  if (sealing.asked.own) {
+    events_->on_served(sealing.id, std::move(pieces));
+    return sealing.asked.own(std::move(sealing.frame));
+  }
   const IncomingPtr incoming = sealing.asked.from.lock();
   if (incoming == nullptr) return;
-  std::vector<BlockHeader> pieces = sealing.frame.pieces;
   absl::StatusOr<grpc::ByteBuffer> message =
-      EncodeFrame(sealing.asked.request, std::move(sealing.frame), buffers_);
+      EncodeFrame(sealing.asked.request, std::move(sealing.frame), buffers_,
+                  is_shared ? sealing.asked.place.ticket : 0);
   --incoming->num_open;
   if (!message.ok()) {
     // A bug of ours, and the peer's asks go on.
@@ -219,7 +313,8 @@ void RowsServer::Send(const Asked& asked, grpc::ByteBuffer message) {
 }
 
 bool RowsServer::CheckDeadlines(uint64_t now_us) {
-  const auto stall_us = static_cast<uint64_t>(stall_timeout_.count()) * 1000;
+  DropRegions();
+  const auto stall_us = static_cast<uint64_t>(options_.stall_timeout.count()) * 1000;
   std::vector<IncomingPtr> streams;
   {
     std::lock_guard lock(mu_);
@@ -227,7 +322,7 @@ bool RowsServer::CheckDeadlines(uint64_t now_us) {
     // Of streams that have ended: what they asked is answered to nobody.
     std::erase_if(asked_, [](const auto& entry) {
       const IncomingPtr from = entry.second.from.lock();
-      return from == nullptr || from->Current() == nullptr;
+      return !entry.second.own && (from == nullptr || from->Current() == nullptr);
     });
   }
   for (const IncomingPtr& incoming : streams) {

@@ -33,6 +33,9 @@ class RowsTaker {
 // Of what bulk asks for: the rest is for sequences that stand still, which must not wait behind it.
 inline constexpr uint64_t kBulkBytesUnderWay = limits::kTransferBytesUnderWay / 2;
 static_assert(kBulkBytesUnderWay >= limits::kTransferFrameBytes);
+// Of a frame of blocks by their keys: loop threads look at its bytes and copy them, where it goes to replicas or comes
+// from them, and steps wait for that.
+inline constexpr uint64_t kReplicaFrameBytes = limits::kTransferFrameBytes / 4;
 inline constexpr size_t kBulkAsksUnderWay = kMaxAsksUnderWay / 4 * 3;
 
 struct TransferShare {

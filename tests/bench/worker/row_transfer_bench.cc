@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How fast the rows of a sequence go from one worker to another over gRPC and loopback, and how fast
-// gRPC alone carries messages of that size.
+// How fast the rows of a sequence go from one worker to another, through memory that both have and over gRPC and
+// loopback, and how fast gRPC alone carries messages of that size.
 //
 //   row_transfer_bench [--smoke] [--rows N] [--layers N] [--repeats N] [--frame-bytes N]
 //
 // move: two worker cores, each with a loop and a thread that copies rows; from FetchRows to the last
-// RowsFetched, of V3's bf16 rows (1,152 bytes). Rows are read from one cache, summed, sent, summed again and
-// written into the other. gRPC: a stream whose server answers each request with the same memory, and
-// whose client drops what comes, with as many requests under way. Both take turns; medians are printed, also of
+// RowsFetched, of V3's bf16 rows (1,152 bytes). Rows are read from one cache, summed, sent or left in shared memory, summed
+// again and written into the other. gRPC alone: a stream whose server answers each request with the same memory, and
+// whose client drops what comes, with as many requests under way. All take turns; medians are printed, also of
 // the time of CPUs of both ends, which says more where others use the machine.
 #include <sys/resource.h>
 
@@ -111,7 +111,7 @@ class NoTransport final : public Transport {
 // A worker with one stage, as worker/service runs it.
 class Worker final : private WorkerPorts {
  public:
-  explicit Worker(const Sizes& sizes) : sizes_(sizes) {
+  Worker(const Sizes& sizes, bool shares_memory) : sizes_(sizes) {
     const uint64_t block_bytes = kBlockRows * kShape.row_bytes();
     const uint32_t blocks = BlocksOfSequence(sizes.rows, sizes.layers);
     auto cache =
@@ -132,7 +132,8 @@ class Worker final : private WorkerPorts {
         core_->OnServed(id, pieces, MonotonicMicros());
       });
     };
-    rows_ = std::make_unique<GrpcRowTransfer>(GrpcRowTransferOptions{}, std::move(events));
+    rows_ = std::make_unique<GrpcRowTransfer>(
+        GrpcRowTransferOptions{.shares_memory = shares_memory}, std::move(events));
     grpc::ServerBuilder builder;
     rpc::ConfigureServer(builder, "127.0.0.1:0", rpc::Traffic::kData, &port_);
     builder.RegisterService(rows_->service());
@@ -200,6 +201,7 @@ class Worker final : private WorkerPorts {
     return message;
   }
   std::string address() const { return "127.0.0.1:" + std::to_string(port_); }
+  RowTransferBytes moved() const { return rows_->bytes(); }
 
  private:
   void Post(std::function<void()> what) { queue_.Push(std::move(what)); }
@@ -254,7 +256,8 @@ class Worker final : private WorkerPorts {
 // Moves the sequence from one to the other; seconds.
 class Move {
  public:
-  explicit Move(const Sizes& sizes) : sizes_(sizes), from_(sizes), to_(sizes) {
+  Move(const Sizes& sizes, bool shares_memory)
+      : sizes_(sizes), from_(sizes, shares_memory), to_(sizes, shares_memory) {
     v1::CacheOp op;
     op.mutable_open()->set_sequence_id(kSequence);
     op.mutable_open()->set_prompt_tokens(1);
@@ -300,6 +303,7 @@ class Move {
     to_.Plan(op);
     return seconds;
   }
+  RowTransferBytes moved() const { return to_.moved(); }
 
  private:
   template <class Message>
@@ -412,6 +416,16 @@ double Median(std::vector<double> values) {
   return values[values.size() / 2];
 }
 
+// One of the things that take turns.
+struct Way {
+  const char* name;
+  std::function<double()> once;  // seconds
+  uint64_t bytes = 0;
+  std::vector<double> seconds = {};
+  std::vector<double> cpu_seconds = {};
+  double rate() const { return static_cast<double>(bytes) / Median(seconds) / 1e9; }
+};
+
 void Run(const Sizes& sizes) {
   const uint64_t bytes = uint64_t{sizes.rows} * sizes.layers * kShape.row_bytes();
   const RowTraits traits = {.layers = {0, sizes.layers}, .shape = kShape, .origin = {}};
@@ -420,29 +434,34 @@ void Run(const Sizes& sizes) {
   const uint64_t message_bytes = BytesOf(traits, asks[0]);
   const uint64_t under_way = std::max<uint64_t>(kBulkBytesUnderWay / message_bytes, 1);
   const uint64_t num_messages = (bytes + message_bytes - 1) / message_bytes;
-  Move move(sizes);
+  Move shared(sizes, true);
+  Move by_grpc(sizes, false);
   Bare bare(message_bytes);
-  move.Once();
-  bare.Once(num_messages, under_way);
-  std::vector<double> moves, bares, move_cpu, bare_cpu;
-  for (int i = 0; i < sizes.repeats; ++i) {
-    const double began = CpuSeconds();
-    moves.push_back(move.Once());
-    const double between = CpuSeconds();
-    bares.push_back(bare.Once(num_messages, under_way));
-    move_cpu.push_back(between - began);
-    bare_cpu.push_back(CpuSeconds() - between);
+  Way ways[] = {
+      {"gRPC alone", [&] { return bare.Once(num_messages, under_way); },
+       num_messages * message_bytes},
+      {"move, gRPC", [&] { return by_grpc.Once(); }, bytes},
+      {"move, shared", [&] { return shared.Once(); }, bytes},
+  };
+  for (int i = 0; i <= sizes.repeats; ++i) {
+    for (Way& way : ways) {
+      const double began = CpuSeconds();
+      const double seconds = way.once();
+      if (i == 0) continue;  // what is made once
+      way.seconds.push_back(seconds);
+      way.cpu_seconds.push_back(CpuSeconds() - began);
+    }
   }
-  const double moved = static_cast<double>(bytes) / Median(moves) / 1e9;
-  const double carried = static_cast<double>(num_messages * message_bytes) / Median(bares) / 1e9;
+  STRAIT_CHECK(by_grpc.moved().came_shared == 0);
+  STRAIT_CHECK(shared.moved().came_by_grpc == 0, "rows of the shared move came by gRPC");
   std::printf("%u rows x %u layers, %.1f MB in messages of %.2f MB, %llu under way\n", sizes.rows,
               sizes.layers, static_cast<double>(bytes) / 1e6,
               static_cast<double>(message_bytes) / 1e6, static_cast<unsigned long long>(under_way));
-  std::printf("move  %8.2f ms  %6.3f GB/s  %8.2f ms of CPU\n", Median(moves) * 1e3, moved,
-              Median(move_cpu) * 1e3);
-  std::printf("gRPC  %8.2f ms  %6.3f GB/s  %8.2f ms of CPU\n", Median(bares) * 1e3, carried,
-              Median(bare_cpu) * 1e3);
-  std::printf("a move goes at %.0f %% of gRPC alone\n", 100 * moved / carried);
+  for (const Way& way : ways) {
+    std::printf("%-12s  %8.2f ms  %6.3f GB/s  %8.2f ms of CPU  %4.0f %% of gRPC alone\n", way.name,
+                Median(way.seconds) * 1e3, way.rate(), Median(way.cpu_seconds) * 1e3,
+                100 * way.rate() / ways[0].rate());
+  }
 }
 
 }  // namespace

@@ -238,6 +238,42 @@ TEST_F(ImporterTest, WhoHasTooMuchToDoIsAskedAgainSoon) {
   EXPECT_EQ(told_.back().rows, 20u);
 }
 
+// A link that takes longer for a frame than the transfer waits for one never brought any: what was asked for again was as
+// large.
+TEST_F(ImporterTest, FramesShrinkWhileTheirSourceBringsNone) {
+  share_.frame_bytes = limits::kTransferFrameBytes;
+  constexpr uint32_t kRows = 156 * limits::kBlockTokens;
+  static_assert(3 * kRows * kHashRowBytes > 4 * kLeastFrameBytes);
+  ASSERT_TRUE(memory_.Resize(1'500, {}).ok());
+  pool_.Grow(1'000);
+  Take(kRows);
+  Say(Fetch(0, kRows));
+  Ask();
+  uint64_t most = limits::kTransferFrameBytes;
+  // The second source brings nothing before frames are as small as they become.
+  while (most > kLeastFrameBytes) {
+    while (!transfer_.asks.empty()) {
+      const bool is_slow = transfer_.asks.front().address == "b:1";
+      const ScriptedTransfer::Asked asked =
+          Answer(is_slow ? absl::UnavailableError("no answer for 10 s") : absl::OkStatus());
+      EXPECT_LE(asked.ask.bytes, is_slow ? most : limits::kTransferFrameBytes);
+      EXPECT_EQ(asked.ask.bytes, BytesOf(HashRowTraits(kLayers), RangeOf(asked.ask)));
+    }
+    most /= 2;
+    Turn(kMaxPauseUs);
+  }
+  EXPECT_GT(transfer_.asks.size(), 4u);
+  // These come, and the sum is of the same pieces as with one frame.
+  AnswerAll();
+  ASSERT_EQ(told_.back().rows, kRows);
+  RowsDigest digest;
+  ForPieces({kLayers, 0, kRows}, [&](LayerIndex layer, uint32_t first, uint32_t count) {
+    const RowsAsk ask = {.layers = {layer, layer + 1}, .first_row = first, .num_rows = count};
+    for (const BlockHeader& piece : Frame(ask).pieces) digest.Add(piece);
+  });
+  EXPECT_EQ(told_.back().digest, digest.Value());
+}
+
 TEST_F(ImporterTest, DamageIsAskedForAgainAndInTheEndTold) {
   Take(64);
   Say(Fetch(0, 20));

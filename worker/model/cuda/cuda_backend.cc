@@ -150,6 +150,13 @@ absl::StatusOr<std::unique_ptr<StageModel>> CudaBackend::Load(
 }
 
 CacheMemory& CudaBackend::cache() { return *shared_->cache; }
+absl::StatusOr<std::shared_ptr<void>> CudaBackend::LockPages(absl::Span<std::byte> memory) {
+  STRAIT_CUDA_RETURN_IF_ERROR(cudaSetDevice(shared_->device.index));
+  STRAIT_CUDA_RETURN_IF_ERROR(
+      cudaHostRegister(memory.data(), memory.size(), cudaHostRegisterPortable));
+  return std::shared_ptr<void>(memory.data(),
+                               [](void* locked) { (void)cudaHostUnregister(locked); });
+}
 uint32_t CudaBackend::hidden_row_bytes() const {
   return config().hidden_size * static_cast<uint32_t>(sizeof(float));
 }

@@ -67,6 +67,7 @@ class CudaBackend final : public Backend {
       const StageSpec& spec, std::function<void(uint64_t, uint64_t)> progress) override;
 
   CacheMemory& cache() override;
+  absl::StatusOr<std::shared_ptr<void>> LockPages(absl::Span<std::byte> memory) override;
   uint32_t hidden_row_bytes() const override;
   uint32_t num_layers() const override;
   uint32_t vocab_size() const override;

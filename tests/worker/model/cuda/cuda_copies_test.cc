@@ -6,6 +6,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+
 #include "tests/worker/model/cuda/cuda_fixture.h"
 #include "tests/worker/model/moved_rows.h"
 #include "tests/worker/number_cache.h"
@@ -36,6 +38,24 @@ TEST_P(CudaCopiesTest, WritesAreBehindSteps) { ExpectWritesBehindSteps(backend_.
 TEST_P(CudaCopiesTest, Refusals) { ExpectRefusals(backend_.get()); }
 TEST_P(CudaCopiesTest, ALimit) { ExpectALimit(backend_.get()); }
 TEST_P(CudaCopiesTest, TheEndWaits) { ExpectTheEndWaits(backend_.get()); }
+
+// Else copies to memory that workers share would go through staging.
+TEST_P(CudaCopiesTest, LockedPagesAreSuchMemoryForAsLong) {
+  constexpr size_t kBytes = 1 << 20;
+  const std::unique_ptr<std::byte, void (*)(void*)> memory(
+      static_cast<std::byte*>(std::aligned_alloc(4096, kBytes)), &std::free);
+  const auto type = [&] {
+    cudaPointerAttributes found = {};
+    EXPECT_EQ(cudaPointerGetAttributes(&found, memory.get() + kBytes - 1), cudaSuccess);
+    return found.type;
+  };
+  EXPECT_EQ(type(), cudaMemoryTypeUnregistered);
+  auto locked = backend_->LockPages({memory.get(), kBytes});
+  ASSERT_TRUE(locked.ok()) << locked.status();
+  EXPECT_EQ(type(), cudaMemoryTypeHost);
+  locked->reset();
+  EXPECT_EQ(type(), cudaMemoryTypeUnregistered);
+}
 
 INSTANTIATE_TEST_SUITE_P(Rows, CudaCopiesTest, testing::Values(RowFormat::kBf16, RowFormat::kFp8),
                          [](const auto& info) { return RowFormatName(info.param); });
