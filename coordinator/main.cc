@@ -320,6 +320,10 @@ int main(int argc, char** argv) {
   AddFlag(app, "--migrate-rate", flags.migrate_gb_per_s,
           "Gigabytes a second that one move may take at each stage; 0: unbounded")
       ->check(CLI::Range(0.0, 1e6));
+  AddFlag(app, "--warm-spares", flags.core.warm_spares,
+          "Spares, at most, that hold weights of pipelines' layers ready, so that who takes a dead "
+          "worker's place reads none")
+      ->check(CLI::NonNegativeNumber);
   AddFlag(app, "--stop-grace", flags.stop_grace_s,
           "Seconds that running requests get when the coordinator is told to stop")
       ->check(CLI::Range(0.0, kMaxSeconds));

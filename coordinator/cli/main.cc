@@ -130,6 +130,8 @@ void AddClusterFlags(CLI::App& verb, LocalClusterOptions* options) {
        "Host memory of each worker for rows that make room, as 8GiB (default: none)"},
       {"--replica-memory", false, true,
        "Host memory of each worker for copies of others' rows, as 8GiB (default: none)"},
+      {"--warm-spares", true, false,
+       "Spares, at most, that hold weights ready for the place of one that dies (default: none)"},
       {"--transport", false, true,
        "How hidden states travel: auto (NCCL between GPU workers, else gRPC), grpc or nccl"},
       {"--simd", false, true,

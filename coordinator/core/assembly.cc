@@ -37,8 +37,10 @@ uint64_t Cluster::capacity_rows() const {
 }
 
 bool Cluster::IsIdle(const Worker& worker, uint64_t now_us) const {
-  return worker.stages.empty() && worker.duty == Worker::Duty::kServes &&
-         faults_.IsFit(worker.id, now_us);
+  const bool has_no_place =
+      std::all_of(worker.stages.begin(), worker.stages.end(),
+                  [](const auto& entry) { return entry.second.role == HostedStage::Role::kWarm; });
+  return has_no_place && worker.duty == Worker::Duty::kServes && faults_.IsFit(worker.id, now_us);
 }
 
 std::vector<Worker*> Cluster::IdleWorkers(uint64_t now_us) {
@@ -80,9 +82,12 @@ void Cluster::Advance(uint64_t now_us) {
     const bool loaded =
         std::all_of(pipeline->slots.begin(), pipeline->slots.end(),
                     [](const StageSlot& slot) { return slot.state == StageSlot::State::kLoaded; });
-    if (!loaded || now_us < pipeline->retry_at_us) continue;
+    // Also while another still loads.
+    const bool grown = GrowWarm(pipeline, now_us);
+    if (!loaded || !grown || now_us < pipeline->retry_at_us) continue;
     if (!PartBlamed(pipeline, now_us)) Activate(pipeline, now_us);
   }
+  AdvanceWarm(now_us);
 }
 
 Cluster::Crew Cluster::ChooseCrew(std::vector<Worker*> candidates, uint64_t now_us) {
@@ -120,6 +125,7 @@ void Cluster::FormPipeline(uint64_t now_us) {
     plan_problem_ = plan.status();
     return;
   }
+  if (!CoolAll(crew.workers)) return;
   auto owned = std::make_unique<Pipeline>(context_, journal_);
   Pipeline* pipeline = owned.get();
   pipeline->id = PipelineId{++last_pipeline_id_};
@@ -162,7 +168,8 @@ std::vector<Cluster::Fill> Cluster::ChooseFills(const Pipeline& pipeline,
     if (joins) {
       fills.back().slots.push_back(i);
     } else if (!left.empty()) {
-      // Most memory first, so the first is the roomiest of those against which least speaks.
+      // Most memory first, so the first is the roomiest of those against which least speaks, or has the weights.
+      PreferWarm(slot.layers, &left);
       const size_t choice = ChooseForSlot(workers, i, left, now_us);
       fills.push_back({left[choice], {i}, 0});
       left.erase(left.begin() + static_cast<std::ptrdiff_t>(choice));
@@ -212,13 +219,13 @@ void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
     if (rows == 0) pipeline->last_error = std::string(plan.status().message());
   }
   for (const Fill& fill : fills) {
-    if (fill.rows == 0) continue;
+    if (fill.rows == 0 || !MakeReady(*pipeline, fill)) continue;
     for (const uint32_t i : fill.slots) {
       StageSlot& slot = pipeline->slots[i];
       // Not cut to what a small one elsewhere can hold: that one may be replaced, too.
       slot.cache_bytes = slot.wanted_cache_bytes = StageCacheBytes(
           context_->model, slot.layers, std::min(fill.rows, pipeline->planned_rows));
-      Assign(pipeline, i, fill.worker, now_us);
+      if (!TakeWarm(pipeline, i, fill.worker, now_us)) Assign(pipeline, i, fill.worker, now_us);
     }
   }
 }
@@ -263,14 +270,18 @@ void Cluster::Assign(StageSlot* slot, HostedStage hosted, Worker* worker, uint64
   slot->load_progress_us = now_us;
   hosted.layers = slot->layers;
   hosted.cache_bytes = slot->cache_bytes;
+  SendLoad(worker, slot->stage_id, std::move(hosted));
+}
+
+void Cluster::SendLoad(Worker* worker, uint64_t stage_id, HostedStage hosted) {
   SendToWorker out{worker->id, {}};
   v1::LoadStage* load = out.message.mutable_load_stage();
-  load->set_stage_id(slot->stage_id);
-  load->set_layer_begin(slot->layers.begin);
-  load->set_layer_end(slot->layers.end);
-  load->set_cache_bytes(slot->cache_bytes);
+  load->set_stage_id(stage_id);
+  load->set_layer_begin(hosted.layers.begin);
+  load->set_layer_end(hosted.layers.end);
+  load->set_cache_bytes(hosted.cache_bytes);
   load->mutable_successor_of()->Add(hosted.successor_of.begin(), hosted.successor_of.end());
-  worker->stages.emplace(slot->stage_id, std::move(hosted));
+  worker->stages.emplace(stage_id, std::move(hosted));
   context_->Send(std::move(out));
 }
 

@@ -233,6 +233,15 @@ absl::Status Cluster::CheckHeldStages(const v1::Hello& hello) const {
 bool Cluster::TakeBackPlace(Worker* worker, const v1::HeldStage& held) {
   const DepartedStage* departed = departed_.Find(held.stage_id());
   if (departed == nullptr || !departed->may_return) return false;
+  if (departed->hosted.role == HostedStage::Role::kWarm) {
+    HostedStage warm = HeldAs(held);
+    warm.role = HostedStage::Role::kWarm;
+    warm.warm.is_loaded = true;
+    warm.warm.weight_bytes = warm.warm.bytes_loaded = warm.warm.bytes_total = held.weight_bytes();
+    worker->stages.emplace(held.stage_id(), std::move(warm));
+    departed_.Take(held.stage_id());
+    return true;
+  }
   const auto it = pipelines_.find(departed->hosted.pipeline);
   if (it == pipelines_.end()) return false;
   const uint32_t slot_index = departed->hosted.slot_index;

@@ -53,6 +53,7 @@ struct StageSlot {
   uint64_t bytes_total = 0;
   uint64_t load_progress_us = 0;  // when bytes_loaded last grew
   uint64_t weight_bytes = 0;
+  bool was_warm = false;       // its cache grows to what is wanted before it is activated
   StageTimes times;            // of its epochs before
   uint64_t rows_computed = 0;  // since it was loaded, as it reported
   uint64_t rows_stored = 0;

@@ -76,6 +76,7 @@ bool Cluster::ScaleStep(uint64_t now_us) {
       for (const StageSlot& slot : pipeline->slots) {
         if (HostedIn(slot).resize) return false;
       }
+      if (!SparesAreCold(scale.plan)) return false;
       scale.phase = Scale::Phase::kLoading;
       LoadNext(pipeline, now_us);
       return scale_.has_value();
