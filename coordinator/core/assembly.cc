@@ -64,7 +64,11 @@ void Cluster::Advance(uint64_t now_us) {
     for (const auto& [id, pipeline] : pipelines_) {
       if (pipeline->num_vacant() > 0) incomplete.push_back(pipeline.get());
     }
-    for (Pipeline* pipeline : incomplete) FillVacancies(pipeline, now_us);
+    for (Pipeline* pipeline : incomplete) {
+      const PipelineId id = pipeline->id;
+      FillVacancies(pipeline, now_us);
+      if (pipelines_.contains(id)) UseSurvivors(pipeline, now_us);
+    }
     if (incomplete.size() > 1) Consolidate(now_us);
     while (pipelines_.size() < context_->options.num_pipelines) {
       const size_t before = pipelines_.size();
@@ -220,6 +224,7 @@ void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
   }
   for (const Fill& fill : fills) {
     if (fill.rows == 0 || !MakeReady(*pipeline, fill)) continue;
+    pipeline->filled_us = now_us;
     for (const uint32_t i : fill.slots) {
       StageSlot& slot = pipeline->slots[i];
       // Not cut to what a small one elsewhere can hold: that one may be replaced, too.
@@ -228,6 +233,99 @@ void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
       if (!TakeWarm(pipeline, i, fill.worker, now_us)) Assign(pipeline, i, fill.worker, now_us);
     }
   }
+}
+
+bool Cluster::LendTo(Pipeline* pipeline, uint32_t slot_index, uint64_t needed_rows,
+                     uint64_t now_us) {
+  StageSlot& slot = pipeline->slots[slot_index];
+  Worker* best = nullptr;
+  std::pair<bool, uint64_t> most;
+  for (Worker* worker : WorkersOf(*pipeline)) {
+    if (worker->duty != Worker::Duty::kServes || !faults_.IsFit(worker->id, now_us)) continue;
+    HostedStages with = worker->stages;
+    with[~uint64_t{0}].layers = slot.layers;
+    const uint64_t fixed = BookedBytes(context_->options, context_->model, worker->memory(), with);
+    if (fixed >= worker->memory_bytes) continue;
+    // Not more than it could have alone.
+    const uint64_t rows =
+        std::min({CacheMemoryRows(context_->model, worker->memory(), worker->memory_bytes - fixed,
+                                  slot.layers.size()),
+                  StageRowsMax(context_->options, context_->model, slot.layers, worker->memory()),
+                  pipeline->planned_rows});
+    if (rows == 0 || rows < needed_rows) continue;
+    const auto is_on = [&](uint32_t i) {
+      return i < pipeline->slots.size() && pipeline->slots[i].state != StageSlot::State::kVacant &&
+             pipeline->slots[i].worker == worker->id;
+    };
+    // A neighbour's hidden states do not leave its host.
+    const std::pair<bool, uint64_t> rank{is_on(slot_index + 1) || is_on(slot_index - 1), rows};
+    if (best != nullptr && rank <= most) continue;
+    best = worker;
+    most = rank;
+  }
+  if (best == nullptr) return false;
+  slot.cache_bytes = slot.wanted_cache_bytes =
+      StageCacheBytes(context_->model, slot.layers, most.second);
+  Assign(pipeline, slot_index, best, now_us);
+  for (StageSlot& each : pipeline->slots) {
+    if (each.state != StageSlot::State::kVacant && each.worker == best->id) {
+      each.group = best->id.value;
+    }
+  }
+  return true;
+}
+
+std::vector<WorkerMemory> Cluster::SurvivorsOf(const Pipeline& pipeline, uint64_t now_us) {
+  std::vector<uint64_t> bytes;
+  std::vector<WorkerMemory> memory;
+  for (const Worker* worker : WorkersOf(pipeline)) {
+    // One that has stages of other pipelines, too, has less than it offers.
+    const bool is_its_own =
+        std::all_of(worker->stages.begin(), worker->stages.end(), [&](const auto& entry) {
+          return entry.second.role == HostedStage::Role::kPlace &&
+                 entry.second.pipeline == pipeline.id;
+        });
+    const bool serves = worker->duty == Worker::Duty::kServes && faults_.IsFit(worker->id, now_us);
+    if (!is_its_own || !serves) continue;
+    bytes.push_back(worker->memory_bytes);
+    memory.push_back(worker->memory());
+  }
+  if (memory.empty() || memory.size() >= context_->num_hosts) return {};
+  const std::vector<uint32_t> counts = StagesOfHosts(bytes, context_->num_stages);
+  for (size_t w = 0; w < memory.size(); ++w) memory[w].num_stages = counts[w];
+  return memory;
+}
+
+void Cluster::UseSurvivors(Pipeline* pipeline, uint64_t now_us) {
+  if (pipeline->num_vacant() == 0 || pipeline->state != Pipeline::State::kAssembling ||
+      // Where several were lost they come back one by one.
+      now_us < std::max(pipeline->vacant_since_us, pipeline->filled_us) +
+                   context_->options.spare_wait_us) {
+    return;
+  }
+  uint64_t needed_rows = 0;
+  const uint64_t holds = pipeline->capacity_rows(context_->model.policy());
+  for (const auto& [id, sequence] : journal_->sequences()) {
+    if (sequence->rows_max() > holds) continue;  // another pipeline's
+    needed_rows = std::max<uint64_t>(needed_rows, sequence->rows_max());
+  }
+  const std::vector<WorkerMemory> survivors = SurvivorsOf(*pipeline, now_us);
+  uint64_t anew = 0;
+  if (!survivors.empty()) {
+    const absl::StatusOr<PipelinePlan> plan =
+        PlanPipeline(context_->options, context_->model, survivors);
+    if (plan.ok() && plan->capacity_rows >= needed_rows) anew = plan->capacity_rows;
+  }
+  // As in FillVacancies: loading everything anew pays if the pipeline holds twice as much then.
+  bool all = true;
+  for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
+    if (pipeline->slots[i].state != StageSlot::State::kVacant) continue;
+    all = LendTo(pipeline, i, std::max(needed_rows, anew / 2), now_us) && all;
+  }
+  if (all || anew == 0) return;
+  context_->num_hosts = static_cast<uint32_t>(survivors.size());
+  look_again_ = true;
+  Dissolve(pipeline->id);
 }
 
 void Cluster::Consolidate(uint64_t now_us) {

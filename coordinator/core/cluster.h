@@ -191,6 +191,8 @@ class Cluster {
   void OnReplicated(Worker* worker, const v1::Replicated& replicated, uint64_t now_us);
   std::optional<WorkerId> ChooseBuddy(const StageSlot& slot) const;
   bool MayGetCopies(WorkerId id) const;
+  // Stages whose buddy shares their host choose again where this one does not.
+  void RenewBuddies(const Worker& newcomer);
   // What the next of its blocks are is told to a stage's buddy.
   void Replicate(const Pipeline& pipeline, uint32_t slot_index);
   // What could not be copied, a while ago.
@@ -272,6 +274,13 @@ class Cluster {
   size_t ChooseForSlot(const std::vector<WorkerId>& workers, uint32_t slot_index,
                        const std::vector<Worker*>& idle, uint64_t now_us) const;
   void Consolidate(uint64_t now_us);
+  // No spare came in time for what is vacant: workers that are left take it, beside what they have where there is room;
+  // else the pipeline is dissolved to be formed on them, if all that was admitted has room there.
+  void UseSurvivors(Pipeline* pipeline, uint64_t now_us);
+  // Those of its workers that it could be formed on, with as many stages each as it would have; empty: no fewer than
+  // form one anyway.
+  std::vector<WorkerMemory> SurvivorsOf(const Pipeline& pipeline, uint64_t now_us);
+  bool LendTo(Pipeline* pipeline, uint32_t slot_index, uint64_t needed_rows, uint64_t now_us);
   // `worker` loads a stage for this slot, which is in its place or will be.
   void Assign(StageSlot* slot, HostedStage hosted, Worker* worker, uint64_t now_us);
   void Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker, uint64_t now_us);

@@ -77,7 +77,9 @@ struct CoreOptions {
   uint64_t migrate_pause_us = 2'000'000;
   uint64_t migrate_bytes_per_s = 0;  // of one move at one stage; 0: unbounded
   uint64_t replicate_bytes_per_s =
-      0;                     // that one worker fetches as copies of others' blocks; 0: unbounded
+      0;  // that one worker fetches as copies of others' blocks; 0: unbounded
+  // After which workers that are left take the layers of a lost stage, where no spare has come.
+  uint64_t spare_wait_us = 20'000'000;
   uint32_t warm_spares = 0;  // spares that hold weights ready, at most (coordinator/core/warm.h)
   uint64_t restore_timeout_us = 10'000'000;  // for which a stage fetches copies before it begins
   // Of this process, random; edge nonces are made from it, so nobody outside can guess one.

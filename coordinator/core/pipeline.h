@@ -93,6 +93,7 @@ struct Pipeline {
   uint64_t planned_rows = 0;  // what its first workers could hold, see PipelinePlan::capacity_rows
   // While a scale prepares: what it will hold. Its caches do not grow meanwhile.
   std::optional<uint64_t> scaled_rows;
+  uint64_t filled_us = 0;        // when a worker last took a place of it
   uint64_t vacant_since_us = 0;  // while a slot is vacant: since when one is, without a break
   std::string last_error;
   NumberedEdge sampled_edge;  // from the last stage to the first, if there are several and grants

@@ -27,8 +27,6 @@ constexpr uint32_t kMaxCopiesAgain = kMaxBlocksComing;
 // Of all restores of one activation.
 constexpr uint64_t kMaxRestoredTokens = 2'000'000;
 
-std::string_view HostOf(std::string_view address) { return address.substr(0, address.rfind(':')); }
-
 }  // namespace
 
 uint64_t Cluster::ReplicaSecret(uint64_t what, uint64_t id) const {
@@ -43,7 +41,7 @@ std::optional<WorkerId> Cluster::ChooseBuddy(const StageSlot& slot) const {
   }
   const Worker* best = nullptr;
   const auto rank = [&](const Worker& worker) {
-    const bool same_host = HostOf(worker.data_address) == HostOf(own.data_address);
+    const bool same_host = worker.host_id == own.host_id;
     return std::tuple(same_host, stages[worker.id], worker.id);
   };
   for (const auto& [id, worker] : workers_) {
@@ -52,6 +50,18 @@ std::optional<WorkerId> Cluster::ChooseBuddy(const StageSlot& slot) const {
   }
   if (best == nullptr) return std::nullopt;
   return best->id;
+}
+
+void Cluster::RenewBuddies(const Worker& newcomer) {
+  if (!replicas_.Offers(newcomer.id)) return;
+  for (auto& [id, pipeline] : pipelines_) {
+    for (StageSlot& slot : pipeline->slots) {
+      const Worker* buddy = FindWorker(slot.copying.buddy);
+      if (buddy == nullptr || slot.state == StageSlot::State::kVacant) continue;
+      const std::string& own = workers_.at(slot.worker).host_id;
+      if (buddy->host_id == own && newcomer.host_id != own) slot.copying.buddy = WorkerId{};
+    }
+  }
 }
 
 bool Cluster::MayGetCopies(WorkerId id) const {

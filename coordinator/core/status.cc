@@ -188,6 +188,7 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Cont
   out["id"] = worker.id.value;
   out["name"] = worker.name;
   out["data_address"] = worker.data_address;
+  out["host_id"] = worker.host_id;
   out["backend"] = worker.backend;
   out["numerics_id"] = worker.numerics_id;
   out["nccl_version"] = worker.nccl.version;
@@ -221,7 +222,11 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Cont
     if (seated) {
       const Copying& copying =
           cluster.pipelines().at(hosted.pipeline)->slots[hosted.slot_index].copying;
-      if (copying.buddy.value != 0) stage["buddy_worker_id"] = copying.buddy.value;
+      if (const auto buddy = cluster.workers().find(copying.buddy);
+          buddy != cluster.workers().end()) {
+        stage["buddy_worker_id"] = copying.buddy.value;
+        stage["buddy_on_other_host"] = buddy->second.host_id != worker.host_id;
+      }
     }
     stage["block_bytes"] = context.model.block_bytes;
     // As planned; with cache, and weights that no other stage there has too, all that it takes.

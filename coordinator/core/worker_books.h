@@ -64,6 +64,7 @@ struct Worker {
   WorkerId id;
   std::string name;
   std::string data_address;
+  std::string host_id;  // equal where workers would go together
   std::string numerics_id;
   std::string backend;
   uint64_t memory_bytes = 0;
