@@ -145,8 +145,16 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
         replicas_.limit_bytes(copying.buddy) - replicas_.used_bytes(copying.buddy) >= bytes;
     if (!has_room && IsRecovering()) break;
     copying.queue.pop_front();
-    if (!pipeline.scheduler.HasPrefix(next.key, slot_index)) continue;  // it made room meanwhile
+    if (!pipeline.scheduler.HasPrefix(next.key, slot_index)) {  // it made room meanwhile
+      if (pipeline.scheduler.IsOnHost(next.key)) copying.failed.push_back(next);
+      continue;
+    }
     if (replicas_.Has(next.key, slot.layers, copying.buddy)) continue;
+    const Replicas::Place place = pipeline.scheduler.PlaceOfPrefix(next.key);
+    if (!replicas_.HasBefore(place, copying.buddy)) {
+      copying.failed.push_back(next);
+      continue;
+    }
     const auto parts = replicas_.MakeWay(next.key, slot.layers, copying.buddy);
     if (!parts) {
       copying.failed.push_back(next);
@@ -156,7 +164,7 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
       forget[{each.layers.begin, each.layers.end}].push_back(each.key);
     }
     const auto gone = replicas_.MakeRoom(
-        copying.buddy, bytes, [this](const ContentKey& key) { return IsHeldAnywhere(key); });
+        copying.buddy, bytes, place, [this](const ContentKey& key) { return IsHeldAnywhere(key); });
     if (!gone) {
       ++context_->stats.replicas_refused;
       copying.failed.push_back(next);
@@ -169,7 +177,7 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
       copying.failed.push_back(next);
       continue;
     }
-    replicas_.Begin(next.key, slot.layers, slot.stage_id, copying.buddy, bytes);
+    replicas_.Begin(next.key, place, slot.layers, slot.stage_id, copying.buddy, bytes);
     ++copying.num_coming;
     keys.push_back(next.key);
   }
