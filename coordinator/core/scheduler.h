@@ -120,6 +120,11 @@ class Scheduler {
   absl::StatusOr<StageStep> OnReport(uint32_t stage_index, const v1::StageReport& report,
                                      uint64_t now_us);
 
+  // Of a pipeline that never served: what its rows will follow from, so that it may begin with copies of others'.
+  void Foresee(RowSource source) {
+    if (source_.numerics.empty()) source_ = std::move(source);
+  }
+
   // ---- Copies on other workers (replicating.cc) ----
   struct NewPrefix {
     ContentKey key;

@@ -85,6 +85,8 @@ TEST_F(SpareWaitTest, WithoutRoomBesideThePipelineIsFormedAnewOnThem) {
   h_->Tick(kWaitUs + 1'000'000);
   ASSERT_TRUE(Serves());
   EXPECT_EQ(h_->workers.at(w_[0]).stages.size(), 2u);
+  EXPECT_EQ(h_->rows_restored, 256u)
+      << "of the lost stage; those of its own were with the lost one";
   ExpectWhole();
   // Whoever comes is a spare, and the next death finds it.
   const WorkerId spare = h_->Attach(20'000);
