@@ -62,6 +62,9 @@ struct Flags {
   double migrate_stall_s = 10;
   double migrate_pause_s = 2;
   double migrate_gb_per_s = 0;
+  double replicate_gb_per_s = 0;
+  double restore_timeout_s = 10;
+  double spare_wait_s = 20;
   bool insecure = false;
   LogFlags log;
 };
@@ -183,6 +186,9 @@ absl::Status Run(Flags flags) {
   flags.core.migrate_stall_us = static_cast<uint64_t>(flags.migrate_stall_s * 1e6);
   flags.core.migrate_pause_us = static_cast<uint64_t>(flags.migrate_pause_s * 1e6);
   flags.core.migrate_bytes_per_s = static_cast<uint64_t>(flags.migrate_gb_per_s * 1e9);
+  flags.core.replicate_bytes_per_s = static_cast<uint64_t>(flags.replicate_gb_per_s * 1e9);
+  flags.core.restore_timeout_us = static_cast<uint64_t>(flags.restore_timeout_s * 1e6);
+  flags.core.spare_wait_us = static_cast<uint64_t>(flags.spare_wait_s * 1e6);
   // A coordinator that takes over must have a higher term: the time serves, until one is stored. In
   // microseconds, so that two starts within a second differ.
   flags.core.term = static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(
@@ -320,6 +326,22 @@ int main(int argc, char** argv) {
   AddFlag(app, "--migrate-rate", flags.migrate_gb_per_s,
           "Gigabytes a second that one move may take at each stage; 0: unbounded")
       ->check(CLI::Range(0.0, 1e6));
+  AddFlag(app, "--replicate-rate", flags.replicate_gb_per_s,
+          "Gigabytes a second that one worker may fetch as copies of others' cache rows; 0: "
+          "unbounded")
+      ->check(CLI::Range(0.0, 1e6));
+  AddFlag(app, "--restore-timeout", flags.restore_timeout_s,
+          "Seconds that a stage fetches copies of rows before it begins; what has not come is "
+          "computed")
+      ->check(CLI::Range(0.01, 3'600.0));
+  AddFlag(app, "--spare-wait", flags.spare_wait_s,
+          "Seconds that the place of a lost worker waits for a spare, or for that worker; then "
+          "workers that are left take it, if they have room")
+      ->check(CLI::Range(0.0, kMaxFaultSeconds));
+  AddFlag(app, "--warm-spares", flags.core.warm_spares,
+          "Spares, at most, that hold weights of pipelines' layers ready, so that who takes a dead "
+          "worker's place reads none")
+      ->check(CLI::NonNegativeNumber);
   AddFlag(app, "--stop-grace", flags.stop_grace_s,
           "Seconds that running requests get when the coordinator is told to stop")
       ->check(CLI::Range(0.0, kMaxSeconds));

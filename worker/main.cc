@@ -48,6 +48,7 @@ struct Flags {
   uint64_t memory_bytes = 0;
   uint64_t host_cache_bytes = 0;
   uint64_t replica_bytes = 0;
+  std::string host_id;
   double gpu_memory_share = 0.9;
   std::optional<uint32_t> gpu;  // none: 0
   uint32_t threads = 0;
@@ -229,6 +230,7 @@ absl::Status Run(const Flags& flags) {
   options.core.host_cache_bytes = flags.host_cache_bytes;
   options.shares_row_memory = flags.row_transport == "auto";
   options.core.replica_bytes = flags.replica_bytes;
+  options.core.host_id = flags.host_id.empty() ? HostIdentity() : flags.host_id;
   options.cache_row_bytes = static_cast<uint32_t>(backend->block_bytes() / limits::kBlockTokens);
   STRAIT_ASSIGN_OR_RETURN(auto worker, WorkerProcess::Create(options, backend.get()));
   Log(LogLevel::kInfo, "worker started",
@@ -296,6 +298,17 @@ int main(int argc, char** argv) {
       "Host memory for copies of other workers' cache rows, from which sequences go on when such "
       "a worker dies, e.g. 8GiB; taken when it is needed")
       ->transform(CLI::AsSizeValue(false));
+  AddFlag(
+      app, "--host-id", flags.host_id,
+      "Where this worker runs, any word: workers with the same one would go together, so copies "
+      "of rows are kept where it differs. Default: made from the kernel's boot id")
+      ->check(CLI::Validator(
+          [](const std::string& id) {
+            return id.size() <= limits::kMaxHostIdBytes
+                       ? std::string()
+                       : absl::StrCat("is longer than ", limits::kMaxHostIdBytes, " bytes");
+          },
+          ""));
   AddFlag(
       app, "--max-step-tokens", flags.max_step_tokens,
       "On a GPU: rows that go through the layers at once, for which workspace is set apart; the "

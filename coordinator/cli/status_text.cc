@@ -39,6 +39,21 @@ std::string Percent(double part, double whole) {
   return absl::StrCat(whole > 0 ? static_cast<int>(100 * part / whole) : 0, " %");
 }
 
+std::string Layers(const json::Object& stage) {
+  return absl::StrCat(Cell(stage, "layer_begin"), "-",
+                      static_cast<int64_t>(Number(stage, "layer_end")) - 1);
+}
+
+// "loading 40 %"
+std::string StateCell(const json::Object& stage) {
+  std::string state = Cell(stage, "state");
+  if (state == "loading") {
+    absl::StrAppend(&state, " ",
+                    Percent(Number(stage, "bytes_loaded"), Number(stage, "bytes_total")));
+  }
+  return state;
+}
+
 using Rows = std::vector<std::vector<std::string>>;
 
 std::string Workers(const json::Object& status) {
@@ -53,22 +68,24 @@ std::string Workers(const json::Object& status) {
                                        BytesCell(*worker, "memory_bytes"),
                                        BytesCell(*worker, "resident_bytes")};
     const auto stages = Objects(*worker, "stages");
-    if (stages.empty()) {
+    const auto warm = Objects(*worker, "warm");
+    if (stages.empty() && warm.empty()) {
       auto row = common;
       row.insert(row.end(), {"-", "-", "-", "spare", "-"});
       rows.push_back(std::move(row));
     }
+    for (const json::Object* range : warm) {
+      auto row = common;
+      row.insert(row.end(),
+                 {"-", "-", Layers(*range), absl::StrCat("spare, ", StateCell(*range)), "-"});
+      rows.push_back(std::move(row));
+      for (std::string& cell : common) cell.clear();
+    }
     for (const json::Object* stage : stages) {
       auto row = common;
-      std::string state = Cell(*stage, "state");
-      if (state == "loading") {
-        absl::StrAppend(&state, " ",
-                        Percent(Number(*stage, "bytes_loaded"), Number(*stage, "bytes_total")));
-      }
-      row.insert(row.end(), {Cell(*stage, "pipeline_id"), Cell(*stage, "stage_index"),
-                             absl::StrCat(Cell(*stage, "layer_begin"), "-",
-                                          static_cast<int64_t>(Number(*stage, "layer_end")) - 1),
-                             state, UseCell(*stage, "cache_bytes_used", "cache_bytes_total")});
+      row.insert(row.end(),
+                 {Cell(*stage, "pipeline_id"), Cell(*stage, "stage_index"), Layers(*stage),
+                  StateCell(*stage), UseCell(*stage, "cache_bytes_used", "cache_bytes_total")});
       rows.push_back(std::move(row));
       for (std::string& cell : common) cell.clear();  // a worker's own facts once
     }

@@ -11,8 +11,28 @@
 
 namespace strait {
 
+namespace {
+
+RowSource SourceOf(const Pipeline& pipeline, const std::map<WorkerId, Worker>& workers,
+                   uint64_t weights_fingerprint) {
+  RowSource source{.weights = weights_fingerprint, .numerics = {}};
+  // By layer: how many stages and workers there are is no matter of rows.
+  const std::string* last = nullptr;
+  for (const StageSlot& slot : pipeline.slots) {
+    const std::string& numerics = workers.at(slot.worker).numerics_id;
+    if (last == nullptr || numerics != *last) {
+      absl::StrAppend(&source.numerics, "from layer ", slot.layers.begin, " ", numerics, "\n");
+    }
+    last = &numerics;
+  }
+  return source;
+}
+
+}  // namespace
+
 void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
   pipeline->state = Pipeline::State::kActivating;
+  pipeline->scheduler.Foresee(SourceOf(*pipeline, workers_, weights_fingerprint_));
   pipeline->links_worked = false;
   pipeline->since_us = now_us;
   for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
@@ -157,17 +177,8 @@ void Cluster::CompleteActivation(Pipeline* pipeline, uint64_t now_us) {
   pipeline->state = Pipeline::State::kActive;
   pipeline->since_us = now_us;
   EndDeadly();
-  RowSource source{.weights = weights_fingerprint_, .numerics = {}};
-  // By layer: how many stages and workers there are is no matter of rows.
-  const std::string* last = nullptr;
-  for (const StageSlot& slot : pipeline->slots) {
-    const std::string& numerics = FindWorker(slot.worker)->numerics_id;
-    if (last == nullptr || numerics != *last) {
-      absl::StrAppend(&source.numerics, "from layer ", slot.layers.begin, " ", numerics, "\n");
-    }
-    last = &numerics;
-  }
-  pipeline->scheduler.Start(std::move(stages), std::move(survivors), std::move(source));
+  pipeline->scheduler.Start(std::move(stages), std::move(survivors),
+                            SourceOf(*pipeline, workers_, weights_fingerprint_));
   ++num_active_;
   if (pipeline->served && !pipeline->switched) ++context_->stats.recoveries;
   pipeline->served = true;

@@ -37,8 +37,10 @@ uint64_t Cluster::capacity_rows() const {
 }
 
 bool Cluster::IsIdle(const Worker& worker, uint64_t now_us) const {
-  return worker.stages.empty() && worker.duty == Worker::Duty::kServes &&
-         faults_.IsFit(worker.id, now_us);
+  const bool has_no_place =
+      std::all_of(worker.stages.begin(), worker.stages.end(),
+                  [](const auto& entry) { return entry.second.role == HostedStage::Role::kWarm; });
+  return has_no_place && worker.duty == Worker::Duty::kServes && faults_.IsFit(worker.id, now_us);
 }
 
 std::vector<Worker*> Cluster::IdleWorkers(uint64_t now_us) {
@@ -62,7 +64,11 @@ void Cluster::Advance(uint64_t now_us) {
     for (const auto& [id, pipeline] : pipelines_) {
       if (pipeline->num_vacant() > 0) incomplete.push_back(pipeline.get());
     }
-    for (Pipeline* pipeline : incomplete) FillVacancies(pipeline, now_us);
+    for (Pipeline* pipeline : incomplete) {
+      const PipelineId id = pipeline->id;
+      FillVacancies(pipeline, now_us);
+      if (pipelines_.contains(id)) UseSurvivors(pipeline, now_us);
+    }
     if (incomplete.size() > 1) Consolidate(now_us);
     while (pipelines_.size() < context_->options.num_pipelines) {
       const size_t before = pipelines_.size();
@@ -80,9 +86,12 @@ void Cluster::Advance(uint64_t now_us) {
     const bool loaded =
         std::all_of(pipeline->slots.begin(), pipeline->slots.end(),
                     [](const StageSlot& slot) { return slot.state == StageSlot::State::kLoaded; });
-    if (!loaded || now_us < pipeline->retry_at_us) continue;
+    // Also while another still loads.
+    const bool grown = GrowWarm(pipeline, now_us);
+    if (!loaded || !grown || now_us < pipeline->retry_at_us) continue;
     if (!PartBlamed(pipeline, now_us)) Activate(pipeline, now_us);
   }
+  AdvanceWarm(now_us);
 }
 
 Cluster::Crew Cluster::ChooseCrew(std::vector<Worker*> candidates, uint64_t now_us) {
@@ -120,6 +129,7 @@ void Cluster::FormPipeline(uint64_t now_us) {
     plan_problem_ = plan.status();
     return;
   }
+  if (!CoolAll(crew.workers)) return;
   auto owned = std::make_unique<Pipeline>(context_, journal_);
   Pipeline* pipeline = owned.get();
   pipeline->id = PipelineId{++last_pipeline_id_};
@@ -162,7 +172,8 @@ std::vector<Cluster::Fill> Cluster::ChooseFills(const Pipeline& pipeline,
     if (joins) {
       fills.back().slots.push_back(i);
     } else if (!left.empty()) {
-      // Most memory first, so the first is the roomiest of those against which least speaks.
+      // Most memory first, so the first is the roomiest of those against which least speaks, or has the weights.
+      PreferWarm(slot.layers, &left);
       const size_t choice = ChooseForSlot(workers, i, left, now_us);
       fills.push_back({left[choice], {i}, 0});
       left.erase(left.begin() + static_cast<std::ptrdiff_t>(choice));
@@ -212,15 +223,109 @@ void Cluster::FillVacancies(Pipeline* pipeline, uint64_t now_us) {
     if (rows == 0) pipeline->last_error = std::string(plan.status().message());
   }
   for (const Fill& fill : fills) {
-    if (fill.rows == 0) continue;
+    if (fill.rows == 0 || !MakeReady(*pipeline, fill)) continue;
+    pipeline->filled_us = now_us;
     for (const uint32_t i : fill.slots) {
       StageSlot& slot = pipeline->slots[i];
       // Not cut to what a small one elsewhere can hold: that one may be replaced, too.
       slot.cache_bytes = slot.wanted_cache_bytes = StageCacheBytes(
           context_->model, slot.layers, std::min(fill.rows, pipeline->planned_rows));
-      Assign(pipeline, i, fill.worker, now_us);
+      if (!TakeWarm(pipeline, i, fill.worker, now_us)) Assign(pipeline, i, fill.worker, now_us);
     }
   }
+}
+
+bool Cluster::LendTo(Pipeline* pipeline, uint32_t slot_index, uint64_t needed_rows,
+                     uint64_t now_us) {
+  StageSlot& slot = pipeline->slots[slot_index];
+  Worker* best = nullptr;
+  std::pair<bool, uint64_t> most;
+  for (Worker* worker : WorkersOf(*pipeline)) {
+    if (worker->duty != Worker::Duty::kServes || !faults_.IsFit(worker->id, now_us)) continue;
+    HostedStages with = worker->stages;
+    with[~uint64_t{0}].layers = slot.layers;
+    const uint64_t fixed = BookedBytes(context_->options, context_->model, worker->memory(), with);
+    if (fixed >= worker->memory_bytes) continue;
+    // Not more than it could have alone.
+    const uint64_t rows =
+        std::min({CacheMemoryRows(context_->model, worker->memory(), worker->memory_bytes - fixed,
+                                  slot.layers.size()),
+                  StageRowsMax(context_->options, context_->model, slot.layers, worker->memory()),
+                  pipeline->planned_rows});
+    if (rows == 0 || rows < needed_rows) continue;
+    const auto is_on = [&](uint32_t i) {
+      return i < pipeline->slots.size() && pipeline->slots[i].state != StageSlot::State::kVacant &&
+             pipeline->slots[i].worker == worker->id;
+    };
+    // A neighbour's hidden states do not leave its host.
+    const std::pair<bool, uint64_t> rank{is_on(slot_index + 1) || is_on(slot_index - 1), rows};
+    if (best != nullptr && rank <= most) continue;
+    best = worker;
+    most = rank;
+  }
+  if (best == nullptr) return false;
+  slot.cache_bytes = slot.wanted_cache_bytes =
+      StageCacheBytes(context_->model, slot.layers, most.second);
+  Assign(pipeline, slot_index, best, now_us);
+  for (StageSlot& each : pipeline->slots) {
+    if (each.state != StageSlot::State::kVacant && each.worker == best->id) {
+      each.group = best->id.value;
+    }
+  }
+  return true;
+}
+
+std::vector<WorkerMemory> Cluster::SurvivorsOf(const Pipeline& pipeline, uint64_t now_us) {
+  std::vector<uint64_t> bytes;
+  std::vector<WorkerMemory> memory;
+  for (const Worker* worker : WorkersOf(pipeline)) {
+    // One that has stages of other pipelines, too, has less than it offers.
+    const bool is_its_own =
+        std::all_of(worker->stages.begin(), worker->stages.end(), [&](const auto& entry) {
+          return entry.second.role == HostedStage::Role::kPlace &&
+                 entry.second.pipeline == pipeline.id;
+        });
+    const bool serves = worker->duty == Worker::Duty::kServes && faults_.IsFit(worker->id, now_us);
+    if (!is_its_own || !serves) continue;
+    bytes.push_back(worker->memory_bytes);
+    memory.push_back(worker->memory());
+  }
+  if (memory.empty() || memory.size() >= context_->num_hosts) return {};
+  const std::vector<uint32_t> counts = StagesOfHosts(bytes, context_->num_stages);
+  for (size_t w = 0; w < memory.size(); ++w) memory[w].num_stages = counts[w];
+  return memory;
+}
+
+void Cluster::UseSurvivors(Pipeline* pipeline, uint64_t now_us) {
+  if (pipeline->num_vacant() == 0 || pipeline->state != Pipeline::State::kAssembling ||
+      // Where several were lost they come back one by one.
+      now_us < std::max(pipeline->vacant_since_us, pipeline->filled_us) +
+                   context_->options.spare_wait_us) {
+    return;
+  }
+  uint64_t needed_rows = 0;
+  const uint64_t holds = pipeline->capacity_rows(context_->model.policy());
+  for (const auto& [id, sequence] : journal_->sequences()) {
+    if (sequence->rows_max() > holds) continue;  // another pipeline's
+    needed_rows = std::max<uint64_t>(needed_rows, sequence->rows_max());
+  }
+  const std::vector<WorkerMemory> survivors = SurvivorsOf(*pipeline, now_us);
+  uint64_t anew = 0;
+  if (!survivors.empty()) {
+    const absl::StatusOr<PipelinePlan> plan =
+        PlanPipeline(context_->options, context_->model, survivors);
+    if (plan.ok() && plan->capacity_rows >= needed_rows) anew = plan->capacity_rows;
+  }
+  // As in FillVacancies: loading everything anew pays if the pipeline holds twice as much then.
+  bool all = true;
+  for (uint32_t i = 0; i < pipeline->slots.size(); ++i) {
+    if (pipeline->slots[i].state != StageSlot::State::kVacant) continue;
+    all = LendTo(pipeline, i, std::max(needed_rows, anew / 2), now_us) && all;
+  }
+  if (all || anew == 0) return;
+  context_->num_hosts = static_cast<uint32_t>(survivors.size());
+  look_again_ = true;
+  Dissolve(pipeline->id);
 }
 
 void Cluster::Consolidate(uint64_t now_us) {
@@ -263,14 +368,18 @@ void Cluster::Assign(StageSlot* slot, HostedStage hosted, Worker* worker, uint64
   slot->load_progress_us = now_us;
   hosted.layers = slot->layers;
   hosted.cache_bytes = slot->cache_bytes;
+  SendLoad(worker, slot->stage_id, std::move(hosted));
+}
+
+void Cluster::SendLoad(Worker* worker, uint64_t stage_id, HostedStage hosted) {
   SendToWorker out{worker->id, {}};
   v1::LoadStage* load = out.message.mutable_load_stage();
-  load->set_stage_id(slot->stage_id);
-  load->set_layer_begin(slot->layers.begin);
-  load->set_layer_end(slot->layers.end);
-  load->set_cache_bytes(slot->cache_bytes);
+  load->set_stage_id(stage_id);
+  load->set_layer_begin(hosted.layers.begin);
+  load->set_layer_end(hosted.layers.end);
+  load->set_cache_bytes(hosted.cache_bytes);
   load->mutable_successor_of()->Add(hosted.successor_of.begin(), hosted.successor_of.end());
-  worker->stages.emplace(slot->stage_id, std::move(hosted));
+  worker->stages.emplace(stage_id, std::move(hosted));
   context_->Send(std::move(out));
 }
 

@@ -79,6 +79,7 @@ void Cluster::RememberStages(const Worker& worker, bool may_return) {
       departed.may_return = may_return && !follows;
       if (departed.may_return) departed.may_hold = std::move(slot.may_hold);
     }
+    if (stage.role == HostedStage::Role::kWarm) departed.may_return = may_return;
     departed_.Add(stage_id, std::move(departed));
   }
 }
@@ -162,6 +163,13 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
 }
 
 void Cluster::OnLoadProgress(Worker* worker, const v1::LoadProgress& progress, uint64_t now_us) {
+  HostedStage* stage = worker->Find(progress.stage_id());
+  if (stage != nullptr && stage->role == HostedStage::Role::kWarm) {
+    if (progress.bytes_loaded() > stage->warm.bytes_loaded) worker->load_progress_us = now_us;
+    stage->warm.bytes_loaded = progress.bytes_loaded();
+    stage->warm.bytes_total = progress.bytes_total();
+    return;
+  }
   StageSlot* slot = SeatOf(worker, progress.stage_id()).slot;
   if (slot == nullptr) return;  // of a stage that is given up
   if (progress.bytes_loaded() > slot->bytes_loaded) worker->load_progress_us = now_us;
@@ -179,6 +187,9 @@ void Cluster::OnStageState(Worker* worker, const v1::StageState& state, uint64_t
       look_again_ = true;
     }
     return;
+  }
+  if (stage != nullptr && stage->role == HostedStage::Role::kWarm) {
+    return OnWarmState(worker, state, now_us);
   }
   if (state.stage_id() == 0 || state.stage_id() > last_stage_id_) {
     return Evict(id,

@@ -33,6 +33,7 @@
 #include "coordinator/core/planner.h"
 #include "coordinator/core/replicas.h"
 #include "coordinator/core/scale.h"
+#include "coordinator/core/warm.h"
 #include "coordinator/core/worker_books.h"
 
 namespace strait {
@@ -190,6 +191,8 @@ class Cluster {
   void OnReplicated(Worker* worker, const v1::Replicated& replicated, uint64_t now_us);
   std::optional<WorkerId> ChooseBuddy(const StageSlot& slot) const;
   bool MayGetCopies(WorkerId id) const;
+  // Stages whose buddy shares their host choose again where this one does not.
+  void RenewBuddies(const Worker& newcomer);
   // What the next of its blocks are is told to a stage's buddy.
   void Replicate(const Pipeline& pipeline, uint32_t slot_index);
   // What could not be copied, a while ago.
@@ -229,6 +232,30 @@ class Cluster {
   void AbortScale(PipelineId pipeline, const absl::Status& why);
   void AnswerScale(const absl::Status& status);
 
+  // ---- Warm spares (warming.cc) ----
+  bool IsWarm(const Worker& worker) const;
+  // That have a stage, or have lost one; with the spares that have them warm.
+  std::vector<WarmRange> ServedRanges() const;
+  // While nothing else is put together.
+  void AdvanceWarm(uint64_t now_us);
+  // It loads one range more, or unloads those that nobody serves any more.
+  void Warm(Worker* spare, uint64_t now_us);
+  void OnWarmState(Worker* worker, const v1::StageState& state, uint64_t now_us);
+  std::optional<uint64_t> WarmStageOf(const Worker& worker, LayerRange layers) const;
+  // First those that have these layers ready, then those that load them, then those that have least ready.
+  void PreferWarm(LayerRange layers, std::vector<Worker*>* idle) const;
+  // What it has ready goes. True: it has nothing; false: ask again when it is unloaded.
+  bool Cool(Worker* worker);
+  bool CoolAll(const std::vector<Worker*>& workers);
+  // The spares that a scale takes, likewise.
+  bool SparesAreCold(const ScalePlan& plan);
+  // What it has ready for this vacant slot gets the place. False: nothing.
+  bool TakeWarm(Pipeline* pipeline, uint32_t slot_index, Worker* worker, uint64_t now_us);
+  // Caches of stages that were warm grow to what is wanted. True: they have.
+  bool GrowWarm(Pipeline* pipeline, uint64_t now_us);
+  // Its cache cannot grow: as if it could not be loaded.
+  void GiveUpWarm(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us);
+
   void FormPipeline(uint64_t now_us);
   void FillVacancies(Pipeline* pipeline, uint64_t now_us);
   // A pipeline's workers, by age, of these, who come with most memory first; as many stages as each will have. None:
@@ -246,13 +273,23 @@ class Cluster {
   };
   std::vector<Fill> ChooseFills(const Pipeline& pipeline, const std::vector<Worker*>& idle,
                                 uint64_t now_us) const;
+  // What the worker has ready for other slots goes. False: something is to be loaded, and its memory is not free yet.
+  bool MakeReady(const Pipeline& pipeline, const Fill& fill);
   // Of those that are free for this slot, the one against which least speaks beside these neighbours.
   size_t ChooseForSlot(const std::vector<WorkerId>& workers, uint32_t slot_index,
                        const std::vector<Worker*>& idle, uint64_t now_us) const;
   void Consolidate(uint64_t now_us);
+  // No spare came in time for what is vacant: workers that are left take it, beside what they have where there is room;
+  // else the pipeline is dissolved to be formed on them, if all that was admitted has room there.
+  void UseSurvivors(Pipeline* pipeline, uint64_t now_us);
+  // Those of its workers that it could be formed on, with as many stages each as it would have; empty: no fewer than
+  // form one anyway.
+  std::vector<WorkerMemory> SurvivorsOf(const Pipeline& pipeline, uint64_t now_us);
+  bool LendTo(Pipeline* pipeline, uint32_t slot_index, uint64_t needed_rows, uint64_t now_us);
   // `worker` loads a stage for this slot, which is in its place or will be.
   void Assign(StageSlot* slot, HostedStage hosted, Worker* worker, uint64_t now_us);
   void Assign(Pipeline* pipeline, uint32_t slot_index, Worker* worker, uint64_t now_us);
+  void SendLoad(Worker* worker, uint64_t stage_id, HostedStage hosted);
   // Nobody has this place any more, nor its edges; who comes next may hold as much as was planned at first.
   void Vacate(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us);
   void Activate(Pipeline* pipeline, uint64_t now_us);

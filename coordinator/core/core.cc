@@ -51,6 +51,11 @@ absl::Status ValidateOptions(const CoreOptions& options, const ModelShape& model
         std::pair("--migrate-stall, in microseconds,", options.migrate_stall_us)}) {
     STRAIT_RETURN_IF_ERROR(CheckOption(name, us, 100'000, 86'400'000'000));
   }
+  STRAIT_RETURN_IF_ERROR(CheckOption("--restore-timeout, in microseconds,",
+                                     options.restore_timeout_us, 10'000, 3'600'000'000));
+  STRAIT_RETURN_IF_ERROR(
+      CheckOption("--spare-wait, in microseconds,", options.spare_wait_us, 0, 86'400'000'000));
+  STRAIT_RETURN_IF_ERROR(CheckOption("--warm-spares", options.warm_spares, 0, limits::kMaxWorkers));
   STRAIT_RETURN_IF_ERROR(CheckOption("--migrate-pause, in microseconds,", options.migrate_pause_us,
                                      10'000, 86'400'000'000));
   STRAIT_RETURN_IF_ERROR(CheckOption("the model's vocab_size", model.vocab_size, 1, 1u << 31));

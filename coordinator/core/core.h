@@ -78,6 +78,9 @@ struct CoreOptions {
   uint64_t migrate_bytes_per_s = 0;  // of one move at one stage; 0: unbounded
   uint64_t replicate_bytes_per_s =
       0;  // that one worker fetches as copies of others' blocks; 0: unbounded
+  // After which workers that are left take the layers of a lost stage, where no spare has come.
+  uint64_t spare_wait_us = 20'000'000;
+  uint32_t warm_spares = 0;  // spares that hold weights ready, at most (coordinator/core/warm.h)
   uint64_t restore_timeout_us = 10'000'000;  // for which a stage fetches copies before it begins
   // Of this process, random; edge nonces are made from it, so nobody outside can guess one.
   uint64_t edge_secret = 0;
@@ -199,8 +202,9 @@ struct CoreStats {
   uint64_t replicated_shared_bytes = 0;  // of these: not by gRPC
   uint64_t restored_rows =
       0;  // that stages began with from such copies, at most; each stage counts its own
-  uint64_t decoding_us = 0;   // summed over sequences; where copies are made
-  uint64_t protected_us = 0;  // of it, while a death would have cost 127 rows at most
+  uint64_t warm_stages_taken = 0;  // lost stages whose successor had the weights already
+  uint64_t decoding_us = 0;        // summed over sequences; where copies are made
+  uint64_t protected_us = 0;       // of it, while a death would have cost 127 rows at most
   uint64_t preemptions = 0;
   uint64_t migrations = 0;  // sequences that moved with all their rows
   uint64_t migrations_failed = 0;

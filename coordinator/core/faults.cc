@@ -43,7 +43,9 @@ void Cluster::CollectLate(const Pipeline& pipeline, uint64_t now_us,
        {&pipeline.slots, scales ? &scale_->next : nullptr, scales ? &scale_->landings : nullptr}) {
     if (slots == nullptr) continue;
     for (const StageSlot& slot : *slots) {
-      if (slot.state != StageSlot::State::kLoading ||
+      const bool waits_for_worker = slot.state == StageSlot::State::kLoading ||
+                                    (slot.was_warm && slot.state == StageSlot::State::kLoaded);
+      if (!waits_for_worker ||
           now_us <= std::max(slot.load_progress_us, workers_.at(slot.worker).load_progress_us) +
                         context_->options.load_timeout_us) {
         continue;
@@ -85,6 +87,15 @@ void Cluster::CollectLate(const Pipeline& pipeline, uint64_t now_us,
 void Cluster::CollectLate(const Worker& worker, uint64_t now_us,
                           std::vector<std::pair<WorkerId, absl::Status>>* late) const {
   for (const auto& [stage_id, stage] : worker.stages) {
+    const HostedStage::Warm& warm = stage.warm;
+    if (stage.role == HostedStage::Role::kWarm && !warm.is_loaded &&
+        now_us > std::max(warm.load_progress_us, worker.load_progress_us) +
+                     context_->options.load_timeout_us) {
+      late->emplace_back(
+          worker.id, absl::DeadlineExceededError(absl::StrCat(
+                         "loading stands still at ", warm.bytes_loaded, " of ", warm.bytes_total,
+                         " bytes for ", context_->options.load_timeout_us / 1000, " ms")));
+    }
     if (!stage.resize || now_us <= stage.resize->asked_us + kMemoryTimeoutUs) {
       continue;
     }

@@ -147,7 +147,8 @@ void Scheduler::GiveUp(PrefixIndex::Node* node, Ops* ops) {
 
 void Scheduler::GiveUpOwn(const ContentKey& first, Ops* ops) {
   PrefixIndex::Node* node = index_.Find(first);
-  if (node == nullptr) return;
+  // Held: the sequence is here twice, once on its way out. Who holds them last gives them up.
+  if (node == nullptr || node->holders > 0) return;
   GiveUp(node, ops);
   ops_are_urgent_ = ops_are_urgent_ || ops == &due_ops_;
 }

@@ -76,7 +76,9 @@ absl::Status Cluster::CheckWorker(const Worker& worker) const {
                                             worker.stages.size(), " stages take ", booked));
   }
   for (const auto& [stage_id, stage] : worker.stages) {
-    if (stage.role == HostedStage::Role::kUnloading) continue;
+    if (stage.role == HostedStage::Role::kUnloading || stage.role == HostedStage::Role::kWarm) {
+      continue;
+    }
     const auto pipeline = pipelines_.find(stage.pipeline);
     bool known = pipeline != pipelines_.end();
     if (known && stage.role == HostedStage::Role::kPlace) {

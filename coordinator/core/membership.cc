@@ -17,6 +17,8 @@ namespace {
 constexpr uint64_t kMaxCostBytes = uint64_t{1} << 50;  // of one thing; sums of all stay below 2^62
 constexpr int kMaxWorkspaceSizes = 1024;
 
+std::string HostOf(const std::string& address) { return address.substr(0, address.rfind(':')); }
+
 StageCosts StageCostsOf(const v1::StageCosts& told) {
   StageCosts costs;
   costs.layer_bytes.assign(told.layer_bytes().begin(), told.layer_bytes().end());
@@ -70,6 +72,7 @@ void Cluster::OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us) {
   worker.id = id;
   worker.name = hello.name();
   worker.data_address = hello.data_address();
+  worker.host_id = hello.host_id().empty() ? HostOf(worker.data_address) : hello.host_id();
   worker.numerics_id = hello.numerics_id();
   worker.backend = hello.backend();
   worker.memory_bytes = hello.memory_bytes();
@@ -83,6 +86,7 @@ void Cluster::OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us) {
   worker.process_id = hello.process_id();
   worker.nccl = NcclSupportOf(hello);
   worker.attached_us = worker.last_heard_us = now_us;
+  RenewBuddies(worker);
   if (drained_instances_.contains(worker.instance)) worker.duty = Worker::Duty::kDrained;
   look_again_ = true;
 
@@ -233,6 +237,15 @@ absl::Status Cluster::CheckHeldStages(const v1::Hello& hello) const {
 bool Cluster::TakeBackPlace(Worker* worker, const v1::HeldStage& held) {
   const DepartedStage* departed = departed_.Find(held.stage_id());
   if (departed == nullptr || !departed->may_return) return false;
+  if (departed->hosted.role == HostedStage::Role::kWarm) {
+    HostedStage warm = HeldAs(held);
+    warm.role = HostedStage::Role::kWarm;
+    warm.warm.is_loaded = true;
+    warm.warm.weight_bytes = warm.warm.bytes_loaded = warm.warm.bytes_total = held.weight_bytes();
+    worker->stages.emplace(held.stage_id(), std::move(warm));
+    departed_.Take(held.stage_id());
+    return true;
+  }
   const auto it = pipelines_.find(departed->hosted.pipeline);
   if (it == pipelines_.end()) return false;
   const uint32_t slot_index = departed->hosted.slot_index;

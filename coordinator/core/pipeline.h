@@ -53,6 +53,7 @@ struct StageSlot {
   uint64_t bytes_total = 0;
   uint64_t load_progress_us = 0;  // when bytes_loaded last grew
   uint64_t weight_bytes = 0;
+  bool was_warm = false;       // its cache grows to what is wanted before it is activated
   StageTimes times;            // of its epochs before
   uint64_t rows_computed = 0;  // since it was loaded, as it reported
   uint64_t rows_stored = 0;
@@ -92,6 +93,7 @@ struct Pipeline {
   uint64_t planned_rows = 0;  // what its first workers could hold, see PipelinePlan::capacity_rows
   // While a scale prepares: what it will hold. Its caches do not grow meanwhile.
   std::optional<uint64_t> scaled_rows;
+  uint64_t filled_us = 0;        // when a worker last took a place of it
   uint64_t vacant_since_us = 0;  // while a slot is vacant: since when one is, without a break
   std::string last_error;
   NumberedEdge sampled_edge;  // from the last stage to the first, if there are several and grants

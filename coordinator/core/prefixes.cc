@@ -59,8 +59,23 @@ std::optional<ContentKey> Scheduler::KeyIfKnown(Sequence* sequence, uint32_t blo
 std::vector<Scheduler::NewPrefix> Scheduler::AllPrefixes() const {
   std::vector<NewPrefix> all;
   // Some may be such with a plan that is under way.
-  index_.ForEach([&](const PrefixIndex::Node& node) { all.push_back({node.key, last_step()}); });
+  std::vector<const PrefixIndex::Node*> nodes;
+  index_.ForEach([&](const PrefixIndex::Node& node) { nodes.push_back(&node); });
+  std::stable_sort(nodes.begin(), nodes.end(),
+                   [](const auto* a, const auto* b) { return a->block < b->block; });
+  for (const PrefixIndex::Node* node : nodes) all.push_back({node->key, last_step()});
   return all;
+}
+
+Replicas::Place Scheduler::PlaceOfPrefix(const ContentKey& key) const {
+  const PrefixIndex::Node* node = index_.Find(key);
+  if (node->parent == nullptr) return {node->block, std::nullopt};
+  return {node->block, node->parent->key};
+}
+
+bool Scheduler::IsOnHost(const ContentKey& key) const {
+  const PrefixIndex::Node* node = index_.Find(key);
+  return node != nullptr && node->on_host;
 }
 
 bool Scheduler::HasPrefix(const ContentKey& key, uint32_t stage_index) const {

@@ -4,13 +4,15 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "coordinator/core/recompute_cost.h"
 #include "proto/base/check.h"
+#include "proto/base/status_macros.h"
 
 namespace strait {
 namespace {
 
-// Copies of held blocks that are passed over in one search for room.
-constexpr int kMaxPassed = 64;
+// Ends that are looked at in one search for room.
+constexpr int kMaxLookedAt = 64;
 
 bool Overlap(LayerRange a, LayerRange b) { return a.begin < b.end && b.begin < a.end; }
 
@@ -35,8 +37,16 @@ void Replicas::Forget(WorkerId worker) {
   ++losses_;
 }
 
-void Replicas::Begin(const ContentKey& key, LayerRange layers, uint64_t stage_id, WorkerId worker,
-                     uint64_t bytes) {
+bool Replicas::HasBefore(const Place& place, WorkerId worker) const {
+  if (!place.before) return true;
+  const auto& blocks = keepers_.at(worker).blocks;
+  const auto it = blocks.find(*place.before);
+  return it != blocks.end() && it->second.num_copies > 0;
+}
+
+void Replicas::Begin(const ContentKey& key, const Place& place, LayerRange layers,
+                     uint64_t stage_id, WorkerId worker, uint64_t bytes) {
+  STRAIT_CHECK(HasBefore(place, worker));
   Keeper& keeper = keepers_.at(worker);
   STRAIT_CHECK(bytes <= keeper.limit_bytes - keeper.used_bytes);
   keeper.used_bytes += bytes;
@@ -45,6 +55,36 @@ void Replicas::Begin(const ContentKey& key, LayerRange layers, uint64_t stage_id
     return copy.worker == worker && Overlap(copy.layers, layers);
   }));
   copies.push_back({.worker = worker, .layers = layers, .stage_id = stage_id, .bytes = bytes});
+  const auto [it, is_new] = keeper.blocks.try_emplace(key);
+  ++it->second.num_copies;
+  ++it->second.num_coming;
+  if (is_new) {
+    it->second.place = place;
+    it->second.rank = {RecomputeCost(place.block), ++last_age_};
+    if (place.before) {
+      ++keeper.blocks.at(*place.before).num_after;
+      Settle(&keeper, *place.before);
+    }
+  }
+  Settle(&keeper, key);
+}
+
+void Replicas::Settle(Keeper* keeper, ContentKey key) {
+  for (;;) {
+    const auto it = keeper->blocks.find(key);
+    Block& block = it->second;
+    if (block.is_end()) {
+      keeper->EndsOf(block).emplace(block.rank, key);
+    } else {
+      keeper->EndsOf(block).erase(block.rank);
+    }
+    if (block.num_copies > 0 || block.num_after > 0) return;
+    const std::optional<ContentKey> before = block.place.before;
+    keeper->blocks.erase(it);
+    if (!before) return;
+    --keeper->blocks.at(*before).num_after;
+    key = *before;
+  }
 }
 
 void Replicas::Drop(const ContentKey& key, size_t index) {
@@ -52,12 +92,14 @@ void Replicas::Drop(const ContentKey& key, size_t index) {
   const Copy copy = it->second[index];
   Keeper& keeper = keepers_.at(copy.worker);
   keeper.used_bytes -= copy.bytes;
-  if (copy.is_there) {
-    keeper.by_age.erase(copy.age);
-    --num_there_;
-  }
+  num_there_ -= copy.is_there;
+  Block& block = keeper.blocks.at(key);
+  --block.num_copies;
+  block.num_coming -= !copy.is_there;
+  const ContentKey own = key;  // `key` may be of what goes
   it->second.erase(it->second.begin() + static_cast<ptrdiff_t>(index));
   if (it->second.empty()) copies_.erase(it);
+  Settle(&keeper, own);
 }
 
 bool Replicas::End(const ContentKey& key, uint64_t stage_id, WorkerId worker, bool ok) {
@@ -71,40 +113,79 @@ bool Replicas::End(const ContentKey& key, uint64_t stage_id, WorkerId worker, bo
       return true;
     }
     copy.is_there = true;
-    copy.age = ++last_age_;
-    keepers_.at(worker).by_age.emplace(copy.age, key);
     ++num_there_;
+    Keeper& keeper = keepers_.at(worker);
+    --keeper.blocks.at(key).num_coming;
+    Settle(&keeper, key);
     return true;
   }
   return false;
 }
 
+void Replicas::LookAgain(Keeper* keeper, const std::function<bool(const ContentKey&)>& is_held) {
+  Ends& held = keeper->held_ends;
+  auto it = held.upper_bound(keeper->looked_at);
+  const size_t most = std::min<size_t>(kMaxLookedAt, held.size());
+  for (size_t i = 0; i < most && !held.empty(); ++i) {
+    if (it == held.end()) it = held.begin();
+    keeper->looked_at = it->first;
+    if (is_held(it->second)) {
+      ++it;
+      continue;
+    }
+    keeper->blocks.at(it->second).is_held = false;
+    keeper->free_ends.emplace(it->first, it->second);
+    it = held.erase(it);
+  }
+}
+
+void Replicas::DropBlock(const ContentKey& key, WorkerId worker, std::vector<Gone>* gone) {
+  for (;;) {
+    const auto it = copies_.find(key);
+    if (it == copies_.end()) return;
+    size_t index = 0;
+    while (index < it->second.size() && it->second[index].worker != worker) ++index;
+    if (index == it->second.size()) return;
+    gone->push_back({key, it->second[index].layers});
+    Drop(key, index);
+  }
+}
+
 std::optional<std::vector<Replicas::Gone>> Replicas::MakeRoom(
-    WorkerId worker, uint64_t bytes, const std::function<bool(const ContentKey&)>& is_held) {
+    WorkerId worker, uint64_t bytes, const Place& place,
+    const std::function<bool(const ContentKey&)>& is_held) {
   std::vector<Gone> gone;
   Keeper& keeper = keepers_.at(worker);
   if (bytes > keeper.limit_bytes) return std::nullopt;
-  for (int passed = 0; keeper.limit_bytes - keeper.used_bytes < bytes;) {
-    if (keeper.by_age.empty() || passed == kMaxPassed) {
-      // What is dropped already stays so: nobody has it.
-      return gone.empty() ? std::nullopt : std::optional(std::move(gone));
-    }
-    const auto oldest = keeper.by_age.begin();
-    const ContentKey key = oldest->second;
-    std::vector<Copy>& copies = copies_.at(key);
-    size_t index = 0;
-    while (copies[index].age != oldest->first || copies[index].worker != worker) ++index;
-    if (is_held(key)) {
-      // It is in use: as if it were made now.
-      ++passed;
-      keeper.by_age.erase(oldest);
-      copies[index].age = ++last_age_;
-      keeper.by_age.emplace(last_age_, key);
+  const auto lacks = [&] { return keeper.limit_bytes - keeper.used_bytes < bytes; };
+  // What comes is of no use without what leads to it.
+  const auto first_of = [&](const Ends& ends) {
+    auto it = ends.begin();
+    return it != ends.end() && place.before && it->second == *place.before ? std::next(it) : it;
+  };
+  if (lacks()) LookAgain(&keeper, is_held);
+  for (int looked_at = 0; lacks() && looked_at < kMaxLookedAt;) {
+    const auto it = first_of(keeper.free_ends);
+    if (it == keeper.free_ends.end()) break;
+    const auto [rank, key] = *it;
+    if (!is_held(key)) {
+      DropBlock(key, worker, &gone);
       continue;
     }
-    gone.push_back({key, copies[index].layers});
-    Drop(key, index);
+    ++looked_at;
+    keeper.blocks.at(key).is_held = true;
+    keeper.held_ends.emplace(rank, key);
+    keeper.free_ends.erase(it);
   }
+  while (lacks()) {
+    const auto it = first_of(keeper.held_ends);
+    if (it == keeper.held_ends.end() || it->first.first >= RecomputeCost(place.block)) break;
+    const ContentKey key = it->second;
+    DropBlock(key, worker, &gone);
+    ++losses_;
+  }
+  // What is dropped already stays so.
+  if (lacks() && gone.empty()) return std::nullopt;
   return gone;
 }
 
@@ -179,6 +260,39 @@ std::vector<Replicas::Part> Replicas::Find(const ContentKey& key, LayerRange lay
   return parts;
 }
 
+absl::Status Replicas::CheckEnds(WorkerId worker, const Keeper& keeper) const {
+  absl::flat_hash_map<ContentKey, uint32_t, ContentKeyHash> after;
+  size_t num_ends = 0;
+  for (const auto& [key, block] : keeper.blocks) {
+    if (block.place.before) ++after[*block.place.before];
+    num_ends += block.is_end();
+    const Ends& ends = block.is_held ? keeper.held_ends : keeper.free_ends;
+    const auto it = copies_.find(key);
+    uint32_t copies = 0, coming = 0;
+    for (size_t i = 0; it != copies_.end() && i < it->second.size(); ++i) {
+      copies += it->second[i].worker == worker;
+      coming += it->second[i].worker == worker && !it->second[i].is_there;
+    }
+    if (copies == block.num_copies && coming == block.num_coming &&
+        ends.contains(block.rank) == block.is_end()) {
+      continue;
+    }
+    return absl::InternalError(absl::StrCat("worker ", worker.value, " has ", copies,
+                                            " copies of a block, ", coming,
+                                            " on their way; counted ", block.num_copies, ", ",
+                                            block.num_coming, ", or it is no end and among them"));
+  }
+  for (const auto& [key, block] : keeper.blocks) {
+    if (block.num_after == after[key]) continue;
+    return absl::InternalError(absl::StrCat(after[key], " blocks follow one at worker ",
+                                            worker.value, ", counted ", block.num_after));
+  }
+  if (num_ends == keeper.free_ends.size() + keeper.held_ends.size()) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat("worker ", worker.value, " has ", num_ends,
+                                          " ends, listed ",
+                                          keeper.free_ends.size() + keeper.held_ends.size()));
+}
+
 absl::Status Replicas::CheckIntegrity() const {
   std::map<WorkerId, uint64_t> used;
   uint64_t there = 0;
@@ -189,6 +303,7 @@ absl::Status Replicas::CheckIntegrity() const {
     }
   }
   for (const auto& [worker, keeper] : keepers_) {
+    STRAIT_RETURN_IF_ERROR(CheckEnds(worker, keeper));
     if (keeper.used_bytes == used[worker] && keeper.used_bytes <= keeper.limit_bytes) continue;
     return absl::InternalError(absl::StrCat("worker ", worker.value, " has copies of ",
                                             used[worker], " bytes, counted ", keeper.used_bytes,

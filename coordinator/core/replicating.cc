@@ -27,8 +27,6 @@ constexpr uint32_t kMaxCopiesAgain = kMaxBlocksComing;
 // Of all restores of one activation.
 constexpr uint64_t kMaxRestoredTokens = 2'000'000;
 
-std::string_view HostOf(std::string_view address) { return address.substr(0, address.rfind(':')); }
-
 }  // namespace
 
 uint64_t Cluster::ReplicaSecret(uint64_t what, uint64_t id) const {
@@ -43,7 +41,7 @@ std::optional<WorkerId> Cluster::ChooseBuddy(const StageSlot& slot) const {
   }
   const Worker* best = nullptr;
   const auto rank = [&](const Worker& worker) {
-    const bool same_host = HostOf(worker.data_address) == HostOf(own.data_address);
+    const bool same_host = worker.host_id == own.host_id;
     return std::tuple(same_host, stages[worker.id], worker.id);
   };
   for (const auto& [id, worker] : workers_) {
@@ -52,6 +50,18 @@ std::optional<WorkerId> Cluster::ChooseBuddy(const StageSlot& slot) const {
   }
   if (best == nullptr) return std::nullopt;
   return best->id;
+}
+
+void Cluster::RenewBuddies(const Worker& newcomer) {
+  if (!replicas_.Offers(newcomer.id)) return;
+  for (auto& [id, pipeline] : pipelines_) {
+    for (StageSlot& slot : pipeline->slots) {
+      const Worker* buddy = FindWorker(slot.copying.buddy);
+      if (buddy == nullptr || slot.state == StageSlot::State::kVacant) continue;
+      const std::string& own = workers_.at(slot.worker).host_id;
+      if (buddy->host_id == own && newcomer.host_id != own) slot.copying.buddy = WorkerId{};
+    }
+  }
 }
 
 bool Cluster::MayGetCopies(WorkerId id) const {
@@ -135,8 +145,16 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
         replicas_.limit_bytes(copying.buddy) - replicas_.used_bytes(copying.buddy) >= bytes;
     if (!has_room && IsRecovering()) break;
     copying.queue.pop_front();
-    if (!pipeline.scheduler.HasPrefix(next.key, slot_index)) continue;  // it made room meanwhile
+    if (!pipeline.scheduler.HasPrefix(next.key, slot_index)) {  // it made room meanwhile
+      if (pipeline.scheduler.IsOnHost(next.key)) copying.failed.push_back(next);
+      continue;
+    }
     if (replicas_.Has(next.key, slot.layers, copying.buddy)) continue;
+    const Replicas::Place place = pipeline.scheduler.PlaceOfPrefix(next.key);
+    if (!replicas_.HasBefore(place, copying.buddy)) {
+      copying.failed.push_back(next);
+      continue;
+    }
     const auto parts = replicas_.MakeWay(next.key, slot.layers, copying.buddy);
     if (!parts) {
       copying.failed.push_back(next);
@@ -146,7 +164,7 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
       forget[{each.layers.begin, each.layers.end}].push_back(each.key);
     }
     const auto gone = replicas_.MakeRoom(
-        copying.buddy, bytes, [this](const ContentKey& key) { return IsHeldAnywhere(key); });
+        copying.buddy, bytes, place, [this](const ContentKey& key) { return IsHeldAnywhere(key); });
     if (!gone) {
       ++context_->stats.replicas_refused;
       copying.failed.push_back(next);
@@ -159,7 +177,7 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
       copying.failed.push_back(next);
       continue;
     }
-    replicas_.Begin(next.key, slot.layers, slot.stage_id, copying.buddy, bytes);
+    replicas_.Begin(next.key, place, slot.layers, slot.stage_id, copying.buddy, bytes);
     ++copying.num_coming;
     keys.push_back(next.key);
   }

@@ -119,6 +119,7 @@ void Cluster::OnCacheResized(Worker* worker, const v1::CacheResized& resized, ui
     seat.slot->grow_after_us = now_us + (kGrowBackoffUs << seat.slot->growths_failed);
     return;
   }
+  if (seat.slot->was_warm) return GiveUpWarm(seat.pipeline, stage->slot_index, now_us);
   // It stays as it is, rather than be asked again and again.
   if (asked > stage->cache_bytes) seat.slot->wanted_cache_bytes = stage->cache_bytes;
   AbortScale(seat.pipeline->id, why);

@@ -87,6 +87,7 @@ bool Cluster::ScaleStep(uint64_t now_us) {
       for (const StageSlot& slot : pipeline->slots) {
         if (HostedIn(slot).resize) return false;
       }
+      if (!SparesAreCold(scale.plan)) return false;
       scale.phase = Scale::Phase::kLoading;
       LoadLandings(pipeline, now_us);
       return true;

@@ -47,6 +47,7 @@
 #include "coordinator/core/cache_books.h"
 #include "coordinator/core/journal.h"
 #include "coordinator/core/prefix_index.h"
+#include "coordinator/core/replicas.h"
 #include "coordinator/core/step_ledger.h"
 #include "coordinator/core/survivors.h"
 
@@ -119,6 +120,11 @@ class Scheduler {
   absl::StatusOr<StageStep> OnReport(uint32_t stage_index, const v1::StageReport& report,
                                      uint64_t now_us);
 
+  // Of a pipeline that never served: what its rows will follow from, so that it may begin with copies of others'.
+  void Foresee(RowSource source) {
+    if (source_.numerics.empty()) source_ = std::move(source);
+  }
+
   // ---- Copies on other workers (replicating.cc) ----
   struct NewPrefix {
     ContentKey key;
@@ -126,9 +132,13 @@ class Scheduler {
   };
   // Prefix blocks since the last call.
   std::vector<NewPrefix> TakeNewPrefixes() { return std::exchange(new_prefixes_, {}); }
-  std::vector<NewPrefix> AllPrefixes() const;
+  std::vector<NewPrefix> AllPrefixes() const;  // each after what leads to it
   StepId last_step() const { return StepId{ledger_.next_step().value - 1}; }
   bool HasPrefix(const ContentKey& key, uint32_t stage_index) const;
+  // It is in host memory, and may come back from there.
+  bool IsOnHost(const ContentKey& key) const;
+  // REQUIRES: some stage has it.
+  Replicas::Place PlaceOfPrefix(const ContentKey& key) const;
   // A resident has it.
   bool HoldsPrefix(const ContentKey& key) const;
   // By what its blocks were known in the last epoch; absent: by nothing that can be told.

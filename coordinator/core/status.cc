@@ -86,6 +86,8 @@ const char* Name(HostedStage::Role role) {
       return "followed";
     case HostedStage::Role::kUnloading:
       return "unloading";
+    case HostedStage::Role::kWarm:
+      return "warm";
   }
   return "";
 }
@@ -136,6 +138,18 @@ json::Object StageJson(uint64_t stage_id, const HostedStage& stage) {
   return out;
 }
 
+// Weights that wait for a place.
+json::Object WarmJson(uint64_t stage_id, const HostedStage& stage) {
+  json::Object out;
+  out["state"] = stage.warm.is_loaded ? "warm" : "loading";
+  out["stage_id"] = stage_id;
+  out["layer_begin"] = stage.layers.begin;
+  out["layer_end"] = stage.layers.end;
+  out["bytes_loaded"] = stage.warm.bytes_loaded;
+  out["bytes_total"] = stage.warm.bytes_total;
+  return out;
+}
+
 const char* Name(FaultPolicy::Standing standing) {
   switch (standing) {
     case FaultPolicy::Standing::kGood:
@@ -152,7 +166,10 @@ const char* Name(FaultPolicy::Standing standing) {
 const char* WorkerState(const Worker& worker, const Cluster& cluster) {
   if (worker.duty == Worker::Duty::kDraining) return "draining";
   if (worker.duty == Worker::Duty::kDrained) return "drained";
-  const char* state = worker.stages.empty() ? "idle" : "unloading";
+  const bool is_spare =
+      std::all_of(worker.stages.begin(), worker.stages.end(),
+                  [](const auto& entry) { return entry.second.role == HostedStage::Role::kWarm; });
+  const char* state = is_spare ? "idle" : "unloading";
   bool loading = false, loaded = false, serving = false;
   for (const auto& [stage_id, stage] : worker.stages) {
     if (stage.role != HostedStage::Role::kPlace) continue;
@@ -173,6 +190,7 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Cont
   out["id"] = worker.id.value;
   out["name"] = worker.name;
   out["data_address"] = worker.data_address;
+  out["host_id"] = worker.host_id;
   out["backend"] = worker.backend;
   out["numerics_id"] = worker.numerics_id;
   out["nccl_version"] = worker.nccl.version;
@@ -192,7 +210,12 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Cont
   out["attached_s"] = Seconds(now_us, worker.attached_us);
   out["silent_ms"] = now_us > worker.last_heard_us ? (now_us - worker.last_heard_us) / 1000 : 0;
   json::Array stages;
+  json::Array warm;
   for (const auto& [stage_id, hosted] : worker.stages) {
+    if (hosted.role == HostedStage::Role::kWarm) {
+      warm.push_back(WarmJson(stage_id, hosted));
+      continue;
+    }
     const bool seated = hosted.role == HostedStage::Role::kPlace;
     json::Object stage = seated
                              ? SeatJson(*cluster.pipelines().at(hosted.pipeline), hosted.slot_index)
@@ -201,7 +224,11 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Cont
     if (seated) {
       const Copying& copying =
           cluster.pipelines().at(hosted.pipeline)->slots[hosted.slot_index].copying;
-      if (copying.buddy.value != 0) stage["buddy_worker_id"] = copying.buddy.value;
+      if (const auto buddy = cluster.workers().find(copying.buddy);
+          buddy != cluster.workers().end()) {
+        stage["buddy_worker_id"] = copying.buddy.value;
+        stage["buddy_on_other_host"] = buddy->second.host_id != worker.host_id;
+      }
     }
     stage["block_bytes"] = context.model.block_bytes;
     // As planned; with cache, and weights that no other stage there has too, all that it takes.
@@ -212,6 +239,7 @@ json::Object WorkerJson(const Worker& worker, const Cluster& cluster, const Cont
   }
   out["state"] = WorkerState(worker, cluster);
   out["stages"] = std::move(stages);
+  if (!warm.empty()) out["warm"] = std::move(warm);
   if (!worker.last_error.empty()) out["last_error"] = worker.last_error;
   out["standing"] = Name(cluster.faults().StandingOf(worker.id, now_us));
   json::Array failed;
@@ -365,6 +393,7 @@ json::Object StatsJson(const CoreStats& stats) {
   out["replicas_made"] = stats.replicas_made;
   out["replicas_failed"] = stats.replicas_failed;
   out["replicas_refused"] = stats.replicas_refused;
+  out["warm_stages_taken"] = stats.warm_stages_taken;
   out["replicated_bytes"] = stats.replicated_bytes;
   out["replicated_shared_bytes"] = stats.replicated_shared_bytes;
   out["restored_rows"] = stats.restored_rows;

@@ -30,19 +30,28 @@ struct HostedStage {
     kLanding,    // has none, and never will: rows come to it for a kNext of the worker
     kFollowed,   // had one; its successors are not all active yet
     kUnloading,  // was told to go, and has not answered
+    kWarm,       // has none: its weights wait for one (coordinator/core/warm.h)
   };
   // A ResizeCache that is not answered.
   struct Resize {
     uint64_t cache_bytes = 0;
     uint64_t asked_us = 0;
   };
+  struct Warm {
+    bool is_loaded = false;
+    uint64_t bytes_loaded = 0;
+    uint64_t bytes_total = 0;
+    uint64_t weight_bytes = 0;
+    uint64_t load_progress_us = 0;
+  };
   Role role = Role::kPlace;
-  PipelineId pipeline;      // but for kUnloading
+  PipelineId pipeline;      // but for kUnloading and kWarm
   uint32_t slot_index = 0;  // likewise; of kFollowed: what it was; of kLanding: in Scale::landings
   LayerRange layers;
   uint64_t cache_bytes = 0;  // that it may hold, as it was loaded or has answered last
   std::optional<Resize> resize;
   std::vector<uint64_t> successor_of;  // as it was told with LoadStage; some may be gone
+  Warm warm;                           // of kWarm
   // Of a scale that has not switched; it is in no epoch.
   bool is_prepared() const { return role == Role::kNext || role == Role::kLanding; }
 };
@@ -58,6 +67,7 @@ struct Worker {
   WorkerId id;
   std::string name;
   std::string data_address;
+  std::string host_id;  // equal where workers would go together
   std::string numerics_id;
   std::string backend;
   uint64_t memory_bytes = 0;
@@ -74,7 +84,9 @@ struct Worker {
   uint64_t attached_us = 0;
   uint64_t last_heard_us = 0;
   uint64_t resident_bytes = 0;
-  HostedStages stages;  // none: a spare
+  HostedStages stages;         // none, or warm ones alone: a spare
+  uint32_t warm_failures = 0;  // warm loads, since one succeeded
+  uint64_t warm_after_us = 0;  // none before
   // Of a worker that is to have no stage (coordinator/core/draining.h): it gets none, nor new copies.
   enum class Duty { kServes, kDraining, kDrained };
   Duty duty = Duty::kServes;

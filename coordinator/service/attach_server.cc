@@ -39,8 +39,9 @@ void BoundWords(v1::FromWorker* message) {
   };
   if (message->has_hello()) {
     v1::Hello* hello = message->mutable_hello();
-    for (std::string* words : {hello->mutable_name(), hello->mutable_data_address(),
-                               hello->mutable_numerics_id(), hello->mutable_backend()}) {
+    for (std::string* words :
+         {hello->mutable_name(), hello->mutable_data_address(), hello->mutable_numerics_id(),
+          hello->mutable_backend(), hello->mutable_host_id()}) {
       bound(words);
     }
   } else if (message->has_stage_state()) {
@@ -66,6 +67,11 @@ absl::Status CheckHello(const v1::Hello& hello) {
       hello.numerics_id().size() > kMaxNumericsIdBytes || hello.numerics_id().empty()) {
     return absl::InvalidArgumentError(
         "a Hello with a name, backend or numerics id that is too long or missing");
+  }
+  if (hello.host_id().size() > limits::kMaxHostIdBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("a host id of ", hello.host_id().size(),
+                                                   " bytes, at most ", limits::kMaxHostIdBytes,
+                                                   ": see --host-id"));
   }
   STRAIT_ASSIGN_OR_RETURN(const rpc::HostPort data, rpc::ParseHostPort(hello.data_address()));
   if (data.port == 0) {

@@ -76,6 +76,9 @@ std::string EngineMetricsText(const CoreStats& stats, uint64_t workers_attached)
         stats.host_bytes_used);
   gauge("strait_host_cache_bytes_total", "Bytes that prefix blocks may have there.",
         stats.host_bytes_total);
+  counter("strait_warm_stages_taken_total",
+          "Lost stages whose successor had the weights ready and read none.",
+          stats.warm_stages_taken);
   counter("strait_num_preemptions_total", "Sequences that lost their blocks to older ones.",
           stats.preemptions);
   counter("strait_migrations_total", "Sequences that went to another pipeline with all their rows.",

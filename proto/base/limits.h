@@ -40,6 +40,7 @@ inline constexpr uint32_t kMaxWorkers = 1024;
 inline constexpr uint32_t kMaxStagesPerPipeline = 256;
 inline constexpr uint32_t kMaxHeldStages = 64;  // that a worker says it kept without a coordinator
 inline constexpr uint32_t kMaxSequencesResident = 65536;  // on one stage
+inline constexpr size_t kMaxHostIdBytes = 64;  // of Hello.host_id
 inline constexpr size_t kMaxErrorMessageBytes = 1024;     // of a peer's words about what went wrong
 inline constexpr size_t kNcclIdBytes = 128;               // of an edge's communicator id
 

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <fstream>
+#include <iomanip>
 #include <optional>
 #include <sstream>
 #include <string_view>
@@ -86,6 +87,17 @@ uint64_t AvailableMemoryBytes(const std::string& root) {
   const uint64_t bytes = ReadNumber(root + "/proc/meminfo", "MemAvailable:").value_or(0) * 1024;
   return LeftInGroups(GroupFolders(root, "memory"), kMemory1,
                       LeftInGroups(GroupFolders(root, ""), kMemory2, bytes));
+}
+
+std::string HostIdentity(const std::string& root) {
+  std::ifstream file(root + "/proc/sys/kernel/random/boot_id");
+  std::string id;
+  if (!(file >> id)) return "";
+  uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
+  for (const char c : id) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
+  std::ostringstream text;
+  text << std::hex << std::setfill('0') << std::setw(16) << hash;
+  return text.str();
 }
 
 uint32_t AvailableCores(const std::string& root) {

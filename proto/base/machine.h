@@ -21,4 +21,9 @@ uint64_t AvailableMemoryBytes(const std::string& root = "");
 // Whole processors, at least 1: of those that the process may run on, as many as its quota pays for.
 uint32_t AvailableCores(const std::string& root = "");
 
+// Which running system this is, in 16 hexadecimal digits: equal in all containers of one kernel, another one after a
+// reboot. Made from the kernel's boot id, which is not handed out itself; empty where that cannot be read.
+// Why not /etc/machine-id: images of machines are copied with it.
+std::string HostIdentity(const std::string& root = "");
+
 }  // namespace strait

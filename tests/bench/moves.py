@@ -3,14 +3,16 @@
 """What a client feels when its sequence moves to another pipeline, and when a worker under it dies.
 
   moves.py --bin build/release/bin [--model DIR] [--lengths 1024,8192,16000] [--moves 6] [--load 0,8] [--threads 1]
-           [--stages 1,2,4,2] [--crash] [--replica-memory 2GiB] [--deaths 2] [--arg=--backend --arg=cuda …] [--json FILE]
+           [--stages 1,2,4,2] [--crash] [--replica-memory 2GiB] [--warm-spares 0,1] [--deaths 2] [--arg=--backend --arg=cuda …]
+           [--json FILE]
 
 Two pipelines of one worker each. A sequence of each length decodes and moves back and forth; with --load others decode
 beside it, half of them in each pipeline. The pause is the gap at the client between the last token of the old pipeline and the
 first of the new one, less the median of the 50 gaps before it. With --crash one pipeline of two stages, and a spare: the
-worker of each stage is killed in turn while a sequence decodes; once with copies of rows on the other workers, once without.
-The gap of a death runs from the kill's moment to the next token. With --stages one pipeline on as many workers as the most
-stages of the list gets these numbers of stages, one after the other, while one sequence decodes. Random weights.
+worker of each stage is killed in turn while a sequence decodes; once with copies of rows on the other workers, once without,
+and each with every number of --warm-spares. The gap of a death runs from the kill's moment to the next token. With --stages one
+pipeline on as many workers as the most stages of the list gets these numbers of stages, one after the other, while one sequence
+decodes. Random weights.
 """
 import argparse
 import json
@@ -155,10 +157,11 @@ def told(rows):
             f"{middle['total_ms']:.0f} ms, {rate:.2f} GB/s, {middle['rounds']:.0f} rounds")
 
 
-def deaths(programs, model, threads, length, memory, count, args):
+def deaths(programs, model, threads, length, memory, warm, count, args):
     """One stage after the other dies; strait up starts it anew, the spare takes its place."""
     rows = []
-    with Server(programs, model, 2, threads, ["--pipelines", "1", "--spares", "1", "--replica-memory", memory, *args]) as server:
+    with Server(programs, model, 2, threads, ["--pipelines", "1", "--spares", "1", "--replica-memory", memory,
+                                                "--warm-spares", str(warm), *args]) as server:
         stream = Stream(server, tokens(f"crash {length}", length), 10**6)
         stream.wait(200)
         for n in range(count):
@@ -167,8 +170,14 @@ def deaths(programs, model, threads, length, memory, count, args):
                 time.sleep(0.3)
                 if all(not s.get("unprotected", True) for s in server.get("/strait/status")["sequences"]):
                     break
-            status = server.get("/strait/status")
             stage = n % 2
+            while warm and time.monotonic() < until:  # the stage that is to die
+                status = server.get("/strait/status")
+                lost = next(s for w in status["workers"] for s in w["stages"] if s.get("stage_index") == stage)
+                if any(r["state"] == "warm" and r["layer_begin"] == lost["layer_begin"] for w in status["workers"] for r in w.get("warm", [])):
+                    break
+                time.sleep(0.3)
+            status = server.get("/strait/status")
             victim = next(w for w in status["workers"] if any(s.get("stage_index") == stage for s in w["stages"]))
             before, at = status["stats"], len(stream.times)
             killed = time.perf_counter()
@@ -178,10 +187,11 @@ def deaths(programs, model, threads, length, memory, count, args):
                          and max(b - a for a, b in zip(stream.times[at - 1:], stream.times[at:])) == t - stream.times[i - 1])
             time.sleep(1.5)
             after = server.get("/strait/status")["stats"]
-            rows.append({"tokens": length, "copies": memory != "0", "stage": stage, "gap_ms": (stream.times[index] - killed) * 1e3,
+            rows.append({"tokens": length, "copies": memory != "0", "warm_spares": warm,
+                         "took_warm": after["warm_stages_taken"] - before["warm_stages_taken"], "stage": stage, "gap_ms": (stream.times[index] - killed) * 1e3,
                          "restored_rows": after["restored_rows"] - before["restored_rows"],
                          "recomputed_rows": after["recomputed_rows"] - before["recomputed_rows"]})
-            print(f"{length} tokens, stage {stage} killed, copies {'on' if memory != '0' else 'off'}: {rows[-1]['gap_ms']:.0f} ms to the "
+            print(f"{length} tokens, stage {stage} killed, copies {'on' if memory != '0' else 'off'}, {warm} warm, {rows[-1]['took_warm']} taken: {rows[-1]['gap_ms']:.0f} ms to the "
                   f"next token; {rows[-1]['restored_rows']} rows restored, {rows[-1]['recomputed_rows']} computed again", flush=True)
             stream.wait(len(stream.times) + 64)
         stream.close()
@@ -237,6 +247,7 @@ def main():
     parser.add_argument("--deaths", type=int, default=2, help="of each length, with copies and without")
     parser.add_argument("--replica-memory", default="2GiB", help="of each worker, for --crash")
     parser.add_argument("--stages", default="", help="numbers of stages, one after the other")
+    parser.add_argument("--warm-spares", default="0", help="for --crash: spares that hold weights ready, several by commas")
     parser.add_argument("--arg", action="append", default=[], help="one more argument of strait up; repeat it")
     parser.add_argument("--json", type=pathlib.Path)
     o = parser.parse_args()
@@ -255,7 +266,8 @@ def main():
     if o.crash:
         for length in lengths:
             for memory in (o.replica_memory, "0"):
-                results["deaths"] += deaths(o.bin, o.model, o.threads, length, memory, o.deaths, o.arg)
+                for warm in (int(n) for n in o.warm_spares.split(",")):
+                    results["deaths"] += deaths(o.bin, o.model, o.threads, length, memory, warm, o.deaths, o.arg)
     if o.json:
         o.json.write_text(json.dumps(results, indent=1) + "\n")
 

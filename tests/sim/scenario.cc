@@ -168,6 +168,7 @@ Scenario MakeAnyScenario(World* world) {
     s.num_moves = static_cast<uint32_t>(w.Pick({1, 2, 5, 20}));
     s.moves_us = w.Pick({1'000, 100'000, 500'000});
   }
+  o.warm_spares = static_cast<uint32_t>(w.Pick({0, 1, 2}));
   return s;
 }
 

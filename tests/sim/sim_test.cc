@@ -80,6 +80,7 @@ TEST(SimTest, ManySeeds) {
     sum.stats.prefix_blocks_survived += outcome.stats.prefix_blocks_survived;
     sum.stats.prefix_blocks_mended += outcome.stats.prefix_blocks_mended;
     sum.stats.kept_rows += outcome.stats.kept_rows;
+    sum.stats.warm_stages_taken += outcome.stats.warm_stages_taken;
     sum.stats.prefix_blocks_offloaded += outcome.stats.prefix_blocks_offloaded;
     sum.stats.prefix_blocks_returned += outcome.stats.prefix_blocks_returned;
     sum.stats.prefix_blocks_forgotten += outcome.stats.prefix_blocks_forgotten;
@@ -121,6 +122,7 @@ TEST(SimTest, ManySeeds) {
   EXPECT_GT(sum.stats.recoveries, count / 10);
   EXPECT_GT(sum.stats.replayed_tokens, count);
   EXPECT_GT(sum.stats.kept_rows, count * 10);
+  EXPECT_GT(sum.stats.warm_stages_taken, count / 50);
   EXPECT_GT(sum.stats.granted_tokens, sum.stats.generated_tokens / 4);
   EXPECT_GT(sum.stats.surplus_tokens, count / 10);
   EXPECT_GT(sum.stats.cached_rows, count * 5);

@@ -41,6 +41,7 @@ void WorkerCore::FillHello(v1::Hello* hello) const {
   hello->set_term(term_);
   hello->set_host_cache_bytes(options_.host_cache_bytes);
   hello->set_replica_bytes(options_.replica_bytes);
+  hello->set_host_id(options_.host_id);
   for (const auto& [id, hosted] : hosted_) {
     if (hosted.stage == nullptr) continue;
     const StageModel& model = hosted.stage->model();

@@ -22,6 +22,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -46,6 +47,7 @@ struct WorkerCoreOptions {
   uint64_t orphan_timeout_us = 60'000'000;
   uint64_t host_cache_bytes = 0;  // of host memory, for its stages' tiers; 0: none
   uint64_t replica_bytes = 0;     // of host memory, for replicas; 0: none
+  std::string host_id;            // Hello.host_id
   // Of rows that it asks other workers for at once; less where rows are tiny.
   uint64_t transfer_frame_bytes = limits::kTransferFrameBytes;
 };

@@ -112,6 +112,32 @@ TEST_F(ReplicasTest, FullBlocksGetACopyOfEveryStageOnAnotherWorker) {
   ExpectWhole(request, 1, 300, 60);
 }
 
+TEST_F(ReplicasTest, ABuddyIsOnAnotherHostWhereThereIsOne) {
+  h_ = std::make_unique<Harness>(Options(1), SmallModel());
+  h_->token_at = [](uint64_t, uint32_t) { return 50; };
+  const auto attach = [&](const std::string& host) {
+    v1::Hello hello = h_->MakeHello(kRoomy);
+    hello.set_replica_bytes(kRoomy);
+    hello.set_host_id(host);
+    hello.set_data_address("10.0.0." + std::to_string(h_->last_worker + 1) + ":1");
+    return h_->Attach(hello);
+  };
+  attach("a");
+  const WorkerId same = attach("a");
+  const RequestId request = h_->Submit(OneSequence(300, 60));
+  Until(request, 3);
+  EXPECT_THAT(h_->workers.at(same).replicas.blocks, Not(IsEmpty())) << "addresses do not count";
+  EXPECT_THAT(h_->core.StatusJson(h_->now_us), HasSubstr("\"buddy_on_other_host\":false"));
+  const WorkerId other = attach("b");
+  Until(request, 6);
+  EXPECT_THAT(h_->workers.at(other).replicas.blocks, Not(IsEmpty())) << "it came later";
+  EXPECT_THAT(h_->core.StatusJson(h_->now_us), HasSubstr("\"buddy_on_other_host\":true"));
+  attach("c");
+  EXPECT_THAT(h_->core.StatusJson(h_->now_us),
+              HasSubstr("\"buddy_worker_id\":" + std::to_string(other.value)))
+      << "no better one";
+}
+
 TEST_F(ReplicasTest, ADeathCostsTheTailAlone) {
   Start(Options(2), {kRoomy, kRoomy, 0});
   const RequestId request = h_->Submit(OneSequence(300, 60));

@@ -92,5 +92,16 @@ TEST_F(MachineTest, NonsenseLimitsNothing) {
   EXPECT_GE(AvailableCores(root_), 1u);
 }
 
+TEST_F(MachineTest, AHostIsKnownByItsBoot) {
+  EXPECT_EQ(HostIdentity(root_), "") << "nothing tells";
+  Write("/proc/sys/kernel/random/boot_id", "11111111-2222-3333-4444-555555555555\n");
+  const std::string first = HostIdentity(root_);
+  EXPECT_EQ(first.size(), 16u);
+  EXPECT_EQ(first.find_first_not_of("0123456789abcdef"), std::string::npos);
+  EXPECT_EQ(HostIdentity(root_), first);
+  Write("/proc/sys/kernel/random/boot_id", "11111111-2222-3333-4444-555555555556\n");
+  EXPECT_NE(HostIdentity(root_), first);
+}
+
 }  // namespace
 }  // namespace strait
