@@ -14,6 +14,7 @@
 #include "coordinator/core/core.h"
 #include "tests/sim/event_counts.h"
 #include "tests/sim/move_counts.h"
+#include "tests/sim/procedure_counts.h"
 
 namespace strait::sim {
 
@@ -40,6 +41,16 @@ struct Outcome {
   uint32_t moves_other_layers = 0;  // of them, between pipelines whose stages have other layers
   uint32_t moves_other_stages = 0;  // of them, as many stages even
   uint64_t late_frames = 0;         // that nobody waited for any more
+  ProcedureCounts procedures;
+  uint32_t drains_asked = 0;
+  uint32_t drains_done = 0;
+  uint32_t drains_undone = 0;
+  uint32_t leaves = 0;  // workers that were told to stop
+  uint32_t left = 0;    // of them, that ended of themselves
+  uint32_t left_with_stages =
+      0;  // of these, that had got tired of waiting, or lost the coordinator
+  uint32_t joins = 0;
+  uint64_t rows_restored = 0;  // from copies, that a stage began with; each layer has its own
   uint64_t virtual_us = 0;
 };
 
@@ -47,8 +58,10 @@ struct Outcome {
 enum class Shape {
   kAny,  // anything, small: most clusters have few workers and short sequences
   kGround,  // at least two pipelines, five workers, eight sequences of 300 tokens, two moves, three faults
-  kSharing,  // prompts that begin alike, caches of few blocks
-  kMoves,    // as kGround: faults at phases of moves, pipelines of other splits
+  kSharing,   // prompts that begin alike, caches of few blocks
+  kMoves,     // as kGround: faults at phases of moves, pipelines of other splits
+  kReplicas,  // as kMoves: blocks have copies on other workers; faults at phases of copying, and of replacing workers
+  kDrains,    // as kMoves: workers are drained, leave and come; faults at phases of that
 };
 
 struct SimulationOptions {
