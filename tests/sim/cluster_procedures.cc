@@ -39,8 +39,9 @@ void SimCluster::CheckCopies(bool flushed) {
                                     " bytes, ", what...));
     };
     const ReplicaStore& store = worker.replicas();
-    if (flushed && booked > 0) return violation("after a flush");
+    // Of those under way neither side can know what becomes of them.
     if (procedures_.AwaitsCopies(&worker) || store.busy()) continue;
+    if (flushed && booked > 0) return violation("after a flush");
     const uint64_t has = (store.num_blocks() - store.num_unnamed()) * store.block_bytes();
     // Damaged ones go, and the coordinator does not hear of it.
     const uint64_t damaged = store.num_damaged() * store.block_bytes();

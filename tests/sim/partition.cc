@@ -5,6 +5,11 @@
 
 namespace strait::sim {
 
+bool Partition::any() const {
+  return std::any_of(walls_.begin(), walls_.end(),
+                     [this](const Wall& wall) { return wall.until_us > world_->now_us(); });
+}
+
 uint64_t Partition::OpenAt(const std::string& a, const std::string& b) const {
   uint64_t open_us = world_->now_us();
   const bool is_control = a == kCoordinatorAddress || b == kCoordinatorAddress;

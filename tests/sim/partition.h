@@ -36,6 +36,7 @@ class Partition {
 
   // When what is sent now from one to the other, or back, can pass; now, if nothing is between them.
   uint64_t OpenAt(const std::string& a, const std::string& b) const;
+  bool any() const;
   bool IsCut(const std::string& a, const std::string& b) const {
     return OpenAt(a, b) > world_->now_us();
   }

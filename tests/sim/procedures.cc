@@ -16,6 +16,10 @@ uint32_t NumKeys(const std::string& packed) {
 
 }  // namespace
 
+bool ByInstance::operator()(const SimWorker* a, const SimWorker* b) const {
+  return a->instance() < b->instance();
+}
+
 void Procedures::OnJoins(SimWorker* worker) {
   joins_[worker] = Phase::kJoinGreets;
   counts_->AddReached(Phase::kJoinGreets);
@@ -70,7 +74,7 @@ void Procedures::OnSent(SimWorker* to, const v1::ToWorker& message) {
     case v1::ToWorker::kReplicate: {
       const uint32_t num = NumKeys(message.replicate().keys());
       if (num == 0) return;
-      uint32_t& coming = copies_[{message.replicate().source().stage_id(), to}];
+      uint32_t& coming = copies_[to][message.replicate().source().stage_id()];
       if (coming == 0) counts_->AddReached(Phase::kCopiesCome);
       coming += num;
       return;
@@ -83,8 +87,10 @@ void Procedures::OnSent(SimWorker* to, const v1::ToWorker& message) {
 void Procedures::OnHeard(SimWorker* from, const v1::FromWorker& message) {
   if (message.has_replicated()) {
     const v1::Replicated& told = message.replicated();
-    const auto it = copies_.find({told.stage_id(), from});
-    if (it == copies_.end()) return;
+    const auto buddy = copies_.find(from);
+    if (buddy == copies_.end()) return;
+    const auto it = buddy->second.find(told.stage_id());
+    if (it == buddy->second.end()) return;
     it->second -= std::min(it->second, NumKeys(told.keys()) + NumKeys(told.failed()));
     if (it->second == 0) counts_->AddReached(Phase::kCopiesThere);
     return;
@@ -107,7 +113,7 @@ void Procedures::OnHeard(SimWorker* from, const v1::FromWorker& message) {
 }
 
 void Procedures::OnGone(SimWorker* worker) {
-  std::erase_if(copies_, [&](const auto& entry) { return entry.first.second == worker; });
+  copies_.erase(worker);
   std::erase_if(begins_, [&](const auto& entry) { return entry.second.worker == worker; });
   if (!worker->alive()) {
     joins_.erase(worker);
@@ -117,17 +123,21 @@ void Procedures::OnGone(SimWorker* worker) {
 
 bool Procedures::AwaitsCopies(const SimWorker* buddy) const {
   return std::any_of(copies_.begin(), copies_.end(), [&](const auto& entry) {
-    return entry.first.second == buddy && entry.second > 0;
+    return (buddy == nullptr || entry.first == buddy) &&
+           std::any_of(entry.second.begin(), entry.second.end(),
+                       [](const auto& coming) { return coming.second > 0; });
   });
 }
 
 std::vector<LiveProcedure> Procedures::Live() const {
   std::vector<LiveProcedure> live;
-  for (const auto& [at, coming] : copies_) {
-    const auto source = stages_.find(at.first);
-    if (source == stages_.end()) continue;
-    live.push_back(
-        {coming > 0 ? Phase::kCopiesCome : Phase::kCopiesThere, source->second, {at.second}});
+  for (const auto& [buddy, stages] : copies_) {
+    for (const auto& [stage_id, coming] : stages) {
+      const auto source = stages_.find(stage_id);
+      if (source == stages_.end()) continue;
+      live.push_back(
+          {coming > 0 ? Phase::kCopiesCome : Phase::kCopiesThere, source->second, {buddy}});
+    }
   }
   for (const auto& [stage_id, begin] : begins_) {
     live.push_back({begin.phase, begin.worker, {begin.keepers.begin(), begin.keepers.end()}});

@@ -21,6 +21,11 @@ namespace strait::sim {
 
 class SimWorker;
 
+// By instance: addresses of objects are others in each run.
+struct ByInstance {
+  bool operator()(const SimWorker* a, const SimWorker* b) const;
+};
+
 // One under way, and its phase.
 struct LiveProcedure {
   Phase phase = Phase::kCopiesCome;
@@ -41,24 +46,24 @@ class Procedures {
 
   std::vector<LiveProcedure> Live() const;
   bool any() const { return !copies_.empty() || !begins_.empty() || !joins_.empty(); }
-  // Copies that a worker was told to make, and has not answered.
-  bool AwaitsCopies(const SimWorker* buddy) const;
+  // Copies that a worker (null: any) was told to make, and has not answered.
+  bool AwaitsCopies(const SimWorker* buddy = nullptr) const;
 
  private:
   struct Begin {
     SimWorker* worker = nullptr;
     Phase phase = Phase::kReplaceLoads;
-    std::set<SimWorker*> keepers;  // of what it restores
+    std::set<SimWorker*, ByInstance> keepers;  // of what it restores
   };
   void EnterBegin(uint64_t stage_id, Phase phase);
 
   ProcedureCounts* const counts_;
   bool any_lost_ = false;
   std::map<uint64_t, SimWorker*> stages_;  // who has them
-  // Of a stage, at a buddy: told and not answered.
-  std::map<std::pair<uint64_t, SimWorker*>, uint32_t> copies_;
+  // By buddy, of each stage: told and not answered.
+  std::map<SimWorker*, std::map<uint64_t, uint32_t>, ByInstance> copies_;
   std::map<uint64_t, Begin> begins_;  // stages that take a place
-  std::map<SimWorker*, Phase> joins_;
+  std::map<SimWorker*, Phase, ByInstance> joins_;
   std::map<std::string, SimWorker*> by_address_;
 };
 

@@ -25,8 +25,8 @@ Scenario MakeReplicasScenario(World* world) {
   s.num_moves = static_cast<uint32_t>(w.Pick({0, 2, 2, 4}));
   s.num_faults = w.Chance(0.3) ? 1 : 0;
   s.num_aimed = s.num_moves > 0 && w.Chance(0.3) ? 1 : 0;
-  s.num_procedure_aims = 3;
-  s.num_joins = w.Chance(0.3) ? 1 : 0;
+  s.num_procedure_aims = 4;
+  s.num_joins = w.Chance(0.7) ? 1 : 0;
   s.drains_us = 600'000;
   // Prompts that fill blocks at once have copies early.
   s.prompt_tokens_max = static_cast<uint32_t>(w.Pick({30, 200, 280}));
@@ -44,8 +44,8 @@ Scenario MakeDrainsScenario(World* world) {
   s.num_moves = static_cast<uint32_t>(w.Pick({0, 0, 2}));
   s.num_faults = w.Chance(0.3) ? 1 : 0;
   s.num_aimed = 0;
-  s.num_procedure_aims = static_cast<uint32_t>(w.Pick({0, 1, 2}));
-  s.num_drains = static_cast<uint32_t>(w.Pick({1, 1, 2, 4}));
+  s.num_procedure_aims = 3;
+  s.num_drains = static_cast<uint32_t>(w.Pick({1, 2, 2, 4}));
   s.num_leaves = static_cast<uint32_t>(w.Pick({0, 0, 1, 2}));
   s.num_joins = static_cast<uint32_t>(w.Pick({0, 1, 2}));
   s.drains_us = w.Pick({200'000, 600'000});

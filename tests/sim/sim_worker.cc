@@ -164,7 +164,6 @@ bool SimWorker::CorruptReplica() {
 
 std::string SimWorker::TransfersLeft() const {
   std::string left;
-  if (core_.replicas().busy()) left = "replicas on their way; ";
   for (const uint64_t id : core_.stage_ids()) {
     const Stage* const stage = core_.FindStage(id);
     if (stage == nullptr) continue;
