@@ -81,16 +81,21 @@ void Drains::OnLeave(uint64_t instance) {
 
 void Drains::OnGone(uint64_t instance) {
   const auto it = duties_.find(instance);
-  if (it == duties_.end() || it->second != Duty::kLeaving) return;
-  --num_leaving_;
-  it->second = Duty::kDrained;
+  // Its drain goes on until the coordinator hears of it.
+  if (it != duties_.end() && it->second == Duty::kLeaving) --num_leaving_;
 }
 
 void Drains::OnSent(uint64_t instance, const v1::ToWorker& message, bool scales) {
   const bool gives =
       message.has_load_stage() || (message.has_replicate() && !message.replicate().keys().empty());
   if (!gives || !IsOut(instance)) return;
-  if (scales && duties_.at(instance) != Duty::kDrained) return;
+  if (duties_.at(instance) != Duty::kDrained) {
+    // What had begun before is seen through: a scale, or another drain's replacement.
+    if (scales) return;
+    for (const Live& drain : Current()) {
+      if (drain.instance != instance && drain.phase == Phase::kDrainReplaces) return;
+    }
+  }
   world_->Violation(absl::StrCat("w", instance, ", which is drained, gets ",
                                  message.has_load_stage() ? "a stage" : "a copy"));
 }

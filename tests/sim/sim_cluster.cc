@@ -157,6 +157,7 @@ void SimCluster::StreamEnds(SimWorker* worker) {
   const StreamPtr stream = streams_[worker];
   world_.At(partition_.OpenAt(worker->address(), kCoordinatorAddress) + Delay(), [this, stream] {
     stream->open = false;
+    procedures_.OnGone(stream->worker);  // what it was sent meanwhile, too
     if (stream->id.value == 0) return;
     gate_.Pass([this, stream] { Lose(stream, absl::UnavailableError("stream broke")); });
   });

@@ -260,8 +260,8 @@ TEST(SimTest, ProceduresSeeds) {
 TEST(SimTest, AForgedRowIsNoticed) {
   uint32_t num_noticed = 0;
   for (uint64_t seed = 1; seed <= 60; ++seed) {
-    const Outcome outcome = RunSimulation(
-        seed, {.shape = Shape::kMoves, .forge_rows = true, .check_always = false});
+    const Outcome outcome =
+        RunSimulation(seed, {.shape = Shape::kMoves, .forge_rows = true, .check_always = false});
     num_noticed += !outcome.violation.empty();
   }
   std::printf("noticed %u\n", num_noticed);
