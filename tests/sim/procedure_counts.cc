@@ -42,6 +42,8 @@ constexpr bool kRows[kNumPhases][5] = {
 const char* Name(Phase phase) { return kPhases[static_cast<size_t>(phase)]; }
 const char* Name(Fault fault) { return kFaults[static_cast<size_t>(fault)]; }
 
+bool IsOfDrain(Phase phase) { return phase >= Phase::kDrainWaits && phase <= Phase::kDrainUnloads; }
+
 bool CanMeet(Fault fault, Phase phase) {
   if (fault == Fault::kStreamOwn && phase == Phase::kJoinGreets) return false;  // it has none
   const auto first = static_cast<size_t>(Fault::kBreakRows);
@@ -74,13 +76,22 @@ std::string ProcedureCounts::Table() const {
   return table;
 }
 
-std::string ProcedureCounts::Missing() const {
-  std::string missing;
+std::vector<std::pair<Phase, Fault>> ProcedureCounts::MissingPairs() const {
+  std::vector<std::pair<Phase, Fault>> missing;
   for (size_t p = 0; p < kNumPhases; ++p) {
     for (size_t f = 0; f < kNumFaults; ++f) {
-      if (!CanMeet(static_cast<Fault>(f), static_cast<Phase>(p)) || counts_[f][p] > 0) continue;
-      absl::StrAppend(&missing, missing.empty() ? "" : ", ", kPhases[p], "/", kFaults[f]);
+      const auto phase = static_cast<Phase>(p);
+      const auto fault = static_cast<Fault>(f);
+      if (CanMeet(fault, phase) && count(fault, phase) == 0) missing.emplace_back(phase, fault);
     }
+  }
+  return missing;
+}
+
+std::string ProcedureCounts::Missing() const {
+  std::string missing;
+  for (const auto& [phase, fault] : MissingPairs()) {
+    absl::StrAppend(&missing, missing.empty() ? "" : ", ", Name(phase), "/", Name(fault));
   }
   return missing;
 }

@@ -11,6 +11,8 @@
 #include <cstdint>
 #include <map>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace strait::sim {
 
@@ -59,6 +61,7 @@ inline constexpr size_t kNumFaults = 14;
 
 const char* Name(Phase phase);
 const char* Name(Fault fault);
+bool IsOfDrain(Phase phase);
 // Whether such a fault can be in that phase.
 bool CanMeet(Fault fault, Phase phase);
 
@@ -79,7 +82,11 @@ class ProcedureCounts {
 
   // A line a phase; pairs that never came are dashes, those that cannot be are dots. Then a line for each way to end.
   std::string Table() const;
+  uint64_t count(Fault fault, Phase phase) const {
+    return counts_[static_cast<size_t>(fault)][static_cast<size_t>(phase)];
+  }
   // Of the pairs that can be, those that never came.
+  std::vector<std::pair<Phase, Fault>> MissingPairs() const;
   std::string Missing() const;
 
  private:

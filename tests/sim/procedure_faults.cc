@@ -16,8 +16,6 @@ constexpr uint64_t kAimDelayUs = 3'000;
 // From one seed's pairs to the next ones': a prime, so that all come.
 constexpr uint64_t kAimStride = 37;
 
-bool IsOfDrain(Phase phase) { return phase >= Phase::kDrainWaits && phase <= Phase::kDrainUnloads; }
-
 }  // namespace
 
 // ---------------------------------------------------------------- partitions
@@ -119,6 +117,7 @@ void SimCluster::MakeProcedureAims(uint64_t seed) {
       aim.phase = world_.Chance(0.8) ? Phase::kCopiesThere : Phase::kCopiesCome;
       aim.fault = Fault::kKillOwn;
     }
+    if (i > 0 && options_.aim) aim = {options_.aim->first, options_.aim->second};
     aim.delay_us = world_.Chance(0.6) ? 0 : world_.Random(1, kAimDelayUs);
     procedure_aims_.push_back(aim);
   }

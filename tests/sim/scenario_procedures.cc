@@ -25,7 +25,7 @@ Scenario MakeReplicasScenario(World* world) {
   s.num_moves = static_cast<uint32_t>(w.Pick({0, 2, 2, 4}));
   s.num_faults = w.Chance(0.3) ? 1 : 0;
   s.num_aimed = s.num_moves > 0 && w.Chance(0.3) ? 1 : 0;
-  s.num_procedure_aims = 4;
+  s.num_procedure_aims = 6;
   s.num_joins = w.Chance(0.7) ? 1 : 0;
   s.drains_us = 600'000;
   // Prompts that fill blocks at once have copies early.

@@ -40,6 +40,8 @@ constexpr uint64_t kSeeds = 150;
 #else
 constexpr uint64_t kSeeds = 2000;
 #endif
+// Seeds for a pair of a fault and a phase that did not come in others.
+constexpr uint64_t kMostAimed = 40;
 
 TEST(SimTest, ManySeeds) {
   for (const int signal : {SIGABRT, SIGFPE, SIGSEGV}) std::signal(signal, OnCrash);
@@ -218,7 +220,7 @@ TEST(SimTest, MovesSeeds) {
 // Blocks have copies on other workers, and who takes a dead one's place begins with them. Workers are drained, leave and
 // come. Faults strike in every phase of that.
 TEST(SimTest, ProceduresSeeds) {
-  const uint64_t count = FromEnvironment("STRAIT_SIM_SEEDS", kSeeds) / 16;
+  const uint64_t count = FromEnvironment("STRAIT_SIM_SEEDS", kSeeds) / 20;
   Outcome sum;
   for (const Shape shape : {Shape::kReplicas, Shape::kDrains}) {
     const char* const name = shape == Shape::kReplicas ? "--replicas" : "--drains";
@@ -239,9 +241,20 @@ TEST(SimTest, ProceduresSeeds) {
       sum.left_with_stages += outcome.left_with_stages;
     }
   }
-  std::printf("%s\n", sum.procedures.Table().c_str());
   EXPECT_GT(sum.sequences_finished, sum.requests / 2);
   if (count < 100) return;
+  // What did not come by itself is aimed at.
+  for (const auto& [phase, fault] : sum.procedures.MissingPairs()) {
+    const Shape shape = IsOfDrain(phase) ? Shape::kDrains : Shape::kReplicas;
+    for (uint64_t seed = 1; seed <= kMostAimed && sum.procedures.count(fault, phase) == 0; ++seed) {
+      const Outcome outcome =
+          RunSimulation(seed, {.shape = shape, .aim = {{phase, fault}}, .check_always = false});
+      EXPECT_EQ(outcome.violation, "")
+          << "aimed at " << Name(phase) << "/" << Name(fault) << ", seed " << seed;
+      sum.procedures.Add(outcome.procedures);
+    }
+  }
+  std::printf("%s\n", sum.procedures.Table().c_str());
   EXPECT_GT(sum.stats.replicas_made, count * 10);
   EXPECT_GT(sum.rows_restored, count * 100);
   EXPECT_GT(sum.drains_done, count / 2);

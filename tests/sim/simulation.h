@@ -9,7 +9,9 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "coordinator/core/core.h"
 #include "tests/sim/event_counts.h"
@@ -68,6 +70,8 @@ struct SimulationOptions {
   bool trace = false;
   Shape shape = Shape::kAny;
   bool forge_rows = false;  // a moved row is another one, and no checksum tells: it must be noticed
+  // All faults that wait for a phase of a procedure but the first are this one.
+  std::optional<std::pair<Phase, Fault>> aim;
   bool check_always = true;  // integrity after every event; else after faults and in idle moments
 };
 
