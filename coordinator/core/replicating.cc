@@ -199,7 +199,7 @@ void Cluster::TellForget(WorkerId buddy, LayerRange layers, absl::Span<const Con
 
 void Cluster::FlushReplicas() {
   // What seems to be nobody's may be of those that wait for a stage to begin with it.
-  if (IsRecovering()) return;
+  if (IsRecovering() && !journal_->waiting().empty()) return;
   std::map<std::tuple<WorkerId, LayerIndex, LayerIndex>, std::vector<ContentKey>> forget;
   for (const auto& [worker, gone] :
        replicas_.DropUnheld([this](const ContentKey& key) { return IsHeldAnywhere(key); })) {
