@@ -79,6 +79,11 @@ void Drains::OnLeave(uint64_t instance) {
   duty = Duty::kLeaving;
 }
 
+void Drains::OnAttached(uint64_t instance) {
+  const auto it = duties_.find(instance);
+  if (it != duties_.end() && it->second == Duty::kDraining) duties_.erase(it);
+}
+
 void Drains::OnGone(uint64_t instance) {
   const auto it = duties_.find(instance);
   // Its drain goes on until the coordinator hears of it.

@@ -40,6 +40,8 @@ class Drains {
   std::optional<uint64_t> OnMessage(const VerbEnded& ended);
   // The coordinator heard that it leaves.
   void OnLeave(uint64_t instance);
+  // It comes back on another stream: who was being drained serves again, though the verb is not answered yet.
+  void OnAttached(uint64_t instance);
   // That one has ended.
   void OnGone(uint64_t instance);
   // What the coordinator sends to a worker. `scales`: pipelines are scaled, with the workers that there were before; a

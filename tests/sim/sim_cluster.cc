@@ -49,6 +49,7 @@ void SimCluster::Attach(const StreamPtr& stream) {
   world_.Trace(
       absl::StrCat("w", stream->worker->instance(), " attaches as worker ", stream->id.value));
   if (stream->worker->is_foreign()) return AttachForeign(stream);
+  drains_.OnAttached(stream->worker->instance());
   core_.OnWorkerAttached(stream->id, stream->worker->Hello(), world_.now_us());
   PumpSoon();
 }
