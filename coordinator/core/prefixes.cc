@@ -60,6 +60,9 @@ std::vector<Scheduler::NewPrefix> Scheduler::AllPrefixes() const {
   std::vector<NewPrefix> all;
   // Some may be such with a plan that is under way.
   index_.ForEach([&](const PrefixIndex::Node& node) { all.push_back({node.key, last_step()}); });
+  // The index has them in another order in each process.
+  std::sort(all.begin(), all.end(),
+            [](const NewPrefix& a, const NewPrefix& b) { return a.key < b.key; });
   return all;
 }
 
