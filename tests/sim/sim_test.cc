@@ -293,12 +293,15 @@ TEST(SimTest, AForgedCopyIsNoticed) {
 }
 
 TEST(SimTest, ASeedReplays) {
-  for (const uint64_t seed : {7, 8, 9}) {
-    const Outcome a = RunSimulation(seed);
-    const Outcome b = RunSimulation(seed);
-    EXPECT_EQ(a.virtual_us, b.virtual_us);
-    EXPECT_EQ(a.stats.steps, b.stats.steps);
-    EXPECT_EQ(a.violation, b.violation);
+  for (const Shape shape : {Shape::kAny, Shape::kReplicas, Shape::kDrains}) {
+    for (const uint64_t seed : {7, 8, 9}) {
+      const Outcome a = RunSimulation(seed, {.shape = shape});
+      const Outcome b = RunSimulation(seed, {.shape = shape});
+      EXPECT_EQ(a.virtual_us, b.virtual_us);
+      EXPECT_EQ(a.stats.steps, b.stats.steps);
+      EXPECT_EQ(a.stats.replicated_bytes, b.stats.replicated_bytes);
+      EXPECT_EQ(a.violation, b.violation);
+    }
   }
 }
 
