@@ -60,7 +60,6 @@ class Drains {
   std::vector<Live> Current() const;
   // `clock_us`: a clock that stands still while the coordinator does.
   void CheckDeadlines(uint64_t clock_us);
-  // Some drain was undone after it had ended, or may be: drains change what pipelines there are.
   uint32_t num_asked() const { return num_asked_; }
   uint32_t num_done() const { return num_done_; }
   uint32_t num_undone() const { return num_undone_; }

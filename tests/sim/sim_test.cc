@@ -277,7 +277,6 @@ TEST(SimTest, AForgedRowIsNoticed) {
         RunSimulation(seed, {.shape = Shape::kMoves, .forge_rows = true, .check_always = false});
     num_noticed += !outcome.violation.empty();
   }
-  std::printf("noticed %u\n", num_noticed);
   EXPECT_GT(num_noticed, 0u);
 }
 

@@ -17,7 +17,8 @@ constexpr uint32_t kMoveAttempts = 50;
 }  // namespace
 
 bool SimCluster::Settled() const {
-  if (procedures_.AwaitsCopies() || partition_.any()) return false;
+  // Who is to learn of it comes back when the way is open, and the coordinator there.
+  if (gate_.is_shut() || procedures_.AwaitsCopies() || partition_.any()) return false;
   if (drains_left_ > 0 || leaves_left_ > 0 || joins_left_ > 0 || drains_.pending() || AnyLeaves())
     return false;
   if (scales_left_ > 0 || !scales_.empty() || moves_left_ > 0 || moves_.pending() ||
