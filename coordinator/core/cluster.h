@@ -87,6 +87,8 @@ class Cluster {
   // Its workers unload and are idle afterwards; whoever is in it waits again.
   void Retire(PipelineId id, const absl::Status& why, uint64_t now_us);
   void Shutdown(WorkerId id, const std::string& reason);
+  // Copies of prefix blocks that no sequence has go.
+  void FlushReplicas();
   // New prefix blocks get copies on other workers. To be called when plans are out.
   void AdvanceReplicas();
   const Replicas& replicas() const { return replicas_; }
@@ -197,6 +199,7 @@ class Cluster {
   void Replicate(const Pipeline& pipeline, uint32_t slot_index);
   // What could not be copied, a while ago.
   void CopyAgain(uint64_t now_us);
+  void TellForget(WorkerId buddy, LayerRange layers, absl::Span<const ContentKey> keys);
   void TellServePrefixes(const Pipeline& pipeline, StageSlot* slot);
   void TellServeReplicas(WorkerId buddy);
   uint64_t ReplicaSecret(uint64_t what, uint64_t id) const;

@@ -151,6 +151,7 @@ void Core::OnFlush(uint64_t now_us) {
   for (const auto& [id, pipeline] : state_->cluster.pipelines()) {
     if (pipeline->scheduler.started()) pipeline->scheduler.Flush();
   }
+  state_->cluster.FlushReplicas();
 }
 
 void Core::OnTick(uint64_t now_us) {

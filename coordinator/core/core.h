@@ -248,7 +248,7 @@ class Core {
   void OnMigrate(VerbId id, MigrateSpec spec, uint64_t now_us);
   // Answered by DrainTold and VerbEnded, likewise.
   void OnDrain(VerbId id, DrainSpec spec, uint64_t now_us);
-  // Prefix blocks that no sequence has go, in host memory, too.
+  // Prefix blocks that no sequence has go, in host memory and their copies on other workers, too.
   void OnFlush(uint64_t now_us);
   // Deadlines, heartbeat timeouts. Call at least every kCallGapUs, and it may be called at any time.
   void OnTick(uint64_t now_us);

@@ -3,6 +3,7 @@
 // What the scheduler does about prefix blocks: who begins with which, which full blocks become such, and
 // which make room.
 #include <algorithm>
+#include <tuple>
 #include <utility>
 
 #include "absl/container/flat_hash_set.h"
@@ -61,8 +62,10 @@ std::vector<Scheduler::NewPrefix> Scheduler::AllPrefixes() const {
   // Some may be such with a plan that is under way.
   std::vector<const PrefixIndex::Node*> nodes;
   index_.ForEach([&](const PrefixIndex::Node& node) { nodes.push_back(&node); });
-  std::stable_sort(nodes.begin(), nodes.end(),
-                   [](const auto* a, const auto* b) { return a->block < b->block; });
+  // What leads to a block before it; the index has them in another order in each process.
+  std::sort(nodes.begin(), nodes.end(), [](const auto* a, const auto* b) {
+    return std::tie(a->block, a->key) < std::tie(b->block, b->key);
+  });
   for (const PrefixIndex::Node* node : nodes) all.push_back({node->key, last_step()});
   return all;
 }

@@ -189,6 +189,23 @@ std::optional<std::vector<Replicas::Gone>> Replicas::MakeRoom(
   return gone;
 }
 
+std::vector<std::pair<WorkerId, Replicas::Gone>> Replicas::DropUnheld(
+    const std::function<bool(const ContentKey&)>& is_held) {
+  std::vector<std::pair<WorkerId, Gone>> gone;
+  for (const auto& [worker, keeper] : keepers_) {
+    const std::map<uint64_t, ContentKey> by_age = keeper.by_age;
+    for (const auto& [age, key] : by_age) {
+      if (is_held(key)) continue;
+      const std::vector<Copy>& copies = copies_.at(key);
+      size_t index = 0;
+      while (copies[index].age != age || copies[index].worker != worker) ++index;
+      gone.push_back({worker, {key, copies[index].layers}});
+      Drop(key, index);
+    }
+  }
+  return gone;
+}
+
 bool Replicas::Covers(const ContentKey& key, LayerRange layers, WorkerId worker,
                       bool are_there) const {
   const auto it = copies_.find(key);

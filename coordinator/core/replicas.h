@@ -61,6 +61,10 @@ class Replicas {
   std::optional<std::vector<Gone>> MakeRoom(WorkerId worker, uint64_t bytes, const Place& place,
                                             const std::function<bool(const ContentKey&)>& is_held);
 
+  // All that are there and that `is_held` does not know: they are to be forgotten.
+  std::vector<std::pair<WorkerId, Gone>> DropUnheld(
+      const std::function<bool(const ContentKey&)>& is_held);
+
   // All of these layers have copies at `worker`, there or on their way.
   bool Has(const ContentKey& key, LayerRange layers, WorkerId worker) const;
   bool IsThere(const ContentKey& key, LayerRange layers, WorkerId worker) const;

@@ -7,6 +7,7 @@
 //   A stage that is activated without rows of a sequence fetches what copies there are (ActivateStage.restores).
 #include <algorithm>
 #include <set>
+#include <tuple>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -24,6 +25,8 @@ constexpr uint32_t kMaxBlocksComing = 64;
 // Copies that could not be made are tried again so often, so many at most.
 constexpr uint64_t kCopyAgainUs = 1'000'000;
 constexpr uint32_t kMaxCopiesAgain = kMaxBlocksComing;
+// Keys in one message.
+constexpr size_t kMaxForgottenAtOnce = 1 << 16;
 // Of all restores of one activation.
 constexpr uint64_t kMaxRestoredTokens = 2'000'000;
 
@@ -182,12 +185,7 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
     keys.push_back(next.key);
   }
   for (const auto& [layers, gone] : forget) {
-    SendToWorker first{copying.buddy, {}};
-    v1::Replicate* forgets = first.message.mutable_replicate();
-    *forgets->mutable_forget() = Pack(gone);
-    forgets->set_layer_begin(layers.first);
-    forgets->set_layer_end(layers.second);
-    context_->Send(std::move(first));
+    TellForget(copying.buddy, {layers.first, layers.second}, gone);
   }
   if (keys.empty()) return;
   SendToWorker out{copying.buddy, {}};
@@ -202,6 +200,32 @@ void Cluster::Replicate(const Pipeline& pipeline, uint32_t slot_index) {
   source->set_data_address(workers_.at(slot.worker).data_address);
   source->set_secret(ReplicaSecret(pipeline.epoch.counter, slot.stage_id));
   context_->Send(std::move(out));
+}
+
+void Cluster::TellForget(WorkerId buddy, LayerRange layers, absl::Span<const ContentKey> keys) {
+  for (size_t at = 0; at < keys.size(); at += kMaxForgottenAtOnce) {
+    SendToWorker out{buddy, {}};
+    v1::Replicate* forgets = out.message.mutable_replicate();
+    *forgets->mutable_forget() = Pack(keys.subspan(at, kMaxForgottenAtOnce));
+    forgets->set_layer_begin(layers.begin);
+    forgets->set_layer_end(layers.end);
+    // What the worker fetches at most is in this message, too.
+    forgets->set_bytes_per_s(context_->options.replicate_bytes_per_s);
+    context_->Send(std::move(out));
+  }
+}
+
+void Cluster::FlushReplicas() {
+  // What seems to be nobody's may be of those that wait for a stage to begin with it.
+  if (IsRecovering() && !journal_->waiting().empty()) return;
+  std::map<std::tuple<WorkerId, LayerIndex, LayerIndex>, std::vector<ContentKey>> forget;
+  for (const auto& [worker, gone] :
+       replicas_.DropUnheld([this](const ContentKey& key) { return IsHeldAnywhere(key); })) {
+    forget[{worker, gone.layers.begin, gone.layers.end}].push_back(gone.key);
+  }
+  for (const auto& [where, keys] : forget) {
+    TellForget(std::get<0>(where), {std::get<1>(where), std::get<2>(where)}, keys);
+  }
 }
 
 void Cluster::CopyAgain(uint64_t now_us) {

@@ -281,8 +281,7 @@ void Clients::OnMessage(const SequenceEnded& message, uint64_t no_pipeline_us,
       } else if (text.find("--replay-timeout") != std::string::npos) {
         allowed = many_failures_ && absl::IsUnavailable(message.status);
       } else if (text.find("workers that died") != std::string::npos) {
-        allowed = (scenario_->num_faults + scenario_->num_aimed + scenario_->num_lies >
-                       kDeathsToReplayAlone ||
+        allowed = (scenario_->all_faults() > kDeathsToReplayAlone ||
                    scenario_->slow_message_chance > 0) &&  // late heartbeats evict, too
                   absl::IsInternal(message.status);
       } else if (absl::IsResourceExhausted(message.status)) {

@@ -100,12 +100,14 @@ void SimCluster::Flush() {
 void SimCluster::Heal() {
   faults_over_ = true;
   aims_.clear();
+  procedure_aims_.clear();
   rows_.Mend();
   world_.Trace("faults are over");
   if (!scenario_.heals) return;
   std::multiset<uint64_t> missing(scenario_.worker_memory.begin(), scenario_.worker_memory.end());
   for (const auto& worker : workers_) {
     if (!worker->alive() || worker->is_foreign()) continue;
+    if (drains_.IsOut(worker->instance()) || worker->is_leaving()) continue;
     const auto it = missing.find(worker->memory_bytes());
     if (it != missing.end()) missing.erase(it);
   }

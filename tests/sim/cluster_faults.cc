@@ -24,26 +24,25 @@ std::string NameOf(const SimWorker& worker) { return absl::StrCat("fault: w", wo
 void SimCluster::KillWorker(SimWorker* worker) {
   ++worker_faults_;
   CountFault(MoveFault::kKillSource, MoveFault::kKillDestination, *worker);
+  CountProcedures(Fault::kKillOwn, Fault::kKillPeer, *worker);
   // The host may vanish without a word: then only the missing heartbeats tell.
   const bool silent = world_.Chance(0.3);
   world_.Trace(absl::StrCat(NameOf(*worker), silent ? " vanishes" : " dies"));
-  const StreamPtr stream = streams_[worker];
+  const bool leaves = worker->is_leaving();
   worker->Kill(silent);
-  if (!silent) {
-    world_.After(Delay(), [this, stream] {
-      stream->open = false;
-      if (stream->id.value == 0) return;
-      gate_.Pass([this, stream] { Lose(stream, absl::UnavailableError("stream broke")); });
-    });
-  }
+  if (leaves) drains_.OnGone(worker->instance());
+  procedures_.OnLost();
+  procedures_.OnGone(worker);
+  if (!silent) StreamEnds(worker);
   if (!world_.Chance(scenario_.replacement_chance)) return;
   world_.After(world_.Random(1'000, 1'000'000),
-               [this, memory = worker->memory_bytes()] { StartWorker(memory); });
+               [this, memory = worker->memory_bytes()] { JoinWorker(memory); });
 }
 
 void SimCluster::BreakStream(SimWorker* worker) {
   ++worker_faults_;
   CountFault(MoveFault::kStreamSource, MoveFault::kStreamDestination, *worker);
+  CountProcedures(Fault::kStreamOwn, Fault::kStreamPeer, *worker);
   world_.Trace(NameOf(*worker) + "'s stream breaks");
   Close(streams_[worker], absl::UnavailableError("stream broke"), true);
 }
@@ -51,6 +50,7 @@ void SimCluster::BreakStream(SimWorker* worker) {
 void SimCluster::StallWorker(SimWorker* worker) {
   ++worker_faults_;
   CountFault(MoveFault::kStallSource, MoveFault::kStallDestination, *worker);
+  CountProcedures(Fault::kStallOwn, Fault::kStallPeer, *worker);
   const uint64_t us = world_.Random(1'000, 3 * scenario_.options.heartbeat_timeout_us);
   world_.Trace(absl::StrCat(NameOf(*worker), " stalls for ", us / 1000, " ms"));
   worker->Stall(us);
@@ -58,13 +58,14 @@ void SimCluster::StallWorker(SimWorker* worker) {
 
 void SimCluster::StopCoordinator() {
   CountFault(MoveFault::kCoordinatorStops);
+  CountProcedures(Fault::kCoordinatorStops);
   const uint64_t us = world_.Random(
       1'000, world_.Pick({3 * scenario_.options.heartbeat_timeout_us, uint64_t{30'000'000}}));
   world_.Trace(absl::StrCat("fault: the coordinator stands still for ", us / 1000, " ms"));
   gate_.Shut(us);
 }
 
-void SimCluster::Fault() {
+void SimCluster::FaultOnce() {
   world_.After(1'000, [this] { CheckSound(); });
   std::vector<SimWorker*> alive;
   for (const auto& worker : workers_) {
@@ -178,6 +179,7 @@ void SimCluster::BreakScale() {
 
 void SimCluster::CheckAims() {
   if (scenario_.breaks_scale && !scale_is_broken_ && !scales_.empty()) BreakScale();
+  CheckProcedureAims();
   if (aims_.empty() || !moves_.pending()) return;
   for (const LiveMove& move : moves_.Live()) {
     const auto it = std::find_if(aims_.begin(), aims_.end(),
@@ -259,6 +261,10 @@ void SimCluster::Strike(MoveFault fault, SequenceId sequence) {
       world_.Trace(absl::StrCat(NameOf(*source), " and w", destination->instance(), " are parted"));
       rows_.Part(source->address(), destination->address());
       return until();
+    case MoveFault::kPartSource:
+      return PartWorker(source);
+    case MoveFault::kPartDestination:
+      return PartWorker(destination);
     case MoveFault::kNoRoom:
       return CrowdDestination(source);
     case MoveFault::kCoordinatorStops:

@@ -25,6 +25,7 @@ class Gate {
   void Pass(std::function<void()> what);
   void Shut(uint64_t us);
 
+  bool is_shut() const { return since_us_ > 0; }
   uint64_t shut_us() const { return shut_us_; }    // all times together
   uint32_t num_shut() const { return num_shut_; }  // times that are over
 

@@ -8,11 +8,12 @@ namespace strait::sim {
 namespace {
 
 constexpr const char* kFaults[kNumMoveFaults] = {
-    "source dies",         "destination dies",  "source stalls",
-    "destination stalls",  "source's stream",   "destination's stream",
-    "rows' connection",    "corrupt frame",     "frame comes twice",
-    "slow link",           "partition",         "no room",
-    "coordinator stopped", "sequence cancelled"};
+    "source dies",        "destination dies",  "source stalls",
+    "destination stalls", "source's stream",   "destination's stream",
+    "rows' connection",   "corrupt frame",     "frame comes twice",
+    "slow link",          "partition of rows", "source parted",
+    "destination parted", "no room",           "coordinator stopped",
+    "sequence cancelled"};
 
 // By fault: the phases in which it can be.
 constexpr bool kExpected[kNumMoveFaults][kNumMovePhases] = {
@@ -27,7 +28,9 @@ constexpr bool kExpected[kNumMoveFaults][kNumMovePhases] = {
     {0, 1, 0, 1, 0},  // corrupt frame
     {0, 1, 1, 1, 1},  // frame comes twice: the second time later
     {1, 1, 1, 1, 1},  // slow link
-    {1, 1, 1, 1, 1},  // partition
+    {1, 1, 1, 1, 1},  // partition of rows
+    {1, 1, 1, 1, 1},  // source parted
+    {1, 1, 1, 1, 1},  // destination parted
     {1, 1, 1, 1, 0},  // no room: after the commit nobody takes it any more
     {1, 1, 1, 1, 1},  // coordinator stopped
     {1, 1, 1, 1, 1},  // sequence cancelled

@@ -30,12 +30,14 @@ enum class MoveFault {
   kCorruptFrame,
   kDuplicateFrame,
   kSlowLink,
-  kPartition,
+  kPartition,   // of the two, for rows
+  kPartSource,  // from the coordinator, or other workers, or both
+  kPartDestination,
   kNoRoom,  // at the destination: the move was given up
   kCoordinatorStops,
   kCancel,
 };
-inline constexpr size_t kNumMoveFaults = 14;
+inline constexpr size_t kNumMoveFaults = 16;
 
 // Whether such a fault can be in that phase.
 bool CanMeet(MoveFault fault, MovePhase phase);

@@ -243,7 +243,7 @@ void Moves::CheckReason(const Verb& verb, const absl::Status& status) {
 void Moves::OnRowFault(RowFault fault, SequenceId sequence) {
   num_corrupt_ += fault == RowFault::kCorrupt;
   if (fault == RowFault::kLate) ++num_late_;
-  if (fault == RowFault::kLate || verbs_.empty()) return;
+  if (fault == RowFault::kLate) return;
   const MoveFault counted = fault == RowFault::kBreak     ? MoveFault::kBreakRows
                             : fault == RowFault::kCorrupt ? MoveFault::kCorruptFrame
                                                           : MoveFault::kDuplicateFrame;
@@ -256,7 +256,7 @@ void Moves::OnRowFault(RowFault fault, SequenceId sequence) {
 
 std::vector<LiveMove> Moves::Live() const {
   std::vector<LiveMove> live;
-  if (verbs_.empty()) return live;
+  if (verbs_.empty() && scenario_->num_drains + scenario_->num_leaves == 0) return live;
   const json::Value status = Status();
   for (const json::Value& each : status.at("migrations").as_array()) {
     LiveMove move;
@@ -264,6 +264,7 @@ std::vector<LiveMove> Moves::Live() const {
     move.from = PipelineId{Number(each, "from")};
     move.to = PipelineId{Number(each, "to")};
     move.phase = PhaseOf(each);
+    move.total_ms = Number(each, "total_ms");
     move.progress = {move.phase, Number(each, "rounds"), Number(each, "rows"),
                      Number(each, "moved_bytes")};
     FindStages(status, move.from, &move.sources, &move.source_layers);
@@ -289,10 +290,18 @@ void Moves::CheckDeadlines(uint64_t clock_us) {
                                    Name(move.phase), "\" outlives ", what, " after ",
                                    (clock_us - since_us) / 1000, " ms"));
   };
-  for (const LiveMove& move : Live()) {
+  const std::vector<LiveMove> live = Live();
+  // Of drains' moves nobody tells the end.
+  std::erase_if(watches_, [&](const auto& entry) {
+    return std::none_of(live.begin(), live.end(), [&](const LiveMove& move) {
+      return move.sequence == entry.first && move.total_ms >= entry.second.total_ms;
+    });
+  });
+  for (const LiveMove& move : live) {
     Watch& watch =
         watches_.try_emplace(move.sequence, Watch{move.progress, clock_us, clock_us, {}, {}})
             .first->second;
+    watch.total_ms = move.total_ms;
     if (watch.progress != move.progress) {
       watch.progress = move.progress;
       watch.since_us = clock_us;

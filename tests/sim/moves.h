@@ -32,6 +32,7 @@ struct LiveMove {
   PipelineId from;
   PipelineId to;
   MovePhase phase = MovePhase::kReserve;
+  uint64_t total_ms = 0;
   bool decodes = false;    // a client waits for its next token
   uint64_t placement = 0;  // epoch's counter, of its home
   std::tuple<MovePhase, uint64_t, uint64_t, uint64_t> progress;
@@ -88,6 +89,7 @@ class Moves {
     uint64_t begin_us = 0;
     std::optional<uint64_t> frozen_us;
     std::optional<uint64_t> adopts_us;
+    uint64_t total_ms = 0;
     uint64_t placement = 0;  // where it went, once it is there
   };
   json::Value Status() const;

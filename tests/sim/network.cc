@@ -2,11 +2,19 @@
 #include "tests/sim/network.h"
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 #include "proto/base/limits.h"
 
 namespace strait::sim {
+
+namespace {
+
+constexpr uint64_t kAnswerTimeoutUs =
+    std::chrono::duration_cast<std::chrono::microseconds>(kAnswerTimeout).count();
+
+}  // namespace
 
 std::string FakeNcclId(uint64_t edge_id) {
   std::string id = "nccl " + std::to_string(edge_id);
@@ -36,6 +44,14 @@ void Network::BreakOne() {
   const LinkPtr& link = up[world_->Random(0, up.size() - 1)];
   world_->Trace("fault: edge from stage " + std::to_string(link->edge.from_stage_id) + " breaks");
   Break(link, absl::UnavailableError("connection reset"));
+}
+
+void Network::Reach(const LinkPtr& link, uint64_t delay_us, std::function<void()> reach) {
+  const uint64_t now_us = world_->now_us();
+  const uint64_t open_us = partition_->OpenAt(link->from->address(), link->edge.peer_address);
+  if (open_us <= now_us + kAnswerTimeoutUs) return world_->At(open_us + delay_us, std::move(reach));
+  world_->After(kAnswerTimeoutUs,
+                [this, link] { Break(link, absl::UnavailableError("no answer")); });
 }
 
 SimTransport::SimTransport(Network* network, std::string address, TransportEvents events,
@@ -69,7 +85,7 @@ void SimTransport::Connect(const Edge& edge) {
   link->from = this;
   outgoing_[edge.from_stage_id] = link;
   network_->links_.push_back(link);
-  network_->world_->After(network_->Delay(), [network = network_, link] {
+  network_->Reach(link, network_->Delay(), [network = network_, link] {
     if (link->state != Link::State::kDialing) return;
     const auto peer = network->by_address_.find(link->edge.peer_address);
     if (peer == network->by_address_.end()) {
@@ -129,8 +145,8 @@ absl::Status SimTransport::Carry(uint64_t from_stage_id,
     network_->Break(link, absl::UnavailableError("no route to host"));
     return absl::OkStatus();
   }
-  link->last_delivery_us =
-      std::max(link->last_delivery_us, network_->world_->now_us() + network_->Delay());
+  const uint64_t open_us = network_->partition_->OpenAt(address_, link->edge.peer_address);
+  link->last_delivery_us = std::max(link->last_delivery_us, open_us + network_->Delay());
   network_->world_->At(link->last_delivery_us, [link, deliver] {
     if (link->state != Link::State::kUp) return;
     SimTransport* to = link->to;
@@ -142,7 +158,7 @@ absl::Status SimTransport::Carry(uint64_t from_stage_id,
 
 void SimTransport::Probe(uint64_t from_stage_id) {
   const LinkPtr link = outgoing_.at(from_stage_id);
-  network_->world_->After(2 * network_->Delay(), [link] {
+  network_->Reach(link, 2 * network_->Delay(), [link] {
     if (link->state != Link::State::kUp) return;  // its end is told
     SimTransport* from = link->from;
     from->run_(0, [from, link] {

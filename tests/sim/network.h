@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "tests/sim/partition.h"
 #include "tests/sim/world.h"
 #include "worker/transport/transport.h"
 
@@ -35,8 +36,11 @@ using LinkPtr = std::shared_ptr<Link>;
 
 class Network {
  public:
-  Network(World* world, uint64_t delay_us_max, double slow_chance)
-      : world_(world), delay_us_max_(delay_us_max), slow_chance_(slow_chance) {}
+  Network(World* world, const Partition* partition, uint64_t delay_us_max, double slow_chance)
+      : world_(world),
+        partition_(partition),
+        delay_us_max_(delay_us_max),
+        slow_chance_(slow_chance) {}
 
   void Break(const LinkPtr& link, const absl::Status& why);
   // A random link that is up breaks; nothing if there is none.
@@ -54,7 +58,11 @@ class Network {
     const uint64_t delay_us = world_->Random(10, delay_us_max_);
     return world_->Chance(slow_chance_) ? delay_us * 100 : delay_us;
   }
+  // `reach` runs so much later, or when the two ends are parted no more; if that takes too long, the edge breaks.
+  void Reach(const LinkPtr& link, uint64_t delay_us, std::function<void()> reach);
+
   World* const world_;
+  const Partition* const partition_;
   const uint64_t delay_us_max_;
   const double slow_chance_;
   std::map<std::string, SimTransport*> by_address_;

@@ -12,10 +12,13 @@ namespace {
 class Run {
  public:
   explicit Run(uint32_t num_layers) : attended_(num_layers, 0) {}
-  uint64_t Feed(TokenId token) {
+  // `rows`: of each layer, what it caches; may be null.
+  uint64_t Feed(TokenId token, uint64_t* rows = nullptr) {
     uint64_t hidden = Embed(token, position_);
     for (LayerIndex layer = 0; layer < attended_.size(); ++layer) {
-      attended_[layer] += Attend(CacheRow(hidden, layer, position_), position_);
+      const uint64_t row = CacheRow(hidden, layer, position_);
+      if (rows != nullptr) rows[layer] = row;
+      attended_[layer] += Attend(row, position_);
       hidden = LayerOut(hidden, attended_[layer], layer);
     }
     ++position_;
@@ -28,6 +31,18 @@ class Run {
 };
 
 }  // namespace
+
+std::vector<std::vector<uint64_t>> ExpectRows(absl::Span<const TokenId> tokens, LayerRange layers) {
+  Run run(layers.end);
+  std::vector<uint64_t> each(layers.end);
+  std::vector<std::vector<uint64_t>> rows(layers.size());
+  for (const TokenId token : tokens) {
+    run.Feed(token, each.data());
+    for (LayerIndex l = layers.begin; l < layers.end; ++l)
+      rows[l - layers.begin].push_back(each[l]);
+  }
+  return rows;
+}
 
 Expected Expect(const SequenceSpec& spec, const ModelShape& model) {
   Expected expected;

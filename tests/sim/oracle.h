@@ -20,6 +20,9 @@ struct Expected {
   std::optional<TokenId> stop_token;
 };
 
+// What layers [begin, end) cache of these tokens: [layers, tokens].
+std::vector<std::vector<uint64_t>> ExpectRows(absl::Span<const TokenId> tokens, LayerRange layers);
+
 Expected Expect(const SequenceSpec& spec, const ModelShape& model);
 
 }  // namespace strait::sim

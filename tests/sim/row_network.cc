@@ -57,7 +57,8 @@ absl::StatusOr<RowsFrame> Decode(const std::string& head, std::string rows) {
 // ---------------------------------------------------------------- the network
 
 bool RowNetwork::AreParted(const RowConnection& connection) const {
-  return parted_.contains({connection.from_address, connection.to_address}) ||
+  return partition_->IsCut(connection.from_address, connection.to_address) ||
+         parted_.contains({connection.from_address, connection.to_address}) ||
          parted_.contains({connection.to_address, connection.from_address});
 }
 

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "absl/strings/string_view.h"
+#include "tests/sim/partition.h"
 #include "tests/sim/world.h"
 #include "worker/transfer/row_transfer.h"
 
@@ -56,8 +57,9 @@ class RowNetwork {
  public:
   // Told when rows of a sequence, or asks for them, meet a fault.
   using OnFault = std::function<void(RowFault, SequenceId)>;
-  RowNetwork(World* world, const RowNetworkOptions& options, OnFault on_fault)
-      : world_(world), options_(options), on_fault_(std::move(on_fault)) {}
+  RowNetwork(World* world, const Partition* partition, const RowNetworkOptions& options,
+             OnFault on_fault)
+      : world_(world), partition_(partition), options_(options), on_fault_(std::move(on_fault)) {}
 
   // A random connection breaks, one that waits for rows if there is any. False: there is none.
   bool BreakOne();
@@ -87,6 +89,7 @@ class RowNetwork {
                bool is_second);
 
   World* const world_;
+  const Partition* const partition_;
   const RowNetworkOptions options_;
   const OnFault on_fault_;
   std::map<std::string, SimRowTransfer*> by_address_;

@@ -64,6 +64,10 @@ Scenario MakeScenario(Shape shape, World* world) {
       return MakeSharingScenario(world);
     case Shape::kMoves:
       return MakeMovesScenario(world);
+    case Shape::kReplicas:
+      return MakeReplicasScenario(world);
+    case Shape::kDrains:
+      return MakeDrainsScenario(world);
   }
   return {};
 }

@@ -59,9 +59,21 @@ struct Scenario {
   bool breaks_scale =
       false;  // one fails when some pipelines have other numbers of stages than others
 
-  uint32_t num_moves = 0;  // of sequences from pipeline to pipeline
-  uint64_t moves_us = 0;   // all asked for within
-  uint32_t num_aimed = 0;  // faults, beside num_faults, that wait for a phase of a move
+  uint32_t num_moves = 0;      // of sequences from pipeline to pipeline
+  uint64_t moves_us = 0;       // all asked for within
+  uint32_t num_aimed = 0;      // faults, beside num_faults, that wait for a phase of a move
+  uint64_t replica_bytes = 0;  // of each worker, for copies of others' prefix blocks
+
+  uint32_t num_drains = 0;  // asked for; all within drains_us
+  uint32_t num_leaves = 0;  // workers that ask to be drained and end
+  uint32_t num_joins = 0;   // workers that come while sequences run
+  uint64_t drains_us = 0;
+  uint64_t leave_timeout_us = 30'000'000;  // for which a worker that leaves waits
+  // Faults that wait for a phase of a procedure (procedure_counts.h), beside the others. The seed says which.
+  uint32_t num_procedure_aims = 0;
+  uint32_t all_faults() const {
+    return num_faults + num_aimed + num_procedure_aims + num_lies + num_drains + num_leaves;
+  }
   RowNetworkOptions rows;
   uint64_t transfer_frame_bytes = limits::kTransferFrameBytes;
 };
@@ -72,6 +84,9 @@ Scenario MakeAnyScenario(World* world);
 Scenario MakeGroundScenario(World* world);
 // Prompts of some hundred tokens that begin alike and part at any place, in caches of few blocks.
 Scenario MakeSharingScenario(World* world);
+// As moves, with copies of blocks; and with drains, leaves and joins (scenario_procedures.cc).
+Scenario MakeReplicasScenario(World* world);
+Scenario MakeDrainsScenario(World* world);
 // As ground: two moves and more, three faults, most of them at phases of moves; splits that differ.
 Scenario MakeMovesScenario(World* world);
 

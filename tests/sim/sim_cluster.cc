@@ -38,7 +38,7 @@ void SimCluster::Dial(SimWorker* worker) {
   auto stream = std::make_shared<Stream>();
   stream->worker = worker;
   streams_[worker] = stream;
-  stream->to_core_us = world_.now_us() + Delay();
+  stream->to_core_us = partition_.OpenAt(worker->address(), kCoordinatorAddress) + Delay();
   world_.At(stream->to_core_us, [this, stream] { gate_.Pass([this, stream] { Attach(stream); }); });
 }
 
@@ -49,6 +49,7 @@ void SimCluster::Attach(const StreamPtr& stream) {
   world_.Trace(
       absl::StrCat("w", stream->worker->instance(), " attaches as worker ", stream->id.value));
   if (stream->worker->is_foreign()) return AttachForeign(stream);
+  drains_.OnAttached(stream->worker->instance());
   core_.OnWorkerAttached(stream->id, stream->worker->Hello(), world_.now_us());
   PumpSoon();
 }
@@ -71,7 +72,8 @@ void SimCluster::FromWorker(SimWorker* worker, v1::FromWorker message, bool lie)
   const StreamPtr stream = streams_[worker];
   if (!stream->open) return;
   outcome_.lies_told += lie;
-  stream->to_core_us = std::max(stream->to_core_us, world_.now_us() + Delay());
+  stream->to_core_us = std::max(
+      stream->to_core_us, partition_.OpenAt(worker->address(), kCoordinatorAddress) + Delay());
   auto shared = std::make_shared<v1::FromWorker>(std::move(message));
   world_.At(stream->to_core_us, [this, stream, shared, lie] {
     gate_.Pass([this, stream, shared, lie] { Receive(stream, *shared, lie); });
@@ -87,6 +89,9 @@ void SimCluster::Receive(const StreamPtr& stream, const v1::FromWorker& message,
         absl::StrCat("from w", stream->worker->instance(), ": ", message.ShortDebugString()));
   }
   const bool must_be_noticed = lie && stream->open && EpochIsActive(message.report());
+  procedures_.OnHeard(stream->worker, message);
+  if (message.has_leave() && by_id_.at(stream->id)->open)
+    drains_.OnLeave(stream->worker->instance());
   core_.OnWorkerMessage(stream->id, message, world_.now_us());
   if (!must_be_noticed) return PumpSoon();
   Pump();
@@ -118,7 +123,11 @@ void SimCluster::Deliver(SendToWorker message) {
   if (it == by_id_.end()) return world_.Violation("a message to a worker that never was");
   const StreamPtr stream = it->second;
   if (!stream->open) return;
-  stream->to_worker_us = std::max(stream->to_worker_us, world_.now_us() + Delay());
+  SimWorker* const worker = stream->worker;
+  drains_.OnSent(worker->instance(), message.message, !scales_.empty());
+  procedures_.OnSent(worker, message.message);
+  stream->to_worker_us = std::max(
+      stream->to_worker_us, partition_.OpenAt(worker->address(), kCoordinatorAddress) + Delay());
   if (world_.tracing()) {
     world_.Trace(
         absl::StrCat("to w", stream->worker->instance(), ": ", message.message.ShortDebugString()));
@@ -132,15 +141,27 @@ void SimCluster::Deliver(SendToWorker message) {
   });
 }
 
-void SimCluster::Close(const StreamPtr& stream, const absl::Status& why, bool core_learns) {
+void SimCluster::Close(const StreamPtr& stream, const absl::Status& why, bool core_learns,
+                       bool by_worker) {
   if (!stream->open) return;
   stream->open = false;
-  world_.After(Delay(), [stream] {
-    stream->worker->RunAfter(0, [stream] { stream->worker->StreamEnded(); });
-  });
+  procedures_.OnGone(stream->worker);
+  const uint64_t open_us = partition_.OpenAt(stream->worker->address(), kCoordinatorAddress);
+  world_.At((by_worker ? world_.now_us() : open_us) + Delay(),
+            [stream] { stream->worker->RunAfter(0, [stream] { stream->worker->StreamEnded(); }); });
   if (!core_learns || stream->id.value == 0) return;
-  world_.After(Delay(),
-               [this, stream, why] { gate_.Pass([this, stream, why] { Lose(stream, why); }); });
+  world_.At(open_us + Delay(),
+            [this, stream, why] { gate_.Pass([this, stream, why] { Lose(stream, why); }); });
+}
+
+void SimCluster::StreamEnds(SimWorker* worker) {
+  const StreamPtr stream = streams_[worker];
+  world_.At(partition_.OpenAt(worker->address(), kCoordinatorAddress) + Delay(), [this, stream] {
+    stream->open = false;
+    procedures_.OnGone(stream->worker);  // what it was sent meanwhile, too
+    if (stream->id.value == 0) return;
+    gate_.Pass([this, stream] { Lose(stream, absl::UnavailableError("stream broke")); });
+  });
 }
 
 void SimCluster::Lose(const StreamPtr& stream, const absl::Status& why) {
@@ -193,12 +214,16 @@ void SimCluster::Pump() {
                                         core_.Ready() && !submitted_unready_.contains(m.request));
                    },
                    [&](const SequenceEnded& m) {
-                     clients_.OnMessage(m, no_pipeline_us, core_.Stats().workers_lost);
+                     const CoreStats stats = core_.Stats();
+                     clients_.OnMessage(m, no_pipeline_us,
+                                        stats.workers_lost + drains_.num_asked() + outcome_.leaves);
                    },
                    [&](const ScaleAnswered& m) { OnScaled(m); },
                    [&](const MoveTold& m) { moves_.OnMessage(m); },
-                   [&](const DrainTold&) {},  // no drain is asked for
-                   [&](const VerbEnded& m) { moves_.OnMessage(m); },
+                   [&](const DrainTold& m) { drains_.OnMessage(m); },
+                   [&](const VerbEnded& m) {
+                     Drains::Owns(m.verb) ? OnDrainEnded(m) : moves_.OnMessage(m);
+                   },
                    [&](const auto& m) { clients_.OnMessage(m); },
                },
                message);
@@ -223,7 +248,9 @@ void SimCluster::Tick() {
   core_.OnTick(world_.now_us());
   Pump();
   clients_.CheckDeadlines(2 * kTickUs + gate_.shut_us());
-  if (moves_.pending()) moves_.CheckDeadlines(world_.now_us() - gate_.shut_us());
+  const uint64_t clock_us = world_.now_us() - gate_.shut_us();
+  if (moves_.pending() || drains_.any()) moves_.CheckDeadlines(clock_us);
+  if (drains_.any()) drains_.CheckDeadlines(clock_us);
   const uint64_t no_pipeline_us = world_.now_us() - last_ready_us_;
   if (scenario_.heals && network_.spoiled_breaks_max() > kSpoiledBreaksMax) {
     world_.Violation("a worker whose links carry nothing is kept and tried again and again");

@@ -18,10 +18,13 @@
 #include "coordinator/core/core.h"
 #include "proto/base/json.h"
 #include "tests/sim/client.h"
+#include "tests/sim/drains.h"
 #include "tests/sim/gate.h"
 #include "tests/sim/hash_model.h"
 #include "tests/sim/moves.h"
 #include "tests/sim/network.h"
+#include "tests/sim/partition.h"
+#include "tests/sim/procedures.h"
 #include "tests/sim/row_network.h"
 #include "tests/sim/scenario.h"
 #include "tests/sim/sim_worker.h"
@@ -35,14 +38,18 @@ inline constexpr uint64_t kTickUs = 50'000;
 class SimCluster final : public Control {
  public:
   SimCluster(uint64_t seed, const SimulationOptions& options)
-      : options_(options),
+      : seed_(seed),
+        options_(options),
         world_(seed, options.trace),
         scenario_(MakeScenario(options.shape, &world_)),
-        network_(&world_, scenario_.data_delay_us_max, scenario_.slow_message_chance),
-        rows_(&world_, scenario_.rows,
-              [this](RowFault fault, SequenceId sequence) { moves_.OnRowFault(fault, sequence); }),
+        partition_(&world_),
+        network_(&world_, &partition_, scenario_.data_delay_us_max, scenario_.slow_message_chance),
+        rows_(&world_, &partition_, scenario_.rows,
+              [this](RowFault fault, SequenceId sequence) { OnRowFault(fault, sequence); }),
         core_(scenario_.options, scenario_.model),
         moves_(&world_, &scenario_, &core_),
+        drains_(&world_, &scenario_, &core_, &procedure_counts_),
+        procedures_(&procedure_counts_),
         clients_(&world_, &scenario_),
         gate_(&world_, [this](uint64_t us) { OnCoreRunsAgain(us); }) {}
 
@@ -50,7 +57,10 @@ class SimCluster final : public Control {
 
   void Dial(SimWorker* worker) override;
   void FromWorker(SimWorker* worker, v1::FromWorker message, bool lie) override;
-  void HangUp(SimWorker* worker, absl::Status why) override { Close(streams_[worker], why, true); }
+  void HangUp(SimWorker* worker, absl::Status why) override {
+    Close(streams_[worker], why, true, /*by_worker=*/true);
+  }
+  void Exit(SimWorker* worker) override;
 
  private:
   struct Stream {
@@ -70,6 +80,12 @@ class SimCluster final : public Control {
     uint64_t delay_us = 0;
   };
 
+  struct ProcedureAim {
+    Phase phase = Phase::kCopiesCome;
+    Fault fault = Fault::kKillOwn;
+    uint64_t delay_us = 0;
+  };
+
   // ---- The coordinator's loop and its streams: sim_cluster.cc ----
   uint64_t Delay();
   // Whether a report is of what the core takes for the present.
@@ -79,7 +95,11 @@ class SimCluster final : public Control {
   void Tick();
   void OnCoreRunsAgain(uint64_t us);
   void Deliver(SendToWorker message);
-  void Close(const StreamPtr& stream, const absl::Status& why, bool core_learns);
+  // `by_worker`: it ends its stream itself. Else it, and in any case the core, learns of it when the way is open.
+  void Close(const StreamPtr& stream, const absl::Status& why, bool core_learns,
+             bool by_worker = false);
+  // Its process is gone, and its stream with it.
+  void StreamEnds(SimWorker* worker);
   void OnEvict(const EvictWorker& evict);
 
   json::Value Status() const;
@@ -100,8 +120,32 @@ class SimCluster final : public Control {
   void Flush();
   void Heal();
 
+  // ---- Workers that go and come: cluster_procedures.cc ----
+  void ScheduleProcedures();
+  // What must hold of copies in idle moments: both sides' books agree; after a flush (`flushed`) nothing is left.
+  void CheckCopies(bool flushed);
+  void CollectProcedures();
+  void JoinWorker(uint64_t memory_bytes);
+  void JoinOnce();
+  void DrainOnce();
+  void LeaveOnce();
+  void OnDrainEnded(const VerbEnded& ended);
+  bool AnyLeaves() const;
+
+  // ---- Faults of procedures: procedure_faults.cc ----
+  void PartWorker(SimWorker* worker);
+  std::vector<LiveProcedure> LiveProcedures() const;
+  void CountProcedures(Fault of_own, Fault of_peer, const SimWorker& worker);
+  void CountProcedures(Fault fault);
+  void OnRowFault(RowFault fault, SequenceId sequence);
+  void MakeProcedureAims(uint64_t seed);
+  void CheckProcedureAims();
+  SimWorker* PeerOf(const LiveProcedure& procedure);
+  void Strike(const ProcedureAim& aim, SimWorker* own);
+  void FindNoRoom(Phase phase, SimWorker* own);
+
   // ---- Faults: cluster_faults.cc ----
-  void Fault();
+  void FaultOnce();
   void Corrupt();
   // Counts as faults of workers those that excuse an eviction.
   void KillWorker(SimWorker* worker);
@@ -125,13 +169,18 @@ class SimCluster final : public Control {
   void CheckIdle();
   void CheckEnd();
 
+  const uint64_t seed_;
   const SimulationOptions options_;
   World world_;
   const Scenario scenario_;
+  Partition partition_;
   Network network_;
   RowNetwork rows_;
   Core core_;
   Moves moves_;
+  ProcedureCounts procedure_counts_;
+  Drains drains_;
+  Procedures procedures_;
   Clients clients_;
   Gate gate_;
   std::vector<std::unique_ptr<SimWorker>> workers_;
@@ -145,7 +194,11 @@ class SimCluster final : public Control {
   uint32_t scales_left_ = 0;
   std::set<ScaleId> scales_;  // not answered
   uint32_t moves_left_ = 0;
+  uint32_t drains_left_ = 0;
+  uint32_t leaves_left_ = 0;
+  uint32_t joins_left_ = 0;
   std::vector<Aim> aims_;
+  std::vector<ProcedureAim> procedure_aims_;
   bool scale_is_broken_ = false;
   bool faults_over_ = false;
   uint32_t worker_faults_ = 0;  // of workers and their links: only these excuse an eviction

@@ -40,6 +40,8 @@ constexpr uint64_t kSeeds = 150;
 #else
 constexpr uint64_t kSeeds = 2000;
 #endif
+// Seeds for a pair of a fault and a phase that did not come in others.
+constexpr uint64_t kMostAimed = 40;
 
 TEST(SimTest, ManySeeds) {
   for (const int signal : {SIGABRT, SIGFPE, SIGSEGV}) std::signal(signal, OnCrash);
@@ -217,23 +219,90 @@ TEST(SimTest, MovesSeeds) {
   EXPECT_EQ(sum.moves.Missing(), "");
 }
 
+// Blocks have copies on other workers, and who takes a dead one's place begins with them. Workers are drained, leave and
+// come. Faults strike in every phase of that.
+TEST(SimTest, ProceduresSeeds) {
+  const uint64_t count = FromEnvironment("STRAIT_SIM_SEEDS", kSeeds) / 20;
+  Outcome sum;
+  for (const Shape shape : {Shape::kReplicas, Shape::kDrains}) {
+    const char* const name = shape == Shape::kReplicas ? "--replicas" : "--drains";
+    for (uint64_t seed = 1; seed <= count; ++seed) {
+      running_seed = seed;
+      const Outcome outcome = RunSimulation(seed, {.shape = shape, .check_always = seed % 3 == 0});
+      EXPECT_EQ(outcome.violation, "")
+          << "replay: strait_sim " << name << " --seed " << seed << " --trace";
+      sum.procedures.Add(outcome.procedures);
+      sum.sequences_finished += outcome.sequences_finished;
+      sum.requests += outcome.requests;
+      sum.stats.replicas_made += outcome.stats.replicas_made;
+      sum.rows_restored += outcome.rows_restored;
+      sum.drains_done += outcome.drains_done;
+      sum.drains_undone += outcome.drains_undone;
+      sum.leaves += outcome.leaves;
+      sum.left += outcome.left;
+      sum.left_with_stages += outcome.left_with_stages;
+    }
+  }
+  EXPECT_GT(sum.sequences_finished, sum.requests / 2);
+  if (count < 100) return;
+  // What did not come by itself is aimed at.
+  for (const auto& [phase, fault] : sum.procedures.MissingPairs()) {
+    const Shape shape = IsOfDrain(phase) ? Shape::kDrains : Shape::kReplicas;
+    for (uint64_t seed = 1; seed <= kMostAimed && sum.procedures.count(fault, phase) == 0; ++seed) {
+      const Outcome outcome =
+          RunSimulation(seed, {.shape = shape, .aim = {{phase, fault}}, .check_always = false});
+      EXPECT_EQ(outcome.violation, "")
+          << "aimed at " << Name(phase) << "/" << Name(fault) << ", seed " << seed;
+      sum.procedures.Add(outcome.procedures);
+    }
+  }
+  std::printf("%s\n", sum.procedures.Table().c_str());
+  EXPECT_GT(sum.stats.replicas_made, count * 10);
+  EXPECT_GT(sum.rows_restored, count * 100);
+  EXPECT_GT(sum.drains_done, count / 2);
+  EXPECT_GT(sum.drains_undone, 0u);
+  EXPECT_GT(sum.leaves, count / 4);
+  // Others died first.
+  EXPECT_GT(sum.left, sum.leaves * 3 / 4);
+  EXPECT_LT(sum.left_with_stages, sum.left / 2);
+  EXPECT_GT(sum.procedures.ends("a worker that came is used"), count / 4);
+  EXPECT_GT(sum.procedures.ends("drain by move: done"), count / 10);
+  EXPECT_GT(sum.procedures.ends("drain by replace: done"), count / 10);
+  EXPECT_EQ(sum.procedures.Missing(), "");
+}
+
 // The simulator itself: a moved row that is another one, though every checksum is right, changes what a client gets.
 TEST(SimTest, AForgedRowIsNoticed) {
   uint32_t num_noticed = 0;
-  for (uint64_t seed = 1; seed <= 20; ++seed) {
-    const Outcome outcome = RunSimulation(seed, {.shape = Shape::kMoves, .forge_rows = true});
+  for (uint64_t seed = 1; seed <= 60; ++seed) {
+    const Outcome outcome =
+        RunSimulation(seed, {.shape = Shape::kMoves, .forge_rows = true, .check_always = false});
+    num_noticed += !outcome.violation.empty();
+  }
+  EXPECT_GT(num_noticed, 0u);
+}
+
+// The same of a copy: a stage that begins with it, or what it samples, shows it.
+TEST(SimTest, AForgedCopyIsNoticed) {
+  uint32_t num_noticed = 0;
+  for (uint64_t seed = 1; seed <= 10; ++seed) {
+    const Outcome outcome =
+        RunSimulation(seed, {.shape = Shape::kReplicas, .forge_rows = true, .check_always = false});
     num_noticed += !outcome.violation.empty();
   }
   EXPECT_GT(num_noticed, 0u);
 }
 
 TEST(SimTest, ASeedReplays) {
-  for (const uint64_t seed : {7, 8, 9}) {
-    const Outcome a = RunSimulation(seed);
-    const Outcome b = RunSimulation(seed);
-    EXPECT_EQ(a.virtual_us, b.virtual_us);
-    EXPECT_EQ(a.stats.steps, b.stats.steps);
-    EXPECT_EQ(a.violation, b.violation);
+  for (const Shape shape : {Shape::kAny, Shape::kReplicas, Shape::kDrains}) {
+    for (const uint64_t seed : {7, 8, 9}) {
+      const Outcome a = RunSimulation(seed, {.shape = shape});
+      const Outcome b = RunSimulation(seed, {.shape = shape});
+      EXPECT_EQ(a.virtual_us, b.virtual_us);
+      EXPECT_EQ(a.stats.steps, b.stats.steps);
+      EXPECT_EQ(a.stats.replicated_bytes, b.stats.replicated_bytes);
+      EXPECT_EQ(a.violation, b.violation);
+    }
   }
 }
 

@@ -14,6 +14,9 @@
 namespace strait::sim {
 namespace {
 
+// Copies that may be damaged: of so many told last.
+constexpr size_t kCopiesKnown = 64;
+
 // Three of four workers say that they have NCCL, in two versions.
 uint32_t FakeNcclVersion(uint64_t instance) {
   return instance % 4 == 0 ? 0 : instance % 4 == 1 ? 22703 : 22809;
@@ -41,6 +44,7 @@ SimWorker::SimWorker(World* world, Network* network, RowNetwork* rows, Control* 
             }),
       core_({.orphan_timeout_us = scenario->orphan_timeout_us,
              .host_cache_bytes = scenario->host_cache_bytes,
+             .replica_bytes = scenario->replica_bytes,
              .transfer_frame_bytes = scenario->transfer_frame_bytes},
             StageTraitsOf(backend_), &backend_.cache(), &transport_, this, &rows_) {
   backend_.rows_ahead = scenario->rows_ahead;
@@ -137,13 +141,35 @@ bool SimWorker::CorruptHost() {
   return true;
 }
 
+void SimWorker::OnReplicate(const v1::Replicate& replicate) {
+  const auto keys = ParseContentKeys(replicate.keys());
+  if (!keys.ok()) return;
+  for (const ContentKey& key : *keys) {
+    copied_.emplace_back(
+        key, LayerRange{replicate.source().layer_begin(), replicate.source().layer_end()});
+    if (copied_.size() > kCopiesKnown) copied_.pop_front();
+  }
+}
+
+bool SimWorker::CorruptReplica() {
+  std::erase_if(
+      copied_, [this](const auto& copy) { return !replicas().has(copy.first, copy.second.begin); });
+  if (copied_.empty()) return false;
+  const auto& [key, layers] = copied_[world_->Random(0, copied_.size() - 1)];
+  // Of its memory, which it does not know to have changed.
+  auto& store = const_cast<ReplicaStore&>(replicas());
+  store.data(key, layers.begin)[world_->Random(0, store.block_bytes() - 1)] ^= std::byte{0x10};
+  return true;
+}
+
 std::string SimWorker::TransfersLeft() const {
   std::string left;
   for (const uint64_t id : core_.stage_ids()) {
     const Stage* const stage = core_.FindStage(id);
     if (stage == nullptr) continue;
     const size_t num_imports = stage->importer().num_imports();
-    const size_t num_services = stage->exporter().num_services();
+    const Exporter& exporter = stage->exporter();
+    const size_t num_services = exporter.num_services() - exporter.serves_prefixes();
     if (num_imports + num_services == 0 && !stage->CopiesRows()) continue;
     absl::StrAppend(&left, num_imports, " imports and ", num_services,
                     " sequences served by stage ", id, stage->CopiesRows() ? ", copies; " : "; ");
@@ -187,12 +213,18 @@ void SimWorker::Receive(const v1::ToWorker& message) {
       break;
     case v1::ToWorker::kActivateStage:
       Count(message.activate_stage().stage_id(), SimEvent::kActivate);
+      restores_.OnActivate(message.activate_stage());
       break;
     case v1::ToWorker::kResizeCache:
       Count(message.resize_cache().stage_id(), SimEvent::kResize);
       break;
     case v1::ToWorker::kFetchRows:
       Count(message.fetch_rows().stage_id(), SimEvent::kFetch);
+      break;
+    case v1::ToWorker::kReplicate:
+      OnReplicate(message.replicate());
+      break;
+    case v1::ToWorker::kShutdown:
       break;
     case v1::ToWorker::kServeRows:
       Count(message.serve_rows().stage_id(), SimEvent::kServe);
@@ -216,6 +248,7 @@ void SimWorker::StreamEnded() {
   ++stream_;
   CountAll(SimEvent::kDetach);
   core_.OnDetached(world_->now_us());
+  if (leaving_) return Shutdown();  // nobody drains it any more
   RunAfter(world_->Random(1'000, 50'000), [this, stream = stream_] {
     if (stream == stream_) control_->Dial(this);
   });
@@ -245,11 +278,20 @@ void SimWorker::CheckTold(const v1::FromWorker& message) {
         "w", instance_, " refuses to resize a cache: ", message.cache_resized().error_message()));
   }
   if (message.has_rows_fetched()) return CheckFetched(message.rows_fetched());
+  if (message.stage_state().state() == v1::StageState::ACTIVE) {
+    const Stage& stage = *core_.FindStage(message.stage_state().stage_id());
+    const std::string wrong = restores_.OnActive(message.stage_state(), stage, backend_.cache());
+    if (!wrong.empty()) world_->Violation(absl::StrCat("w", instance_, ": ", wrong));
+  }
   const auto code = static_cast<absl::StatusCode>(
       message.has_report() ? message.report().error_code() : message.stage_state().error_code());
   const std::string& what = message.has_report() ? message.report().error_message()
                                                  : message.stage_state().error_message();
   // Core and stage share their rules. What was planned fits.
+  if (code == absl::StatusCode::kResourceExhausted && message.has_stage_state() &&
+      std::exchange(load_finds_no_room_, false)) {
+    return;
+  }
   if (code == absl::StatusCode::kInvalidArgument || code == absl::StatusCode::kFailedPrecondition ||
       code == absl::StatusCode::kResourceExhausted || code == absl::StatusCode::kAlreadyExists ||
       (code == absl::StatusCode::kNotFound && message.has_report())) {
@@ -342,6 +384,11 @@ void SimWorker::CountAll(SimEvent event) {
 }
 
 void SimWorker::CheckSound() {
+  if (core_.replicas().taken_bytes() > scenario_->replica_bytes) {
+    world_->Violation(absl::StrCat("w", instance_, " has copies of ",
+                                   core_.replicas().taken_bytes(), " bytes, it offered ",
+                                   scenario_->replica_bytes));
+  }
   if (!check_always_) return;
   const absl::Status sound = core_.CheckIntegrity();
   if (!sound.ok()) world_->Violation(absl::StrCat("w", instance_, ": ", sound.ToString()));
@@ -410,7 +457,28 @@ void SimWorker::Stall(uint64_t us) {
   world_->At(stalled_until_us_, [this] { Drain(); });
 }
 
-void SimWorker::FailNextLoad() { backend_.fail_next_load = absl::DataLossError("a bad disk"); }
+void SimWorker::FailNextLoad(absl::Status why) {
+  load_finds_no_room_ = absl::IsResourceExhausted(why);
+  backend_.fail_next_load = std::move(why);
+}
+
+void SimWorker::Leave() {
+  if (leaving_) return;
+  leaving_ = true;
+  if (!core_.attached()) return Shutdown();
+  v1::FromWorker message;
+  message.mutable_leave()->set_reason("a signal asked it to stop");
+  Tell(std::move(message));
+  RunAfter(scenario_->leave_timeout_us, [this] { Shutdown(); });
+}
+
+void SimWorker::Shutdown() {
+  if (!leaving_) return world_->Violation("a worker is told to stop that did not ask for it");
+  // Not within an event of its core.
+  world_->After(0, [this] {
+    if (alive_) control_->Exit(this);
+  });
+}
 
 void SimWorker::FailNextStep() {
   const absl::Status bad = absl::InternalError("a bad device");

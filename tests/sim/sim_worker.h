@@ -20,6 +20,7 @@
 #include "tests/sim/event_counts.h"
 #include "tests/sim/hash_backend.h"
 #include "tests/sim/network.h"
+#include "tests/sim/restore_check.h"
 #include "tests/sim/row_network.h"
 #include "tests/sim/scenario.h"
 #include "tests/sim/world.h"
@@ -38,6 +39,8 @@ class Control {
   virtual void FromWorker(SimWorker* worker, v1::FromWorker message, bool lie) = 0;
   // The worker ends its stream.
   virtual void HangUp(SimWorker* worker, absl::Status why) = 0;
+  // Its process ends, as it was told to or since nobody drains it any more.
+  virtual void Exit(SimWorker* worker) = 0;
 };
 
 class SimWorker final : private WorkerPorts {
@@ -55,11 +58,15 @@ class SimWorker final : private WorkerPorts {
   // `silent`: who waits for its answers finds out by waiting.
   void Kill(bool silent = false);
   void Stall(uint64_t us);
-  void FailNextLoad();
+  // As SIGTERM: it asks to be drained, and ends when it is told to, when its stream ends, or when it is tired of waiting.
+  void Leave();
+  void FailNextLoad(absl::Status why = absl::DataLossError("a bad disk"));
   void FailNextStep();
   void LieOnce() { lie_next_ = true; }
   // Some bytes of its host memory change. False: it has taken none.
   bool CorruptHost();
+  // Of a copy of another worker's block, likewise.
+  bool CorruptReplica();
   void FailNextCopy() { backend_.copy_faults.fail_next = true; }
 
   // Runs `what` in this worker's time, `delay_us` from now or when it is free; never once it is
@@ -68,6 +75,7 @@ class SimWorker final : private WorkerPorts {
 
   bool alive() const { return alive_; }
   bool lied() const { return lied_; }
+  bool is_leaving() const { return leaving_; }
   uint64_t instance() const { return instance_; }
   std::string address() const { return transport_.address(); }
   uint64_t memory_bytes() const { return memory_bytes_; }
@@ -77,9 +85,12 @@ class SimWorker final : private WorkerPorts {
   uint64_t steps_ahead() const { return steps_ahead_; }
   uint64_t late_ids() const { return backend_.late_ids; }
   const EventCounts& event_counts() const { return counts_; }
+  uint64_t rows_restored() const { return restores_.num_rows(); }  // and looked at
+  const ReplicaStore& replicas() const { return core_.replicas(); }
   absl::Status CheckIntegrity() const { return core_.CheckIntegrity(); }
   // Of rows that move, what has not ended; empty: nothing.
   std::string TransfersLeft() const;
+  size_t num_stages() const { return core_.num_stages(); }
   // Latent blocks held by all stages.
   uint64_t BlocksHeld() const { return core_.BlocksHeld(); }
 
@@ -87,7 +98,7 @@ class SimWorker final : private WorkerPorts {
   // ---- WorkerPorts ----
   void Tell(v1::FromWorker message) override;
   void DropCoordinator(absl::Status why) override;
-  void Shutdown() override {}
+  void Shutdown() override;
   void Load(const LoadOrder& order) override;
   void CancelLoads(uint64_t) override {}  // the core knows an answer that it does not want
   void RowsDue(uint64_t, PipelineEpoch, StepId, uint32_t) override {}
@@ -107,6 +118,7 @@ class SimWorker final : private WorkerPorts {
   void CheckTold(const v1::FromWorker& message);
   void CheckFetched(const v1::RowsFetched& fetched);
   void CheckSound();
+  void OnReplicate(const v1::Replicate& replicate);
   static void VoidNan(v1::StageReport* report);
   bool Lie(v1::StageReport* report);
 
@@ -133,6 +145,10 @@ class SimWorker final : private WorkerPorts {
   uint64_t stream_ = 0;  // counts its streams
   uint64_t heartbeat_interval_us_ = 0;
   EventCounts counts_;
+  RestoreCheck restores_;
+  std::deque<std::pair<ContentKey, LayerRange>> copied_;  // that it was told to copy, the newest
+  bool leaving_ = false;
+  bool load_finds_no_room_ = false;
   bool lie_next_ = false;
   bool lied_ = false;
   uint64_t steps_ahead_ = 0;

@@ -17,6 +17,10 @@ constexpr uint32_t kMoveAttempts = 50;
 }  // namespace
 
 bool SimCluster::Settled() const {
+  // Who is to learn of it comes back when the way is open, and the coordinator there.
+  if (gate_.is_shut() || procedures_.AwaitsCopies() || partition_.any()) return false;
+  if (drains_left_ > 0 || leaves_left_ > 0 || joins_left_ > 0 || drains_.pending() || AnyLeaves())
+    return false;
   if (scales_left_ > 0 || !scales_.empty() || moves_left_ > 0 || moves_.pending() ||
       requests_left_ > 0 || !faults_over_ || clients_.num_live() > 0)
     return false;
@@ -57,8 +61,8 @@ void SimCluster::CheckEnd() {
     return world_.Violation("at the end sequences move");
   }
   const CoreStats stats = core_.Stats();
-  const uint64_t failures =
-      stats.workers_lost + stats.recoveries + stats.preemptions + outcome_.scales;
+  const uint64_t failures = stats.workers_lost + stats.recoveries + stats.preemptions +
+                            outcome_.scales + drains_.num_asked() + outcome_.leaves;
   if (failures == 0 && stats.replayed_tokens > 0) {
     world_.Violation(
         absl::StrCat("nothing failed, and ", stats.replayed_tokens, " tokens were computed again"));
@@ -88,7 +92,7 @@ Outcome SimCluster::Run() {
   }
   const uint64_t faults_from_us = world_.Chance(0.5) ? 0 : scenario_.load_us_max;
   for (uint32_t i = 0; i < scenario_.num_faults; ++i) {
-    world_.After(faults_from_us + world_.Random(0, scenario_.faults_us), [this] { Fault(); });
+    world_.After(faults_from_us + world_.Random(0, scenario_.faults_us), [this] { FaultOnce(); });
   }
   for (uint32_t i = 0; i < scenario_.num_lies; ++i) {
     // Later than the last worker's start.
@@ -114,6 +118,7 @@ Outcome SimCluster::Run() {
                  [this] { gate_.Pass([this] { MoveOnce(kMoveAttempts); }); });
   }
   MakeAims();
+  ScheduleProcedures();
   if (options_.forge_rows) rows_.ForgeNext();
   // Replacements of killed workers come up to a second later.
   world_.After(faults_from_us + scenario_.faults_us + 1'100'000, [this] { Heal(); });
@@ -121,6 +126,8 @@ Outcome SimCluster::Run() {
 
   const uint64_t limit_us = begin_us + scenario_.load_us_max + scenario_.faults_us +
                             scenario_.arrival_us + scenario_.scales_us + scenario_.moves_us +
+                            (scenario_.num_drains > 0 ? scenario_.options.migrate_timeout_us : 0) +
+                            (scenario_.num_leaves > 0 ? scenario_.leave_timeout_us : 0) +
                             scenario_.options.no_pipeline_grace_us + kSettleUs;
   while (world_.RunOne()) {
     if (world_.now_us() > limit_us + gate_.shut_us()) {
@@ -130,11 +137,11 @@ Outcome SimCluster::Run() {
     if (Settled()) break;
   }
   // What is under way arrives, stalled workers wake up, nothing more happens.
-  const uint64_t end_us =
-      world_.now_us() + 3'000'000 +
-      (scenario_.num_faults + scenario_.num_aimed + 1) * 3 * scenario_.options.heartbeat_timeout_us;
+  const uint64_t end_us = world_.now_us() + 3'000'000 +
+                          (scenario_.all_faults() + 1) * 3 * scenario_.options.heartbeat_timeout_us;
   while (world_.violation().empty() && world_.now_us() < end_us) world_.RunOne();
   if (world_.violation().empty()) CheckIdle();
+  if (world_.violation().empty()) CheckCopies(/*flushed=*/false);
   if (world_.violation().empty()) {
     std::optional<uint64_t> until_us;
     gate_.Pass([&] {
@@ -150,6 +157,7 @@ Outcome SimCluster::Run() {
                                     stats.host_bytes_used, " bytes are used"));
     }
     if (world_.violation().empty()) CheckIdle();
+    if (world_.violation().empty()) CheckCopies(/*flushed=*/true);
     if (world_.violation().empty()) CheckEnd();
   }
   outcome_.violation = world_.violation();
@@ -168,6 +176,7 @@ Outcome SimCluster::Run() {
   outcome_.moves_other_layers = moves_.num_other_layers();
   outcome_.moves_other_stages = moves_.num_other_stages();
   outcome_.late_frames = moves_.num_late();
+  CollectProcedures();
   outcome_.virtual_us = world_.now_us() - begin_us;
   return outcome_;
 }

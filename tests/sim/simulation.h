@@ -9,11 +9,14 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "coordinator/core/core.h"
 #include "tests/sim/event_counts.h"
 #include "tests/sim/move_counts.h"
+#include "tests/sim/procedure_counts.h"
 
 namespace strait::sim {
 
@@ -40,6 +43,16 @@ struct Outcome {
   uint32_t moves_other_layers = 0;  // of them, between pipelines whose stages have other layers
   uint32_t moves_other_stages = 0;  // of them, as many stages even
   uint64_t late_frames = 0;         // that nobody waited for any more
+  ProcedureCounts procedures;
+  uint32_t drains_asked = 0;
+  uint32_t drains_done = 0;
+  uint32_t drains_undone = 0;
+  uint32_t leaves = 0;  // workers that were told to stop
+  uint32_t left = 0;    // of them, that ended of themselves
+  uint32_t left_with_stages =
+      0;  // of these, that had got tired of waiting, or lost the coordinator
+  uint32_t joins = 0;
+  uint64_t rows_restored = 0;  // from copies, that a stage began with; each layer has its own
   uint64_t virtual_us = 0;
 };
 
@@ -47,14 +60,18 @@ struct Outcome {
 enum class Shape {
   kAny,  // anything, small: most clusters have few workers and short sequences
   kGround,  // at least two pipelines, five workers, eight sequences of 300 tokens, two moves, three faults
-  kSharing,  // prompts that begin alike, caches of few blocks
-  kMoves,    // as kGround: faults at phases of moves, pipelines of other splits
+  kSharing,   // prompts that begin alike, caches of few blocks
+  kMoves,     // as kGround: faults at phases of moves, pipelines of other splits
+  kReplicas,  // as kMoves: blocks have copies on other workers; faults at phases of copying, and of replacing workers
+  kDrains,    // as kMoves: workers are drained, leave and come; faults at phases of that
 };
 
 struct SimulationOptions {
   bool trace = false;
   Shape shape = Shape::kAny;
   bool forge_rows = false;  // a moved row is another one, and no checksum tells: it must be noticed
+  // All faults that wait for a phase of a procedure but the first are this one.
+  std::optional<std::pair<Phase, Fault>> aim;
   bool check_always = true;  // integrity after every event; else after faults and in idle moments
 };
 

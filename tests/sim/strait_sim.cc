@@ -14,6 +14,38 @@
 
 namespace {
 
+// What the clusters did beside steps and moves.
+struct ProcedureSums {
+  strait::sim::ProcedureCounts counts;
+  uint64_t replicas_made = 0, replicas_failed = 0, rows_restored = 0;
+  uint64_t drains_asked = 0, drains_done = 0, drains_undone = 0;
+  uint64_t leaves = 0, left = 0, left_with_stages = 0, joins = 0;
+
+  void Add(const strait::sim::Outcome& outcome) {
+    counts.Add(outcome.procedures);
+    replicas_made += outcome.stats.replicas_made;
+    replicas_failed += outcome.stats.replicas_failed;
+    rows_restored += outcome.rows_restored;
+    drains_asked += outcome.drains_asked;
+    drains_done += outcome.drains_done;
+    drains_undone += outcome.drains_undone;
+    leaves += outcome.leaves;
+    left += outcome.left;
+    left_with_stages += outcome.left_with_stages;
+    joins += outcome.joins;
+  }
+  void Print() const {
+    std::printf(
+        "Faults by the phase that they met, and how drains ended:\n%s\n"
+        "copies made %" PRIu64 ", failed %" PRIu64 "; rows of layers restored %" PRIu64
+        "\ndrains asked for %" PRIu64 ", done %" PRIu64 ", taken back %" PRIu64
+        "; workers told to stop %" PRIu64 ", stopped of themselves %" PRIu64
+        " (with stages yet %" PRIu64 "); joins %" PRIu64 "\n",
+        counts.Table().c_str(), replicas_made, replicas_failed, rows_restored, drains_asked,
+        drains_done, drains_undone, leaves, left, left_with_stages, joins);
+  }
+};
+
 volatile uint64_t running_seed = 0;
 
 extern "C" void OnCrash(int signal) {
@@ -39,6 +71,10 @@ int main(int argc, char** argv) {
       options.shape = strait::sim::Shape::kSharing;
     } else if (std::strcmp(argv[i], "--moves") == 0) {
       options.shape = strait::sim::Shape::kMoves;
+    } else if (std::strcmp(argv[i], "--replicas") == 0) {
+      options.shape = strait::sim::Shape::kReplicas;
+    } else if (std::strcmp(argv[i], "--drains") == 0) {
+      options.shape = strait::sim::Shape::kDrains;
     } else if (std::strcmp(argv[i], "--rarely") == 0) {
       options.check_always = false;
     } else if (std::strcmp(argv[i], "--seed") == 0 && i + 1 < argc) {
@@ -48,11 +84,13 @@ int main(int argc, char** argv) {
     } else {
       std::fprintf(
           stderr,
-          "usage: strait_sim [--seed N] [--count N] [--trace] [--ground | --sharing | --moves]"
-          " [--rarely]\n"
+          "usage: strait_sim [--seed N] [--count N] [--trace]"
+          " [--ground | --sharing | --moves | --replicas | --drains] [--rarely]\n"
           "  --ground  two pipelines, five workers, eight sequences of 300 tokens, three faults\n"
           "  --sharing prompts that begin alike, caches of few blocks\n"
           "  --moves   as --ground, sequences move between the pipelines, faults strike meanwhile\n"
+          "  --replicas as --moves, blocks have copies, stages begin with them\n"
+          "  --drains  as --moves, workers are drained, leave and come\n"
           "  --rarely  integrity is checked after faults and in idle moments only\n");
       return 2;
     }
@@ -63,6 +101,7 @@ int main(int argc, char** argv) {
   uint64_t cached_rows = 0, blocks_made = 0, blocks_dropped = 0, blocks_survived = 0,
            blocks_mended = 0;
   uint64_t offloaded = 0, returned = 0, lost = 0, forgotten = 0, corruptions = 0, preemptions = 0;
+  ProcedureSums procedures;
   strait::sim::MoveCounts moves;
   uint64_t moves_asked = 0, moves_done = 0, moves_other_layers = 0, moves_other_stages = 0;
   uint64_t late_frames = 0;
@@ -83,6 +122,7 @@ int main(int argc, char** argv) {
     forgotten += outcome.stats.prefix_blocks_forgotten;
     corruptions += outcome.corruptions;
     preemptions += outcome.stats.preemptions;
+    procedures.Add(outcome);
     moves.Add(outcome.moves);
     moves_asked += outcome.moves_asked;
     moves_done += outcome.moves_done;
@@ -99,6 +139,7 @@ int main(int argc, char** argv) {
                 static_cast<unsigned long long>(seed + i));
   }
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
+  if (count > 1 && options.shape >= strait::sim::Shape::kReplicas) procedures.Print();
   if (count > 1 && moves_asked > 0) {
     std::printf(
         "Faults of moves by the phase that they met, and how moves ended:\n%s\n"

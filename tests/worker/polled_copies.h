@@ -186,7 +186,7 @@ class PolledCopies final : public BlockCopies {
           if (it == marks_.end()) continue;
           const Marks& marks = it->second;
           STRAIT_CHECK(marks.writes == 0, "a step uses rows that a copy is to write");
-          STRAIT_CHECK(marks.reads == 0 || position < sequence.first_position,
+          STRAIT_CHECK(marks.reads == 0 || position < sequence.first_position || sequence.is_cached,
                        "a step writes rows that a copy is to read");
         }
       }

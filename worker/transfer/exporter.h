@@ -85,6 +85,8 @@ class Exporter {
   bool busy() const { return !waiting_.empty() || !reading_.empty() || tell_; }
   size_t num_copies() const { return reading_.size(); }
   size_t num_services() const { return services_.size(); }
+  // Its prefix blocks are served: for the rest of the epoch.
+  bool serves_prefixes() const { return services_.contains({SequenceId{}, PlacementEpoch{}}); }
   // Bytes of TransferShare::made_bytes that are its own.
   uint64_t made_bytes() const { return made_bytes_; }
 

@@ -86,6 +86,8 @@ class ReplicaStore final : public RowsTaker {
   // ---- What others may ask ----
   bool has(const ContentKey& key, LayerIndex layer) const { return blocks_.contains({key, layer}); }
   size_t num_blocks() const { return blocks_.size(); }
+  // Of these, that nobody has named since the coordinator was lost.
+  size_t num_unnamed() const { return unnamed_.size(); }
   uint64_t block_bytes() const { return block_bytes_; }
   uint64_t taken_bytes() const { return num_slots_ * block_bytes_; }
   // Bytes of TransferShare::asked_bytes that are its own.

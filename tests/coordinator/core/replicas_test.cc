@@ -229,6 +229,29 @@ TEST_F(ReplicasTest, MemoryOfABuddyIsNeverExceededAndTheHeldStay) {
   ExpectWhole(second, 2, 260, 300);
 }
 
+// A flush left the copies of all that it gave up, for as long as nobody else needed the room.
+TEST_F(ReplicasTest, AFlushGivesUpCopiesThatNobodyHas) {
+  Start(Options(2), {kRoomy, kRoomy, kRoomy});
+  const RequestId first = h_->Submit(OneSequence(200, 40));
+  h_->Run();
+  ExpectWhole(first, 1, 200, 40);
+  RequestSpec spec = OneSequence(130, 60);
+  spec.sequences[0].cache_salt = "other";
+  const RequestId second = h_->Submit(std::move(spec));
+  Until(second, 10);
+  h_->core.OnFlush(h_->now_us);
+  h_->Pump();
+  size_t num_blocks = 0;
+  for (const auto& [id, worker] : h_->workers) num_blocks += worker.replicas.blocks.size();
+  EXPECT_EQ(num_blocks, 2u * 4) << "two blocks of four layers, of the one that runs";
+  EXPECT_EQ(ProtectedRows(), 128u);
+  h_->Run();
+  ExpectWhole(second, 2, 130, 60);
+  h_->core.OnFlush(h_->now_us);
+  h_->Pump();
+  for (const auto& [id, worker] : h_->workers) EXPECT_TRUE(worker.replicas.blocks.empty());
+}
+
 TEST_F(ReplicasTest, WithoutSharingASequenceHasItsCopiesAllTheSame) {
   CoreOptions options = Options(2);
   options.prefix_cache = false;

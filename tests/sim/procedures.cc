@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/sim/procedures.h"
+
+#include <algorithm>
+
+#include "proto/model/content_key.h"
+#include "tests/sim/sim_worker.h"
+
+namespace strait::sim {
+namespace {
+
+uint32_t NumKeys(const std::string& packed) {
+  const auto keys = ParseContentKeys(packed);
+  return keys.ok() ? static_cast<uint32_t>(keys->size()) : 0;
+}
+
+}  // namespace
+
+bool ByInstance::operator()(const SimWorker* a, const SimWorker* b) const {
+  return a->instance() < b->instance();
+}
+
+void Procedures::OnJoins(SimWorker* worker) {
+  joins_[worker] = Phase::kJoinGreets;
+  counts_->AddReached(Phase::kJoinGreets);
+}
+
+void Procedures::EnterBegin(uint64_t stage_id, Phase phase) {
+  const auto it = begins_.find(stage_id);
+  if (it == begins_.end() || it->second.phase == phase) return;
+  it->second.phase = phase;
+  counts_->AddReached(phase);
+}
+
+void Procedures::OnSent(SimWorker* to, const v1::ToWorker& message) {
+  const auto joins = joins_.find(to);
+  const auto join = [&](Phase from, Phase phase) {
+    if (joins == joins_.end() || joins->second != from) return;
+    joins->second = phase;
+    counts_->AddReached(phase);
+  };
+  switch (message.message_case()) {
+    case v1::ToWorker::kWelcome:
+      by_address_[to->address()] = to;
+      return join(Phase::kJoinGreets, Phase::kJoinIdles);
+    case v1::ToWorker::kLoadStage: {
+      const uint64_t id = message.load_stage().stage_id();
+      stages_[id] = to;
+      join(Phase::kJoinIdles, Phase::kJoinLoads);
+      if (!any_lost_) return;
+      begins_[id] = {to, Phase::kReplaceLoads, {}};
+      return counts_->AddReached(Phase::kReplaceLoads);
+    }
+    case v1::ToWorker::kActivateStage: {
+      const v1::ActivateStage& activate = message.activate_stage();
+      join(Phase::kJoinLoads, Phase::kJoinActivates);
+      const auto begins = begins_.find(activate.stage_id());
+      if (begins == begins_.end()) return;
+      begins->second.keepers.clear();
+      for (const v1::FetchRows& restore : activate.restores()) {
+        for (const v1::RowsSource& source : restore.sources()) {
+          const auto keeper = by_address_.find(source.data_address());
+          if (keeper != by_address_.end()) begins->second.keepers.insert(keeper->second);
+        }
+      }
+      return EnterBegin(activate.stage_id(), activate.restores_size() > 0
+                                                 ? Phase::kReplaceRestores
+                                                 : Phase::kReplaceActivates);
+    }
+    case v1::ToWorker::kUnloadStage:
+      begins_.erase(message.unload_stage().stage_id());
+      stages_.erase(message.unload_stage().stage_id());
+      return;
+    case v1::ToWorker::kReplicate: {
+      const uint32_t num = NumKeys(message.replicate().keys());
+      if (num == 0) return;
+      uint32_t& coming = copies_[to][message.replicate().source().stage_id()];
+      if (coming == 0) counts_->AddReached(Phase::kCopiesCome);
+      coming += num;
+      return;
+    }
+    default:
+      return;
+  }
+}
+
+void Procedures::OnHeard(SimWorker* from, const v1::FromWorker& message) {
+  if (message.has_replicated()) {
+    const v1::Replicated& told = message.replicated();
+    const auto buddy = copies_.find(from);
+    if (buddy == copies_.end()) return;
+    const auto it = buddy->second.find(told.stage_id());
+    if (it == buddy->second.end()) return;
+    it->second -= std::min(it->second, NumKeys(told.keys()) + NumKeys(told.failed()));
+    if (it->second == 0) counts_->AddReached(Phase::kCopiesThere);
+    return;
+  }
+  const auto joins = joins_.find(from);
+  if (message.stage_state().state() == v1::StageState::ACTIVE) {
+    EnterBegin(message.stage_state().stage_id(), Phase::kReplaceBegins);
+    if (joins != joins_.end() && joins->second == Phase::kJoinActivates) {
+      joins->second = Phase::kJoinBegins;
+      counts_->AddReached(Phase::kJoinBegins);
+    }
+    return;
+  }
+  if (!message.has_report() || message.report().error_code() != 0) return;
+  if (!begins_.empty()) begins_.erase(message.report().stage_id());
+  if (joins != joins_.end() && joins->second == Phase::kJoinBegins) {
+    counts_->AddEnd("a worker that came is used");
+    joins_.erase(joins);
+  }
+}
+
+void Procedures::OnGone(SimWorker* worker) {
+  copies_.erase(worker);
+  std::erase_if(begins_, [&](const auto& entry) { return entry.second.worker == worker; });
+  if (!worker->alive()) {
+    joins_.erase(worker);
+    std::erase_if(stages_, [&](const auto& entry) { return entry.second == worker; });
+  }
+}
+
+bool Procedures::AwaitsCopies(const SimWorker* buddy) const {
+  return std::any_of(copies_.begin(), copies_.end(), [&](const auto& entry) {
+    return (buddy == nullptr || entry.first == buddy) &&
+           std::any_of(entry.second.begin(), entry.second.end(),
+                       [](const auto& coming) { return coming.second > 0; });
+  });
+}
+
+std::vector<LiveProcedure> Procedures::Live() const {
+  std::vector<LiveProcedure> live;
+  for (const auto& [buddy, stages] : copies_) {
+    for (const auto& [stage_id, coming] : stages) {
+      const auto source = stages_.find(stage_id);
+      if (source == stages_.end()) continue;
+      live.push_back(
+          {coming > 0 ? Phase::kCopiesCome : Phase::kCopiesThere, source->second, {buddy}});
+    }
+  }
+  for (const auto& [stage_id, begin] : begins_) {
+    live.push_back({begin.phase, begin.worker, {begin.keepers.begin(), begin.keepers.end()}});
+  }
+  for (const auto& [worker, phase] : joins_) live.push_back({phase, worker, {}});
+  return live;
+}
+
+}  // namespace strait::sim
