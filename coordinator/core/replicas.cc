@@ -193,14 +193,19 @@ std::vector<std::pair<WorkerId, Replicas::Gone>> Replicas::DropUnheld(
     const std::function<bool(const ContentKey&)>& is_held) {
   std::vector<std::pair<WorkerId, Gone>> gone;
   for (const auto& [worker, keeper] : keepers_) {
-    const std::map<uint64_t, ContentKey> by_age = keeper.by_age;
-    for (const auto& [age, key] : by_age) {
-      if (is_held(key)) continue;
-      const std::vector<Copy>& copies = copies_.at(key);
-      size_t index = 0;
-      while (copies[index].age != age || copies[index].worker != worker) ++index;
-      gone.push_back({worker, {key, copies[index].layers}});
-      Drop(key, index);
+    std::vector<std::pair<Rank, ContentKey>> unheld;  // each keeper's in one order
+    for (const auto& [key, block] : keeper.blocks) {
+      if (block.num_copies > block.num_coming && !is_held(key)) unheld.push_back({block.rank, key});
+    }
+    std::sort(unheld.begin(), unheld.end());
+    for (const auto& [rank, key] : unheld) {
+      for (size_t index = copies_.at(key).size(); index-- > 0;) {
+        const Copy copy = copies_.at(key)[index];
+        if (copy.worker != worker || !copy.is_there) continue;
+        gone.push_back({worker, {key, copy.layers}});
+        Drop(key, index);
+        if (!copies_.contains(key)) break;
+      }
     }
   }
   return gone;
