@@ -47,11 +47,20 @@ void RunCodes(const Product* const* of_threads) {
   std::vector<float> a(kProductRows * kCodesDepth);
   std::vector<float> b(static_cast<size_t>(p.columns) * kCodesDepth);
   for (int k = 0; k < kCodesDepth; ++k) {
-    for (int row = 0; row < kProductRows; ++row) {
+    for (int row = 0; row < kProductRows && p.a_pairs == nullptr; ++row) {
       a[static_cast<size_t>(row * kCodesDepth + k)] = Code(p.a_descriptor, row, k);
     }
     for (int column = 0; column < p.columns; ++column) {
       b[static_cast<size_t>(k * p.columns + column)] = Code(p.b_descriptor, column, k);
+    }
+  }
+  for (int t = 0; t < kWarpgroupThreads && p.a_pairs != nullptr; ++t) {
+    for (int i = 0; i < 16; ++i) {
+      const int row = t / 32 * 16 + t % 32 / 4 + i / 4 % 2 * 8;
+      const int k = t % 4 * 4 + i / 8 * 16 + i % 4;
+      __nv_fp8_e4m3 code;
+      code.__x = static_cast<uint8_t>(of_threads[t]->a_pairs[i / 4] >> i % 4 * 8);
+      a[static_cast<size_t>(row * kCodesDepth + k)] = static_cast<float>(code);
     }
   }
   std::vector<float> sums(static_cast<size_t>(p.columns));
@@ -71,31 +80,35 @@ void RunCodes(const Product* const* of_threads) {
 
 void Run(const Product* const* of_threads) {
   const Product& p = *of_threads[0];
+  const bool half = p.kind == Product::Kind::kHalf;
   std::vector<float> a(kProductRows * kProductDepth);
   std::vector<float> b(static_cast<size_t>(p.columns) * kProductDepth);
   for (int t = 0; t < kWarpgroupThreads; ++t) {
     const Product& one = *of_threads[t];
     if (one.a_descriptor != p.a_descriptor || one.b_descriptor != p.b_descriptor ||
-        one.columns != p.columns || one.codes != p.codes || one.accumulate != p.accumulate ||
+        one.columns != p.columns || one.kind != p.kind || one.accumulate != p.accumulate ||
         (one.a_pairs == nullptr) != (p.a_pairs == nullptr)) {
       Fail("the threads of a warpgroup want different products");
     }
-    if (one.a_pairs == nullptr) continue;
+    if (one.a_pairs == nullptr || p.kind == Product::Kind::kCodes) continue;
     for (int i = 0; i < 4; ++i) {
       const int row = t / 32 * 16 + t % 32 / 4 + i % 2 * 8;
       const int k = t % 4 * 2 + i / 2 * 8;
-      a[static_cast<size_t>(row * kProductDepth + k)] = LowBf16(one.a_pairs[i]);
-      a[static_cast<size_t>(row * kProductDepth + k + 1)] = HighBf16(one.a_pairs[i]);
+      const uint32_t pair = one.a_pairs[i];
+      const auto at = static_cast<size_t>(row * kProductDepth + k);
+      a[at] = half ? LowHalf(pair) : LowBf16(pair);
+      a[at + 1] = half ? HighHalf(pair) : HighBf16(pair);
     }
   }
-  if (p.codes) return RunCodes(of_threads);
+  if (p.kind == Product::Kind::kCodes) return RunCodes(of_threads);
   for (int k = 0; k < kProductDepth; ++k) {
     for (int row = 0; row < kProductRows && p.a_pairs == nullptr; ++row) {
-      a[static_cast<size_t>(row * kProductDepth + k)] = Element(p.a_descriptor, false, row, k);
+      a[static_cast<size_t>(row * kProductDepth + k)] =
+          Element(p.a_descriptor, false, half, row, k);
     }
     for (int column = 0; column < p.columns; ++column) {
       b[static_cast<size_t>(k * p.columns + column)] =
-          Element(p.b_descriptor, p.b_columns, column, k);
+          Element(p.b_descriptor, p.b_columns, half, column, k);
     }
   }
   std::vector<float> sums(static_cast<size_t>(p.columns));

@@ -10,10 +10,11 @@ namespace strait::emulator {
 
 // d[64, columns] (+)= A[64, 16] B[16, columns], of e4m3 codes 32 instead of 16, as one thread sees it.
 struct Product {
+  enum class Kind { kBf16, kHalf, kCodes };
   float* d;  // the thread's share
   int columns;
-  bool codes;               // e4m3 instead of bf16
-  const uint32_t* a_pairs;  // 4 registers; null: a_descriptor
+  Kind kind;                // of A's and B's numbers
+  const uint32_t* a_pairs;  // 4 registers, of codes four each; null: a_descriptor
   uint64_t a_descriptor;
   uint64_t b_descriptor;
   bool b_columns;  // B's columns are contiguous in memory instead of k

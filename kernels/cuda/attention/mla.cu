@@ -152,10 +152,12 @@ cudaError_t LaunchMerge(const MlaParams& params, cudaStream_t stream) {
 }  // namespace mla
 
 cudaError_t PrepareMla() {
-  const cudaError_t error = mla::PreparePortable();
-  if (error != cudaSuccess) return error;
-  const cudaError_t hopper = mla::PrepareHopper();
-  return hopper != cudaSuccess ? hopper : mla::PrepareFewRows();
+  for (const auto prepare :
+       {mla::PreparePortable, mla::PrepareHopper, mla::PrepareFewRows, mla::PrepareCodes}) {
+    const cudaError_t error = prepare();
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 MlaPath MlaAutoPath(RowFormat, int32_t rank, int32_t rope) {
@@ -182,6 +184,7 @@ cudaError_t LaunchMla(const MlaParams& params, cudaStream_t stream) {
   }
   const cudaError_t error = path == MlaPath::kPortable  ? mla::LaunchPortable(params, stream)
                             : mla::TakesFewRows(params) ? mla::LaunchFewRows(params, stream)
+                            : mla::TakesCodes(params)   ? mla::LaunchCodes(params, stream)
                                                         : mla::LaunchHopper(params, stream);
   return error != cudaSuccess ? error : mla::LaunchMerge(params, stream);
 }

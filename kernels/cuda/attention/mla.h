@@ -36,6 +36,7 @@ namespace strait::cuda {
 enum class MlaPath : int32_t { kAuto, kPortable, kHopper };
 
 inline constexpr int32_t kMlaFewRows = 16;
+inline constexpr int32_t kMlaHalfTileRows = 32;
 
 // What one sequence has in one layer. One segment a sequence today, at full rank; segments of
 // lower rank or another format become more entries a sequence.
@@ -83,10 +84,11 @@ struct MlaParams {
   int32_t rank = 0;                     // kv_lora_rank
   int32_t rope = 0;                     // qk_rope_head_dim
   RowFormat format = RowFormat::kBf16;  // of all segments
-  // Rows of the plan's tiles, at most: MlaLargestTile. Up to kMlaFewRows, over fp8 rows and without
-  // block_lse, the Hopper path takes a kernel that reads faster. Its bits are others, and those of a
-  // token also depend on later ones in its tile: for no deterministic plan of several tokens a
-  // sequence. More rows than stated are right too, and slow.
+  // Rows of the plan's tiles, at most: MlaLargestTile. Up to kMlaFewRows, and up to kMlaHalfTileRows,
+  // over fp8 rows and without block_lse, the Hopper path takes kernels that read faster. Their bits
+  // are others, and those of a token also depend on other rows of its tile: for no deterministic plan
+  // of several tokens a sequence, nor of more rows than kMlaFewRows. More rows than stated are right
+  // too, and slow.
   int32_t tile_rows = kMlaTileRows;
   bool out_fp32 = false;
   bool units = false;  // page tables: [blocks, kMlaBlockUnits] ids of units; unit id begins at

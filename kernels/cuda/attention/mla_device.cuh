@@ -92,11 +92,15 @@ inline cudaLaunchAttribute EarlyStart() {
 // Kernels of the other files.
 cudaError_t LaunchPortable(const MlaParams& params, cudaStream_t stream);
 cudaError_t LaunchHopper(const MlaParams& params, cudaStream_t stream);
-bool TakesFewRows(const MlaParams& params);  // of the Hopper path
+// Of the Hopper path.
+bool TakesFewRows(const MlaParams& params);
 cudaError_t LaunchFewRows(const MlaParams& params, cudaStream_t stream);
+bool TakesCodes(const MlaParams& params);
+cudaError_t LaunchCodes(const MlaParams& params, cudaStream_t stream);
 cudaError_t LaunchMerge(const MlaParams& params, cudaStream_t stream);
 cudaError_t PreparePortable();
 cudaError_t PrepareHopper();
 cudaError_t PrepareFewRows();
+cudaError_t PrepareCodes();
 
 }  // namespace strait::cuda::mla

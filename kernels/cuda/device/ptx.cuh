@@ -82,6 +82,13 @@ __device__ __forceinline__ void StoreMatrices(uint32_t to, const uint32_t (&r)[4
                : "memory");
 }
 
+// The reverse of LoadMatricesTransposed, sm_90.
+__device__ __forceinline__ void StoreMatricesTransposed(uint32_t to, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(to),
+               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // Copies 16 bytes to shared memory, of which `valid` are read and the others zero. Lines of L2 are
 // filled by whole 128 bytes: a warp's copies that touch 64 of each otherwise read memory at three
 // quarters of its rate.
@@ -139,6 +146,15 @@ __device__ __forceinline__ void E4m3QuadToHalves(uint32_t codes, uint32_t& low, 
 }
 #endif
 
+#if __CUDA_ARCH__ >= 890
+// Two floats as e4m3 codes, the first in the lower byte; what is too large becomes the largest.
+__device__ __forceinline__ uint32_t FloatsToE4m3Pair(float first, float second) {
+  uint16_t codes;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(second), "f"(first));
+  return codes;
+}
+#endif
+
 __device__ __forceinline__ void Trap() { asm volatile("trap;"); }
 
 namespace wgmma {
@@ -159,6 +175,7 @@ __device__ __forceinline__ void Pin(float (&d)[kCount]) {
 }
 
 // The accumulators of a product: their names in the instruction, and as operands.
+#define STRAIT_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define STRAIT_NAMES_32                                                    \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -365,6 +382,40 @@ __device__ __forceinline__ void MultiplyColumns(float (&d)[128], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
 }
 
+// d[64, 32] (+)= A[64, 16] B[32, 16]^T: B Rows, A in registers as the ones before, in bf16.
+__device__ __forceinline__ void MultiplyRows(float (&d)[16], const uint32_t (&a)[4], uint64_t b,
+                                             int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {" STRAIT_NAMES_16
+      "}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}\n"
+      : STRAIT_SUMS_16(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+// The same of halves.
+__device__ __forceinline__ void MultiplyHalfRows(float (&d)[16], const uint32_t (&a)[4], uint64_t b,
+                                                 int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {" STRAIT_NAMES_16
+      "}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}\n"
+      : STRAIT_SUMS_16(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+// d[64, 32] (+)= A[64, 32] B[32, 32]^T of e4m3 codes: B Rows, A in registers, four codes each. a[i] of
+// thread t: row t / 32 * 16 + t % 32 / 4 + i % 2 * 8, k t % 4 * 4 + i / 2 * 16 and the next three. Sums
+// as MultiplyCodes says.
+__device__ __forceinline__ void MultiplyCodeRows(float (&d)[16], const uint32_t (&a)[4], uint64_t b,
+                                                 int accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {" STRAIT_NAMES_16
+      "}, {%16, %17, %18, %19}, %20, p, 1, 1;\n}\n"
+      : STRAIT_SUMS_16(d, 0)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
 // Pin for registers that products read: not changed before, not kept elsewhere after.
 template <int kRows, int kCount>
 __device__ __forceinline__ void Pin(uint32_t (&a)[kRows][kCount]) {
@@ -375,6 +426,7 @@ __device__ __forceinline__ void Pin(uint32_t (&a)[kRows][kCount]) {
   }
 }
 
+#undef STRAIT_NAMES_16
 #undef STRAIT_NAMES_32
 #undef STRAIT_NAMES_64
 #undef STRAIT_NAMES_128

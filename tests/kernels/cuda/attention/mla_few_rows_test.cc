@@ -32,7 +32,7 @@ class MlaFewRowsTest : public gpu_test::GpuTest {
     if (major != 9) GTEST_SKIP() << "a kernel of the Hopper path";
   }
   static Shape Of(int32_t heads) {
-    return {.heads = heads, .format = RowFormat::kFp8, .few_rows = true};
+    return {.heads = heads, .format = RowFormat::kFp8, .tile_rows = kMlaFewRows};
   }
   void Check(const Shape& shape, const std::vector<Tokens>& tokens, int32_t grid = 0) {
     SCOPED_TRACE(std::to_string(shape.heads) + " heads, " + std::to_string(grid) +
@@ -130,7 +130,7 @@ TEST_F(MlaFewRowsTest, OnlyFp8RowsWithoutBlocksOwnSumsTakeIt) {
     Case c(rng_, shape, {{1, 300}, {1, 64}});
     const Case::Result few = c.Run(3);
     c.Expect(few);
-    c.shape().few_rows = false;
+    c.shape().tile_rows = kMlaTileRows;
     return !kernel_test::SameBits(few.out, c.Run(3).out);
   };
   EXPECT_TRUE(is_hint_taken(Of(16)));

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Defends: a decode step over fp8 rows attends with the few-rows kernel where a token has at most 16
-// heads, and gives what the other kernel gives but for rounding; with --deterministic, of more heads,
-// over bf16 rows or beside a sequence of more tokens it does not. Graphs replay it.
+// heads, with that of half a tile where it has at most 32, and gives what the other kernel gives but for
+// rounding; with --deterministic, of more heads, over bf16 rows or beside a sequence of more tokens it
+// does not. Graphs replay it.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -147,7 +148,8 @@ TEST_P(CudaFewRowsTest, DecodingAgreesWithAChunk) {
 INSTANTIATE_TEST_SUITE_P(Models, CudaFewRowsTest,
                          testing::Values(Case{"Heads16", 16, RowFormat::kFp8, false, true},
                                          Case{"Heads7", 7, RowFormat::kFp8, false, true},
-                                         Case{"Heads32", 32, RowFormat::kFp8, false, false},
+                                         Case{"Heads32", 32, RowFormat::kFp8, false, true},
+                                         Case{"Heads48", 48, RowFormat::kFp8, false, false},
                                          Case{"Bf16Rows", 16, RowFormat::kBf16, false, false},
                                          Case{"Deterministic", 16, RowFormat::kFp8, true, false}),
                          [](const auto& info) { return std::string(info.param.name); });

@@ -113,15 +113,19 @@ struct StoredLane {
   uint32_t to;
 };
 
-inline void StoreMatricesWarp(void* const* slots, uint32_t mask) {
+template <bool kTransposed>
+void StoreMatricesWarp(void* const* slots, uint32_t mask) {
   if (mask != 0xffffffffu) Fail("stmatrix without all lanes of the warp");
   for (int matrix = 0; matrix < 4; ++matrix) {
     for (int row = 0; row < 8; ++row) {
       const uint32_t to = static_cast<const StoredLane*>(slots[matrix * 8 + row])->to;
       if (to % 16 != 0) Fail("stmatrix to an address that is not a multiple of 16");
-      for (int pair = 0; pair < 4; ++pair) {
-        const uint32_t word = static_cast<const StoredLane*>(slots[row * 4 + pair])->r[matrix];
-        std::memcpy(At(to) + pair * 4, &word, sizeof(word));
+      for (int column = 0; column < 8; ++column) {
+        const int lane = kTransposed ? column * 4 + row / 2 : row * 4 + column / 2;
+        const uint32_t word = static_cast<const StoredLane*>(slots[lane])->r[matrix];
+        const auto bits =
+            static_cast<uint16_t>(word >> ((kTransposed ? row : column) % 2 == 0 ? 0 : 16));
+        std::memcpy(At(to) + column * 2, &bits, sizeof(bits));
       }
     }
   }
@@ -176,10 +180,10 @@ inline const unsigned char* ElementAt(uint64_t descriptor, bool columns, int row
   offset ^= (offset >> 7 & 7) << 4;
   return DynamicSharedMemory() + offset;
 }
-inline float Element(uint64_t descriptor, bool columns, int row, int k) {
+inline float Element(uint64_t descriptor, bool columns, bool half, int row, int k) {
   uint16_t bits;
   std::memcpy(&bits, ElementAt(descriptor, columns, row, k, sizeof(bits)), sizeof(bits));
-  return Bf16ToFloat(bits);
+  return half ? HalfToFloat(bits) : Bf16ToFloat(bits);
 }
 inline float Code(uint64_t descriptor, int row, int k) {
   __nv_fp8_e4m3 code;
@@ -211,7 +215,11 @@ inline void LoadMatricesTransposed(uint32_t (&r)[4], uint32_t from) {
 
 inline void StoreMatrices(uint32_t to, const uint32_t (&r)[4]) {
   emulator::StoredLane lane = {r, to};
-  emulator::MeetWarp(0xffffffffu, &lane, emulator::StoreMatricesWarp);
+  emulator::MeetWarp(0xffffffffu, &lane, emulator::StoreMatricesWarp<false>);
+}
+inline void StoreMatricesTransposed(uint32_t to, const uint32_t (&r)[4]) {
+  emulator::StoredLane lane = {r, to};
+  emulator::MeetWarp(0xffffffffu, &lane, emulator::StoreMatricesWarp<true>);
 }
 
 inline void CopyAsync(uint32_t to, const void* from, int valid) {
@@ -250,6 +258,9 @@ inline void E4m3QuadToHalves(uint32_t codes, uint32_t& low, uint32_t& high) {
   low = E4m3PairToHalves(static_cast<uint16_t>(codes & 0xffffu));
   high = E4m3PairToHalves(static_cast<uint16_t>(codes >> 16));
 }
+inline uint32_t FloatsToE4m3Pair(float first, float second) {
+  return __nv_cvt_float2_to_fp8x2(make_float2(first, second), __NV_SATFINITE, __NV_E4M3);
+}
 [[noreturn]] inline void Trap() { emulator::Fail("a kernel trapped"); }
 
 namespace wgmma {
@@ -266,15 +277,18 @@ void Wait() {
 template <int kCount>
 void Pin(float (&)[kCount]) {}
 
+using Kind = emulator::Product::Kind;
+
 inline void Multiply(float* d, int columns, uint64_t a, uint64_t b, bool b_columns,
                      int accumulate) {
   emulator::ProductState& state = emulator::Products();
   state.products.push_back(
-      {d, columns, false, nullptr, a, b, b_columns, accumulate != 0, state.group});
+      {d, columns, Kind::kBf16, nullptr, a, b, b_columns, accumulate != 0, state.group});
 }
 inline void MultiplyCodes(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
   emulator::ProductState& state = emulator::Products();
-  state.products.push_back({d, 128, true, nullptr, a, b, false, accumulate != 0, state.group});
+  state.products.push_back(
+      {d, 128, Kind::kCodes, nullptr, a, b, false, accumulate != 0, state.group});
 }
 inline void MultiplyRows(float (&d)[32], uint64_t a, uint64_t b, int accumulate) {
   Multiply(d, 64, a, b, false, accumulate);
@@ -349,13 +363,25 @@ void FewerRegisters() {}
 template <int kRegisters>
 void MoreRegisters() {}
 
-inline void MultiplyColumns(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+inline void MultiplyPairs(float* d, int columns, Kind kind, const uint32_t* a, uint64_t b,
+                          bool b_columns, int accumulate) {
   emulator::ProductState& state = emulator::Products();
-  state.products.push_back({d, 128, false, a, 0, b, true, accumulate != 0, state.group});
+  state.products.push_back({d, columns, kind, a, 0, b, b_columns, accumulate != 0, state.group});
+}
+inline void MultiplyColumns(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  MultiplyPairs(d, 128, Kind::kBf16, a, b, true, accumulate);
 }
 inline void MultiplyColumns(float (&d)[128], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-  emulator::ProductState& state = emulator::Products();
-  state.products.push_back({d, 256, false, a, 0, b, true, accumulate != 0, state.group});
+  MultiplyPairs(d, 256, Kind::kBf16, a, b, true, accumulate);
+}
+inline void MultiplyRows(float (&d)[16], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  MultiplyPairs(d, 32, Kind::kBf16, a, b, false, accumulate);
+}
+inline void MultiplyHalfRows(float (&d)[16], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  MultiplyPairs(d, 32, Kind::kHalf, a, b, false, accumulate);
+}
+inline void MultiplyCodeRows(float (&d)[16], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+  MultiplyPairs(d, 32, Kind::kCodes, a, b, false, accumulate);
 }
 template <int kRows, int kCount>
 void Pin(uint32_t (&)[kRows][kCount]) {}
