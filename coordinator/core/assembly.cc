@@ -298,6 +298,8 @@ std::vector<WorkerMemory> Cluster::SurvivorsOf(const Pipeline& pipeline, uint64_
 
 void Cluster::UseSurvivors(Pipeline* pipeline, uint64_t now_us) {
   if (pipeline->num_vacant() == 0 || pipeline->state != Pipeline::State::kAssembling ||
+      // Nobody is left of it: workers may come back with its stages.
+      pipeline->num_vacant() == pipeline->slots.size() ||
       // Where several were lost they come back one by one.
       now_us < std::max(pipeline->vacant_since_us, pipeline->filled_us) +
                    context_->options.spare_wait_us) {

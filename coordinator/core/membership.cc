@@ -262,6 +262,7 @@ bool Cluster::TakeBackPlace(Worker* worker, const v1::HeldStage& held) {
   hosted.role = HostedStage::Role::kPlace;
   worker->stages.emplace(held.stage_id(), std::move(hosted));
   DepartedStage stage = departed_.Take(held.stage_id());
+  it->second->filled_us = worker->attached_us;  // the others may follow
   slot.state = StageSlot::State::kLoaded;
   slot.worker = worker->id;
   slot.stage_id = held.stage_id();
