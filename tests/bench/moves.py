@@ -211,7 +211,7 @@ def changes(programs, model, threads, length, stages, args):
     with Server(programs, model, max(stages), threads, ["--pipelines", "1", *args]) as server:
         key = operator_key(server)
         scale(server, key, stages[0])
-        stream = Stream(server, tokens(f"stages {length}", length), 10**6)
+        stream = Stream(server, tokens(f"stages {length}", length), 12_000)  # what one stage has room for
         stream.wait(GAPS + 5)
         for before, after in zip(stages, stages[1:]):
             stats, at = server.get("/strait/status")["stats"], len(stream.times)
