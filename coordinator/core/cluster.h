@@ -256,6 +256,10 @@ class Cluster {
   bool TakeWarm(Pipeline* pipeline, uint32_t slot_index, Worker* worker, uint64_t now_us);
   // Caches of stages that were warm grow to what is wanted. True: they have.
   bool GrowWarm(Pipeline* pipeline, uint64_t now_us);
+  // Of a cache with which a place that was warm may begin: for the longest sequence, and for all that were there.
+  uint64_t NeededBytes(const Pipeline& pipeline, const StageSlot& slot) const;
+  // What its cache may have while other stages of its worker have not gone.
+  uint64_t BytesBeside(const StageSlot& slot) const;
   // Its cache cannot grow: as if it could not be loaded.
   void GiveUpWarm(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us);
 

@@ -9,6 +9,7 @@
 #include "coordinator/core/cluster.h"
 #include "coordinator/core/warm.h"
 #include "proto/base/check.h"
+#include "proto/base/limits.h"
 
 namespace strait {
 
@@ -197,19 +198,47 @@ bool Cluster::GrowWarm(Pipeline* pipeline, uint64_t now_us) {
   for (StageSlot& slot : pipeline->slots) {
     if (!slot.was_warm || slot.state != StageSlot::State::kLoaded) continue;
     Worker* worker = FindWorker(slot.worker);
-    if (slot.cache_bytes >= slot.wanted_cache_bytes) {
+    // A stage that still loads goes when it has loaded, and nobody waits for it if there is room beside it.
+    const bool is_free = !worker->Has(HostedStage::Role::kUnloading);
+    const uint64_t needed = is_free ? slot.wanted_cache_bytes : NeededBytes(*pipeline, slot);
+    if (slot.cache_bytes >= std::min(needed, slot.wanted_cache_bytes)) {
       slot.was_warm = false;
       continue;
     }
     are_grown = false;
-    if (HostedIn(slot).resize || now_us < slot.grow_after_us ||
-        worker->Has(HostedStage::Role::kUnloading)) {
-      continue;
-    }
+    if (HostedIn(slot).resize || now_us < slot.grow_after_us) continue;
+    const uint64_t most =
+        is_free ? slot.wanted_cache_bytes : std::min(BytesBeside(slot), slot.wanted_cache_bytes);
+    if (most < needed) continue;
     slot.load_progress_us = now_us;
-    SendResize(worker, slot.stage_id, slot.wanted_cache_bytes, now_us);
+    SendResize(worker, slot.stage_id, most, now_us);
   }
   return are_grown;
+}
+
+uint64_t Cluster::NeededBytes(const Pipeline& pipeline, const StageSlot& slot) const {
+  const uint64_t holds = pipeline.capacity_rows(context_->model.policy());
+  uint64_t longest = 0, together = 0;
+  for (const auto& [id, sequence] : journal_->sequences()) {
+    if (sequence->rows_max() <= holds) {
+      longest = std::max<uint64_t>(longest, sequence->rows_max());
+    }
+    // To a block's end, and a block to grow.
+    if (sequence->last_pipeline == pipeline.id) {
+      together += sequence->rows_wanted() + 2 * limits::kBlockTokens;
+    }
+  }
+  const uint64_t rows = std::max(longest, together) + limits::kBlockTokens - 1;
+  // Less than half of what was planned is no place for it (NextWarm).
+  return std::max(StageCacheBytes(context_->model, slot.layers, rows), slot.wanted_cache_bytes / 2);
+}
+
+uint64_t Cluster::BytesBeside(const StageSlot& slot) const {
+  const Worker& worker = workers_.at(slot.worker);
+  const uint64_t rows =
+      CacheMemoryRows(context_->model, worker.memory(), FreeBytes(worker), slot.layers.size());
+  return slot.cache_bytes +
+         StageCacheBytes(context_->model, slot.layers, rows - rows % limits::kBlockTokens);
 }
 
 void Cluster::GiveUpWarm(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us) {

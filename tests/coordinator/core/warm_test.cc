@@ -177,6 +177,38 @@ TEST_F(WarmTest, ARangeThatStillLoadsIsTakenAsItIs) {
   ExpectServes();
 }
 
+// The bug: a worker died while the spare that had its range still loaded another one, which cannot be broken off. The
+// place waited for its end, as long as loading takes, though there was memory for the cache beside it.
+TEST_F(WarmTest, ARangeThatStillLoadsHoldsUpNobody) {
+  for (const bool has_room : {true, false}) {
+    serving_.clear();
+    spares_.clear();
+    Start(1, 0);
+    h_->answer_loads = false;
+    // 5,000 of weights, two workspaces, one block of each layer; and for the cache of one stage, or not.
+    spares_.push_back(h_->Attach(5000 + 100 + 512 + (has_room ? 20 * 256 : 2 * 256)));
+    Loaded(spares_[0]);
+    ASSERT_THAT(LayersOf(spares_[0]), ElementsAre(0, 2)) << "one is loaded, one loads";
+    const RequestId request = h_->Submit(OneSequence(300, 60));
+    for (int i = 0; i < 3; ++i) {
+      for (const WorkerId id : serving_) h_->Report(id);
+    }
+    h_->answer_unloads = false;
+    h_->Lose(serving_[0]);
+    ASSERT_THAT(LayersOf(spares_[0]), ElementsAre(0, 2));
+    EXPECT_EQ(h_->core.Stats().pipelines_active, has_room ? 1u : 0u);
+    h_->answer_unloads = true;
+    h_->AnswerUnloads();
+    EXPECT_EQ(h_->core.Stats().pipelines_active, 1u);
+    EXPECT_EQ(h_->StageOf(spares_[0]).cache_bytes, (has_room ? 20u : 13u) * 256)
+        << "all that there is memory for, in the end";
+    h_->Run();
+    ASSERT_TRUE(h_->ended.contains(request)) << h_->core.StatusJson(h_->now_us);
+    EXPECT_EQ(h_->tokens[request].size(), 60u);
+    EXPECT_THAT(h_->problems, IsEmpty());
+  }
+}
+
 TEST_F(WarmTest, AnotherRangeGivesWayBeforeALoad) {
   Start(1, 0);
   h_->answer_loads = false;
