@@ -71,11 +71,22 @@ void CopyAhead::Advance(const Pipeline& from, uint64_t now_us) {
   }
   if (landings_.empty()) return;
   for (const auto& [id, residency] : residents) {
+    // At most events nothing is due: what is cheap to know comes first.
+    const auto it = sequences_.find(id);
+    const bool is_new = it == sequences_.end();
+    const Copied* const known = is_new ? nullptr : &it->second;
+    if (is_new ? waiting_.contains(id)
+               : known->given_up || known->rows_there() < known->end_row ||
+                     residency->rows.next() < known->end_row + kRoundRows) {
+      continue;
+    }
     if (!IsReadable(*residency)) continue;
     const uint32_t end_row = residency->scheduler->RowsReported(*residency);
-    const auto it = sequences_.find(id);
-    if (it == sequences_.end()) {
-      if (end_row > 0 && !Waits(KeysOf(*residency))) {
+    if (is_new) {
+      if (end_row == 0) continue;
+      if (Waits(KeysOf(*residency))) {
+        waiting_.insert(id);
+      } else {
         Copied& copied = sequences_[id];
         copied.placement = residency->epoch;
         copied.rows.resize(landings_.size());
@@ -85,10 +96,8 @@ void CopyAhead::Advance(const Pipeline& from, uint64_t now_us) {
       }
       continue;
     }
-    Copied& copied = it->second;
-    if (copied.given_up || copied.rows_there() < copied.end_row) continue;
-    if (end_row >= copied.end_row + kRoundRows) {
-      Ask(from, *residency, &copied, end_row, false, now_us);
+    if (end_row >= known->end_row + kRoundRows) {
+      Ask(from, *residency, &it->second, end_row, false, now_us);
     }
   }
 }
@@ -221,6 +230,7 @@ void CopyAhead::GiveUp(SequenceId id, Copied* copied) {
   if (std::exchange(copied->given_up, true)) return;
   DropAt(id);
   for (const ContentKey& key : std::exchange(copied->coming, {})) coming_.erase(key);
+  waiting_.clear();
 }
 
 // ---------------------------------------------------------------- what workers say
@@ -258,6 +268,7 @@ void CopyAhead::Arrive(Copied* copied) {
     coming_.erase(key);
     landed_.insert(key);
   }
+  waiting_.clear();
 }
 
 Holdings CopyAhead::HoldingsOf(uint64_t stage_id) const {

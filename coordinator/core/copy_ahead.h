@@ -19,6 +19,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -119,6 +120,7 @@ class CopyAhead {
   uint64_t progress_us_;
   uint64_t bytes_ = 0;
   std::map<SequenceId, Copied> sequences_;
+  std::set<SequenceId> waiting_;  // for rows of others, since one of those last came
   absl::flat_hash_set<ContentKey, ContentKeyHash> coming_;
   absl::flat_hash_set<ContentKey, ContentKeyHash> landed_;
 };
