@@ -171,7 +171,14 @@ void Cluster::OnLoadProgress(Worker* worker, const v1::LoadProgress& progress, u
     return;
   }
   StageSlot* slot = SeatOf(worker, progress.stage_id()).slot;
-  if (slot == nullptr) return;  // of a stage that is given up
+  if (slot == nullptr) {
+    // Of a stage that is given up; who waits until it has gone sees that it gets on.
+    if (stage != nullptr && progress.bytes_loaded() > stage->warm.bytes_loaded) {
+      stage->warm.bytes_loaded = progress.bytes_loaded();
+      worker->load_progress_us = now_us;
+    }
+    return;
+  }
   if (progress.bytes_loaded() > slot->bytes_loaded) worker->load_progress_us = now_us;
   slot->bytes_loaded = progress.bytes_loaded();
   slot->bytes_total = progress.bytes_total();

@@ -2,7 +2,6 @@
 #include "coordinator/core/copy_ahead.h"
 
 #include <algorithm>
-#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -70,99 +69,105 @@ void CopyAhead::Advance(const Pipeline& from, uint64_t now_us) {
     it = sequences_.erase(it);
   }
   if (landings_.empty()) return;
-  for (const auto& [id, residency] : residents) {
+  if (now_us >= progress_us_ + context_->options.migrate_stall_us && !IsThere()) {
+    for (auto& [id, copied] : sequences_) {
+      if (copied.rows_there() < copied.end_row) GiveUp(id, &copied);
+    }
+  }
+  AskNew(from, /*all=*/false, now_us);
+}
+
+void CopyAhead::AskNew(const Pipeline& from, bool all, uint64_t now_us) {
+  uint64_t asked_bytes = 0;
+  for (const auto& [id, residency] : from.scheduler.residents()) {
+    if (!all && asked_bytes > kMaxAskedBytes) return;  // the rest at the next event
     // At most events nothing is due: what is cheap to know comes first.
     const auto it = sequences_.find(id);
     const bool is_new = it == sequences_.end();
     const Copied* const known = is_new ? nullptr : &it->second;
-    if (is_new ? waiting_.contains(id)
+    if (is_new ? !all && waiting_.contains(id)
                : known->given_up || known->rows_there() < known->end_row ||
                      residency->rows.next() < known->end_row + kRoundRows) {
       continue;
     }
     if (!IsReadable(*residency)) continue;
     const uint32_t end_row = residency->scheduler->RowsReported(*residency);
-    if (is_new) {
-      if (end_row == 0) continue;
-      if (Waits(KeysOf(*residency))) {
-        waiting_.insert(id);
-      } else {
-        Copied& copied = sequences_[id];
-        copied.placement = residency->epoch;
-        copied.rows.resize(landings_.size());
-        copied.bytes.resize(landings_.size());
-        Serve(from, id, copied.placement, false, false);
-        Ask(from, *residency, &copied, end_row, false, now_us);
-      }
+    if (!is_new) {
+      if (end_row < known->end_row + kRoundRows) continue;
+      asked_bytes += Ask(from, *residency, &it->second, end_row, false, now_us);
       continue;
     }
-    if (end_row >= known->end_row + kRoundRows) {
-      Ask(from, *residency, &it->second, end_row, false, now_us);
+    if (end_row == 0) continue;
+    // At last nobody waits: what comes twice is one at the landing.
+    if (!all && Waits(KeysOf(*residency))) {
+      waiting_.insert(id);
+      continue;
     }
+    Copied& copied = sequences_[id];
+    copied.placement = residency->epoch;
+    copied.rows.resize(landings_.size());
+    copied.bytes.resize(landings_.size());
+    Serve(from, id, copied.placement, false);
+    asked_bytes += Ask(from, *residency, &copied, end_row, false, now_us);
   }
 }
 
-bool CopyAhead::IsLate(uint64_t now_us) const {
-  return now_us >= progress_us_ + context_->options.migrate_stall_us ||
-         now_us >= begin_us_ + context_->options.migrate_timeout_us;
-}
-
 bool CopyAhead::IsNear(const Pipeline& from, uint64_t now_us) const {
-  if (landings_.empty() || IsLate(now_us)) return true;
-  uint64_t rest = 0;
+  if (landings_.empty() || now_us >= begin_us_ + context_->options.migrate_timeout_us) return true;
+  uint64_t rest = 0, most = kAllRestRows;
   for (const auto& [id, residency] : from.scheduler.residents()) {
     const auto it = sequences_.find(id);
     if (it == sequences_.end()) {
-      // Nothing of it is anywhere yet: what it has by then is few rows, or it would be known.
-      if (!residency->opened || (residency->rows.even() && residency->rows.next() <= kRestRows)) {
-        continue;
-      }
-      return false;
+      // One that computes rows again, or waits for another's, has rows that are worth waiting for. A prompt that has just
+      // begun has not: there will always be one.
+      if (waiting_.contains(id) || !residency->rows.even()) return false;
+      continue;
     }
     const Copied& copied = it->second;
     if (copied.given_up) continue;
     const uint32_t left = residency->rows.next() - copied.rows_there();
-    const bool outruns = copied.rounds >= kMaxAheadRounds && copied.rows_there() == copied.end_row;
+    // It grows faster than its rows go over, or is a prompt: waiting is of no use.
+    const bool outruns = copied.rounds >= kMaxAheadRounds;
     if (left > kRestRows && !outruns) return false;
     rest += outruns ? 0 : left;
+    most += kRoundRows;
   }
-  return rest <= kAllRestRows;
+  return rest <= most;
 }
 
 void CopyAhead::Finish(const Pipeline& from, uint64_t now_us) {
-  // What else came in between has left meanwhile, or is as it was.
+  if (landings_.empty()) return;
   Advance(from, now_us);
+  AskNew(from, /*all=*/true, now_us);
   for (const auto& [id, residency] : from.scheduler.residents()) {
     const auto it = sequences_.find(id);
     if (it == sequences_.end() || it->second.given_up || !IsReadable(*residency)) continue;
     Copied& copied = it->second;
     const uint32_t end_row = residency->rows.next();
-    Serve(from, id, copied.placement, true, false);
     // Also without a row more, for the keys of now.
     if (end_row > copied.end_row || residency->prefix.blocks.least() > copied.num_keys) {
       Ask(from, *residency, &copied, end_row, true, now_us);
     }
   }
+  progress_us_ = now_us;
 }
 
-bool CopyAhead::IsAllThere() const {
+bool CopyAhead::IsThere() const {
   return std::all_of(sequences_.begin(), sequences_.end(), [](const auto& entry) {
     return entry.second.given_up || entry.second.rows_there() == entry.second.end_row;
   });
 }
 
-bool CopyAhead::IsThere(uint64_t now_us) const { return IsAllThere() || IsLate(now_us); }
-
 void CopyAhead::End(const Pipeline& from) {
-  for (const auto& [id, copied] : sequences_) Serve(from, id, copied.placement, false, true);
+  for (const auto& [id, copied] : sequences_) Serve(from, id, copied.placement, true);
 }
 
 // ---------------------------------------------------------------- what is told to workers
 
-void CopyAhead::Ask(const Pipeline& from, const Residency& residency, Copied* copied,
-                    uint32_t end_row, bool is_last, uint64_t now_us) {
+uint64_t CopyAhead::Ask(const Pipeline& from, const Residency& residency, Copied* copied,
+                        uint32_t end_row, bool is_last, uint64_t now_us) {
   const Sequence& sequence = *residency.sequence;
-  if (IsAllThere()) progress_us_ = now_us;  // nobody was waited for
+  if (IsThere()) progress_us_ = now_us;  // nobody was waited for
   const uint32_t begin_row = std::exchange(copied->end_row, end_row);
   ++copied->rounds;
   std::vector<ContentKey> keys = KeysOf(residency);
@@ -198,9 +203,10 @@ void CopyAhead::Ask(const Pipeline& from, const Residency& residency, Copied* co
     context_->Send(std::move(out));
   }
   if (copied->rows_there() == end_row) Arrive(copied);
+  return (end_row - begin_row) * sizeof(TokenId) + keys.size() * kContentKeyBytes;
 }
 
-void CopyAhead::Serve(const Pipeline& from, SequenceId id, PlacementEpoch placement, bool is_last,
+void CopyAhead::Serve(const Pipeline& from, SequenceId id, PlacementEpoch placement,
                       bool end) const {
   for (const StageSlot& source : from.slots) {
     SendToWorker out{source.worker, {}};
@@ -210,8 +216,6 @@ void CopyAhead::Serve(const Pipeline& from, SequenceId id, PlacementEpoch placem
     serve->set_sequence_id(id.value);
     ToWire(placement, serve->mutable_placement());
     serve->set_secret(SecretOf(placement, source.stage_id));
-    // Not that it is told, but that it stands still.
-    serve->set_served_rows(is_last ? std::numeric_limits<uint32_t>::max() : 0);
     serve->set_end(end);
     context_->Send(std::move(out));
   }

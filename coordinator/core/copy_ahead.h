@@ -10,7 +10,8 @@
 // Thread:  loop thread only.
 // Errors:  OnFetched: what a landing cannot have told. What a landing cannot fetch, or has no room for, is
 //          dropped there: the sequence computes those rows again.
-// Limits:  CoreOptions::migrate_bytes_per_s of a sequence at a landing; migrate_stall_us without a row more.
+// Limits:  CoreOptions::migrate_bytes_per_s of a sequence at a landing; migrate_stall_us without a row more: what has
+//          not come then is dropped; kMaxAskedBytes of messages at a time.
 // Why:     rows go as those of a sequence that moves, but nobody's home changes: the change itself is an epoch's
 //          end, after which stages tell what they have. So there is nothing to commit and nothing to take back: what came in
 //          time is kept, all else is replayed.
@@ -35,9 +36,11 @@
 
 namespace strait {
 
-// Rows that may be left when the pipeline stands still: of one sequence, and of all.
+// Rows that may be left when the pipeline stands still: of one sequence, and of all, besides kRoundRows of each.
 inline constexpr uint32_t kRestRows = 64;
 inline constexpr uint64_t kAllRestRows = 1024;
+// Of token ids and keys that one call of Advance sends to each landing: a worker's stream is bounded.
+inline constexpr uint64_t kMaxAskedBytes = uint64_t{8} << 20;
 // A sequence's next round has so many rows at least, but for the last one.
 inline constexpr uint32_t kRoundRows = 32;
 // A sequence that still outruns its rounds then is waited for no longer.
@@ -68,7 +71,7 @@ class CopyAhead {
   // The rest. REQUIRES: no step of `from` is under way.
   void Finish(const Pipeline& from, uint64_t now_us);
   // After Finish: all is there that will be.
-  bool IsThere(uint64_t now_us) const;
+  bool IsThere() const;
   // Nobody may read any more. REQUIRES: `from` serves.
   void End(const Pipeline& from);
 
@@ -101,17 +104,17 @@ class CopyAhead {
   static std::vector<ContentKey> KeysOf(const Residency& residency);
   // Another sequence's rows are on their way that it begins with, too: then they come once.
   bool Waits(const std::vector<ContentKey>& keys) const;
-  void Ask(const Pipeline& from, const Residency& residency, Copied* copied, uint32_t end_row,
-           bool is_last, uint64_t now_us);
-  void Serve(const Pipeline& from, SequenceId id, PlacementEpoch placement, bool is_last,
-             bool end) const;
+  // Bytes that it sends to each landing.
+  uint64_t Ask(const Pipeline& from, const Residency& residency, Copied* copied, uint32_t end_row,
+               bool is_last, uint64_t now_us);
+  void Serve(const Pipeline& from, SequenceId id, PlacementEpoch placement, bool end) const;
   // Nothing more of it comes, and what came is of no use.
   void GiveUp(SequenceId id, Copied* copied);
   void DropAt(SequenceId id) const;
   void Arrive(Copied* copied);
-  bool IsAllThere() const;
   uint64_t SecretOf(PlacementEpoch placement, uint64_t stage_id) const;
-  bool IsLate(uint64_t now_us) const;
+  // Asks for what sequences have by kRoundRows more than was asked for; `all`: whatever that sends.
+  void AskNew(const Pipeline& from, bool all, uint64_t now_us);
 
   Context* context_;
   std::vector<Landing> landings_;

@@ -304,15 +304,17 @@ void Cluster::BeginCopies(const Pipeline& pipeline, uint64_t now_us) {
 
 bool Cluster::StandsStill(Pipeline* pipeline, uint64_t now_us) {
   Scale& scale = *scale_;
-  const bool is_late = now_us >= scale.since_us + context_->options.migrate_pause_us;
-  if (pipeline->scheduler.ledger().in_flight() == 0) {
-    if (!std::exchange(scale.rest_asked, true)) scale.ahead->Finish(*pipeline, now_us);
-    if (scale.ahead->IsThere(now_us) || (is_late && scale.stands + 1 >= kMaxStands)) {
-      Switch(pipeline, now_us);
-      return true;
-    }
+  // A step that does not end is its stage's fault (CollectLate).
+  if (pipeline->scheduler.ledger().in_flight() > 0) return false;
+  if (!std::exchange(scale.rest_asked, true)) {
+    scale.ahead->Finish(*pipeline, now_us);
+    scale.since_us = now_us;
   }
-  if (!is_late) return false;
+  if (scale.ahead->IsThere()) {
+    Switch(pipeline, now_us);
+    return true;
+  }
+  if (now_us < scale.since_us + context_->options.migrate_pause_us) return false;
   if (++scale.stands >= kMaxStands) {
     Switch(pipeline, now_us);
     return true;
@@ -332,7 +334,7 @@ void Cluster::Switch(Pipeline* pipeline, uint64_t now_us) {
   Scale& scale = *scale_;
   scale.moved_bytes += scale.ahead->bytes();
   const Scheduler& scheduler = pipeline->scheduler;
-  scale.held_before = scheduler.HeldRows();
+  scale.held_before = scheduler.HeldRows(/*known=*/true);
   // Who waits for no step feels no pause before the switch.
   scale.pause_begin_us =
       scheduler.num_residents() > 0 && pipeline->last_step_us > 0 ? pipeline->last_step_us : now_us;

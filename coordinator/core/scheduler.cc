@@ -353,9 +353,10 @@ std::vector<uint64_t> Scheduler::HeldByLayer(uint32_t stage_index) const {
   return held;
 }
 
-uint64_t Scheduler::HeldRows() const {
+uint64_t Scheduler::HeldRows(bool known) const {
   uint64_t rows = 0;
   for (const auto& [id, residency] : residents_) {
+    if (known && !residency->opened) continue;
     for (uint32_t s = 0; s < num_stages_; ++s) {
       rows += uint64_t{residency->rows.at(s)} * stages()[s].layers.size();
     }

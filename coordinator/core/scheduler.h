@@ -207,7 +207,8 @@ class Scheduler {
   // The same by layer of one stage. REQUIRES: started.
   std::vector<uint64_t> HeldByLayer(uint32_t stage_index) const;
   // Rows of its residents, kept ones included, summed over stages and their layers.
-  uint64_t HeldRows() const;
+  // `known`: of those alone that stages know; others begin with rows of others.
+  uint64_t HeldRows(bool known = false) const;
   // Prefix blocks; those of them that no sequence has.
   size_t num_prefix_blocks() const { return index_.num_nodes(); }
   size_t num_unheld_prefix_blocks() const { return index_.num_unheld(); }

@@ -142,23 +142,21 @@ def test_sigterm_of_the_only_worker_ends_it(tmp_path):
 
 
 @pytest.mark.parametrize("victim_stage", [0, 1])
-def test_a_spare_takes_the_place_from_copies(tmp_path, undisturbed, victim_stage):
-    with Drained(tmp_path / "key", 1, 2, spares=1, worker_args=["--replica-memory", "64MiB"]) as d:
+def test_a_spare_takes_the_place_and_the_rows(tmp_path, undisturbed, victim_stage):
+    with Drained(tmp_path / "key", 1, 2, spares=1) as d:
         streams = Streams(d)
         streams.wait_for(100)
-        wait_until(lambda: all(not s["unprotected"] for s in d.status()["sequences"]), what="copies of all rows")
         victim = next(i for i in range(3) if any(s["stage_index"] == victim_stage for s in d.worker(i)["stages"]))
         before = d.status()["stats"]
         done = d.drain(f"worker-{victim}")
         assert done.returncode == 0, done.stderr
         print("\n" + done.stdout)
-        assert "has other stages" in done.stdout, done.stdout
+        assert "has other stages" in done.stdout and "computed again 0" in done.stdout, done.stdout
         d.wait_drained(victim)
         assert streams.join() == undisturbed
         after = d.status()["stats"]
         assert after["recoveries"] == before["recoveries"] and after["workers_lost"] == before["workers_lost"]
-        assert after["restored_rows"] > before["restored_rows"]
-        assert after["recomputed_rows"] - before["recomputed_rows"] <= 127 * 2 * len(PROMPTS)
+        assert after["recomputed_rows"] == before["recomputed_rows"]
 
 
 def test_what_cannot_be_is_refused_and_all_goes_on(tmp_path, undisturbed):

@@ -180,6 +180,22 @@ void LatentCache::KeepPrefix(SequenceId id, const ContentKey& key) {
   sequence.prefix.push_back(key);
 }
 
+void LatentCache::JoinPrefix(SequenceId id, const ContentKey& key) {
+  const auto it = sequences_.find(id);
+  const auto prefix = prefixes_.find(key);
+  STRAIT_CHECK(it != sequences_.end() && prefix != prefixes_.end(), "there is no such block");
+  Sequence& sequence = it->second;
+  const size_t index = sequence.prefix.size();
+  STRAIT_CHECK((index + 1) * limits::kBlockTokens <= sequence.length, "the block is not full");
+  for (uint32_t layer = 0; layer < num_layers_; ++layer) {
+    Give(std::exchange(sequence.tables[layer][index], prefix->second.blocks[layer]));
+    sequence.views[layer] = sequence.tables[layer];
+  }
+  sequence.tables_id = ++last_tables_id_;
+  sequence.prefix.push_back(key);
+  ++prefix->second.holders;
+}
+
 void LatentCache::DropPrefix(const ContentKey& key) {
   const auto it = prefixes_.find(key);
   STRAIT_CHECK(it != prefixes_.end() && it->second.holders == 0, "a sequence has the block");

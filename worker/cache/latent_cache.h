@@ -93,6 +93,9 @@ class LatentCache {
   // Its first block behind its prefix blocks becomes one. REQUIRES: resident, that block is full;
   // no prefix block has this key.
   void KeepPrefix(SequenceId id, const ContentKey& key);
+  // That block goes, and it has the prefix block of this key in its place. REQUIRES: as KeepPrefix, but has_prefix; the rows
+  // of both are the same.
+  void JoinPrefix(SequenceId id, const ContentKey& key);
   // REQUIRES: has_prefix, and no sequence has it.
   void DropPrefix(const ContentKey& key);
   void DropUnheldPrefixes();

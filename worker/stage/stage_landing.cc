@@ -18,7 +18,7 @@ constexpr uint32_t kBlock = limits::kBlockTokens;
 
 // That it can be the next of a sequence of which `before` came, null: nothing.
 absl::Status CheckLanding(const v1::FetchRows& fetch, absl::Span<const ContentKey> keys,
-                          const LandedSequence* before, uint32_t max_positions) {
+                          const LandedSequence* before, uint32_t num_rows, uint32_t max_positions) {
   const bool has_rows = fetch.end_row() > fetch.begin_row();
   const bool has_keys = before != nullptr && fetch.end_row() == fetch.begin_row();
   if ((!has_rows && !has_keys) || fetch.end_row() > max_positions ||
@@ -38,6 +38,10 @@ absl::Status CheckLanding(const v1::FetchRows& fetch, absl::Span<const ContentKe
     return absl::FailedPreconditionError(
         absl::StrCat("rows of placement ", ToString(before->placement), " came; drop those first"));
   }
+  if (fetch.begin_row() != num_rows) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("rows from ", fetch.begin_row(), " on, ", num_rows, " were asked for before"));
+  }
   if (keys.size() >= before->keys.size() &&
       std::equal(before->keys.begin(), before->keys.end(), keys.begin())) {
     return absl::OkStatus();
@@ -53,8 +57,9 @@ absl::Status Stage::State::Land(const v1::FetchRows& fetch, uint64_t now_us) {
   STRAIT_ASSIGN_OR_RETURN(std::vector<ContentKey> keys, ParseContentKeys(fetch.prefix_keys()));
   const auto it = landed.find(id);
   const LandedSequence* const before = it == landed.end() ? nullptr : &it->second;
-  STRAIT_RETURN_IF_ERROR(CheckLanding(fetch, keys, before, traits.max_positions));
   LatentCache& cache = residents.cache();
+  const uint32_t num_rows = before == nullptr ? 0 : cache.length(id);
+  STRAIT_RETURN_IF_ERROR(CheckLanding(fetch, keys, before, num_rows, traits.max_positions));
   if (before == nullptr && cache.num_sequences() >= limits::kMaxSequencesResident) {
     return absl::ResourceExhaustedError(absl::StrCat(
         cache.num_sequences(), " sequences landed, at most ", limits::kMaxSequencesResident));
@@ -65,9 +70,8 @@ absl::Status Stage::State::Land(const v1::FetchRows& fetch, uint64_t now_us) {
   }
   const auto shared_rows = static_cast<uint32_t>(num_shared) * kBlock;
   const uint32_t num_layers = model->spec().layers.size();
-  const uint64_t blocks =
-      BlocksOfSequence(fetch.end_row(), num_layers) -
-      BlocksOfSequence(before != nullptr ? cache.length(id) : shared_rows, num_layers);
+  const uint64_t blocks = BlocksOfSequence(fetch.end_row(), num_layers) -
+                          BlocksOfSequence(std::max(num_rows, shared_rows), num_layers);
   if (cache.blocks_taken() + blocks > capacity_blocks) {
     return absl::ResourceExhaustedError(absl::StrCat("rows to ", fetch.end_row(), " take ", blocks,
                                                      " latent blocks more, ", cache.blocks_taken(),
@@ -95,8 +99,10 @@ void Stage::State::KeepLanded() {
   for (const auto& [id, sequence] : landed) {
     const size_t num_full = importer.TokensHere(id, sequence.placement).size() / kBlock;
     const size_t end = std::min(sequence.keys.size(), num_full);
-    for (size_t i = cache.prefix(id).size(); i < end && !cache.has_prefix(sequence.keys[i]); ++i) {
-      cache.KeepPrefix(id, sequence.keys[i]);
+    for (size_t i = cache.prefix(id).size(); i < end; ++i) {
+      const ContentKey& key = sequence.keys[i];
+      // Where they come from it is one block, too: another sequence's rows may have come before these did.
+      cache.has_prefix(key) ? cache.JoinPrefix(id, key) : cache.KeepPrefix(id, key);
     }
   }
 }

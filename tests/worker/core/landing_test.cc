@@ -207,6 +207,31 @@ TEST_F(LandingTest, BlocksThatAnotherSequenceHasComeOnce) {
   ExpectRows(31, 2);
 }
 
+// The bug: of two sequences whose rows came at once only one's blocks became prefix blocks, and the other one lost its rows
+// when the stage that followed took them with those of old stages.
+TEST_F(LandingTest, BlocksThatCameTwiceAreOne) {
+  Grow(1, 150);
+  tokens_[2] = {tokens_[1].begin(), tokens_[1].begin() + 2 * kBlock};
+  v1::StepPlan plan = p_.from.Plan();
+  AddOpen(&plan, 2);
+  AddRows(&plan, 2, 0, tokens_[2]);
+  p_.from.Send(plan);
+  ASSERT_TRUE(p_.TurnUntil([&] { return p_.AllReported(p_.from); }));
+  Grow(2, 30);
+  Load(31, {0, 3}, 100);
+  Fetch(31, 1, 0, 150, Keys(1, 2));
+  Fetch(31, 2, 0, 158, Keys(1, 2));
+  EXPECT_EQ(BlocksOf(31), 6u * 3);
+  Land(31, 1, 150);
+  Land(31, 2, 158);
+  EXPECT_EQ(BlocksOf(31), (3u + 1) * 3);
+  p_.to.worker.Activate({31, 32}, 0, 9);
+  EXPECT_EQ(Held(1), (Rows{150, 2}));
+  EXPECT_EQ(Held(2), (Rows{158, 2}));
+  ExpectRows(31, 1);
+  ExpectRows(31, 2);
+}
+
 TEST_F(LandingTest, AllOfASequenceMayBeThere) {
   Grow(1, 128);
   Load(31, {0, 3}, 100);
@@ -234,6 +259,10 @@ TEST_F(LandingTest, WhatContradictsIsRefusedByName) {
   ExpectRefused(31, 1, absl::StatusCode::kInvalidArgument, "other keys before");
   Drop(31, 1);
   EXPECT_EQ(BlocksOf(31), 0u);
+  Fetch(31, 1, 0, 150, {}, {1, 2});
+  Fetch(31, 1, 100, 140, {}, {1, 2});
+  ExpectRefused(31, 1, absl::StatusCode::kInvalidArgument, "150 were asked for before");
+  Drop(31, 1);
   Fetch(31, 1, 0, 150, {}, {1, 2});
   Fetch(31, 1, 150, 160, {}, {1, 3});
   ExpectRefused(31, 1, absl::StatusCode::kFailedPrecondition, "drop those first");
