@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "coordinator/core/edges.h"
 #include "proto/base/limits.h"
 #include "proto/wire/epoch_wire.h"
 
@@ -35,11 +34,8 @@ int CopyAhead::IndexOf(WorkerId worker, uint64_t stage_id) const {
   return -1;
 }
 
-uint64_t CopyAhead::SecretOf(PlacementEpoch placement, uint64_t stage_id) const {
-  // No edge, and no move, whose nonces others know, has such an id.
-  constexpr uint64_t kAhead = uint64_t{1} << 62;
-  const uint64_t key = EdgeNonce(context_->options.edge_secret, kAhead);
-  return EdgeNonce(EdgeNonce(key, placement.counter), stage_id);
+RowsPass CopyAhead::PassOf(SequenceId id, PlacementEpoch placement) const {
+  return {context_->options.edge_secret, RowsUse::kAhead, id, placement};
 }
 
 std::vector<ContentKey> CopyAhead::KeysOf(const Residency& residency) {
@@ -58,6 +54,11 @@ bool CopyAhead::Waits(const std::vector<ContentKey>& keys) const {
 // ---------------------------------------------------------------- what goes on
 
 void CopyAhead::Advance(const Pipeline& from, uint64_t now_us) {
+  ForgetGone(from, now_us);
+  AskNew(from, /*all=*/false, now_us);
+}
+
+void CopyAhead::ForgetGone(const Pipeline& from, uint64_t now_us) {
   const auto& residents = from.scheduler.residents();
   for (auto it = sequences_.begin(); it != sequences_.end();) {
     const auto resident = residents.find(it->first);
@@ -68,16 +69,15 @@ void CopyAhead::Advance(const Pipeline& from, uint64_t now_us) {
     GiveUp(it->first, &it->second);
     it = sequences_.erase(it);
   }
-  if (landings_.empty()) return;
   if (now_us >= progress_us_ + context_->options.migrate_stall_us && !IsThere()) {
     for (auto& [id, copied] : sequences_) {
       if (copied.rows_there() < copied.end_row) GiveUp(id, &copied);
     }
   }
-  AskNew(from, /*all=*/false, now_us);
 }
 
 void CopyAhead::AskNew(const Pipeline& from, bool all, uint64_t now_us) {
+  if (landings_.empty()) return;
   uint64_t asked_bytes = 0;
   for (const auto& [id, residency] : from.scheduler.residents()) {
     if (!all && asked_bytes > kMaxAskedBytes) return;  // the rest at the next event
@@ -136,8 +136,7 @@ bool CopyAhead::IsNear(const Pipeline& from, uint64_t now_us) const {
 }
 
 void CopyAhead::Finish(const Pipeline& from, uint64_t now_us) {
-  if (landings_.empty()) return;
-  Advance(from, now_us);
+  ForgetGone(from, now_us);
   AskNew(from, /*all=*/true, now_us);
   for (const auto& [id, residency] : from.scheduler.residents()) {
     const auto it = sequences_.find(id);
@@ -178,28 +177,13 @@ uint64_t CopyAhead::Ask(const Pipeline& from, const Residency& residency, Copied
   copied->num_keys = static_cast<uint32_t>(keys.size());
   for (const Landing& landing : landings_) {
     SendToWorker out{landing.worker, {}};
-    v1::FetchRows* fetch = out.message.mutable_fetch_rows();
-    fetch->set_stage_id(landing.stage_id);
-    fetch->set_sequence_id(sequence.id.value);
-    ToWire(copied->placement, fetch->mutable_placement());
-    fetch->set_begin_row(begin_row);
-    fetch->set_end_row(end_row);
-    fetch->mutable_tokens()->mutable_ids()->Add(sequence.tokens.begin() + begin_row,
-                                                sequence.tokens.begin() + end_row);
-    *fetch->mutable_prefix_keys() = Pack(keys);
-    for (const StageSlot& source : from.slots) {
-      const LayerRange layers = Intersection(source.layers, landing.layers);
-      if (layers.size() == 0) continue;
-      v1::RowsSource* rows = fetch->add_sources();
-      rows->set_layer_begin(layers.begin);
-      rows->set_layer_end(layers.end);
-      rows->set_stage_id(source.stage_id);
-      ToWire(from.epoch, rows->mutable_epoch());
-      rows->set_data_address(address_(source.worker));
-      rows->set_secret(SecretOf(copied->placement, source.stage_id));
-    }
-    fetch->set_is_last(is_last);
-    fetch->set_bytes_per_s(context_->options.migrate_bytes_per_s);
+    v1::FetchRows& fetch = *out.message.mutable_fetch_rows();
+    fetch = FetchFrom(from, sequence, PassOf(sequence.id, copied->placement), landing.layers,
+                      begin_row, end_row, address_);
+    fetch.set_stage_id(landing.stage_id);
+    *fetch.mutable_prefix_keys() = Pack(keys);
+    fetch.set_is_last(is_last);
+    fetch.set_bytes_per_s(context_->options.migrate_bytes_per_s);
     context_->Send(std::move(out));
   }
   if (copied->rows_there() == end_row) Arrive(copied);
@@ -210,13 +194,8 @@ void CopyAhead::Serve(const Pipeline& from, SequenceId id, PlacementEpoch placem
                       bool end) const {
   for (const StageSlot& source : from.slots) {
     SendToWorker out{source.worker, {}};
-    v1::ServeRows* serve = out.message.mutable_serve_rows();
-    serve->set_stage_id(source.stage_id);
-    ToWire(from.epoch, serve->mutable_epoch());
-    serve->set_sequence_id(id.value);
-    ToWire(placement, serve->mutable_placement());
-    serve->set_secret(SecretOf(placement, source.stage_id));
-    serve->set_end(end);
+    *out.message.mutable_serve_rows() = ServeOf(from.epoch, source.stage_id, PassOf(id, placement));
+    out.message.mutable_serve_rows()->set_end(end);
     context_->Send(std::move(out));
   }
 }
@@ -286,26 +265,6 @@ Holdings CopyAhead::HoldingsOf(uint64_t stage_id) const {
     holdings.emplace(id, MayHold{copied.end_row, copied.end_row, copied.num_keys});
   }
   return holdings;
-}
-
-uint64_t CopyAhead::rows_there() const {
-  uint64_t rows = 0;
-  for (const auto& [id, copied] : sequences_) {
-    for (size_t i = 0; i < copied.rows.size(); ++i) {
-      rows += uint64_t{copied.rows[i]} * landings_[i].layers.size();
-    }
-  }
-  return rows;
-}
-
-uint64_t CopyAhead::rows_asked() const {
-  uint64_t rows = 0;
-  for (const auto& [id, copied] : sequences_) {
-    for (const Landing& landing : landings_) {
-      rows += uint64_t{copied.given_up ? 0 : copied.end_row} * landing.layers.size();
-    }
-  }
-  return rows;
 }
 
 }  // namespace strait

@@ -25,11 +25,11 @@
 #include <utility>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "coordinator/core/context.h"
 #include "coordinator/core/pipeline.h"
+#include "coordinator/core/row_messages.h"
 #include "coordinator/core/survivors.h"
 #include "proto/base/ids.h"
 #include "proto/model/content_key.h"
@@ -81,11 +81,7 @@ class CopyAhead {
   // What it may tell when it is activated.
   Holdings HoldingsOf(uint64_t stage_id) const;
 
-  bool empty() const { return landings_.empty(); }
   uint64_t bytes() const { return bytes_; }
-  // Of all landings and layers: there; asked for.
-  uint64_t rows_there() const;
-  uint64_t rows_asked() const;
 
  private:
   struct Copied {
@@ -112,7 +108,9 @@ class CopyAhead {
   void GiveUp(SequenceId id, Copied* copied);
   void DropAt(SequenceId id) const;
   void Arrive(Copied* copied);
-  uint64_t SecretOf(PlacementEpoch placement, uint64_t stage_id) const;
+  RowsPass PassOf(SequenceId id, PlacementEpoch placement) const;
+  // Who left is dropped, and what stalls.
+  void ForgetGone(const Pipeline& from, uint64_t now_us);
   // Asks for what sequences have by kRoundRows more than was asked for; `all`: whatever that sends.
   void AskNew(const Pipeline& from, bool all, uint64_t now_us);
 

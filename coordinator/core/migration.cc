@@ -271,11 +271,8 @@ void Migrations::OnMessage(WorkerId worker, const v1::FromWorker& message, uint6
 
 // ---------------------------------------------------------------- what is told to workers
 
-uint64_t Migrations::SecretOf(const Migration& move, uint64_t stage_id) const {
-  // No edge, whose nonce its two workers know, has such an id.
-  constexpr uint64_t kMoves = uint64_t{1} << 63;
-  const uint64_t key = EdgeNonce(context_->options.edge_secret, kMoves);
-  return EdgeNonce(EdgeNonce(key, move.placement.counter), stage_id);
+RowsPass Migrations::PassOf(const Migration& move) const {
+  return {context_->options.edge_secret, RowsUse::kMoves, move.sequence, move.placement};
 }
 
 void Migrations::Serve(const Migration& move, uint32_t served_rows, bool end) {
@@ -283,14 +280,10 @@ void Migrations::Serve(const Migration& move, uint32_t served_rows, bool end) {
   if (from == nullptr) return;
   for (const Migration::Served& stage : move.served) {
     v1::ToWorker message;
-    v1::ServeRows* serve = message.mutable_serve_rows();
-    serve->set_stage_id(stage.stage_id);
-    ToWire(from->epoch, serve->mutable_epoch());
-    serve->set_sequence_id(move.sequence.value);
-    ToWire(move.placement, serve->mutable_placement());
-    serve->set_secret(SecretOf(move, stage.stage_id));
-    serve->set_served_rows(served_rows);
-    serve->set_end(end);
+    v1::ServeRows& serve = *message.mutable_serve_rows();
+    serve = ServeOf(from->epoch, stage.stage_id, PassOf(move));
+    serve.set_served_rows(served_rows);
+    serve.set_end(end);
     context_->Send(SendToWorker{stage.worker, std::move(message)});
   }
 }
@@ -302,30 +295,14 @@ void Migrations::Fetch(Migration* move, const Sequence& sequence, uint32_t end_r
   ++move->rounds;
   for (const StageSlot& slot : to.slots) {
     v1::ToWorker message;
-    v1::FetchRows* fetch = message.mutable_fetch_rows();
-    fetch->set_stage_id(slot.stage_id);
-    ToWire(to.epoch, fetch->mutable_epoch());
-    fetch->set_sequence_id(move->sequence.value);
-    ToWire(move->placement, fetch->mutable_placement());
-    fetch->set_begin_row(begin_row);
-    fetch->set_end_row(end_row);
-    fetch->mutable_tokens()->mutable_ids()->Add(sequence.tokens.begin() + begin_row,
-                                                sequence.tokens.begin() + end_row);
-    for (const StageSlot& source : from.slots) {
-      const LayerIndex begin = std::max(source.layers.begin, slot.layers.begin);
-      const LayerIndex end = std::min(source.layers.end, slot.layers.end);
-      if (begin >= end) continue;
-      v1::RowsSource* rows = fetch->add_sources();
-      rows->set_layer_begin(begin);
-      rows->set_layer_end(end);
-      rows->set_stage_id(source.stage_id);
-      ToWire(from.epoch, rows->mutable_epoch());
-      rows->set_data_address(cluster_->workers().at(source.worker).data_address);
-      rows->set_secret(SecretOf(*move, source.stage_id));
-    }
-    fetch->set_is_last(is_last);
-    fetch->set_bytes_per_s(context_->options.migrate_bytes_per_s);
-    fetch->set_any_numerics(move->force_numerics);
+    v1::FetchRows& fetch = *message.mutable_fetch_rows();
+    fetch = FetchFrom(from, sequence, PassOf(*move), slot.layers, begin_row, end_row,
+                      [this](WorkerId id) { return cluster_->workers().at(id).data_address; });
+    fetch.set_stage_id(slot.stage_id);
+    ToWire(to.epoch, fetch.mutable_epoch());
+    fetch.set_is_last(is_last);
+    fetch.set_bytes_per_s(context_->options.migrate_bytes_per_s);
+    fetch.set_any_numerics(move->force_numerics);
     context_->Send(SendToWorker{slot.worker, std::move(message)});
   }
 }

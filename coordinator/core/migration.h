@@ -37,6 +37,7 @@
 #include "coordinator/core/context.h"
 #include "coordinator/core/core.h"
 #include "coordinator/core/journal.h"
+#include "coordinator/core/row_messages.h"
 
 namespace strait {
 
@@ -159,7 +160,7 @@ class Migrations {
   void Fetch(Migration* move, const Sequence& sequence, uint32_t end_row, bool is_last);
   // To the source's stages: they may be read; `served_rows`: what is to be told once these were.
   void Serve(const Migration& move, uint32_t served_rows, bool end);
-  uint64_t SecretOf(const Migration& move, uint64_t stage_id) const;
+  RowsPass PassOf(const Migration& move) const;
   // What both ends have of it goes; the sequence goes on where its home is.
   Outcome Abort(Migration* move, absl::Status why, uint64_t now_us);
   Outcome Finish(Migration* move, uint64_t now_us);

@@ -14,7 +14,7 @@ namespace {
 // Ends that are looked at in one search for room.
 constexpr int kMaxLookedAt = 64;
 
-bool Overlap(LayerRange a, LayerRange b) { return a.begin < b.end && b.begin < a.end; }
+bool Overlap(LayerRange a, LayerRange b) { return Intersection(a, b).size() > 0; }
 
 }  // namespace
 
@@ -220,7 +220,7 @@ bool Replicas::Covers(const ContentKey& key, LayerRange layers, WorkerId worker,
   for (const Copy& copy : it->second) {
     if (copy.worker != worker || !Overlap(copy.layers, layers)) continue;
     if (are_there && !copy.is_there) return false;
-    num_layers += std::min(copy.layers.end, layers.end) - std::max(copy.layers.begin, layers.begin);
+    num_layers += Intersection(copy.layers, layers).size();
   }
   return num_layers == layers.size();
 }

@@ -312,10 +312,8 @@ Holdings HoldingsOfSuccessor(LayerRange layers, absl::Span<const StageSlot* cons
   uint32_t num_covered = 0;  // no layer is in two old stages
   std::vector<const Holdings*> sources;
   for (const StageSlot* old : old_slots) {
-    const LayerIndex begin = std::max(layers.begin, old->layers.begin);
-    const LayerIndex end = std::min(layers.end, old->layers.end);
-    if (begin < end) {
-      num_covered += end - begin;
+    if (const uint32_t both = Intersection(layers, old->layers).size(); both > 0) {
+      num_covered += both;
       sources.push_back(&old->may_hold);
     }
     // It may tell any that one of them has, with no rows.

@@ -22,8 +22,7 @@ void TakeOverRows(absl::Span<const Predecessor> predecessors, LayerRange layers,
   std::map<SequenceId, Taken> taken;
   std::map<ContentKey, std::vector<std::optional<BlockId>>> prefixes;  // [layers]
   for (const Predecessor& p : predecessors) {
-    const LayerIndex begin = std::max(layers.begin, p.layers.begin);
-    const LayerIndex end = std::min(layers.end, p.layers.end);
+    const auto [begin, end] = Intersection(layers, p.layers);
     if (begin >= end) continue;
     for (const HeldRows& held : p.residents->left()) {
       const absl::Span<const TokenId> tokens = p.residents->TokensLeft(held.id);

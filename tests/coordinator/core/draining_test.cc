@@ -45,19 +45,7 @@ class DrainingTest : public testing::Test {
     }
     Rounds(10);
   }
-  // Every stage reports what it has, so many times.
-  void Rounds(int rounds) {
-    for (int i = 0; i < rounds; ++i) {
-      for (auto& [id, worker] : h_->workers) {
-        std::vector<uint64_t> ids;
-        for (const auto& [stage_id, stage] : worker.stages) ids.push_back(stage_id);
-        for (const uint64_t stage_id : ids) {
-          const auto it = worker.stages.find(stage_id);
-          if (it != worker.stages.end() && !it->second.plans.empty()) h_->Report(id, it->second);
-        }
-      }
-    }
-  }
+  void Rounds(int rounds) { h_->Rounds(rounds); }
   void ExpectAllTokens() {
     h_->Run();
     uint64_t sequence = 0;

@@ -365,6 +365,19 @@ class Harness {
     core.OnWorkerMessage(id, message, now_us);
     Pump();
   }
+  // Every stage reports what it has, so many times.
+  void Rounds(int rounds) {
+    for (int i = 0; i < rounds; ++i) {
+      for (auto& [id, worker] : workers) {
+        std::vector<uint64_t> ids;
+        for (const auto& [stage_id, stage] : worker.stages) ids.push_back(stage_id);
+        for (const uint64_t stage_id : ids) {
+          const auto it = worker.stages.find(stage_id);
+          if (it != worker.stages.end() && !it->second.plans.empty()) Report(id, it->second);
+        }
+      }
+    }
+  }
   // Every stage reports everything, until nothing more is planned.
   void Run() {
     for (bool any = true; any;) {

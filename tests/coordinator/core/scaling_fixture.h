@@ -43,19 +43,7 @@ class ScalingTest : public testing::Test {
     }
     Rounds(5);
   }
-  // Every stage reports what it has.
-  void Rounds(int rounds) {
-    for (int i = 0; i < rounds; ++i) {
-      for (auto& [id, worker] : h_->workers) {
-        std::vector<uint64_t> ids;
-        for (const auto& [stage_id, stage] : worker.stages) ids.push_back(stage_id);
-        for (const uint64_t stage_id : ids) {
-          const auto it = worker.stages.find(stage_id);
-          if (it != worker.stages.end() && !it->second.plans.empty()) h_->Report(id, it->second);
-        }
-      }
-    }
-  }
+  void Rounds(int rounds) { h_->Rounds(rounds); }
   // All of it, each once and in order.
   void ExpectAllTokens() {
     h_->Run();
