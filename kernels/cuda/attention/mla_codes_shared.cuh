@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels/cuda/attention/mla_device.cuh"
+#include "kernels/cuda/attention/mla_halves.cuh"
 #include "kernels/cuda/attention/mla_wgmma.cuh"
 
 namespace strait::cuda::mla::codes {
@@ -153,22 +154,6 @@ struct Ring {
 __device__ __forceinline__ void ArriveWarp(uint32_t barrier) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) wgmma::BarrierArrive(barrier);
-}
-
-__device__ __forceinline__ uint32_t PackHalves(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof(bits));
-  return bits;
-}
-__device__ __forceinline__ uint32_t MultiplyHalves(uint32_t a, uint32_t b) {
-  __half2 x;
-  __half2 y;
-  memcpy(&x, &a, sizeof(x));
-  memcpy(&y, &b, sizeof(y));
-  x = __hmul2(x, y);
-  memcpy(&a, &x, sizeof(a));
-  return a;
 }
 
 // Blocks of the work that have rows.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels/cuda/attention/mla_few_rows_shared.cuh"
+#include "kernels/cuda/attention/mla_halves.cuh"
 
 namespace strait::cuda::mla::few {
 
@@ -13,22 +14,6 @@ inline constexpr uint32_t kOneExponent = 1u << 23;
 inline constexpr uint32_t kTwiceBias = 254u << 23;
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
-__device__ __forceinline__ uint32_t PackHalves(float low, float high) {
-  const __half2 pair = __floats2half2_rn(low, high);
-  uint32_t bits;
-  memcpy(&bits, &pair, sizeof(bits));
-  return bits;
-}
-__device__ __forceinline__ uint32_t MultiplyHalves(uint32_t a, uint32_t b) {
-  __half2 x;
-  __half2 y;
-  memcpy(&x, &a, sizeof(x));
-  memcpy(&y, &b, sizeof(y));
-  x = __hmul2(x, y);
-  memcpy(&a, &x, sizeof(a));
-  return a;
-}
 
 template <int kCount>
 __device__ __forceinline__ void Clear(float (&sums)[kCount][4]) {

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "tests/kernels/cuda/attention/mla_case.h"
+#include "tests/kernels/cuda/attention/mla_fp8_test.h"
 
 namespace strait::cuda {
 namespace {
@@ -18,33 +18,15 @@ using mla_test::Case;
 using mla_test::Shape;
 using mla_test::Tokens;
 
-// Products are exact, sums fp32 or, of 128 codes, good to 2^-13. q is the sum of two codes, at most 2^-9
-// off, 5e-4 in the mean square; scales, codes times scales and weights are halves, 2e-4 each: 6e-4 to 8e-4
-// of the output as measured. bf16 outputs add their own rounding, 1.7e-3.
-double Tolerance(const Shape& shape) { return shape.out_fp32 ? 1.5e-3 : 3e-3; }
-
-class MlaCodesTest : public gpu_test::GpuTest {
+class MlaCodesTest : public mla_test::MlaFp8Test {
  protected:
-  void SetUp() override {
-    GpuTest::SetUp();
-    if (IsSkipped()) return;
-    int major = 0;
-    ASSERT_EQ(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), cudaSuccess);
-    if (major != 9) GTEST_SKIP() << "a kernel of the Hopper path";
-  }
   static Shape Of(int32_t heads) {
     return {.heads = heads, .format = RowFormat::kFp8, .tile_rows = kMlaHalfTileRows};
   }
-  void Check(const Shape& shape, const std::vector<Tokens>& tokens, int32_t grid = 0) {
-    SCOPED_TRACE(std::to_string(shape.heads) + " heads, " + std::to_string(grid) +
-                 " thread blocks");
-    const Case c(rng_, shape, tokens);
-    c.Expect(c.Run(grid), Tolerance(shape));
-  }
-  int32_t Pick(int32_t low, int32_t high) {
-    return std::uniform_int_distribution<int32_t>(low, high)(rng_);
-  }
-  kernel_test::Rng rng_{kernel_test::Seed()};
+  // Products are exact, sums fp32 or, of 128 codes, good to 2^-13. q is the sum of two codes, at most 2^-9
+  // off, 5e-4 in the mean square; scales, codes times scales and weights are halves, 2e-4 each: 6e-4 to 8e-4
+  // of the output as measured. bf16 outputs add their own rounding, 1.7e-3.
+  double Tolerance(const Shape& shape) const override { return shape.out_fp32 ? 1.5e-3 : 3e-3; }
 };
 
 TEST_F(MlaCodesTest, LengthsAboutABlock) {

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "tests/kernels/cuda/attention/mla_case.h"
+#include "tests/kernels/cuda/attention/mla_fp8_test.h"
 
 namespace strait::cuda {
 namespace {
@@ -18,32 +18,14 @@ using mla_test::Case;
 using mla_test::Shape;
 using mla_test::Tokens;
 
-// Codes and q are exact, products fp32. Weights and scales are halves, and so is their product: each
-// at most 2^-11 off, independently, 3e-4 as measured. bf16 outputs add their own rounding, 1.7e-3.
-double Tolerance(const Shape& shape) { return shape.out_fp32 ? 5e-4 : 2.5e-3; }
-
-class MlaFewRowsTest : public gpu_test::GpuTest {
+class MlaFewRowsTest : public mla_test::MlaFp8Test {
  protected:
-  void SetUp() override {
-    GpuTest::SetUp();
-    if (IsSkipped()) return;
-    int major = 0;
-    ASSERT_EQ(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), cudaSuccess);
-    if (major != 9) GTEST_SKIP() << "a kernel of the Hopper path";
-  }
   static Shape Of(int32_t heads) {
     return {.heads = heads, .format = RowFormat::kFp8, .tile_rows = kMlaFewRows};
   }
-  void Check(const Shape& shape, const std::vector<Tokens>& tokens, int32_t grid = 0) {
-    SCOPED_TRACE(std::to_string(shape.heads) + " heads, " + std::to_string(grid) +
-                 " thread blocks");
-    const Case c(rng_, shape, tokens);
-    c.Expect(c.Run(grid), Tolerance(shape));
-  }
-  int32_t Pick(int32_t low, int32_t high) {
-    return std::uniform_int_distribution<int32_t>(low, high)(rng_);
-  }
-  kernel_test::Rng rng_{kernel_test::Seed()};
+  // Codes and q are exact, products fp32. Weights and scales are halves, and so is their product: each
+  // at most 2^-11 off, independently, 3e-4 as measured. bf16 outputs add their own rounding, 1.7e-3.
+  double Tolerance(const Shape& shape) const override { return shape.out_fp32 ? 5e-4 : 2.5e-3; }
 };
 
 TEST_F(MlaFewRowsTest, LengthsAboutABlock) {
