@@ -37,6 +37,16 @@ class LandingTest : public testing::Test {
     EXPECT_TRUE(p_.TurnUntil([&] { return p_.AllReported(p_.from); }));
     p_.Serve(id, kPlacement);
   }
+  // Sequence `id` begins with two blocks of the other one's tokens, and gets so many rows more.
+  void GrowLike(uint64_t other, uint64_t id, uint32_t rows) {
+    tokens_[id] = {tokens_[other].begin(), tokens_[other].begin() + 2 * kBlock};
+    v1::StepPlan plan = p_.from.Plan();
+    AddOpen(&plan, id);
+    AddRows(&plan, id, 0, tokens_[id]);
+    p_.from.Send(plan);
+    ASSERT_TRUE(p_.TurnUntil([&] { return p_.AllReported(p_.from); }));
+    Grow(id, rows);
+  }
   // A stage of the second worker that is never told to be active by itself.
   void Load(uint64_t stage, LayerRange layers, uint32_t blocks, std::vector<uint64_t> before = {}) {
     layers_[stage] = layers;
@@ -183,13 +193,7 @@ TEST_F(LandingTest, AStageFollowsAnotherOneAndALanding) {
 
 TEST_F(LandingTest, BlocksThatAnotherSequenceHasComeOnce) {
   Grow(1, 150);
-  tokens_[2] = {tokens_[1].begin(), tokens_[1].begin() + 2 * kBlock};
-  v1::StepPlan plan = p_.from.Plan();
-  AddOpen(&plan, 2);
-  AddRows(&plan, 2, 0, tokens_[2]);
-  p_.from.Send(plan);
-  ASSERT_TRUE(p_.TurnUntil([&] { return p_.AllReported(p_.from); }));
-  Grow(2, 30);
+  GrowLike(1, 2, 30);
   Load(31, {0, 3}, 100);
   Fetch(31, 1, 0, 150, Keys(1, 2));
   Land(31, 1, 150);
@@ -211,13 +215,7 @@ TEST_F(LandingTest, BlocksThatAnotherSequenceHasComeOnce) {
 // when the stage that followed took them with those of old stages.
 TEST_F(LandingTest, BlocksThatCameTwiceAreOne) {
   Grow(1, 150);
-  tokens_[2] = {tokens_[1].begin(), tokens_[1].begin() + 2 * kBlock};
-  v1::StepPlan plan = p_.from.Plan();
-  AddOpen(&plan, 2);
-  AddRows(&plan, 2, 0, tokens_[2]);
-  p_.from.Send(plan);
-  ASSERT_TRUE(p_.TurnUntil([&] { return p_.AllReported(p_.from); }));
-  Grow(2, 30);
+  GrowLike(1, 2, 30);
   Load(31, {0, 3}, 100);
   Fetch(31, 1, 0, 150, Keys(1, 2));
   Fetch(31, 2, 0, 158, Keys(1, 2));
