@@ -108,7 +108,8 @@ struct MoveReport {
   uint32_t rows = 0;        // that are there by now, on all stages
   uint32_t rows_total = 0;  // of the sequence
   uint64_t moved_bytes = 0;
-  uint64_t shared_bytes = 0;     // of these: not by gRPC
+  uint64_t shared_bytes = 0;     // of these: by shared memory
+  uint64_t nccl_bytes = 0;       // of these: from device to device
   uint32_t recomputed_rows = 0;  // of a move that succeeded: 0
   uint64_t pause_us = 0;  // from the last token of the old pipeline to the first of the new one
   uint64_t total_us = 0;

@@ -26,7 +26,9 @@
 #include "worker/model/cpu_backend.h"
 #include "worker/model/gpu_backend.h"
 #include "worker/service/service.h"
+#include "worker/transfer/row_links.h"
 #include "worker/transport/nccl_library.h"
+#include "worker/transport/teardown_gate.h"
 
 namespace strait {
 namespace {
@@ -185,8 +187,29 @@ absl::StatusOr<NcclOffer> MakeNcclOffer(const Flags& flags) {
     return offer;
   }
   offer.nccl = *std::move(nccl);
+  offer.gate = std::make_shared<TeardownGate>();
   Log(LogLevel::kInfo, "NCCL", {{"version", NcclVersionText(offer.nccl->version())}});
   return offer;
+}
+
+// Whether cache rows go from device to device, and then what stages may take of the memory.
+absl::StatusOr<bool> LinksRows(const Flags& flags, const NcclOffer& nccl, uint64_t* memory_bytes) {
+  const bool insists = flags.row_transport == "nccl";
+  if (flags.row_transport == "grpc" || (nccl.nccl == nullptr && !insists)) return false;
+  if (nccl.nccl == nullptr) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--row-transport nccl needs NCCL, which this worker has not: ", nccl.problem));
+  }
+  // Where it is a large part of the memory, it is of more use to stages.
+  constexpr uint64_t kLeastBytes = 8 * kRowLinksBytes;
+  if (*memory_bytes < kLeastBytes) {
+    if (!insists) return false;
+    return absl::InvalidArgumentError(absl::StrCat("--row-transport nccl needs --memory of ",
+                                                   kLeastBytes, " bytes or more, it is ",
+                                                   *memory_bytes));
+  }
+  *memory_bytes -= kRowLinksBytes;
+  return true;
 }
 
 // Of the weights that this worker would load, as told in Hello. Reads a few kilobytes of each tensor.
@@ -219,6 +242,8 @@ absl::Status Run(const Flags& flags) {
   options.listen_address = flags.listen;
   options.advertise_address = flags.advertise;
   options.name = flags.name;
+  STRAIT_ASSIGN_OR_RETURN(options.links_rows, LinksRows(flags, nccl, &memory_bytes));
+  options.links_one_device = flags.row_transport == "nccl";
   options.memory_bytes = memory_bytes;
   options.num_threads = threads;
   options.backend_name = flags.backend;
@@ -228,7 +253,7 @@ absl::Status Run(const Flags& flags) {
   options.core.orphan_timeout_us = uint64_t{flags.orphan_timeout_s} * 1'000'000;
   options.drain_timeout_us = static_cast<uint64_t>(flags.drain_timeout_s * 1e6);
   options.core.host_cache_bytes = flags.host_cache_bytes;
-  options.shares_row_memory = flags.row_transport == "auto";
+  options.shares_row_memory = flags.row_transport != "grpc";
   options.core.replica_bytes = flags.replica_bytes;
   options.core.host_id = flags.host_id.empty() ? HostIdentity() : flags.host_id;
   options.cache_row_bytes = static_cast<uint32_t>(backend->block_bytes() / limits::kBlockTokens);
@@ -332,9 +357,10 @@ int main(int argc, char** argv) {
       ->check(CLI::IsMember({"auto", "grpc", "nccl"}));
   AddFlag(
       app, "--row-transport", flags.row_transport,
-      "How cache rows travel between workers: auto is memory that both share where they run on one "
-      "host as one user, else gRPC; grpc: always")
-      ->check(CLI::IsMember({"auto", "grpc"}));
+      "How cache rows travel between workers: auto is NCCL between GPUs with the same NCCL, else "
+      "memory that both share where they run on one host as one user, else gRPC; grpc: always; "
+      "nccl: also between workers of one GPU, and refuse to start without NCCL")
+      ->check(CLI::IsMember({"auto", "grpc", "nccl"}));
   AddFlag(app, "--nccl-library", flags.nccl_library,
           "The NCCL library; default: libnccl.so.2 where the system finds it");
   AddFlag(app, "--orphan-timeout", flags.orphan_timeout_s,

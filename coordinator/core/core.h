@@ -209,7 +209,8 @@ struct CoreStats {
   uint64_t migrations = 0;  // sequences that moved with all their rows
   uint64_t migrations_failed = 0;
   uint64_t migrated_bytes = 0;
-  uint64_t migrated_shared_bytes = 0;  // of these: not by gRPC
+  uint64_t migrated_shared_bytes = 0;  // of these: by shared memory
+  uint64_t migrated_nccl_bytes = 0;    // of these: from device to device
   uint64_t migration_pause_us = 0;     // summed; the longest
   uint64_t migration_pause_us_max = 0;
   uint64_t recoveries = 0;  // pipelines that came back with a new epoch

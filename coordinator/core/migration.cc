@@ -54,6 +54,12 @@ uint64_t Migration::shared_bytes() const {
   return bytes;
 }
 
+uint64_t Migration::nccl_bytes() const {
+  uint64_t bytes = 0;
+  for (const Fetched& stage : fetched) bytes += stage.nccl_bytes;
+  return bytes;
+}
+
 const char* Name(Migration::Phase phase) {
   switch (phase) {
     case Migration::Phase::kReserve:
@@ -252,6 +258,7 @@ void Migrations::OnMessage(WorkerId worker, const v1::FromWorker& message, uint6
     stage->digest = told.digest();
     stage->bytes = std::max(stage->bytes, told.fetched_bytes());
     stage->shared_bytes = std::max(stage->shared_bytes, told.shared_bytes());
+    stage->nccl_bytes = std::max(stage->nccl_bytes, told.nccl_bytes());
   } else if (message.has_rows_served()) {
     const v1::RowsServed& told = message.rows_served();
     Migration* move = find(told);
@@ -319,6 +326,7 @@ MoveReport Migrations::ReportOf(const Migration& move, uint64_t now_us) const {
   report.rows = move.rows();
   report.moved_bytes = move.bytes();
   report.shared_bytes = move.shared_bytes();
+  report.nccl_bytes = move.nccl_bytes();
   report.pause_us = move.pause_us;
   report.total_us = now_us - move.begin_us;
   report.rows_total = move.end_row;

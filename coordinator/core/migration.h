@@ -60,6 +60,7 @@ struct Migration {
     uint64_t digest = 0;
     uint64_t bytes = 0;
     uint64_t shared_bytes = 0;
+    uint64_t nccl_bytes = 0;
   };
   // Of a stage of the source.
   struct Served {
@@ -102,7 +103,8 @@ struct Migration {
   // Rows that all stages have.
   uint32_t rows() const;
   uint64_t bytes() const;
-  uint64_t shared_bytes() const;  // of these: not by gRPC
+  uint64_t shared_bytes() const;  // of these: by shared memory
+  uint64_t nccl_bytes() const;    // of these: from device to device
 };
 const char* Name(Migration::Phase phase);
 // For how many rows the destination is to have blocks, where there are so many.

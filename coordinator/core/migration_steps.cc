@@ -236,6 +236,7 @@ Migrations::Outcome Migrations::Finish(Migration* move, uint64_t now_us) {
   ++stats.migrations;
   stats.migrated_bytes += move->bytes();
   stats.migrated_shared_bytes += move->shared_bytes();
+  stats.migrated_nccl_bytes += move->nccl_bytes();
   stats.migration_pause_us += move->pause_us;
   stats.migration_pause_us_max = std::max(stats.migration_pause_us_max, move->pause_us);
   if (move->drains) {

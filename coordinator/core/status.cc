@@ -345,6 +345,7 @@ json::Object MoveJson(const MoveReport& report) {
   out["rows_total"] = report.rows_total;
   out["moved_bytes"] = report.moved_bytes;
   out["shared_bytes"] = report.shared_bytes;
+  out["nccl_bytes"] = report.nccl_bytes;
   out["total_ms"] = report.total_us / 1000;
   return out;
 }
@@ -403,6 +404,7 @@ json::Object StatsJson(const CoreStats& stats) {
   out["migrations_failed"] = stats.migrations_failed;
   out["migrated_bytes"] = stats.migrated_bytes;
   out["migrated_shared_bytes"] = stats.migrated_shared_bytes;
+  out["migrated_nccl_bytes"] = stats.migrated_nccl_bytes;
   out["migration_pause_us"] = stats.migration_pause_us;
   out["migration_pause_us_max"] = stats.migration_pause_us_max;
   out["recoveries"] = stats.recoveries;

@@ -88,8 +88,10 @@ std::string EngineMetricsText(const CoreStats& stats, uint64_t workers_attached)
   counter("strait_migrated_bytes_total", "Bytes of cache rows that went over.",
           stats.migrated_bytes);
   counter("strait_migrated_shared_bytes_total",
-          "Of these, bytes that went through shared memory, or stayed in a worker: not by gRPC.",
+          "Of these, bytes that went through shared memory, or stayed in a worker.",
           stats.migrated_shared_bytes);
+  counter("strait_migrated_nccl_bytes_total", "Of these, bytes that went by NCCL.",
+          stats.migrated_nccl_bytes);
   counter(
       "strait_migration_pause_us_total",
       "Microseconds from the last token of the old pipeline to the first of the new one, summed.",

@@ -90,6 +90,7 @@ v1::FromWorker FetchedMessage(uint64_t stage_id, PipelineEpoch epoch,
   told.set_digest(fetched.digest);
   told.set_fetched_bytes(fetched.bytes);
   told.set_shared_bytes(fetched.shared_bytes);
+  told.set_nccl_bytes(fetched.nccl_bytes);
   told.set_fetching_us(fetched.us);
   told.set_refused_frames(fetched.refused_frames);
   if (fetched.status.ok()) return message;

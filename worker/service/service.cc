@@ -21,6 +21,7 @@
 #include "worker/service/link.h"
 #include "worker/service/loader.h"
 #include "worker/transfer/grpc_row_transfer.h"
+#include "worker/transfer/row_links.h"
 #include "worker/transport/edges.h"
 
 namespace strait {
@@ -46,6 +47,11 @@ class WorkerProcess::Impl final : private WorkerPorts {
     GrpcRowTransferOptions rows;
     rows.shares_memory = options_.shares_row_memory;
     rows.lock_pages = [this](absl::Span<std::byte> memory) { return backend_->LockPages(memory); };
+    if (options_.links_rows) {
+      STRAIT_ASSIGN_OR_RETURN(
+          rows.links,
+          RowLinks::Create({.on_one_device = options_.links_one_device}, options_.nccl));
+    }
     rows_ = std::make_unique<GrpcRowTransfer>(rows, EventsOfRows());
     transport.services = {rows_->service()};
     STRAIT_ASSIGN_OR_RETURN(transport_,

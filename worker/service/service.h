@@ -44,6 +44,8 @@ struct WorkerOptions {
   std::optional<StageCosts> stage_costs;  // absent: as on the CPU
   NcclOffer nccl;
   bool shares_row_memory = true;  // with workers of this host; else rows go by gRPC everywhere
+  bool links_rows = false;        // from device to device; REQUIRES: nccl, with a gate
+  bool links_one_device = false;  // also with workers of the same device
   uint64_t drain_timeout_us = 0;  // for which it serves on after Leave; 0: it does not ask
   WorkerCoreOptions core;
 };

@@ -7,6 +7,7 @@
 #include "proto/base/check.h"
 #include "proto/base/limits.h"
 #include "proto/base/status_macros.h"
+#include "worker/transport/nccl_api.h"
 
 namespace strait {
 
@@ -148,18 +149,26 @@ void Exporter::OnAsk(PeerAskId id, const RowsAsk& ask) {
 }
 
 void Exporter::BeginReads() {
-  while (!waiting_.empty() && reading_.size() < kMaxExportCopies && !share_->holds_copies) {
-    if (!BeginRead(&waiting_.front())) return;
-    waiting_.pop_front();
+  for (auto it = waiting_.begin(); it != waiting_.end();) {
+    if (reading_.size() >= kMaxExportCopies || share_->holds_copies) return;
+    const Begun begun = BeginRead(&*it);
+    if (begun == Begun::kNoCopy) return;
+    it = begun == Begun::kGone ? waiting_.erase(it) : std::next(it);
   }
 }
 
-bool Exporter::BeginRead(std::unique_ptr<Making>* next) {
+Exporter::Begun Exporter::BeginRead(std::unique_ptr<Making>* next) {
   Making* const making = next->get();
   const RowsAsk& ask = making->ask;
   if (absl::Status checked = Check(ask); !checked.ok()) {
     Answer(making, std::move(checked));
-    return true;
+    return Begun::kGone;
+  }
+  // It has memory if there was no room for its copy before.
+  if (making->frame.bytes().empty() &&
+      !share_->transfer->TakeRows(making->id, making->bytes,
+                                  traits_.shape.row_bytes() > kShortPieceBytes, &making->frame)) {
+    return Begun::kNoMemory;
   }
   absl::Span<const absl::Span<const BlockId>> tables;
   if (ask.keys.empty()) tables = cache_->PageTables(ask.sequence);
@@ -184,18 +193,16 @@ bool Exporter::BeginRead(std::unique_ptr<Making>* next) {
     frame.pieces.push_back(header);
   };
   ForPieces(RangeOf(ask), add);
-  // It has memory if there was no room for its copy before.
-  if (frame.bytes().empty()) share_->transfer->TakeRows(making->id, making->bytes, &frame);
-  const absl::StatusOr<CopyId> copy = copies_->Read(list, {frame.bytes(), false});
-  if (absl::IsResourceExhausted(copy.status())) return false;
+  const absl::StatusOr<CopyId> copy = copies_->Read(list, {frame.bytes(), frame.on_device()});
+  if (absl::IsResourceExhausted(copy.status())) return Begun::kNoCopy;
   if (!copy.ok()) {
     Answer(making, copy.status());
-    return true;
+    return Begun::kGone;
   }
   // No step that is begun from now on may write these blocks, whoever would have them.
   cache_->BeginCopy(making->blocks);
   reading_.emplace(*copy, std::move(*next));
-  return true;
+  return Begun::kGone;
 }
 
 void Exporter::Release(const Making& making) {

@@ -115,8 +115,10 @@ class Exporter {
   absl::Status CheckKeys(const RowsAsk& ask) const;
   bool StandsStill(const RowsAsk& ask) const;
   void BeginReads();
-  // False: not now.
-  bool BeginRead(std::unique_ptr<Making>* next);
+  // kGone: it has begun, or is answered. Else not now: for want of memory of its own, or of copies, which no other
+  // gets either.
+  enum class Begun { kGone, kNoMemory, kNoCopy };
+  Begun BeginRead(std::unique_ptr<Making>* next);
   void Answer(Making* making, absl::Status why);
   void Release(const Making& making);
   void End(std::map<Key, Service>::iterator service);

@@ -48,13 +48,15 @@ class GrpcRowTransfer::Impl {
       : events_(std::move(events)),
         buffers(std::make_shared<RowBuffers>()),
         region(MakeRegion(options)),
+        links(options.links),
         server({.stall_timeout = options.stall_timeout,
                 .takes_offers = options.shares_memory,
-                .lock_pages = options.lock_pages},
+                .lock_pages = options.lock_pages,
+                .links = options.links},
                buffers, &events_),
         service(&server),
         client(std::make_unique<RowsClient>(options.answer_timeout, options.idle_timeout, buffers,
-                                            region, &events_)),
+                                            region, options.links, &events_)),
         came(client->counts()) {
     watchdog_ = std::thread([this] { Watch(); });
   }
@@ -69,6 +71,7 @@ class GrpcRowTransfer::Impl {
     if (watchdog_.joinable()) watchdog_.join();
     client.reset();
     server.Stop();
+    if (links != nullptr) links->Stop();
   }
 
   void AskSelf(AskId id, const RowsAsk& ask) {
@@ -112,6 +115,7 @@ class GrpcRowTransfer::Impl {
  public:
   const std::shared_ptr<RowBuffers> buffers;
   const std::shared_ptr<SharedRegion> region;  // or null
+  const std::shared_ptr<RowLinks> links;       // or null
   std::string address;                         // of this worker
   RowsServer server;
   Service service;
@@ -141,8 +145,8 @@ void GrpcRowTransfer::Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) {
   impl_->server.Answer(id, std::move(frame));
 }
 uint64_t GrpcRowTransfer::WaitingBytes() { return impl_->server.WaitingBytes(); }
-void GrpcRowTransfer::TakeRows(PeerAskId id, size_t bytes, RowsFrame* frame) {
-  impl_->server.TakeRows(id, bytes, frame);
+bool GrpcRowTransfer::TakeRows(PeerAskId id, size_t bytes, bool may_be_device, RowsFrame* frame) {
+  return impl_->server.TakeRows(id, bytes, may_be_device, frame);
 }
 void GrpcRowTransfer::GiveRows(std::string rows) { impl_->buffers->Give(std::move(rows)); }
 grpc::Service* GrpcRowTransfer::service() { return &impl_->service; }
@@ -151,8 +155,10 @@ void GrpcRowTransfer::SetAddress(std::string address) { impl_->address = std::mo
 RowTransferBytes GrpcRowTransfer::bytes() const {
   const RowCounts& went = impl_->server.counts();
   return {.came_shared = impl_->came->shared,
+          .came_by_nccl = impl_->came->nccl,
           .came_by_grpc = impl_->came->grpc,
           .went_shared = went.shared,
+          .went_by_nccl = went.nccl,
           .went_by_grpc = went.grpc};
 }
 uint64_t GrpcRowTransfer::shared_bytes_used() {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // GrpcRowTransfer carries rows over gRPC streams, each over a connection of its own: bulk delays neither
-// heartbeats nor hidden states. Between workers of one host, rows go through memory that both have, and streams only control
-// that. Rows of this same worker take no stream at all.
+// heartbeats nor hidden states. Between devices rows go by NCCL, between workers of one host through memory that both have, and
+// streams only control that. Rows of this same worker take no stream at all.
 //
 // Owns:    what asks and what answers; memory for rows that are asked for; a watchdog thread, a thread that makes
-//          checksums.
+//          checksums; RowLinks, which it stops.
 // Thread:  as RowTransfer. Stop before the gRPC server is shut down that has its service, the destructor after.
 //          Neither on a gRPC thread.
 // Errors:  as RowTransfer; RowsClient and RowsServer say more.
@@ -19,6 +19,7 @@
 #include <memory>
 #include <string>
 
+#include "worker/transfer/row_links.h"
 #include "worker/transfer/row_transfer.h"
 #include "worker/transfer/shared_rows.h"
 
@@ -36,13 +37,16 @@ struct GrpcRowTransferOptions {
   std::chrono::milliseconds stall_timeout{10'000};  // of a write to a peer that does not read
   bool shares_memory = true;                        // else rows go by message everywhere
   LockPages lock_pages = {};                        // of memory that is shared; or empty
+  std::shared_ptr<RowLinks> links = nullptr;        // null: rows come to and from the host
 };
 
 // Bytes of rows, since it began.
 struct RowTransferBytes {
   uint64_t came_shared = 0;  // through memory that both ends have, or within this worker
+  uint64_t came_by_nccl = 0;
   uint64_t came_by_grpc = 0;
   uint64_t went_shared = 0;
+  uint64_t went_by_nccl = 0;
   uint64_t went_by_grpc = 0;
 };
 
@@ -55,7 +59,7 @@ class GrpcRowTransfer final : public RowTransfer {
   void Forget(AskId id) override;
   void Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame) override;
   uint64_t WaitingBytes() override;
-  void TakeRows(PeerAskId id, size_t bytes, RowsFrame* frame) override;
+  bool TakeRows(PeerAskId id, size_t bytes, bool may_be_device, RowsFrame* frame) override;
   void GiveRows(std::string rows) override;
 
   // What other workers dial to ask this one: asks for it stay here. Before the first Ask.

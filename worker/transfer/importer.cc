@@ -322,7 +322,7 @@ void Importer::BeginWrites(uint64_t now_us) {
       next->blocks.push_back(block);
     }
     const absl::StatusOr<CopyId> copy =
-        copies_->Write(list, {absl::Span<const std::byte>(next->frame.bytes()), false});
+        copies_->Write(list, {std::as_const(next->frame).bytes(), next->frame.on_device()});
     if (absl::IsResourceExhausted(copy.status())) return;
     std::unique_ptr<UnderWay> begun = std::move(next);
     arrived_.pop_front();
@@ -364,7 +364,11 @@ void Importer::Finish(UnderWay written, uint64_t now_us) {
     ++import.layers_here[(piece.first_position - import.first_row) / limits::kBlockTokens];
   }
   import.bytes += written.cut.bytes;
-  if (written.frame.lent.any()) import.shared_bytes += written.cut.bytes;
+  if (written.frame.on_device()) {
+    import.nccl_bytes += written.cut.bytes;
+  } else if (written.frame.lent.any()) {
+    import.shared_bytes += written.cut.bytes;
+  }
   --written.fetching->num_open;
   EndDone(&import);
 }
@@ -401,6 +405,7 @@ std::vector<Importer::Fetched> Importer::Poll(uint64_t now_us) {
                     .digest = import->digest.Value(),
                     .bytes = import->bytes,
                     .shared_bytes = import->shared_bytes,
+                    .nccl_bytes = import->nccl_bytes,
                     .us = import->us,
                     .refused_frames = import->refused_frames,
                     .status = import->status});

@@ -114,7 +114,8 @@ class Importer final : public RowsTaker {
     uint32_t rows = 0;
     uint64_t digest = 0;
     uint64_t bytes = 0;
-    uint64_t shared_bytes = 0;  // of these: not by gRPC
+    uint64_t shared_bytes = 0;  // of these: by shared memory
+    uint64_t nccl_bytes = 0;    // of these: by NCCL
     uint64_t us = 0;
     uint32_t refused_frames = 0;
     absl::Status status;
@@ -151,6 +152,7 @@ class Importer final : public RowsTaker {
     RowsDigest digest;
     uint64_t bytes = 0;
     uint64_t shared_bytes = 0;
+    uint64_t nccl_bytes = 0;
     uint32_t refused_frames = 0;
     absl::Status status;
     size_t num_under_way = 0;  // cuts

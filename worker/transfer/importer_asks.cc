@@ -115,7 +115,8 @@ RowsAsk Importer::AskOf(const Fetching& fetching, const Cut& cut) const {
                  .first_row = cut.range.first,
                  .num_rows = cut.range.count,
                  .keys = {},
-                 .bytes = cut.bytes};
+                 .bytes = cut.bytes,
+                 .on_device = true};
   if (source.stage_id != 0) return ask;
   const auto first =
       fetching.keys.begin() + (cut.range.first - fetching.begin_row) / limits::kBlockTokens;

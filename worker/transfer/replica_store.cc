@@ -383,7 +383,7 @@ absl::StatusOr<RowsFrame> ReplicaStore::FrameOf(PeerAskId id, const RowsAsk& ask
     return absl::ResourceExhaustedError("too many frames wait to be read: ask again");
   }
   RowsFrame frame{.sequence = ask.sequence, .placement = ask.placement, .pieces = {}, .rows = {}};
-  share_->transfer->TakeRows(id, bytes, &frame);
+  (void)share_->transfer->TakeRows(id, bytes, /*may_be_device=*/false, &frame);
   size_t at = 0;
   for (LayerIndex layer = ask.layers.begin; layer < ask.layers.end; ++layer) {
     for (size_t i = 0; i < ask.keys.size(); ++i) {

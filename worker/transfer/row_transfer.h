@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // RowTransfer carries cache rows from one worker to another: who wants rows asks for them, and gets
-// them in frames of a few megabytes. Implementations: gRPC, which on one host only controls it
+// them in frames of a few megabytes. Implementations: gRPC, which on one host, and between devices, only controls it
 // (worker/transfer/grpc_row_transfer.h), simulated (tests/sim).
 //
 // Owns:    its connections, one to each worker that was asked, apart from those of Transport.
@@ -49,13 +49,15 @@ struct RowsAsk {
   // Not empty: of the blocks of these rows, which are whole ones. Of replicas (stage_id 0), or of a stage's prefix
   // blocks (sequence 0).
   std::vector<ContentKey> keys;
-  uint64_t bytes = 0;  // that these rows have; 0: who asks does not say. Not told to the peer
+  uint64_t bytes = 0;      // that these rows have; 0: who asks does not say. Not told to the peer
+  bool on_device = false;  // the rows may come in device memory
 };
 
 // Memory of a transfer's, which has the rows of a frame until the keeper goes.
 struct LentRows {
   absl::Span<std::byte> memory;
   std::shared_ptr<void> keeper;
+  bool on_device = false;
   bool any() const { return !memory.empty(); }
 };
 
@@ -72,6 +74,7 @@ struct RowsFrame {
     return {reinterpret_cast<std::byte*>(rows.data()), rows.size()};
   }
   absl::Span<const std::byte> bytes() const { return const_cast<RowsFrame*>(this)->bytes(); }
+  bool on_device() const { return lent.on_device; }
 };
 
 // An ask of this worker's, and one of a peer's.
@@ -101,8 +104,13 @@ class RowTransfer {
   virtual uint64_t WaitingBytes() { return 0; }
 
   // Gives the frame that is to answer this ask memory for its rows, with any contents: once an ask. The frame may
-  // go without an answer.
-  virtual void TakeRows(PeerAskId, size_t bytes, RowsFrame* frame) { frame->rows.resize(bytes); }
+  // go without an answer. `may_be_device`: who fills it can write to a device, and each piece is longer than
+  // kShortPieceBytes; then the memory that the rows should have may be in use: false, to be tried again soon.
+  virtual bool TakeRows(PeerAskId, size_t bytes, bool may_be_device, RowsFrame* frame) {
+    (void)may_be_device;
+    frame->rows.resize(bytes);
+    return true;
+  }
   // What is not needed any more, to be used again.
   virtual void GiveRows(std::string) {}
 };

@@ -12,6 +12,7 @@
 #include "proto/rpc/clock.h"
 #include "proto/rpc/stream.h"
 #include "strait/v1/transfer.grpc.pb.h"
+#include "worker/transfer/linked_rows.h"
 #include "worker/transfer/rows_message.h"
 
 namespace strait {
@@ -35,6 +36,7 @@ struct PeerState {
   std::string address;
   std::shared_ptr<RowBuffers> buffers;
   std::shared_ptr<SharedRegion> region;  // or null
+  std::shared_ptr<LinkedRows> linked;    // or null
   const RowTransferEvents* events;
   std::shared_ptr<RowCounts> counts;
   std::mutex mu;
@@ -46,13 +48,20 @@ struct PeerState {
   bool has_ended = false;                  // guarded by mu
 
   // The id of the request; 0: the stream has ended.
-  uint64_t Add(AskId id, uint64_t bytes, SharedPlace* place) {
+  uint64_t Add(AskId id, const RowsAsk& ask, SharedPlace* place) {
+    const bool is_linked = ask.on_device && linked != nullptr && linked->is_used();
     std::lock_guard lock(mu);
     if (has_ended) return 0;
-    OfferPtr offer = region == nullptr || declines ? nullptr : region->Make(bytes);
+    const bool offers = region != nullptr && !declines && !is_linked;
+    OfferPtr offer = offers ? region->Make(ask.bytes) : nullptr;
     if (offer != nullptr) *place = offer->place();
     asked[++last_request] = {id, MonotonicMicros(), std::move(offer)};
     return last_request;
+  }
+  // Of a request that nothing answers.
+  uint64_t AddSilent() {
+    std::lock_guard lock(mu);
+    return ++last_request;
   }
   // Whether somebody waits for it.
   bool Take(uint64_t request, Asked* taken) {
@@ -94,6 +103,7 @@ struct PeerState {
       ask.offer.reset();
       events->on_rows(ask.id, Lost(why));
     }
+    if (linked != nullptr) linked->End(Lost(why));
   }
   absl::Status Lost(const absl::Status& why) const {
     return absl::UnavailableError(
@@ -109,7 +119,15 @@ bool OnReply(PeerState* state, const grpc::ByteBuffer& message) {
     return false;
   }
   Asked asked;
-  if (!state->Take(reply->request_id(), &asked)) return true;
+  const bool is_awaited = state->Take(reply->request_id(), &asked);
+  if (state->linked != nullptr) {
+    if (reply->wants_link()) state->linked->Begin();
+    if (reply->link_number() != 0) {
+      state->linked->Expect(*reply, is_awaited ? std::optional(asked.id) : std::nullopt);
+      return true;
+    }
+  }
+  if (!is_awaited) return true;
   absl::StatusOr<RowsFrame> frame = reply->Open(state->buffers.get(), asked.offer.get());
   if (frame.ok()) state->Count(*frame, asked.offer != nullptr);
   asked.offer.reset();  // whoever is told may ask again
@@ -127,11 +145,12 @@ struct RowsClient::Peer {
 
 RowsClient::RowsClient(std::chrono::milliseconds answer, std::chrono::milliseconds idle,
                        std::shared_ptr<RowBuffers> buffers, std::shared_ptr<SharedRegion> region,
-                       const RowTransferEvents* events)
+                       std::shared_ptr<RowLinks> links, const RowTransferEvents* events)
     : answer_timeout_(answer),
       idle_timeout_(idle),
       buffers_(std::move(buffers)),
       region_(std::move(region)),
+      links_(std::move(links)),
       events_(events) {}
 
 RowsClient::~RowsClient() = default;
@@ -144,6 +163,10 @@ std::shared_ptr<RowsClient::Peer> RowsClient::Open(const std::string& address) {
   peer->state->region = region_;
   peer->state->events = events_;
   peer->state->counts = counts_;
+  if (links_ != nullptr) {
+    peer->state->linked = std::make_shared<LinkedRows>(
+        links_, events_, [counts = counts_](uint64_t bytes) { counts->nccl += bytes; });
+  }
   rpc::StreamOptions options;
   options.max_queued_messages = 2 * kMaxAsksUnderWay;
   options.max_queued_bytes = options.max_queued_messages * kRequestBytes;
@@ -163,30 +186,42 @@ std::shared_ptr<RowsClient::Peer> RowsClient::Open(const std::string& address) {
 }
 
 void RowsClient::Ask(AskId id, const std::string& peer_address, const RowsAsk& ask) {
-  std::shared_ptr<Peer> peer;
+  std::shared_ptr<PeerState> state;
   uint64_t request = 0;
-  SharedPlace place;
+  absl::Status sent = absl::UnavailableError("it ended at once");
   {
+    // Also while it is sent: requests' ids rise.
     std::lock_guard lock(mu_);
+    SharedPlace place;
     std::shared_ptr<Peer>& known = peers_[peer_address];
-    if (known != nullptr) request = known->state->Add(id, ask.bytes, &place);
+    if (known != nullptr) request = known->state->Add(id, ask, &place);
     if (request == 0) {
       // Not destroyed here: that waits for gRPC, and the loop thread should not.
       if (known != nullptr) dropped_.push_back(std::move(known));
       known = Open(peer_address);
-      request = known->state->Add(id, ask.bytes, &place);
+      request = known->state->Add(id, ask, &place);
     }
     known->used_us = MonotonicMicros();
-    peer = known;
+    state = known->state;
+    if (request != 0) {
+      v1::RowsRequest message = ToWire(request, ask, place);
+      if (ask.on_device && state->linked != nullptr && state->linked->MayBegin()) {
+        message.set_link_hello(links_->hello());
+      }
+      sent = known->stream->Send(std::move(message));
+      TellLink(*known);
+    }
   }
-  if (request == 0) {
-    return events_->on_rows(id, peer->state->Lost(absl::UnavailableError("it ended at once")));
-  }
-  const absl::Status sent = peer->stream->Send(ToWire(request, ask, place));
   Asked asked;
-  if (!sent.ok() && peer->state->Take(request, &asked)) {
-    events_->on_rows(id, peer->state->Lost(sent));
+  if (request == 0 || (!sent.ok() && state->Take(request, &asked))) {
+    events_->on_rows(id, state->Lost(sent));
   }
+}
+
+void RowsClient::TellLink(const Peer& peer) {
+  if (peer.state->linked == nullptr) return;
+  const std::string id = peer.state->linked->TakeId();
+  if (!id.empty()) (void)peer.stream->Send(LinkRequest(peer.state->AddSilent(), id));
 }
 
 void RowsClient::Forget(AskId id) {
@@ -214,6 +249,7 @@ bool RowsClient::CheckDeadlines(uint64_t now_us) {
           silent.push_back(it->second);
         }
       }
+      if (!is_idle) TellLink(*it->second);
       if (is_idle) dropped_.push_back(std::move(it->second));
       it = is_idle ? peers_.erase(it) : std::next(it);
     }

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "worker/transfer/row_buffers.h"
+#include "worker/transfer/row_links.h"
 #include "worker/transfer/row_transfer.h"
 #include "worker/transfer/shared_rows.h"
 
@@ -28,16 +29,17 @@ namespace strait {
 // Bytes of rows that came or went.
 struct RowCounts {
   std::atomic<uint64_t> shared = 0;  // by memory that both have
+  std::atomic<uint64_t> nccl = 0;    // from device to device
   std::atomic<uint64_t> grpc = 0;
 };
 
 class RowsClient {
  public:
   // `answer`: without any answer over a stream that was asked over. `idle`: nothing is asked; it is closed.
-  // `region` null: nothing is offered.
+  // `region` null: nothing is offered. `links` null: rows come to the host.
   RowsClient(std::chrono::milliseconds answer, std::chrono::milliseconds idle,
              std::shared_ptr<RowBuffers> buffers, std::shared_ptr<SharedRegion> region,
-             const RowTransferEvents* events);
+             std::shared_ptr<RowLinks> links, const RowTransferEvents* events);
   ~RowsClient();
 
   void Ask(AskId id, const std::string& peer_address, const RowsAsk& ask);
@@ -50,11 +52,14 @@ class RowsClient {
   struct Peer;
 
   std::shared_ptr<Peer> Open(const std::string& address);
+  // The peer is told the link's communicator, if there is one to be told. REQUIRES: mu_ held.
+  static void TellLink(const Peer& peer);
 
   const std::chrono::milliseconds answer_timeout_;
   const std::chrono::milliseconds idle_timeout_;
   const std::shared_ptr<RowBuffers> buffers_;
   const std::shared_ptr<SharedRegion> region_;
+  const std::shared_ptr<RowLinks> links_;
   const RowTransferEvents* const events_;
   const std::shared_ptr<RowCounts> counts_ = std::make_shared<RowCounts>();
 

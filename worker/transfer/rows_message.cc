@@ -55,6 +55,7 @@ v1::RowsRequest ToWire(uint64_t request_id, const RowsAsk& ask, const SharedPlac
   request.set_first_row(ask.first_row);
   request.set_num_rows(ask.num_rows);
   request.set_keys(Pack(ask.keys));
+  request.set_on_device(ask.on_device);
   if (!place.any()) return request;
   v1::SharedPlace& told = *request.mutable_place();
   told.set_nonce_low(place.nonce_low);
@@ -65,6 +66,13 @@ v1::RowsRequest ToWire(uint64_t request_id, const RowsAsk& ask, const SharedPlac
   told.set_ticket(place.ticket);
   told.set_offset(place.offset);
   told.set_bytes(place.bytes);
+  return request;
+}
+
+v1::RowsRequest LinkRequest(uint64_t request_id, const std::string& nccl_id) {
+  v1::RowsRequest request;
+  request.set_request_id(request_id);
+  request.set_nccl_id(nccl_id);
   return request;
 }
 
@@ -106,7 +114,8 @@ RowsAsk FromWire(const v1::RowsRequest& request) {
           .first_row = request.first_row(),
           .num_rows = request.num_rows(),
           .keys = *keys,
-          .bytes = 0};
+          .bytes = 0,
+          .on_device = request.on_device()};
 }
 
 // ---------------------------------------------------------------- replies
@@ -121,8 +130,7 @@ void SealFrame(RowsFrame* frame) {
 }
 
 absl::StatusOr<grpc::ByteBuffer> EncodeFrame(uint64_t request_id, RowsFrame frame,
-                                             std::shared_ptr<RowBuffers> buffers,
-                                             uint64_t place_ticket) {
+                                             std::shared_ptr<RowBuffers> buffers, ReplyWay way) {
   std::string head(TransferHeadBytes(static_cast<uint32_t>(frame.pieces.size())), '\0');
   TransferHeader header;
   header.sequence_id = frame.sequence.value;
@@ -136,12 +144,14 @@ absl::StatusOr<grpc::ByteBuffer> EncodeFrame(uint64_t request_id, RowsFrame fram
   rpc::AppendVarint(&fields, rpc::BytesTag(4));
   rpc::AppendVarint(&fields, head.size());
   fields += head;
-  if (place_ticket != 0) {
-    rpc::AppendField(&fields, 6, place_ticket);
+  if (way.place_ticket != 0) rpc::AppendField(&fields, 5, way.place_ticket);
+  if (way.link_number != 0) rpc::AppendField(&fields, 6, way.link_number);
+  if (way.wants_link) rpc::AppendField(&fields, 7, 1);
+  if (way.place_ticket != 0 || way.link_number != 0) {
     const grpc::Slice slice(fields);
     return grpc::ByteBuffer(&slice, 1);
   }
-  rpc::AppendVarint(&fields, rpc::BytesTag(5));
+  rpc::AppendVarint(&fields, rpc::BytesTag(8));
   rpc::AppendVarint(&fields, frame.rows.size());
   auto* lent = new Lent{std::move(frame.rows), std::move(buffers)};
   const grpc::Slice slices[2] = {
@@ -180,8 +190,16 @@ absl::StatusOr<RowsReply> RowsReply::Parse(const grpc::ByteBuffer& message) {
         error_code = value;
         continue;
       }
-      if (tag == rpc::VarintTag(6)) {
+      if (tag == rpc::VarintTag(5)) {
         reply.place_ticket_ = value;
+        continue;
+      }
+      if (tag == rpc::VarintTag(6)) {
+        reply.link_number_ = value;
+        continue;
+      }
+      if (tag == rpc::VarintTag(7)) {
+        reply.wants_link_ = value != 0;
         continue;
       }
       if (value > cursor.remaining()) return Malformed("it ends in a field");
@@ -191,7 +209,7 @@ absl::StatusOr<RowsReply> RowsReply::Parse(const grpc::ByteBuffer& message) {
       } else if (tag == rpc::BytesTag(4)) {
         if (value > TransferHeadBytes(limits::kMaxTransferBlocks)) return Malformed("its head");
         cursor.Read(value, &reply.head_);
-      } else if (tag == rpc::BytesTag(5)) {
+      } else if (tag == rpc::BytesTag(8)) {
         if (value != cursor.remaining()) return Malformed("its rows are not what follows");
         if (value > limits::kTransferFrameBytes) return Malformed("rows of more than a frame");
         reply.rows_bytes_ = value;
@@ -210,7 +228,7 @@ absl::StatusOr<RowsReply> RowsReply::Parse(const grpc::ByteBuffer& message) {
   return reply;
 }
 
-absl::StatusOr<RowsFrame> RowsReply::Open(RowBuffers* buffers, SharedRegion::Offer* offer) const {
+absl::StatusOr<RowsFrame> RowsReply::OpenHead(uint64_t* rows_bytes) const {
   const auto damaged = [](const absl::Status& why) {
     return absl::IsFailedPrecondition(why) ? why : absl::DataLossError(why.message());
   };
@@ -218,11 +236,17 @@ absl::StatusOr<RowsFrame> RowsReply::Open(RowBuffers* buffers, SharedRegion::Off
   if (!error_.ok()) return error_;
   absl::StatusOr<TransferHead> head = DecodeTransferHead(Bytes(head_));
   if (!head.ok()) return damaged(head.status());
-  RowsFrame frame{.sequence = SequenceId{head->header.sequence_id},
-                  .placement = {head->header.placement_term, head->header.placement_counter},
-                  .pieces = std::move(head->blocks),
-                  .rows = {}};
-  STRAIT_RETURN_IF_ERROR(FindRows(head->header.payload_bytes, buffers, offer, &frame));
+  *rows_bytes = head->header.payload_bytes;
+  return RowsFrame{.sequence = SequenceId{head->header.sequence_id},
+                   .placement = {head->header.placement_term, head->header.placement_counter},
+                   .pieces = std::move(head->blocks),
+                   .rows = {}};
+}
+
+absl::StatusOr<RowsFrame> RowsReply::Open(RowBuffers* buffers, SharedRegion::Offer* offer) const {
+  uint64_t rows_bytes = 0;
+  STRAIT_ASSIGN_OR_RETURN(RowsFrame frame, OpenHead(&rows_bytes));
+  STRAIT_RETURN_IF_ERROR(FindRows(rows_bytes, buffers, offer, &frame));
   const absl::Span<const std::byte> rows = frame.bytes();
   size_t at = 0;
   for (const BlockHeader& piece : frame.pieces) {

@@ -28,19 +28,27 @@
 namespace strait {
 
 v1::RowsRequest ToWire(uint64_t request_id, const RowsAsk& ask, const SharedPlace& place = {});
+// One that asks for nothing.
+v1::RowsRequest LinkRequest(uint64_t request_id, const std::string& nccl_id);
 absl::StatusOr<v1::RowsRequest> ParseRequest(const grpc::ByteBuffer& message);
 // REQUIRES: ParseRequest took it.
 RowsAsk FromWire(const v1::RowsRequest& request);
 // As it was told: whoever uses it checks it.
 SharedPlace PlaceOf(const v1::RowsRequest& request);
 
-// Fills in the pieces' checksums.
+// Fills in the pieces' checksums. REQUIRES: the rows are in host memory.
 void SealFrame(RowsFrame* frame);
+struct ReplyWay {
+  uint64_t place_ticket =
+      0;  // not 0: rows are where the peer offered it, and the frame lets go of that
+  uint64_t link_number = 0;  // not 0: rows were sent over the link
+  bool wants_link = false;
+};
 // InvalidArgument: no frame that a peer would take. REQUIRES: it is sealed. `buffers` get the rows' memory when
-// gRPC has written them. `place_ticket` not 0: they are where the peer offered it, and the frame lets go of that.
+// gRPC has written them.
 absl::StatusOr<grpc::ByteBuffer> EncodeFrame(uint64_t request_id, RowsFrame frame,
                                              std::shared_ptr<RowBuffers> buffers,
-                                             uint64_t place_ticket = 0);
+                                             ReplyWay way = {});
 grpc::ByteBuffer EncodeError(uint64_t request_id, const absl::Status& why);
 
 class RowsReply {
@@ -48,6 +56,11 @@ class RowsReply {
   static absl::StatusOr<RowsReply> Parse(const grpc::ByteBuffer& message);
 
   uint64_t request_id() const { return request_id_; }
+  // 0: the rows do not come over the link.
+  uint64_t link_number() const { return link_number_; }
+  bool wants_link() const { return wants_link_; }
+  // Of rows that come over the link: the frame without them, and their size.
+  absl::StatusOr<RowsFrame> OpenHead(uint64_t* rows_bytes) const;
   // The frame, looked at, and copied out of the message or taken from what the request had offered, or the peer's
   // error. `offer` may be null.
   absl::StatusOr<RowsFrame> Open(RowBuffers* buffers, SharedRegion::Offer* offer = nullptr) const;
@@ -61,6 +74,8 @@ class RowsReply {
   absl::Status damage_;  // of what follows the request's id
   std::string head_;
   uint64_t place_ticket_ = 0;
+  uint64_t link_number_ = 0;
+  bool wants_link_ = false;
   std::vector<grpc::Slice> slices_;  // of the whole message
   uint64_t rows_bytes_ = 0;
   size_t rows_slice_ = 0;  // where the rows begin

@@ -8,8 +8,10 @@
 #include "absl/strings/str_cat.h"
 #include "proto/base/limits.h"
 #include "proto/base/log.h"
+#include "proto/base/status_macros.h"
 #include "proto/rpc/clock.h"
 #include "proto/rpc/stream.h"
+#include "worker/transfer/linked_rows.h"
 #include "worker/transfer/rows_message.h"
 
 namespace strait {
@@ -28,14 +30,22 @@ struct RowsServer::Incoming {
   std::mutex mu;
   std::shared_ptr<Stream> stream;  // guarded by mu; let go when it ends
   const uint64_t arrived_us = MonotonicMicros();
-  uint64_t last_request = 0;            // read reactions only
-  std::atomic<bool> was_given = false;  // rows: it has shown a secret
-  std::atomic<size_t> num_open = 0;     // asks that are not answered
-  bool declines = false;                // read reactions only: what it offers cannot be reached
+  uint64_t last_request = 0;             // read reactions only
+  std::atomic<bool> was_given = false;   // rows: it has shown a secret
+  std::atomic<size_t> num_open = 0;      // asks that are not answered
+  bool declines = false;                 // read reactions only: what it offers cannot be reached
+  std::atomic<bool> wants_link = false;  // that it was told to offer; once
+  bool has_joined = false;               // read reactions only
+  std::shared_ptr<RowLink> link;         // guarded by mu; over which its device gets rows; or null
+  uint64_t last_number = 0;              // of the link; the sealing thread only
 
   std::shared_ptr<Stream> Current() {
     std::lock_guard lock(mu);
     return stream;
+  }
+  std::shared_ptr<RowLink> Link() {
+    std::lock_guard lock(mu);
+    return link;
   }
 };
 
@@ -114,8 +124,10 @@ void RowsServer::OnEnd(const IncomingPtr& incoming) {
     streams_.erase(incoming);
   }
   std::shared_ptr<Stream> last;  // let go after the mutex
+  std::shared_ptr<RowLink> link;
   std::lock_guard lock(incoming->mu);
   last = std::move(incoming->stream);
+  link = std::move(incoming->link);
 }
 
 uint64_t RowsServer::WaitingBytes() {
@@ -143,13 +155,21 @@ bool RowsServer::OnMessage(const IncomingPtr& incoming, const grpc::ByteBuffer& 
     return false;
   }
   incoming->last_request = request->request_id();
+  if (!request->nccl_id().empty()) {
+    JoinLink(incoming, *request);
+    return true;
+  }
   if (incoming->num_open >= kMaxAsksUnderWay || WaitingBytes() > limits::kTransferBytesUnderWay) {
     Send({incoming, request->request_id()},
          EncodeError(request->request_id(),
                      absl::ResourceExhaustedError("too much is asked for, or waits to be read")));
     return true;
   }
+  if (options_.links != nullptr && !incoming->has_joined && !request->link_hello().empty()) {
+    incoming->wants_link = options_.links->Wants(request->link_hello());
+  }
   Asked asked{.from = incoming, .request = request->request_id(), .place = PlaceOf(*request)};
+  asked.on_device = request->on_device();
   if (asked.place.any() && !incoming->declines) {
     asked.region = RegionOf(asked.place);
     incoming->declines = asked.region == nullptr;
@@ -178,6 +198,30 @@ void RowsServer::AskSelf(const RowsAsk& ask, const SharedPlace& place, OwnAnswer
     asked_.emplace(id, std::move(asked));
   }
   events_->on_ask(id, ask);
+}
+
+void RowsServer::JoinLink(const IncomingPtr& incoming, const v1::RowsRequest& request) {
+  // A stranger, which has shown no secret, makes nobody dial.
+  if (options_.links == nullptr || incoming->has_joined || !incoming->was_given ||
+      !incoming->wants_link || request.nccl_id().size() != limits::kNcclIdBytes) {
+    return;
+  }
+  incoming->has_joined = true;
+  incoming->wants_link = false;
+  const std::weak_ptr<Incoming> weak = incoming;
+  RowLinkEvents events;
+  events.on_down = [weak](const absl::Status& why) {
+    const IncomingPtr from = weak.lock();
+    if (from == nullptr) return;
+    Log(LogLevel::kInfo, "a link for rows broke, they go another way", {{"why", why}});
+    std::shared_ptr<RowLink> gone;  // let go after the mutex
+    std::lock_guard lock(from->mu);
+    gone = std::move(from->link);
+  };
+  std::shared_ptr<RowLink> link = options_.links->Join(request.nccl_id(), std::move(events));
+  std::lock_guard lock(incoming->mu);
+  // A stream that has ended keeps none.
+  if (incoming->stream != nullptr) incoming->link.swap(link);
 }
 
 // ---------------------------------------------------------------- memory that peers offer
@@ -224,16 +268,26 @@ void RowsServer::DropRegions() {
   }
 }
 
-void RowsServer::TakeRows(PeerAskId id, size_t bytes, RowsFrame* frame) {
+bool RowsServer::TakeRows(PeerAskId id, size_t bytes, bool may_be_device, RowsFrame* frame) {
   RegionPtr region;
   SharedPlace place;
+  std::shared_ptr<RowLink> link;
   {
     std::lock_guard lock(mu_);
     const auto it = asked_.find(id);
     if (it != asked_.end()) {
       region = it->second.region;
       place = it->second.place;
+      const IncomingPtr from = it->second.from.lock();
+      if (may_be_device && it->second.on_device && from != nullptr) link = from->Link();
     }
+  }
+  if (link != nullptr && link->is_up() && !link->is_down()) {
+    std::optional<HiddenBuffer> room = link->Place(bytes);
+    if (!room) return false;
+    auto keeper = std::make_shared<HiddenBuffer>(*std::move(room));
+    frame->lent = {.memory = {keeper->data(), keeper->size()}, .keeper = keeper, .on_device = true};
+    return true;
   }
   if (region != nullptr) {
     absl::StatusOr<LentRows> lent = region->Write(place, bytes);
@@ -241,6 +295,7 @@ void RowsServer::TakeRows(PeerAskId id, size_t bytes, RowsFrame* frame) {
     if (lent.ok()) frame->lent = *std::move(lent);
   }
   if (!frame->lent.any()) frame->rows = buffers_->Take(bytes);
+  return true;
 }
 
 // ---------------------------------------------------------------- answers
@@ -277,20 +332,48 @@ void RowsServer::Seal() {
   }
 }
 
+absl::Status RowsServer::SendOverLink(Incoming* incoming, RowsFrame* frame, ReplyWay* way) {
+  const std::shared_ptr<RowLink> link = incoming->Link();
+  if (link == nullptr) return absl::ResourceExhaustedError("the link broke: ask again");
+  std::vector<uint64_t> sums;
+  STRAIT_RETURN_IF_ERROR(
+      SumOnDevice(&link->links().device(), frame->pieces, frame->bytes(), &sums));
+  for (size_t i = 0; i < sums.size(); ++i) frame->pieces[i].row_checksum = sums[i];
+  // It was made by TakeRows.
+  HiddenBuffer rows = std::move(*std::static_pointer_cast<HiddenBuffer>(frame->lent.keeper));
+  frame->lent = {};
+  const absl::Status sent = link->Send(incoming->last_number + 1, std::move(rows));
+  if (!sent.ok()) return absl::ResourceExhaustedError(absl::StrCat("ask again: ", sent.message()));
+  way->link_number = ++incoming->last_number;
+  return absl::OkStatus();
+}
+
 void RowsServer::SealOne(Sealing sealing) {
-  SealFrame(&sealing.frame);
-  const bool is_shared = sealing.frame.lent.any();
-  (is_shared || sealing.asked.own ? counts_.shared : counts_.grpc) += sealing.frame.bytes().size();
+  const IncomingPtr incoming = sealing.asked.from.lock();
+  const uint64_t bytes = sealing.frame.bytes().size();
+  ReplyWay way;
+  if (sealing.frame.on_device()) {
+    if (incoming == nullptr) return;
+    if (absl::Status sent = SendOverLink(incoming.get(), &sealing.frame, &way); !sent.ok()) {
+      --incoming->num_open;
+      return Send(sealing.asked, EncodeError(sealing.asked.request, sent));
+    }
+    counts_.nccl += bytes;
+  } else {
+    SealFrame(&sealing.frame);
+    const bool is_shared = sealing.frame.lent.any();
+    if (is_shared) way.place_ticket = sealing.asked.place.ticket;
+    (is_shared || sealing.asked.own ? counts_.shared : counts_.grpc) += bytes;
+  }
   std::vector<BlockHeader> pieces = sealing.frame.pieces;
   if (sealing.asked.own) {
     events_->on_served(sealing.id, std::move(pieces));
     return sealing.asked.own(std::move(sealing.frame));
   }
-  const IncomingPtr incoming = sealing.asked.from.lock();
   if (incoming == nullptr) return;
+  way.wants_link = incoming->wants_link;
   absl::StatusOr<grpc::ByteBuffer> message =
-      EncodeFrame(sealing.asked.request, std::move(sealing.frame), buffers_,
-                  is_shared ? sealing.asked.place.ticket : 0);
+      EncodeFrame(sealing.asked.request, std::move(sealing.frame), buffers_, way);
   --incoming->num_open;
   if (!message.ok()) {
     // A bug of ours, and the peer's asks go on.

@@ -28,8 +28,10 @@
 #include "grpcpp/grpcpp.h"
 #include "proto/rpc/queue.h"
 #include "worker/transfer/row_buffers.h"
+#include "worker/transfer/row_links.h"
 #include "worker/transfer/row_transfer.h"
 #include "worker/transfer/rows_client.h"
+#include "worker/transfer/rows_message.h"
 #include "worker/transfer/shared_rows.h"
 
 namespace strait {
@@ -41,7 +43,8 @@ inline constexpr size_t kMaxKeptRegions = 4;
 struct RowsServerOptions {
   std::chrono::milliseconds stall_timeout{0};
   bool takes_offers = true;
-  LockPages lock_pages;  // of memory that is offered; or empty
+  LockPages lock_pages;             // of memory that is offered; or empty
+  std::shared_ptr<RowLinks> links;  // or null
 };
 
 class RowsServer {
@@ -55,7 +58,7 @@ class RowsServer {
   // An ask of this worker's own. `answer` comes once, on any thread, unless Stop does before.
   using OwnAnswer = std::function<void(absl::StatusOr<RowsFrame>)>;
   void AskSelf(const RowsAsk& ask, const SharedPlace& place, OwnAnswer answer);
-  void TakeRows(PeerAskId id, size_t bytes, RowsFrame* frame);
+  bool TakeRows(PeerAskId id, size_t bytes, bool may_be_device, RowsFrame* frame);
   void Answer(PeerAskId id, absl::StatusOr<RowsFrame> frame);
   // To be sealed, or written to peers.
   uint64_t WaitingBytes();
@@ -73,7 +76,8 @@ class RowsServer {
     std::weak_ptr<Incoming> from;
     uint64_t request = 0;
     SharedPlace place;
-    RegionPtr region;    // that has it, mapped; or null
+    RegionPtr region;  // that has it, mapped; or null
+    bool on_device = false;
     OwnAnswer own = {};  // set: of this worker
   };
   struct Sealing {
@@ -88,8 +92,11 @@ class RowsServer {
   // Null: rows go by message. Maps it, if it is new.
   RegionPtr RegionOf(const SharedPlace& place);
   void DropRegions();
+  void JoinLink(const IncomingPtr& incoming, const v1::RowsRequest& request);
   void Seal();
   void SealOne(Sealing sealing);
+  // Rows on the device are on their way then. Errors: what the peer is told.
+  absl::Status SendOverLink(Incoming* incoming, RowsFrame* frame, ReplyWay* way);
   static void Send(const Asked& asked, grpc::ByteBuffer message);
 
   const RowsServerOptions options_;

@@ -1,23 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/transport/edges.h"
 
-#include <cstdio>
-#include <cstdlib>
 #include <utility>
 
-#include "proto/base/log.h"
 #include "proto/base/status_macros.h"
 
 namespace strait {
-namespace {
-
-void EndProcess(const std::string& why) {
-  Log(LogLevel::kError, "NCCL hangs, this process ends and must be started again", {{"why", why}});
-  std::fflush(nullptr);
-  std::_Exit(kPoisonedExit);
-}
-
-}  // namespace
 
 absl::StatusOr<std::unique_ptr<Edges>> Edges::Create(GrpcTransportOptions options,
                                                      const NcclOffer& offer,
@@ -27,7 +15,7 @@ absl::StatusOr<std::unique_ptr<Edges>> Edges::Create(GrpcTransportOptions option
   STRAIT_ASSIGN_OR_RETURN(auto grpc, GrpcTransport::Create(std::move(options), events));
   std::unique_ptr<NcclTransport> nccl;
   if (offer.nccl) {
-    NcclEvents nccl_events{events, EndProcess};
+    NcclEvents nccl_events{events, EndPoisonedProcess};
     nccl = std::make_unique<NcclTransport>(nccl_options, offer, std::move(nccl_events));
   }
   return std::unique_ptr<Edges>(new Edges(std::move(events), std::move(grpc), std::move(nccl)));

@@ -59,7 +59,4 @@ class Edges final : public Transport {
   std::unordered_set<uint64_t> nccl_incoming_;  // by to_stage_id
 };
 
-// Of a process that NCCL will not let go on.
-inline constexpr int kPoisonedExit = 70;  // EX_SOFTWARE of sysexits.h
-
 }  // namespace strait

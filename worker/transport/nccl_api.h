@@ -18,8 +18,11 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 
 namespace strait {
+
+class TeardownGate;
 
 struct NcclComm;  // a communicator of two ranks: 0 sends, 1 receives
 using NcclCode = int;
@@ -55,6 +58,8 @@ class EdgeDevice {
  public:
   virtual ~EdgeDevice() = default;
 
+  // Of the device, the same in every process that has it; empty: not known.
+  virtual std::string name() const = 0;
   // Makes it the calling thread's device.
   virtual absl::Status Use() = 0;
   virtual absl::StatusOr<std::byte*> Take(size_t bytes) = 0;
@@ -70,13 +75,22 @@ class EdgeDevice {
   virtual absl::StatusOr<bool> Done(void* event) = 0;
   // Host memory onto the device; `from` must last until the stream has passed it.
   virtual absl::Status Upload(std::byte* to, const std::byte* from, size_t bytes, void* stream) = 0;
+  // XXH3-64 of pieces of device memory, one behind the other from `data` on; nobody writes there. Waits for
+  // them. No piece: gets ready, which may wait for what runs on the device. Errors: the device's; InvalidArgument: too many pieces, or one
+  // that is no multiple of 8 bytes or not longer than kShortPieceBytes.
+  virtual absl::Status Checksums(const std::byte* data, absl::Span<const uint32_t> piece_bytes,
+                                 absl::Span<uint64_t> sums) = 0;
 };
+// Pieces up to here are summed on the host alone: XXH3 has another rule for them.
+inline constexpr uint32_t kShortPieceBytes = 240;
+inline constexpr size_t kMaxChecksumPieces = 8192;
 
 // What a worker offers for its edges: both, or neither and why.
 struct NcclOffer {
   std::shared_ptr<NcclApi> nccl;
   std::shared_ptr<EdgeDevice> device;
-  std::string problem;  // when there is none: for people
+  std::string problem;                           // when there is none: for people
+  std::shared_ptr<TeardownGate> gate = nullptr;  // of the process; null: each transport has its own
 };
 
 // "2.28.9" of 22809.

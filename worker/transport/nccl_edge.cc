@@ -88,22 +88,20 @@ void NcclEdge::Due(PipelineEpoch epoch, StepId step, uint32_t num_tokens) {
     op.hidden.num_tokens = num_tokens;
     // While it waits it holds multiprocessors, which the step before it needs: kernels of one block a
     // multiprocessor would take twice as long.
-    op.after = std::exchange(due_, step);
+    if (!context_->options.posts_ahead) op.after = std::exchange(due_, step);
     given_.push_back(std::move(op));
   }
   changed_.notify_one();
 }
 
-HiddenBuffer NcclEdge::Memory(size_t bytes) {
+std::optional<HiddenBuffer> NcclEdge::Place(size_t bytes) {
   std::shared_ptr<SlotArena> arena;
   {
     std::lock_guard lock(mu_);
     if (num_unplaced_ == 0) arena = arena_;
   }
-  if (arena && bytes > 0) {
-    if (std::optional<HiddenBuffer> place = arena->Take(bytes)) return *std::move(place);
-  }
-  return std::vector<std::byte>(bytes);
+  if (arena == nullptr || bytes == 0) return std::nullopt;
+  return arena->Take(bytes);
 }
 
 void NcclEdge::Drop() {

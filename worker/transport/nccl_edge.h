@@ -5,7 +5,7 @@
 //
 // Owns:    its thread, communicator, stream, events, arena.
 // Borrows: the context; it outlives the edge.
-// Thread:  Send, Due, Consumed, Memory, Drop: loop thread. Watch: watchdog. All of NCCL and the device: its
+// Thread:  Send, Due, Consumed, Place, Drop: loop thread. Watch: watchdog. All of NCCL and the device: its
 //          own thread, which never holds mu_ meanwhile.
 // Errors:  told once by on_edge_down, and never after Drop. Send: ResourceExhausted, Unavailable (it broke).
 // Why:     a thread of its own, because a call into NCCL can hang however it was meant: then it is
@@ -50,7 +50,8 @@ class NcclEdge {
     consumed_ = step.value;
     changed_.notify_one();
   }
-  HiddenBuffer Memory(size_t bytes);
+  // On the device; none while there is no room, or others wait for it.
+  std::optional<HiddenBuffer> Place(size_t bytes);
   // No event after this; the communicator is torn down, and until it is no new edge touches the device.
   void Drop();
   // Calls that hang.

@@ -3,12 +3,15 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
 #include <mutex>
 #include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "proto/base/check.h"
+#include "proto/base/log.h"
 #include "proto/rpc/clock.h"
 #include "worker/transport/nccl_edge.h"
 
@@ -23,7 +26,7 @@ class NcclTransport::Impl {
  public:
   Impl(NcclTransportOptions options, const NcclOffer& offer, NcclEvents events)
       : context_{options, offer, std::move(events), std::make_shared<ArenaPool>(offer.device),
-                 std::make_shared<TeardownGate>()},
+                 offer.gate ? offer.gate : std::make_shared<TeardownGate>()},
         watchdog_([this] { Watch(); }) {}
 
   ~Impl() {
@@ -110,7 +113,10 @@ NcclTransport::NcclTransport(NcclTransportOptions options, const NcclOffer& offe
 NcclEvents NcclTransport::WithMemory(NcclEvents events) {
   events.transport.on_edge_up = [this, tell = std::move(events.transport.on_edge_up)](
                                     const Edge& edge, const HiddenMemory&) {
-    tell(edge, [this, from = edge.from_stage_id](size_t bytes) { return Memory(from, bytes); });
+    tell(edge, [this, from = edge.from_stage_id](size_t bytes) {
+      std::optional<HiddenBuffer> place = Place(from, bytes);
+      return place ? *std::move(place) : HiddenBuffer(std::vector<std::byte>(bytes));
+    });
   };
   return events;
 }
@@ -142,9 +148,9 @@ void NcclTransport::Disconnect(uint64_t from_stage_id) {
   impl_->Close(from_stage_id, NcclEdge::Role::kSend);
 }
 
-HiddenBuffer NcclTransport::Memory(uint64_t from_stage_id, size_t bytes) {
+std::optional<HiddenBuffer> NcclTransport::Place(uint64_t from_stage_id, size_t bytes) {
   NcclEdge* const edge = impl_->Find(from_stage_id, NcclEdge::Role::kSend);
-  return edge != nullptr ? edge->Memory(bytes) : HiddenBuffer(std::vector<std::byte>(bytes));
+  return edge != nullptr ? edge->Place(bytes) : std::nullopt;
 }
 
 void NcclTransport::Expect(const Edge& edge) {
@@ -167,6 +173,12 @@ void NcclTransport::Consumed(uint64_t to_stage_id, PipelineEpoch, StepId step) {
 
 void NcclTransport::Forget(uint64_t to_stage_id) {
   impl_->Close(to_stage_id, NcclEdge::Role::kReceive);
+}
+
+void EndPoisonedProcess(const std::string& why) {
+  Log(LogLevel::kError, "NCCL hangs, this process ends and must be started again", {{"why", why}});
+  std::fflush(nullptr);
+  std::_Exit(kPoisonedExit);
 }
 
 std::string NcclVersionText(uint32_t version) {

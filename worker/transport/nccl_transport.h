@@ -32,6 +32,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -66,6 +67,8 @@ struct NcclTransportOptions {
   std::chrono::milliseconds leave_timeout{5'000};
   std::chrono::milliseconds revoke_timeout{5'000};
   std::chrono::milliseconds abort_timeout{60'000};
+  // A receive is posted though the one before it was not consumed: for who tells of it only when the sender has posted.
+  bool posts_ahead = false;
 };
 
 // How long a loop that waits for hidden states of NCCL should turn before it sleeps: the time that a
@@ -77,6 +80,10 @@ struct NcclEvents {
   // NCCL hangs for good. The process should end; if this returns, the edge stays as it is.
   std::function<void(const std::string& why)> on_poisoned;
 };
+
+// on_poisoned of a worker: says why, and ends the process.
+inline constexpr int kPoisonedExit = 70;  // EX_SOFTWARE of sysexits.h
+[[noreturn]] void EndPoisonedProcess(const std::string& why);
 
 class NcclEdge;
 
@@ -104,12 +111,13 @@ class NcclTransport final : public Transport {
   void Due(uint64_t to_stage_id, PipelineEpoch epoch, StepId step, uint32_t num_tokens);
   void Forget(uint64_t to_stage_id) override;
   void Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId step) override;
+  // Device memory for what Send is to be given; none while there is no room.
+  std::optional<HiddenBuffer> Place(uint64_t from_stage_id, size_t bytes);
 
  private:
-  // Tells where hidden states go with each edge that comes up.
+  // Tells where hidden states go with each edge that comes up: on the device; in host memory while there is no room, then
+  // it is copied before it is sent.
   NcclEvents WithMemory(NcclEvents events);
-  // On the device; in host memory while there is no room, then it is copied before it is sent.
-  HiddenBuffer Memory(uint64_t from_stage_id, size_t bytes);
 
   class Impl;
   const std::unique_ptr<Impl> impl_;

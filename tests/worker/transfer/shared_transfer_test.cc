@@ -31,7 +31,7 @@ RowsAsk SizedAsk(uint32_t num_rows = 200) {
 void AnswerAsked(RowsNode* from, PeerAskId id, const RowsFrame& frame) {
   RowsFrame made{
       .sequence = frame.sequence, .placement = frame.placement, .pieces = frame.pieces, .rows = {}};
-  from->transfer->TakeRows(id, frame.rows.size(), &made);
+  from->transfer->TakeRows(id, frame.rows.size(), false, &made);
   std::memcpy(made.bytes().data(), frame.rows.data(), frame.rows.size());
   for (BlockHeader& piece : made.pieces) piece.row_checksum = 0;
   from->transfer->Answer(id, std::move(made));
@@ -116,7 +116,8 @@ TEST(SharedTransferTest, WhatAPeerLiesAboutIsDamagedAndNoMore) {
     const RowsFrame frame = AFrame(FromWire(request));
     EXPECT_TRUE(place.any());
     const auto reply = [&](uint64_t ticket) {
-      return BytesOf(*EncodeFrame(request.request_id(), frame, Buffers(), ticket));
+      return BytesOf(
+          *EncodeFrame(request.request_id(), frame, Buffers(), {.place_ticket = ticket}));
     };
     const auto mapped = MappedRegion::Map(place, {});
     EXPECT_TRUE(mapped.ok()) << mapped.status();
@@ -134,7 +135,8 @@ TEST(SharedTransferTest, WhatAPeerLiesAboutIsDamagedAndNoMore) {
     if (request.first_row() == 4) {  // rows of another length
       RowsAsk other = FromWire(request);
       other.num_rows += 10'000;
-      return BytesOf(*EncodeFrame(request.request_id(), AFrame(other), Buffers(), place.ticket));
+      return BytesOf(*EncodeFrame(request.request_id(), AFrame(other), Buffers(),
+                                  {.place_ticket = place.ticket}));
     }
     return reply(place.ticket);
   });
@@ -158,7 +160,8 @@ TEST(SharedTransferTest, WhatAPeerLiesAboutIsDamagedAndNoMore) {
 
 TEST(SharedTransferTest, ATicketWhereNothingWasOfferedIsDamaged) {
   EvilPeer evil([](const v1::RowsRequest& request) -> std::optional<std::string> {
-    return BytesOf(*EncodeFrame(request.request_id(), AFrame(FromWire(request)), Buffers(), 12345));
+    return BytesOf(*EncodeFrame(request.request_id(), AFrame(FromWire(request)), Buffers(),
+                                {.place_ticket = 12345}));
   });
   RowsNode to({.shares_memory = false});
   to.transfer->Ask(AskId{1}, evil.address(), SizedAsk());
@@ -172,7 +175,7 @@ TEST(SharedTransferTest, AForgottenAsksPlaceIsKeptUntilItIsAnswered) {
   to.transfer->Ask(AskId{1}, from.address(), ask);
   const auto first = from.Next<RowsNode::Asked>();
   RowsFrame made{.sequence = {}, .placement = {}, .pieces = {}, .rows = {}};
-  from.transfer->TakeRows(first.id, ask.bytes, &made);
+  from.transfer->TakeRows(first.id, ask.bytes, false, &made);
   to.transfer->Forget(AskId{1});
   EXPECT_GT(to.transfer->shared_bytes_used(), 0u);
   // Errors and rows alike.
@@ -194,10 +197,10 @@ TEST(SharedTransferTest, APeerThatIsGoneLeavesItsPlacesOnceItsCopiesHaveEnded) {
     asked.push_back(from->Next<RowsNode::Asked>().id);
   }
   RowsFrame written{.sequence = {}, .placement = {}, .pieces = {}, .rows = {}};
-  from->transfer->TakeRows(asked[0], ask.bytes, &written);
+  from->transfer->TakeRows(asked[0], ask.bytes, false, &written);
   RowsFrame left = written;
   left.lent = {};
-  from->transfer->TakeRows(asked[1], ask.bytes, &left);
+  from->transfer->TakeRows(asked[1], ask.bytes, false, &left);
   left.lent = {};
   from.reset();
   for (int i = 0; i < 3; ++i) {

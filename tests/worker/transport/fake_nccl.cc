@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tests/worker/transport/fake_nccl.h"
 
+#include <xxhash.h>
+
 #include <cstring>
 #include <utility>
 
@@ -56,6 +58,7 @@ void Match(FakeFabric::Pair& pair) {
       continue;
     }
     memcpy(receive.to, send.from, send.bytes);
+    if (send.corrupts) receive.to[send.bytes / 2] ^= std::byte{1};
     send.done = receive.done = true;
   }
 }
@@ -130,6 +133,7 @@ NcclCode FakeNccl::Post(NcclComm* comm, FakeOp op, void* stream) {
   }
   if (comm->state != kNcclSuccess) return comm->state;
   op.hangs = faults_->ops_hang;
+  op.corrupts = faults_->corrupts;
   auto shared = std::make_shared<FakeOp>(op);
   const auto post = [this, comm, stream, shared] {
     comm->pair->ops[comm->rank].push_back(shared);
@@ -268,6 +272,16 @@ absl::Status FakeDevice::Upload(std::byte* to, const std::byte* from, size_t byt
   std::lock_guard cuda(faults_->cuda);
   ++uploads;
   memcpy(to, from, bytes);
+  return absl::OkStatus();
+}
+
+absl::Status FakeDevice::Checksums(const std::byte* data, absl::Span<const uint32_t> piece_bytes,
+                                   absl::Span<uint64_t> sums) {
+  for (size_t i = 0; i < piece_bytes.size(); data += piece_bytes[i++]) {
+    ++checksums;
+    if (piece_bytes[i] <= kShortPieceBytes) return absl::InvalidArgumentError("a short piece");
+    sums[i] = XXH3_64bits(data, piece_bytes[i]);
+  }
   return absl::OkStatus();
 }
 

@@ -30,6 +30,7 @@ struct FakeOp {
   std::byte* to = nullptr;
   size_t bytes = 0;
   bool hangs = false;
+  bool corrupts = false;
   bool done = false;
 };
 using FakeOpPtr = std::shared_ptr<FakeOp>;
@@ -38,6 +39,7 @@ using FakeOpPtr = std::shared_ptr<FakeOp>;
 struct FakeFaults {
   std::atomic<bool> init_hangs = false;    // is in progress for ever
   std::atomic<bool> ops_hang = false;      // what is posted from now on never ends by itself
+  std::atomic<bool> corrupts = false;      // what is sent from now on arrives with another bit
   std::atomic<bool> send_blocks = false;   // the call does not come back until this is false
   std::atomic<bool> revoke_hangs = false;  // is in progress for ever
   std::atomic<bool> abort_blocks = false;  // does not come back until this is false
@@ -107,6 +109,7 @@ class FakeDevice final : public EdgeDevice {
  public:
   FakeDevice(FakeFabric* fabric, FakeFaults* faults) : fabric_(fabric), faults_(faults) {}
 
+  std::string name() const override { return device_name; }
   absl::Status Use() override { return absl::OkStatus(); }
   absl::StatusOr<std::byte*> Take(size_t bytes) override;
   void Give(std::byte* memory) override;
@@ -117,11 +120,15 @@ class FakeDevice final : public EdgeDevice {
   absl::Status Record(void* event, void* stream) override;
   absl::StatusOr<bool> Done(void* event) override;
   absl::Status Upload(std::byte* to, const std::byte* from, size_t bytes, void* stream) override;
+  absl::Status Checksums(const std::byte* data, absl::Span<const uint32_t> piece_bytes,
+                         absl::Span<uint64_t> sums) override;
 
   std::atomic<int> pieces = 0;   // of memory taken
   std::atomic<int> streams = 0;  // that exist
   std::atomic<int> events = 0;
   std::atomic<int> uploads = 0;
+  std::atomic<int> checksums = 0;  // of pieces
+  std::string device_name;         // constant after construction
 
  private:
   FakeFabric* const fabric_;
