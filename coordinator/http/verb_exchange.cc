@@ -27,6 +27,8 @@ std::string LineOf(const MoveReport& report, std::string_view event) {
   json.Key("phase").String(Utf8Lossy(report.phase)).Key("rounds").Int(report.rounds);
   json.Key("rows").Int(report.rows).Key("rows_total").Int(report.rows_total);
   json.Key("moved_bytes").Int(report.moved_bytes);
+  json.Key("shared_bytes").Int(report.shared_bytes);
+  json.Key("nccl_bytes").Int(report.nccl_bytes);
   json.Key("recomputed_rows").Int(report.recomputed_rows);
   json.Key("pause_ms").Raw(Milliseconds(report.pause_us));
   json.Key("total_ms").Raw(Milliseconds(report.total_us)).EndObject();

@@ -3,8 +3,8 @@
 """What a client feels when its sequence moves to another pipeline, and when a worker under it dies.
 
   moves.py --bin build/release/bin [--model DIR] [--lengths 1024,8192,16000] [--moves 6] [--load 0,8] [--threads 1]
-           [--stages 1,2,4,2] [--crash] [--replica-memory 2GiB] [--warm-spares 0,1] [--deaths 2] [--arg=--backend --arg=cuda …]
-           [--json FILE]
+           [--stages 1,2,4,2] [--beside 4] [--replication] [--crash] [--replica-memory 2GiB] [--warm-spares 0,1] [--deaths 2]
+           [--arg=--backend --arg=cuda …] [--json FILE]
 
 Two pipelines of one worker each. A sequence of each length decodes and moves back and forth; with --load others decode
 beside it, half of them in each pipeline. The pause is the gap at the client between the last token of the old pipeline and the
@@ -12,7 +12,9 @@ first of the new one, less the median of the 50 gaps before it. With --crash one
 worker of each stage is killed in turn while a sequence decodes; once with copies of rows on the other workers, once without,
 and each with every number of --warm-spares. The gap of a death runs from the kill's moment to the next token. With --stages one
 pipeline on as many workers as the most stages of the list gets these numbers of stages, one after the other, while one sequence
-decodes. Random weights.
+decodes. With --beside so many sequences decode in each pipeline while one moves to and fro: their gaps while it moves, and while it does
+not, by turns; first at any rate, then at a quarter of the rate that was seen. With --replication a pipeline with copies of rows on
+another worker and one without decode by turns. Random weights.
 """
 import argparse
 import json
@@ -138,7 +140,8 @@ def moves(server, length, count, load, seed):
         gap = stream.times[index + 1] - stream.times[index]
         rows.append({"tokens": length, "load": load, "pause_ms": (gap - before) * 1e3, "gap_ms": gap * 1e3,
                      "gap_before_ms": before * 1e3, "gap_after_ms": after * 1e3, "told_pause_ms": done["pause_ms"],
-                     "rows": done["rows"], "rounds": done["rounds"], "bytes": done["moved_bytes"], "total_ms": done["total_ms"]})
+                     "rows": done["rows"], "rounds": done["rounds"], "bytes": done["moved_bytes"], "total_ms": done["total_ms"],
+                     "shared_bytes": done["shared_bytes"], "nccl_bytes": done["nccl_bytes"]})
         assert done["recomputed_rows"] == 0
         here = to
     stream.close()
@@ -154,7 +157,87 @@ def told(rows):
     rate = statistics.median(r["bytes"] / r["total_ms"] / 1e6 for r in rows)
     return (f"{middle['tokens']:.0f} tokens, load {middle['load']:.0f}: pause {middle['pause_ms']:.1f} ms (most {pauses[-1]:.1f}), a gap "
             f"{middle['gap_before_ms']:.1f} ms before, {middle['gap_after_ms']:.1f} after; {middle['bytes'] / 2**20:.1f} MiB in "
-            f"{middle['total_ms']:.0f} ms, {rate:.2f} GB/s, {middle['rounds']:.0f} rounds")
+            f"{middle['total_ms']:.0f} ms, {rate:.2f} GB/s, {middle['rounds']:.0f} rounds; "
+            f"{100 * middle['nccl_bytes'] / middle['bytes']:.0f} % by NCCL, {100 * middle['shared_bytes'] / middle['bytes']:.0f} % by shared memory")
+
+
+def gaps_between(streams, begin, end):
+    return [b - a for s in streams for a, b in zip(s.times, s.times[1:]) if begin <= a and b <= end]
+
+
+def share(values, part):
+    values = sorted(values)
+    return values[min(len(values) - 1, int(part * len(values)))]
+
+
+def beside(programs, model, threads, length, count, seconds, args):
+    """What others feel while one moves: by turns it moves all the time, and not at all."""
+    rows, rate = [], 0
+    for part in (1, 4):
+        os.environ["STRAIT_MIGRATE_RATE"] = str(int(rate / part))  # 0: any
+        with Server(programs, model, 2, threads, ["--pipelines", "2", *args]) as server:
+            key = operator_key(server)
+            pipelines = [p["id"] for p in server.get("/strait/status")["pipelines"]]
+            others = [Stream(server, tokens(f"beside {i}", 512), 10**6, i) for i in range(2 * count)]
+            stream = Stream(server, tokens(f"mover {length}", length), 10**6)
+            for s in [*others, stream]:
+                s.wait(GAPS)
+            time.sleep(1.2)
+            here = place(server, stream.name)
+            gaps, moved, moving = {True: [], False: []}, 0, 0
+            until = time.perf_counter() + seconds
+            moves_now = False
+            while time.perf_counter() < until:
+                moves_now = not moves_now
+                begin = time.perf_counter()
+                while time.perf_counter() < begin + 1.5:
+                    if not moves_now:
+                        time.sleep(0.01)
+                        continue
+                    to = next(p for p in pipelines if p != here)
+                    done = migrate(server, key, stream.name, to)
+                    here, moved, moving = to, moved + done["moved_bytes"], moving + done["total_ms"] / 1e3
+                gaps[moves_now] += gaps_between(others, begin, time.perf_counter())
+            for s in [*others, stream]:
+                s.close()
+        seen = moved / moving
+        rows.append({"tokens": length, "others": 2 * count, "share_of_rate": 1 / part, "bytes_per_s": seen,
+                     **{f"{name}_gap_ms_p{p}": share(gaps[now], p / 100) * 1e3
+                        for name, now in (("moving", True), ("still", False)) for p in (50, 99)}})
+        r = rows[-1]
+        print(f"{2 * count} others beside one of {length} tokens that moves at {seen / 1e9:.2f} GB/s ({'any rate' if part == 1 else '1/4 of it'}): gap p50 "
+              f"{r['moving_gap_ms_p50']:.2f} ms, p99 {r['moving_gap_ms_p99']:.2f}; while nothing moves {r['still_gap_ms_p50']:.2f}, {r['still_gap_ms_p99']:.2f}", flush=True)
+        rate = rate or seen
+    del os.environ["STRAIT_MIGRATE_RATE"]
+    return rows
+
+
+def replication(programs, model, threads, length, count, memory, turns, args):
+    """Decoding with copies and without, by turns: two clusters, one of which stands still."""
+    rows = []
+    options = ["--pipelines", "1", "--spares", "1", *args]
+    with Server(programs, model, 1, threads, [*options, "--replica-memory", memory]) as copies, \
+            Server(programs, model, 1, threads, [*options, "--replica-memory", "0"]) as plain:
+        rates = {copies: [], plain: []}
+        for turn in range(turns):
+            for server in (copies, plain):
+                streams = [Stream(server, tokens(f"{turn} {i}", length), 600, i) for i in range(count)]
+                for s in streams:
+                    s.wait(100)
+                begin, at = time.perf_counter(), [len(s.times) for s in streams]
+                for s in streams:
+                    s.wait(590)
+                rates[server].append(sum(len(s.times) - n for s, n in zip(streams, at)) / (max(s.times[-1] for s in streams) - begin))
+                for s in streams:
+                    s.close()
+                time.sleep(1.0)
+        stats = copies.get("/strait/status")["stats"]
+        with_copies, without = (statistics.median(rates[s]) for s in (copies, plain))
+        rows.append({"tokens": length, "sequences": count, "turns": turns, "tokens_per_s_with": rates[copies], "tokens_per_s_without": rates[plain],
+                     "replicated_bytes": stats["replicated_bytes"], "protected_share": stats["protected_us"] / max(1, stats["decoding_us"])})
+        print(f"{count} sequences of {length} tokens: {with_copies:.1f} tokens/s with copies, {without:.1f} without, {100 * (1 - with_copies / without):.1f} % "
+              f"less; {stats['replicated_bytes'] / 2**20:.0f} MiB copied, protected {100 * rows[-1]['protected_share']:.2f} % of the time", flush=True)
+    return rows
 
 
 def deaths(programs, model, threads, length, memory, warm, count, args):
@@ -247,12 +330,17 @@ def main():
     parser.add_argument("--deaths", type=int, default=2, help="of each length, with copies and without")
     parser.add_argument("--replica-memory", default="2GiB", help="of each worker, for --crash")
     parser.add_argument("--stages", default="", help="numbers of stages, one after the other")
+    parser.add_argument("--beside", type=int, default=0, help="sequences that decode in each pipeline while one moves to and fro")
+    parser.add_argument("--seconds", type=float, default=24, help="of each measurement of --beside")
+    parser.add_argument("--replication", action="store_true", help="decode with copies of rows and without")
+    parser.add_argument("--sequences", type=int, default=4, help="that decode in each turn of --replication")
+    parser.add_argument("--turns", type=int, default=5, help="of --replication")
     parser.add_argument("--warm-spares", default="0", help="for --crash: spares that hold weights ready, several by commas")
     parser.add_argument("--arg", action="append", default=[], help="one more argument of strait up; repeat it")
     parser.add_argument("--json", type=pathlib.Path)
     o = parser.parse_args()
     lengths = [int(n) for n in o.lengths.split(",")]
-    results = {"model": o.model.name, "threads": o.threads, "moves": [], "deaths": [], "changes": []}
+    results = {"model": o.model.name, "threads": o.threads, "moves": [], "deaths": [], "changes": [], "beside": [], "replication": []}
     if o.moves > 0:
         with Server(o.bin, o.model, 2, o.threads, ["--pipelines", "2", *o.arg]) as server:
             for length in lengths:
@@ -263,6 +351,11 @@ def main():
     if o.stages:
         for length in lengths:
             results["changes"] += changes(o.bin, o.model, o.threads, length, [int(n) for n in o.stages.split(",")], o.arg)
+    for length in lengths:
+        if o.beside:
+            results["beside"] += beside(o.bin, o.model, o.threads, length, o.beside, o.seconds, o.arg)
+        if o.replication:
+            results["replication"] += replication(o.bin, o.model, o.threads, length, o.sequences, o.replica_memory, o.turns, o.arg)
     if o.crash:
         for length in lengths:
             for memory in (o.replica_memory, "0"):

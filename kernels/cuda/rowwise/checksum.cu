@@ -15,35 +15,26 @@ namespace {
 using U64 = unsigned long long;  // NOLINT: CUDA's shuffles know it
 
 constexpr int kWarps = 4;  // a block
-constexpr unsigned kAll = 0xffffffffu;
 constexpr int kStripeBytes = 64;
 constexpr int kRoundStripes = 16;
 constexpr int kRoundBytes = kStripeBytes * kRoundStripes;
 constexpr int kEach = kRoundStripes / 4;  // stripes of a lane in a round
 
-constexpr U64 kPrime32[3] = {0x9E3779B1u, 0x85EBCA77u, 0xC2B2AE3Du};
-constexpr U64 kPrime64[5] = {0x9E3779B185EBCA87u, 0xC2B2AE3D27D4EB4Fu, 0x165667B19E3779F9u,
-                             0x85EBCA77C2B2AE63u, 0x27D4EB2F165667C5u};
+// The algorithm's own.
+constexpr U64 kPrime32A = 0x9E3779B1u;
+constexpr U64 kPrime32B = 0x85EBCA77u;
+constexpr U64 kPrime32C = 0xC2B2AE3Du;
+constexpr U64 kPrime64A = 0x9E3779B185EBCA87u;
+constexpr U64 kPrime64B = 0xC2B2AE3D27D4EB4Fu;
+constexpr U64 kPrime64C = 0x165667B19E3779F9u;
+constexpr U64 kPrime64D = 0x85EBCA77C2B2AE63u;
+constexpr U64 kPrime64E = 0x27D4EB2F165667C5u;
+constexpr U64 kLastPrime = 0x165667919E3779F9u;
 
 __device__ U64 FirstSum(int word) {
-  switch (word) {
-    case 0:
-      return kPrime32[2];
-    case 1:
-      return kPrime64[0];
-    case 2:
-      return kPrime64[1];
-    case 3:
-      return kPrime64[2];
-    case 4:
-      return kPrime64[3];
-    case 5:
-      return kPrime32[1];
-    case 6:
-      return kPrime64[4];
-    default:
-      return kPrime32[0];
-  }
+  constexpr U64 kSums[8] = {kPrime32C, kPrime64A, kPrime64B, kPrime64C,
+                            kPrime64D, kPrime32B, kPrime64E, kPrime32A};
+  return kSums[word];
 }
 
 // What word `value` adds to its own sum, with its key.
@@ -54,8 +45,8 @@ __device__ U64 Product(U64 value, U64 key) {
 
 // Sums over the four groups of lanes, in all of them.
 __device__ U64 OverGroups(U64 mine) {
-  mine += __shfl_xor_sync(kAll, mine, 8);
-  mine += __shfl_xor_sync(kAll, mine, 16);
+  mine += __shfl_xor_sync(kFullWarp, mine, 8);
+  mine += __shfl_xor_sync(kFullWarp, mine, 16);
   return mine;
 }
 
@@ -88,7 +79,7 @@ __device__ U64 RoundSum(const U64 (&values)[kEach], int num_stripes, Lane lane,
     own += Product(values[i], secret.words[stripe + lane.word]);
     neighbours += values[i];
   }
-  return OverGroups(own + __shfl_xor_sync(kAll, neighbours, 1));
+  return OverGroups(own + __shfl_xor_sync(kFullWarp, neighbours, 1));
 }
 
 __device__ void Read(const U64* from, int num_stripes, Lane lane, U64 (&values)[kEach]) {
@@ -106,6 +97,8 @@ __global__ void __launch_bounds__(kWarps * 32)
     reinterpret_cast<uint64_t*>(&secret)[i] = reinterpret_cast<const uint64_t*>(&p.secret)[i];
   }
   __syncthreads();
+  StartNext();
+  WaitForEarlier();
   const int index = blockIdx.x * kWarps + threadIdx.x / 32;
   if (index >= p.num_pieces) return;
   const ChecksumPiece piece = p.pieces[index];
@@ -126,19 +119,19 @@ __global__ void __launch_bounds__(kWarps * 32)
     sum += RoundSum(values, kRoundStripes, lane, secret);
     sum ^= sum >> 47;
     sum ^= secret.words[kRoundStripes + lane.word];
-    sum *= kPrime32[0];
+    sum *= kPrime32A;
   }
   sum += RoundSum(next, rest, lane, secret);
   const U64 tail = data[piece.bytes / 8 - 8 + lane.word];
-  sum += Product(tail, secret.last[lane.word]) + __shfl_xor_sync(kAll, tail, 1);
+  sum += Product(tail, secret.last[lane.word]) + __shfl_xor_sync(kFullWarp, tail, 1);
   // Pairs of sums are folded, and the folds added up.
   const U64 keyed = sum ^ secret.merge[lane.word];
-  U64 folded = Fold(keyed, __shfl_xor_sync(kAll, keyed, 1));
-  folded += __shfl_xor_sync(kAll, folded, 2);
-  folded += __shfl_xor_sync(kAll, folded, 4);
-  U64 made = static_cast<U64>(piece.bytes) * kPrime64[0] + folded;
+  U64 folded = Fold(keyed, __shfl_xor_sync(kFullWarp, keyed, 1));
+  folded += __shfl_xor_sync(kFullWarp, folded, 2);
+  folded += __shfl_xor_sync(kFullWarp, folded, 4);
+  U64 made = static_cast<U64>(piece.bytes) * kPrime64A + folded;
   made ^= made >> 37;
-  made *= 0x165667919E3779F9u;
+  made *= kLastPrime;
   made ^= made >> 32;
   if (threadIdx.x % 32 == 0) p.sums[index] = made;
 }
@@ -159,9 +152,8 @@ cudaError_t Checksum(const ChecksumParams& p, cudaStream_t stream) {
       reinterpret_cast<uintptr_t>(p.data) % 8 != 0) {
     return cudaErrorInvalidValue;
   }
-  const int blocks = (p.num_pieces + kWarps - 1) / kWarps;
-  ChecksumPieces<<<blocks, kWarps * 32, 0, stream>>>(p);
-  return cudaGetLastError();
+  const dim3 grid(static_cast<unsigned>((p.num_pieces + kWarps - 1) / kWarps));
+  return LaunchChained(ChecksumPieces, grid, kWarps * 32, 0, stream, p);
 }
 
 }  // namespace strait::cuda
