@@ -174,7 +174,7 @@ def beside(programs, model, threads, length, count, seconds, args):
     """What others feel while one moves: by turns it moves all the time, and not at all."""
     rows, rate = [], 0
     for part in (1, 4):
-        os.environ["STRAIT_MIGRATE_RATE"] = str(int(rate / part))  # 0: any
+        os.environ["STRAIT_MIGRATE_RATE"] = str(rate / part / 1e9)  # GB/s; 0: any
         with Server(programs, model, 2, threads, ["--pipelines", "2", *args]) as server:
             key = operator_key(server)
             pipelines = [p["id"] for p in server.get("/strait/status")["pipelines"]]
