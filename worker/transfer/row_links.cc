@@ -20,6 +20,7 @@ constexpr char kSeparator = ' ';
 NcclTransportOptions TransportOptions(const RowLinksOptions& options) {
   NcclTransportOptions made;
   made.hidden_row_bytes = kUnit;
+  made.arena_steps = kLinkPlaces;
   made.send_timeout = options.timeout;
   made.receive_timeout = options.timeout;
   made.posts_ahead = true;

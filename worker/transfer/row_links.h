@@ -11,7 +11,7 @@
 // Thread:  any, synchronized inside; a link's events come on its own thread, one at a time, and on_down once.
 // Errors:  a link that breaks is told by on_down. Send: Unavailable. Nothing is sent twice: who asked asks again,
 //          and gets the rows another way.
-// Limits:  kMaxRowLinks ends in a worker. kTransferFrameBytes of a message; kArenaSteps of these in device memory at
+// Limits:  kMaxRowLinks ends in a worker. kTransferFrameBytes of a message; kLinkPlaces of these in device memory at
 //          either end. kLinkTimeout of a message that the other end does not take, or send.
 // Why:     the giving end posts a send when the rows are gathered and summed, and then answers; the asking end posts its receive
 //          when the answer is here. So a receive never waits for a worker that computes, and every receive that is posted
@@ -38,9 +38,11 @@ namespace strait {
 
 inline constexpr size_t kMaxRowLinks = 4;
 inline constexpr std::chrono::milliseconds kLinkTimeout{4'000};
+// A copy out of the cache or into it waits for the steps that were begun, so there is a step's worth of frames at either end.
+inline constexpr size_t kLinkPlaces = limits::kTransferBytesUnderWay / limits::kTransferFrameBytes;
 // What the links of a worker take of its device besides stages, at most.
 inline constexpr uint64_t kRowLinksBytes =
-    kMaxRowLinks * (kNcclEdgeBytes + kArenaSteps * limits::kTransferFrameBytes);
+    kMaxRowLinks * (kNcclEdgeBytes + kLinkPlaces * limits::kTransferFrameBytes);
 
 struct RowLinksOptions {
   bool on_one_device =

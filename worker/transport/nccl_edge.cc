@@ -200,9 +200,9 @@ absl::Status NcclEdge::Prepare() {
     events_.push_back(event);
   }
   const size_t step_bytes = size_t{edge_.max_tokens} * context_->options.hidden_row_bytes;
-  // Each place is rounded up: room for kArenaSteps of the largest steps all the same.
-  STRAIT_ASSIGN_OR_RETURN(auto arena,
-                          context_->arenas->Take(kArenaSteps * (step_bytes + kSlotAlign)));
+  // Each place is rounded up: room for so many of the largest steps all the same.
+  const size_t arena_bytes = context_->options.arena_steps * (step_bytes + kSlotAlign);
+  STRAIT_ASSIGN_OR_RETURN(auto arena, context_->arenas->Take(arena_bytes));
   std::lock_guard lock(mu_);
   arena_ = std::move(arena);
   return absl::OkStatus();

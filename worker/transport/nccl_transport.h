@@ -12,7 +12,7 @@
 // Errors:  as Transport. An NCCL call that does not come back breaks its edge after init_timeout;
 //          one that still has not after abort_timeout cannot be got rid of inside this process:
 //          on_poisoned.
-// Limits:  NcclTransportOptions; kArenaSteps of the largest step in device memory at either end of
+// Limits:  NcclTransportOptions; arena_steps of the largest step in device memory at either end of
 //          an edge, kOpsPosted sends at once on its stream, one receive; kDataQueueBytes wait to be sent.
 // Order:   an edge is made only when those that ended before are torn down; they leave the device
 //          together (teardown_gate.h tells why). So drop all edges of an epoch, those that did not break
@@ -55,6 +55,7 @@ inline constexpr uint64_t kNcclEdgeBytes = 64 << 20;
 
 struct NcclTransportOptions {
   uint32_t hidden_row_bytes = 0;
+  size_t arena_steps = kArenaSteps;
   // From Connect or Expect to a communicator, the wait for older edges included. Shorter than the
   // coordinator's patience with an activation, so that its cause is told.
   std::chrono::milliseconds init_timeout{15'000};

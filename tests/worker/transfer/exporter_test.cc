@@ -197,6 +197,23 @@ TEST_F(ExporterTest, WhatWaitsIsLookedAtAgain) {
   EXPECT_EQ(CodeOf(2), absl::StatusCode::kOutOfRange);
 }
 
+TEST_F(ExporterTest, WhoWaitsForMemoryHoldsUpNobody) {
+  exporter_.Serve(ServeOf());
+  transfer_.without_memory = {1};
+  EXPECT_EQ(Asked(AskOf(0, 100)), absl::StatusCode::kUnknown);
+  EXPECT_EQ(Asked(AskOf(100, 100)), absl::StatusCode::kUnknown);
+  Turn();
+  Turn();
+  EXPECT_EQ(CodeOf(2), absl::StatusCode::kOk);
+  EXPECT_EQ(CodeOf(1), absl::StatusCode::kUnknown);
+  EXPECT_TRUE(exporter_.busy());
+  transfer_.without_memory.clear();
+  Turn();
+  Turn();
+  EXPECT_EQ(CodeOf(1), absl::StatusCode::kOk);
+  EXPECT_EQ(share_.made_bytes, 0u);
+}
+
 TEST_F(ExporterTest, ServedIsToldOnceWhenAllWasRead) {
   exporter_.Serve(ServeOf());
   Asked(AskOf(0, 100));

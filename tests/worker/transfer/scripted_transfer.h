@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <map>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -37,6 +38,10 @@ class ScriptedTransfer final : public RowTransfer {
     answers.emplace(id.value, std::move(frame));
   }
   uint64_t WaitingBytes() override { return waiting_bytes; }
+  bool TakeRows(PeerAskId id, size_t bytes, bool may_be_device, RowsFrame* frame) override {
+    if (without_memory.contains(id.value)) return false;
+    return RowTransfer::TakeRows(id, bytes, may_be_device, frame);
+  }
   // The oldest ask that was not taken.
   Asked Take() {
     Asked asked = std::move(asks.front());
@@ -47,6 +52,7 @@ class ScriptedTransfer final : public RowTransfer {
   std::vector<Asked> asks;
   std::vector<AskId> forgotten;
   uint64_t waiting_bytes = 0;
+  std::set<uint64_t> without_memory;  // answers that get none now
   std::map<uint64_t, absl::StatusOr<RowsFrame>> answers;
 };
 
