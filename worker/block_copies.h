@@ -8,9 +8,9 @@
 // Shapes:  a buffer has the rows of the list's entries, packed in the list's order, row_bytes() each
 //          (proto/latent_block.h); in host memory, or on the model's device.
 // Stream:  copies are made one after the other in the order of their calls, each behind all steps
-//          begun before its call. So Read sees what these steps wrote, and both may cover rows that
-//          these steps use. No step waits for a copy. A step begun after Poll has told a Write sees
-//          its rows.
+//          begun before its call, or behind those that were finished, as CopyAfter says. So Read sees what
+//          these steps wrote, and both may cover rows that these steps use. No step waits for a copy. A
+//          step begun after Poll has told a Write sees its rows.
 // Errors:  Read, Write: InvalidArgument: the list or the buffer, and what is wrong with it;
 //          ResourceExhausted: kMaxCopiesUnderWay, come back after a Poll. Nothing was copied then.
 //          Read, Write and, of a copy that had begun, Poll: Internal: the device. The buffer is the
@@ -55,6 +55,14 @@ using RowsOut = HiddenOut;
 
 using CopyId = Id<struct CopyTag>;  // of one model; rises by one from 1 with each copy
 
+// Behind which steps a copy is made.
+enum class CopyAfter {
+  kBegunSteps,
+  // REQUIRES: no step that is begun and not finished writes a row that a Read copies, or uses a row that a Write does.
+  // Whoever waits for the copy then does not wait for others' steps.
+  kFinishedSteps,
+};
+
 struct CopyEnd {
   CopyId id;
   absl::Status status;
@@ -73,12 +81,20 @@ class BlockCopies {
   // Begins a copy of the list's rows to `to`. The list is lent for the call, and may have a row
   // twice. REQUIRES: what others did with the buffer is done, on a device, too. Until Poll has told
   // the copy: no step begun after this call writes a row of the list; nobody touches the buffer.
-  virtual absl::StatusOr<CopyId> Read(absl::Span<const BlockRows> list, RowsOut to) = 0;
+  virtual absl::StatusOr<CopyId> Read(absl::Span<const BlockRows> list, RowsOut to,
+                                      CopyAfter after) = 0;
+  absl::StatusOr<CopyId> Read(absl::Span<const BlockRows> list, RowsOut to) {
+    return Read(list, to, CopyAfter::kBegunSteps);
+  }
   // Begins a copy of `from` to the list's rows. The list is lent for the call, and has no row twice.
   // REQUIRES: `from` is filled, on a device, too. Until Poll has told the copy: no step begun after
   // this call reads or writes a row of the list, others of the same blocks it may; nobody changes
   // the buffer.
-  virtual absl::StatusOr<CopyId> Write(absl::Span<const BlockRows> list, RowsIn from) = 0;
+  virtual absl::StatusOr<CopyId> Write(absl::Span<const BlockRows> list, RowsIn from,
+                                       CopyAfter after) = 0;
+  absl::StatusOr<CopyId> Write(absl::Span<const BlockRows> list, RowsIn from) {
+    return Write(list, from, CopyAfter::kBegunSteps);
+  }
 
   // The copies that have ended since the last call, in the order of their ids, each told once: one
   // place of a process calls it and hands on. Never waits.

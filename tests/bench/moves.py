@@ -203,10 +203,10 @@ def beside(programs, model, threads, length, count, seconds, args):
         seen = moved / moving
         rows.append({"tokens": length, "others": 2 * count, "share_of_rate": 1 / part, "bytes_per_s": seen,
                      **{f"{name}_gap_ms_p{p}": share(gaps[now], p / 100) * 1e3
-                        for name, now in (("moving", True), ("still", False)) for p in (50, 99)}})
+                        for name, now in (("moving", True), ("still", False)) for p in (50, 99, 100)}})
         r = rows[-1]
         print(f"{2 * count} others beside one of {length} tokens that moves at {seen / 1e9:.2f} GB/s ({'any rate' if part == 1 else '1/4 of it'}): gap p50 "
-              f"{r['moving_gap_ms_p50']:.2f} ms, p99 {r['moving_gap_ms_p99']:.2f}; while nothing moves {r['still_gap_ms_p50']:.2f}, {r['still_gap_ms_p99']:.2f}", flush=True)
+              f"{r['moving_gap_ms_p50']:.2f} ms, p99 {r['moving_gap_ms_p99']:.2f}, most {r['moving_gap_ms_p100']:.2f}; while nothing moves {r['still_gap_ms_p50']:.2f}, {r['still_gap_ms_p99']:.2f}, {r['still_gap_ms_p100']:.2f}", flush=True)
         rate = rate or seen
     del os.environ["STRAIT_MIGRATE_RATE"]
     return rows

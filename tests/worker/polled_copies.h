@@ -9,6 +9,7 @@
 // Errors:  Poll: Internal if CopyFaults says so.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
 #include <deque>
 #include <map>
@@ -69,18 +70,24 @@ class PolledCopies final : public BlockCopies {
   void StepBegun(const StageBatch& batch) {
     ++steps_begun_;
     if (!under_way_.empty()) CheckRows(batch);
+    begun_.push_back(UsesOf(batch));
     cache_->StepBegun();
   }
   void StepFinished() {
     ++steps_finished_;
+    begun_.pop_front();
     cache_->StepFinished();
   }
 
-  absl::StatusOr<CopyId> Read(absl::Span<const BlockRows> list, RowsOut to) override {
-    return Start(list, CopyWay::kRead, to.bytes.size(), to.bytes.data(), nullptr);
+  using BlockCopies::Read;
+  using BlockCopies::Write;
+  absl::StatusOr<CopyId> Read(absl::Span<const BlockRows> list, RowsOut to,
+                              CopyAfter after) override {
+    return Start(list, CopyWay::kRead, after, to.bytes.size(), to.bytes.data(), nullptr);
   }
-  absl::StatusOr<CopyId> Write(absl::Span<const BlockRows> list, RowsIn from) override {
-    return Start(list, CopyWay::kWrite, from.bytes.size(), nullptr, from.bytes.data());
+  absl::StatusOr<CopyId> Write(absl::Span<const BlockRows> list, RowsIn from,
+                               CopyAfter after) override {
+    return Start(list, CopyWay::kWrite, after, from.bytes.size(), nullptr, from.bytes.data());
   }
 
   std::vector<CopyEnd> Poll() override {
@@ -125,8 +132,50 @@ class PolledCopies final : public BlockCopies {
     int writes = 0;
   };
 
-  absl::StatusOr<CopyId> Start(absl::Span<const BlockRows> list, CopyWay way, size_t bytes,
-                               std::byte* read_to, const std::byte* write_from) {
+  // Rows of the pool that a step uses, from each block's first on, and from which of them on it writes.
+  struct Uses {
+    uint32_t write_begin = 0;
+    uint32_t end = 0;
+  };
+  using StepUses = std::map<uint64_t, Uses>;  // by block
+
+  static StepUses UsesOf(const StageBatch& batch) {
+    StepUses uses;
+    for (const BatchSequence& sequence : batch.sequences) {
+      const uint32_t end = sequence.first_position + sequence.num_tokens;
+      const uint32_t write_begin = sequence.is_cached ? end : sequence.first_position;
+      for (const auto& table : sequence.page_tables) {
+        for (uint32_t first = 0; first < end; first += limits::kBlockTokens) {
+          const auto within = [&](uint32_t position) {
+            return position <= first ? 0 : std::min(position - first, limits::kBlockTokens);
+          };
+          // A block that sequences share is written by one at most.
+          Uses& block = uses.try_emplace(table.at(first / limits::kBlockTokens),
+                                         Uses{limits::kBlockTokens, 0})
+                            .first->second;
+          block.write_begin = std::min(block.write_begin, within(write_begin));
+          block.end = std::max(block.end, within(end));
+        }
+      }
+    }
+    return uses;
+  }
+  // What begun steps still do with the copy's rows.
+  void CheckAfterFinished(const Copy& copy) const {
+    for (const StepUses& step : begun_) {
+      ForRows(copy, [&](uint64_t row, uint64_t) {
+        const auto it = step.find(row / limits::kBlockTokens);
+        if (it == step.end()) return;
+        const uint64_t at = row % limits::kBlockTokens;
+        STRAIT_CHECK(
+            at >= it->second.end || (copy.read_to != nullptr && at < it->second.write_begin),
+            "a copy that follows finished steps has rows that a begun step uses");
+      });
+    }
+  }
+
+  absl::StatusOr<CopyId> Start(absl::Span<const BlockRows> list, CopyWay way, CopyAfter after,
+                               size_t bytes, std::byte* read_to, const std::byte* write_from) {
     Copy copy;
     STRAIT_ASSIGN_OR_RETURN(
         copy.pieces, CutCopy(list, way, num_layers_, cache_->num_blocks(), kHashRowBytes, bytes));
@@ -134,7 +183,8 @@ class PolledCopies final : public BlockCopies {
     copy.id = CopyId{++last_id_.value};
     copy.read_to = read_to;
     copy.write_from = write_from;
-    copy.behind_steps = steps_begun_;
+    copy.behind_steps = after == CopyAfter::kBegunSteps ? steps_begun_ : 0;
+    if (after == CopyAfter::kFinishedSteps) CheckAfterFinished(copy);
     copy.polls_left = faults_->delay_polls;
     Mark(copy, 1);
     under_way_.push_back(std::move(copy));
@@ -198,6 +248,7 @@ class PolledCopies final : public BlockCopies {
   CopyFaults* const faults_;
   std::map<uint64_t, Marks> marks_;  // by row of the cache
   std::deque<Copy> under_way_;
+  std::deque<StepUses> begun_;  // of steps that are not finished
   CopyId last_id_;
   uint64_t steps_begun_ = 0;
   uint64_t steps_finished_ = 0;

@@ -29,13 +29,13 @@ HostCopies::~HostCopies() {
   thread_.join();
 }
 
-absl::StatusOr<CopyId> HostCopies::Read(absl::Span<const BlockRows> list, RowsOut to) {
+absl::StatusOr<CopyId> HostCopies::Read(absl::Span<const BlockRows> list, RowsOut to, CopyAfter) {
   Copy copy;
   copy.read_to = to.bytes.data();
   return Start(list, CopyWay::kRead, to.on_device, to.bytes.size(), std::move(copy));
 }
 
-absl::StatusOr<CopyId> HostCopies::Write(absl::Span<const BlockRows> list, RowsIn from) {
+absl::StatusOr<CopyId> HostCopies::Write(absl::Span<const BlockRows> list, RowsIn from, CopyAfter) {
   Copy copy;
   copy.write_from = from.bytes.data();
   return Start(list, CopyWay::kWrite, from.on_device, from.bytes.size(), std::move(copy));

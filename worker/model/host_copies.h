@@ -25,8 +25,12 @@ class HostCopies final : public BlockCopies {
   HostCopies(uint32_t num_layers, const HostCache* cache, uint32_t row_bytes);
   ~HostCopies() override;
 
-  absl::StatusOr<CopyId> Read(absl::Span<const BlockRows> list, RowsOut to) override;
-  absl::StatusOr<CopyId> Write(absl::Span<const BlockRows> list, RowsIn from) override;
+  using BlockCopies::Read;
+  using BlockCopies::Write;
+  absl::StatusOr<CopyId> Read(absl::Span<const BlockRows> list, RowsOut to,
+                              CopyAfter after) override;
+  absl::StatusOr<CopyId> Write(absl::Span<const BlockRows> list, RowsIn from,
+                               CopyAfter after) override;
   std::vector<CopyEnd> Poll() override;
   size_t num_under_way() const override { return num_under_way_; }
   uint32_t row_bytes() const override { return row_bytes_; }

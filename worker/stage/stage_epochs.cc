@@ -22,6 +22,7 @@ void Stage::State::DropBegun() {
     residents.cache().StepDone(step.id());
   }
   begun.clear();
+  steps_finished = steps_begun;
 }
 
 void Stage::State::LeaveEpoch() {

@@ -79,7 +79,10 @@ struct Stage::State {
         residents(model->spec().layers.size(), block_pool),
         tier(model->spec().layers.size(), &model->copies(), host_budget),
         own_share(transfer_share == nullptr ? std::make_unique<TransferShare>() : nullptr),
-        importer(RowTraitsOf(), &model->copies(), &residents.cache(), Share(transfer_share)),
+        importer(RowTraitsOf(), &model->copies(), &residents.cache(), Share(transfer_share),
+                 [this] {
+                   return Importer::Steps{steps_begun, steps_finished};
+                 }),
         exporter(
             RowTraitsOf(), &model->copies(), &residents.cache(), Share(transfer_share),
             [this](SequenceId id) { return residents.FinishedRows(id); },
@@ -197,6 +200,8 @@ struct Stage::State {
   std::deque<WaitingHidden> hiddens;  // in step order; the i-th belongs to the i-th plan with rows
   ReturningIds returning;             // to the first of several stages
   std::deque<BegunStep> begun;        // oldest first
+  uint64_t steps_begun = 0;           // ever; not that which is being begun
+  uint64_t steps_finished = 0;        // of these
   uint64_t last_end_us = 0;           // of a step
 };
 

@@ -166,6 +166,7 @@ void Stage::BeginNext(const std::function<uint64_t()>& clock, const HiddenMemory
   step.report.set_step_id(plan.step_id());
   step.begin_us = clock();
   step.status = s.Begin(std::move(plan), memory, &step);
+  ++s.steps_begun;
   if (!step.status.ok()) return s.Fail();
   s.Prepare();
   if (!s.takes_ids()) return;
@@ -187,6 +188,7 @@ StepOutput Stage::FinishNext(const std::function<uint64_t()>& clock) {
   std::vector<LogitsResult> results;
   if (step.is_on_model) step.status = s.model->Finish(&results);
   s.residents.cache().StepDone(step.id());
+  ++s.steps_finished;
   const uint64_t end_us = clock();
   const uint64_t begin_us = std::max(step.begin_us, s.last_end_us);
   s.last_end_us = end_us;

@@ -193,7 +193,10 @@ Exporter::Begun Exporter::BeginRead(std::unique_ptr<Making>* next) {
     frame.pieces.push_back(header);
   };
   ForPieces(RangeOf(ask), add);
-  const absl::StatusOr<CopyId> copy = copies_->Read(list, {frame.bytes(), frame.on_device()});
+  // Rows of finished steps, which no step writes again; of prefix blocks nobody knows.
+  const CopyAfter after = ask.keys.empty() ? CopyAfter::kFinishedSteps : CopyAfter::kBegunSteps;
+  const absl::StatusOr<CopyId> copy =
+      copies_->Read(list, {frame.bytes(), frame.on_device()}, after);
   if (absl::IsResourceExhausted(copy.status())) return Begun::kNoCopy;
   if (!copy.ok()) {
     Answer(making, copy.status());

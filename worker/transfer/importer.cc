@@ -29,7 +29,20 @@ void Importer::Take(SequenceId id, PlacementEpoch placement, uint32_t rows,
     import->tokens = std::move(begins_with);
   }
   import->key = {id, placement};
+  if (const uint64_t begun = steps_().begun; rows > import->rows_taken && begun > 0) {
+    const uint32_t num_blocks =
+        (import->rows_taken + limits::kBlockTokens - 1) / limits::kBlockTokens;
+    import->used_by_steps.emplace_back(num_blocks * limits::kBlockTokens, begun);
+  }
   import->rows_taken = rows;
+}
+
+CopyAfter Importer::AfterSteps(Import* import, uint32_t end) const {
+  const uint64_t finished = steps_().finished;
+  auto& used = import->used_by_steps;
+  while (!used.empty() && used.front().second <= finished) used.pop_front();
+  return used.empty() || end <= used.front().first ? CopyAfter::kFinishedSteps
+                                                   : CopyAfter::kBegunSteps;
 }
 
 bool Importer::IsFetched(SequenceId id, PlacementEpoch placement, uint32_t rows) const {
@@ -314,15 +327,18 @@ void Importer::BeginWrites(uint64_t now_us) {
     std::vector<BlockRows> list;
     list.reserve(next->frame.pieces.size());
     next->blocks.clear();
+    uint32_t end = 0;
     for (const BlockHeader& piece : next->frame.pieces) {
       const uint32_t layer = piece.layer - traits_.layers.begin;
       const BlockId block =
           tables[layer].at((piece.first_position - import->first_row) / limits::kBlockTokens);
       list.push_back({layer, block, piece.first_position % limits::kBlockTokens, piece.num_rows});
       next->blocks.push_back(block);
+      end = std::max(end, piece.first_position + piece.num_rows);
     }
     const absl::StatusOr<CopyId> copy =
-        copies_->Write(list, {std::as_const(next->frame).bytes(), next->frame.on_device()});
+        copies_->Write(list, {std::as_const(next->frame).bytes(), next->frame.on_device()},
+                       AfterSteps(import, end));
     if (absl::IsResourceExhausted(copy.status())) return;
     std::unique_ptr<UnderWay> begun = std::move(next);
     arrived_.pop_front();

@@ -16,10 +16,13 @@
 // Why:     pieces are cut from what the coordinator asks for, and cut the same when they are asked for
 //          again: so both ends sum up the same pieces (proto/wire/rows_digest.h). Rows are there when all
 //          pieces of a fetch are; fetches of an import follow each other, so one number says which.
+//          A block may come from a sequence that steps which are begun still use, so what is written there waits for
+//          these, and for no others.
 #pragma once
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <list>
 #include <map>
 #include <memory>
@@ -55,8 +58,16 @@ inline constexpr uint32_t kFramesBeforeLarger =
 
 class Importer final : public RowsTaker {
  public:
-  Importer(const RowTraits& traits, BlockCopies* copies, LatentCache* cache, TransferShare* share)
-      : traits_(traits), copies_(copies), cache_(cache), share_(share) {}
+  // Of its stage, ever: that were begun, and of these, finished.
+  struct Steps {
+    uint64_t begun = 0;
+    uint64_t finished = 0;
+  };
+  using CountSteps = std::function<Steps()>;
+
+  Importer(const RowTraits& traits, BlockCopies* copies, LatentCache* cache, TransferShare* share,
+           CountSteps steps)
+      : traits_(traits), copies_(copies), cache_(cache), share_(share), steps_(std::move(steps)) {}
   ~Importer();  // REQUIRES: num_copies() == 0
   Importer(const Importer&) = delete;
   Importer& operator=(const Importer&) = delete;
@@ -144,7 +155,9 @@ class Importer final : public RowsTaker {
     uint32_t first_row = 0;             // of its tables
     std::vector<uint32_t> layers_here;  // of a restore, by block: layers whose rows are here
     uint32_t rows_taken = 0;            // that there are blocks for
-    uint32_t rows_wanted = 0;           // by all fetches
+    // Of rows from the first on: their blocks may be used by the first steps of this number. By rising rows.
+    std::deque<std::pair<uint32_t, uint64_t>> used_by_steps;
+    uint32_t rows_wanted = 0;  // by all fetches
     uint32_t rows_fetched = 0;
     std::vector<TokenId> tokens;  // [rows_wanted]
     bool is_last = false;         // it stands still
@@ -214,6 +227,8 @@ class Importer final : public RowsTaker {
   // Not what was asked for, or damaged.
   void Refuse(UnderWay under_way, absl::Status why, uint64_t now_us);
   void AskAgain(UnderWay under_way, uint64_t pause_us, uint64_t now_us);
+  // Behind which steps rows [.., end) of an import may be written.
+  CopyAfter AfterSteps(Import* import, uint32_t end) const;
   void BeginWrites(uint64_t now_us);
   void Finish(UnderWay under_way, uint64_t now_us);
   // Of fetches that have no open cut.
@@ -233,6 +248,7 @@ class Importer final : public RowsTaker {
   BlockCopies* const copies_;
   LatentCache* const cache_;
   TransferShare* const share_;
+  const CountSteps steps_;
 
   std::map<Key, std::shared_ptr<Import>> imports_;
   std::list<FetchingPtr> fetches_;  // that have cuts to ask for or under way, in order

@@ -38,6 +38,9 @@ namespace strait {
 
 inline constexpr size_t kMaxRowLinks = 4;
 inline constexpr std::chrono::milliseconds kLinkTimeout{4'000};
+// A stream with a link is kept so long after its last ask. NCCL before 2.28.9 takes half a second to end a communicator, in which
+// no edge of hidden states may post anything.
+inline constexpr std::chrono::milliseconds kLinkIdle{1'800'000};
 // A copy out of the cache or into it waits for the steps that were begun, so there is a step's worth of frames at either end.
 inline constexpr size_t kLinkPlaces = limits::kTransferBytesUnderWay / limits::kTransferFrameBytes;
 // What the links of a worker take of its device besides stages, at most.

@@ -232,6 +232,7 @@ void RowsClient::Forget(AskId id) {
 bool RowsClient::CheckDeadlines(uint64_t now_us) {
   const auto answer_us = static_cast<uint64_t>(answer_timeout_.count()) * 1000;
   const auto idle_us = static_cast<uint64_t>(idle_timeout_.count()) * 1000;
+  const auto linked_idle_us = static_cast<uint64_t>(kLinkIdle.count()) * 1000;
   std::vector<std::shared_ptr<Peer>> buried;
   std::vector<std::shared_ptr<Peer>> silent;
   bool is_connected = false;
@@ -242,8 +243,10 @@ bool RowsClient::CheckDeadlines(uint64_t now_us) {
       bool is_idle = false;
       {
         std::lock_guard state_lock(state.mu);
-        is_idle =
-            state.has_ended || (state.asked.empty() && now_us > it->second->used_us + idle_us);
+        const bool is_linked = state.linked != nullptr && state.linked->is_used();
+        is_idle = state.has_ended ||
+                  (state.asked.empty() &&
+                   now_us > it->second->used_us + (is_linked ? linked_idle_us : idle_us));
         if (!state.asked.empty() &&
             now_us > std::max(state.asked.begin()->second.asked_us, state.heard_us) + answer_us) {
           silent.push_back(it->second);

@@ -152,7 +152,8 @@ class Mover {
       case 1:  // the sequence ends
         Close(&p_.from, id);
         return Close(&p_.to, id);
-      case 2: {  // an epoch ends
+      case 2: {  // an epoch ends, when what others' plans opened is closed: the next plan names all that is left
+        ASSERT_TRUE(p_.TurnUntil([&] { return p_.AllReported(p_.to); }));
         p_.to.Activate();
         v1::StepPlan plan = p_.to.Plan();
         if (!other_.empty()) AddClose(&plan, 1'000);

@@ -197,6 +197,16 @@ TEST_F(ExporterTest, WhatWaitsIsLookedAtAgain) {
   EXPECT_EQ(CodeOf(2), absl::StatusCode::kOutOfRange);
 }
 
+// A sequence that stands still waited for the steps of all others, twice at either end.
+TEST_F(ExporterTest, FinishedRowsAreReadWithoutWaitingForSteps) {
+  exporter_.Serve(ServeOf());
+  copies_.StepBegun({});
+  EXPECT_EQ(Asked(AskOf(0, 100)), absl::StatusCode::kUnknown);
+  Turn();
+  EXPECT_EQ(CodeOf(1), absl::StatusCode::kOk);
+  copies_.StepFinished();
+}
+
 TEST_F(ExporterTest, WhoWaitsForMemoryHoldsUpNobody) {
   exporter_.Serve(ServeOf());
   transfer_.without_memory = {1};

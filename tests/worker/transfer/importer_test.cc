@@ -126,10 +126,43 @@ class ImporterTest : public testing::Test {
   LatentCache cache_{kLayers.size(), &pool_};
   ScriptedTransfer transfer_;
   TransferShare share_;
-  Importer importer_{HashRowTraits(kLayers, kOrigin), &copies_, &cache_, &share_};
+  Importer::Steps steps_;
+  Importer importer_{HashRowTraits(kLayers, kOrigin), &copies_, &cache_, &share_,
+                     [this] { return steps_; }};
   std::vector<Importer::Fetched> told_;
   uint64_t now_us_ = 1'000'000;
 };
+
+TEST_F(ImporterTest, RowsWaitForStepsThatMayUseTheirBlocksAndForNoOthers) {
+  const auto begin_step = [&] {
+    copies_.StepBegun({});
+    ++steps_.begun;
+  };
+  const auto come = [&](uint32_t begin_row, uint32_t end_row) {
+    Say(Fetch(begin_row, end_row));
+    Ask();
+    while (!transfer_.asks.empty()) Answer();
+    Turn();
+    return importer_.num_copies() == 0;
+  };
+  begin_step();
+  Take(100);  // blocks that this step's sequences may have had
+  EXPECT_FALSE(come(0, 64));
+  copies_.StepFinished();
+  ++steps_.finished;
+  Turn();
+  EXPECT_EQ(importer_.num_copies(), 0u);
+  begin_step();
+  EXPECT_TRUE(come(64, 90)) << "its block was there before the step began";
+  Take(300);
+  EXPECT_TRUE(come(90, 128)) << "in the block that it had";
+  EXPECT_FALSE(come(128, 140));
+  copies_.StepFinished();
+  ++steps_.finished;
+  Turn();
+  EXPECT_EQ(importer_.num_copies(), 0u);
+  ExpectRows(140);
+}
 
 TEST_F(ImporterTest, EveryRowIsAskedForOnceWithinItsBounds) {
   Take(400);

@@ -50,17 +50,19 @@ DeviceCopies::~DeviceCopies() {
   if (stream_ != nullptr) (void)cudaStreamDestroy(stream_);
 }
 
-absl::StatusOr<CopyId> DeviceCopies::Read(absl::Span<const BlockRows> list, RowsOut to) {
-  return Start(list, CopyWay::kRead, {to.bytes.data(), to.bytes.size(), to.on_device});
+absl::StatusOr<CopyId> DeviceCopies::Read(absl::Span<const BlockRows> list, RowsOut to,
+                                          CopyAfter after) {
+  return Start(list, CopyWay::kRead, after, {to.bytes.data(), to.bytes.size(), to.on_device});
 }
 
-absl::StatusOr<CopyId> DeviceCopies::Write(absl::Span<const BlockRows> list, RowsIn from) {
-  return Start(list, CopyWay::kWrite,
+absl::StatusOr<CopyId> DeviceCopies::Write(absl::Span<const BlockRows> list, RowsIn from,
+                                           CopyAfter after) {
+  return Start(list, CopyWay::kWrite, after,
                {const_cast<std::byte*>(from.bytes.data()), from.bytes.size(), from.on_device});
 }
 
 absl::StatusOr<CopyId> DeviceCopies::Start(absl::Span<const BlockRows> list, CopyWay way,
-                                           Buffer buffer) {
+                                           CopyAfter after, Buffer buffer) {
   STRAIT_ASSIGN_OR_RETURN(
       const std::vector<CopyPiece> pieces,
       CutCopy(list, way, num_layers_, place_.cache->num_blocks(), place_.row_bytes, buffer.bytes));
@@ -70,7 +72,7 @@ absl::StatusOr<CopyId> DeviceCopies::Start(absl::Span<const BlockRows> list, Cop
   Copy& copy = under_way_.emplace_back();
   copy.id = CopyId{last_id_.value + 1};
   copy.done = events_[copy.id.value % events_.size()];  // ids under way follow each other
-  const absl::Status status = Enqueue(pieces, way, buffer, &copy);
+  const absl::Status status = Enqueue(pieces, way, after, buffer, &copy);
   if (!status.ok()) {
     ExitIfContextLost(status);  // it waits for the device: the buffer is free
     under_way_.pop_back();
@@ -103,9 +105,10 @@ absl::Status DeviceCopies::Look(Buffer* buffer) const {
   return absl::OkStatus();
 }
 
-absl::Status DeviceCopies::Enqueue(absl::Span<const CopyPiece> pieces, CopyWay way,
+absl::Status DeviceCopies::Enqueue(absl::Span<const CopyPiece> pieces, CopyWay way, CopyAfter after,
                                    const Buffer& buffer, Copy* copy) {
-  if (const cudaEvent_t step = place_.newest_step(); step != nullptr) {
+  const cudaEvent_t step = after == CopyAfter::kBegunSteps ? place_.newest_step() : nullptr;
+  if (step != nullptr) {
     STRAIT_CUDA_RETURN_IF_ERROR(cudaStreamWaitEvent(stream_, step, 0));
   }
   std::vector<CopyPiece> cut;

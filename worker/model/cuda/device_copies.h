@@ -5,8 +5,8 @@
 // Owns:    its stream, its events, pinned staging.     Borrows: the pool, staging on the device; they
 //          outlive it.
 // Thread:  as BlockCopies.
-// Stream:  a copy waits on the device for the event of the newest step that is begun, and nothing
-//          waits for a copy but Poll and the destructor: steps' stream never knows of them.
+// Stream:  a copy waits on the device for the event of the newest step that is begun, unless it goes behind
+//          finished ones; both wait for the copies before them. Nothing waits for a copy but Poll and the destructor: steps' stream never knows of them.
 // Errors:  Read, Write: InvalidArgument also for a buffer that is not where it says, or on the device
 //          and not at a multiple of 16 bytes. If the GPU context is lost, the process ends (status.h).
 // Limits:  kCudaCopyStagingBytes at a time go through staging.
@@ -57,8 +57,12 @@ class DeviceCopies final : public BlockCopies {
   static absl::StatusOr<std::unique_ptr<DeviceCopies>> Create(uint32_t num_layers, Place place);
   ~DeviceCopies() override;
 
-  absl::StatusOr<CopyId> Read(absl::Span<const BlockRows> list, RowsOut to) override;
-  absl::StatusOr<CopyId> Write(absl::Span<const BlockRows> list, RowsIn from) override;
+  using BlockCopies::Read;
+  using BlockCopies::Write;
+  absl::StatusOr<CopyId> Read(absl::Span<const BlockRows> list, RowsOut to,
+                              CopyAfter after) override;
+  absl::StatusOr<CopyId> Write(absl::Span<const BlockRows> list, RowsIn from,
+                               CopyAfter after) override;
   std::vector<CopyEnd> Poll() override;
   size_t num_under_way() const override { return under_way_.size(); }
   uint32_t row_bytes() const override { return place_.row_bytes; }
@@ -87,12 +91,13 @@ class DeviceCopies final : public BlockCopies {
   DeviceCopies(uint32_t num_layers, Place place)
       : num_layers_(num_layers), place_(std::move(place)) {}
 
-  absl::StatusOr<CopyId> Start(absl::Span<const BlockRows> list, CopyWay way, Buffer buffer);
+  absl::StatusOr<CopyId> Start(absl::Span<const BlockRows> list, CopyWay way, CopyAfter after,
+                               Buffer buffer);
   // Finds out where the buffer is.
   absl::Status Look(Buffer* buffer) const;
   // All of a copy behind the stream's last. Asynchronous.
-  absl::Status Enqueue(absl::Span<const CopyPiece> pieces, CopyWay way, const Buffer& buffer,
-                       Copy* copy);
+  absl::Status Enqueue(absl::Span<const CopyPiece> pieces, CopyWay way, CopyAfter after,
+                       const Buffer& buffer, Copy* copy);
   // Pieces that go together: one of any size where it may go alone, else within staging.
   absl::Status EnqueueTogether(absl::Span<const CopyPiece> pieces, CopyWay way,
                                const Buffer& buffer, Copy* copy);
