@@ -160,12 +160,14 @@ ChildSpec CoordinatorSpec(const LocalClusterOptions& options, const Daemons& dae
   return spec;
 }
 
-ChildSpec WorkerSpec(const LocalClusterOptions& options, const Daemons& daemons, uint32_t index) {
+ChildSpec WorkerSpec(const LocalClusterOptions& options, const Daemons& daemons, uint32_t index,
+                     const WorkerLinks* links) {
   const std::string name = WorkerName(index);
   ChildSpec spec;
   spec.log_path = absl::StrCat(options.log_dir, "/", name, ".log");
-  spec.argv = {daemons.folder + "/strait-worker", "--coordinator", daemons.grpc, "--model",
-               options.model, "--name", name, "--threads", std::to_string(options.worker_threads),
+  spec.argv = {daemons.folder + "/strait-worker", "--coordinator",
+               links != nullptr ? links->coordinator : daemons.grpc, "--model", options.model,
+               "--name", name, "--threads", std::to_string(options.worker_threads),
                // All of them stop together, or one that others restart.
                "--drain-timeout", "0"};
   if (!options.worker_memory.empty()) Append(spec.argv, {"--memory", options.worker_memory});
@@ -181,6 +183,10 @@ ChildSpec WorkerSpec(const LocalClusterOptions& options, const Daemons& daemons,
   }
   if (!options.random_weights.empty()) {
     Append(spec.argv, {"--random-weights", options.random_weights});
+  }
+  if (links != nullptr) {
+    Append(spec.argv, {"--listen", links->listen, "--advertise", links->advertise});
+    if (index % 2 == 1) Append(spec.argv, {"--row-transport", "grpc"});
   }
   Append(spec.argv, options.worker_args);
   return spec;

@@ -33,6 +33,9 @@ struct LocalClusterOptions {
   std::string operator_key_file;      // empty: one is made, and removed at the end
   bool expects_deaths =
       false;  // of workers, once it has served: none is too many, and none delays a restart
+  // Daemons reach each other by a LinkRelay, whose links may be parted and slowed; every second worker's rows
+  // go by gRPC, so that links carry rows too.
+  bool relays_links = false;
   std::string log_dir;                        // empty: a new folder under the temporary one
   std::vector<std::string> coordinator_args;  // more flags, passed on as they are
   std::vector<std::string> worker_args;
@@ -51,9 +54,18 @@ struct Daemons {
   std::string grpc;
 };
 
-// REQUIRES of all three: the options are complete.
+// Where a worker of a cluster that relays its links is told to listen, and what it is told of others.
+struct WorkerLinks {
+  std::string coordinator;  // host:port, all three
+  std::string listen;
+  std::string advertise;
+};
+
+// REQUIRES of all: the options are complete.
 std::string WorkerName(uint32_t index);
 ChildSpec CoordinatorSpec(const LocalClusterOptions& options, const Daemons& daemons);
-ChildSpec WorkerSpec(const LocalClusterOptions& options, const Daemons& daemons, uint32_t index);
+// `links`: null where the options relay none.
+ChildSpec WorkerSpec(const LocalClusterOptions& options, const Daemons& daemons, uint32_t index,
+                     const WorkerLinks* links);
 
 }  // namespace strait::cli

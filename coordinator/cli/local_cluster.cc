@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/eventfd.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -55,6 +56,12 @@ absl::StatusOr<std::string> ChooseAddress(const std::string& given, uint16_t def
 
 }  // namespace
 
+LocalCluster::LocalCluster(LocalClusterOptions options, Terminal* terminal, Signals* signals)
+    : options_(std::move(options)),
+      terminal_(terminal),
+      signals_(signals),
+      members_fd_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
+
 absl::StatusOr<std::unique_ptr<LocalCluster>> LocalCluster::Start(LocalClusterOptions options,
                                                                   Terminal* terminal,
                                                                   Signals* signals) {
@@ -92,13 +99,14 @@ absl::Status LocalCluster::Launch() {
   }
 
   if (options_.operator_key_file.empty()) MakeKeyFile(http_url.port);
-  const Daemons daemons{folder, http_, grpc_};
+  daemons_ = {folder, http_, grpc_};
   coordinator_.name = "coordinator";
-  coordinator_.spec = CoordinatorSpec(options_, daemons);
-  for (uint32_t i = 0; i < options_.num_processes(); ++i) {
-    Process worker;
-    worker.name = WorkerName(i);
-    worker.spec = WorkerSpec(options_, daemons, i);
+  coordinator_.spec = CoordinatorSpec(options_, daemons_);
+  if (options_.relays_links) {
+    STRAIT_ASSIGN_OR_RETURN(relay_, LinkRelay::Create());
+  }
+  while (num_named_ < options_.num_processes()) {
+    STRAIT_ASSIGN_OR_RETURN(Process worker, MakeWorker(num_named_++));
     workers_.push_back(std::move(worker));
   }
 
@@ -116,6 +124,7 @@ absl::Status LocalCluster::Launch() {
       num_stages() == 1 ? "" : "s", ", ", options_.worker_threads, " thread",
       options_.worker_threads == 1 ? "" : "s", " a worker); logs in ", options_.log_dir));
   STRAIT_RETURN_IF_ERROR(StartProcess(coordinator_));
+  coordinator_pid_ = coordinator_.pid;
   for (Process& worker : workers_) STRAIT_RETURN_IF_ERROR(StartProcess(worker));
   return absl::OkStatus();
 }
@@ -138,6 +147,7 @@ void LocalCluster::MakeKeyFile(uint16_t http_port) {
 
 LocalCluster::~LocalCluster() {
   Stop();
+  close(members_fd_);
   std::error_code ignored;
   if (made_log_dir_ && !failed_) std::filesystem::remove_all(options_.log_dir, ignored);
 }
@@ -162,6 +172,11 @@ absl::Status LocalCluster::OnExit(Process& process, int wait_status) {
   if (&process == &coordinator_) {
     failed_ = true;
     return Death(process, how);
+  }
+  if (process.leaves) {
+    terminal_->Say(absl::StrCat(process.name, " left (", how, ")"));
+    recovering_ = true;
+    return absl::OkStatus();
   }
   const auto lived =
       std::chrono::duration_cast<std::chrono::milliseconds>(Clock::now() - process.started);
@@ -223,8 +238,8 @@ absl::StatusOr<LocalCluster::Wake> LocalCluster::Step(int max_ms, int done_fd) {
       const auto left = std::chrono::ceil<std::chrono::milliseconds>(next - Clock::now()).count();
       wait_ms = static_cast<int>(std::clamp<int64_t>(left, 0, 60'000));
     }
-    pollfd fds[2] = {{signals_->fd(), POLLIN, 0}, {done_fd, POLLIN, 0}};
-    if (poll(fds, 2, wait_ms) < 0 && errno != EINTR) {
+    pollfd fds[3] = {{signals_->fd(), POLLIN, 0}, {done_fd, POLLIN, 0}, {members_fd_, POLLIN, 0}};
+    if (poll(fds, 3, wait_ms) < 0 && errno != EINTR) {
       return absl::UnavailableError(absl::StrCat("poll: ", strerror(errno)));
     }
     while (const std::optional<int> signal = signals_->Take()) {
@@ -233,6 +248,8 @@ absl::StatusOr<LocalCluster::Wake> LocalCluster::Step(int max_ms, int done_fd) {
       }
     }
     STRAIT_RETURN_IF_ERROR(Reap());
+    STRAIT_RETURN_IF_ERROR(ChangeMembers());
+    ForgetLeft();
     STRAIT_RETURN_IF_ERROR(RestartDue());
     if (done_fd >= 0 && fds[1].revents != 0) return Wake::kDone;
     // Who waits without end wants to know that there is something to wait for.

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// `strait stress`: a load whose every token is known beforehand, while sequences move, workers die
-// or stand still, and pipelines change their shape.
+// `strait stress`: a load whose every token is known beforehand, while sequences move, workers die,
+// stand still, come and go, links part, and pipelines change their shape.
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -15,6 +17,7 @@
 #include "coordinator/cli/drive.h"
 #include "coordinator/cli/operator_access.h"
 #include "coordinator/cli/status_json.h"
+#include "coordinator/cli/stress_goals.h"
 #include "coordinator/cli/stress_run.h"
 
 namespace strait::cli {
@@ -30,7 +33,43 @@ struct StressFlags {
   StressOptions stress;
   std::string model;  // a folder: then an own cluster
   std::string json_path;
+  bool acceptance = false;
 };
+
+// Periods of the faults that only an own cluster can have, by flag.
+std::vector<std::pair<const char*, double*>> OwnPeriods(StressOptions* stress) {
+  return {{"--kill-every", &stress->kill_every_s},
+          {"--stop-every", &stress->stop_every_s},
+          {"--coordinator-stop-every", &stress->coordinator_stop_every_s},
+          {"--partition-every", &stress->partition_every_s},
+          {"--slow-every", &stress->slow_every_s},
+          {"--join-every", &stress->join_every_s}};
+}
+
+bool Has(const std::vector<std::string>& args, std::string_view flag) {
+  return std::find(args.begin(), args.end(), flag) != args.end();
+}
+
+// What an acceptance run does unless its flags say otherwise: every kind, often enough for its goals.
+void CompleteAcceptance(StressFlags* flags) {
+  StressOptions& stress = flags->stress;
+  for (const auto& [period_s, usual] :
+       {std::pair(&stress.seconds, StressGoals().seconds), std::pair(&stress.kill_every_s, 5.0),
+        std::pair(&stress.stop_every_s, 15.0), std::pair(&stress.coordinator_stop_every_s, 150.0),
+        std::pair(&stress.partition_every_s, 20.0), std::pair(&stress.slow_every_s, 20.0),
+        std::pair(&stress.join_every_s, 45.0), std::pair(&stress.reshape_every_s, 15.0),
+        std::pair(&stress.drain_every_s, 40.0)}) {
+    if (*period_s == 0) *period_s = usual;
+  }
+  LocalClusterOptions& cluster = flags->cluster;
+  if (cluster.num_spares == 0) cluster.num_spares = 2;
+  if (!Has(cluster.worker_args, "--replica-memory")) {
+    cluster.worker_args.insert(cluster.worker_args.end(), {"--replica-memory", "256MiB"});
+  }
+  if (!Has(cluster.coordinator_args, "--warm-spares")) {
+    cluster.coordinator_args.insert(cluster.coordinator_args.end(), {"--warm-spares", "2"});
+  }
+}
 
 void PrintTable(const json::Object& report) {
   const auto count_of = [&](const char* key) {
@@ -43,14 +82,19 @@ void PrintTable(const json::Object& report) {
   for (const auto& [reason, count] : report.at("failed_migrations").get_object()) {
     failed += count.to_number<uint64_t>();
   }
-  std::fputs(FormatTable({{"seconds", "streams", "moves", "failed", "deaths", "stops", "reshapes",
-                           "drains", "recomputed tokens", "violations"},
-                          {FormatNumber(Number(report, "seconds")), count_of("streams"),
-                           count_of("migrations"), absl::StrCat(failed), count_of("worker_deaths"),
-                           count_of("worker_stops"), count_of("reshapes"), count_of("drains"),
-                           count_of("recomputed_tokens"), count_of("violations")}})
-                 .c_str(),
-             stdout);
+  std::fputs(
+      FormatTable({{"seconds", "streams", "moves", "failed", "recovered", "recomputed tokens",
+                    "violations"},
+                   {FormatNumber(Number(report, "seconds")), count_of("streams"),
+                    count_of("migrations"), absl::StrCat(failed), count_of("recovered_sequences"),
+                    count_of("recomputed_tokens"), count_of("violations")}})
+          .c_str(),
+      stdout);
+  std::vector<std::vector<std::string>> faults = {{"fault", "times"}};
+  for (const FaultKind& kind : kFaultKinds) {
+    faults.push_back({std::string(kind.name), count_of(std::string(kind.member).c_str())});
+  }
+  std::fputs(("\n" + FormatTable(faults)).c_str(), stdout);
   std::fputs("\n", stdout);
   std::vector<std::vector<std::string>> rows = {{"", "p50", "p99", "max", "of"}};
   for (const auto& [key, what] :
@@ -65,7 +109,11 @@ void PrintTable(const json::Object& report) {
   std::printf("\nmoved %s, at %s/s (median move)\n",
               FormatBytes(Number(report, "moved_bytes")).c_str(),
               FormatBytes(Number(report.at("move_bytes_per_s").get_object(), "p50")).c_str());
-  for (const char* kind : {"failed_migrations", "failed_reshapes", "failed_drains"}) {
+  if (json::Find(report, "protected_share") != nullptr) {
+    std::printf("protected for %.2f %% of decode time\n", 100 * Number(report, "protected_share"));
+  }
+  for (const char* kind :
+       {"failed_migrations", "failed_reshapes", "failed_drains", "failed_joins"}) {
     for (const auto& [reason, count] : report.at(kind).get_object()) {
       std::printf("%s: %s × %s\n", kind, boost::json::serialize(count).c_str(),
                   std::string(reason.data(), reason.size()).c_str());
@@ -80,11 +128,17 @@ void PrintTable(const json::Object& report) {
   std::fflush(stdout);
 }
 
-absl::Status Check(const StressFlags& flags, bool own) {
-  if (!own && (flags.stress.kill_every_s > 0 || flags.stress.stop_every_s > 0)) {
+absl::Status Check(StressFlags flags, bool own) {
+  if (!own && flags.acceptance) {
     return absl::InvalidArgumentError(
-        "--kill-every and --stop-every are for a cluster of its own (--model DIR): processes of "
-        "others are left alone");
+        "--acceptance needs a cluster of its own (--model DIR): it kills, stops and parts workers");
+  }
+  for (const auto& [flag, period_s] : OwnPeriods(&flags.stress)) {
+    if (own || *period_s <= 0) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat(flag,
+                     " is for a cluster of its own (--model DIR): processes of others and "
+                     "their links are left alone"));
   }
   if (own && flags.num_stages > 0 && flags.cluster.num_workers > 0 &&
       flags.cluster.num_workers != flags.num_stages * flags.cluster.num_pipelines) {
@@ -104,6 +158,7 @@ int RunStress(StressFlags flags) {
         "--model ", flags.model, " is no folder; leave it out for a cluster that runs (--url)")));
   }
   if (const absl::Status checked = Check(flags, own); !checked.ok()) return Fail(checked);
+  if (flags.acceptance) CompleteAcceptance(&flags);
   if (flags.stress.seconds == 0 && flags.stress.migrations == 0) {
     flags.stress.seconds = kDefaultSeconds;
   }
@@ -116,6 +171,7 @@ int RunStress(StressFlags flags) {
     options.model = flags.model;
     options.operator_key_file = flags.operator_key_file;
     options.expects_deaths = true;
+    options.relays_links = flags.stress.partition_every_s > 0 || flags.stress.slow_every_s > 0;
     if (flags.num_stages > 0) options.num_workers = flags.num_stages * options.num_pipelines;
     if (!flags.server.api_key.empty()) options.api_keys = {flags.server.api_key};
     auto started = LocalCluster::Start(options, &terminal, &*signals);
@@ -131,13 +187,19 @@ int RunStress(StressFlags flags) {
   if (!key.ok()) return Fail(key.status());
 
   EventFd cancel;
-  Stress stress(flags.stress, *url, flags.server.api_key, *key, &terminal, cancel.fd());
+  Stress stress(flags.stress, *url, flags.server.api_key, *key, cluster.get(), &terminal,
+                cancel.fd());
   const auto [watched, driven] =
       DriveBeside(cluster.get(), *signals, cancel, [&] { return stress.Drive(); });
   terminal.EndProgress();
   if (cluster) cluster->Stop();
 
-  const json::Object report = stress.Report();
+  json::Object report = stress.Report();
+  std::vector<std::string> missed;
+  if (flags.acceptance) {
+    missed = Missed(report, StressGoals());
+    report["missed"] = json::Array(missed.begin(), missed.end());
+  }
   if (stress.log().num_streams() > 0) {
     if (flags.json_path != "-") PrintTable(report);
     if (!flags.json_path.empty()) {
@@ -150,6 +212,9 @@ int RunStress(StressFlags flags) {
   for (const std::string& text : stress.log().violations()) {
     std::fprintf(stderr, "violation: %s\n", text.c_str());
   }
+  for (const std::string& text : missed) {
+    std::fprintf(stderr, "acceptance: %s\n", text.c_str());
+  }
   if (!watched.ok()) return Fail(watched);
   if (!driven.ok()) return Fail(driven, cluster ? "" : url->Text());
   if (violations > 0) {
@@ -158,7 +223,7 @@ int RunStress(StressFlags flags) {
                  static_cast<unsigned long long>(stress.log().num_streams()));
     return kExitFailed;
   }
-  return 0;
+  return missed.empty() ? 0 : kExitFailed;
 }
 
 }  // namespace
@@ -220,6 +285,28 @@ void AddStress(CLI::App& app, Run* run) {
           "Seconds between two drains of a worker, which gets stages again after up to 2 s; "
           "0: none")
       ->check(often);
+  verb->add_option(
+          "--partition-every", stress.partition_every_s,
+          "Seconds between two partitions of a worker's links, silent or cut for up to 10 s; "
+          "0: none. Own cluster only, as all that follow")
+      ->check(often);
+  verb->add_option("--slow-every", stress.slow_every_s,
+                   "Seconds between two limits of a worker's links to --slow-rate, for up to 10 s")
+      ->check(often);
+  verb->add_option("--slow-rate", stress.slow_bytes_per_s,
+                   "Bytes a second of a slow link, each direction")
+      ->check(CLI::Range(1.0, 1e12))
+      ->capture_default_str();
+  verb->add_option(
+          "--join-every", stress.join_every_s,
+          "Seconds between two workers that join, after each of which another leaves for good")
+      ->check(often);
+  verb->add_option("--coordinator-stop-every", stress.coordinator_stop_every_s,
+                   "Seconds between two SIGSTOPs of the coordinator, which last 20 s")
+      ->check(often);
+  verb->add_flag(
+      "--acceptance", flags->acceptance,
+      "Every kind of disturbance, for 10 minutes; fail if too few came about, and say which");
   verb->add_option("--json", flags->json_path,
                    "Write all figures to this file; - is standard output");
   AddClusterFlags(*verb, &flags->cluster);

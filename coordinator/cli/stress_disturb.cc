@@ -1,12 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "coordinator/cli/stress_disturb.h"
 
-#include <signal.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <fstream>
 #include <utility>
 #include <vector>
 
@@ -15,52 +10,20 @@
 #include "coordinator/cli/drive.h"
 #include "coordinator/cli/move_call.h"
 #include "coordinator/cli/status_json.h"
+#include "coordinator/cli/stress_disturber.h"
 #include "proto/base/json.h"
 
 namespace strait::cli {
 namespace {
 
-constexpr int kStatusTimeoutMs = 30'000;
 constexpr double kMoveTimeoutS = 60;
 constexpr double kDrainTimeoutS = 120;
 constexpr int kLongestOutMs = 2'000;  // that a worker stays drained
 constexpr int kReshapeTimeoutMs = 180'000;
+// A scale waits for pipelines that serve, which after a death takes a moment.
+constexpr int kReshapeTries = 20;
+constexpr int kReshapeAgainMs = 500;
 constexpr int kShortestWaitMs = 5;  // the status that is drawn from is no newer than that
-constexpr int kShortestStopMs = 50;
-
-// What all of them need: a client of each kind, the status, chance.
-class Disturber : public Disturbance {
- public:
-  Disturber(const DisturbContext& context, Draws draws)
-      : context_(context),
-        draws_(draws),
-        client_(context.url, context.api_key, context.cancel_fd),
-        operator_client_(context.url, context.operator_key, context.cancel_fd) {}
-
- protected:
-  // Empty: there is no answer, and so nothing to do now.
-  json::Object Status() {
-    const absl::StatusOr<HttpReply> reply = client_.Get("/strait/status", kStatusTimeoutMs);
-    if (!reply.ok() || reply->status != 200) return {};
-    absl::StatusOr<json::Value> status = json::Parse(reply->body, "/strait/status");
-    return status.ok() && status->is_object() ? std::move(status->get_object()) : json::Object();
-  }
-  template <class T>
-  const T& Pick(const std::vector<T>& from) {
-    return from[draws_.Below(from.size())];
-  }
-  // A worker's process; 0: none.
-  int64_t PickProcess() {
-    const json::Object status = Status();
-    const auto workers = Objects(status, "workers");
-    return workers.empty() ? 0 : static_cast<int64_t>(Number(*Pick(workers), "process_id"));
-  }
-
-  const DisturbContext context_;
-  Draws draws_;
-  HttpClient client_;
-  HttpClient operator_client_;
-};
 
 class Mover : public Disturber {
  public:
@@ -97,29 +60,6 @@ class Mover : public Disturber {
   }
 };
 
-class Killer : public Disturber {
- public:
-  using Disturber::Disturber;
-
-  void Once() override {
-    if (SignalChild(PickProcess(), SIGKILL)) context_.log->AddFault("death");
-  }
-};
-
-class Stopper : public Disturber {
- public:
-  using Disturber::Disturber;
-
-  void Once() override {
-    const int64_t process = PickProcess();
-    if (!SignalChild(process, SIGSTOP)) return;
-    context_.log->AddFault("stop");
-    const int range = kLongestStopMs - kShortestStopMs;
-    WaitReadable(context_.end_fd, kShortestStopMs + static_cast<int>(draws_.Below(range)));
-    SignalChild(process, SIGCONT);
-  }
-};
-
 class Reshaper : public Disturber {
  public:
   Reshaper(const DisturbContext& context, Draws draws, uint32_t max_stages)
@@ -134,11 +74,17 @@ class Reshaper : public Disturber {
     for (uint32_t n = 1; n <= max_stages_; ++n) {
       if (n != now) others.push_back(n);
     }
-    const absl::StatusOr<HttpReply> reply = operator_client_.Post(
-        "/strait/scale", absl::StrCat("{\"stages\":", Pick(others), "}"), kReshapeTimeoutMs);
-    if (absl::IsCancelled(reply.status())) return;
-    if (reply.ok() && reply->status == 200) return context_.log->AddFault("reshape");
-    context_.log->AddFailure("reshape", reply.ok() ? reply->ErrorCode() : "no answer");
+    const std::string body = absl::StrCat("{\"stages\":", Pick(others), "}");
+    for (int tries = kReshapeTries;; --tries) {
+      const absl::StatusOr<HttpReply> reply =
+          operator_client_.Post("/strait/scale", body, kReshapeTimeoutMs);
+      if (absl::IsCancelled(reply.status())) return;
+      if (reply.ok() && reply->status == 200) return context_.log->AddFault("reshape");
+      const std::string why = reply.ok() ? reply->ErrorCode() : "no answer";
+      if (tries == 1 || why != "not_now" || WaitReadable(context_.end_fd, kReshapeAgainMs)) {
+        return context_.log->AddFailure("reshape", why);
+      }
+    }
   }
 
  private:
@@ -169,37 +115,10 @@ class Drainer : public Disturber {
   }
 };
 
-// The second field after the name, which is in brackets and may hold any: the parent's process id.
-bool IsChild(int64_t pid) {
-  std::ifstream file(absl::StrCat("/proc/", pid, "/stat"));
-  std::string text;
-  std::getline(file, text);
-  const size_t name_end = text.rfind(')');
-  if (name_end == std::string::npos || name_end + 4 > text.size()) return false;
-  return std::atoll(text.c_str() + name_end + 4) == getpid();
-}
-
 }  // namespace
-
-bool SignalChild(int64_t pid, int signal) {
-  if (pid <= 1) return false;
-  const int fd = static_cast<int>(syscall(SYS_pidfd_open, static_cast<pid_t>(pid), 0));
-  if (fd < 0) return false;
-  // What was opened is what was looked at: a process that had taken its number since is no child, or one
-  // of ours as well.
-  const bool sent = IsChild(pid) && syscall(SYS_pidfd_send_signal, fd, signal, nullptr, 0) == 0;
-  close(fd);
-  return sent;
-}
 
 std::unique_ptr<Disturbance> MakeMover(const DisturbContext& context, Draws draws) {
   return std::make_unique<Mover>(context, draws);
-}
-std::unique_ptr<Disturbance> MakeKiller(const DisturbContext& context, Draws draws) {
-  return std::make_unique<Killer>(context, draws);
-}
-std::unique_ptr<Disturbance> MakeStopper(const DisturbContext& context, Draws draws) {
-  return std::make_unique<Stopper>(context, draws);
 }
 std::unique_ptr<Disturbance> MakeDrainer(const DisturbContext& context, Draws draws) {
   return std::make_unique<Drainer>(context, draws);

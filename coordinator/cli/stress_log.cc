@@ -2,16 +2,24 @@
 #include "coordinator/cli/stress_log.h"
 
 #include <algorithm>
+#include <chrono>
+#include <cmath>
 #include <optional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/cli/measure.h"
+#include "coordinator/cli/stress_timeline.h"
 
 namespace strait::cli {
 namespace {
 
 constexpr uint64_t kRowsOfInterest[] = {1000, 4000};
+// Of histograms. The last is beyond all.
+const std::vector<double> kRowEdges = {0,    64,   128,  256,  512,   1000,  2000,
+                                       3000, 4000, 6000, 8000, 12000, 16000, 1e12};
+const std::vector<double> kPauseEdgesMs = {-1e12, 0,   5,    10,   20,   50,    100,
+                                           200,   500, 1000, 2000, 5000, 10000, 1e12};
 
 json::Object Spread(const std::vector<double>& values) {
   json::Object out;
@@ -22,10 +30,13 @@ json::Object Spread(const std::vector<double>& values) {
   return out;
 }
 
+// Fewer digits, for what there is much of.
+double Thousandths(double value) { return std::round(value * 1000) / 1000; }
+
 template <class Map>
-uint64_t CountOf(const Map& map, std::string_view key) {
-  const auto found = map.find(key);
-  return found == map.end() ? 0 : found->second;
+uint64_t CountOf(const Map& faults, std::string_view kind) {
+  const auto found = faults.find(kind);
+  return found == faults.end() ? 0 : found->second.size();
 }
 
 json::Object Reasons(
@@ -39,6 +50,19 @@ json::Object Reasons(
 }
 
 }  // namespace
+
+void StressLog::Begin() {
+  std::lock_guard lock(mu_);
+  begin_s_ = NowLocked();
+}
+
+double StressLog::NowLocked() const {
+  return std::chrono::duration<double>(StressClock::now() - start_).count() - begin_s_;
+}
+
+void StressLog::CountFaultLocked(std::string_view kind) {
+  faults_[std::string(kind)].push_back(NowLocked());
+}
 
 void StressLog::AddStream(StreamOutcome outcome, uint32_t prompt_tokens, std::string violation) {
   std::lock_guard lock(mu_);
@@ -65,18 +89,18 @@ void StressLog::AddMove(const std::string& request, uint32_t choice, const MoveO
     ++failed_["migration"][outcome.code.empty() ? "unknown" : outcome.code];
     return;
   }
-  ++faults_["migration"];
+  CountFaultLocked("migration");
   const MoveLine& line = outcome.last;
   if (line.recomputed_rows > 0 || line.rows == 0 || line.rows < line.rows_total) {
     ++num_replaying_moves_;
     return;
   }
-  moves_.push_back({request, choice, line});
+  moves_.push_back({request, choice, line, NowLocked()});
 }
 
 void StressLog::AddFault(std::string_view kind) {
   std::lock_guard lock(mu_);
-  ++faults_[std::string(kind)];
+  CountFaultLocked(kind);
 }
 
 void StressLog::AddFailure(std::string_view kind, const std::string& reason) {
@@ -104,32 +128,72 @@ std::vector<std::string> StressLog::violations() const {
 std::string StressLog::Progress() const {
   std::lock_guard lock(mu_);
   std::string text = absl::StrCat(num_streams_, " streams, ", moves_.size(), " moves");
-  for (const auto& [kind, what] :
-       {std::pair("death", " deaths"), std::pair("stop", " stops"),
-        std::pair("reshape", " reshapes"), std::pair("drain", " drains")}) {
-    if (const uint64_t count = CountOf(faults_, kind)) absl::StrAppend(&text, ", ", count, what);
+  for (const auto& [kind, times] : faults_) {
+    if (kind != "migration") absl::StrAppend(&text, ", ", kind, " ", times.size());
   }
   if (num_violations_ > 0) absl::StrAppend(&text, ", ", num_violations_, " VIOLATIONS");
   return text;
 }
 
-std::vector<double> StressLog::PausesLocked() const {
-  std::vector<double> pauses;
-  for (const Move& move : moves_) {
-    const auto found = times_.find(move.request);
-    if (found == times_.end() || move.choice >= found->second.choices.size()) continue;
-    const std::optional<double> pause =
-        PauseMs(found->second.choices[move.choice], found->second.prompt_tokens, move.line.rows);
-    if (pause) pauses.push_back(*pause);
-  }
-  return pauses;
+std::optional<double> StressLog::PauseLocked(const Move& move) const {
+  const auto found = times_.find(move.request);
+  if (found == times_.end() || move.choice >= found->second.choices.size()) return std::nullopt;
+  return PauseMs(found->second.choices[move.choice], found->second.prompt_tokens, move.line.rows);
 }
 
-json::Object StressLog::Report() const {
+void StressLog::ReportMovesLocked(json::Object& out) const {
+  uint64_t bytes = 0;
+  double all_ms = 0;
+  std::vector<double> pauses, told, total, rate, rows;
+  json::Array points;
+  for (const Move& move : moves_) {
+    const MoveLine& line = move.line;
+    bytes += line.moved_bytes;
+    all_ms += line.total_ms;
+    told.push_back(line.pause_ms);
+    total.push_back(line.total_ms);
+    rows.push_back(static_cast<double>(line.rows));
+    if (line.total_ms > 0) {
+      rate.push_back(static_cast<double>(line.moved_bytes) / line.total_ms * 1e3);
+    }
+    const std::optional<double> pause = PauseLocked(move);
+    if (pause) pauses.push_back(*pause);
+    points.push_back(json::Array{Thousandths(move.at_s), line.rows, line.moved_bytes,
+                                 Thousandths(line.total_ms),
+                                 pause ? json::Value(Thousandths(*pause)) : json::Value(nullptr)});
+  }
+  out["moved_bytes"] = bytes;
+  out["gb_per_s"] = all_ms > 0 ? static_cast<double>(bytes) / all_ms / 1e6 : 0;
+  out["pause_ms"] = Spread(pauses);
+  out["pause_told_ms"] = Spread(told);
+  out["move_ms"] = Spread(total);
+  out["move_rows"] = Spread(rows);
+  out["move_bytes_per_s"] = Spread(rate);
+  out["move_rows_histogram"] = CountBySize(rows, kRowEdges);
+  out["pause_ms_histogram"] = CountBySize(pauses, kPauseEdgesMs);
+  out["moves"] = Some(std::move(points));
+}
+
+void StressLog::ReportTimesLocked(json::Object& out, double seconds) const {
+  std::vector<double> tokens;
+  for (const auto& [name, times] : times_) {
+    for (const ChoiceOutcome& choice : times.choices) {
+      for (const double at_s : choice.at_s) tokens.push_back(at_s - begin_s_);
+    }
+  }
+  json::Object timeline;
+  timeline["bin_s"] = BinSeconds(seconds);
+  timeline["tokens"] = CountByTime(tokens, seconds);
+  for (const auto& [kind, at_s] : faults_) timeline[kind] = CountByTime(at_s, seconds);
+  out["timeline"] = std::move(timeline);
+}
+
+json::Object StressLog::Report(double seconds) const {
   std::lock_guard lock(mu_);
   json::Object out;
   out["streams"] = num_streams_;
   out["sequences"] = num_sequences_;
+  for (const FaultKind& kind : kFaultKinds) out[kind.member] = CountOf(faults_, kind.name);
   out["migrations"] = moves_.size();
   for (const uint64_t rows : kRowsOfInterest) {
     out[absl::StrCat("migrations_of_", rows, "_rows")] = std::count_if(
@@ -137,36 +201,17 @@ json::Object StressLog::Report() const {
   }
   out["replaying_migrations"] = num_replaying_moves_;
   out["failed_migrations"] = Reasons(failed_, "migration");
-  out["worker_deaths"] = CountOf(faults_, "death");
-  out["worker_stops"] = CountOf(faults_, "stop");
-  out["reshapes"] = CountOf(faults_, "reshape");
   out["failed_reshapes"] = Reasons(failed_, "reshape");
-  out["drains"] = CountOf(faults_, "drain");
   out["failed_drains"] = Reasons(failed_, "drain");
+  out["failed_joins"] = Reasons(failed_, "join");
   out["violations"] = num_violations_;
   out["violation_texts"] = json::Array(violations_.begin(), violations_.end());
-
-  uint64_t bytes = 0;
-  std::vector<double> told, total, rate, rows;
-  for (const Move& move : moves_) {
-    bytes += move.line.moved_bytes;
-    told.push_back(move.line.pause_ms);
-    total.push_back(move.line.total_ms);
-    rows.push_back(static_cast<double>(move.line.rows));
-    if (move.line.total_ms > 0) {
-      rate.push_back(static_cast<double>(move.line.moved_bytes) / move.line.total_ms * 1e3);
-    }
-  }
-  out["moved_bytes"] = bytes;
-  out["pause_ms"] = Spread(PausesLocked());
-  out["pause_told_ms"] = Spread(told);
-  out["move_ms"] = Spread(total);
-  out["move_rows"] = Spread(rows);
-  out["move_bytes_per_s"] = Spread(rate);
+  ReportMovesLocked(out);
+  ReportTimesLocked(out, seconds);
 
   json::Array skipped;
-  for (const std::string_view kind : kFaultKinds) {
-    if (CountOf(faults_, kind) == 0) skipped.push_back(json::Value(kind));
+  for (const FaultKind& kind : kFaultKinds) {
+    if (CountOf(faults_, kind.name) == 0) skipped.push_back(json::Value(kind.name));
   }
   out["skipped_faults"] = std::move(skipped);
   return out;

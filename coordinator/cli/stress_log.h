@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -24,13 +25,32 @@ namespace strait::cli {
 
 inline constexpr size_t kMaxViolationsShown = 20;
 
-// All that may be done to a cluster; in the report those that were not done are the skipped ones. Later kinds stand
-// here already, so that no report looks complete that is not.
-inline constexpr std::string_view kFaultKinds[] = {"migration", "death", "stop", "reshape",
-                                                   "partition", "drain", "join", "bandwidth limit"};
+// All that may be done to a cluster, and under what name the report counts it; those that were not done are the
+// skipped ones.
+struct FaultKind {
+  std::string_view name;
+  std::string_view member;
+};
+inline constexpr FaultKind kFaultKinds[] = {
+    {"migration",
+     "migrations"},  // of the report: only those that moved all and computed nothing again
+    {"death", "worker_deaths"},
+    {"stop", "worker_stops"},
+    {"coordinator stop", "coordinator_stops"},
+    {"reshape", "reshapes"},
+    {"drain", "drains"},
+    {"partition", "partitions"},
+    {"bandwidth limit", "bandwidth_limits"},
+    {"join", "joins"},
+    {"leave", "leaves"},
+};
 
 class StressLog {
  public:
+  // `start`: zero of the times of streams' tokens.
+  explicit StressLog(StressClock::time_point start = StressClock::now()) : start_(start) {}
+  // From here on the cluster is disturbed: zero of the report's times.
+  void Begin();
   // A stream ended; `violation` is Difference's, empty where there is none.
   void AddStream(StreamOutcome outcome, uint32_t prompt_tokens, std::string violation);
   // A move ended, of this choice of this request ("" where the server does not tell).
@@ -45,29 +65,37 @@ class StressLog {
   std::vector<std::string> violations() const;  // the first ones
   std::string Progress() const;                 // in few words
 
-  // The report, but for what is known elsewhere (options, what the coordinator counted).
-  json::Object Report() const;
+  // The report, but for what is known elsewhere (options, what the coordinator counted). `seconds`: from
+  // Begin to now.
+  json::Object Report(double seconds) const;
 
  private:
   struct Move {
     std::string request;
     uint32_t choice;
     MoveLine line;
+    double at_s;  // when it was done
   };
   struct Times {
     uint32_t prompt_tokens;
     std::vector<ChoiceOutcome> choices;  // without ids and log-probabilities
   };
-  std::vector<double> PausesLocked() const;
+  double NowLocked() const;
+  void CountFaultLocked(std::string_view kind);
+  std::optional<double> PauseLocked(const Move& move) const;
+  void ReportMovesLocked(json::Object& out) const;
+  void ReportTimesLocked(json::Object& out, double seconds) const;
 
+  const StressClock::time_point start_;
   mutable std::mutex mu_;  // guards all that follows
   uint64_t num_streams_ = 0;
   uint64_t num_sequences_ = 0;
   uint64_t num_violations_ = 0;
   std::vector<std::string> violations_;
-  std::vector<Move> moves_;                              // that moved every row and recomputed none
-  uint64_t num_replaying_moves_ = 0;                     // that did not
-  std::map<std::string, uint64_t, std::less<>> faults_;  // by kind
+  std::vector<Move> moves_;           // that moved every row and recomputed none
+  uint64_t num_replaying_moves_ = 0;  // that did not
+  double begin_s_ = 0;                // of Begin, since start_
+  std::map<std::string, std::vector<double>, std::less<>> faults_;  // when they came about, by kind
   std::map<std::string, std::map<std::string, uint64_t>, std::less<>>
       failed_;                          // by kind and reason
   std::map<std::string, Times> times_;  // by request

@@ -30,14 +30,22 @@ json::Object StatsOf(const json::Object& status) {
   return stats != nullptr && stats->is_object() ? stats->get_object() : json::Object();
 }
 
+// How many sequences ended by an error.
+int64_t ErrorsOf(const json::Object& stats) {
+  const json::Value* ended = json::Find(stats, "sequences_ended");
+  if (ended == nullptr || !ended->is_object()) return 0;
+  return static_cast<int64_t>(Number(ended->get_object(), "error"));
+}
+
 }  // namespace
 
 Stress::Stress(StressOptions options, Url url, std::string api_key, std::string operator_key,
-               Terminal* terminal, int cancel_fd)
+               LocalCluster* own, Terminal* terminal, int cancel_fd)
     : options_(std::move(options)),
       url_(std::move(url)),
       api_key_(std::move(api_key)),
       operator_key_(std::move(operator_key)),
+      own_(own),
       terminal_(terminal),
       cancel_fd_(cancel_fd) {}
 
@@ -199,20 +207,33 @@ void Stress::StartDisturbances(const DisturbContext& context) {
     });
   };
   for (uint32_t i = 0; i < options_.movers; ++i) start(options_.move_every_s, MakeMover);
-  if (options_.kill_every_s > 0) start(options_.kill_every_s, MakeKiller);
-  if (options_.stop_every_s > 0) start(options_.stop_every_s, MakeStopper);
   if (options_.drain_every_s > 0) start(options_.drain_every_s, MakeDrainer);
   if (options_.reshape_every_s > 0) {
     start(options_.reshape_every_s, [stages = max_stages_](const DisturbContext& c, Draws draws) {
       return MakeReshaper(c, draws, stages);
     });
   }
+  if (own_ == nullptr) return;
+  const auto start_own = [&](double every_s, auto make) {
+    if (every_s > 0) start(every_s, make);
+  };
+  start_own(options_.kill_every_s, MakeKiller);
+  start_own(options_.stop_every_s, MakeStopper);
+  start_own(options_.coordinator_stop_every_s, MakeCoordinatorStopper);
+  start_own(options_.join_every_s, MakeJoiner);
+  if (own_->links() == nullptr) return;
+  start_own(options_.partition_every_s, MakePartitioner);
+  start_own(options_.slow_every_s,
+            [rate = options_.slow_bytes_per_s](const DisturbContext& c, Draws draws) {
+              return MakeSlower(c, draws, rate);
+            });
 }
 
 absl::Status Stress::Disturb() {
   EventFd end;
-  const DisturbContext context{url_, api_key_, operator_key_, cancel_fd_, end.fd(), &log_};
+  const DisturbContext context{url_, api_key_, operator_key_, cancel_fd_, end.fd(), &log_, own_};
   const StressClock::time_point begin = StressClock::now();
+  log_.Begin();
   const auto elapsed_s = [&] {
     return std::chrono::duration<double>(StressClock::now() - begin).count();
   };
@@ -270,7 +291,7 @@ json::Object Stress::Report() const {
   out["max_rows"] = options_.load.max_rows;
   out["output_tokens"] = options_.load.output_tokens;
   out["seconds"] = disturbed_s_;
-  for (auto& [key, value] : log_.Report()) out[key] = std::move(value);
+  for (auto& [key, value] : log_.Report(disturbed_s_)) out[key] = std::move(value);
   const auto counted = [this](const char* key) {
     return static_cast<int64_t>(Number(stats_after_, key) - Number(stats_before_, key));
   };
@@ -279,6 +300,16 @@ json::Object Stress::Report() const {
   out["workers_lost"] = counted("workers_lost");
   out["recoveries"] = counted("recoveries");
   out["preemptions"] = counted("preemptions");
+  out["interrupted_sequences"] = counted("sequences_interrupted");
+  out["recovered_sequences"] = std::max<int64_t>(
+      0, counted("sequences_interrupted") - (ErrorsOf(stats_after_) - ErrorsOf(stats_before_)));
+  out["restored_rows"] = counted("restored_rows");
+  out["migrated_shared_bytes"] = counted("migrated_shared_bytes");
+  out["replicated_bytes"] = counted("replicated_bytes");
+  if (const auto decoding_us = counted("decoding_us"); decoding_us > 0) {
+    out["protected_share"] =
+        static_cast<double>(counted("protected_us")) / static_cast<double>(decoding_us);
+  }
   return out;
 }
 

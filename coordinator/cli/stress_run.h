@@ -4,7 +4,7 @@
 // while the cluster is disturbed.
 //
 // Owns:    its threads: one a client, one a disturbance.
-// Borrows: the terminal.
+// Borrows: the terminal, the cluster.
 // Thread:  Drive: one, which watches over the streams; Report after it.
 // Errors:  Drive: those that leave nothing to judge: no server, no operator key, a reference that
 //          cannot be made. A stream that differs is a violation, in the report.
@@ -46,12 +46,18 @@ struct StressOptions {
   double stop_every_s = 0;
   double reshape_every_s = 0;
   double drain_every_s = 0;
+  double partition_every_s = 0;
+  double slow_every_s = 0;
+  double slow_bytes_per_s = 1e6;  // of a slow link
+  double join_every_s = 0;
+  double coordinator_stop_every_s = 0;
 };
 
 class Stress {
  public:
+  // `own`: the cluster, where it is this program's; may be null, then what needs it is not done.
   Stress(StressOptions options, Url url, std::string api_key, std::string operator_key,
-         Terminal* terminal, int cancel_fd);
+         LocalCluster* own, Terminal* terminal, int cancel_fd);
 
   absl::Status Drive();
 
@@ -88,6 +94,7 @@ class Stress {
   const Url url_;
   const std::string api_key_;
   const std::string operator_key_;
+  LocalCluster* const own_;
   Terminal* const terminal_;
   const int cancel_fd_;
   const StressClock::time_point start_ = StressClock::now();
@@ -95,7 +102,7 @@ class Stress {
   uint32_t max_stages_ = 0;
   std::vector<StreamOutcome> references_;  // after MakeReferences
 
-  StressLog log_;
+  StressLog log_{start_};
   std::atomic<bool> ending_ = false;  // clients begin nothing more
   std::vector<std::thread> disturbers_;
   double disturbed_s_ = 0;

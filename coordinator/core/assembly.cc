@@ -394,6 +394,11 @@ void Cluster::Fail(Pipeline* pipeline, const absl::Status& why, uint64_t now_us)
       const StageTimes& times = pipeline->scheduler.times(i);
       if (times.steps > 0) pipeline->slots[i].times = times;
     }
+    for (const auto& [id, residency] : pipeline->scheduler.residents()) {
+      const bool decodes =
+          residency->role == Residency::Role::kHome && residency->sequence->generated() > 0;
+      if (decodes) ++context_->stats.sequences_interrupted;
+    }
     std::vector<Holdings> may_hold = pipeline->scheduler.Stop();
     for (size_t i = 0; i < may_hold.size(); ++i) {
       pipeline->slots[i].may_hold = std::move(may_hold[i]);

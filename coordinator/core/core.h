@@ -213,7 +213,8 @@ struct CoreStats {
   uint64_t migrated_nccl_bytes = 0;    // of these: from device to device
   uint64_t migration_pause_us = 0;     // summed; the longest
   uint64_t migration_pause_us_max = 0;
-  uint64_t recoveries = 0;  // pipelines that came back with a new epoch
+  uint64_t recoveries = 0;             // pipelines that came back with a new epoch
+  uint64_t sequences_interrupted = 0;  // that had tokens when their pipeline failed under them
   uint64_t workers_lost = 0;
   uint64_t requests_refused = 0;
   uint64_t requests_ended[4] = {0, 0, 0, 0};  // by FinishReason

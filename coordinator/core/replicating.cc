@@ -383,10 +383,19 @@ uint32_t Cluster::ProtectedRows(const Pipeline& pipeline, const Residency& resid
   }
   uint32_t& block = residency.protected_blocks;
   const auto& path = residency.prefix.path;
-  for (; block < path.size(); ++block) {
+  // Behind its prefix blocks may be such of its own as another sequence of the same tokens had first: a
+  // stage that begins with copies asks for them by key.
+  Sequence* const sequence = residency.sequence;
+  const auto num_full = static_cast<uint32_t>(
+      residency.shares ? path.size()
+                       : std::min(sequence->rows_settled(), residency.rows.next()) / kBlock);
+  for (; block < num_full; ++block) {
+    const std::optional<ContentKey> key = block < path.size()
+                                              ? std::optional(path[block]->key)
+                                              : pipeline.scheduler.KeyIfKnown(sequence, block);
     const bool safe =
-        std::all_of(pipeline.slots.begin(), pipeline.slots.end(), [&](const StageSlot& slot) {
-          return replicas_.IsThere(path[block]->key, slot.layers, slot.copying.buddy);
+        key && std::all_of(pipeline.slots.begin(), pipeline.slots.end(), [&](const auto& slot) {
+          return replicas_.IsThere(*key, slot.layers, slot.copying.buddy);
         });
     if (!safe) break;
   }

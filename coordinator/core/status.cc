@@ -408,6 +408,7 @@ json::Object StatsJson(const CoreStats& stats) {
   out["migration_pause_us"] = stats.migration_pause_us;
   out["migration_pause_us_max"] = stats.migration_pause_us_max;
   out["recoveries"] = stats.recoveries;
+  out["sequences_interrupted"] = stats.sequences_interrupted;
   out["workers_lost"] = stats.workers_lost;
   out["requests_refused"] = stats.requests_refused;
   out["sequences_ended"] = std::move(ended);

@@ -32,9 +32,37 @@ def test_deaths_stops_and_reshapes_of_its_own_cluster(tmp_path):
     assert report["recomputed_tokens"] > 0
     assert report["drains"] + sum(report["failed_drains"].values()) > 0
     assert report["migrations"] == 0 and "migration" in report["skipped_faults"]
-    assert {"partition", "join", "bandwidth limit"} <= set(report["skipped_faults"])
+    assert {"partition", "join", "leave", "bandwidth limit", "coordinator stop"} <= set(report["skipped_faults"])
     assert set(report["pause_ms"]) >= {"p50", "p99", "max"}
     assert "violations" in done.stdout and "not done: migration" in done.stdout
+
+
+def test_links_that_part_and_slow_and_workers_that_come_and_go(tmp_path):
+    path = tmp_path / "report.json"
+    done = own("--pipelines", 2, "--stages", 1, "--spares", 1, "--replica-memory", "64MiB", "--seconds", 12, "--move-every", 0.1,
+               "--partition-every", 2, "--slow-every", 2, "--slow-rate", 200_000, "--join-every", 2, "--json", path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(path.read_text())
+    assert report["violations"] == 0, report["violation_texts"]
+    for kind in ("partitions", "bandwidth_limits", "joins", "leaves", "migrations"):
+        assert report[kind] > 0, (kind, report)
+    assert report["skipped_faults"] == ["death", "stop", "coordinator stop", "reshape", "drain"]
+    # Rows went by gRPC, through links, and by shared memory, where both workers have it.
+    assert 0 < report["moved_bytes"] and report["migrated_shared_bytes"] < report["moved_bytes"]
+    assert sum(bar["count"] for bar in report["move_rows_histogram"]) == report["migrations"] == len(report["moves"])
+    assert sum(report["timeline"]["join"]) == report["joins"]
+    assert 0 < report["protected_share"] <= 1
+
+
+def test_an_acceptance_run_that_is_too_short_fails_and_says_what_it_lacks(tmp_path):
+    path = tmp_path / "report.json"
+    done = own("--pipelines", 2, "--stages", 1, "--acceptance", "--seconds", 2, "--json", path)
+    assert done.returncode == 1
+    report = json.loads(path.read_text())
+    assert report["violations"] == 0, report["violation_texts"]
+    for text in ("seconds: ", "migrations: ", "worker_deaths: ", "reshapes: ", "skipped: coordinator stop"):
+        assert any(missed.startswith(text) for missed in report["missed"]), (text, report["missed"])
+        assert f"acceptance: {text}" in done.stderr
 
 
 def test_moves_of_its_own_cluster(tmp_path):
@@ -63,7 +91,9 @@ def test_a_cluster_that_breaks_streams_fails():
 
 
 def test_what_makes_no_sense_is_told_before_anything_is_disturbed(tmp_path):
-    for args, says in ((["--kill-every", 1], "--kill-every and --stop-every are for a cluster of its own"),
+    for args, says in ((["--kill-every", 1], "--kill-every is for a cluster of its own"),
+                       (["--partition-every", 1], "--partition-every is for a cluster of its own"),
+                       (["--acceptance"], "--acceptance needs a cluster of its own"),
                        (["--model", "/none"], "is no folder"),
                        (["--model", TINY, "--workers", 3, "--stages", 2], "leave --workers out")):
         done = strait("stress", *args)

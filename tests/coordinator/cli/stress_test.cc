@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Defends: a stress run sees every difference from the reference, however small; counts as a move
-// only what moved every row; takes a pause from the right gap; and signals no process but its own
+// only what moved every row; takes a pause from the right gap; counts by time and size nothing twice
+// and nothing away; passes no acceptance run that lacks anything; and signals no process but its own
 // children.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -10,14 +11,18 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <iterator>
 #include <set>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "coordinator/cli/status_json.h"
 #include "coordinator/cli/stress_disturb.h"
+#include "coordinator/cli/stress_goals.h"
 #include "coordinator/cli/stress_load.h"
 #include "coordinator/cli/stress_log.h"
+#include "coordinator/cli/stress_timeline.h"
 #include "tests/coordinator/cli/scripted_server.h"
 
 namespace strait::cli {
@@ -187,7 +192,7 @@ TEST(StressLogTest, OnlyAMoveOfEveryRowCounts) {
   log.AddStream(std::move(stream), 100, "");
   log.AddStream({}, 10, "refused");
 
-  const json::Object report = log.Report();
+  const json::Object report = log.Report(60);
   const auto number = [&](const char* key) { return static_cast<int>(Number(report, key)); };
   EXPECT_EQ(number("migrations"), 3);
   EXPECT_EQ(number("migrations_of_1000_rows"), 2);
@@ -206,8 +211,109 @@ TEST(StressLogTest, OnlyAMoveOfEveryRowCounts) {
   EXPECT_NEAR(Number(pause, "max"), 42, 1e-6);
   EXPECT_EQ(Number(pause, "count"), 1);
   EXPECT_EQ(Number(report.at("pause_told_ms").as_object(), "p50"), 7);
-  EXPECT_EQ(boost::json::serialize(report.at("skipped_faults")),
-            R"(["stop","reshape","partition","drain","join","bandwidth limit"])");
+  EXPECT_EQ(
+      boost::json::serialize(report.at("skipped_faults")),
+      R"(["stop","coordinator stop","reshape","drain","partition","bandwidth limit","join","leave"])");
+  EXPECT_EQ(boost::json::serialize(report.at("move_rows_histogram")),
+            boost::json::serialize(json::Value{{{"from", 128.0}, {"to", 256.0}, {"count", 1u}},
+                                               {{"from", 256.0}, {"to", 512.0}, {"count", 0u}},
+                                               {{"from", 512.0}, {"to", 1000.0}, {"count", 0u}},
+                                               {{"from", 1000.0}, {"to", 2000.0}, {"count", 1u}},
+                                               {{"from", 2000.0}, {"to", 3000.0}, {"count", 0u}},
+                                               {{"from", 3000.0}, {"to", 4000.0}, {"count", 0u}},
+                                               {{"from", 4000.0}, {"to", 6000.0}, {"count", 1u}}}));
+  ASSERT_EQ(report.at("moves").as_array().size(), 3u);
+  const json::Array& last = report.at("moves").as_array()[2].as_array();
+  EXPECT_EQ(last[1].to_number<int>(), 160);
+  EXPECT_NEAR(last[4].to_number<double>(), 42, 1e-6);
+  EXPECT_TRUE(report.at("moves").as_array()[0].as_array()[4].is_null());
+  // 5.66 MB in 300 ms.
+  EXPECT_NEAR(Number(report, "gb_per_s"), 0.01887, 1e-5);
+  const json::Object& timeline = report.at("timeline").as_object();
+  EXPECT_EQ(Number(timeline, "bin_s"), 1);
+  EXPECT_EQ(timeline.at("tokens").as_array().size(), 60u);
+  EXPECT_EQ(timeline.at("death").as_array()[0].to_number<int>(), 1);
+  EXPECT_EQ(timeline.at("migration").as_array()[0].to_number<int>(), 5);
+}
+
+// ---- By time, by size ----
+
+TEST(StressTimelineTest, CountsByTimeInFewBinsAndLosesNothing) {
+  EXPECT_EQ(BinSeconds(0.5), 1);
+  EXPECT_EQ(BinSeconds(120), 1);
+  EXPECT_EQ(BinSeconds(121), 2);
+  EXPECT_EQ(BinSeconds(600), 5);
+  // What is outside, by clocks that do not agree to the last digit, is at the ends.
+  EXPECT_EQ(boost::json::serialize(CountByTime({-0.1, 0, 0.99, 1, 2.5, 3, 7}, 3)), "[3,1,3]");
+  EXPECT_EQ(boost::json::serialize(CountByTime({599, 4.9, 5}, 600)).substr(0, 6), "[1,1,0");
+  EXPECT_EQ(CountByTime({}, 600).size(), 120u);
+}
+
+TEST(StressTimelineTest, ARangeHasItsLowerEdge) {
+  const auto counted = CountBySize({0, 9.9, 10, 99}, {0, 10, 20, 50, 100, 200});
+  ASSERT_EQ(counted.size(), 4u);
+  EXPECT_EQ(Number(counted[0].as_object(), "count"), 2);
+  EXPECT_EQ(Number(counted[1].as_object(), "count"), 1);
+  EXPECT_EQ(Number(counted[2].as_object(), "count"), 0);
+  EXPECT_EQ(Number(counted[3].as_object(), "to"), 100);
+  EXPECT_TRUE(CountBySize({}, {0, 1}).empty());
+}
+
+TEST(StressTimelineTest, ManyPointsBecomeEveryNth) {
+  json::Array points(kMaxPoints * 2 + 1);
+  for (size_t i = 0; i < points.size(); ++i) points[i] = i;
+  const json::Array some = Some(points);
+  EXPECT_LE(some.size(), kMaxPoints);
+  EXPECT_EQ(some[1].to_number<int>(), 3);
+  points.resize(kMaxPoints);
+  EXPECT_EQ(Some(points).size(), kMaxPoints);
+}
+
+// ---- Acceptance ----
+
+json::Object Accepted() {
+  json::Object report;
+  for (const FaultKind& kind : kFaultKinds) report[kind.member] = 100;
+  report["seconds"] = 600.0;
+  report["migrations"] = 1000;
+  report["migrations_of_1000_rows"] = 500;
+  report["migrations_of_4000_rows"] = 100;
+  report["reshapes"] = 20;
+  report["protected_share"] = 0.99;
+  report["violations"] = 0;
+  report["skipped_faults"] = json::Array();
+  return report;
+}
+
+TEST(StressGoalsTest, EachGoalThatIsNotReachedIsTold) {
+  EXPECT_THAT(Missed(Accepted(), StressGoals()), ElementsAre());
+  for (const auto& [key, value, told] :
+       {std::tuple("seconds", json::Value(599.9), "seconds: 599.9, at least 600"),
+        std::tuple("migrations", json::Value(999), "migrations: 999, at least 1000"),
+        std::tuple("migrations_of_1000_rows", json::Value(499),
+                   "migrations of 1,000 rows and more: 49.9 %, at least 50 %"),
+        std::tuple("migrations_of_4000_rows", json::Value(99),
+                   "migrations of 4,000 rows and more: 9.9 %, at least 10 %"),
+        std::tuple("worker_deaths", json::Value(99), "worker_deaths: 99, at least 100"),
+        std::tuple("reshapes", json::Value(19), "reshapes: 19, at least 20"),
+        std::tuple("protected_share", json::Value(0.98999),
+                   "protected_share: 98.9 %, at least 99 %"),
+        std::tuple("violations", json::Value(1), "violations: 1, none is allowed"),
+        std::tuple("skipped_faults", json::Value{"partition"}, "skipped: partition")}) {
+    json::Object report = Accepted();
+    report[key] = value;
+    EXPECT_THAT(Missed(report, StressGoals()), ElementsAre(told)) << key;
+  }
+  // Without copies no share is told.
+  json::Object report = Accepted();
+  report.erase("protected_share");
+  EXPECT_THAT(Missed(report, StressGoals()), ElementsAre("protected_share: 0 %, at least 99 %"));
+}
+
+TEST(StressGoalsTest, AnEmptyRunMissesEverything) {
+  const StressLog log;
+  const std::vector<std::string> missed = Missed(log.Report(0), StressGoals());
+  EXPECT_EQ(missed.size(), 7 + std::size(kFaultKinds));
 }
 
 // ---- Signals ----

@@ -57,6 +57,7 @@ TEST(RecoveryTest, SurvivorsKeepTheirWeightsAndSequencesAreReplayed) {
   ASSERT_EQ(h.tokens[id].size(), 5u);
   for (uint32_t i = 0; i < 5; ++i) EXPECT_EQ(h.tokens[id][i].position, 10 + i);
   EXPECT_EQ(h.core.Stats().recoveries, 1u);
+  EXPECT_EQ(h.core.Stats().sequences_interrupted, 1u);
   EXPECT_FALSE(h.workers.at(first).evicted);
   EXPECT_THAT(h.problems, ElementsAre());
 }

@@ -112,6 +112,22 @@ TEST_F(ReplicasTest, FullBlocksGetACopyOfEveryStageOnAnotherWorker) {
   ExpectWhole(request, 1, 300, 60);
 }
 
+// One that generated the same tokens as another before it was told to be unprotected for the rest of its life: its own
+// blocks become no prefix blocks, but their keys have copies, and a stage would begin with these.
+TEST_F(ReplicasTest, CopiesOfAnotherSequenceOfTheSameTokensProtectThisOneToo) {
+  Start(Options(2), {kRoomy, kRoomy, 0});
+  h_->token_at = [](uint64_t, uint32_t position) { return 10 + position * 7 % 83; };
+  const RequestId first = h_->Submit(OneSequence(300, 200));
+  Until(first, 10);
+  const RequestId second = h_->Submit(OneSequence(300, 200));
+  Until(second, 150);
+  Until(first, 200);
+  EXPECT_GE(ProtectedRows(), 448u) << "of the second";
+  EXPECT_FALSE(IsUnprotected());
+  h_->Run();
+  ExpectWhole(second, 2, 300, 200);
+}
+
 TEST_F(ReplicasTest, ABuddyIsOnAnotherHostWhereThereIsOne) {
   h_ = std::make_unique<Harness>(Options(1), SmallModel());
   h_->token_at = [](uint64_t, uint32_t) { return 50; };
