@@ -280,6 +280,13 @@ bool Scheduler::PlanKeep(SequenceId id, const PrefixKeep& keep, PrefixHold* hold
       index_.Hold(node);
       hold->path.push_back(node);
       AddKey(KeyOp::kForget, key, draft->plan.mutable_cache_ops());
+    } else if (hold->path.size() == block && hold->blocks.even() && node->whole() &&
+               !node->returning) {
+      // A twin's, a sequence of the same tokens, or its own of when it was here before: it has that one from now on,
+      // and its own block is free.
+      index_.Hold(node);
+      hold->path.push_back(node);
+      for (uint32_t s = 0; s < num_stages_; ++s) books_.RemovePrefix(s);
     } else {
       // It may make whole what it has itself wherever that is.
       all = !node->whole() && hold->path.size() > block && hold->path[block] == node;

@@ -380,24 +380,32 @@ uint32_t Cluster::ProtectedRows(const Pipeline& pipeline, const Residency& resid
   if (residency.losses_seen != replicas_.losses()) {
     residency.losses_seen = replicas_.losses();
     residency.protected_blocks = 0;
+    residency.keepers.clear();
   }
-  uint32_t& block = residency.protected_blocks;
+  residency.keepers.resize(pipeline.slots.size());
   const auto& path = residency.prefix.path;
-  // Behind its prefix blocks may be such of its own as another sequence of the same tokens had first: a
-  // stage that begins with copies asks for them by key.
-  Sequence* const sequence = residency.sequence;
-  const auto num_full = static_cast<uint32_t>(
-      residency.shares ? path.size()
-                       : std::min(sequence->rows_settled(), residency.rows.next()) / kBlock);
-  for (; block < num_full; ++block) {
-    const std::optional<ContentKey> key = block < path.size()
-                                              ? std::optional(path[block]->key)
-                                              : pipeline.scheduler.KeyIfKnown(sequence, block);
-    const bool safe =
-        key && std::all_of(pipeline.slots.begin(), pipeline.slots.end(), [&](const auto& slot) {
-          return replicas_.IsThere(*key, slot.layers, slot.copying.buddy);
-        });
-    if (!safe) break;
+  const auto has = [&](WorkerId keeper, const StageSlot& slot, uint32_t block) {
+    return keeper != slot.worker && replicas_.IsThere(path[block]->key, slot.layers, keeper);
+  };
+  // A stage is given what one worker has from the first block on: its buddy, or the buddy of another pipeline.
+  const auto is_safe = [&](uint32_t slot_index, uint32_t block) {
+    const StageSlot& slot = pipeline.slots[slot_index];
+    WorkerId& keeper = residency.keepers[slot_index];
+    if (has(keeper, slot, block)) return true;
+    for (const WorkerId other : replicas_.KeepersOf(path[block]->key, slot.layers)) {
+      uint32_t end = 0;
+      while (end <= block && has(other, slot, end)) ++end;
+      if (end <= block) continue;
+      keeper = other;
+      return true;
+    }
+    return false;
+  };
+  uint32_t& block = residency.protected_blocks;
+  for (; block < path.size(); ++block) {
+    for (uint32_t i = 0; i < pipeline.slots.size(); ++i) {
+      if (!is_safe(i, block)) return block * kBlock;
+    }
   }
   return block * kBlock;
 }

@@ -58,7 +58,7 @@ struct Residency {
   // those of its prefix blocks.
   uint32_t reserved_rows = 0;
   PrefixHold prefix;
-  // Its next full blocks become prefix blocks; false: another sequence's of the same tokens are.
+  // Its next full blocks become prefix blocks; false: others of the same tokens are, which it cannot have.
   bool shares = false;
   uint32_t rows_done =
       0;  // below, rows are computed on all stages, and the journal has their tokens
@@ -66,6 +66,7 @@ struct Residency {
   // Leading blocks of which every stage's layers have copies on other workers, as far as was looked, and when.
   mutable uint32_t protected_blocks = 0;
   mutable uint64_t losses_seen = 0;
+  mutable std::vector<WorkerId> keepers;  // who has them, by stage
   bool returns = false;  // some of its prefix blocks are on their way back from host memory
   bool opened = false;   // a plan with its OpenSequence is out, or with blocks for what comes in
   StepId opened_by;      // that plan

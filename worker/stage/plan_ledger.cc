@@ -164,12 +164,12 @@ absl::Status PlanLedger::CheckKeep(const v1::KeepPrefix& keep, CheckedPlan* chec
     return absl::FailedPreconditionError(
         absl::StrCat("keeps blocks to row ", end, ", it has ", sequence->length));
   }
-  uint32_t num_new = 0;
-  STRAIT_RETURN_IF_ERROR(
-      prefixes_.Keep(id, keep.first_block(), keys, &checked->prefixes, &num_new));
-  checked->blocks_after -= uint64_t{num_new} * shape_.num_layers;  // its own no more
+  STRAIT_ASSIGN_OR_RETURN(const PrefixLedger::Kept kept,
+                          prefixes_.Keep(id, keep.first_block(), keys, &checked->prefixes));
+  checked->blocks_after -= uint64_t{kept.num_new} * shape_.num_layers;  // its own no more
+  checked->frees_blocks = checked->frees_blocks || kept.num_joined > 0;
   // Those that are prefix blocks already are passed over.
-  keys.erase(keys.begin(), keys.end() - num_new);
+  keys.erase(keys.begin(), keys.end() - kept.num_new);
   checked->keys.push_back(std::move(keys));
   return absl::OkStatus();
 }

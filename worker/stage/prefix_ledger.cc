@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "worker/stage/prefix_ledger.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -61,11 +62,11 @@ void PrefixLedger::Leave(SequenceId id, size_t num_left, Change* change) const {
   change->prefixes[id] = Keys(before.begin(), before.begin() + static_cast<ptrdiff_t>(num_left));
 }
 
-absl::Status PrefixLedger::Keep(SequenceId id, uint32_t first_block,
-                                absl::Span<const ContentKey> keys, Change* change,
-                                uint32_t* num_new) const {
+absl::StatusOr<PrefixLedger::Kept> PrefixLedger::Keep(SequenceId id, uint32_t first_block,
+                                                      absl::Span<const ContentKey> keys,
+                                                      Change* change) const {
   Keys prefix = PrefixOf(*change, id);
-  *num_new = 0;
+  Kept kept;
   if (first_block > prefix.size()) {
     return absl::FailedPreconditionError(absl::StrCat(
         "keeps blocks from ", first_block, " on, of which the first ", prefix.size(), " are kept"));
@@ -77,16 +78,23 @@ absl::Status PrefixLedger::Keep(SequenceId id, uint32_t first_block,
       return absl::FailedPreconditionError(
           absl::StrCat("block ", block, " is ", Name(prefix[block]), ", not ", Name(keys[i])));
     }
-    if (Holders(*change, keys[i])) {
-      return absl::FailedPreconditionError(absl::StrCat(Name(keys[i]), " is another block"));
+    if (IsReturning(*change, keys[i])) {
+      return absl::FailedPreconditionError(
+          absl::StrCat(Name(keys[i]), " is another block, whose rows are not there yet"));
     }
-    change->holders[keys[i]] = 1;
+    const std::optional<uint32_t> holders = Holders(*change, keys[i]);
+    if (holders && std::find(prefix.begin(), prefix.end(), keys[i]) != prefix.end()) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("block ", block, " is ", Name(keys[i]), ", which it has before"));
+    }
+    change->holders[keys[i]] = holders.value_or(0) + 1;
     prefix.push_back(keys[i]);
-    ++*num_new;
+    ++kept.num_new;
+    kept.num_joined += holders.has_value();
   }
-  change->num_prefixes += *num_new;
+  change->num_prefixes += kept.num_new - kept.num_joined;
   change->prefixes[id] = std::move(prefix);
-  return absl::OkStatus();
+  return kept;
 }
 
 absl::Status PrefixLedger::Drop(absl::Span<const ContentKey> keys, Change* change) const {

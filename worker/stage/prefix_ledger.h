@@ -18,6 +18,7 @@
 #include "absl/container/flat_hash_map.h"
 #include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "proto/base/ids.h"
 #include "proto/model/content_key.h"
@@ -49,9 +50,14 @@ class PrefixLedger {
   absl::Status Open(SequenceId id, Keys keys, Change* change) const;
   // All but its first `num_left` are its no more.
   void Leave(SequenceId id, size_t num_left, Change* change) const;
-  // Its blocks from first_block on become prefix blocks where they are none. `num_new` of them are new.
-  absl::Status Keep(SequenceId id, uint32_t first_block, absl::Span<const ContentKey> keys,
-                    Change* change, uint32_t* num_new) const;
+  // Its blocks from first_block on become prefix blocks where they are none; where others have these keys, it has
+  // those in their place. So many of its own are its own no more; of these, it has others in their place.
+  struct Kept {
+    uint32_t num_new = 0;
+    uint32_t num_joined = 0;
+  };
+  absl::StatusOr<Kept> Keep(SequenceId id, uint32_t first_block, absl::Span<const ContentKey> keys,
+                            Change* change) const;
   absl::Status Drop(absl::Span<const ContentKey> keys, Change* change) const;
   void DropUnheld(Change* change) const;
 

@@ -71,7 +71,8 @@ void Stage::State::ApplyCacheOp(const v1::CacheOp& op, WaitingPlan* plan) {
   }
   for (const ContentKey& key : checked.keys[plan->done.keys++]) {
     if (op.has_keep_prefix()) {
-      cache.KeepPrefix(SequenceId{op.keep_prefix().sequence_id()}, key);
+      const SequenceId id{op.keep_prefix().sequence_id()};
+      cache.has_prefix(key) ? cache.JoinPrefix(id, key) : cache.KeepPrefix(id, key);
     } else if (op.has_drop_prefix()) {
       DropPrefix(key);
     } else if (op.has_offload_prefix()) {

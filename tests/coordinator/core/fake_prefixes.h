@@ -7,6 +7,7 @@
 // Why:     it counts on its own, as FakeWorker does.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -68,8 +69,8 @@ class FakePrefixes {
         if (has[block] != keys[i]) problem("keeps a block by another key");
         continue;
       }
-      if (Has(keys[i])) problem("keeps a second block by one key");
-      holders_[keys[i]] = 1;
+      if (std::find(has.begin(), has.end(), keys[i]) != has.end()) problem("keeps one key twice");
+      ++holders_[keys[i]];
       has.push_back(keys[i]);
     }
   }

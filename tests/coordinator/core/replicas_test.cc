@@ -74,6 +74,14 @@ class ReplicasTest : public testing::Test {
     }
     return {};
   }
+  WorkerId HostOfSequence(uint64_t sequence) {
+    for (const auto& [id, worker] : h_->workers) {
+      for (const auto& [stage_id, stage] : worker.stages) {
+        if (stage.lengths.contains(SequenceId{sequence})) return id;
+      }
+    }
+    return {};
+  }
   // Of the sequence that `status` lists first.
   uint32_t ProtectedRows() {
     const std::string status = h_->core.StatusJson(h_->now_us);
@@ -112,9 +120,9 @@ TEST_F(ReplicasTest, FullBlocksGetACopyOfEveryStageOnAnotherWorker) {
   ExpectWhole(request, 1, 300, 60);
 }
 
-// One that generated the same tokens as another before it was told to be unprotected for the rest of its life: its own
-// blocks become no prefix blocks, but their keys have copies, and a stage would begin with these.
-TEST_F(ReplicasTest, CopiesOfAnotherSequenceOfTheSameTokensProtectThisOneToo) {
+// One that generated the same tokens as another before it had no prefix blocks from there on, and no copies: it was
+// unprotected for the rest of its life.
+TEST_F(ReplicasTest, ASequenceOfTheSameTokensAsAnotherStaysProtected) {
   Start(Options(2), {kRoomy, kRoomy, 0});
   h_->token_at = [](uint64_t, uint32_t position) { return 10 + position * 7 % 83; };
   const RequestId first = h_->Submit(OneSequence(300, 200));
@@ -124,6 +132,8 @@ TEST_F(ReplicasTest, CopiesOfAnotherSequenceOfTheSameTokensProtectThisOneToo) {
   Until(first, 200);
   EXPECT_GE(ProtectedRows(), 448u) << "of the second";
   EXPECT_FALSE(IsUnprotected());
+  h_->core.OnFlush(h_->now_us);
+  EXPECT_GE(ProtectedRows(), 448u) << "it has the blocks itself";
   h_->Run();
   ExpectWhole(second, 2, 300, 200);
 }
@@ -397,6 +407,29 @@ TEST_F(ReplicasTest, AMovedSequenceIsRestoredWithAllItsBlocks) {
   Until(request, 201);
   EXPECT_LE(h_->core.Stats().replayed_tokens - replayed, 127u);
   EXPECT_GE(h_->rows_restored, rows);
+  h_->Run();
+  ExpectWhole(request, 1, 300, 300);
+}
+
+// It was told to be unprotected until its new pipeline had copies of its own, though those of the old one served as well.
+TEST_F(ReplicasTest, CopiesOfItsOldPipelineProtectAMovedSequence) {
+  Start(Options(1, 2), {0, 0, kRoomy, kRoomy});
+  const RequestId request = h_->Submit(OneSequence(300, 300));
+  Until(request, 10);
+  const uint64_t at = HostOf(0, 1) == HostOfSequence(1) ? 1 : 2;
+  ASSERT_EQ(ProtectedRows(), 256u);
+  h_->answer_replicas = false;
+  const VerbId verb = h_->Migrate(1, PipelineId{3 - at});
+  Until(request, 30);
+  ASSERT_TRUE(h_->verbs.contains(verb));
+  ASSERT_TRUE(h_->verbs.at(verb).ok()) << h_->verbs.at(verb);
+  EXPECT_EQ(ProtectedRows(), 256u);
+  EXPECT_FALSE(IsUnprotected());
+  const uint64_t replayed = h_->core.Stats().replayed_tokens;
+  h_->Lose(HostOf(0, 3 - at));
+  Until(request, 31);
+  EXPECT_LE(h_->core.Stats().replayed_tokens - replayed, 127u);
+  h_->answer_replicas = true;
   h_->Run();
   ExpectWhole(request, 1, 300, 300);
 }

@@ -124,6 +124,25 @@ TEST_F(PrefixPlansTest, AKeyThatIsNotHereIsPassedOverByADrop) {
   EXPECT_EQ(ledger_->blocks(), 3 * kLayers);
 }
 
+// Before, a sequence whose tokens another had first could keep nothing from there on.
+TEST_F(PrefixPlansTest, ABlockOfATwinIsHadInPlaceOfItsOwn) {
+  v1::StepPlan rows = Plan();
+  AddOpen(&rows, 2);
+  AddRows(&rows, 2, 0, std::vector<TokenId>(130, 5));
+  Take(rows);
+  const uint64_t before = ledger_->blocks();
+  v1::StepPlan plan = Plan();
+  AddKeep(&plan, 2, 0, {kA, kC});
+  const PlanLedger::CheckedPlan checked = Take(plan);
+  EXPECT_EQ(checked.keys[0], (std::vector<ContentKey>{kA, kC}));
+  EXPECT_TRUE(checked.frees_blocks);
+  EXPECT_EQ(ledger_->blocks(), before - kLayers) << "of the first block there is one";
+  v1::StepPlan drop = Plan();
+  AddClose(&drop, 1);
+  AddDrop(&drop, {kA});
+  Refuse(drop, kPrecondition, "drop of " + std::string(kNameA) + ", which 1 sequences have");
+}
+
 TEST_F(PrefixPlansTest, WhatCannotBeKeptIsRefused) {
   const auto refuse = [&](uint64_t id, uint32_t first, const std::vector<ContentKey>& keys,
                           absl::StatusCode code, const std::string& why) {
@@ -141,9 +160,8 @@ TEST_F(PrefixPlansTest, WhatCannotBeKeptIsRefused) {
   AddRows(&rows, 2, 0, std::vector<TokenId>(128, 5));
   Take(rows);
   refuse(2, 1, {kC}, kPrecondition, "keeps blocks from 1 on, of which the first 0 are kept");
-  refuse(2, 0, {kA}, kPrecondition, std::string(kNameA) + " is another block");
   refuse(2, 0, {kC, kC}, kPrecondition,
-         "prefix block 0000000000000001000000000000000c is another block");
+         "block 1 is prefix block 0000000000000001000000000000000c, which it has before");
   v1::StepPlan plan = Plan();
   AddKeep(&plan, 2, 0, {});
   plan.mutable_cache_ops(0)->mutable_keep_prefix()->set_keys("short");

@@ -71,6 +71,28 @@ TEST_F(StagePrefixTest, RowsAreReadThroughThem) {
   CheckIntegrity();
 }
 
+// A sequence that computed the same tokens as another beside it has that one's blocks from then on, and reads them.
+TEST_F(StagePrefixTest, ATwinReadsTheBlocksOfTheFirst) {
+  Hosted& one = Stage1Of1();
+  Share(&one, false);
+  const uint64_t before = one.stage->blocks_used();
+  v1::StepPlan first = one.Plan(3);
+  AddKeep(&first, 7, 0, {kA, kB});
+  AddKeep(&first, 8, 0, {kA, kB});
+  AddClose(&first, 7);
+  one.Run(first);
+  EXPECT_EQ(one.stage->blocks_used(), before - (2 + 1) * kLayers)
+      << "its own two; the other's third";
+  CheckIntegrity();
+  v1::StepPlan scored = one.Plan(4);
+  WantScore(AddRows(&scored, 8, 130, Tokens(7, 130, 1)), 0, 5);
+  EXPECT_EQ(one.Run(scored).report.results(0).scored(0).logprob(),
+            -static_cast<float>(FakeHash({0, kLayers}, Tokens(7, 0, 131)) % 4096));
+  ASSERT_TRUE(one.stage->Activate({1, 2}, 0, 1).ok());
+  EXPECT_EQ(PrefixOf(one), (Held{{8, 2}}));
+  CheckIntegrity();
+}
+
 TEST_F(StagePrefixTest, RowsThatAreNotFinishedAreNotKept) {
   Hosted& one = Stage1Of1();
   one.Run(Rows(one, 1, 7, 0, 100));
