@@ -20,7 +20,7 @@ def own(*args, **kw):
 
 def test_deaths_stops_and_reshapes_of_its_own_cluster(tmp_path):
     path = tmp_path / "report.json"
-    done = own("--pipelines", 2, "--stages", 1, "--seconds", 12, "--movers", 0, "--kill-every", 2.5, "--stop-every", 2,
+    done = own("--pipelines", 2, "--stages", 1, "--seconds", 12, "--movers", 0, "--kill-every", 4, "--stop-every", 2,
                "--reshape-every", 2, "--drain-every", 3, "--json", path)
     assert done.returncode == 0, done.stderr
     report = json.loads(path.read_text())

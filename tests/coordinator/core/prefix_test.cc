@@ -130,7 +130,7 @@ TEST_F(PrefixTest, PromptsThatAreScoredAreComputedAndShared) {
   h_->Run();
   EXPECT_THAT(h_->cached[scored], IsEmpty());
   EXPECT_EQ(h_->scores[scored].size(), 299u);
-  EXPECT_EQ(Cached(Prompt(0, 300)), 192u) << "whose blocks there were, stops to share";
+  EXPECT_EQ(Cached(Prompt(0, 300)), 256u) << "it has those that there were, and its own behind them";
 }
 
 TEST_F(PrefixTest, WithoutItNothingStays) {
