@@ -120,9 +120,11 @@ void Cluster::AdvanceReplicas() {
         slot.copying.num_coming = 0;
         if (!buddy) continue;
         TellServeReplicas(*buddy);
-        // What the last one had is gone with it.
+        // What the last one had is gone with it. What sequences have comes first; the rest, which may be much more, a
+        // little at a time.
         for (const Scheduler::NewPrefix& prefix : pipeline->scheduler.AllPrefixes()) {
-          slot.copying.queue.push_back(prefix);
+          const bool is_held = pipeline->scheduler.HoldsPrefix(prefix.key);
+          (is_held ? slot.copying.queue : slot.copying.failed).push_back(prefix);
         }
       } else {
         slot.copying.queue.insert(slot.copying.queue.end(), made.begin(), made.end());

@@ -336,6 +336,35 @@ TEST_F(ReplicasTest, ABuddyThatDiesWhileCopiesComeHasASuccessor) {
   h_->Run();
 }
 
+// A sequence waited for its copies behind those of all that had ended before it, and was unprotected meanwhile.
+TEST_F(ReplicasTest, ANewBuddyIsToldFirstOfWhatSequencesHave) {
+  Start(Options(1), {0, kRoomy, kRoomy});
+  for (int i = 0; i < 30; ++i) {
+    RequestSpec spec = OneSequence(300, 2);
+    spec.sequences[0].cache_salt = std::to_string(i);
+    h_->Submit(std::move(spec));
+    h_->Run();
+  }
+  const RequestId request = h_->Submit(OneSequence(300, 60));
+  h_->answer_replicas = false;
+  Until(request, 30);
+  WorkerId buddy;
+  for (const auto& [id, worker] : h_->workers) {
+    if (!worker.replicas.asked.empty()) buddy = id;
+  }
+  ASSERT_NE(buddy.value, 0u);
+  h_->Lose(buddy);
+  Rounds(3);
+  size_t bytes = 0;
+  for (const auto& [id, worker] : h_->workers) {
+    for (const v1::Replicate& asked : worker.replicas.asked) bytes += asked.keys().size();
+  }
+  EXPECT_EQ(bytes / kContentKeyBytes, 5u) << "its own full blocks";
+  h_->answer_replicas = true;
+  h_->Run();
+  ExpectWhole(request, 31, 300, 60);
+}
+
 // Steps are counted anew in each epoch: what waited for one of the last epoch's holds nothing up.
 TEST_F(ReplicasTest, AnEpochLeavesNothingInTheQueue) {
   Start(Options(2), {0, kRoomy, kRoomy});
