@@ -52,9 +52,11 @@ def judged(r):
             ["moved", f"{size(r['moved_bytes'])}, at {r['gb_per_s']:.3f} GB/s while a move lasted"],
             ["rows that copies gave back to stages", f"{r['restored_rows']:,}"],
             ["skipped faults", ", ".join(r["skipped_faults"]) or "none"]]
+    lines = table(["", ""], rows)
     if "missed" in r:
-        rows.append(["goals of an acceptance run that were missed", "; ".join(r["missed"]) or "none"])
-    return table(["", ""], rows)
+        lines += ["", "Of the goals of an acceptance run, it missed" + (":" if r["missed"] else " none.")]
+        lines += [""] * bool(r["missed"]) + [f"- {text}" for text in r["missed"]]
+    return lines
 
 
 def spreads(r):
@@ -66,14 +68,14 @@ def spreads(r):
 
 def section(name, r, plots):
     """The lines of one run; `plots` gives each plot's file name."""
-    lines = ["", f"## {name}", "",
+    lines = ["", f"## Run `{name}`", "",
              f"{r['seconds']:.0f} s, {r['clients']} clients, {r['requests']} requests of {r['min_rows']:,} to {r['max_rows']:,} rows, seed "
              f"{r['seed']}; {r['program']}.", ""]
     lines += judged(r) + [""] + table(["fault", "times"], [[what, f"{r[key]:,}"] for key, what in FAULTS]) + [""] + spreads(r)
     for plot, caption in (("time", "Tokens a second at all clients, and below what was done when."),
                           ("pauses", "Pause at the client by length, a dot a move."),
                           ("rows", "Moves by rows.")):
-        lines += ["", f"![{caption}]({plots[plot]})", "", caption]
+        lines += ["", caption, "", f"![{caption}]({plots[plot]})"]
     return lines
 
 

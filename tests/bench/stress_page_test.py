@@ -41,8 +41,8 @@ class PageTest(unittest.TestCase):
 
     def test_acceptance_and_absence(self):
         text, _ = stress_page.page({"a": {**REPORT, "missed": ["reshapes: 3, at least 20"]}, "b": {**REPORT, "missed": []}})
-        self.assertIn("were missed | reshapes: 3, at least 20 |", text)
-        self.assertIn("were missed | none |", text)
+        self.assertIn("it missed:\n\n- reshapes: 3, at least 20\n", text)
+        self.assertIn("it missed none.\n", text)
         without = {key: value for key, value in REPORT.items() if key != "protected_share"}
         self.assertIn("protected by copies | none |", stress_page.page({"a": {**without, "skipped_faults": []}})[0])
 

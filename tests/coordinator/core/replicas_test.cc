@@ -7,7 +7,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
-#include "tests/coordinator/core/harness.h"
+#include "tests/coordinator/core/replicas_fixture.h"
 
 namespace strait {
 namespace {
@@ -15,97 +15,6 @@ namespace {
 using testing::HasSubstr;
 using testing::IsEmpty;
 using testing::Not;
-
-// One layer has 1,000 bytes, embedding and head 500, a workspace 50, a block of all layers 512.
-constexpr uint64_t kRoomy = 100'000;
-
-class ReplicasTest : public testing::Test {
- protected:
-  // `replica_bytes` of each worker; 0: it is no buddy.
-  void Start(CoreOptions options, const std::vector<uint64_t>& replica_bytes) {
-    h_ = std::make_unique<Harness>(options, SmallModel());
-    h_->token_at = [](uint64_t sequence, uint32_t position) {
-      return static_cast<uint32_t>(10 + (sequence * 31 + position * 7) % 83);
-    };
-    for (const uint64_t bytes : replica_bytes) w_.push_back(Attach(bytes));
-    ASSERT_EQ(h_->core.Stats().pipelines_active, options.num_pipelines);
-  }
-  static CoreOptions Options(uint32_t num_stages, uint32_t num_pipelines = 1) {
-    CoreOptions options;
-    options.num_stages = num_stages;
-    options.num_pipelines = num_pipelines;
-    options.max_step_tokens = 256;
-    options.prefill_chunk = 256;
-    options.prefix_cache = true;
-    return options;
-  }
-  WorkerId Attach(uint64_t replica_bytes) {
-    v1::Hello hello = h_->MakeHello(kRoomy);
-    hello.set_replica_bytes(replica_bytes);
-    return h_->Attach(hello);
-  }
-  void TearDown() override {
-    ASSERT_NE(h_, nullptr);
-    EXPECT_THAT(h_->problems, IsEmpty());
-  }
-  void Rounds(int rounds) {
-    for (int i = 0; i < rounds; ++i) {
-      for (auto& [id, worker] : h_->workers) {
-        std::vector<uint64_t> ids;
-        for (const auto& [stage_id, stage] : worker.stages) ids.push_back(stage_id);
-        for (const uint64_t stage_id : ids) {
-          const auto it = worker.stages.find(stage_id);
-          if (it != worker.stages.end() && !it->second.plans.empty()) h_->Report(id, it->second);
-        }
-      }
-    }
-  }
-  // Until it has so many tokens.
-  void Until(RequestId request, size_t tokens) {
-    for (int i = 0; i < 500 && h_->tokens[request].size() < tokens; ++i) Rounds(1);
-    ASSERT_GE(h_->tokens[request].size(), tokens);
-  }
-  WorkerId HostOf(uint64_t layer_begin, uint64_t pipeline = 0) {
-    for (const auto& [id, worker] : h_->workers) {
-      for (const auto& [stage_id, stage] : worker.stages) {
-        if (stage.load.layer_begin() != layer_begin || worker.evicted) continue;
-        if (pipeline == 0 || stage.activate.pipeline_id() == pipeline) return id;
-      }
-    }
-    return {};
-  }
-  WorkerId HostOfSequence(uint64_t sequence) {
-    for (const auto& [id, worker] : h_->workers) {
-      for (const auto& [stage_id, stage] : worker.stages) {
-        if (stage.lengths.contains(SequenceId{sequence})) return id;
-      }
-    }
-    return {};
-  }
-  // Of the sequence that `status` lists first.
-  uint32_t ProtectedRows() {
-    const std::string status = h_->core.StatusJson(h_->now_us);
-    const std::string name = "\"protected_rows\":";
-    const size_t at = status.find(name);
-    return at == std::string::npos ? 0 : std::stoul(status.substr(at + name.size()));
-  }
-  bool IsUnprotected() {
-    return h_->core.StatusJson(h_->now_us).find("\"unprotected\":true") != std::string::npos;
-  }
-  void ExpectWhole(RequestId request, uint64_t sequence, uint32_t prompt, uint32_t max_tokens) {
-    ASSERT_TRUE(h_->ended.contains(request)) << h_->core.StatusJson(h_->now_us);
-    EXPECT_TRUE(h_->ended.at(request).status.ok()) << h_->ended.at(request).status;
-    const std::vector<TokenInfo>& tokens = h_->tokens[request];
-    ASSERT_EQ(tokens.size(), max_tokens);
-    for (uint32_t i = 0; i < max_tokens; ++i) {
-      EXPECT_EQ(tokens[i].position, prompt + i);
-      EXPECT_EQ(tokens[i].id, h_->token_at(sequence, prompt + i));
-    }
-  }
-
-  std::unique_ptr<Harness> h_;
-  std::vector<WorkerId> w_;
-};
 
 TEST_F(ReplicasTest, FullBlocksGetACopyOfEveryStageOnAnotherWorker) {
   Start(Options(2), {kRoomy, kRoomy, 0});
@@ -118,24 +27,6 @@ TEST_F(ReplicasTest, FullBlocksGetACopyOfEveryStageOnAnotherWorker) {
   EXPECT_EQ(h_->copies_failed, 0u);
   h_->Run();
   ExpectWhole(request, 1, 300, 60);
-}
-
-// One that generated the same tokens as another before it had no prefix blocks from there on, and no copies: it was
-// unprotected for the rest of its life.
-TEST_F(ReplicasTest, ASequenceOfTheSameTokensAsAnotherStaysProtected) {
-  Start(Options(2), {kRoomy, kRoomy, 0});
-  h_->token_at = [](uint64_t, uint32_t position) { return 10 + position * 7 % 83; };
-  const RequestId first = h_->Submit(OneSequence(300, 200));
-  Until(first, 10);
-  const RequestId second = h_->Submit(OneSequence(300, 200));
-  Until(second, 150);
-  Until(first, 200);
-  EXPECT_GE(ProtectedRows(), 448u) << "of the second";
-  EXPECT_FALSE(IsUnprotected());
-  h_->core.OnFlush(h_->now_us);
-  EXPECT_GE(ProtectedRows(), 448u) << "it has the blocks itself";
-  h_->Run();
-  ExpectWhole(second, 2, 300, 200);
 }
 
 TEST_F(ReplicasTest, ABuddyIsOnAnotherHostWhereThereIsOne) {
@@ -336,35 +227,6 @@ TEST_F(ReplicasTest, ABuddyThatDiesWhileCopiesComeHasASuccessor) {
   h_->Run();
 }
 
-// A sequence waited for its copies behind those of all that had ended before it, and was unprotected meanwhile.
-TEST_F(ReplicasTest, ANewBuddyIsToldFirstOfWhatSequencesHave) {
-  Start(Options(1), {0, kRoomy, kRoomy});
-  for (int i = 0; i < 30; ++i) {
-    RequestSpec spec = OneSequence(300, 2);
-    spec.sequences[0].cache_salt = std::to_string(i);
-    h_->Submit(std::move(spec));
-    h_->Run();
-  }
-  const RequestId request = h_->Submit(OneSequence(300, 60));
-  h_->answer_replicas = false;
-  Until(request, 30);
-  WorkerId buddy;
-  for (const auto& [id, worker] : h_->workers) {
-    if (!worker.replicas.asked.empty()) buddy = id;
-  }
-  ASSERT_NE(buddy.value, 0u);
-  h_->Lose(buddy);
-  Rounds(3);
-  size_t bytes = 0;
-  for (const auto& [id, worker] : h_->workers) {
-    for (const v1::Replicate& asked : worker.replicas.asked) bytes += asked.keys().size();
-  }
-  EXPECT_EQ(bytes / kContentKeyBytes, 5u) << "its own full blocks";
-  h_->answer_replicas = true;
-  h_->Run();
-  ExpectWhole(request, 31, 300, 60);
-}
-
 // Steps are counted anew in each epoch: what waited for one of the last epoch's holds nothing up.
 TEST_F(ReplicasTest, AnEpochLeavesNothingInTheQueue) {
   Start(Options(2), {0, kRoomy, kRoomy});
@@ -436,29 +298,6 @@ TEST_F(ReplicasTest, AMovedSequenceIsRestoredWithAllItsBlocks) {
   Until(request, 201);
   EXPECT_LE(h_->core.Stats().replayed_tokens - replayed, 127u);
   EXPECT_GE(h_->rows_restored, rows);
-  h_->Run();
-  ExpectWhole(request, 1, 300, 300);
-}
-
-// It was told to be unprotected until its new pipeline had copies of its own, though those of the old one served as well.
-TEST_F(ReplicasTest, CopiesOfItsOldPipelineProtectAMovedSequence) {
-  Start(Options(1, 2), {0, 0, kRoomy, kRoomy});
-  const RequestId request = h_->Submit(OneSequence(300, 300));
-  Until(request, 10);
-  const uint64_t at = HostOf(0, 1) == HostOfSequence(1) ? 1 : 2;
-  ASSERT_EQ(ProtectedRows(), 256u);
-  h_->answer_replicas = false;
-  const VerbId verb = h_->Migrate(1, PipelineId{3 - at});
-  Until(request, 30);
-  ASSERT_TRUE(h_->verbs.contains(verb));
-  ASSERT_TRUE(h_->verbs.at(verb).ok()) << h_->verbs.at(verb);
-  EXPECT_EQ(ProtectedRows(), 256u);
-  EXPECT_FALSE(IsUnprotected());
-  const uint64_t replayed = h_->core.Stats().replayed_tokens;
-  h_->Lose(HostOf(0, 3 - at));
-  Until(request, 31);
-  EXPECT_LE(h_->core.Stats().replayed_tokens - replayed, 127u);
-  h_->answer_replicas = true;
   h_->Run();
   ExpectWhole(request, 1, 300, 300);
 }
