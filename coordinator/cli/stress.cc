@@ -57,7 +57,7 @@ void CompleteAcceptance(StressFlags* flags) {
        {std::pair(&stress.seconds, StressGoals().seconds), std::pair(&stress.kill_every_s, 4.0),
         std::pair(&stress.stop_every_s, 15.0), std::pair(&stress.coordinator_stop_every_s, 150.0),
         std::pair(&stress.partition_every_s, 20.0), std::pair(&stress.slow_every_s, 20.0),
-        std::pair(&stress.join_every_s, 45.0), std::pair(&stress.reshape_every_s, 12.0),
+        std::pair(&stress.join_every_s, 45.0), std::pair(&stress.reshape_every_s, 10.0),
         std::pair(&stress.drain_every_s, 40.0)}) {
     if (*period_s == 0) *period_s = usual;
   }
