@@ -351,7 +351,10 @@ void Cluster::Vacate(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us) {
   vacant.cache_bytes = vacant.wanted_cache_bytes =
       StageCacheBytes(context_->model, vacant.layers, pipeline->planned_rows);
   pipeline->slots[slot_index] = vacant;
-  if (slot_index + 1 < pipeline->slots.size()) pipeline->slots[slot_index + 1].numbered = {};
+  if (slot_index + 1 < pipeline->slots.size()) {
+    pipeline->slots[slot_index + 1].numbered = {};
+    pipeline->slots[slot_index + 1].edge_made = false;
+  }
   if (slot_index == 0 || slot_index + 1 == pipeline->slots.size()) pipeline->sampled_edge = {};
 }
 

@@ -224,6 +224,21 @@ class Cluster {
   void LoadNext(Pipeline* pipeline, uint64_t now_us);
   void BeginCopies(const Pipeline& pipeline, uint64_t now_us);
   bool StandsStill(Pipeline* pipeline, uint64_t now_us);
+
+  // ---- Edges of the new stages, ahead (linking.cc) ----
+  void BeginLinks(uint64_t now_us);
+  // Tells stages to open their edges, from this one down to the next whose NCCL id must be known first.
+  void TellLink(uint32_t slot_index);
+  // Of a stage that has no place yet.
+  void OnEdgeIdAhead(Worker* worker, const Seat& seat, const v1::EdgeId& id, uint64_t now_us);
+  void OnLinked(Worker* worker, const v1::StageLinked& linked, uint64_t now_us);
+  // The switch need not wait for them, any more.
+  bool LinksSettled(uint64_t now_us);
+  // What is there of them is of no use: the switch goes on without.
+  void GiveUpLinks();
+  // The new stages have their places: what is up is their edges.
+  void TakeLinks(Pipeline* pipeline);
+
   // A row of a sequence came to a stage; other messages of this kind are not its business.
   void OnFetched(Worker* worker, const v1::RowsFetched& told, uint64_t now_us);
   void Switch(Pipeline* pipeline, uint64_t now_us);
@@ -300,8 +315,13 @@ class Cluster {
   // Nobody has this place any more, nor its edges; who comes next may hold as much as was planned at first.
   void Vacate(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us);
   void Activate(Pipeline* pipeline, uint64_t now_us);
+  // What a stage is told of a row of stages, and of its edges there.
+  void SetEdges(const Pipeline& pipeline, const std::vector<StageSlot>& slots,
+                const NumberedEdge& sampled_edge, uint32_t stage_index,
+                v1::ActivateStage* activate);
   // And the edge of sampled ids, at its two ends.
-  void SetGrants(const Pipeline& pipeline, uint32_t stage_index, v1::ActivateStage* activate);
+  void SetGrants(const std::vector<StageSlot>& slots, const NumberedEdge& sampled_edge,
+                 uint32_t stage_index, v1::ActivateStage* activate);
   // Tells stages to activate, from this one down to the next whose NCCL id must be known first.
   void TellActivate(Pipeline* pipeline, uint32_t slot_index);
   // A stage's share of its worker's host memory, in prefix blocks.

@@ -64,10 +64,15 @@ struct StageSlot {
   EdgeChoice edge;           // from the stage before; none at the first
   NumberedEdge numbered;     // the same
   std::string nccl_id;       // of that edge, once this stage has made it
+  bool edge_made = false;    // that edge was made before this epoch (linking.cc)
   uint32_t host_blocks = 0;  // prefix blocks that it may have in its worker's host memory
   Copying copying;
   // In may_hold only because ActivateStage asked for it: a stage that fails before has none of it.
   std::set<SequenceId> restored;
+
+  // Of a stage that has no place yet (linking.cc):
+  bool link_told = false;  // LinkStage is out
+  bool linked = false;     // the edge from it is up
 
   // Whether it has not yet answered all that ActivateStage asks for.
   bool owes_answer() const {

@@ -97,10 +97,17 @@ struct Scale {
     kWaiting,     // for the turn of the next pipeline
     kMakingRoom,  // its old stages' caches shrink
     kLoading,     // its new stages load; the old ones serve
-    kCopying,     // rows of layers that change workers come to the new stages; the old ones serve
-    kStill,       // the old stages finish their steps, and the last rows come
-    kSwitched,    // the new stages are in their places, and enter an epoch
-    kGrowing,     // they serve; the old ones go, caches grow
+    kCopying,  // rows of layers that change workers come to the new stages, and their edges are made; the old ones serve
+    kStill,    // the old stages finish their steps, and the last rows come
+    kSwitched,  // the new stages are in their places, and enter an epoch
+    kGrowing,   // they serve; the old ones go, caches grow
+  };
+  // Of the edges between the new stages, which are made ahead.
+  enum class Links {
+    kNone,     // not asked for
+    kComing,   // asked for; what is there of them is not enough
+    kUp,       // all have answered
+    kGivenUp,  // one broke, or they came too late: the switch makes its edges itself
   };
   ScaleId id;
   bool drains = false;  // of one pipeline, which has so many stages already: a worker is left out
@@ -117,9 +124,12 @@ struct Scale {
   std::vector<StageSlot> next;      // until the switch; then they are the pipeline's slots
   std::vector<StageSlot> landings;  // until the switch
   std::optional<CopyAhead> ahead;   // since all of them are loaded, likewise
-  bool rest_asked = false;          // since it stands still
-  uint32_t stands = 0;              // how often it stood still in vain
-  uint64_t held_before = 0;  // rows of its residents, summed over layers, when the epoch ended
+  Links links = Links::kNone;
+  uint64_t link_progress_us = 0;  // when one was asked for, or came further
+  NumberedEdge sampled_edge;      // of the new stages
+  bool rest_asked = false;        // since it stands still
+  uint32_t stands = 0;            // how often it stood still in vain
+  uint64_t held_before = 0;       // rows of its residents, summed over layers, when the epoch ended
   uint64_t pause_begin_us =
       0;  // its last step before the change, or that itself if nobody waited for one
   uint64_t first_step_us = 0;  // after it; 0: none yet

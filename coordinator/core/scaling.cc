@@ -99,11 +99,12 @@ bool Cluster::ScaleStep(uint64_t now_us) {
       }
       if (!AreLoaded(scale.next)) return false;
       BeginCopies(*pipeline, now_us);
+      BeginLinks(now_us);
       scale.phase = Scale::Phase::kCopying;
       return true;
     case Scale::Phase::kCopying:
       scale.ahead->Advance(*pipeline, now_us);
-      if (!scale.ahead->IsNear(*pipeline, now_us)) return false;
+      if (!scale.ahead->IsNear(*pipeline, now_us) || !LinksSettled(now_us)) return false;
       pipeline->scheduler.Hold(true);
       scale.rest_asked = false;
       scale.phase = Scale::Phase::kStill;
@@ -377,7 +378,7 @@ void Cluster::Switch(Pipeline* pipeline, uint64_t now_us) {
   pipeline->switched = true;
   pipeline->planned_rows = scale.plan.capacity_rows;
   pipeline->scaled_rows.reset();
-  pipeline->sampled_edge = {};
+  TakeLinks(pipeline);
   scale.ahead.reset();
   scale.phase = Scale::Phase::kSwitched;
 }

@@ -104,6 +104,14 @@ std::optional<HiddenBuffer> NcclEdge::Place(size_t bytes) {
   return arena->Take(bytes);
 }
 
+void NcclEdge::Probe() {
+  {
+    std::lock_guard lock(mu_);
+    probed_ = true;
+  }
+  changed_.notify_one();
+}
+
 void NcclEdge::Drop() {
   silent_ = true;
   {
@@ -153,18 +161,26 @@ absl::Status NcclEdge::Serve() {
   if (dropped()) return absl::OkStatus();
   STRAIT_RETURN_IF_ERROR(Prepare());
   STRAIT_RETURN_IF_ERROR(MakeCommunicator());
-  if (role_ == Role::kSend && !silent_) context_->events.transport.on_edge_up(edge_, {});
+  if (edge_.ahead) {
+    AddProof();
+  } else {
+    TellUp();
+  }
   patient_since_us_ = moved_us_ = MonotonicMicros();
   for (;;) {
+    bool probed = false;
     {
       std::lock_guard lock(mu_);
       if (dropped_) return absl::OkStatus();
+      probed = std::exchange(probed_, false);
       while (!given_.empty()) {
         waiting_.push_back(std::move(given_.front()));
         given_.pop_front();
       }
     }
+    if (probed) asked_us_ = 0;  // before an answer NCCL is asked
     STRAIT_ASSIGN_OR_RETURN(const bool moved, Advance());
+    if (probed) TellUp();
     STRAIT_RETURN_IF_ERROR(CheckPatience(MonotonicMicros()));
     Pause(moved);
   }
@@ -223,6 +239,23 @@ absl::Status NcclEdge::MakeCommunicator() {
   if (code != kNcclSuccess) return Error("ncclCommInitRankConfig", code);
   made_ = true;
   return absl::OkStatus();
+}
+
+void NcclEdge::AddProof() {
+  Op op;
+  op.proves = proving_ = true;
+  op.hidden.num_tokens = 1;
+  if (role_ == Role::kSend) {
+    op.hidden.data = HiddenBuffer(std::vector<std::byte>(Bytes(op)));
+    std::lock_guard lock(mu_);
+    queued_bytes_ += Bytes(op);
+    ++num_unplaced_;
+  }
+  waiting_.push_back(std::move(op));
+}
+
+void NcclEdge::TellUp() {
+  if (role_ == Role::kSend && !silent_) context_->events.transport.on_edge_up(edge_, {});
 }
 
 absl::StatusOr<NcclCode> NcclEdge::WaitWhileInProgress(NcclCode code, uint64_t until_us) {
@@ -328,12 +361,19 @@ void NcclEdge::Complete(Op op) {
   if (role_ == Role::kSend) {
     std::lock_guard lock(mu_);
     queued_bytes_ -= Bytes(op);
-  } else if (!silent_) {
+  }
+  if (op.proves) {
+    proving_ = false;
+    TellUp();
+  } else if (role_ == Role::kReceive && !silent_) {
     context_->events.transport.on_hidden(edge_.to_stage_id, std::move(op.hidden));
   }
 }
 
 absl::Status NcclEdge::CheckPatience(uint64_t now_us) {
+  if (proving_ && now_us > set_up_until_us_) {
+    return absl::DeadlineExceededError("the first row did not go over it in time");
+  }
   const bool send = role_ == Role::kSend;
   // A receive that is not posted waits for this worker, not for the other.
   const bool under_way = !running_.empty() || posting_ || (send && !waiting_.empty());
@@ -352,7 +392,7 @@ void NcclEdge::Pause(bool moved) {
   if (still_us < kEagerUs) return std::this_thread::yield();
   const bool busy = !running_.empty() || posting_ || !waiting_.empty() || still_us < kAwakeUs;
   std::unique_lock lock(mu_);
-  if (!given_.empty() || dropped_) return;
+  if (!given_.empty() || dropped_ || probed_) return;
   if (busy) {
     changed_.wait_for(lock, kNap);
   } else {

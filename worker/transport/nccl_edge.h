@@ -5,7 +5,7 @@
 //
 // Owns:    its thread, communicator, stream, events, arena.
 // Borrows: the context; it outlives the edge.
-// Thread:  Send, Due, Consumed, Place, Drop: loop thread. Watch: watchdog. All of NCCL and the device: its
+// Thread:  Send, Due, Consumed, Place, Probe, Drop: loop thread. Watch: watchdog. All of NCCL and the device: its
 //          own thread, which never holds mu_ meanwhile.
 // Errors:  told once by on_edge_down, and never after Drop. Send: ResourceExhausted, Unavailable (it broke).
 // Why:     a thread of its own, because a call into NCCL can hang however it was meant: then it is
@@ -52,6 +52,8 @@ class NcclEdge {
   }
   // On the device; none while there is no room, or others wait for it.
   std::optional<HiddenBuffer> Place(size_t bytes);
+  // Answered by on_edge_up, unless its end was told.
+  void Probe();
   // No event after this; the communicator is torn down, and until it is no new edge touches the device.
   void Drop();
   // Calls that hang.
@@ -64,6 +66,8 @@ class NcclEdge {
     HiddenStep hidden;    // a receive's memory is taken when it is posted
     HiddenBuffer staged;  // host memory that is being uploaded into hidden.data
     StepId after;         // a receive's: not posted before this step was consumed
+    bool proves =
+        false;  // a row of no step, by which an edge that is made ahead shows that it works
   };
 
   void Run();
@@ -73,6 +77,10 @@ class NcclEdge {
   absl::Status WaitForTurn();
   absl::Status Prepare();
   absl::Status MakeCommunicator();
+  // An edge that is made ahead is up when this row is over.
+  void AddProof();
+  // The receiver is there, or has answered a Probe.
+  void TellUp();
   // Moves on what can be; whether anything did.
   absl::StatusOr<bool> Advance();
   // The first that waits; false: it is too early, there is no memory for it now, or others end.
@@ -115,6 +123,7 @@ class NcclEdge {
   std::condition_variable changed_;
   std::deque<Op> given_;              // guarded by mu_: not yet seen by the thread
   bool dropped_ = false;              // guarded by mu_
+  bool probed_ = false;               // guarded by mu_: on_edge_up is due
   std::shared_ptr<SlotArena> arena_;  // guarded by mu_: null until the communicator is there
   uint64_t queued_bytes_ = 0;         // guarded by mu_: of sends that are not done
   // Guarded by mu_: sends that wait for a place. What comes after them may not take it from them.
@@ -123,7 +132,8 @@ class NcclEdge {
   // Its own thread only:
   uint64_t set_up_until_us_ = 0;
   NcclComm* comm_ = nullptr;
-  bool made_ = false;  // the communicator has two ranks
+  bool made_ = false;     // the communicator has two ranks
+  bool proving_ = false;  // a row of no step is under way
   void* stream_ = nullptr;
   std::vector<void*> events_;  // [kOpsPosted], used in turn
   size_t next_event_ = 0;      // of the next op

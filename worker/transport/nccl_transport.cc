@@ -140,8 +140,8 @@ absl::Status NcclTransport::SendSampled(uint64_t, SampledStep) {
   return absl::InternalError("sampled ids were given to an edge of hidden states");
 }
 
-void NcclTransport::Probe(uint64_t) {
-  STRAIT_CHECK(false, "an edge over NCCL ends with its epoch");
+void NcclTransport::Probe(uint64_t from_stage_id) {
+  if (NcclEdge* const edge = impl_->Find(from_stage_id, NcclEdge::Role::kSend)) edge->Probe();
 }
 
 void NcclTransport::Disconnect(uint64_t from_stage_id) {

@@ -2,7 +2,7 @@
 //
 // NcclTransport carries hidden states from device to device, through one NCCL communicator of two
 // ranks an edge. An edge is of one epoch: an operation without its match cannot be taken back, so the
-// coordinator gives NCCL edges new ids with every epoch.
+// coordinator gives NCCL edges new ids with every epoch. It may be made before that epoch (Edge.ahead).
 //
 // Owns:    an NcclEdge (a thread, a communicator, a stream, device memory) for every edge, those of
 //          dropped edges until they are torn down; a watchdog thread.
@@ -100,7 +100,7 @@ class NcclTransport final : public Transport {
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
   // Internal: sampled ids go over gRPC.
   absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
-  // Never: an edge over NCCL ends with its epoch, so each epoch makes and proves its own.
+  // Only an edge that was made ahead has anything to prove: that NCCL knows of no error. Its peer does not answer.
   void Probe(uint64_t from_stage_id) override;
   void Disconnect(uint64_t from_stage_id) override;
   // Makes an id, tells it by on_nccl_id, and waits for the sender.

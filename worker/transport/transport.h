@@ -44,6 +44,9 @@ struct Edge {
   bool over_nccl = false;    // then also:
   std::string nccl_id;       // of its communicator; the receiver makes it, the sender is told
   uint32_t max_tokens = 0;   // of any step
+  // It is made before the epoch that uses it, and up when a row of no step went over it: so nothing is left to be made
+  // with the first step. Both ends are told.
+  bool ahead = false;
 };
 
 struct TransportEvents {
