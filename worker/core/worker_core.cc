@@ -172,7 +172,11 @@ void WorkerCore::TakeOver(uint64_t stage_id, Hosted& hosted) {
     if (it == nullptr) continue;
     predecessors.push_back(it->stage.get());
     // A receive that was posted for it would never be matched.
-    ForgetEdges(before);
+    if (it->is_stuck || it->activating) {
+      ForgetEdges(before);
+    } else {
+      transport_->Retire(before);
+    }
     it->in = {};
     it->out = {};
     it->memory = {};

@@ -122,6 +122,12 @@ void NcclEdge::Drop() {
   changed_.notify_one();
 }
 
+void NcclEdge::Retire() {
+  silent_ = true;
+  retired_ = true;
+  changed_.notify_one();
+}
+
 // ---------------------------------------------------------------- watchdog
 
 void NcclEdge::Watch(uint64_t now_us) {
@@ -137,19 +143,13 @@ void NcclEdge::Watch(uint64_t now_us) {
 
 // ---------------------------------------------------------------- its own thread
 
-template <class F>
-NcclCode NcclEdge::Call(const char* what, F call) {
-  call_ = what;
-  call_since_us_ = MonotonicMicros();
-  const NcclCode code = call();
-  call_since_us_ = 0;
-  return code;
-}
-
 void NcclEdge::Run() {
   // Naps of microseconds would be stretched to 50 of them.
   (void)prctl(PR_SET_TIMERSLACK, kTimerSlackNs, 0, 0, 0);
-  if (const absl::Status ended = Serve(); !ended.ok()) TellDown(ended);
+  const absl::Status ended = Serve();
+  if (!ended.ok()) TellDown(ended);
+  settled_ = retired_ && ended.ok() && made_ && running_.empty() && !posting_;
+  if (settled_) Linger();
   TearDown();
   place_.Gone();
   finished_ = true;
@@ -171,7 +171,7 @@ absl::Status NcclEdge::Serve() {
     bool probed = false;
     {
       std::lock_guard lock(mu_);
-      if (dropped_) return absl::OkStatus();
+      if (dropped_ || IsOver()) return absl::OkStatus();
       probed = std::exchange(probed_, false);
       while (!given_.empty()) {
         waiting_.push_back(std::move(given_.front()));
@@ -403,67 +403,6 @@ void NcclEdge::Pause(bool moved) {
 bool NcclEdge::dropped() {
   std::lock_guard lock(mu_);
   return dropped_;
-}
-
-void NcclEdge::TearDown() {
-  const uint64_t since_us = MonotonicMicros();
-  place_.Stop();
-  const char* call = "";
-  if (comm_ != nullptr) {
-    if (!place_.AwaitOthers(Micros(context_->options.leave_timeout))) {
-      Log(LogLevel::kWarning,
-          "an NCCL edge is torn down while another has operations on the device",
-          {{"from_stage", edge_.from_stage_id}, {"to_stage", edge_.to_stage_id}});
-    }
-    call = TearDownCommunicator();
-  }
-  EdgeDevice& device = *context_->offer.device;
-  // Nothing touches the memory any more when the stream is empty; only then does it go back. The arena
-  // goes back to its pool, for to free it would wait for the operations of other edges.
-  if (stream_ != nullptr) {
-    Call("the end of the edge's stream", [&] {
-      device.FreeStream(stream_);
-      return kNcclSuccess;
-    });
-  }
-  for (void* event : events_) device.FreeEvent(event);
-  posting_.reset();
-  running_.clear();
-  waiting_.clear();
-  {
-    std::lock_guard lock(mu_);
-    given_.clear();
-    arena_.reset();
-  }
-  if (const uint64_t took_us = MonotonicMicros() - since_us; took_us > kLongUs) {
-    Log(LogLevel::kInfo, "the teardown of an NCCL edge took long",
-        {{"from_stage", edge_.from_stage_id},
-         {"to_stage", edge_.to_stage_id},
-         {"call", call},
-         {"took_us", took_us}});
-  }
-}
-
-const char* NcclEdge::TearDownCommunicator() {
-  NcclApi& nccl = *context_->offer.nccl;
-  bool quiet = false;
-  if (made_ && nccl.can_revoke()) {
-    const NcclCode code = Call("ncclCommRevoke", [&] { return nccl.Revoke(comm_); });
-    const auto settled =
-        WaitWhileInProgress(code, MonotonicMicros() + Micros(context_->options.revoke_timeout));
-    quiet = settled.ok() && *settled == kNcclSuccess;
-  }
-  const char* const what = quiet ? "ncclCommDestroy" : "ncclCommAbort";
-  const NcclCode code = Call(what, [&] { return quiet ? nccl.Destroy(comm_) : nccl.Abort(comm_); });
-  comm_ = nullptr;
-  if (code != kNcclSuccess) {
-    Log(LogLevel::kWarning, "an NCCL edge was torn down with an error",
-        {{"from_stage", edge_.from_stage_id},
-         {"to_stage", edge_.to_stage_id},
-         {"call", what},
-         {"why", nccl.Text(code)}});
-  }
-  return what;
 }
 
 void NcclEdge::TellDown(const absl::Status& why) {

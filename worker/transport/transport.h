@@ -78,6 +78,12 @@ class Transport {
   virtual void Expect(const Edge& edge) = 0;
   // The stage is gone: its senders are ended, nothing is expected for it any more.
   virtual void Forget(uint64_t to_stage_id) = 0;
+  // Disconnect and Forget of a stage whose steps have all ended, at all of its neighbours, too: nothing is under way on
+  // either edge. What it takes to be rid of them may come later.
+  virtual void Retire(uint64_t stage_id) {
+    Disconnect(stage_id);
+    Forget(stage_id);
+  }
   // All that came for `to_stage_id` up to this step of this epoch was used or refused: its memory
   // counts no more against the receiving side's bound.
   virtual void Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId step) = 0;

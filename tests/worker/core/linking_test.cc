@@ -88,7 +88,7 @@ TEST(LinkingTest, TheFirstEpochGoesOnWithTheEdges) {
     w.Calls();
     w.Enter(2, /*made=*/true);
     // What was stage 1's goes; the new edges are only asked whether they are there.
-    EXPECT_EQ(w.Calls(), " disconnect forget probe");
+    EXPECT_EQ(w.Calls(), " retire probe");
     EXPECT_EQ(w.Told(), "");
     w.core.OnEdgeUp(w.Out(), {});
     EXPECT_EQ(w.LastHeld(), (std::map<uint64_t, uint32_t>{{7, 65}}));
@@ -114,9 +114,9 @@ TEST(LinkingTest, ABrokenEdgeIsToldAndOpenedAnew) {
       EXPECT_EQ(w.Calls(), over_nccl ? " disconnect forget" : "");
       EXPECT_EQ(w.core.StateOf(2), WorkerCore::HostedState::kLoaded);
       w.Enter(2, /*made=*/false);
-      EXPECT_EQ(w.Calls(), over_nccl  ? " disconnect forget expect 21 connect 22"
-                           : incoming ? " disconnect forget expect 21 probe"
-                                      : " disconnect forget connect 22");
+      EXPECT_EQ(w.Calls(), over_nccl  ? " retire expect 21 connect 22"
+                           : incoming ? " retire expect 21 probe"
+                                      : " retire connect 22");
       w.core.OnEdgeUp(w.Out(), {});
       EXPECT_EQ(w.Told(), "ACTIVE");
       w.ExpectSound();

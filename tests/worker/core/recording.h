@@ -30,6 +30,7 @@ class RecordingTransport final : public Transport {
     all_ahead = all_ahead && edge.ahead;
   }
   void Forget(uint64_t) override { calls += " forget"; }
+  void Retire(uint64_t) override { calls += " retire"; }
   void Consumed(uint64_t, PipelineEpoch, StepId) override {}
   std::string calls;
   bool all_ahead = true;  // all edges were made ahead
