@@ -55,8 +55,11 @@ class Cluster {
   void OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us);
   void OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now_us);
   void OnLost(WorkerId id, const absl::Status& why, uint64_t now_us);
-  // Answered by ScaleAnswered.
-  void OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us);
+  // Answered by ScaleTold and ScaleAnswered.
+  void OnScale(ScaleId id, ScaleSpec spec, uint64_t now_us);
+  // Of one that is under way; absent: none is.
+  std::optional<ScaleReport> ReportOfScale(uint64_t now_us) const;
+  const std::optional<ScaleEnded>& last_scale() const { return last_scale_; }
   // Timeouts.
   void OnTick(uint64_t now_us);
   // Forms, fills and activates what can be.
@@ -219,7 +222,17 @@ class Cluster {
   // True: it goes on at once, with this pipeline or the next.
   bool ScaleStep(uint64_t now_us);
   bool BeginTurn(uint64_t now_us);
-  absl::StatusOr<ScalePlan> PlanScaleOf(Pipeline* pipeline, uint32_t num_stages, uint64_t now_us);
+  // `taken`: spares that it may not have.
+  absl::StatusOr<ScalePlan> PlanScaleOf(Pipeline* pipeline, uint32_t num_stages, uint64_t now_us,
+                                        const std::set<WorkerId>& taken = {});
+  // Whether a scale may begin.
+  absl::Status MayScale(uint32_t num_stages) const;
+  // What would become of each pipeline, in turn.
+  absl::StatusOr<std::vector<PlannedPipeline>> PlanAll(uint32_t num_stages, uint64_t now_us);
+  // How it goes, if it is time to.
+  void TellScale(bool now, uint64_t now_us);
+  // Every sequence whose client read before the switch has a token of the new stages, or has gone; or that takes long.
+  bool PausesAreOver(const Pipeline& pipeline, uint64_t now_us);
   void LoadLandings(Pipeline* pipeline, uint64_t now_us);
   void LoadNext(Pipeline* pipeline, uint64_t now_us);
   void BeginCopies(const Pipeline& pipeline, uint64_t now_us);
@@ -371,6 +384,7 @@ class Cluster {
   uint64_t weights_fingerprint_ = 0;  // of the workers that are attached, or were last
   std::optional<Scale> scale_;
   std::optional<Replaced> replaced_;
+  std::optional<ScaleEnded> last_scale_;
   std::set<uint64_t> drained_instances_;  // at most kMaxDrainedInstances
   std::string deadly_;         // not empty: a sequence has seen too many deaths; the last one
   absl::Status plan_problem_;  // why no further pipeline was formed

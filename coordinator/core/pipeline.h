@@ -95,6 +95,7 @@ struct Pipeline {
   uint64_t retry_at_us = 0;   // no activation before
   uint32_t failures = 0;      // since every link carried something
   bool links_worked = false;  // in this epoch each of them has carried something
+  PlanReason why;             // it has these layers on these workers; since it was formed or scaled
   uint64_t planned_rows = 0;  // what its first workers could hold, see PipelinePlan::capacity_rows
   // While a scale prepares: what it will hold. Its caches do not grow meanwhile.
   std::optional<uint64_t> scaled_rows;

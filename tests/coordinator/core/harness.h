@@ -421,9 +421,9 @@ class Harness {
   }
 
   // Every pipeline is to have so many stages.
-  ScaleId Scale(uint32_t num_stages) {
+  ScaleId Scale(ScaleSpec spec) {
     const ScaleId id{++last_scale};
-    core.OnScale(id, num_stages, now_us);
+    core.OnScale(id, spec, now_us);
     Pump();
     return id;
   }
@@ -466,6 +466,7 @@ class Harness {
   std::map<RequestId, std::vector<uint32_t>> cached;
   std::map<RequestId, absl::Status> refused;
   std::map<ScaleId, ScaleAnswered> scaled;
+  std::map<ScaleId, std::vector<ScaleReport>> scale_told;
   std::map<VerbId, std::vector<MoveReport>> moves;
   std::map<VerbId, std::vector<DrainReport>> drains;
   std::set<WorkerId> shut_down;
@@ -841,6 +842,7 @@ class Harness {
     workers[m.worker].stages.clear();
   }
   void On(const ScaleAnswered& m) { scaled[m.scale] = m; }
+  void On(const ScaleTold& m) { scale_told[m.scale].push_back(m.report); }
   void On(const MoveTold& m) { moves[m.verb].push_back(m.report); }
   void On(const DrainTold& m) { drains[m.verb].push_back(m.report); }
   void On(const VerbEnded& m) { verbs[m.verb] = m.status; }
