@@ -154,6 +154,68 @@ class VerbListener {
   virtual void OnVerbEnd(absl::Status status) = 0;
 };
 
+// Every pipeline gets so many stages (1 to kMaxStagesPerPipeline) while it serves.
+struct ScaleSpec {
+  ScaleSpec(uint32_t num_stages = 0, bool dry_run = false)  // NOLINT: a number alone is most
+      : num_stages(num_stages), dry_run(dry_run) {}
+  uint32_t num_stages;
+  bool dry_run;  // only what would become of each pipeline, now
+};
+
+// Why the planner chose what a pipeline has, or would have.
+struct PlanReason {
+  uint32_t num_plans = 0;              // that were possible
+  uint64_t bottleneck_bytes = 0;       // weights of the heaviest stage, which sets the pace
+  uint64_t best_bottleneck_bytes = 0;  // of the plan that is best at that
+  uint64_t moved_bytes = 0;            // weights and rows that come to workers which lack them
+  uint64_t best_moved_bytes = 0;       // of the plan that is best at the bottleneck
+  std::string text;                    // for people, in a sentence
+};
+
+struct PlannedStage {
+  WorkerId worker;
+  std::string name;  // of the worker
+  uint32_t layer_begin = 0;
+  uint32_t layer_end = 0;
+  uint64_t cache_bytes = 0;  // in the end
+  uint64_t load_bytes = 0;   // of weights that its worker does not have
+  uint64_t rows_bytes = 0;   // of rows that come from other workers, at most
+};
+struct PlannedPipeline {
+  PipelineId pipeline;
+  std::vector<PlannedStage> stages;  // none: it has so many stages already
+  uint64_t capacity_rows = 0;        // the longest sequence that it would hold
+  PlanReason why;
+};
+
+// How a scale goes.
+struct ScaleReport {
+  uint32_t num_stages = 0;
+  uint32_t pipelines_done = 0;
+  uint32_t pipelines_total = 0;
+  PipelineId pipeline;  // whose turn it is; 0: none yet
+  // "waiting", "making room", "loading", "copying", "still", "switched", "growing", "done"
+  std::string phase;
+  uint64_t bytes_loaded = 0;  // of this pipeline's new stages; a layer that is there counts at once
+  uint64_t bytes_to_load = 0;
+  uint64_t rows =
+      0;  // of its sequences, that are where they are to be; of those that change workers
+  uint64_t rows_total = 0;
+  uint64_t moved_bytes = 0;  // of all pipelines
+  uint32_t edges_up = 0;     // of those between its new stages
+  uint32_t edges_total = 0;
+  uint64_t total_us = 0;
+  std::vector<PlannedPipeline> plans;  // of a dry run
+};
+
+// From a sequence's last token before a change to its first one after it.
+struct ResidentPauses {
+  uint32_t residents = 0;  // whose clients were reading
+  uint64_t min_us = 0;
+  uint64_t p50_us = 0;
+  uint64_t max_us = 0;
+};
+
 // What it took to give every pipeline another number of stages.
 struct ScaleOutcome {
   uint32_t pipelines = 0;  // that have it now, also where it failed half way
@@ -162,6 +224,7 @@ struct ScaleOutcome {
   uint64_t rows_kept = 0;    // of sequences, summed over layers, that stayed in a cache
   uint64_t rows_lost = 0;    // that are computed again
   uint64_t moved_bytes = 0;  // of rows that went to other workers
+  ResidentPauses pauses;
 };
 
 class Engine {
@@ -181,12 +244,13 @@ class Engine {
   virtual void Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) = 0;
   virtual void Drain(DrainSpec spec, std::shared_ptr<VerbListener> listener) = 0;
 
-  // Every pipeline gets so many stages (1 to kMaxStagesPerPipeline) while it serves. `done` is called once, by the
-  // rules of a VerbListener: InvalidArgument, FailedPrecondition (no pipeline serves, or another scale is under
+  // `progress` is called now and then, and with the plans of a dry run; `done` once, behind it, by the rules of a
+  // VerbListener: InvalidArgument, FailedPrecondition (no pipeline serves, or another scale is under
   // way), ResourceExhausted (no room, with the numbers), Aborted (a worker was lost meanwhile). It goes on
   // whether anybody waits or not.
+  using ScaleProgress = std::function<void(ScaleReport)>;
   using ScaleDone = std::function<void(absl::Status, ScaleOutcome)>;
-  virtual void Scale(uint32_t num_stages, ScaleDone done) = 0;
+  virtual void Scale(ScaleSpec spec, ScaleProgress progress, ScaleDone done) = 0;
 
   // Whether at least one pipeline serves.
   virtual bool Ready() const = 0;

@@ -120,6 +120,30 @@ std::string Edges(const json::Object& status) {
   return rows.size() > 1 ? "\n" + FormatTable(rows) : "";
 }
 
+std::string Plans(const json::Object& status) {
+  Rows rows = {{"pipeline", "heaviest stage", "of the best", "plans", "why these layers"}};
+  for (const json::Object* pipeline : Objects(status, "pipelines")) {
+    const json::Value* plan = json::Find(*pipeline, "plan");
+    if (plan == nullptr || !plan->is_object()) continue;
+    const json::Object& p = plan->get_object();
+    rows.push_back({Cell(*pipeline, "id"), BytesCell(p, "bottleneck_bytes"),
+                    BytesCell(p, "best_bottleneck_bytes"), Cell(p, "num_plans"), Cell(p, "why")});
+  }
+  return rows.size() > 1 ? "\n" + FormatTable(rows) : "";
+}
+
+std::string ScaleUnderWay(const json::Object& status) {
+  const json::Value* scale = json::Find(status, "scale");
+  if (scale == nullptr || !scale->is_object()) return "";
+  const json::Object& s = scale->get_object();
+  return absl::StrCat("\nscale to ", Cell(s, "stages"), " stages: ", Cell(s, "pipelines_done"),
+                      " of ", Cell(s, "pipelines_total"), " pipelines done, pipeline ",
+                      Cell(s, "pipeline"), " ", Cell(s, "phase"), ", ", Cell(s, "rows"), " of ",
+                      Cell(s, "rows_total"), " rows, ", BytesCell(s, "moved_bytes"), " moved, ",
+                      Cell(s, "edges_up"), " of ", Cell(s, "edges_total"), " edges, ",
+                      FormatNumber(Number(s, "total_ms") / 1000), " s\n");
+}
+
 std::string Troubles(const json::Object& status) {
   std::string text;
   if (json::Find(status, "problem")) {
@@ -186,10 +210,10 @@ std::string Stats(const json::Object& status) {
 }  // namespace
 
 std::string DescribeStatus(const json::Object& status) {
-  return absl::StrCat(Workers(status), "\n", Pipelines(status), Edges(status), Troubles(status),
-                      "\nsequences: ", Cell(status, "running"), " running, ",
+  return absl::StrCat(Workers(status), "\n", Pipelines(status), Edges(status), Plans(status),
+                      Troubles(status), "\nsequences: ", Cell(status, "running"), " running, ",
                       Cell(status, "waiting"), " waiting\n", Sequences(status), Moves(status),
-                      Stats(status));
+                      ScaleUnderWay(status), Stats(status));
 }
 
 }  // namespace strait::cli

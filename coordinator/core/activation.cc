@@ -39,9 +39,11 @@ void Cluster::Activate(Pipeline* pipeline, uint64_t now_us) {
     StageSlot& slot = pipeline->slots[i];
     slot.state = StageSlot::State::kActivating;
     slot.told = false;
+    slot.host_blocks = HostBlocksOf(*pipeline, slot);
+    slot.edge_made = slot.edge_made && pipeline->switched;  // for one epoch
+    if (slot.edge_made) continue;
     slot.nccl_id.clear();
     slot.edge = EdgeChoice();
-    slot.host_blocks = HostBlocksOf(*pipeline, slot);
     if (i == 0) continue;
     const StageSlot& previous = pipeline->slots[i - 1];
     slot.edge = edges_.Choose(EndAt(previous), EndAt(slot), now_us);
@@ -81,51 +83,62 @@ void Cluster::OnNcclFailure(const Pipeline& pipeline, uint64_t to_stage_id, cons
 }
 
 void Cluster::TellActivate(Pipeline* pipeline, uint32_t slot_index) {
-  const auto num_stages = static_cast<uint32_t>(pipeline->slots.size());
   // From the last: a stage that dials the next should find it in this epoch already.
   for (uint32_t i = slot_index + 1; i-- > 0;) {
     StageSlot& slot = pipeline->slots[i];
     slot.told = true;
     SendToWorker out{slot.worker, {}};
     v1::ActivateStage* activate = out.message.mutable_activate_stage();
-    activate->set_stage_id(slot.stage_id);
+    SetEdges(*pipeline, pipeline->slots, pipeline->sampled_edge, i, activate);
     ToWire(pipeline->epoch, activate->mutable_epoch());
-    activate->set_pipeline_id(pipeline->id.value);
-    activate->set_stage_index(i);
-    activate->set_num_stages(num_stages);
-    activate->set_max_step_tokens(context_->options.max_step_tokens);
     activate->set_host_blocks(slot.host_blocks);
-    if (i + 1 < num_stages) {
+    activate->set_edge_made(slot.edge_made && slot.edge.over_nccl);
+    if (i + 1 < pipeline->slots.size()) {
       const StageSlot& next = pipeline->slots[i + 1];
-      activate->set_next_data_address(FindWorker(next.worker)->data_address);
-      activate->set_next_stage_id(next.stage_id);
-      activate->set_next_edge_id(next.numbered.id);
-      activate->set_next_edge_nonce(EdgeNonce(context_->options.edge_secret, next.numbered.id));
-      activate->set_next_nccl_id(next.nccl_id);
+      activate->set_next_edge_made(next.edge_made && next.edge.over_nccl);
     }
-    if (i > 0) {
-      activate->set_previous_stage_id(pipeline->slots[i - 1].stage_id);
-      activate->set_edge_id(slot.numbered.id);
-      activate->set_edge_nonce(EdgeNonce(context_->options.edge_secret, slot.numbered.id));
-      activate->set_edge_over_nccl(slot.edge.over_nccl);
-    }
-    if (context_->options.grants()) SetGrants(*pipeline, i, activate);
     SetRestores(*pipeline, &slot, activate);
     context_->Send(std::move(out));
-    if (slot.edge.over_nccl) return;  // the stage before needs the id that this one makes
+    // The stage before needs the id that this one makes.
+    if (slot.edge.over_nccl && slot.nccl_id.empty()) return;
   }
 }
 
-void Cluster::SetGrants(const Pipeline& pipeline, uint32_t stage_index,
-                        v1::ActivateStage* activate) {
+void Cluster::SetEdges(const Pipeline& pipeline, const std::vector<StageSlot>& slots,
+                       const NumberedEdge& sampled_edge, uint32_t stage_index,
+                       v1::ActivateStage* activate) {
+  const StageSlot& slot = slots[stage_index];
+  activate->set_stage_id(slot.stage_id);
+  activate->set_pipeline_id(pipeline.id.value);
+  activate->set_stage_index(stage_index);
+  activate->set_num_stages(static_cast<uint32_t>(slots.size()));
+  activate->set_max_step_tokens(context_->options.max_step_tokens);
+  if (stage_index + 1 < slots.size()) {
+    const StageSlot& next = slots[stage_index + 1];
+    activate->set_next_data_address(FindWorker(next.worker)->data_address);
+    activate->set_next_stage_id(next.stage_id);
+    activate->set_next_edge_id(next.numbered.id);
+    activate->set_next_edge_nonce(EdgeNonce(context_->options.edge_secret, next.numbered.id));
+    activate->set_next_nccl_id(next.nccl_id);
+  }
+  if (stage_index > 0) {
+    activate->set_previous_stage_id(slots[stage_index - 1].stage_id);
+    activate->set_edge_id(slot.numbered.id);
+    activate->set_edge_nonce(EdgeNonce(context_->options.edge_secret, slot.numbered.id));
+    activate->set_edge_over_nccl(slot.edge.over_nccl);
+  }
+  if (context_->options.grants()) SetGrants(slots, sampled_edge, stage_index, activate);
+}
+
+void Cluster::SetGrants(const std::vector<StageSlot>& slots, const NumberedEdge& sampled_edge,
+                        uint32_t stage_index, v1::ActivateStage* activate) {
   activate->set_grants(true);
-  const StageSlot& first = pipeline.slots.front();
-  const StageSlot& last = pipeline.slots.back();
-  const bool to_first = stage_index + 1 == pipeline.slots.size();
-  if (pipeline.slots.size() == 1 || (stage_index > 0 && !to_first)) return;
-  activate->set_sampled_edge_id(pipeline.sampled_edge.id);
-  activate->set_sampled_edge_nonce(
-      EdgeNonce(context_->options.edge_secret, pipeline.sampled_edge.id));
+  const StageSlot& first = slots.front();
+  const StageSlot& last = slots.back();
+  const bool to_first = stage_index + 1 == slots.size();
+  if (slots.size() == 1 || (stage_index > 0 && !to_first)) return;
+  activate->set_sampled_edge_id(sampled_edge.id);
+  activate->set_sampled_edge_nonce(EdgeNonce(context_->options.edge_secret, sampled_edge.id));
   if (!to_first) return activate->set_last_stage_id(last.stage_id);
   activate->set_first_stage_id(first.stage_id);
   activate->set_first_data_address(FindWorker(first.worker)->data_address);
@@ -136,6 +149,7 @@ void Cluster::OnEdgeId(Worker* worker, const v1::EdgeId& id, uint64_t now_us) {
   StageSlot* slot = seat.slot;
   if (slot == nullptr) return;  // of a stage that is given up
   Pipeline* pipeline = seat.pipeline;
+  if (seat.stage->is_prepared()) return OnEdgeIdAhead(worker, seat, id, now_us);
   if (FromWire(id.epoch()) < pipeline->epoch) return;  // late
   if (FromWire(id.epoch()) != pipeline->epoch || !slot->told || !slot->edge.over_nccl ||
       !slot->nccl_id.empty() || id.nccl_id().size() != limits::kNcclIdBytes) {
@@ -148,7 +162,10 @@ void Cluster::OnEdgeId(Worker* worker, const v1::EdgeId& id, uint64_t now_us) {
 }
 
 void Cluster::RenewEdges(Pipeline* pipeline) {
-  for (StageSlot& slot : pipeline->slots) slot.numbered = {};
+  for (StageSlot& slot : pipeline->slots) {
+    slot.numbered = {};
+    slot.edge_made = false;
+  }
   pipeline->sampled_edge = {};
 }
 

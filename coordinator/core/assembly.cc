@@ -138,6 +138,17 @@ void Cluster::FormPipeline(uint64_t now_us) {
   pipeline->since_us = now_us;
   pipeline->planned_rows = plan->capacity_rows;
   for (const StagePlan& stage : plan->stages) {
+    const uint64_t bytes = StageWeightBytes(context_->model, stage.layers);
+    pipeline->why.bottleneck_bytes = std::max(pipeline->why.bottleneck_bytes, bytes);
+    pipeline->why.moved_bytes += bytes;
+  }
+  pipeline->why.num_plans = 1;
+  pipeline->why.best_bottleneck_bytes = pipeline->why.bottleneck_bytes;
+  pipeline->why.best_moved_bytes = pipeline->why.moved_bytes;
+  pipeline->why.text =
+      "formed anew: its layers are split so that it holds the longest sequences, and its heaviest "
+      "stage is then as light as can be";
+  for (const StagePlan& stage : plan->stages) {
     StageSlot slot;
     slot.layers = stage.layers;
     slot.cache_bytes = slot.wanted_cache_bytes = stage.cache_bytes;
@@ -351,7 +362,10 @@ void Cluster::Vacate(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us) {
   vacant.cache_bytes = vacant.wanted_cache_bytes =
       StageCacheBytes(context_->model, vacant.layers, pipeline->planned_rows);
   pipeline->slots[slot_index] = vacant;
-  if (slot_index + 1 < pipeline->slots.size()) pipeline->slots[slot_index + 1].numbered = {};
+  if (slot_index + 1 < pipeline->slots.size()) {
+    pipeline->slots[slot_index + 1].numbered = {};
+    pipeline->slots[slot_index + 1].edge_made = false;
+  }
   if (slot_index == 0 || slot_index + 1 == pipeline->slots.size()) pipeline->sampled_edge = {};
 }
 

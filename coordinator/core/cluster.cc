@@ -152,6 +152,8 @@ void Cluster::OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now
       return;  // Migrations' business, and Draining's
     case v1::FromWorker::kReplicated:
       return OnReplicated(worker, message.replicated(), now_us);
+    case v1::FromWorker::kStageLinked:
+      return OnLinked(worker, message.stage_linked(), now_us);
     case v1::FromWorker::kEdgeId:
       return OnEdgeId(worker, message.edge_id(), now_us);
     case v1::FromWorker::kHello:

@@ -55,8 +55,11 @@ class Cluster {
   void OnAttached(WorkerId id, const v1::Hello& hello, uint64_t now_us);
   void OnMessage(WorkerId id, const v1::FromWorker& message, uint64_t now_us);
   void OnLost(WorkerId id, const absl::Status& why, uint64_t now_us);
-  // Answered by ScaleAnswered.
-  void OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us);
+  // Answered by ScaleTold and ScaleAnswered.
+  void OnScale(ScaleId id, ScaleSpec spec, uint64_t now_us);
+  // Of one that is under way; absent: none is.
+  std::optional<ScaleReport> ReportOfScale(uint64_t now_us) const;
+  const std::optional<ScaleEnded>& last_scale() const { return last_scale_; }
   // Timeouts.
   void OnTick(uint64_t now_us);
   // Forms, fills and activates what can be.
@@ -219,11 +222,36 @@ class Cluster {
   // True: it goes on at once, with this pipeline or the next.
   bool ScaleStep(uint64_t now_us);
   bool BeginTurn(uint64_t now_us);
-  absl::StatusOr<ScalePlan> PlanScaleOf(Pipeline* pipeline, uint32_t num_stages, uint64_t now_us);
+  // `taken`: spares that it may not have.
+  absl::StatusOr<ScalePlan> PlanScaleOf(Pipeline* pipeline, uint32_t num_stages, uint64_t now_us,
+                                        const std::set<WorkerId>& taken = {});
+  // Whether a scale may begin.
+  absl::Status MayScale(uint32_t num_stages) const;
+  // What would become of each pipeline, in turn.
+  absl::StatusOr<std::vector<PlannedPipeline>> PlanAll(uint32_t num_stages, uint64_t now_us);
+  // How it goes, if it is time to.
+  void TellScale(bool now, uint64_t now_us);
+  // Every sequence whose client read before the switch has a token of the new stages, or has gone; or that takes long.
+  bool PausesAreOver(const Pipeline& pipeline, uint64_t now_us);
   void LoadLandings(Pipeline* pipeline, uint64_t now_us);
   void LoadNext(Pipeline* pipeline, uint64_t now_us);
   void BeginCopies(const Pipeline& pipeline, uint64_t now_us);
   bool StandsStill(Pipeline* pipeline, uint64_t now_us);
+
+  // ---- Edges of the new stages, ahead (linking.cc) ----
+  void BeginLinks(uint64_t now_us);
+  // Tells stages to open their edges, from this one down to the next whose NCCL id must be known first.
+  void TellLink(uint32_t slot_index);
+  // Of a stage that has no place yet.
+  void OnEdgeIdAhead(Worker* worker, const Seat& seat, const v1::EdgeId& id, uint64_t now_us);
+  void OnLinked(Worker* worker, const v1::StageLinked& linked, uint64_t now_us);
+  // The switch need not wait for them, any more.
+  bool LinksSettled(uint64_t now_us);
+  // What is there of them is of no use: the switch goes on without.
+  void GiveUpLinks();
+  // The new stages have their places: what is up is their edges.
+  void TakeLinks(Pipeline* pipeline);
+
   // A row of a sequence came to a stage; other messages of this kind are not its business.
   void OnFetched(Worker* worker, const v1::RowsFetched& told, uint64_t now_us);
   void Switch(Pipeline* pipeline, uint64_t now_us);
@@ -300,8 +328,13 @@ class Cluster {
   // Nobody has this place any more, nor its edges; who comes next may hold as much as was planned at first.
   void Vacate(Pipeline* pipeline, uint32_t slot_index, uint64_t now_us);
   void Activate(Pipeline* pipeline, uint64_t now_us);
+  // What a stage is told of a row of stages, and of its edges there.
+  void SetEdges(const Pipeline& pipeline, const std::vector<StageSlot>& slots,
+                const NumberedEdge& sampled_edge, uint32_t stage_index,
+                v1::ActivateStage* activate);
   // And the edge of sampled ids, at its two ends.
-  void SetGrants(const Pipeline& pipeline, uint32_t stage_index, v1::ActivateStage* activate);
+  void SetGrants(const std::vector<StageSlot>& slots, const NumberedEdge& sampled_edge,
+                 uint32_t stage_index, v1::ActivateStage* activate);
   // Tells stages to activate, from this one down to the next whose NCCL id must be known first.
   void TellActivate(Pipeline* pipeline, uint32_t slot_index);
   // A stage's share of its worker's host memory, in prefix blocks.
@@ -351,6 +384,7 @@ class Cluster {
   uint64_t weights_fingerprint_ = 0;  // of the workers that are attached, or were last
   std::optional<Scale> scale_;
   std::optional<Replaced> replaced_;
+  std::optional<ScaleEnded> last_scale_;
   std::set<uint64_t> drained_instances_;  // at most kMaxDrainedInstances
   std::string deadly_;         // not empty: a sequence has seen too many deaths; the last one
   absl::Status plan_problem_;  // why no further pipeline was formed

@@ -157,6 +157,16 @@ bool CopyAhead::IsThere() const {
   });
 }
 
+void CopyAhead::CountRows(const Pipeline& from, uint64_t* rows, uint64_t* rows_total) const {
+  if (landings_.empty()) return;
+  for (const auto& [id, residency] : from.scheduler.residents()) {
+    const auto it = sequences_.find(id);
+    if (it != sequences_.end() && it->second.given_up) continue;
+    *rows_total += residency->rows.next();
+    if (it != sequences_.end()) *rows += it->second.rows_there();
+  }
+}
+
 void CopyAhead::End(const Pipeline& from) {
   for (const auto& [id, copied] : sequences_) Serve(from, id, copied.placement, true);
 }

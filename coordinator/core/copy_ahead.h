@@ -82,6 +82,8 @@ class CopyAhead {
   Holdings HoldingsOf(uint64_t stage_id) const;
 
   uint64_t bytes() const { return bytes_; }
+  // Rows of the sequences of `from` that are at every landing, and all that are to come. None where nothing lands.
+  void CountRows(const Pipeline& from, uint64_t* rows, uint64_t* rows_total) const;
 
  private:
   struct Copied {

@@ -119,7 +119,7 @@ void Core::OnCancel(RequestId request, std::optional<uint32_t> sequence_index, u
                      absl::CancelledError("cancelled by the client"));
 }
 
-void Core::OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us) {
+void Core::OnScale(ScaleId id, ScaleSpec spec, uint64_t now_us) {
   if (!state_->migrations.moves().empty()) {
     state_->context.Send(ScaleAnswered{
         id,
@@ -135,7 +135,7 @@ void Core::OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us) {
         {}});
     return;
   }
-  state_->cluster.OnScale(id, num_stages, state_->Awake(now_us));
+  state_->cluster.OnScale(id, spec, state_->Awake(now_us));
 }
 
 void Core::OnMigrate(VerbId id, MigrateSpec spec, uint64_t now_us) {

@@ -155,6 +155,11 @@ struct ScaleAnswered {
   absl::Status status;  // ok: every pipeline has so many stages now
   v1::ScaleReply reply;
 };
+// Now and then, while a scale is under way.
+struct ScaleTold {
+  ScaleId scale;
+  ScaleReport report;
+};
 // To OnMigrate and OnDrain: how it goes, and once that it is over.
 using VerbId = Id<struct VerbTag>;
 struct MoveTold {
@@ -171,7 +176,7 @@ struct VerbEnded {
 };
 using CoreMessage = std::variant<SendToWorker, EvictWorker, RequestRefused, RequestAdmitted,
                                  PromptCached, PromptScored, TokenEmitted, SequenceEnded,
-                                 ScaleAnswered, MoveTold, DrainTold, VerbEnded>;
+                                 ScaleAnswered, ScaleTold, MoveTold, DrainTold, VerbEnded>;
 
 // Counters that only grow, and gauges; for metrics and status.
 struct CoreStats {
@@ -242,10 +247,10 @@ class Core {
   void OnWorkerLost(WorkerId worker, absl::Status why, uint64_t now_us);
   void OnSubmit(RequestId request, RequestSpec spec, uint64_t now_us);
   void OnCancel(RequestId request, std::optional<uint32_t> sequence_index, uint64_t now_us);
-  // Every pipeline, one after the other, is to have so many stages, and serves meanwhile. Answered by
+  // Every pipeline, one after the other, is to have so many stages, and serves meanwhile. Answered by ScaleTold and once by
   // ScaleAnswered: InvalidArgument, ResourceExhausted (no room), FailedPrecondition (a pipeline does not
   // serve, or another scale is under way), Aborted or what failed.
-  void OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us);
+  void OnScale(ScaleId id, ScaleSpec spec, uint64_t now_us);
   // Answered by MoveTold and VerbEnded, as VerbListener says.
   void OnMigrate(VerbId id, MigrateSpec spec, uint64_t now_us);
   // Answered by DrainTold and VerbEnded, likewise.

@@ -55,6 +55,8 @@ absl::Status Cluster::Replace(PipelineId id, uint64_t now_us) {
   scale_ = Scale{.drains = true,
                  .num_stages = num_stages,
                  .pipelines = {id},
+                 .num_pipelines = 1,
+                 .begin_us = now_us,
                  .hosts_min = num_stages,
                  .since_us = now_us};
   return absl::OkStatus();

@@ -64,10 +64,15 @@ struct StageSlot {
   EdgeChoice edge;           // from the stage before; none at the first
   NumberedEdge numbered;     // the same
   std::string nccl_id;       // of that edge, once this stage has made it
+  bool edge_made = false;    // that edge was made before this epoch (linking.cc)
   uint32_t host_blocks = 0;  // prefix blocks that it may have in its worker's host memory
   Copying copying;
   // In may_hold only because ActivateStage asked for it: a stage that fails before has none of it.
   std::set<SequenceId> restored;
+
+  // Of a stage that has no place yet (linking.cc):
+  bool link_told = false;  // LinkStage is out
+  bool linked = false;     // the edge from it is up
 
   // Whether it has not yet answered all that ActivateStage asks for.
   bool owes_answer() const {
@@ -90,6 +95,7 @@ struct Pipeline {
   uint64_t retry_at_us = 0;   // no activation before
   uint32_t failures = 0;      // since every link carried something
   bool links_worked = false;  // in this epoch each of them has carried something
+  PlanReason why;             // it has these layers on these workers; since it was formed or scaled
   uint64_t planned_rows = 0;  // what its first workers could hold, see PipelinePlan::capacity_rows
   // While a scale prepares: what it will hold. Its caches do not grow meanwhile.
   std::optional<uint64_t> scaled_rows;

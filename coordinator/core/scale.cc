@@ -224,11 +224,13 @@ absl::StatusOr<ScalePlan> PlanOn(const CoreOptions& options, const ModelShape& m
     absl::StatusOr<HostPart> part = plan_host(true);
     if (absl::IsResourceExhausted(part.status())) part = plan_host(false);  // its rows are replayed
     if (!part.ok()) return part.status();
-    for (const StagePlan& each : stages) {
-      for (const LayerRange& missing : MissingLayers(each.layers, old_slots, hosts[h]->old_slots)) {
-        plan.moved_bytes +=
-            StageWeightBytes(model, missing) + StageCacheBytes(model, missing, needs.reserved_rows);
+    for (ScaledStage& each : part->stages) {
+      for (const LayerRange& missing :
+           MissingLayers(each.plan.layers, old_slots, hosts[h]->old_slots)) {
+        each.load_bytes += StageWeightBytes(model, missing);
+        each.rows_bytes += StageCacheBytes(model, missing, needs.reserved_rows);
       }
+      plan.moved_bytes += each.load_bytes + each.rows_bytes;
     }
     const auto first = static_cast<uint32_t>(plan.stages.size());
     for (ScaledLanding& landing : part->landings) {
@@ -248,13 +250,30 @@ uint64_t HeaviestStage(const ModelShape& model, const ScalePlan& plan) {
   return heaviest;
 }
 
+std::string ReasonText(const PlanReason& why, bool holds_most) {
+  if (why.num_plans == 1) return "no other order or choice of workers is possible";
+  const std::string rest = absl::StrCat(" of ", why.num_plans, " possible plans");
+  if (why.bottleneck_bytes > why.best_bottleneck_bytes + why.best_bottleneck_bytes / 20) {
+    return absl::StrCat("it holds the longest sequences", rest,
+                        "; one with a lighter heaviest stage would hold less");
+  }
+  return absl::StrCat("it moves the fewest bytes", rest,
+                      " whose heaviest stage and capacity are within 5 % of the best",
+                      holds_most ? "" : "; another one would hold somewhat longer sequences");
+}
+
 // That of the fewest bytes, of those that are about as good as the best.
 ScalePlan ChoosePlan(const ModelShape& model, std::vector<ScalePlan> plans) {
   uint64_t most_rows = 0;
   uint64_t lightest = std::numeric_limits<uint64_t>::max();
+  uint64_t lightest_moves = 0;
   for (const ScalePlan& plan : plans) {
     most_rows = std::max(most_rows, plan.capacity_rows);
-    lightest = std::min(lightest, HeaviestStage(model, plan));
+    const uint64_t heaviest = HeaviestStage(model, plan);
+    if (heaviest < lightest || (heaviest == lightest && plan.moved_bytes < lightest_moves)) {
+      lightest = heaviest;
+      lightest_moves = plan.moved_bytes;
+    }
   }
   ScalePlan* best = nullptr;
   for (ScalePlan& plan : plans) {
@@ -264,6 +283,13 @@ ScalePlan ChoosePlan(const ModelShape& model, std::vector<ScalePlan> plans) {
         (HeaviestStage(model, plan) <= lightest + lightest / 20 || plan.capacity_rows == most_rows);
     if (is_good && (best == nullptr || plan.moved_bytes < best->moved_bytes)) best = &plan;
   }
+  best->why = {.num_plans = static_cast<uint32_t>(plans.size()),
+               .bottleneck_bytes = HeaviestStage(model, *best),
+               .best_bottleneck_bytes = lightest,
+               .moved_bytes = best->moved_bytes,
+               .best_moved_bytes = lightest_moves,
+               .text = {}};
+  best->why.text = ReasonText(best->why, best->capacity_rows == most_rows);
   return std::move(*best);
 }
 

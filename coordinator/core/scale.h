@@ -16,9 +16,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <optional>
+#include <utility>
 #include <vector>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "coordinator/core/copy_ahead.h"
@@ -43,7 +46,9 @@ struct ScaledStage {
   StagePlan plan;                  // in the end
   uint64_t first_cache_bytes = 0;  // until the old stages are gone
   std::vector<uint64_t> successor_of;
-  bool lands = false;  // rows come to it before the switch: no old stage is on its worker
+  bool lands = false;       // rows come to it before the switch: no old stage is on its worker
+  uint64_t load_bytes = 0;  // weights that its worker does not have
+  uint64_t rows_bytes = 0;  // rows that come from other workers, at most
 };
 
 // A stage without a place beside old ones: rows of layers that its worker does not have come to it before the switch,
@@ -64,6 +69,7 @@ struct ScalePlan {
   std::vector<uint64_t> old_cache_bytes;  // by old slot: what it may keep while both are there
   uint32_t num_hosts = 0;                 // workers with a stage
   uint64_t moved_bytes = 0;  // weights and rows that come to a worker which does not have them
+  PlanReason why;            // why it and no other
 };
 
 // What must have room.
@@ -97,17 +103,27 @@ struct Scale {
     kWaiting,     // for the turn of the next pipeline
     kMakingRoom,  // its old stages' caches shrink
     kLoading,     // its new stages load; the old ones serve
-    kCopying,     // rows of layers that change workers come to the new stages; the old ones serve
-    kStill,       // the old stages finish their steps, and the last rows come
-    kSwitched,    // the new stages are in their places, and enter an epoch
-    kGrowing,     // they serve; the old ones go, caches grow
+    kCopying,  // rows of layers that change workers come to the new stages, and their edges are made; the old ones serve
+    kStill,    // the old stages finish their steps, and the last rows come
+    kSwitched,  // the new stages are in their places, and enter an epoch
+    kGrowing,   // they serve; the old ones go, caches grow
+  };
+  // Of the edges between the new stages, which are made ahead.
+  enum class Links {
+    kNone,     // not asked for
+    kComing,   // asked for; what is there of them is not enough
+    kUp,       // all have answered
+    kGivenUp,  // one broke, or they came too late: the switch makes its edges itself
   };
   ScaleId id;
   bool drains = false;  // of one pipeline, which has so many stages already: a worker is left out
   uint32_t num_stages = 0;
   std::vector<PipelineId> pipelines;  // whose turn has not come; by falling id
-  uint32_t done = 0;                  // have it
-  uint32_t hosts_min = 0;             // of any pipeline that has it
+  uint32_t num_pipelines = 0;         // in all
+  uint64_t begin_us = 0;
+  uint64_t told_us = 0;    // when a report last went out
+  uint32_t done = 0;       // have it
+  uint32_t hosts_min = 0;  // of any pipeline that has it
   Phase phase = Phase::kWaiting;
   uint64_t since_us = 0;  // in this phase
 
@@ -117,14 +133,25 @@ struct Scale {
   std::vector<StageSlot> next;      // until the switch; then they are the pipeline's slots
   std::vector<StageSlot> landings;  // until the switch
   std::optional<CopyAhead> ahead;   // since all of them are loaded, likewise
-  bool rest_asked = false;          // since it stands still
-  uint32_t stands = 0;              // how often it stood still in vain
-  uint64_t held_before = 0;  // rows of its residents, summed over layers, when the epoch ended
+  Links links = Links::kNone;
+  uint64_t link_progress_us = 0;  // when one was asked for, or came further
+  NumberedEdge sampled_edge;      // of the new stages
+  bool rest_asked = false;        // since it stands still
+  uint32_t stands = 0;            // how often it stood still in vain
+  uint64_t held_before = 0;       // rows of its residents, summed over layers, when the epoch ended
   uint64_t pause_begin_us =
       0;  // its last step before the change, or that itself if nobody waited for one
   uint64_t first_step_us = 0;  // after it; 0: none yet
 
+  // Since the switch: sequences whose clients read, and have no token since; how many they had before, and when the last came.
+  struct Before {
+    uint32_t generated = 0;
+    uint64_t last_token_us = 0;
+  };
+  std::map<SequenceId, Before> before;
+
   // --- Sums ---
+  std::map<SequenceId, uint64_t> resident_pauses_us;
   uint64_t pause_us = 0;  // the longest
   uint64_t rows_kept = 0;
   uint64_t rows_lost = 0;
@@ -136,5 +163,21 @@ struct Scale {
            phase == Phase::kStill;
   }
 };
+
+const char* Name(Scale::Phase phase);
+
+// A scale that has ended, as far as it came.
+struct ScaleEnded {
+  uint32_t num_stages = 0;
+  bool drains = false;
+  absl::Status status;
+  v1::ScaleReply reply;
+  std::vector<std::pair<SequenceId, uint64_t>>
+      pauses_us;  // the longest first, at most kMaxListedPauses
+};
+inline constexpr size_t kMaxListedPauses = 64;
+// And the sums for `reply`.
+std::vector<std::pair<SequenceId, uint64_t>> SumPauses(
+    const std::map<SequenceId, uint64_t>& pauses_us, v1::ScaleReply* reply);
 
 }  // namespace strait

@@ -29,34 +29,52 @@ bool AreLoaded(const std::vector<StageSlot>& slots) {
 
 }  // namespace
 
-void Cluster::OnScale(ScaleId id, uint32_t num_stages, uint64_t now_us) {
-  const auto refuse = [&](absl::Status why) {
-    context_->Send(ScaleAnswered{id, std::move(why), {}});
-  };
+absl::Status Cluster::MayScale(uint32_t num_stages) const {
   const uint64_t most =
       std::min<uint64_t>(context_->model.layer_weight_bytes.size(), limits::kMaxStagesPerPipeline);
   if (num_stages == 0 || num_stages > most) {
-    return refuse(absl::InvalidArgumentError(absl::StrCat(
+    return absl::InvalidArgumentError(absl::StrCat(
         "a pipeline cannot have ", num_stages, " stages: a stage has a layer at least, and the ",
-        "model has ", context_->model.layer_weight_bytes.size(), "; ask for 1 to ", most)));
+        "model has ", context_->model.layer_weight_bytes.size(), "; ask for 1 to ", most));
   }
   if (scale_) {
-    return refuse(absl::FailedPreconditionError(
-        absl::StrCat("pipelines are being scaled to ", scale_->num_stages,
-                     " stage(s) already; wait for its end")));
+    return absl::FailedPreconditionError(absl::StrCat("pipelines are being scaled to ",
+                                                      scale_->num_stages,
+                                                      " stage(s) already; wait for its end"));
   }
   if (pipelines_.empty()) {
-    return refuse(
-        absl::FailedPreconditionError(absl::StrCat("no pipeline serves: ", WhyNoPipeline())));
+    return absl::FailedPreconditionError(absl::StrCat("no pipeline serves: ", WhyNoPipeline()));
   }
   for (const auto& [pipeline_id, pipeline] : pipelines_) {
     if (pipeline->state == Pipeline::State::kActive) continue;
-    return refuse(absl::FailedPreconditionError(
+    return absl::FailedPreconditionError(
         absl::StrCat("pipeline ", pipeline_id.value, " does not serve now",
                      pipeline->last_error.empty() ? "" : ": ", pipeline->last_error,
-                     "; wait until it does (strait status)")));
+                     "; wait until it does (strait status)"));
   }
-  scale_ = Scale{.id = id, .num_stages = num_stages, .hosts_min = num_stages, .since_us = now_us};
+  return absl::OkStatus();
+}
+
+void Cluster::OnScale(ScaleId id, ScaleSpec spec, uint64_t now_us) {
+  absl::Status may = MayScale(spec.num_stages);
+  if (may.ok() && spec.dry_run) {
+    absl::StatusOr<std::vector<PlannedPipeline>> plans = PlanAll(spec.num_stages, now_us);
+    may = plans.status();
+    if (may.ok()) {
+      ScaleReport report{.num_stages = spec.num_stages,
+                         .pipelines_total = static_cast<uint32_t>(plans->size()),
+                         .phase = "done",
+                         .plans = *std::move(plans)};
+      context_->Send(ScaleTold{id, std::move(report)});
+    }
+  }
+  if (!may.ok() || spec.dry_run) return context_->Send(ScaleAnswered{id, std::move(may), {}});
+  scale_ = Scale{.id = id,
+                 .num_stages = spec.num_stages,
+                 .num_pipelines = static_cast<uint32_t>(pipelines_.size()),
+                 .begin_us = now_us,
+                 .hosts_min = spec.num_stages,
+                 .since_us = now_us};
   for (auto it = pipelines_.rbegin(); it != pipelines_.rend(); ++it) {
     scale_->pipelines.push_back(it->first);
   }
@@ -75,7 +93,11 @@ void Cluster::TickScale(uint64_t now_us) {
 }
 
 void Cluster::AdvanceScale(uint64_t now_us) {
-  while (scale_ && ScaleStep(now_us)) scale_->since_us = now_us;
+  while (scale_ && ScaleStep(now_us)) {
+    scale_->since_us = now_us;
+    TellScale(/*now=*/true, now_us);
+  }
+  TellScale(/*now=*/false, now_us);
 }
 
 bool Cluster::ScaleStep(uint64_t now_us) {
@@ -99,11 +121,12 @@ bool Cluster::ScaleStep(uint64_t now_us) {
       }
       if (!AreLoaded(scale.next)) return false;
       BeginCopies(*pipeline, now_us);
+      BeginLinks(now_us);
       scale.phase = Scale::Phase::kCopying;
       return true;
     case Scale::Phase::kCopying:
       scale.ahead->Advance(*pipeline, now_us);
-      if (!scale.ahead->IsNear(*pipeline, now_us)) return false;
+      if (!scale.ahead->IsNear(*pipeline, now_us) || !LinksSettled(now_us)) return false;
       pipeline->scheduler.Hold(true);
       scale.rest_asked = false;
       scale.phase = Scale::Phase::kStill;
@@ -113,7 +136,8 @@ bool Cluster::ScaleStep(uint64_t now_us) {
     case Scale::Phase::kGrowing: {
       const bool stepped = scale.first_step_us > 0;
       if (pipeline->state != Pipeline::State::kActive || !Grown(*pipeline) ||
-          (!stepped && pipeline->scheduler.num_residents() > 0)) {
+          (!stepped && pipeline->scheduler.num_residents() > 0) ||
+          !PausesAreOver(*pipeline, now_us)) {
         return false;
       }
       const uint64_t end_us = stepped ? scale.first_step_us : pipeline->since_us;
@@ -187,9 +211,10 @@ bool Cluster::BeginTurn(uint64_t now_us) {
 }
 
 absl::StatusOr<ScalePlan> Cluster::PlanScaleOf(Pipeline* pipeline, uint32_t num_stages,
-                                               uint64_t now_us) {
+                                               uint64_t now_us, const std::set<WorkerId>& taken) {
   std::vector<ScaleHost> hosts;
   std::vector<Worker*> spares = IdleWorkers(now_us);
+  std::erase_if(spares, [&](const Worker* spare) { return taken.contains(spare->id); });
   for (Worker* worker : WorkersOf(*pipeline)) {
     if (worker->duty != Worker::Duty::kServes) {
       if (spares.empty()) continue;
@@ -339,6 +364,12 @@ void Cluster::Switch(Pipeline* pipeline, uint64_t now_us) {
   scale.pause_begin_us =
       scheduler.num_residents() > 0 && pipeline->last_step_us > 0 ? pipeline->last_step_us : now_us;
   scale.first_step_us = 0;
+  scale.before.clear();
+  for (const auto& [id, residency] : scheduler.residents()) {
+    const Sequence& sequence = *residency->sequence;
+    if (sequence.generated() == 0) continue;
+    scale.before[id] = {sequence.generated(), sequence.last_token_us};
+  }
   std::vector<Holdings> may_hold = pipeline->scheduler.Stop();
   --num_active_;
   for (size_t i = 0; i < may_hold.size(); ++i) {
@@ -376,8 +407,9 @@ void Cluster::Switch(Pipeline* pipeline, uint64_t now_us) {
   pipeline->failures = 0;
   pipeline->switched = true;
   pipeline->planned_rows = scale.plan.capacity_rows;
+  pipeline->why = scale.plan.why;
   pipeline->scaled_rows.reset();
-  pipeline->sampled_edge = {};
+  TakeLinks(pipeline);
   scale.ahead.reset();
   scale.phase = Scale::Phase::kSwitched;
 }
@@ -400,6 +432,7 @@ void Cluster::OnScaledActive(const Pipeline& pipeline) {
   scale_->rows_kept += kept;
   scale_->rows_lost += scale_->held_before - std::min(scale_->held_before, kept);
   scale_->phase = Scale::Phase::kGrowing;
+  scale_->told_us = 0;  // it is told at once
 }
 
 void Cluster::OnScaledStep(const Pipeline& pipeline, uint64_t now_us) {
@@ -440,6 +473,10 @@ void Cluster::AnswerScale(const absl::Status& status) {
   answer.reply.set_rows_kept(scale_->rows_kept);
   answer.reply.set_rows_lost(scale_->rows_lost);
   answer.reply.set_moved_bytes(scale_->moved_bytes);
+  std::vector<std::pair<SequenceId, uint64_t>> pauses =
+      SumPauses(scale_->resident_pauses_us, &answer.reply);
+  last_scale_ =
+      ScaleEnded{scale_->num_stages, scale_->drains, status, answer.reply, std::move(pauses)};
   if (scale_->drains) {
     replaced_ = Replaced{std::move(answer.status), std::move(answer.reply)};
   } else {

@@ -8,6 +8,7 @@
 
 #include "coordinator/core/core.h"
 #include "coordinator/core/state.h"
+#include "coordinator/core/status_scale.h"
 #include "proto/base/json.h"
 #include "proto/base/limits.h"
 #include "proto/wire/version.h"
@@ -290,6 +291,7 @@ json::Object PipelineJson(const Pipeline& pipeline, const Cluster& cluster, cons
   }
   out["mixed_numerics"] = mixed;
   out["stages"] = std::move(stages);
+  out["plan"] = ReasonJson(pipeline.why);
   if (!pipeline.last_error.empty()) out["last_error"] = pipeline.last_error;
   return out;
 }
@@ -471,6 +473,10 @@ std::string Core::StatusJson(uint64_t now_us) const {
     drains.push_back(DrainJson(state.draining.ReportOf(drain, now_us)));
   }
   out["drains"] = std::move(drains);
+  if (const std::optional<ScaleReport> scale = state.cluster.ReportOfScale(now_us)) {
+    out["scale"] = ScaleJson(*scale);
+  }
+  if (state.cluster.last_scale()) out["last_scale"] = LastScaleJson(*state.cluster.last_scale());
   out["vocab_size"] = state.context.model.vocab_size;
   out["max_positions"] = state.context.model.max_positions;
   out["stats"] = StatsJson(stats);

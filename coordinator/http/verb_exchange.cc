@@ -1,63 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "coordinator/http/verb_exchange.h"
 
-#include <cstdio>
 #include <utility>
 
-#include "coordinator/http/json_writer.h"
-#include "coordinator/http/verb_request.h"
-#include "coordinator/text/detokenizer.h"
+#include "coordinator/http/verb_lines.h"
 
 namespace strait {
 namespace {
-
-// Microseconds as milliseconds, all digits.
-std::string Milliseconds(uint64_t us) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%llu.%03u", static_cast<unsigned long long>(us / 1000),
-                static_cast<unsigned>(us % 1000));
-  return text;
-}
-
-std::string LineOf(const MoveReport& report, std::string_view event) {
-  JsonWriter json;
-  json.BeginObject().Key("event").String(event);
-  json.Key("sequence").Int(report.sequence.value);
-  json.Key("from").Int(report.from.value).Key("to").Int(report.to.value);
-  json.Key("phase").String(Utf8Lossy(report.phase)).Key("rounds").Int(report.rounds);
-  json.Key("rows").Int(report.rows).Key("rows_total").Int(report.rows_total);
-  json.Key("moved_bytes").Int(report.moved_bytes);
-  json.Key("shared_bytes").Int(report.shared_bytes);
-  json.Key("nccl_bytes").Int(report.nccl_bytes);
-  json.Key("recomputed_rows").Int(report.recomputed_rows);
-  json.Key("pause_ms").Raw(Milliseconds(report.pause_us));
-  json.Key("total_ms").Raw(Milliseconds(report.total_us)).EndObject();
-  return json.Take() + "\n";
-}
-
-std::string LineOf(const DrainReport& report, std::string_view event) {
-  JsonWriter json;
-  json.BeginObject().Key("event").String(event);
-  json.Key("worker_id").Int(report.worker.value).Key("worker").String(Utf8Lossy(report.name));
-  json.Key("pipeline").Int(report.pipeline.value);
-  json.Key("way").String(report.way).Key("phase").String(report.phase);
-  json.Key("sequences_left").Int(report.sequences_left);
-  json.Key("sequences_moved").Int(report.sequences_moved);
-  json.Key("moved_bytes").Int(report.moved_bytes);
-  json.Key("rows_kept").Int(report.rows_kept).Key("rows_lost").Int(report.rows_lost);
-  json.Key("pause_ms").Raw(Milliseconds(report.pause_us));
-  json.Key("total_ms").Raw(Milliseconds(report.total_us)).EndObject();
-  return json.Take() + "\n";
-}
-
-std::string ScaleJson(const ScaleOutcome& outcome) {
-  JsonWriter json;
-  json.BeginObject().Key("pipelines").Int(outcome.pipelines);
-  json.Key("pause_ms").Raw(Milliseconds(outcome.pause_us));
-  json.Key("rows_kept").Int(outcome.rows_kept).Key("rows_lost").Int(outcome.rows_lost);
-  json.Key("moved_bytes").Int(outcome.moved_bytes).EndObject();
-  return json.Take();
-}
 
 // {"event":"error","error":{…}}
 std::string ErrorLine(const ApiError& error) {
@@ -90,14 +39,23 @@ void VerbExchange::Drain(DrainSpec spec) {
   state_->engine->Drain(std::move(spec), shared_from_this());
 }
 
-void VerbExchange::Scale(uint32_t num_stages) {
+void VerbExchange::Scale(ScaleRequest request) {
   Watch();
-  state_->engine->Scale(num_stages,
-                        [self = shared_from_this()](absl::Status status, ScaleOutcome outcome) {
-                          std::lock_guard lock(self->mu_);
-                          self->ended_ = Ended{std::move(status), outcome};
-                          self->Post();
-                        });
+  streams_ = request.progress;
+  const bool dry_run = request.spec.dry_run;
+  state_->engine->Scale(
+      request.spec,
+      [self = shared_from_this()](ScaleReport report) {
+        std::lock_guard lock(self->mu_);
+        self->report_ = std::move(report);
+        self->Post();
+      },
+      [self = shared_from_this(), dry_run](absl::Status status, ScaleOutcome outcome) {
+        std::lock_guard lock(self->mu_);
+        self->ended_ = Ended{std::move(status), std::nullopt};
+        if (!dry_run) self->ended_->outcome = outcome;
+        self->Post();
+      });
 }
 
 // ---- The engine's thread ----
@@ -140,11 +98,14 @@ void VerbExchange::Take() {
   if (finished_) return;
   if (report) last_ = std::move(report);
   if (ended) return End(*ended);
-  if (last_) Tell(*last_, "progress");
+  if (last_ && streams_) Tell(*last_, "progress");
 }
 
 void VerbExchange::Tell(const Report& report, std::string_view event) {
-  std::string line = std::visit([&](const auto& told) { return LineOf(told, event); }, report);
+  Line(std::visit([&](const auto& told) { return LineOf(told, event); }, report));
+}
+
+void VerbExchange::Line(std::string line) {
   if (std::exchange(streaming_, true)) return responder_->Write(std::move(line));
   HttpResponse head;
   head.content_type = "application/x-ndjson";
@@ -157,18 +118,23 @@ void VerbExchange::Tell(const Report& report, std::string_view event) {
 
 void VerbExchange::End(const Ended& ended) {
   if (!ended.status.ok()) {
-    if (last_ && !streaming_) Tell(*last_, "progress");  // how far it came, then why no further
+    if (last_ && streams_ && !streaming_)
+      Tell(*last_, "progress");  // how far it came, then why no further
     return Fail(ToVerbError(ended.status));
   }
-  if (ended.outcome) {
+  const ScaleReport* const scale = last_ ? std::get_if<ScaleReport>(&*last_) : nullptr;
+  if (!ended.outcome && scale == nullptr) {
+    Tell(last_.value_or(MoveReport{}), "done");
+  } else if (streams_) {
+    Line(ScaleEndLine(ended.outcome, scale ? *scale : ScaleReport()));
+  } else {
     HttpResponse response;
     response.headers = Headers();
-    response.body = ScaleJson(*ended.outcome);
+    response.body = ended.outcome ? OutcomeJson(*ended.outcome) : PlansJson(*scale);
     responder_->Send(std::move(response));
-  } else {
-    Tell(last_.value_or(MoveReport{}), "done");
-    responder_->EndStream();
+    return Finish(200);
   }
+  responder_->EndStream();
   Finish(200);
 }
 

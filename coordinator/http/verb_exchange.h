@@ -21,6 +21,7 @@
 #include "coordinator/http/api_error.h"
 #include "coordinator/http/completion_exchange.h"
 #include "coordinator/http/message.h"
+#include "coordinator/http/verb_request.h"
 
 namespace strait {
 
@@ -32,23 +33,24 @@ class VerbExchange : public VerbListener, public std::enable_shared_from_this<Ve
   // One of the three, once.
   void Migrate(MigrateSpec spec);
   void Drain(DrainSpec spec);
-  void Scale(uint32_t num_stages);
+  void Scale(ScaleRequest request);
 
   void OnMove(MoveReport report) override;
   void OnDrain(DrainReport report) override;
   void OnVerbEnd(absl::Status status) override;
 
  private:
-  using Report = std::variant<MoveReport, DrainReport>;
+  using Report = std::variant<MoveReport, DrainReport, ScaleReport>;
   struct Ended {
     absl::Status status;
-    std::optional<ScaleOutcome> outcome;  // of a scale
+    std::optional<ScaleOutcome> outcome;  // of a scale, but of no dry run
   };
 
   void Watch();  // the client
   void Post();   // under mu_
   void Take();   // what was posted for
   void Tell(const Report& report, std::string_view event);
+  void Line(std::string line);
   void End(const Ended& ended);
   void Fail(const ApiError& error);
   void Abandoned(AbandonReason reason);
@@ -63,6 +65,7 @@ class VerbExchange : public VerbListener, public std::enable_shared_from_this<Ve
 
   // Used in posts only.
   std::optional<Report> last_;  // that was told
+  bool streams_ = true;         // a line for each report
   bool streaming_ = false;
   bool finished_ = false;
 

@@ -102,16 +102,20 @@ std::variant<DrainSpec, ApiError> ParseDrain(std::string_view body) {
   return spec;
 }
 
-std::variant<uint32_t, ApiError> ParseScale(std::string_view body) {
+std::variant<ScaleRequest, ApiError> ParseScale(std::string_view body) {
   std::variant<json::Object, ApiError> parsed = ParseBody(body);
   if (auto* error = std::get_if<ApiError>(&parsed)) return std::move(*error);
   const json::Object& object = std::get<json::Object>(parsed);
   Fields fields(object);
-  RefuseUnknown(fields, object, {"stages"});
+  RefuseUnknown(fields, object, {"stages", "dry_run", "progress"});
   const std::optional<int64_t> stages = fields.Int("stages", 1, limits::kMaxStagesPerPipeline);
   if (!stages) fields.Fail("stages", "\"stages\" is missing: how many each pipeline is to have");
+  ScaleRequest request;
+  request.spec.dry_run = fields.Bool("dry_run", false);
+  request.progress = fields.Bool("progress", false);
   if (!fields.ok()) return *fields.error();
-  return static_cast<uint32_t>(*stages);
+  request.spec.num_stages = static_cast<uint32_t>(*stages);
+  return request;
 }
 
 ApiError ToVerbError(const absl::Status& status) {

@@ -30,8 +30,12 @@ std::variant<MigrateSpec, ApiError> ParseMigrate(std::string_view body);
 // out.
 std::variant<DrainSpec, ApiError> ParseDrain(std::string_view body);
 
-// {"stages": 3}: the number of stages.
-std::variant<uint32_t, ApiError> ParseScale(std::string_view body);
+struct ScaleRequest {
+  ScaleSpec spec;
+  bool progress = false;  // the answer is a line for each report; else one object at the end
+};
+// {"stages": 3, "dry_run": false, "progress": false}; all but the first may be left out.
+std::variant<ScaleRequest, ApiError> ParseScale(std::string_view body);
 
 // How the end of a verb looks to who asked for it. Unlike a request's (ToApiError): no room is 507, which no client
 // repeats by itself, and what cannot be just now is 409.

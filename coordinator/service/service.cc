@@ -12,6 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "coordinator/service/engine_metrics.h"
+#include "coordinator/service/loop_events.h"
 #include "coordinator/service/loop_queue.h"
 #include "proto/base/limits.h"
 #include "proto/base/log.h"
@@ -20,6 +21,7 @@
 #include "proto/rpc/clock.h"
 
 namespace strait {
+using namespace loop;
 namespace {
 
 constexpr uint64_t kTickUs = 50'000;
@@ -30,45 +32,6 @@ constexpr uint64_t kIdleStatusPeriodUs = 1'000'000;
 constexpr uint64_t kAskedLatelyUs = 5'000'000;
 // How long a worker may take to read its stream's end.
 constexpr uint64_t kEndGraceUs = 1'000'000;
-
-struct Attached {
-  WorkerId worker;
-  v1::Hello hello;
-  std::shared_ptr<WorkerStream> stream;
-};
-struct Said {
-  WorkerId worker;
-  v1::FromWorker message;
-};
-struct Ended {
-  WorkerId worker;
-  absl::Status why;
-};
-struct Submitted {
-  RequestId request;
-  RequestSpec spec;
-  std::shared_ptr<RequestListener> listener;
-};
-struct Cancelled {
-  RequestId request;
-  std::optional<uint32_t> sequence_index;
-};
-struct Scaling {
-  uint32_t num_stages = 0;
-  Engine::ScaleDone done;
-};
-struct Migrating {
-  MigrateSpec spec;
-  std::shared_ptr<VerbListener> listener;
-};
-struct DrainAsked {
-  DrainSpec spec;
-  std::shared_ptr<VerbListener> listener;
-};
-struct Flushing {};
-struct StopLoop {};
-using Event = std::variant<Attached, Said, Ended, Submitted, Cancelled, Scaling, Migrating,
-                           DrainAsked, Flushing, StopLoop>;
 
 }  // namespace
 
@@ -128,11 +91,11 @@ class CoordinatorService::Impl {
     }
     listener->OnRefused(absl::UnavailableError("the coordinator stops"));
   }
-  void Scale(uint32_t num_stages, ScaleDone done) {
+  void Scale(ScaleSpec spec, ScaleProgress progress, ScaleDone done) {
     {
       std::lock_guard lock(submit_mu_);
       if (!stopped_) {
-        queue_.Push(Scaling{num_stages, std::move(done)});
+        queue_.Push(Scaling{spec, std::move(progress), std::move(done)});
         return;
       }
     }
@@ -211,7 +174,9 @@ class CoordinatorService::Impl {
       listener->OnRefused(absl::UnavailableError("the coordinator stops"));
     }
     listeners_.clear();
-    for (auto& [scale, done] : scales_) done(absl::UnavailableError("the coordinator stops"), {});
+    for (auto& [scale, asked] : scales_) {
+      asked.done(absl::UnavailableError("the coordinator stops"), {});
+    }
     scales_.clear();
     for (auto& [verb, listener] : verbs_) {
       listener->OnVerbEnd(absl::UnavailableError("the coordinator stops"));
@@ -305,9 +270,11 @@ class CoordinatorService::Impl {
 
   void On(Scaling& scaling, uint64_t now_us) {
     const ScaleId id{++last_scale_};
-    Log(LogLevel::kInfo, "scale", {{"scale", id.value}, {"stages", scaling.num_stages}});
-    scales_[id] = std::move(scaling.done);
-    core_.OnScale(id, scaling.num_stages, now_us);
+    const ScaleSpec spec = scaling.spec;
+    Log(LogLevel::kInfo, spec.dry_run ? "scale, as a dry run" : "scale",
+        {{"scale", id.value}, {"stages", spec.num_stages}});
+    scales_[id] = std::move(scaling);
+    core_.OnScale(id, spec, now_us);
   }
 
   void On(Migrating& migrating, uint64_t now_us) {
@@ -397,16 +364,28 @@ class CoordinatorService::Impl {
          {"why", answered.status},
          {"pipelines", reply.pipelines()},
          {"pause_us", reply.pause_us()},
+         {"residents", reply.residents()},
+         {"resident_pause_p50_us", reply.resident_pause_p50_us()},
+         {"resident_pause_max_us", reply.resident_pause_max_us()},
          {"rows_lost", reply.rows_lost()},
          {"moved_bytes", reply.moved_bytes()}});
     auto node = scales_.extract(answered.scale);
     if (!node) return;
-    node.mapped()(std::move(answered.status), {.pipelines = reply.pipelines(),
-                                               .pause_us = reply.pause_us(),
-                                               .rows_kept = reply.rows_kept(),
-                                               .rows_lost = reply.rows_lost(),
-                                               .moved_bytes = reply.moved_bytes()});
+    // Who asked looks at the status next, and is to see what came of it.
+    Publish(MonotonicMicros());
+    node.mapped().done(std::move(answered.status),
+                       {.pipelines = reply.pipelines(),
+                        .pause_us = reply.pause_us(),
+                        .rows_kept = reply.rows_kept(),
+                        .rows_lost = reply.rows_lost(),
+                        .moved_bytes = reply.moved_bytes(),
+                        .pauses = {.residents = reply.residents(),
+                                   .min_us = reply.resident_pause_min_us(),
+                                   .p50_us = reply.resident_pause_p50_us(),
+                                   .max_us = reply.resident_pause_max_us()}});
   }
+
+  void Do(ScaleTold& told) { scales_.at(told.scale).progress(std::move(told.report)); }
 
   void Do(MoveTold& told) { verbs_.at(told.verb)->OnMove(std::move(told.report)); }
   void Do(DrainTold& told) { verbs_.at(told.verb)->OnDrain(std::move(told.report)); }
@@ -450,7 +429,7 @@ class CoordinatorService::Impl {
   std::vector<std::pair<uint64_t, std::shared_ptr<WorkerStream>>> ending_;  // (abort at, stream)
   std::unordered_map<RequestId, std::shared_ptr<RequestListener>> listeners_;
   uint64_t last_scale_ = 0;
-  std::unordered_map<ScaleId, ScaleDone> scales_;  // not answered
+  std::unordered_map<ScaleId, Scaling> scales_;  // not answered
   uint64_t last_verb_ = 0;
   std::unordered_map<VerbId, std::shared_ptr<VerbListener>> verbs_;  // not ended
 
@@ -484,8 +463,8 @@ void CoordinatorService::Migrate(MigrateSpec spec, std::shared_ptr<VerbListener>
 void CoordinatorService::Drain(DrainSpec spec, std::shared_ptr<VerbListener> listener) {
   impl_->Ask(DrainAsked{std::move(spec), std::move(listener)});
 }
-void CoordinatorService::Scale(uint32_t num_stages, ScaleDone done) {
-  impl_->Scale(num_stages, std::move(done));
+void CoordinatorService::Scale(ScaleSpec spec, ScaleProgress progress, ScaleDone done) {
+  impl_->Scale(spec, std::move(progress), std::move(done));
 }
 void CoordinatorService::Flush() { impl_->Flush(); }
 bool CoordinatorService::Ready() const { return impl_->ready; }

@@ -54,7 +54,7 @@ class CoordinatorService final : public Engine {
   const std::vector<TokenId>& eos_token_ids() const override;
   void Migrate(MigrateSpec spec, std::shared_ptr<VerbListener> listener) override;
   void Drain(DrainSpec spec, std::shared_ptr<VerbListener> listener) override;
-  void Scale(uint32_t num_stages, ScaleDone done) override;
+  void Scale(ScaleSpec spec, ScaleProgress progress, ScaleDone done) override;
   void Flush() override;
   std::string StatusJson() const override;
   std::string MetricsText() const override;

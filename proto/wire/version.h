@@ -8,7 +8,7 @@
 namespace strait {
 
 // Raised whenever a .proto changes its meaning. Exchanged in Hello; ends must be equal.
-inline constexpr uint32_t kWireVersion = 10;
+inline constexpr uint32_t kWireVersion = 11;
 
 inline constexpr char kVersion[] = "0.1.0";
 

@@ -71,7 +71,10 @@ def test_the_same_tokens_while_stages_change(workers, changes):
         assert logprobs == whole["logprobs"]["token_logprobs"]
         assert cluster.status()["stats"]["recoveries"] == 0
         assert cluster.status()["stats"]["recomputed_rows"] == 0
-        moved = [re.search(r"computed again 0, moved ([\d.]+ \w+)\n", one.stdout).group(1) for one in done]
+        moved = [re.search(r"computed again 0, moved ([\d.]+ \w+); 1 sequence stood still for [\d.]+ to [\d.]+ ms", one.stdout).group(1)
+                 for one in done]
+        residents = cluster.status()["last_scale"]["residents"]
+        assert residents["count"] == 1 and residents["longest"][0]["pause_us"] == residents["pause_max_us"] > 0, residents
         assert [one != "0 B" for one in moved] == ([False] * 4 if workers == 1 else [True, True, False, True, True]), moved
         assert sum(len(one) for one in layers(cluster)) == 2
         assert {w["id"] for w in cluster.status()["workers"]} >= {before["id"]}
@@ -132,6 +135,11 @@ def test_a_worker_that_dies_with_two_stages_is_replaced():
 
 def test_what_cannot_be_is_refused_with_the_reason():
     with cluster_of(1) as cluster:
+        planned = strait("scale", "--stages", 2, "--dry-run", "--coordinator", cluster.base_url)
+        assert planned.returncode == 0 and "pipeline 1 could get 2 stages" in planned.stdout, planned
+        assert len(layers(cluster)[0]) == 1
+        dry = strait("scale", "--stages", 200, "--dry-run", "--coordinator", cluster.base_url)
+        assert dry.returncode == 1 and "a stage has a layer at least" in dry.stderr
         many = scale(cluster, 200)
         assert many.returncode == 1
         assert "a stage has a layer at least" in many.stderr

@@ -219,6 +219,7 @@ void SimCluster::Pump() {
                                         stats.workers_lost + drains_.num_asked() + outcome_.leaves);
                    },
                    [&](const ScaleAnswered& m) { OnScaled(m); },
+                   [](const ScaleTold&) {},
                    [&](const MoveTold& m) { moves_.OnMessage(m); },
                    [&](const DrainTold& m) { drains_.OnMessage(m); },
                    [&](const VerbEnded& m) {

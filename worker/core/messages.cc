@@ -154,6 +154,17 @@ v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, Pipelin
   return message;
 }
 
+v1::FromWorker LinkedMessage(uint64_t stage_id, const absl::Status& why, const Edge* edge) {
+  v1::FromWorker message;
+  v1::StageLinked& linked = *message.mutable_stage_linked();
+  linked.set_stage_id(stage_id);
+  if (why.ok()) return message;
+  linked.set_error_code(static_cast<uint32_t>(why.code()));
+  linked.set_error_message(std::string(rpc::Bounded(why).message()));
+  if (edge != nullptr) SetFailed(*edge, &linked);
+  return message;
+}
+
 v1::FromWorker StuckMessage(uint64_t stage_id, PipelineEpoch epoch, uint64_t step_id,
                             const absl::Status& why, const Edge* edge) {
   v1::FromWorker message;
@@ -229,6 +240,10 @@ absl::Status CheckActivate(const v1::ActivateStage& activate) {
     STRAIT_RETURN_IF_ERROR(rpc::ParseHostPort(activate.next_data_address()).status());
   }
   const bool over_nccl = activate.edge_over_nccl() || !activate.next_nccl_id().empty();
+  if ((activate.edge_made() && !activate.edge_over_nccl()) ||
+      (activate.next_edge_made() && activate.next_nccl_id().empty())) {
+    return absl::InvalidArgumentError("an edge that was made ahead is NCCL");
+  }
   if ((first && activate.edge_over_nccl()) || (last && !activate.next_nccl_id().empty()) ||
       (!activate.next_nccl_id().empty() &&
        activate.next_nccl_id().size() != limits::kNcclIdBytes)) {
@@ -241,6 +256,19 @@ absl::Status CheckActivate(const v1::ActivateStage& activate) {
                                                    limits::kMaxStepTokens));
   }
   return CheckSampledEdge(activate);
+}
+
+absl::Status CheckLink(const v1::LinkStage& link) {
+  const v1::ActivateStage& future = link.future();
+  if (future.has_epoch() || future.host_blocks() > 0 || future.restores_size() > 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("edges of stage ", future.stage_id(), " with an epoch, host memory or rows"));
+  }
+  if (future.edge_made() || future.next_edge_made()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("edges of stage ", future.stage_id(), " are to be made, and were made"));
+  }
+  return CheckActivate(future);
 }
 
 namespace {

@@ -35,6 +35,8 @@ v1::FromWorker ServedMessage(uint64_t stage_id, PipelineEpoch epoch,
                              const Exporter::Served& served);
 v1::FromWorker ReplicatedMessage(const ReplicaStore::Told& told);
 v1::FromWorker EdgeIdMessage(uint64_t stage_id, PipelineEpoch epoch, std::string nccl_id);
+// `why` not ok: an edge of a stage that is in no epoch yet broke, or was refused; `edge`: which, if it was one.
+v1::FromWorker LinkedMessage(uint64_t stage_id, const absl::Status& why, const Edge* edge);
 // Answers a request of the coordinator that failed; `epoch` of an activation.
 // `edge`: what failed, if it was one; null otherwise.
 v1::FromWorker FailedMessage(uint64_t stage_id, const absl::Status& why, PipelineEpoch epoch,
@@ -49,6 +51,8 @@ absl::StatusOr<uint32_t> CheckCacheBytes(uint64_t cache_bytes, uint64_t block_by
 absl::Status CheckLoad(const v1::LoadStage& load, uint32_t num_layers, uint64_t block_bytes);
 // InvalidArgument: indices, neighbours, nonces and addresses contradict each other.
 absl::Status CheckActivate(const v1::ActivateStage& activate);
+// InvalidArgument: an activation to come, or what it may not have.
+absl::Status CheckLink(const v1::LinkStage& link);
 // InvalidArgument: what a stage of these layers is to have before it is active is malformed.
 absl::Status CheckRestores(const v1::ActivateStage& activate, LayerRange layers,
                            const StageTraits& traits);

@@ -74,6 +74,7 @@ void WorkerCore::OnDetached(uint64_t now_us) {
   ports_->CancelLoads(last_serial_);
   for (auto it = hosted_.begin(); it != hosted_.end();) {
     it->second.resize_due = false;  // the next coordinator asks anew
+    it->second.linking = false;
     if (it->second.stage != nullptr) {
       it->second.stage->EndTransfers();
       TellRestored(it->second);
@@ -104,6 +105,8 @@ void WorkerCore::OnMessage(v1::ToWorker message, uint64_t now_us) {
       return OnLoad(message.load_stage());
     case v1::ToWorker::kActivateStage:
       return OnActivate(message.activate_stage(), now_us);
+    case v1::ToWorker::kLinkStage:
+      return OnLink(message.link_stage());
     case v1::ToWorker::kUnloadStage:
       return OnUnload(message.unload_stage().stage_id());
     case v1::ToWorker::kResizeCache:
@@ -138,6 +141,7 @@ void WorkerCore::OnActivate(const v1::ActivateStage& activate, uint64_t now_us) 
       return absl::FailedPreconditionError(absl::StrCat("stage ", id, " is not loaded"));
     }
     STRAIT_RETURN_IF_ERROR(CheckActivate(activate));
+    STRAIT_RETURN_IF_ERROR(CheckMade(activate, *hosted));
     STRAIT_RETURN_IF_ERROR(CheckRestores(activate, hosted->layers, traits_));
     const uint64_t block_bytes = hosted->layers.size() * traits_.block_bytes;
     if (activate.host_blocks() <= options_.host_cache_bytes / block_bytes) return absl::OkStatus();
@@ -168,7 +172,11 @@ void WorkerCore::TakeOver(uint64_t stage_id, Hosted& hosted) {
     if (it == nullptr) continue;
     predecessors.push_back(it->stage.get());
     // A receive that was posted for it would never be matched.
-    ForgetEdges(before);
+    if (it->is_stuck || it->activating) {
+      ForgetEdges(before);
+    } else {
+      transport_->Retire(before);
+    }
     it->in = {};
     it->out = {};
     it->memory = {};
@@ -185,60 +193,17 @@ void WorkerCore::TakeOver(uint64_t stage_id, Hosted& hosted) {
 
 void WorkerCore::Enter(uint64_t stage_id, Hosted& hosted, const v1::ActivateStage& activate) {
   hosted.is_stuck = false;
-  DropNcclEdges(stage_id, hosted);
-  SetIncoming(stage_id, hosted, IncomingEdge(activate));
-  const bool is_up = SetOutgoing(stage_id, hosted, OutgoingEdge(activate));
+  hosted.linking = false;
+  const std::optional<Edge> in = IncomingEdge(activate);
+  const std::optional<Edge> out = OutgoingEdge(activate);
+  DropNcclEdges(stage_id, hosted, in, out);
+  SetIncoming(stage_id, hosted, in);
+  const bool is_up = SetOutgoing(stage_id, hosted, out);
   // What came for older epochs is refused now, or was dropped.
   transport_->Consumed(stage_id, hosted.stage->epoch(), StepId{0});
   hosted.activating = true;
   hosted.edge_due = !is_up;
   TellActive(hosted);
-}
-
-void WorkerCore::SetIncoming(uint64_t stage_id, Hosted& hosted, const std::optional<Edge>& next) {
-  if (hosted.in.Continues(next)) return;
-  const bool had_one = hosted.in.edge.has_value();
-  hosted.in = {.edge = next};
-  if (next) {
-    transport_->Expect(*next);
-  } else if (had_one) {
-    transport_->Forget(stage_id);
-  }
-}
-
-bool WorkerCore::SetOutgoing(uint64_t stage_id, Hosted& hosted, const std::optional<Edge>& next) {
-  if (hosted.out.Continues(next)) {
-    // That it worked is no proof that it does: who answers now is there.
-    if (hosted.out.is_up) transport_->Probe(stage_id);
-    return false;
-  }
-  const bool had_one = hosted.out.edge.has_value();
-  hosted.out = {.edge = next};
-  hosted.memory = {};
-  if (next) {
-    transport_->Connect(*next);
-  } else if (had_one) {
-    transport_->Disconnect(stage_id);
-  }
-  return !next;
-}
-
-void WorkerCore::ForgetEdges(uint64_t stage_id) {
-  transport_->Disconnect(stage_id);
-  transport_->Forget(stage_id);
-}
-
-void WorkerCore::DropNcclEdges(uint64_t stage_id, Hosted& hosted) {
-  const auto over_nccl = [](const End& end) { return end.edge && end.edge->over_nccl; };
-  if (over_nccl(hosted.out)) {
-    transport_->Disconnect(stage_id);
-    hosted.out = {};
-    hosted.memory = {};
-  }
-  if (over_nccl(hosted.in)) {
-    transport_->Forget(stage_id);
-    hosted.in = {};
-  }
 }
 
 void WorkerCore::OnEdgeUp(const Edge& edge, HiddenMemory memory) {
@@ -247,6 +212,9 @@ void WorkerCore::OnEdgeUp(const Edge& edge, HiddenMemory memory) {
   hosted->out.is_up = true;
   hosted->memory = std::move(memory);
   hosted->edge_due = false;
+  if (std::exchange(hosted->linking, false)) {
+    ports_->Tell(LinkedMessage(edge.from_stage_id, absl::OkStatus(), nullptr));
+  }
   TellActive(*hosted);
 }
 
@@ -254,7 +222,9 @@ void WorkerCore::OnEdgeDown(const Edge& edge, const absl::Status& why) {
   if (Hosted* const from = FindByEdge(edge.from_stage_id, &Hosted::out, edge)) {
     from->out.is_up = false;
     from->out.is_down = true;
-    if (std::exchange(from->activating, false)) {
+    if (IsAhead(*from)) {
+      TellUnlinked(edge.from_stage_id, *from, why, edge);
+    } else if (std::exchange(from->activating, false)) {
       from->is_stuck = true;
       TellFailed(edge.from_stage_id, why, from->stage->epoch(), &edge);
     } else {
@@ -266,7 +236,11 @@ void WorkerCore::OnEdgeDown(const Edge& edge, const absl::Status& why) {
     to->in.is_down = true;
     // As it was told: a receiver knows less of it.
     const Edge told = *to->in.edge;
-    TellStuck(*to, 0, why, &told);
+    if (IsAhead(*to)) {
+      TellUnlinked(edge.to_stage_id, *to, why, told);
+    } else {
+      TellStuck(*to, 0, why, &told);
+    }
     // Told first: the other end of an edge that did not break sees it end, too, and is not to be believed.
     if (told.over_nccl) DropNcclEdges(edge.to_stage_id, *to);
   }

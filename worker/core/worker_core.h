@@ -174,6 +174,7 @@ class WorkerCore {
     bool unload_when_loaded = false;
     bool took_over = false;   // from its predecessors
     bool resize_due = false;  // CacheResized not yet told
+    bool linking = false;     // in no epoch yet, and StageLinked not yet told
     bool activating = false;  // ACTIVE not yet told:
     bool edge_due = false;    // its next edge is not up in this epoch, or
     bool restoring = false;   // its first rows are not all here
@@ -220,8 +221,19 @@ class WorkerCore {
   // Whether there is none: of one, on_edge_up tells that the receiver answered in this epoch.
   bool SetOutgoing(uint64_t stage_id, Hosted& hosted, const std::optional<Edge>& next);
   void ForgetEdges(uint64_t stage_id);
-  // Those over NCCL, which end with the epoch: together, and before any of the next is made.
-  void DropNcclEdges(uint64_t stage_id, Hosted& hosted);
+  // Those over NCCL, which end with the epoch: together, and before any of the next is made. But for `in` and `out`: those
+  // were made ahead for the epoch that begins.
+  void DropNcclEdges(uint64_t stage_id, Hosted& hosted, const std::optional<Edge>& in = {},
+                     const std::optional<Edge>& out = {});
+
+  // ---- Edges made ahead (edges.cc) ----
+  void OnLink(const v1::LinkStage& link);
+  // In no epoch yet.
+  static bool IsAhead(const Hosted& hosted);
+  // Of such a one: an edge of it broke.
+  void TellUnlinked(uint64_t stage_id, Hosted& hosted, const absl::Status& why, const Edge& edge);
+  // Unavailable: an edge that this activation goes on with, and cannot open anew, is not there.
+  static absl::Status CheckMade(const v1::ActivateStage& activate, const Hosted& hosted);
 
   // If nothing of its activation is awaited any more.
   void TellActive(Hosted& hosted);

@@ -81,6 +81,13 @@ void Edges::Forget(uint64_t to_stage_id) {
   nccl_incoming_.erase(to_stage_id);
 }
 
+void Edges::Retire(uint64_t stage_id) {
+  if (nccl_) nccl_->Retire(stage_id);
+  nccl_outgoing_.erase(stage_id);
+  nccl_incoming_.erase(stage_id);
+  grpc_->Retire(stage_id);
+}
+
 void Edges::Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId step) {
   Incoming(to_stage_id).Consumed(to_stage_id, epoch, step);
 }

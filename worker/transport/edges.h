@@ -32,6 +32,7 @@ class Edges final : public Transport {
   void Disconnect(uint64_t from_stage_id) override;
   void Expect(const Edge& edge) override;
   void Forget(uint64_t to_stage_id) override;
+  void Retire(uint64_t stage_id) override;
   void Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId step) override;
   // A plan was accepted: so many rows of this step will come. Receives over NCCL are posted by it.
   void Due(uint64_t to_stage_id, PipelineEpoch epoch, StepId step, uint32_t num_tokens);

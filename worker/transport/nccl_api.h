@@ -45,6 +45,8 @@ class NcclApi {
   // Device memory, ordered by `stream`, to and from the other rank.
   virtual NcclCode Send(NcclComm* comm, const std::byte* data, size_t bytes, void* stream) = 0;
   virtual NcclCode Receive(NcclComm* comm, std::byte* data, size_t bytes, void* stream) = 0;
+  // Of one on which nothing is under way: once AsyncError says success, Destroy is safe.
+  virtual NcclCode Finalize(NcclComm* comm) = 0;
   // Revoke (2.28.9) stops what is under way without freeing; once AsyncError says success, Destroy
   // is safe. May block like Abort, which stops and frees at once.
   virtual bool can_revoke() const = 0;

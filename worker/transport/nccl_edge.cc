@@ -104,6 +104,14 @@ std::optional<HiddenBuffer> NcclEdge::Place(size_t bytes) {
   return arena->Take(bytes);
 }
 
+void NcclEdge::Probe() {
+  {
+    std::lock_guard lock(mu_);
+    probed_ = true;
+  }
+  changed_.notify_one();
+}
+
 void NcclEdge::Drop() {
   silent_ = true;
   {
@@ -111,6 +119,12 @@ void NcclEdge::Drop() {
     dropped_ = true;
   }
   place_.End();
+  changed_.notify_one();
+}
+
+void NcclEdge::Retire() {
+  silent_ = true;
+  retired_ = true;
   changed_.notify_one();
 }
 
@@ -129,19 +143,13 @@ void NcclEdge::Watch(uint64_t now_us) {
 
 // ---------------------------------------------------------------- its own thread
 
-template <class F>
-NcclCode NcclEdge::Call(const char* what, F call) {
-  call_ = what;
-  call_since_us_ = MonotonicMicros();
-  const NcclCode code = call();
-  call_since_us_ = 0;
-  return code;
-}
-
 void NcclEdge::Run() {
   // Naps of microseconds would be stretched to 50 of them.
   (void)prctl(PR_SET_TIMERSLACK, kTimerSlackNs, 0, 0, 0);
-  if (const absl::Status ended = Serve(); !ended.ok()) TellDown(ended);
+  const absl::Status ended = Serve();
+  if (!ended.ok()) TellDown(ended);
+  settled_ = retired_ && ended.ok() && made_ && running_.empty() && !posting_;
+  if (settled_) Linger();
   TearDown();
   place_.Gone();
   finished_ = true;
@@ -153,18 +161,26 @@ absl::Status NcclEdge::Serve() {
   if (dropped()) return absl::OkStatus();
   STRAIT_RETURN_IF_ERROR(Prepare());
   STRAIT_RETURN_IF_ERROR(MakeCommunicator());
-  if (role_ == Role::kSend && !silent_) context_->events.transport.on_edge_up(edge_, {});
+  if (edge_.ahead) {
+    AddProof();
+  } else {
+    TellUp();
+  }
   patient_since_us_ = moved_us_ = MonotonicMicros();
   for (;;) {
+    bool probed = false;
     {
       std::lock_guard lock(mu_);
-      if (dropped_) return absl::OkStatus();
+      if (dropped_ || IsOver()) return absl::OkStatus();
+      probed = std::exchange(probed_, false);
       while (!given_.empty()) {
         waiting_.push_back(std::move(given_.front()));
         given_.pop_front();
       }
     }
+    if (probed) asked_us_ = 0;  // before an answer NCCL is asked
     STRAIT_ASSIGN_OR_RETURN(const bool moved, Advance());
+    if (probed) TellUp();
     STRAIT_RETURN_IF_ERROR(CheckPatience(MonotonicMicros()));
     Pause(moved);
   }
@@ -223,6 +239,23 @@ absl::Status NcclEdge::MakeCommunicator() {
   if (code != kNcclSuccess) return Error("ncclCommInitRankConfig", code);
   made_ = true;
   return absl::OkStatus();
+}
+
+void NcclEdge::AddProof() {
+  Op op;
+  op.proves = proving_ = true;
+  op.hidden.num_tokens = 1;
+  if (role_ == Role::kSend) {
+    op.hidden.data = HiddenBuffer(std::vector<std::byte>(Bytes(op)));
+    std::lock_guard lock(mu_);
+    queued_bytes_ += Bytes(op);
+    ++num_unplaced_;
+  }
+  waiting_.push_back(std::move(op));
+}
+
+void NcclEdge::TellUp() {
+  if (role_ == Role::kSend && !silent_) context_->events.transport.on_edge_up(edge_, {});
 }
 
 absl::StatusOr<NcclCode> NcclEdge::WaitWhileInProgress(NcclCode code, uint64_t until_us) {
@@ -328,12 +361,19 @@ void NcclEdge::Complete(Op op) {
   if (role_ == Role::kSend) {
     std::lock_guard lock(mu_);
     queued_bytes_ -= Bytes(op);
-  } else if (!silent_) {
+  }
+  if (op.proves) {
+    proving_ = false;
+    TellUp();
+  } else if (role_ == Role::kReceive && !silent_) {
     context_->events.transport.on_hidden(edge_.to_stage_id, std::move(op.hidden));
   }
 }
 
 absl::Status NcclEdge::CheckPatience(uint64_t now_us) {
+  if (proving_ && now_us > set_up_until_us_) {
+    return absl::DeadlineExceededError("the first row did not go over it in time");
+  }
   const bool send = role_ == Role::kSend;
   // A receive that is not posted waits for this worker, not for the other.
   const bool under_way = !running_.empty() || posting_ || (send && !waiting_.empty());
@@ -352,7 +392,7 @@ void NcclEdge::Pause(bool moved) {
   if (still_us < kEagerUs) return std::this_thread::yield();
   const bool busy = !running_.empty() || posting_ || !waiting_.empty() || still_us < kAwakeUs;
   std::unique_lock lock(mu_);
-  if (!given_.empty() || dropped_) return;
+  if (!given_.empty() || dropped_ || probed_) return;
   if (busy) {
     changed_.wait_for(lock, kNap);
   } else {
@@ -363,67 +403,6 @@ void NcclEdge::Pause(bool moved) {
 bool NcclEdge::dropped() {
   std::lock_guard lock(mu_);
   return dropped_;
-}
-
-void NcclEdge::TearDown() {
-  const uint64_t since_us = MonotonicMicros();
-  place_.Stop();
-  const char* call = "";
-  if (comm_ != nullptr) {
-    if (!place_.AwaitOthers(Micros(context_->options.leave_timeout))) {
-      Log(LogLevel::kWarning,
-          "an NCCL edge is torn down while another has operations on the device",
-          {{"from_stage", edge_.from_stage_id}, {"to_stage", edge_.to_stage_id}});
-    }
-    call = TearDownCommunicator();
-  }
-  EdgeDevice& device = *context_->offer.device;
-  // Nothing touches the memory any more when the stream is empty; only then does it go back. The arena
-  // goes back to its pool, for to free it would wait for the operations of other edges.
-  if (stream_ != nullptr) {
-    Call("the end of the edge's stream", [&] {
-      device.FreeStream(stream_);
-      return kNcclSuccess;
-    });
-  }
-  for (void* event : events_) device.FreeEvent(event);
-  posting_.reset();
-  running_.clear();
-  waiting_.clear();
-  {
-    std::lock_guard lock(mu_);
-    given_.clear();
-    arena_.reset();
-  }
-  if (const uint64_t took_us = MonotonicMicros() - since_us; took_us > kLongUs) {
-    Log(LogLevel::kInfo, "the teardown of an NCCL edge took long",
-        {{"from_stage", edge_.from_stage_id},
-         {"to_stage", edge_.to_stage_id},
-         {"call", call},
-         {"took_us", took_us}});
-  }
-}
-
-const char* NcclEdge::TearDownCommunicator() {
-  NcclApi& nccl = *context_->offer.nccl;
-  bool quiet = false;
-  if (made_ && nccl.can_revoke()) {
-    const NcclCode code = Call("ncclCommRevoke", [&] { return nccl.Revoke(comm_); });
-    const auto settled =
-        WaitWhileInProgress(code, MonotonicMicros() + Micros(context_->options.revoke_timeout));
-    quiet = settled.ok() && *settled == kNcclSuccess;
-  }
-  const char* const what = quiet ? "ncclCommDestroy" : "ncclCommAbort";
-  const NcclCode code = Call(what, [&] { return quiet ? nccl.Destroy(comm_) : nccl.Abort(comm_); });
-  comm_ = nullptr;
-  if (code != kNcclSuccess) {
-    Log(LogLevel::kWarning, "an NCCL edge was torn down with an error",
-        {{"from_stage", edge_.from_stage_id},
-         {"to_stage", edge_.to_stage_id},
-         {"call", what},
-         {"why", nccl.Text(code)}});
-  }
-  return what;
 }
 
 void NcclEdge::TellDown(const absl::Status& why) {

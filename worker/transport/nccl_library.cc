@@ -71,6 +71,7 @@ class Library final : public NcclApi {
     int (*async_error)(NcclComm*, int*) = nullptr;
     int (*send)(const void*, size_t, int, int, NcclComm*, void*) = nullptr;
     int (*receive)(void*, size_t, int, int, NcclComm*, void*) = nullptr;
+    int (*finalize)(NcclComm*) = nullptr;
     int (*destroy)(NcclComm*) = nullptr;
     int (*abort)(NcclComm*) = nullptr;
     const char* (*text)(int) = nullptr;
@@ -102,6 +103,7 @@ class Library final : public NcclApi {
   NcclCode Receive(NcclComm* comm, std::byte* data, size_t bytes, void* stream) override {
     return f_.receive(data, bytes, kBytes, 0, comm, stream);
   }
+  NcclCode Finalize(NcclComm* comm) override { return f_.finalize(comm); }
   bool can_revoke() const override { return f_.revoke != nullptr; }
   NcclCode Revoke(NcclComm* comm) override { return f_.revoke(comm, 0); }
   NcclCode Destroy(NcclComm* comm) override { return f_.destroy(comm); }
@@ -142,6 +144,7 @@ absl::StatusOr<std::shared_ptr<NcclApi>> LoadNccl(const std::string& path) {
   find(f.async_error, "ncclCommGetAsyncError", true);
   find(f.send, "ncclSend", true);
   find(f.receive, "ncclRecv", true);
+  find(f.finalize, "ncclCommFinalize", true);
   find(f.destroy, "ncclCommDestroy", true);
   find(f.abort, "ncclCommAbort", true);
   find(f.text, "ncclGetErrorString", true);

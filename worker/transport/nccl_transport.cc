@@ -32,9 +32,10 @@ class NcclTransport::Impl {
   ~Impl() {
     std::unique_lock lock(mu_);
     for (auto* edges : {&outgoing_, &incoming_}) {
-      for (auto& [id, edge] : *edges) Retire(std::move(edge));
+      for (auto& [id, edge] : *edges) Drop(std::move(edge));
       edges->clear();
     }
+    for (auto& edge : retired_) edge->Drop();
     changed_.wait(lock, [this] { return retired_.empty(); });
     stop_ = true;
     lock.unlock();
@@ -56,8 +57,22 @@ class NcclTransport::Impl {
     auto& edges = Edges(role);
     const auto it = edges.find(stage_id);
     if (it == edges.end()) return;
-    Retire(std::move(it->second));
+    Drop(std::move(it->second));
     edges.erase(it);
+  }
+
+  void Retire(uint64_t stage_id, NcclEdge::Role role) {
+    std::lock_guard lock(mu_);
+    auto& edges = Edges(role);
+    const auto it = edges.find(stage_id);
+    if (it == edges.end()) return;
+    it->second->Retire();
+    retired_.push_back(std::move(it->second));
+    edges.erase(it);
+    size_t lingering = 0;
+    for (auto edge = retired_.rbegin(); edge != retired_.rend(); ++edge) {
+      if ((*edge)->retired() && ++lingering > kMaxLingering) (*edge)->Drop();
+    }
   }
 
   // Loop thread: nobody else takes edges out of the maps.
@@ -76,7 +91,7 @@ class NcclTransport::Impl {
   }
 
   // REQUIRES: mu_ held.
-  void Retire(std::unique_ptr<NcclEdge> edge) {
+  void Drop(std::unique_ptr<NcclEdge> edge) {
     edge->Drop();
     retired_.push_back(std::move(edge));
   }
@@ -140,8 +155,8 @@ absl::Status NcclTransport::SendSampled(uint64_t, SampledStep) {
   return absl::InternalError("sampled ids were given to an edge of hidden states");
 }
 
-void NcclTransport::Probe(uint64_t) {
-  STRAIT_CHECK(false, "an edge over NCCL ends with its epoch");
+void NcclTransport::Probe(uint64_t from_stage_id) {
+  if (NcclEdge* const edge = impl_->Find(from_stage_id, NcclEdge::Role::kSend)) edge->Probe();
 }
 
 void NcclTransport::Disconnect(uint64_t from_stage_id) {
@@ -179,6 +194,11 @@ void EndPoisonedProcess(const std::string& why) {
   Log(LogLevel::kError, "NCCL hangs, this process ends and must be started again", {{"why", why}});
   std::fflush(nullptr);
   std::_Exit(kPoisonedExit);
+}
+
+void NcclTransport::Retire(uint64_t stage_id) {
+  impl_->Retire(stage_id, NcclEdge::Role::kSend);
+  impl_->Retire(stage_id, NcclEdge::Role::kReceive);
 }
 
 std::string NcclVersionText(uint32_t version) {

@@ -2,7 +2,7 @@
 //
 // NcclTransport carries hidden states from device to device, through one NCCL communicator of two
 // ranks an edge. An edge is of one epoch: an operation without its match cannot be taken back, so the
-// coordinator gives NCCL edges new ids with every epoch.
+// coordinator gives NCCL edges new ids with every epoch. It may be made before that epoch (Edge.ahead).
 //
 // Owns:    an NcclEdge (a thread, a communicator, a stream, device memory) for every edge, those of
 //          dropped edges until they are torn down; a watchdog thread.
@@ -52,6 +52,8 @@ inline constexpr size_t kOpsPosted = 4;
 // of kMaxBlocks channels in nccl_library.cc. Over sockets it took 17 MiB (cuda_nccl_hop_bench); other
 // transports have more buffers.
 inline constexpr uint64_t kNcclEdgeBytes = 64 << 20;
+// Retired edges whose communicators are there still, in nobody's count.
+inline constexpr size_t kMaxLingering = 4;
 
 struct NcclTransportOptions {
   uint32_t hidden_row_bytes = 0;
@@ -70,6 +72,10 @@ struct NcclTransportOptions {
   std::chrono::milliseconds abort_timeout{60'000};
   // A receive is posted though the one before it was not consumed: for who tells of it only when the sender has posted.
   bool posts_ahead = false;
+  // A retired edge is torn down when no other has had anything on the device for so long; at the latest then; and at once
+  // where more than kMaxLingering are there.
+  std::chrono::milliseconds linger_idle{100};
+  std::chrono::milliseconds linger_timeout{600'000};
 };
 
 // How long a loop that waits for hidden states of NCCL should turn before it sleeps: the time that a
@@ -100,7 +106,7 @@ class NcclTransport final : public Transport {
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override;
   // Internal: sampled ids go over gRPC.
   absl::Status SendSampled(uint64_t from_stage_id, SampledStep sampled) override;
-  // Never: an edge over NCCL ends with its epoch, so each epoch makes and proves its own.
+  // Only an edge that was made ahead has anything to prove: that NCCL knows of no error. Its peer does not answer.
   void Probe(uint64_t from_stage_id) override;
   void Disconnect(uint64_t from_stage_id) override;
   // Makes an id, tells it by on_nccl_id, and waits for the sender.
@@ -111,6 +117,8 @@ class NcclTransport final : public Transport {
   // kernel may wait for all that runs.
   void Due(uint64_t to_stage_id, PipelineEpoch epoch, StepId step, uint32_t num_tokens);
   void Forget(uint64_t to_stage_id) override;
+  // Its communicators linger, and go when no edge uses the device: edges that serve do not wait for that.
+  void Retire(uint64_t stage_id) override;
   void Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId step) override;
   // Device memory for what Send is to be given; none while there is no room.
   std::optional<HiddenBuffer> Place(uint64_t from_stage_id, size_t bytes);

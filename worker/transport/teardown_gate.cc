@@ -34,6 +34,7 @@ void TeardownGate::Place::Leave() {
   {
     std::lock_guard lock(gate_->mu_);
     on_device_ = false;
+    gate_->used_us_ = MonotonicMicros();
   }
   gate_->changed_.notify_all();
 }
@@ -60,6 +61,12 @@ void TeardownGate::Place::Gone() {
     std::erase(gate_->places_, this);
   }
   gate_->changed_.notify_all();
+}
+
+bool TeardownGate::Place::IsLeftAlone(uint64_t idle_us) const {
+  std::lock_guard lock(gate_->mu_);
+  if (gate_->OthersEnding(this) > 0) return true;
+  return !gate_->OthersOnDevice(this) && MonotonicMicros() >= gate_->used_us_ + idle_us;
 }
 
 size_t TeardownGate::Place::others_ending() const {

@@ -45,6 +45,8 @@ class TeardownGate {
     // Torn down. May be called again.
     void Gone();
 
+    // No other has had an operation on the device for so long; or others end, and all leave together.
+    bool IsLeftAlone(uint64_t idle_us) const;
     // How many others end and are not gone.
     size_t others_ending() const;
     // Of a new one: until no other ends, or this one does. False: not until `until_us`.
@@ -73,6 +75,7 @@ class TeardownGate {
   mutable std::mutex mu_;
   std::condition_variable changed_;
   std::vector<Place*> places_;  // guarded by mu_: of all edges that are not gone
+  uint64_t used_us_ = 0;        // guarded by mu_: when an edge last left the device
 };
 
 }  // namespace strait

@@ -44,6 +44,9 @@ struct Edge {
   bool over_nccl = false;    // then also:
   std::string nccl_id;       // of its communicator; the receiver makes it, the sender is told
   uint32_t max_tokens = 0;   // of any step
+  // It is made before the epoch that uses it, and up when a row of no step went over it: so nothing is left to be made
+  // with the first step. Both ends are told.
+  bool ahead = false;
 };
 
 struct TransportEvents {
@@ -75,6 +78,12 @@ class Transport {
   virtual void Expect(const Edge& edge) = 0;
   // The stage is gone: its senders are ended, nothing is expected for it any more.
   virtual void Forget(uint64_t to_stage_id) = 0;
+  // Disconnect and Forget of a stage whose steps have all ended, at all of its neighbours, too: nothing is under way on
+  // either edge. What it takes to be rid of them may come later.
+  virtual void Retire(uint64_t stage_id) {
+    Disconnect(stage_id);
+    Forget(stage_id);
+  }
   // All that came for `to_stage_id` up to this step of this epoch was used or refused: its memory
   // counts no more against the receiving side's bound.
   virtual void Consumed(uint64_t to_stage_id, PipelineEpoch epoch, StepId step) = 0;

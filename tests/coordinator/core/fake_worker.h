@@ -42,7 +42,8 @@ inline ModelShape SmallModel(uint32_t num_layers = 4) {
 // A stage as its worker knows it.
 struct FakeStage {
   v1::LoadStage load;
-  v1::ActivateStage activate;  // the last one
+  v1::ActivateStage activate;             // the last one
+  std::optional<v1::ActivateStage> link;  // whose edges it opened ahead
   v1::PipelineEpoch epoch;
   uint64_t answered = 0;  // the counter of the last epoch that it said ACTIVE to
   bool first = false;
@@ -52,8 +53,8 @@ struct FakeStage {
   std::map<SequenceId, std::vector<TokenId>> fed;  // what they are of; kUnknown: granted
   std::set<SequenceId> told;                       // with the last ACTIVE, not named since
   FakePrefixes prefixes;
-  FakeMoves moves;                // an import's length is what it has blocks for
-  uint64_t prefix_secret = 0;     // of this epoch: that who reads its prefix blocks shows
+  FakeMoves moves;             // an import's length is what it has blocks for
+  uint64_t prefix_secret = 0;  // of this epoch: that who reads its prefix blocks shows
   std::map<SequenceId, PlacementEpoch> landed;  // whose rows came before its first epoch
   uint64_t restored_counter = 0;  // of the last epoch that it began with rows from elsewhere
   uint64_t rows_computed = 0;

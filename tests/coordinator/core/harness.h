@@ -421,9 +421,9 @@ class Harness {
   }
 
   // Every pipeline is to have so many stages.
-  ScaleId Scale(uint32_t num_stages) {
+  ScaleId Scale(ScaleSpec spec) {
     const ScaleId id{++last_scale};
-    core.OnScale(id, num_stages, now_us);
+    core.OnScale(id, spec, now_us);
     Pump();
     return id;
   }
@@ -442,6 +442,7 @@ class Harness {
   std::map<uint64_t, uint32_t> last_sampled;  // by sequence
   bool answer_loads = true;
   bool answer_activations = true;
+  bool answer_links = true;
   bool answer_nccl_ids = true;
   bool answer_resizes = true;
   bool answer_unloads = true;
@@ -465,6 +466,7 @@ class Harness {
   std::map<RequestId, std::vector<uint32_t>> cached;
   std::map<RequestId, absl::Status> refused;
   std::map<ScaleId, ScaleAnswered> scaled;
+  std::map<ScaleId, std::vector<ScaleReport>> scale_told;
   std::map<VerbId, std::vector<MoveReport>> moves;
   std::map<VerbId, std::vector<DrainReport>> drains;
   std::set<WorkerId> shut_down;
@@ -704,6 +706,33 @@ class Harness {
       Pump();
     }
   }
+  // Its edges are up at once.
+  void OnLink(WorkerId id, const v1::ActivateStage& future, FakeWorker* worker) {
+    FakeStage& stage = worker->stages.at(future.stage_id());
+    if (stage.link || stage.epoch.counter() != 0) Problem(stage, "is to open edges too late");
+    stage.link = future;
+    if (!answer_links) return;
+    v1::FromWorker message;
+    if (future.edge_over_nccl()) {
+      message.mutable_edge_id()->set_stage_id(future.stage_id());
+      message.mutable_edge_id()->set_nccl_id(NcclId(future.stage_id()));
+      core.OnWorkerMessage(id, message, now_us);
+    }
+    message.mutable_stage_linked()->set_stage_id(future.stage_id());
+    core.OnWorkerMessage(id, message, now_us);
+  }
+  // What was made ahead is what the first epoch has.
+  void CheckMade(const FakeStage& stage, const v1::ActivateStage& activate) {
+    const bool is_first = stage.epoch.counter() == 0;
+    const bool linked = is_first && stage.link.has_value();
+    if ((activate.edge_made() &&
+         (!linked || stage.link->edge_id() != activate.edge_id() || !activate.edge_over_nccl())) ||
+        (activate.next_edge_made() &&
+         (!linked || stage.link->next_edge_id() != activate.next_edge_id() ||
+          stage.link->next_nccl_id() != activate.next_nccl_id()))) {
+      Problem(stage, "is to go on with an edge that was not made");
+    }
+  }
   void On(const SendToWorker& m) {
     const auto it = workers.find(m.worker);
     if (it == workers.end() || it->second.evicted) return;  // its stream is gone
@@ -724,10 +753,13 @@ class Harness {
       state.set_state(v1::StageState::LOADED);
       state.set_cache_bytes(load.cache_bytes());
       Answer(m.worker, state);
+    } else if (m.message.has_link_stage()) {
+      OnLink(m.worker, m.message.link_stage().future(), &worker);
     } else if (m.message.has_activate_stage()) {
       const v1::ActivateStage& activate = m.message.activate_stage();
       FakeStage& stage = worker.stages.at(activate.stage_id());
       if (stage.followed) Problem(stage, "is followed, and enters an epoch");
+      CheckMade(stage, activate);
       TakeOver(worker, stage);
       stage.epoch = activate.epoch();
       stage.activate = activate;
@@ -744,7 +776,7 @@ class Harness {
       }
       stage.prefixes.DropUnheld();
       for (const auto& [sequence, length] : stage.lengths) stage.told.insert(sequence);
-      if (activate.edge_over_nccl() && answer_nccl_ids) {
+      if (activate.edge_over_nccl() && !activate.edge_made() && answer_nccl_ids) {
         v1::FromWorker id;
         id.mutable_edge_id()->set_stage_id(activate.stage_id());
         *id.mutable_edge_id()->mutable_epoch() = activate.epoch();
@@ -810,6 +842,7 @@ class Harness {
     workers[m.worker].stages.clear();
   }
   void On(const ScaleAnswered& m) { scaled[m.scale] = m; }
+  void On(const ScaleTold& m) { scale_told[m.scale].push_back(m.report); }
   void On(const MoveTold& m) { moves[m.verb].push_back(m.report); }
   void On(const DrainTold& m) { drains[m.verb].push_back(m.report); }
   void On(const VerbEnded& m) { verbs[m.verb] = m.status; }

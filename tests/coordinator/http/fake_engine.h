@@ -93,10 +93,15 @@ class FakeEngine : public Engine {
     drains.emplace_back(std::move(spec), std::move(listener));
   }
   std::vector<std::pair<DrainSpec, std::shared_ptr<VerbListener>>> drains;
-  void Scale(uint32_t num_stages, ScaleDone done) override {
-    scales.emplace_back(num_stages, std::move(done));
+  struct AskedScale {
+    ScaleSpec spec;
+    ScaleProgress progress;
+    ScaleDone done;
+  };
+  void Scale(ScaleSpec spec, ScaleProgress progress, ScaleDone done) override {
+    scales.push_back({spec, std::move(progress), std::move(done)});
   }
-  std::vector<std::pair<uint32_t, ScaleDone>> scales;
+  std::vector<AskedScale> scales;
   void Flush() override { ++num_flushed; }
   std::atomic<int> num_flushed = 0;
 

@@ -129,7 +129,8 @@ TEST_F(VerbTest, ReportsAreLinesAndTheLastOneIsTheEnd) {
   EXPECT_TRUE(responder->stream_ended);
   EXPECT_EQ(responder->stream.substr(0, responder->stream.find('\n')),
             R"({"event":"progress","sequence":12,"from":1,"to":2,"phase":"copy","rounds":2,)"
-            R"("rows":64,"rows_total":100,"moved_bytes":64000,"recomputed_rows":0,)"
+            R"("rows":64,"rows_total":100,"moved_bytes":64000,"shared_bytes":0,"nccl_bytes":0,)"
+            R"("recomputed_rows":0,)"
             R"("pause_ms":2.345,"total_ms":300000.007})");
   const auto lines = Lines(*responder);
   ASSERT_EQ(lines.size(), 3u);
@@ -277,18 +278,92 @@ TEST_F(VerbTest, WhatIsNoDrainNamesTheFieldAndTheFix) {
 TEST_F(VerbTest, AScaleAnswersOnce) {
   auto responder = Begin("POST", "/strait/scale", R"({"stages": 3})", kOperator);
   ASSERT_EQ(engine_.scales.size(), 1u);
-  EXPECT_EQ(engine_.scales[0].first, 3u);
-  engine_.scales[0].second(
+  EXPECT_EQ(engine_.scales[0].spec.num_stages, 3u);
+  engine_.scales[0].done(
       absl::OkStatus(),
-      {.pipelines = 2, .pause_us = 1500, .rows_kept = 640, .rows_lost = 7, .moved_bytes = 9});
+      {.pipelines = 2,
+       .pause_us = 1500,
+       .rows_kept = 640,
+       .rows_lost = 7,
+       .moved_bytes = 9,
+       .pauses = {.residents = 3, .min_us = 900, .p50_us = 1000, .max_us = 1400}});
   responder->RunPosts();
   ASSERT_TRUE(responder->sent);
-  EXPECT_EQ(responder->sent->body,
-            R"({"pipelines":2,"pause_ms":1.500,"rows_kept":640,"rows_lost":7,"moved_bytes":9})");
+  EXPECT_EQ(
+      responder->sent->body,
+      R"({"pipelines":2,"pause_ms":1.500,"rows_kept":640,"rows_lost":7,"moved_bytes":9,)"
+      R"("residents":{"count":3,"pause_min_ms":0.900,"pause_p50_ms":1.000,"pause_max_ms":1.400}})");
   auto refused = Begin("POST", "/strait/scale", R"({"stages": 3})", kOperator);
-  engine_.scales.at(1).second(absl::FailedPreconditionError("another scale is under way"), {});
+  engine_.scales.at(1).done(absl::FailedPreconditionError("another scale is under way"), {});
   refused->RunPosts();
   ExpectError(*refused, 409, "", "another scale", "not now");
+}
+
+TEST_F(VerbTest, AScaleTellsHowItGoesWhereThatIsAskedFor) {
+  auto responder = Begin("POST", "/strait/scale", R"({"stages": 3, "progress": true})", kOperator);
+  ScaleReport report{.num_stages = 3,
+                     .pipelines_total = 2,
+                     .pipeline = PipelineId{1},
+                     .phase = "copying",
+                     .bytes_loaded = 7,
+                     .bytes_to_load = 8,
+                     .rows = 100,
+                     .rows_total = 200,
+                     .moved_bytes = 300,
+                     .edges_up = 1,
+                     .edges_total = 2,
+                     .total_us = 2500};
+  engine_.scales.at(0).progress(report);
+  responder->RunPosts();
+  const std::string line =
+      R"("stages":3,"pipelines_done":0,"pipelines_total":2,"pipeline":1,"phase":"copying",)"
+      R"("bytes_loaded":7,"bytes_to_load":8,"rows":100,"rows_total":200,"moved_bytes":300,)"
+      R"("edges_up":1,"edges_total":2,"total_ms":2.500})";
+  EXPECT_EQ(responder->stream, "{\"event\":\"progress\"," + line + "\n");
+  responder->stream.clear();
+  engine_.scales[0].done(absl::OkStatus(), {.pipelines = 2, .pause_us = 1500});
+  responder->RunPosts();
+  EXPECT_EQ(responder->stream,
+            R"({"event":"done","stages":3,"pipelines":2,"pause_ms":1.500,"rows_kept":0,)"
+            R"("rows_lost":0,"moved_bytes":0,"residents":{"count":0,"pause_min_ms":0.000,)"
+            R"("pause_p50_ms":0.000,"pause_max_ms":0.000},"total_ms":2.500})"
+            "\n");
+  // One that fails under way says how far it came.
+  auto failed = Begin("POST", "/strait/scale", R"({"stages": 3, "progress": true})", kOperator);
+  engine_.scales.at(1).progress(report);
+  engine_.scales[1].done(absl::AbortedError("a worker died"), {});
+  failed->RunPosts();
+  EXPECT_NE(failed->stream.find("copying"), std::string::npos) << failed->stream;
+  EXPECT_NE(failed->stream.find(R"("event":"error")"), std::string::npos) << failed->stream;
+}
+
+TEST_F(VerbTest, ADryRunOfAScaleTellsThePlans) {
+  for (const bool progress : {false, true}) {
+    auto responder = Begin("POST", "/strait/scale",
+                           progress ? R"({"stages": 2, "dry_run": true, "progress": true})"
+                                    : R"({"stages": 2, "dry_run": true})",
+                           kOperator);
+    const FakeEngine::AskedScale& asked = engine_.scales.back();
+    EXPECT_TRUE(asked.spec.dry_run);
+    PlannedPipeline planned;
+    planned.pipeline = PipelineId{1};
+    planned.capacity_rows = 640;
+    planned.stages.push_back({WorkerId{2}, "worker-1", 0, 3, 1000, 20, 30});
+    planned.why = {4, 50, 48, 51, 90, "it moves the fewest bytes"};
+    ScaleReport report{.num_stages = 2, .phase = "done"};
+    report.plans.push_back(planned);
+    asked.progress(report);
+    asked.done(absl::OkStatus(), {});
+    responder->RunPosts();
+    const std::string plans =
+        R"("dry_run":true,"plans":[{"pipeline":1,"tokens_max":640,"stages":[{"worker_id":2,)"
+        R"("worker":"worker-1","layer_begin":0,"layer_end":3,"cache_bytes":1000,"load_bytes":20,)"
+        R"("rows_bytes":30}],"plan":{"num_plans":4,"bottleneck_bytes":50,)"
+        R"("best_bottleneck_bytes":48,"moved_bytes":51,"best_moved_bytes":90,)"
+        R"("why":"it moves the fewest bytes"}}])";
+    const std::string& body = progress ? responder->stream : responder->sent->body;
+    EXPECT_NE(body.find(plans), std::string::npos) << body;
+  }
 }
 
 // ---- Who may ----

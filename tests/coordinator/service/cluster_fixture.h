@@ -41,10 +41,12 @@ inline ModelShape SmallShape() {
 inline absl::StatusOr<ScaleOutcome> AskScale(Engine& engine, uint32_t num_stages) {
   auto promise = std::make_shared<std::promise<absl::StatusOr<ScaleOutcome>>>();
   auto answer = promise->get_future();
-  engine.Scale(num_stages, [promise](absl::Status status, ScaleOutcome outcome) {
-    promise->set_value(status.ok() ? absl::StatusOr<ScaleOutcome>(outcome)
-                                   : absl::StatusOr<ScaleOutcome>(std::move(status)));
-  });
+  engine.Scale(
+      num_stages, [](const ScaleReport&) {},
+      [promise](absl::Status status, ScaleOutcome outcome) {
+        promise->set_value(status.ok() ? absl::StatusOr<ScaleOutcome>(outcome)
+                                       : absl::StatusOr<ScaleOutcome>(std::move(status)));
+      });
   if (answer.wait_for(kPatience) == std::future_status::ready) return answer.get();
   return absl::DeadlineExceededError("a scale is not answered");
 }

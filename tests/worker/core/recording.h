@@ -14,7 +14,10 @@ namespace strait {
 
 class RecordingTransport final : public Transport {
  public:
-  void Connect(const Edge& edge) override { calls += " connect " + std::to_string(edge.id); }
+  void Connect(const Edge& edge) override {
+    calls += " connect " + std::to_string(edge.id);
+    all_ahead = all_ahead && edge.ahead;
+  }
   absl::Status Send(uint64_t from_stage_id, HiddenStep hidden) override {
     sent.emplace_back(from_stage_id, std::move(hidden));
     return absl::OkStatus();
@@ -22,10 +25,15 @@ class RecordingTransport final : public Transport {
   absl::Status SendSampled(uint64_t, SampledStep) override { return absl::OkStatus(); }
   void Probe(uint64_t) override { calls += " probe"; }
   void Disconnect(uint64_t) override { calls += " disconnect"; }
-  void Expect(const Edge& edge) override { calls += " expect " + std::to_string(edge.id); }
+  void Expect(const Edge& edge) override {
+    calls += " expect " + std::to_string(edge.id);
+    all_ahead = all_ahead && edge.ahead;
+  }
   void Forget(uint64_t) override { calls += " forget"; }
+  void Retire(uint64_t) override { calls += " retire"; }
   void Consumed(uint64_t, PipelineEpoch, StepId) override {}
   std::string calls;
+  bool all_ahead = true;  // all edges were made ahead
   std::vector<std::pair<uint64_t, HiddenStep>> sent;
 };
 
@@ -39,6 +47,10 @@ class RecordingPorts final : public WorkerPorts {
       if (state.error_code() != 0) what += " " + std::to_string(state.error_code());
     } else if (message.has_report()) {
       what = "report " + std::to_string(message.report().error_code());
+    } else if (message.has_stage_linked()) {
+      what = "linked";
+      const uint32_t code = message.stage_linked().error_code();
+      if (code != 0) what += " " + std::to_string(code);
     } else if (message.has_edge_id()) {
       what = "edge id";
     } else if (message.has_cache_resized()) {

@@ -18,6 +18,8 @@ struct NcclComm {
   int polls_left = 0;                // the last call is in progress so long
   bool revoked = false;
   bool revoke_hangs = false;
+  bool finalized = false;
+  bool finalize_hangs = false;
   bool gone = false;
   std::function<void()> then;  // what the call in progress does at its end
 };
@@ -117,6 +119,11 @@ NcclCode FakeNccl::AsyncError(NcclComm* comm, NcclCode* state) {
     *state = comm->revoke_hangs ? kNcclInProgress : kNcclSuccess;
     return kNcclSuccess;
   }
+  if (comm->finalized) {
+    const bool waits = comm->finalize_hangs || (comm->polls_left > 0 && --comm->polls_left > 0);
+    *state = waits ? kNcclInProgress : kNcclSuccess;
+    return kNcclSuccess;
+  }
   if (comm->state != kNcclSuccess) return kNcclSuccess;
   if (faults_->async_error != kNcclSuccess) *state = faults_->async_error;
   if (comm->polls_left > 0 && --comm->polls_left > 0) *state = kNcclInProgress;
@@ -127,7 +134,7 @@ NcclCode FakeNccl::AsyncError(NcclComm* comm, NcclCode* state) {
 NcclCode FakeNccl::Post(NcclComm* comm, FakeOp op, void* stream) {
   std::lock_guard cuda(faults_->cuda);
   std::lock_guard lock(fabric_->mu);
-  if (comm->gone || comm->revoked) Problem("an operation after the end");
+  if (comm->gone || comm->revoked || comm->finalized) Problem("an operation after the end");
   if (comm->state == kNcclInProgress || comm->polls_left > 0) {
     Problem("an operation while another call is in progress");
   }
@@ -175,8 +182,22 @@ void FakeNccl::Stop(NcclComm* comm) {
   if (peer != nullptr && peer->state == kNcclSuccess) peer->state = kNcclRemoteError;
 }
 
+NcclCode FakeNccl::Finalize(NcclComm* comm) {
+  CheckThread("Finalize");
+  std::lock_guard lock(fabric_->mu);
+  if (comm->finalized || comm->revoked || comm->gone) Problem("finalized too late");
+  for (const FakeOpPtr& op : comm->pair->ops[comm->rank]) {
+    if (!op->done) Problem("Finalize waits for what is under way");
+  }
+  comm->finalized = true;
+  comm->finalize_hangs = faults_->finalize_hangs;
+  comm->polls_left = faults_->polls;
+  return kNcclInProgress;
+}
+
 NcclCode FakeNccl::Revoke(NcclComm* comm) {
   CheckThread("Revoke");
+  ++revokes;
   std::lock_guard lock(fabric_->mu);
   if (comm->revoked || comm->gone) Problem("revoked twice");
   comm->revoked = true;
@@ -189,7 +210,9 @@ NcclCode FakeNccl::Destroy(NcclComm* comm) {
   CheckThread("Destroy");
   {
     std::lock_guard lock(fabric_->mu);
-    if (!comm->revoked || comm->revoke_hangs) Problem("Destroy of what is not quiet would block");
+    const bool quiet =
+        (comm->revoked && !comm->revoke_hangs) || (comm->finalized && !comm->finalize_hangs);
+    if (!quiet) Problem("Destroy of what is not quiet would block");
     comm->pair->ranks[comm->rank] = nullptr;
   }
   Free(comm);

@@ -37,12 +37,13 @@ using FakeOpPtr = std::shared_ptr<FakeOp>;
 
 // Of one process.
 struct FakeFaults {
-  std::atomic<bool> init_hangs = false;    // is in progress for ever
-  std::atomic<bool> ops_hang = false;      // what is posted from now on never ends by itself
-  std::atomic<bool> corrupts = false;      // what is sent from now on arrives with another bit
-  std::atomic<bool> send_blocks = false;   // the call does not come back until this is false
-  std::atomic<bool> revoke_hangs = false;  // is in progress for ever
-  std::atomic<bool> abort_blocks = false;  // does not come back until this is false
+  std::atomic<bool> init_hangs = false;      // is in progress for ever
+  std::atomic<bool> ops_hang = false;        // what is posted from now on never ends by itself
+  std::atomic<bool> corrupts = false;        // what is sent from now on arrives with another bit
+  std::atomic<bool> send_blocks = false;     // the call does not come back until this is false
+  std::atomic<bool> revoke_hangs = false;    // is in progress for ever
+  std::atomic<bool> finalize_hangs = false;  // likewise
+  std::atomic<bool> abort_blocks = false;    // does not come back until this is false
   std::atomic<bool> can_revoke = true;
   std::atomic<int> polls = 0;  // how often a call is still in progress before it is done
   std::atomic<NcclCode> async_error = kNcclSuccess;
@@ -82,6 +83,7 @@ class FakeNccl final : public NcclApi {
   NcclCode AsyncError(NcclComm* comm, NcclCode* state) override;
   NcclCode Send(NcclComm* comm, const std::byte* data, size_t bytes, void* stream) override;
   NcclCode Receive(NcclComm* comm, std::byte* data, size_t bytes, void* stream) override;
+  NcclCode Finalize(NcclComm* comm) override;
   bool can_revoke() const override { return faults_->can_revoke; }
   NcclCode Revoke(NcclComm* comm) override;
   NcclCode Destroy(NcclComm* comm) override;
@@ -91,6 +93,7 @@ class FakeNccl final : public NcclApi {
   std::atomic<int> comms = 0;  // that exist
   std::atomic<int> inits = 0;
   std::atomic<int> aborts = 0;
+  std::atomic<int> revokes = 0;
   std::atomic<int> posted = 0;  // sends and receives, since the start
 
  private:

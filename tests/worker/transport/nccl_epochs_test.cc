@@ -63,6 +63,157 @@ TEST_F(NcclTransportTest, NewEdgeReplacesTheOldOneSilently) {
   ExpectHidden(to.Next(), 1, 2);
 }
 
+// ---- An edge that is made before its epoch ----
+
+// Opens it while nobody needs it yet; it is up.
+void OpenAhead(Node& from, Node& to) {
+  Edge edge = EdgeOf(kFrom, kTo);
+  edge.ahead = true;
+  to.transport->Expect(edge);
+  const Event id = to.Next();
+  ASSERT_EQ(id.kind, Event::kId) << id.status;
+  edge.nccl_id = id.text;
+  from.transport->Connect(edge);
+  const Event up = from.Next();
+  ASSERT_EQ(up.kind, Event::kUp) << up.status;
+}
+
+TEST_F(NcclTransportTest, EdgeMadeAheadIsTakenOverWithoutAnotherInit) {
+  for (const int polls : {0, 3}) {
+    Node from(&fabric_), to(&fabric_);
+    from.faults.polls = to.faults.polls = polls;
+    // Meanwhile another pair of stages of these workers serves, edge by edge.
+    Open(from, to, kFrom + 10, kTo + 10, kEdge - 1);
+    OpenAhead(from, to);
+    EXPECT_EQ(from.nccl->posted, 1) << "a row went over it before it was up";
+    to.transport->Due(kTo + 10, kEpoch, StepId{1}, 2);
+    ASSERT_TRUE(from.Send(1, 2, kFrom + 10).ok());
+    ExpectHidden(to.Next(), 1, 2, kTo + 10);
+    EXPECT_EQ(to.CountOf(Event::kHidden), 0) << "of no step";
+    // The switch: what served goes, what was made goes on.
+    from.transport->Disconnect(kFrom + 10);
+    to.transport->Forget(kTo + 10);
+    from.transport->Probe(kFrom);
+    const Event up = from.Next();
+    ASSERT_EQ(up.kind, Event::kUp) << up.status;
+    EXPECT_EQ(up.edge.id, kEdge);
+    for (uint64_t step = 1; step <= 3; ++step) {
+      to.transport->Due(kTo, kEpoch, StepId{step}, kMaxTokens);
+      ASSERT_TRUE(from.Send(step, kMaxTokens).ok());
+      ExpectHidden(to.Next(), step, kMaxTokens);
+      to.transport->Consumed(kTo, kEpoch, StepId{step});
+    }
+    EXPECT_EQ(from.nccl->inits, 2) << "of each pair of stages one";
+    EXPECT_EQ(to.nccl->inits, 2);
+    End(from);
+    EXPECT_EQ(from.device->pieces, 0) << "also of the row of no step";
+    End(to);
+    EXPECT_EQ(to.device->pieces, 0);
+  }
+}
+
+TEST_F(NcclTransportTest, EdgeMadeAheadThatFailsIsToldInsteadOfItsProof) {
+  NcclTransportOptions options;
+  options.init_timeout = 200ms;
+  Node from(&fabric_, options), to(&fabric_, options);
+  // The communicator is made, and nothing goes over it.
+  from.faults.ops_hang = to.faults.ops_hang = true;
+  Edge edge = EdgeOf(kFrom, kTo);
+  edge.ahead = true;
+  to.transport->Expect(edge);
+  edge.nccl_id = to.Next().text;
+  from.transport->Connect(edge);
+  for (Node* node : {&from, &to}) {
+    const Event down = node->Next();
+    ASSERT_EQ(down.kind, Event::kDown);
+    EXPECT_FALSE(down.status.ok());
+  }
+  EXPECT_EQ(from.CountOf(Event::kUp), 0);
+}
+
+TEST_F(NcclTransportTest, ProbeFindsTheErrorOfAnEdgeMadeAhead) {
+  Node from(&fabric_), to(&fabric_);
+  OpenAhead(from, to);
+  from.faults.async_error = 6;
+  from.transport->Probe(kFrom);
+  const Event down = from.Next();
+  ASSERT_EQ(down.kind, Event::kDown);
+  EXPECT_EQ(from.CountOf(Event::kUp), 0);
+}
+
+// ---- An edge that is retired ----
+
+// Who tore one down made the new ones wait for half a second, with the pipeline standing still.
+TEST_F(NcclTransportTest, RetiredEdgeLingersWhileOthersUseTheDeviceAndIsNotRevoked) {
+  Node from(&fabric_), to(&fabric_);
+  Open(from, to, kFrom + 10, kTo + 10, kEdge - 1);
+  to.transport->Due(kTo + 10, kEpoch, StepId{1}, 2);
+  ASSERT_TRUE(from.Send(1, 2, kFrom + 10).ok());
+  ExpectHidden(to.Next(), 1, 2, kTo + 10);
+  OpenAhead(from, to);
+  // One that waits for what comes next, and keeps whoever frees waiting.
+  to.transport->Due(kTo, kEpoch, StepId{1}, 2);
+  const int proofs = 1;
+  while (to.nccl->posted < 2 + proofs) std::this_thread::sleep_for(1ms);
+  to.transport->Retire(kTo + 10);
+  std::this_thread::sleep_for(300ms);
+  EXPECT_EQ(to.nccl->comms, 2);
+  // The new edge posts at once all the same.
+  ASSERT_TRUE(from.Send(1, 2).ok());
+  ExpectHidden(to.Next(), 1, 2);
+  while (to.nccl->comms == 2) std::this_thread::sleep_for(1ms);
+  from.transport->Retire(kFrom + 10);
+  while (from.nccl->comms == 2) std::this_thread::sleep_for(1ms);
+  EXPECT_EQ(from.nccl->revokes + to.nccl->revokes, 0);
+  EXPECT_EQ(from.nccl->aborts + to.nccl->aborts, 0);
+  EXPECT_EQ(from.CountOf(Event::kDown) + to.CountOf(Event::kDown), 0);
+}
+
+TEST_F(NcclTransportTest, RetiredEdgesGoWhenTheyAreManyAndWithTheirTransport) {
+  NcclTransportOptions options;
+  options.linger_idle = 3600s;
+  Node from(&fabric_, options), to(&fabric_, options);
+  const auto retire = [&](uint64_t i) {
+    Open(from, to, 10 + i, 10 + i, kEdge + i);
+    to.transport->Due(10 + i, kEpoch, StepId{1}, 2);
+    ASSERT_TRUE(from.Send(1, 2, 10 + i).ok());
+    ExpectHidden(to.Next(), 1, 2, 10 + i);
+    from.transport->Retire(10 + i);
+    to.transport->Retire(10 + i);
+  };
+  for (uint64_t i = 0; i < kMaxLingering; ++i) retire(i);
+  std::this_thread::sleep_for(50ms);
+  EXPECT_EQ(from.nccl->comms, static_cast<int>(kMaxLingering));
+  // The oldest goes; others may go along, as they hold up the device together.
+  retire(kMaxLingering);
+  for (Node* node : {&from, &to}) {
+    while (node->nccl->comms > static_cast<int>(kMaxLingering)) std::this_thread::sleep_for(1ms);
+  }
+  End(from);
+  End(to);
+}
+
+TEST_F(NcclTransportTest, RetiredEdgeWithAnOperationUnderWayIsTornDownAsAnyOther) {
+  Node from(&fabric_), to(&fabric_);
+  Open(from, to);
+  to.transport->Due(kTo, kEpoch, StepId{1}, 2);
+  while (to.nccl->posted < 1) std::this_thread::sleep_for(1ms);
+  to.transport->Retire(kTo);
+  while (to.nccl->comms > 0) std::this_thread::sleep_for(1ms);
+  EXPECT_EQ(to.nccl->revokes, 1);
+}
+
+TEST_F(NcclTransportTest, FinalizeThatDoesNotEndIsFollowedByAbort) {
+  NcclTransportOptions options;
+  options.revoke_timeout = 50ms;
+  Node from(&fabric_, options), to(&fabric_, options);
+  Open(from, to);
+  from.faults.finalize_hangs = true;
+  from.transport->Retire(kFrom);
+  while (from.nccl->comms > 0) std::this_thread::sleep_for(1ms);
+  EXPECT_EQ(from.nccl->aborts, 1);
+}
+
 // ---- A free waits for all that its process has on the device ----
 
 // The middle one of three workers, in a pipeline whose last one dies: a receive is posted whose hidden
