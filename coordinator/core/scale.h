@@ -137,4 +137,6 @@ struct Scale {
   }
 };
 
+const char* Name(Scale::Phase phase);
+
 }  // namespace strait

@@ -448,4 +448,18 @@ void Cluster::AnswerScale(const absl::Status& status) {
   scale_.reset();
 }
 
+std::optional<ChangeUnderWay> Cluster::Change() const {
+  if (!scale_ || scale_->phase == Scale::Phase::kWaiting) return std::nullopt;
+  ChangeUnderWay change{.pipeline = scale_->pipeline,
+                        .phase = Name(scale_->phase),
+                        .drains = scale_->drains,
+                        .hosts = {},
+                        .serve = {}};
+  for (const ScaledStage& stage : scale_->plan.stages) change.hosts.push_back(stage.worker);
+  for (const StageSlot& slot : pipelines_.at(scale_->pipeline)->slots) {
+    if (slot.state != StageSlot::State::kVacant) change.serve.push_back(slot.worker);
+  }
+  return change;
+}
+
 }  // namespace strait

@@ -122,11 +122,14 @@ void SimWorker::Drain() {
 void SimWorker::PollSoon() {
   if (poll_is_due_ || !core_.CopiesRows()) return;
   poll_is_due_ = true;
-  RunAfter(world_->Random(10, scenario_->copy_us_max), [this] {
-    poll_is_due_ = false;
-    core_.PollCopies(world_->now_us());
-    CheckSound();
-  });
+  RunAfter(world_->Random(10, scenario_->copy_us_max), [this] { Poll(); });
+}
+
+void SimWorker::Poll() {
+  if (hangs()) return RunAfter(hung_until_us_ - world_->now_us(), [this] { Poll(); });
+  poll_is_due_ = false;
+  core_.PollCopies(world_->now_us());
+  CheckSound();
 }
 
 bool SimWorker::CorruptHost() {
@@ -318,17 +321,22 @@ void SimWorker::DropCoordinator(absl::Status why) {
 }
 
 void SimWorker::Load(const LoadOrder& order) {
-  RunAfter(world_->Random(100, scenario_->load_us_max), [this, order] {
-    auto model = backend_.Load(order.spec, [this, &order](uint64_t done, uint64_t total) {
-      v1::FromWorker message;
-      message.mutable_load_progress()->set_stage_id(order.stage_id);
-      message.mutable_load_progress()->set_bytes_loaded(done);
-      message.mutable_load_progress()->set_bytes_total(total);
-      Tell(std::move(message));
-    });
-    Count(order.stage_id, SimEvent::kLoaded);
-    core_.OnLoaded(order, std::move(model));
+  RunAfter(world_->Random(100, scenario_->load_us_max), [this, order] { EndLoad(order); });
+}
+
+void SimWorker::EndLoad(const LoadOrder& order) {
+  if (hangs()) {
+    return RunAfter(hung_until_us_ - world_->now_us(), [this, order] { EndLoad(order); });
+  }
+  auto model = backend_.Load(order.spec, [this, &order](uint64_t done, uint64_t total) {
+    v1::FromWorker message;
+    message.mutable_load_progress()->set_stage_id(order.stage_id);
+    message.mutable_load_progress()->set_bytes_loaded(done);
+    message.mutable_load_progress()->set_bytes_total(total);
+    Tell(std::move(message));
   });
+  Count(order.stage_id, SimEvent::kLoaded);
+  core_.OnLoaded(order, std::move(model));
 }
 
 void SimWorker::Note(LogLevel, std::string_view what, std::initializer_list<LogField> fields) {
@@ -360,8 +368,9 @@ void SimWorker::TryRun() {
 
 void SimWorker::StepEnds(uint64_t stage_id, PipelineEpoch epoch) {
   if (!alive_) return;
-  if (world_->now_us() < stalled_until_us_) {
-    return world_->At(stalled_until_us_, [this, stage_id, epoch] { StepEnds(stage_id, epoch); });
+  const uint64_t until_us = std::max(stalled_until_us_, hung_until_us_);
+  if (world_->now_us() < until_us) {
+    return world_->At(until_us, [this, stage_id, epoch] { StepEnds(stage_id, epoch); });
   }
   const auto end = [this, stage_id, epoch] {
     const Stage* const stage = core_.FindStage(stage_id);
@@ -455,6 +464,10 @@ void SimWorker::Kill(bool silent) {
 void SimWorker::Stall(uint64_t us) {
   stalled_until_us_ = std::max(stalled_until_us_, world_->now_us() + us);
   world_->At(stalled_until_us_, [this] { Drain(); });
+}
+
+void SimWorker::Hang(uint64_t us) {
+  hung_until_us_ = std::max(hung_until_us_, world_->now_us() + us);
 }
 
 void SimWorker::FailNextLoad(absl::Status why) {

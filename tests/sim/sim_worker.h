@@ -58,6 +58,9 @@ class SimWorker final : private WorkerPorts {
   // `silent`: who waits for its answers finds out by waiting.
   void Kill(bool silent = false);
   void Stall(uint64_t us);
+  // No step, load or copy ends for so long; the process answers.
+  void Hang(uint64_t us);
+  bool hangs() const { return world_->now_us() < hung_until_us_; }
   // As SIGTERM: it asks to be drained, and ends when it is told to, when its stream ends, or when it is tired of waiting.
   void Leave();
   void FailNextLoad(absl::Status why = absl::DataLossError("a bad disk"));
@@ -110,6 +113,8 @@ class SimWorker final : private WorkerPorts {
   void Orphaned(uint64_t stream);
   // Copies to and from host memory are polled, some time from now.
   void PollSoon();
+  void Poll();
+  void EndLoad(const LoadOrder& order);
   void Drain();  // does what has arrived, then computes, as far as it is free
   void TryRun();
   // The device has done the oldest step of the stage, if it is still that epoch's.
@@ -139,6 +144,7 @@ class SimWorker final : private WorkerPorts {
   bool alive_ = true;
   std::deque<std::function<void()>> inbox_;
   uint64_t stalled_until_us_ = 0;
+  uint64_t hung_until_us_ = 0;
   bool poll_is_due_ = false;
   bool computing_ = false;  // nothing else happens meanwhile
   uint64_t device_free_us_ = 0;

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Seeds runs many of a shape, and aims at the pairs of a fault and a phase that did not come by themselves.
+//
+// Thread:  one.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+
+#include "tests/sim/simulation.h"
+
+namespace strait::sim {
+
+// The shapes whose phases procedure_counts.h knows.
+inline constexpr Shape kProcedureShapes[] = {Shape::kReplicas, Shape::kDrains, Shape::kScales,
+                                             Shape::kReplacements};
+
+// What a failure is told by: it says how to see it again.
+using OnRun = std::function<void(const std::string& replay, const Outcome& outcome)>;
+
+// `count` seeds from `first`; now and then, or each time, integrity is checked after every event.
+void RunSeeds(Shape shape, uint64_t first, uint64_t count, const SimulationOptions& options,
+              const OnRun& on_run);
+// For each pair of this shape that is missing in `counts`: at most kMostAimed seeds that aim at it. Adds what they met.
+inline constexpr uint64_t kMostAimed = 40;
+void AimAtMissing(Shape shape, ProcedureCounts* counts, const OnRun& on_run);
+
+// The seed under way, for whoever handles a crash.
+uint64_t RunningSeed();
+
+std::string Replay(Shape shape, uint64_t seed, const SimulationOptions& options);
+// As on the command line: "--moves".
+std::optional<Shape> ShapeOfOption(const std::string& option);
+
+}  // namespace strait::sim
