@@ -42,14 +42,14 @@ constexpr bool kRows[kNumPhases][5] = {
     {0, 0, 0, 1, 0},  // join begins
     {0, 0, 0, 1, 0},  // by scale: room: no row goes yet, and what is planned fits
     {0, 0, 0, 1, 1},  // loads
-    {1, 1, 1, 1, 0},  // copies: what has no room there is not asked for
-    {1, 1, 1, 1, 0},  // still
+    {1, 1, 1, 1, 1},  // copies
+    {1, 1, 1, 1, 1},  // still
     {0, 0, 0, 1, 0},  // switched: the last rows have come, or are given up
     {0, 0, 0, 1, 0},  // grows
     {0, 0, 0, 1, 0},  // by drain: likewise
     {0, 0, 0, 1, 1},  //
-    {1, 1, 1, 1, 0},  //
-    {1, 1, 1, 1, 0},  //
+    {1, 1, 1, 1, 1},  //
+    {1, 1, 1, 1, 1},  //
     {0, 0, 0, 1, 0},  //
     {0, 0, 0, 1, 0},  //
 };

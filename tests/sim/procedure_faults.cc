@@ -235,6 +235,15 @@ void SimCluster::FindNoRoom(Phase phase, SimWorker* own) {
     case Phase::kScaleLoads:
     case Phase::kReplacementLoads:
       break;
+    case Phase::kScaleCopies:
+    case Phase::kScaleStill:
+    case Phase::kReplacementCopies:
+    case Phase::kReplacementStill:
+      // Counted when it is told: not all of them get rows.
+      for (const LiveProcedure& each : procedures_.Live()) {
+        if (each.phase == phase) each.own->FailNextLanding();
+      }
+      return;
     default:
       return;
   }

@@ -105,6 +105,14 @@ void Procedures::OnHeard(SimWorker* from, const v1::FromWorker& message) {
     if (it->second == 0) counts_->AddReached(Phase::kCopiesThere);
     return;
   }
+  if (message.has_rows_fetched()) {
+    const bool no_room = message.rows_fetched().error_code() ==
+                         static_cast<uint32_t>(absl::StatusCode::kResourceExhausted);
+    if (no_room && change_ && CanMeet(Fault::kCorrupt, change_->phase)) {
+      counts_->Add(Fault::kNoRoom, change_->phase);
+    }
+    return;
+  }
   const auto joins = joins_.find(from);
   if (message.stage_state().state() == v1::StageState::ACTIVE) {
     EnterBegin(message.stage_state().stage_id(), Phase::kReplaceBegins);

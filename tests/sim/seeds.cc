@@ -28,13 +28,13 @@ std::optional<Shape> ShapeOfOption(const std::string& option) {
   return std::nullopt;
 }
 
-void RunSeeds(Shape shape, uint64_t first, uint64_t count, const SimulationOptions& options,
-              const OnRun& on_run) {
+void RunSeeds(const Seeds& seeds, const SimulationOptions& options, const OnRun& on_run) {
   SimulationOptions of_seed = options;
-  of_seed.shape = shape;
-  for (uint64_t seed = first; seed < first + count; ++seed) {
+  of_seed.shape = seeds.shape;
+  for (uint64_t seed = seeds.first; seed < seeds.first + seeds.count; ++seed) {
     running_seed = seed;
-    on_run(Replay(shape, seed, of_seed), RunSimulation(seed, of_seed));
+    of_seed.check_always = seeds.check_every > 0 && seed % seeds.check_every == 0;
+    on_run(Replay(seeds.shape, seed, of_seed), RunSimulation(seed, of_seed));
   }
 }
 

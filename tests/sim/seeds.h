@@ -21,9 +21,15 @@ inline constexpr Shape kProcedureShapes[] = {Shape::kReplicas, Shape::kDrains, S
 // What a failure is told by: it says how to see it again.
 using OnRun = std::function<void(const std::string& replay, const Outcome& outcome)>;
 
-// `count` seeds from `first`; now and then, or each time, integrity is checked after every event.
-void RunSeeds(Shape shape, uint64_t first, uint64_t count, const SimulationOptions& options,
-              const OnRun& on_run);
+struct Seeds {
+  Shape shape = Shape::kAny;
+  uint64_t first = 1;
+  uint64_t count = 1;
+  uint32_t check_every =
+      1;  // of so many seeds one has its integrity checked after every event; 0: none
+};
+// `options`: but for what `seeds` says.
+void RunSeeds(const Seeds& seeds, const SimulationOptions& options, const OnRun& on_run);
 // For each pair of this shape that is missing in `counts`: at most kMostAimed seeds that aim at it. Adds what they met.
 inline constexpr uint64_t kMostAimed = 40;
 void AimAtMissing(Shape shape, ProcedureCounts* counts, const OnRun& on_run);

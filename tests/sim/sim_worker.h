@@ -65,6 +65,8 @@ class SimWorker final : private WorkerPorts {
   void Leave();
   void FailNextLoad(absl::Status why = absl::DataLossError("a bad disk"));
   void FailNextStep();
+  // A stage that is in no epoch yet has no room for the next rows that it is to fetch.
+  void FailNextLanding() { landing_finds_no_room_ = true; }
   void LieOnce() { lie_next_ = true; }
   // Some bytes of its host memory change. False: it has taken none.
   bool CorruptHost();
@@ -124,6 +126,8 @@ class SimWorker final : private WorkerPorts {
   void CheckFetched(const v1::RowsFetched& fetched);
   void CheckSound();
   void OnReplicate(const v1::Replicate& replicate);
+  // As Stage::State::Land without room: nothing of it is there. False: it is to be fetched.
+  bool RefuseLanding(const v1::FetchRows& fetch);
   static void VoidNan(v1::StageReport* report);
   bool Lie(v1::StageReport* report);
 
@@ -155,6 +159,7 @@ class SimWorker final : private WorkerPorts {
   std::deque<std::pair<ContentKey, LayerRange>> copied_;  // that it was told to copy, the newest
   bool leaving_ = false;
   bool load_finds_no_room_ = false;
+  bool landing_finds_no_room_ = false;
   bool lie_next_ = false;
   bool lied_ = false;
   uint64_t steps_ahead_ = 0;

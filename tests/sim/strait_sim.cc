@@ -67,7 +67,11 @@ int CountPairs(uint64_t first, uint64_t count, const strait::sim::SimulationOpti
   };
   for (const strait::sim::Shape shape : strait::sim::kProcedureShapes) {
     if (options.shape != strait::sim::Shape::kAny && shape != options.shape) continue;
-    strait::sim::RunSeeds(shape, first, count, options,
+    strait::sim::RunSeeds({.shape = shape,
+                           .first = first,
+                           .count = count,
+                           .check_every = options.check_always ? 1u : 0u},
+                          options,
                           [&](const std::string& replay, const strait::sim::Outcome& outcome) {
                             sums.Add(outcome);
                             on_run(replay, outcome);
@@ -164,7 +168,11 @@ int main(int argc, char** argv) {
     ++failures;
     std::printf("%s\n  replay: %s\n", outcome.violation.c_str(), replay.c_str());
   };
-  strait::sim::RunSeeds(options.shape, seed, count, options, on_run);
+  strait::sim::RunSeeds({.shape = options.shape,
+                         .first = seed,
+                         .count = count,
+                         .check_every = options.check_always ? 1u : 0u},
+                        options, on_run);
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
   if (count > 1 && options.shape >= strait::sim::Shape::kReplicas) procedures.Print();
   if (count > 1 && moves_asked > 0) {
