@@ -60,6 +60,7 @@ void SimCluster::StallWorker(SimWorker* worker) {
 
 void SimCluster::HangWorker(SimWorker* worker) {
   ++worker_faults_;
+  CountFault(MoveFault::kHangSource, MoveFault::kHangDestination, *worker);
   CountProcedures(Fault::kHangOwn, Fault::kHangPeer, *worker);
   const uint64_t us = world_.Random(1'000, world_.Pick({uint64_t{1'000'000}, kHangUs}));
   world_.Trace(absl::StrCat(NameOf(*worker), "'s device hangs for ", us / 1000, " ms"));
@@ -67,7 +68,7 @@ void SimCluster::HangWorker(SimWorker* worker) {
 }
 
 void SimCluster::StopCoordinatorFor20s() {
-  CountFault(MoveFault::kCoordinatorStops);
+  CountFault(MoveFault::kCoordinatorStops20s);
   CountProcedures(Fault::kCoordinatorStops20s);
   world_.Trace("fault: the coordinator stands still for 20 s");
   gate_.Shut(20'000'000);
@@ -254,6 +255,10 @@ void SimCluster::Strike(MoveFault fault, SequenceId sequence) {
       return StallWorker(source);
     case MoveFault::kStallDestination:
       return StallWorker(destination);
+    case MoveFault::kHangSource:
+      return HangWorker(source);
+    case MoveFault::kHangDestination:
+      return HangWorker(destination);
     case MoveFault::kStreamSource:
       return BreakStream(source);
     case MoveFault::kStreamDestination:
@@ -286,6 +291,8 @@ void SimCluster::Strike(MoveFault fault, SequenceId sequence) {
       return CrowdDestination(source);
     case MoveFault::kCoordinatorStops:
       return StopCoordinator();
+    case MoveFault::kCoordinatorStops20s:
+      return StopCoordinatorFor20s();
     case MoveFault::kCancel:
       if (move->request.value == 0) return;
       CountFault(fault);

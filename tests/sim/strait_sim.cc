@@ -101,6 +101,11 @@ int main(int argc, char** argv) {
       pairs = true;
     } else if (std::strcmp(argv[i], "--aim") == 0 && i + 1 < argc) {
       options.aim = strait::sim::PairOf(argv[++i]);
+      if (!options.aim) {
+        std::fprintf(stderr, "no pair is called %s: a phase and a fault as --pairs shows them\n",
+                     argv[i]);
+        return 2;
+      }
     } else if (std::strcmp(argv[i], "--rarely") == 0) {
       options.check_always = false;
     } else if (std::strcmp(argv[i], "--seed") == 0 && i + 1 < argc) {
@@ -112,7 +117,7 @@ int main(int argc, char** argv) {
           stderr,
           "usage: strait_sim [--seed N] [--count N] [--trace]"
           " [--ground | --sharing | --moves | --replicas | --drains | --scales | --replacements]"
-          " [--rarely] [--pairs]\n"
+          " [--rarely] [--pairs] [--aim PHASE/FAULT]\n"
           "  --ground  two pipelines, five workers, eight sequences of 300 tokens, three faults\n"
           "  --sharing prompts that begin alike, caches of few blocks\n"
           "  --moves   as --ground, sequences move between the pipelines, faults strike meanwhile\n"
