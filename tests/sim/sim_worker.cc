@@ -133,6 +133,8 @@ std::string SimWorker::TransfersLeft() const {
   for (const uint64_t id : core_.stage_ids()) {
     const Stage* const stage = core_.FindStage(id);
     if (stage == nullptr) continue;
+    // What was to come goes when it enters an epoch, or unloads: its pipeline may lack a worker for good.
+    if (core_.StateOf(id) == WorkerCore::HostedState::kStuck) continue;
     const size_t num_imports = stage->importer().num_imports();
     const Exporter& exporter = stage->exporter();
     const size_t num_services = exporter.num_services() - exporter.serves_prefixes();
