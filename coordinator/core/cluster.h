@@ -67,6 +67,7 @@ class Cluster {
   // A worker said what cannot be.
   void Accuse(WorkerId id, absl::Status why, uint64_t now_us) { Evict(id, std::move(why), now_us); }
   bool IsScaling() const { return scale_.has_value(); }
+  std::optional<ChangeUnderWay> Change() const;
 
   // ---- Workers that are to have no stage (coordinator/core/draining.h) ----
   // It lasts over a loss of its stream. REQUIRES: it is attached.

@@ -333,6 +333,8 @@ void Core::State::PlaceWaiting(uint64_t now_us) {
 
 // ---------------------------------------------------------------- what others may ask
 
+std::optional<ChangeUnderWay> Core::Change() const { return state_->cluster.Change(); }
+
 bool Core::Ready() const { return state_->cluster.num_active() > 0; }
 
 CoreStats Core::Stats() const {

@@ -233,6 +233,15 @@ struct CoreStats {
   uint64_t host_bytes_total = 0;
 };
 
+// A pipeline gets other stages, by a scale or since a worker of it is drained.
+struct ChangeUnderWay {
+  PipelineId pipeline;
+  const char* phase = "";  // by Name(Scale::Phase), coordinator/core/scale.h
+  bool drains = false;
+  std::vector<WorkerId> hosts;  // of the stages that it gets
+  std::vector<WorkerId> serve;  // of its stages now; from the switch on they are the same
+};
+
 class Core {
  public:
   // REQUIRES: ValidateOptions(options, model).ok().
@@ -270,6 +279,8 @@ class Core {
   // JSON text: workers, layer ranges, pipelines, cache bytes by layer, sequences (documented in
   // coordinator/core/STATUS.md).
   std::string StatusJson(uint64_t now_us) const;
+  // Nothing: no pipeline gets other stages now. For the simulator, which strikes in each phase of that.
+  std::optional<ChangeUnderWay> Change() const;
   // Of every stage: reserved and held bytes are those of its sequences by their lengths there, and
   // within its capacity; no worker's memory is booked twice; a sequence is in one place. Used by tests at
   // every tick.

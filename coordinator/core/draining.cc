@@ -130,7 +130,15 @@ void Draining::DryRun(VerbId verb, Drain drain, uint64_t now_us) {
   if (pipeline != nullptr) {
     drain.pipeline = pipeline->id;
     cluster_->SetDuty(drain.worker, Duty::kDraining);
-    found = ChooseWay(&drain, *pipeline, now_us);
+    if (pipeline->state == Pipeline::State::kActive) {
+      found = ChooseWay(&drain, *pipeline, now_us);
+    } else if (!OpenPipelines().empty()) {
+      drain.way = Way::kMove;  // as Step: nobody is in it
+    } else {
+      found = absl::FailedPreconditionError(absl::StrCat(
+          "pipeline ", pipeline->id.value, " does not serve now, and no other one does: a drain ",
+          "waits until one does (strait status)"));
+    }
     cluster_->SetDuty(drain.worker, duty);
   }
   drain.phase = Phase::kWaiting;

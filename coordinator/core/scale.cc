@@ -361,4 +361,24 @@ Holdings HoldingsOfSuccessor(LayerRange layers, absl::Span<const StageSlot* cons
   return holdings;
 }
 
+const char* Name(Scale::Phase phase) {
+  switch (phase) {
+    case Scale::Phase::kWaiting:
+      return "waiting";
+    case Scale::Phase::kMakingRoom:
+      return "making room";
+    case Scale::Phase::kLoading:
+      return "loading";
+    case Scale::Phase::kCopying:
+      return "copying";
+    case Scale::Phase::kStill:
+      return "still";
+    case Scale::Phase::kSwitched:
+      return "switched";
+    case Scale::Phase::kGrowing:
+      return "growing";
+  }
+  return "";
+}
+
 }  // namespace strait

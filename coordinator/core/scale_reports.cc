@@ -10,26 +10,6 @@
 
 namespace strait {
 
-const char* Name(Scale::Phase phase) {
-  switch (phase) {
-    case Scale::Phase::kWaiting:
-      return "waiting";
-    case Scale::Phase::kMakingRoom:
-      return "making room";
-    case Scale::Phase::kLoading:
-      return "loading";
-    case Scale::Phase::kCopying:
-      return "copying";
-    case Scale::Phase::kStill:
-      return "still";
-    case Scale::Phase::kSwitched:
-      return "switched";
-    case Scale::Phase::kGrowing:
-      return "growing";
-  }
-  return "";
-}
-
 std::vector<std::pair<SequenceId, uint64_t>> SumPauses(
     const std::map<SequenceId, uint64_t>& pauses_us, v1::ScaleReply* reply) {
   std::vector<std::pair<SequenceId, uint64_t>> longest(pauses_us.begin(), pauses_us.end());
@@ -128,6 +108,20 @@ absl::StatusOr<std::vector<PlannedPipeline>> Cluster::PlanAll(uint32_t num_stage
     }
   }
   return planned;
+}
+
+std::optional<ChangeUnderWay> Cluster::Change() const {
+  if (!scale_ || scale_->phase == Scale::Phase::kWaiting) return std::nullopt;
+  ChangeUnderWay change{.pipeline = scale_->pipeline,
+                        .phase = Name(scale_->phase),
+                        .drains = scale_->drains,
+                        .hosts = {},
+                        .serve = {}};
+  for (const ScaledStage& stage : scale_->plan.stages) change.hosts.push_back(stage.worker);
+  for (const StageSlot& slot : pipelines_.at(scale_->pipeline)->slots) {
+    if (slot.state != StageSlot::State::kVacant) change.serve.push_back(slot.worker);
+  }
+  return change;
 }
 
 }  // namespace strait

@@ -52,7 +52,16 @@ void SimCluster::CancelSoon(RequestId id, std::optional<uint32_t> index, uint64_
   });
 }
 
-void SimCluster::ScaleOnce() {
+void SimCluster::ScaleOnce(uint32_t attempts) {
+  // Where scales are what a seed is about, each is asked for when it can be.
+  const bool waits =
+      options_.shape == Shape::kScales && attempts > 0 &&
+      (!scales_.empty() || core_.Stats().pipelines_active < scenario_.options.num_pipelines);
+  if (waits) {
+    return world_.After(world_.Random(1'000, kTryMoveUs), [this, attempts] {
+      gate_.Pass([this, attempts] { ScaleOnce(attempts - 1); });
+    });
+  }
   --scales_left_;
   const ScaleId id{++outcome_.scales};
   const uint64_t most = scenario_.model.layer_weight_bytes.size();
@@ -68,6 +77,8 @@ void SimCluster::OnScaled(const ScaleAnswered& answer) {
   world_.Trace(absl::StrCat("scale ", answer.scale.value, ": ", answer.status.ToString()));
   if (scales_.erase(answer.scale) == 0) world_.Violation("a scale is answered twice");
   outcome_.scales_done += answer.status.ok();
+  procedure_counts_.AddEnd(absl::StrCat(
+      "scale: ", answer.status.ok() ? "done" : absl::StatusCodeToString(answer.status.code())));
   outcome_.scale_kept += answer.reply.rows_kept();
   const absl::StatusCode code = answer.status.code();
   if (code != absl::StatusCode::kOk && code != absl::StatusCode::kAborted &&

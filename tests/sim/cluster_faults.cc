@@ -12,6 +12,8 @@ namespace {
 
 // How long links may be slow, or parted.
 constexpr uint64_t kLinkFaultUs = 15'000'000;
+// Longer than a load, a step or an activation may take.
+constexpr uint64_t kHangUs = 45'000'000;
 // A fault that is aimed at a phase strikes at once, or a moment later.
 constexpr uint64_t kAimDelayUs = 3'000;
 // Requests that come where a destination is to be short of room.
@@ -54,6 +56,22 @@ void SimCluster::StallWorker(SimWorker* worker) {
   const uint64_t us = world_.Random(1'000, 3 * scenario_.options.heartbeat_timeout_us);
   world_.Trace(absl::StrCat(NameOf(*worker), " stalls for ", us / 1000, " ms"));
   worker->Stall(us);
+}
+
+void SimCluster::HangWorker(SimWorker* worker) {
+  ++worker_faults_;
+  CountFault(MoveFault::kHangSource, MoveFault::kHangDestination, *worker);
+  CountProcedures(Fault::kHangOwn, Fault::kHangPeer, *worker);
+  const uint64_t us = world_.Random(1'000, world_.Pick({uint64_t{1'000'000}, kHangUs}));
+  world_.Trace(absl::StrCat(NameOf(*worker), "'s device hangs for ", us / 1000, " ms"));
+  worker->Hang(us);
+}
+
+void SimCluster::StopCoordinatorFor20s() {
+  CountFault(MoveFault::kCoordinatorStops20s);
+  CountProcedures(Fault::kCoordinatorStops20s);
+  world_.Trace("fault: the coordinator stands still for 20 s");
+  gate_.Shut(20'000'000);
 }
 
 void SimCluster::StopCoordinator() {
@@ -237,6 +255,10 @@ void SimCluster::Strike(MoveFault fault, SequenceId sequence) {
       return StallWorker(source);
     case MoveFault::kStallDestination:
       return StallWorker(destination);
+    case MoveFault::kHangSource:
+      return HangWorker(source);
+    case MoveFault::kHangDestination:
+      return HangWorker(destination);
     case MoveFault::kStreamSource:
       return BreakStream(source);
     case MoveFault::kStreamDestination:
@@ -269,6 +291,8 @@ void SimCluster::Strike(MoveFault fault, SequenceId sequence) {
       return CrowdDestination(source);
     case MoveFault::kCoordinatorStops:
       return StopCoordinator();
+    case MoveFault::kCoordinatorStops20s:
+      return StopCoordinatorFor20s();
     case MoveFault::kCancel:
       if (move->request.value == 0) return;
       CountFault(fault);

@@ -79,6 +79,7 @@ void SimCluster::DrainOnce() {
   const json::Value status = Status();
   for (const json::Value& worker : status.at("workers").as_array()) {
     uint64_t instance = 0;
+    if (scenario_.drains_serving && worker.at("stages").as_array().empty()) continue;
     if (absl::SimpleAtoi(std::string(worker.at("name").as_string()).substr(1), &instance)) {
       instances.push_back(instance);
     }
@@ -105,7 +106,7 @@ void SimCluster::LeaveOnce() {
 
 void SimCluster::OnDrainEnded(const VerbEnded& ended) {
   const std::optional<uint64_t> drained = drains_.OnMessage(ended);
-  if (drained && faults_over_ && scenario_.heals) {
+  if (drained && ((faults_over_ && scenario_.heals) || scenario_.drains_serving)) {
     StartWorker(workers_[*drained - 1]->memory_bytes());
   }
 }

@@ -7,13 +7,16 @@
 namespace strait::sim {
 namespace {
 
-constexpr const char* kFaults[kNumMoveFaults] = {
-    "source dies",        "destination dies",  "source stalls",
-    "destination stalls", "source's stream",   "destination's stream",
-    "rows' connection",   "corrupt frame",     "frame comes twice",
-    "slow link",          "partition of rows", "source parted",
-    "destination parted", "no room",           "coordinator stopped",
-    "sequence cancelled"};
+constexpr const char* kFaults[kNumMoveFaults] = {"source dies",         "destination dies",
+                                                 "source stalls",       "destination stalls",
+                                                 "source hangs",        "destination hangs",
+                                                 "source's stream",     "destination's stream",
+                                                 "rows' connection",    "corrupt frame",
+                                                 "frame comes twice",   "slow link",
+                                                 "partition of rows",   "source parted",
+                                                 "destination parted",  "no room",
+                                                 "coordinator stopped", "coordinator stopped 20 s",
+                                                 "sequence cancelled"};
 
 // By fault: the phases in which it can be.
 constexpr bool kExpected[kNumMoveFaults][kNumMovePhases] = {
@@ -22,6 +25,8 @@ constexpr bool kExpected[kNumMoveFaults][kNumMovePhases] = {
     {1, 1, 1, 1, 1},  // destination dies
     {1, 1, 1, 1, 1},  // source stalls
     {1, 1, 1, 1, 1},  // destination stalls
+    {1, 1, 1, 1, 1},  // source hangs
+    {1, 1, 1, 1, 1},  // destination hangs
     {1, 1, 1, 1, 1},  // source's stream
     {1, 1, 1, 1, 1},  // destination's stream
     {0, 1, 0, 1, 0},  // rows' connection: rows are asked for in rounds only
@@ -33,6 +38,7 @@ constexpr bool kExpected[kNumMoveFaults][kNumMovePhases] = {
     {1, 1, 1, 1, 1},  // destination parted
     {1, 1, 1, 1, 0},  // no room: after the commit nobody takes it any more
     {1, 1, 1, 1, 1},  // coordinator stopped
+    {1, 1, 1, 1, 1},  // for 20 s
     {1, 1, 1, 1, 1},  // sequence cancelled
 };
 
@@ -50,12 +56,12 @@ void MoveCounts::Add(const MoveCounts& other) {
 }
 
 std::string MoveCounts::Table() const {
-  std::string table = absl::StrFormat("%-22s", "");
+  std::string table = absl::StrFormat("%-24s", "");
   for (size_t p = 0; p < kNumMovePhases; ++p) {
     absl::StrAppendFormat(&table, " %9s", Name(static_cast<MovePhase>(p)));
   }
   for (size_t f = 0; f < kNumMoveFaults; ++f) {
-    absl::StrAppendFormat(&table, "\n%-22s", kFaults[f]);
+    absl::StrAppendFormat(&table, "\n%-24s", kFaults[f]);
     for (const uint64_t count : counts_[f]) {
       absl::StrAppendFormat(&table, " %9s", count == 0 ? "-" : absl::StrCat(count));
     }

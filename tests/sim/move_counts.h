@@ -24,6 +24,8 @@ enum class MoveFault {
   kKillDestination,
   kStallSource,
   kStallDestination,
+  kHangSource,  // it answers, and no step, load or copy of it ends
+  kHangDestination,
   kStreamSource,  // to the coordinator, lost
   kStreamDestination,
   kBreakRows,  // the connection, with asks on it
@@ -35,9 +37,10 @@ enum class MoveFault {
   kPartDestination,
   kNoRoom,  // at the destination: the move was given up
   kCoordinatorStops,
+  kCoordinatorStops20s,
   kCancel,
 };
-inline constexpr size_t kNumMoveFaults = 16;
+inline constexpr size_t kNumMoveFaults = 19;
 
 // Whether such a fault can be in that phase.
 bool CanMeet(MoveFault fault, MovePhase phase);

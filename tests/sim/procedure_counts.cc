@@ -8,14 +8,18 @@ namespace strait::sim {
 namespace {
 
 constexpr const char* kPhases[kNumPhases] = {
-    "copies come",    "copies there", "replace loads", "replace restores", "replace activates",
-    "replace begins", "drain waits",  "drain moves",   "drain replaces",   "drain unloads",
-    "join greets",    "join idles",   "join loads",    "join activates",   "join begins"};
+    "copies come",        "copies there",    "replace loads",      "replace restores",
+    "replace activates",  "replace begins",  "drain waits",        "drain moves",
+    "drain replaces",     "drain unloads",   "join greets",        "join idles",
+    "join warms",         "join loads",      "join activates",     "join begins",
+    "by scale: room",     "by scale: loads", "by scale: copies",   "by scale: still",
+    "by scale: switched", "by scale: grows", "by drain: room",     "by drain: loads",
+    "by drain: copies",   "by drain: still", "by drain: switched", "by drain: grows"};
 
 constexpr const char* kFaults[kNumFaults] = {
-    "own dies",    "peer dies",  "own stalls",  "peer stalls",    "own stream",
-    "peer stream", "own parted", "peer parted", "row connection", "corrupt",
-    "twice",       "slow link",  "no room",     "coordinator"};
+    "own dies",   "peer dies",   "own stalls", "peer stalls", "own hangs",      "peer hangs",
+    "own stream", "peer stream", "own parted", "peer parted", "row connection", "corrupt",
+    "twice",      "slow link",   "no room",    "coordinator", "coord. 20 s"};
 
 // By phase: the faults that can be. Those of workers and of the coordinator can always be.
 constexpr bool kRows[kNumPhases][5] = {
@@ -32,9 +36,22 @@ constexpr bool kRows[kNumPhases][5] = {
     {0, 0, 0, 1, 0},  // drain unloads
     {0, 0, 0, 1, 0},  // join greets
     {0, 0, 0, 1, 0},  // join idles
+    {0, 0, 0, 1, 1},  // join warms
     {0, 0, 0, 1, 1},  // join loads
     {0, 0, 0, 1, 0},  // join activates
     {0, 0, 0, 1, 0},  // join begins
+    {0, 0, 0, 1, 0},  // by scale: room: no row goes yet, and what is planned fits
+    {0, 0, 0, 1, 1},  // loads
+    {1, 1, 1, 1, 1},  // copies
+    {1, 1, 1, 1, 1},  // still
+    {0, 0, 0, 1, 0},  // switched: the last rows have come, or are given up
+    {0, 0, 0, 1, 0},  // grows
+    {0, 0, 0, 1, 0},  // by drain: likewise
+    {0, 0, 0, 1, 1},  //
+    {1, 1, 1, 1, 1},  //
+    {1, 1, 1, 1, 1},  //
+    {0, 0, 0, 1, 0},  //
+    {0, 0, 0, 1, 0},  //
 };
 
 }  // namespace
@@ -42,14 +59,30 @@ constexpr bool kRows[kNumPhases][5] = {
 const char* Name(Phase phase) { return kPhases[static_cast<size_t>(phase)]; }
 const char* Name(Fault fault) { return kFaults[static_cast<size_t>(fault)]; }
 
-bool IsOfDrain(Phase phase) { return phase >= Phase::kDrainWaits && phase <= Phase::kDrainUnloads; }
+Shape ShapeOf(Phase phase) {
+  if (phase >= Phase::kReplacementRoom) return Shape::kReplacements;
+  if (phase >= Phase::kScaleRoom) return Shape::kScales;
+  return phase >= Phase::kDrainWaits && phase <= Phase::kDrainUnloads ? Shape::kDrains
+                                                                      : Shape::kReplicas;
+}
 
 bool CanMeet(Fault fault, Phase phase) {
   if (fault == Fault::kStreamOwn && phase == Phase::kJoinGreets) return false;  // it has none
   const auto first = static_cast<size_t>(Fault::kBreakRows);
   const auto f = static_cast<size_t>(fault);
-  if (f < first || fault == Fault::kCoordinatorStops) return true;
+  if (f < first || fault >= Fault::kCoordinatorStops) return true;
   return kRows[static_cast<size_t>(phase)][f - first];
+}
+
+std::optional<std::pair<Phase, Fault>> PairOf(const std::string& name) {
+  for (size_t p = 0; p < kNumPhases; ++p) {
+    for (size_t f = 0; f < kNumFaults; ++f) {
+      if (name == absl::StrCat(kPhases[p], "/", kFaults[f])) {
+        return std::pair(static_cast<Phase>(p), static_cast<Fault>(f));
+      }
+    }
+  }
+  return std::nullopt;
 }
 
 void ProcedureCounts::Add(const ProcedureCounts& other) {
@@ -76,9 +109,11 @@ std::string ProcedureCounts::Table() const {
   return table;
 }
 
-std::vector<std::pair<Phase, Fault>> ProcedureCounts::MissingPairs() const {
+std::vector<std::pair<Phase, Fault>> ProcedureCounts::MissingPairs(
+    std::optional<Shape> shape) const {
   std::vector<std::pair<Phase, Fault>> missing;
   for (size_t p = 0; p < kNumPhases; ++p) {
+    if (shape && ShapeOf(static_cast<Phase>(p)) != *shape) continue;
     for (size_t f = 0; f < kNumFaults; ++f) {
       const auto phase = static_cast<Phase>(p);
       const auto fault = static_cast<Fault>(f);

@@ -10,9 +10,12 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "tests/sim/shape.h"
 
 namespace strait::sim {
 
@@ -33,19 +36,36 @@ enum class Phase {
   // A worker that comes.
   kJoinGreets,  // until Welcome
   kJoinIdles,
+  kJoinWarms,  // a spare: it holds weights ready, or loads them
   kJoinLoads,
   kJoinActivates,
   kJoinBegins,
+  // A pipeline gets other stages: by a scale; since one of its workers is drained.
+  kScaleRoom,
+  kScaleLoads,
+  kScaleCopies,
+  kScaleStill,
+  kScaleSwitched,
+  kScaleGrows,
+  kReplacementRoom,
+  kReplacementLoads,
+  kReplacementCopies,
+  kReplacementStill,
+  kReplacementSwitched,
+  kReplacementGrows,
 };
-inline constexpr size_t kNumPhases = 15;
+inline constexpr size_t kNumPhases = 28;
+inline constexpr size_t kNumChangePhases = 6;
 
-// "Own" is the worker that the procedure is about: whose blocks are copied; who takes the place; who goes; who comes. The
-// peer: the buddy; who has the copies, or another one of the pipeline; any other.
+// "Own" is the worker that the procedure is about: whose blocks are copied; who takes the place; who goes; who comes; who
+// gets a stage. The peer: the buddy; who has the copies, or another one of the pipeline; who had a stage; any other.
 enum class Fault {
   kKillOwn,
   kKillPeer,
   kStallOwn,
   kStallPeer,
+  kHangOwn,  // it lives and answers, and no step, load or copy of it ends
+  kHangPeer,
   kStreamOwn,
   kStreamPeer,
   kPartOwn,  // from the coordinator, or other workers, or both
@@ -56,14 +76,18 @@ enum class Fault {
   kSlowLink,
   kNoRoom,  // at who receives: for copies, for a stage's weights, for sequences
   kCoordinatorStops,
+  kCoordinatorStops20s,
 };
-inline constexpr size_t kNumFaults = 14;
+inline constexpr size_t kNumFaults = 17;
 
 const char* Name(Phase phase);
 const char* Name(Fault fault);
-bool IsOfDrain(Phase phase);
+// Of which kind of seeds it is: one of kReplicas, kDrains, kScales, kReplacements.
+Shape ShapeOf(Phase phase);
 // Whether such a fault can be in that phase.
 bool CanMeet(Fault fault, Phase phase);
+// "by scale: loads/own dies": as MissingPairs and tables say it.
+std::optional<std::pair<Phase, Fault>> PairOf(const std::string& name);
 
 class ProcedureCounts {
  public:
@@ -86,7 +110,9 @@ class ProcedureCounts {
     return counts_[static_cast<size_t>(fault)][static_cast<size_t>(phase)];
   }
   // Of the pairs that can be, those that never came.
-  std::vector<std::pair<Phase, Fault>> MissingPairs() const;
+  // `shape`: of its phases only.
+  std::vector<std::pair<Phase, Fault>> MissingPairs(
+      std::optional<Shape> shape = std::nullopt) const;
   std::string Missing() const;
 
  private:

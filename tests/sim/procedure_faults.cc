@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "proto/base/check.h"
 #include "tests/sim/sim_cluster.h"
 
 namespace strait::sim {
@@ -90,7 +91,11 @@ void SimCluster::OnRowFault(RowFault fault, SequenceId sequence) {
   const std::vector<LiveMove> moves = moves_.Live();
   const bool moves_now = std::any_of(
       moves.begin(), moves.end(), [&](const LiveMove& move) { return move.sequence == sequence; });
-  if (!moves_now) return procedure_counts_.Add(counted, Phase::kReplaceRestores);
+  if (!moves_now) {
+    const std::optional<Phase> phase = procedures_.BringsRows();
+    if (phase) procedure_counts_.Add(counted, *phase);
+    return;
+  }
   const std::vector<Drains::Live> drains = drains_.Current();
   if (std::any_of(drains.begin(), drains.end(),
                   [](const Drains::Live& drain) { return drain.phase == Phase::kDrainMoves; })) {
@@ -105,12 +110,13 @@ void SimCluster::MakeProcedureAims(uint64_t seed) {
   std::vector<ProcedureAim> pairs;
   for (size_t p = 0; p < kNumPhases; ++p) {
     const auto phase = static_cast<Phase>(p);
-    const bool is_of_drains = options_.shape == Shape::kDrains;
-    if (IsOfDrain(phase) != is_of_drains) continue;
+    if (ShapeOf(phase) != options_.shape) continue;
     for (size_t f = 0; f < kNumFaults; ++f) {
       if (CanMeet(static_cast<Fault>(f), phase)) pairs.push_back({phase, static_cast<Fault>(f)});
     }
   }
+  if (pairs.empty()) return;
+  STRAIT_CHECK(pairs.size() % kAimStride != 0);
   for (uint32_t i = 0; i < scenario_.num_procedure_aims; ++i) {
     ProcedureAim aim = pairs[(seed * scenario_.num_procedure_aims + i) * kAimStride % pairs.size()];
     if (i == 0 && options_.shape == Shape::kReplicas) {
@@ -127,17 +133,24 @@ void SimCluster::CheckProcedureAims() {
   if (procedure_aims_.empty() || (!procedures_.any() && !drains_.any())) return;
   const bool wants_drains =
       std::any_of(procedure_aims_.begin(), procedure_aims_.end(),
-                  [](const ProcedureAim& aim) { return IsOfDrain(aim.phase); });
-  for (const LiveProcedure& each : wants_drains ? LiveProcedures() : procedures_.Live()) {
+                  [](const ProcedureAim& aim) { return ShapeOf(aim.phase) == Shape::kDrains; });
+  const std::vector<LiveProcedure> live = wants_drains ? LiveProcedures() : procedures_.Live();
+  for (const LiveProcedure& each : live) {
     const auto it = std::find_if(procedure_aims_.begin(), procedure_aims_.end(),
                                  [&](const ProcedureAim& aim) { return aim.phase == each.phase; });
     if (it == procedure_aims_.end()) continue;
     const ProcedureAim aim = *it;
     procedure_aims_.erase(it);
+    // Several may be in that phase.
+    std::vector<SimWorker*> owners;
+    for (const LiveProcedure& other : live) {
+      if (other.phase == aim.phase) owners.push_back(other.own);
+    }
+    SimWorker* const own = owners[world_.Random(0, owners.size() - 1)];
     if (aim.delay_us == 0) {
-      Strike(aim, each.own);
+      Strike(aim, own);
     } else {
-      world_.After(aim.delay_us, [this, aim, own = each.own] {
+      world_.After(aim.delay_us, [this, aim, own] {
         if (!faults_over_) Strike(aim, own);
       });
     }
@@ -178,6 +191,10 @@ void SimCluster::Strike(const ProcedureAim& aim, SimWorker* own) {
       return StallWorker(own);
     case Fault::kStallPeer:
       return StallWorker(peer);
+    case Fault::kHangOwn:
+      return HangWorker(own);
+    case Fault::kHangPeer:
+      return HangWorker(peer);
     case Fault::kStreamOwn:
       return BreakStream(own);
     case Fault::kStreamPeer:
@@ -204,12 +221,32 @@ void SimCluster::Strike(const ProcedureAim& aim, SimWorker* own) {
       return FindNoRoom(aim.phase, own);
     case Fault::kCoordinatorStops:
       return StopCoordinator();
+    case Fault::kCoordinatorStops20s:
+      return StopCoordinatorFor20s();
   }
 }
 
 void SimCluster::FindNoRoom(Phase phase, SimWorker* own) {
   // For copies the memory that a worker offers decides, for sequences what other pipelines have.
-  if (phase != Phase::kJoinLoads && phase != Phase::kReplaceLoads) return;
+  switch (phase) {
+    case Phase::kJoinWarms:
+    case Phase::kJoinLoads:
+    case Phase::kReplaceLoads:
+    case Phase::kScaleLoads:
+    case Phase::kReplacementLoads:
+      break;
+    case Phase::kScaleCopies:
+    case Phase::kScaleStill:
+    case Phase::kReplacementCopies:
+    case Phase::kReplacementStill:
+      // Counted when it is told: not all of them get rows.
+      for (const LiveProcedure& each : procedures_.Live()) {
+        if (each.phase == phase) each.own->FailNextLanding();
+      }
+      return;
+    default:
+      return;
+  }
   ++worker_faults_;
   procedure_counts_.Add(Fault::kNoRoom, phase);
   own->FailNextLoad(absl::ResourceExhaustedError("the device is full"));

@@ -14,6 +14,15 @@ uint32_t NumKeys(const std::string& packed) {
   return keys.ok() ? static_cast<uint32_t>(keys->size()) : 0;
 }
 
+Phase PhaseOf(const ChangeUnderWay& change) {
+  constexpr const char* kNames[kNumChangePhases] = {"making room", "loading",  "copying",
+                                                    "still",       "switched", "growing"};
+  size_t at = 0;
+  while (at + 1 < kNumChangePhases && std::string(change.phase) != kNames[at]) ++at;
+  return static_cast<Phase>(
+      static_cast<size_t>(change.drains ? Phase::kReplacementRoom : Phase::kScaleRoom) + at);
+}
+
 }  // namespace
 
 bool ByInstance::operator()(const SimWorker* a, const SimWorker* b) const {
@@ -46,7 +55,7 @@ void Procedures::OnSent(SimWorker* to, const v1::ToWorker& message) {
     case v1::ToWorker::kLoadStage: {
       const uint64_t id = message.load_stage().stage_id();
       stages_[id] = to;
-      join(Phase::kJoinIdles, Phase::kJoinLoads);
+      join(Phase::kJoinIdles, Phase::kJoinLoads);  // unless OnWarms was called
       if (!any_lost_) return;
       begins_[id] = {to, Phase::kReplaceLoads, {}};
       return counts_->AddReached(Phase::kReplaceLoads);
@@ -54,6 +63,7 @@ void Procedures::OnSent(SimWorker* to, const v1::ToWorker& message) {
     case v1::ToWorker::kActivateStage: {
       const v1::ActivateStage& activate = message.activate_stage();
       join(Phase::kJoinLoads, Phase::kJoinActivates);
+      join(Phase::kJoinWarms, Phase::kJoinActivates);
       const auto begins = begins_.find(activate.stage_id());
       if (begins == begins_.end()) return;
       begins->second.keepers.clear();
@@ -95,6 +105,14 @@ void Procedures::OnHeard(SimWorker* from, const v1::FromWorker& message) {
     if (it->second == 0) counts_->AddReached(Phase::kCopiesThere);
     return;
   }
+  if (message.has_rows_fetched()) {
+    const bool no_room = message.rows_fetched().error_code() ==
+                         static_cast<uint32_t>(absl::StatusCode::kResourceExhausted);
+    if (no_room && change_ && CanMeet(Fault::kCorrupt, change_->phase)) {
+      counts_->Add(Fault::kNoRoom, change_->phase);
+    }
+    return;
+  }
   const auto joins = joins_.find(from);
   if (message.stage_state().state() == v1::StageState::ACTIVE) {
     EnterBegin(message.stage_state().stage_id(), Phase::kReplaceBegins);
@@ -110,6 +128,46 @@ void Procedures::OnHeard(SimWorker* from, const v1::FromWorker& message) {
     counts_->AddEnd("a worker that came is used");
     joins_.erase(joins);
   }
+}
+
+bool Procedures::AwaitsPlace(SimWorker* worker) const {
+  const auto it = joins_.find(worker);
+  return it != joins_.end() && it->second == Phase::kJoinIdles;
+}
+
+void Procedures::OnWarms(SimWorker* worker) {
+  joins_[worker] = Phase::kJoinWarms;
+  counts_->AddReached(Phase::kJoinWarms);
+}
+
+void Procedures::OnChange(const std::optional<ChangeUnderWay>& change,
+                          const std::function<SimWorker*(WorkerId)>& worker_of) {
+  if (!change) return change_.reset();
+  const Phase phase = PhaseOf(*change);
+  const bool is_new = !change_ || change_->pipeline != change->pipeline || phase < change_->phase;
+  const auto workers = [&](const std::vector<WorkerId>& ids) {
+    std::set<SimWorker*, ByInstance> each;
+    for (const WorkerId id : ids) each.insert(worker_of(id));
+    return each;
+  };
+  // It may stand still twice.
+  if (is_new) {
+    const auto hosts = workers(change->hosts);
+    auto left = workers(change->serve);
+    std::erase_if(left, [&](SimWorker* each) { return hosts.contains(each); });
+    change_ =
+        Change{change->pipeline, phase, {hosts.begin(), hosts.end()}, {left.begin(), left.end()}};
+  }
+  if (is_new || change_->phase != phase) counts_->AddReached(phase);
+  change_->phase = phase;
+}
+
+std::optional<Phase> Procedures::BringsRows() const {
+  if (change_ && CanMeet(Fault::kCorrupt, change_->phase)) return change_->phase;
+  const bool restores = std::any_of(begins_.begin(), begins_.end(), [](const auto& entry) {
+    return entry.second.phase == Phase::kReplaceRestores;
+  });
+  return restores ? std::optional(Phase::kReplaceRestores) : std::nullopt;
 }
 
 void Procedures::OnGone(SimWorker* worker) {
@@ -143,6 +201,10 @@ std::vector<LiveProcedure> Procedures::Live() const {
     live.push_back({begin.phase, begin.worker, {begin.keepers.begin(), begin.keepers.end()}});
   }
   for (const auto& [worker, phase] : joins_) live.push_back({phase, worker, {}});
+  if (!change_) return live;
+  for (SimWorker* const host : change_->hosts) {
+    if (host->alive()) live.push_back({change_->phase, host, change_->left});
+  }
   return live;
 }
 

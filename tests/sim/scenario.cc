@@ -68,6 +68,10 @@ Scenario MakeScenario(Shape shape, World* world) {
       return MakeReplicasScenario(world);
     case Shape::kDrains:
       return MakeDrainsScenario(world);
+    case Shape::kScales:
+      return MakeScalesScenario(world);
+    case Shape::kReplacements:
+      return MakeReplacementsScenario(world);
   }
   return {};
 }

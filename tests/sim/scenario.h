@@ -12,7 +12,7 @@
 #include "coordinator/core/core.h"
 #include "proto/base/limits.h"
 #include "tests/sim/row_network.h"
-#include "tests/sim/simulation.h"
+#include "tests/sim/shape.h"
 #include "tests/sim/world.h"
 
 namespace strait::sim {
@@ -67,6 +67,8 @@ struct Scenario {
   uint32_t num_drains = 0;  // asked for; all within drains_us
   uint32_t num_leaves = 0;  // workers that ask to be drained and end
   uint32_t num_joins = 0;   // workers that come while sequences run
+  bool drains_serving =
+      false;  // only workers with stages are drained, and another one comes for each that is
   uint64_t drains_us = 0;
   uint64_t leave_timeout_us = 30'000'000;  // for which a worker that leaves waits
   // Faults that wait for a phase of a procedure (procedure_counts.h), beside the others. The seed says which.
@@ -87,6 +89,9 @@ Scenario MakeSharingScenario(World* world);
 // As moves, with copies of blocks; and with drains, leaves and joins (scenario_procedures.cc).
 Scenario MakeReplicasScenario(World* world);
 Scenario MakeDrainsScenario(World* world);
+// Pipelines get other stages: several scales, or drains where only one pipeline is (scenario_procedures.cc).
+Scenario MakeScalesScenario(World* world);
+Scenario MakeReplacementsScenario(World* world);
 // As ground: two moves and more, three faults, most of them at phases of moves; splits that differ.
 Scenario MakeMovesScenario(World* world);
 

@@ -54,4 +54,43 @@ Scenario MakeDrainsScenario(World* world) {
   return s;
 }
 
+namespace {
+
+Scenario MakeChangesScenario(World* world) {
+  World& w = *world;
+  Scenario s = MakeMovesScenario(world);
+  s.num_scales = 0;
+  s.breaks_scale = false;
+  s.num_moves = static_cast<uint32_t>(w.Pick({0, 0, 0, 2}));
+  s.num_faults = w.Chance(0.2) ? 1 : 0;
+  s.num_aimed = 0;
+  s.num_procedure_aims = 3;
+  s.num_joins = 0;
+  s.options.load_timeout_us = 10'000'000;
+  if (w.Chance(0.3)) SetReplicas(&w, &s);
+  return s;
+}
+
+}  // namespace
+
+Scenario MakeScalesScenario(World* world) {
+  Scenario s = MakeChangesScenario(world);
+  s.num_scales = 4;
+  s.scales_us = 1'000'000;
+  return s;
+}
+
+Scenario MakeReplacementsScenario(World* world) {
+  World& w = *world;
+  Scenario s = MakeChangesScenario(world);
+  s.options.num_pipelines = 1;
+  s.options.num_stages = static_cast<uint32_t>(w.Pick({1, 2, 2}));
+  s.worker_memory.resize(s.options.num_stages + w.Random(0, 2), s.worker_memory.front());
+  s.num_moves = 0;
+  s.num_drains = 3;
+  s.drains_us = 1'000'000;
+  s.drains_serving = true;
+  return s;
+}
+
 }  // namespace strait::sim

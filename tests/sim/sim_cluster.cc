@@ -125,6 +125,8 @@ void SimCluster::Deliver(SendToWorker message) {
   if (!stream->open) return;
   SimWorker* const worker = stream->worker;
   drains_.OnSent(worker->instance(), message.message, !scales_.empty());
+  const bool may_warm = message.message.has_load_stage() && procedures_.AwaitsPlace(worker);
+  if (may_warm && HoldsReady(message.worker)) procedures_.OnWarms(worker);
   procedures_.OnSent(worker, message.message);
   stream->to_worker_us = std::max(
       stream->to_worker_us, partition_.OpenAt(worker->address(), kCoordinatorAddress) + Delay());
@@ -139,6 +141,16 @@ void SimCluster::Deliver(SendToWorker message) {
       if (streams_[stream->worker] == stream && stream->open) stream->worker->Receive(*shared);
     });
   });
+}
+
+bool SimCluster::HoldsReady(WorkerId id) const {
+  const json::Value status = Status();
+  for (const json::Value& worker : status.at("workers").as_array()) {
+    if (worker.at("id").to_number<uint64_t>() == id.value) {
+      return worker.as_object().contains("warm");
+    }
+  }
+  return false;
 }
 
 void SimCluster::Close(const StreamPtr& stream, const absl::Status& why, bool core_learns,
@@ -230,6 +242,7 @@ void SimCluster::Pump() {
                message);
   }
   if (core_.Ready()) last_ready_us_ = world_.now_us();
+  procedures_.OnChange(core_.Change(), [this](WorkerId id) { return by_id_.at(id)->worker; });
   CheckAims();
 }
 

@@ -103,6 +103,8 @@ class SimCluster final : public Control {
   void OnEvict(const EvictWorker& evict);
 
   json::Value Status() const;
+  // It is a spare that has weights ready, or loads them.
+  bool HoldsReady(WorkerId id) const;
   void StartWorker(uint64_t memory_bytes, uint64_t weights = kHashWeights);
   void Attach(const StreamPtr& stream);
   void Receive(const StreamPtr& stream, const v1::FromWorker& message, bool lie);
@@ -114,7 +116,8 @@ class SimCluster final : public Control {
   // ---- What happens: cluster_events.cc ----
   void SubmitOne();
   void CancelSoon(RequestId id, std::optional<uint32_t> index, uint64_t delay_us);
-  void ScaleOnce();
+  // `attempts`: where no pipeline can be scaled now, it is tried so often again.
+  void ScaleOnce(uint32_t attempts);
   void OnScaled(const ScaleAnswered& answer);
   void MoveOnce(uint32_t attempts);
   void Flush();
@@ -151,7 +154,9 @@ class SimCluster final : public Control {
   void KillWorker(SimWorker* worker);
   void BreakStream(SimWorker* worker);
   void StallWorker(SimWorker* worker);
+  void HangWorker(SimWorker* worker);
   void StopCoordinator();
+  void StopCoordinatorFor20s();
   // Of moves that are under way and have the worker at an end.
   void CountFault(MoveFault of_source, MoveFault of_destination, const SimWorker& worker);
   void CountFault(MoveFault fault);

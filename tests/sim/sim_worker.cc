@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -13,9 +12,6 @@
 
 namespace strait::sim {
 namespace {
-
-// Copies that may be damaged: of so many told last.
-constexpr size_t kCopiesKnown = 64;
 
 // Three of four workers say that they have NCCL, in two versions.
 uint32_t FakeNcclVersion(uint64_t instance) {
@@ -122,44 +118,14 @@ void SimWorker::Drain() {
 void SimWorker::PollSoon() {
   if (poll_is_due_ || !core_.CopiesRows()) return;
   poll_is_due_ = true;
-  RunAfter(world_->Random(10, scenario_->copy_us_max), [this] {
-    poll_is_due_ = false;
-    core_.PollCopies(world_->now_us());
-    CheckSound();
-  });
+  RunAfter(world_->Random(10, scenario_->copy_us_max), [this] { Poll(); });
 }
 
-bool SimWorker::CorruptHost() {
-  const auto& taken = backend_.copy_faults.taken;
-  // What changes while it is written back, nobody can find.
-  if (taken.empty() || core_.CopiesRows()) return false;
-  for (const auto& [data, bytes] : taken) {
-    for (size_t at = world_->Random(0, 63); at < bytes; at += world_->Random(1, 4'000)) {
-      data[at] ^= std::byte{0x10};
-    }
-  }
-  return true;
-}
-
-void SimWorker::OnReplicate(const v1::Replicate& replicate) {
-  const auto keys = ParseContentKeys(replicate.keys());
-  if (!keys.ok()) return;
-  for (const ContentKey& key : *keys) {
-    copied_.emplace_back(
-        key, LayerRange{replicate.source().layer_begin(), replicate.source().layer_end()});
-    if (copied_.size() > kCopiesKnown) copied_.pop_front();
-  }
-}
-
-bool SimWorker::CorruptReplica() {
-  std::erase_if(
-      copied_, [this](const auto& copy) { return !replicas().has(copy.first, copy.second.begin); });
-  if (copied_.empty()) return false;
-  const auto& [key, layers] = copied_[world_->Random(0, copied_.size() - 1)];
-  // Of its memory, which it does not know to have changed.
-  auto& store = const_cast<ReplicaStore&>(replicas());
-  store.data(key, layers.begin)[world_->Random(0, store.block_bytes() - 1)] ^= std::byte{0x10};
-  return true;
+void SimWorker::Poll() {
+  if (hangs()) return RunAfter(hung_until_us_ - world_->now_us(), [this] { Poll(); });
+  poll_is_due_ = false;
+  core_.PollCopies(world_->now_us());
+  CheckSound();
 }
 
 std::string SimWorker::TransfersLeft() const {
@@ -167,6 +133,8 @@ std::string SimWorker::TransfersLeft() const {
   for (const uint64_t id : core_.stage_ids()) {
     const Stage* const stage = core_.FindStage(id);
     if (stage == nullptr) continue;
+    // What was to come goes when it enters an epoch, or unloads: its pipeline may lack a worker for good.
+    if (core_.StateOf(id) == WorkerCore::HostedState::kStuck) continue;
     const size_t num_imports = stage->importer().num_imports();
     const Exporter& exporter = stage->exporter();
     const size_t num_services = exporter.num_services() - exporter.serves_prefixes();
@@ -220,6 +188,7 @@ void SimWorker::Receive(const v1::ToWorker& message) {
       break;
     case v1::ToWorker::kFetchRows:
       Count(message.fetch_rows().stage_id(), SimEvent::kFetch);
+      if (landing_finds_no_room_ && RefuseLanding(message.fetch_rows())) return;
       break;
     case v1::ToWorker::kReplicate:
       OnReplicate(message.replicate());
@@ -318,17 +287,22 @@ void SimWorker::DropCoordinator(absl::Status why) {
 }
 
 void SimWorker::Load(const LoadOrder& order) {
-  RunAfter(world_->Random(100, scenario_->load_us_max), [this, order] {
-    auto model = backend_.Load(order.spec, [this, &order](uint64_t done, uint64_t total) {
-      v1::FromWorker message;
-      message.mutable_load_progress()->set_stage_id(order.stage_id);
-      message.mutable_load_progress()->set_bytes_loaded(done);
-      message.mutable_load_progress()->set_bytes_total(total);
-      Tell(std::move(message));
-    });
-    Count(order.stage_id, SimEvent::kLoaded);
-    core_.OnLoaded(order, std::move(model));
+  RunAfter(world_->Random(100, scenario_->load_us_max), [this, order] { EndLoad(order); });
+}
+
+void SimWorker::EndLoad(const LoadOrder& order) {
+  if (hangs()) {
+    return RunAfter(hung_until_us_ - world_->now_us(), [this, order] { EndLoad(order); });
+  }
+  auto model = backend_.Load(order.spec, [this, &order](uint64_t done, uint64_t total) {
+    v1::FromWorker message;
+    message.mutable_load_progress()->set_stage_id(order.stage_id);
+    message.mutable_load_progress()->set_bytes_loaded(done);
+    message.mutable_load_progress()->set_bytes_total(total);
+    Tell(std::move(message));
   });
+  Count(order.stage_id, SimEvent::kLoaded);
+  core_.OnLoaded(order, std::move(model));
 }
 
 void SimWorker::Note(LogLevel, std::string_view what, std::initializer_list<LogField> fields) {
@@ -360,8 +334,9 @@ void SimWorker::TryRun() {
 
 void SimWorker::StepEnds(uint64_t stage_id, PipelineEpoch epoch) {
   if (!alive_) return;
-  if (world_->now_us() < stalled_until_us_) {
-    return world_->At(stalled_until_us_, [this, stage_id, epoch] { StepEnds(stage_id, epoch); });
+  const uint64_t until_us = std::max(stalled_until_us_, hung_until_us_);
+  if (world_->now_us() < until_us) {
+    return world_->At(until_us, [this, stage_id, epoch] { StepEnds(stage_id, epoch); });
   }
   const auto end = [this, stage_id, epoch] {
     const Stage* const stage = core_.FindStage(stage_id);
@@ -405,62 +380,7 @@ void SimWorker::VoidNan(v1::StageReport* report) {
   }
 }
 
-bool SimWorker::Lie(v1::StageReport* report) {
-  if (report->error_code() != 0) return false;
-  v1::TokenLogprob* sampled = nullptr;
-  for (v1::SequenceResult& result : *report->mutable_results()) {
-    if (result.has_sampled()) sampled = result.mutable_sampled();
-  }
-  const uint64_t kind = world_->Random(0, 6);
-  if (kind >= 3 && sampled == nullptr) return false;  // next time
-  switch (kind) {
-    case 0:
-      report->set_cache_bytes(report->cache_bytes() + 1);
-      break;
-    case 1:
-      report->set_step_id(report->step_id() + world_->Random(1, 3));
-      break;
-    case 2:
-      report->set_tables_digest(report->tables_digest() ^ 1);
-      break;
-    case 3:
-      sampled->set_token_id(scenario_->model.vocab_size);
-      break;
-    case 4:
-      sampled->set_logprob(std::numeric_limits<float>::quiet_NaN());
-      break;
-    case 5:
-      report->mutable_results()->RemoveLast();
-      break;
-    case 6:
-      report->mutable_results(0)->set_sequence_id(report->results(0).sequence_id() + 1);
-      break;
-  }
-  world_->Trace(absl::StrCat("fault: w", instance_, " lies (kind ", kind, ") about step ",
-                             report->step_id()));
-  lie_next_ = false;
-  lied_ = true;
-  return true;
-}
-
-// ---------------------------------------------------------------- faults
-
-void SimWorker::Kill(bool silent) {
-  alive_ = false;
-  transport_.Kill();
-  rows_.Kill(silent);
-  core_.DropStages();
-}
-
-void SimWorker::Stall(uint64_t us) {
-  stalled_until_us_ = std::max(stalled_until_us_, world_->now_us() + us);
-  world_->At(stalled_until_us_, [this] { Drain(); });
-}
-
-void SimWorker::FailNextLoad(absl::Status why) {
-  load_finds_no_room_ = absl::IsResourceExhausted(why);
-  backend_.fail_next_load = std::move(why);
-}
+// ---------------------------------------------------------------- its end
 
 void SimWorker::Leave() {
   if (leaving_) return;
@@ -478,11 +398,6 @@ void SimWorker::Shutdown() {
   world_->After(0, [this] {
     if (alive_) control_->Exit(this);
   });
-}
-
-void SimWorker::FailNextStep() {
-  const absl::Status bad = absl::InternalError("a bad device");
-  (world_->Chance(0.5) ? backend_.fail_next_begin : backend_.fail_next_finish) = bad;
 }
 
 }  // namespace strait::sim

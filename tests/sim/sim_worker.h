@@ -58,10 +58,15 @@ class SimWorker final : private WorkerPorts {
   // `silent`: who waits for its answers finds out by waiting.
   void Kill(bool silent = false);
   void Stall(uint64_t us);
+  // No step, load or copy ends for so long; the process answers.
+  void Hang(uint64_t us);
+  bool hangs() const { return world_->now_us() < hung_until_us_; }
   // As SIGTERM: it asks to be drained, and ends when it is told to, when its stream ends, or when it is tired of waiting.
   void Leave();
   void FailNextLoad(absl::Status why = absl::DataLossError("a bad disk"));
   void FailNextStep();
+  // A stage that is in no epoch yet has no room for the next rows that it is to fetch.
+  void FailNextLanding() { landing_finds_no_room_ = true; }
   void LieOnce() { lie_next_ = true; }
   // Some bytes of its host memory change. False: it has taken none.
   bool CorruptHost();
@@ -110,6 +115,8 @@ class SimWorker final : private WorkerPorts {
   void Orphaned(uint64_t stream);
   // Copies to and from host memory are polled, some time from now.
   void PollSoon();
+  void Poll();
+  void EndLoad(const LoadOrder& order);
   void Drain();  // does what has arrived, then computes, as far as it is free
   void TryRun();
   // The device has done the oldest step of the stage, if it is still that epoch's.
@@ -119,6 +126,8 @@ class SimWorker final : private WorkerPorts {
   void CheckFetched(const v1::RowsFetched& fetched);
   void CheckSound();
   void OnReplicate(const v1::Replicate& replicate);
+  // As Stage::State::Land without room: nothing of it is there. False: it is to be fetched.
+  bool RefuseLanding(const v1::FetchRows& fetch);
   static void VoidNan(v1::StageReport* report);
   bool Lie(v1::StageReport* report);
 
@@ -139,6 +148,7 @@ class SimWorker final : private WorkerPorts {
   bool alive_ = true;
   std::deque<std::function<void()>> inbox_;
   uint64_t stalled_until_us_ = 0;
+  uint64_t hung_until_us_ = 0;
   bool poll_is_due_ = false;
   bool computing_ = false;  // nothing else happens meanwhile
   uint64_t device_free_us_ = 0;
@@ -149,6 +159,7 @@ class SimWorker final : private WorkerPorts {
   std::deque<std::pair<ContentKey, LayerRange>> copied_;  // that it was told to copy, the newest
   bool leaving_ = false;
   bool load_finds_no_room_ = false;
+  bool landing_finds_no_room_ = false;
   bool lie_next_ = false;
   bool lied_ = false;
   uint64_t steps_ahead_ = 0;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "tests/sim/simulation.h"
 
+#include <algorithm>
 #include <optional>
 
 #include "absl/strings/str_cat.h"
@@ -13,12 +14,17 @@ namespace {
 constexpr uint64_t kSettleUs = 240'000'000;
 // So often it is tried to move something, where nothing can.
 constexpr uint32_t kMoveAttempts = 50;
+constexpr uint32_t kScaleAttempts = 50;
 
 }  // namespace
 
 bool SimCluster::Settled() const {
   // Who is to learn of it comes back when the way is open, and the coordinator there.
   if (gate_.is_shut() || procedures_.AwaitsCopies() || partition_.any()) return false;
+  if (std::any_of(workers_.begin(), workers_.end(),
+                  [](const auto& worker) { return worker->alive() && worker->hangs(); })) {
+    return false;
+  }
   if (drains_left_ > 0 || leaves_left_ > 0 || joins_left_ > 0 || drains_.pending() || AnyLeaves())
     return false;
   if (scales_left_ > 0 || !scales_.empty() || moves_left_ > 0 || moves_.pending() ||
@@ -110,7 +116,7 @@ Outcome SimCluster::Run() {
   scales_left_ = scenario_.num_scales;
   for (uint32_t i = 0; i < scenario_.num_scales; ++i) {
     world_.After(scenario_.load_us_max + world_.Random(0, 50'000 + scenario_.scales_us),
-                 [this] { gate_.Pass([this] { ScaleOnce(); }); });
+                 [this] { gate_.Pass([this] { ScaleOnce(kScaleAttempts); }); });
   }
   moves_left_ = scenario_.num_moves;
   for (uint32_t i = 0; i < scenario_.num_moves; ++i) {

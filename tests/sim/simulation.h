@@ -17,6 +17,7 @@
 #include "tests/sim/event_counts.h"
 #include "tests/sim/move_counts.h"
 #include "tests/sim/procedure_counts.h"
+#include "tests/sim/shape.h"
 
 namespace strait::sim {
 
@@ -54,16 +55,9 @@ struct Outcome {
   uint32_t joins = 0;
   uint64_t rows_restored = 0;  // from copies, that a stage began with; each layer has its own
   uint64_t virtual_us = 0;
-};
 
-// What a seed decides within.
-enum class Shape {
-  kAny,  // anything, small: most clusters have few workers and short sequences
-  kGround,  // at least two pipelines, five workers, eight sequences of 300 tokens, two moves, three faults
-  kSharing,   // prompts that begin alike, caches of few blocks
-  kMoves,     // as kGround: faults at phases of moves, pipelines of other splits
-  kReplicas,  // as kMoves: blocks have copies on other workers; faults at phases of copying, and of replacing workers
-  kDrains,    // as kMoves: workers are drained, leave and come; faults at phases of that
+  // Sums all but the violation and the times, which stay; of `stats` what tests ask for.
+  void Add(const Outcome& other);
 };
 
 struct SimulationOptions {

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "tests/sim/seeds.h"
 #include "tests/sim/simulation.h"
 
 namespace {
@@ -46,14 +47,42 @@ struct ProcedureSums {
   }
 };
 
-volatile uint64_t running_seed = 0;
-
 extern "C" void OnCrash(int signal) {
-  std::fprintf(stderr, "crashed in seed %llu; replay: strait_sim --seed %llu --trace\n",
-               static_cast<unsigned long long>(running_seed),
-               static_cast<unsigned long long>(running_seed));
+  const auto seed = static_cast<unsigned long long>(strait::sim::RunningSeed());
+  std::fprintf(stderr, "crashed in seed %llu; replay: strait_sim --seed %llu --trace\n", seed,
+               seed);
   std::signal(signal, SIG_DFL);
   std::raise(signal);
+}
+
+int CountPairs(uint64_t first, uint64_t count, const strait::sim::SimulationOptions& options) {
+  ProcedureSums sums;
+  uint64_t seeds = 0, failures = 0;
+  const strait::sim::OnRun on_run = [&](const std::string& replay,
+                                        const strait::sim::Outcome& outcome) {
+    ++seeds;
+    if (outcome.violation.empty()) return;
+    ++failures;
+    std::printf("%s\n  replay: %s\n", outcome.violation.c_str(), replay.c_str());
+  };
+  for (const strait::sim::Shape shape : strait::sim::kProcedureShapes) {
+    if (options.shape != strait::sim::Shape::kAny && shape != options.shape) continue;
+    strait::sim::RunSeeds({.shape = shape,
+                           .first = first,
+                           .count = count,
+                           .check_every = options.check_always ? 1u : 0u},
+                          options,
+                          [&](const std::string& replay, const strait::sim::Outcome& outcome) {
+                            sums.Add(outcome);
+                            on_run(replay, outcome);
+                          });
+    strait::sim::AimAtMissing(shape, &sums.counts, on_run);
+  }
+  sums.Print();
+  const std::string missing = sums.counts.Missing();
+  std::printf("Pairs that never came: %s\n%" PRIu64 " of %" PRIu64 " seeds failed\n",
+              missing.empty() ? "none" : missing.c_str(), failures, seeds);
+  return failures == 0 && missing.empty() ? 0 : 1;
 }
 
 }  // namespace
@@ -61,20 +90,22 @@ extern "C" void OnCrash(int signal) {
 int main(int argc, char** argv) {
   uint64_t seed = 1;
   uint64_t count = 1;
+  bool pairs = false;
   strait::sim::SimulationOptions options;
   for (int i = 1; i < argc; ++i) {
     if (std::strcmp(argv[i], "--trace") == 0) {
       options.trace = true;
-    } else if (std::strcmp(argv[i], "--ground") == 0) {
-      options.shape = strait::sim::Shape::kGround;
-    } else if (std::strcmp(argv[i], "--sharing") == 0) {
-      options.shape = strait::sim::Shape::kSharing;
-    } else if (std::strcmp(argv[i], "--moves") == 0) {
-      options.shape = strait::sim::Shape::kMoves;
-    } else if (std::strcmp(argv[i], "--replicas") == 0) {
-      options.shape = strait::sim::Shape::kReplicas;
-    } else if (std::strcmp(argv[i], "--drains") == 0) {
-      options.shape = strait::sim::Shape::kDrains;
+    } else if (const auto shape = strait::sim::ShapeOfOption(argv[i])) {
+      options.shape = *shape;
+    } else if (std::strcmp(argv[i], "--pairs") == 0) {
+      pairs = true;
+    } else if (std::strcmp(argv[i], "--aim") == 0 && i + 1 < argc) {
+      options.aim = strait::sim::PairOf(argv[++i]);
+      if (!options.aim) {
+        std::fprintf(stderr, "no pair is called %s: a phase and a fault as --pairs shows them\n",
+                     argv[i]);
+        return 2;
+      }
     } else if (std::strcmp(argv[i], "--rarely") == 0) {
       options.check_always = false;
     } else if (std::strcmp(argv[i], "--seed") == 0 && i + 1 < argc) {
@@ -85,17 +116,25 @@ int main(int argc, char** argv) {
       std::fprintf(
           stderr,
           "usage: strait_sim [--seed N] [--count N] [--trace]"
-          " [--ground | --sharing | --moves | --replicas | --drains] [--rarely]\n"
+          " [--ground | --sharing | --moves | --replicas | --drains | --scales | --replacements]"
+          " [--rarely] [--pairs] [--aim PHASE/FAULT]\n"
           "  --ground  two pipelines, five workers, eight sequences of 300 tokens, three faults\n"
           "  --sharing prompts that begin alike, caches of few blocks\n"
           "  --moves   as --ground, sequences move between the pipelines, faults strike meanwhile\n"
           "  --replicas as --moves, blocks have copies, stages begin with them\n"
           "  --drains  as --moves, workers are drained, leave and come\n"
+          "  --scales  as --moves, pipelines get other numbers of stages\n"
+          "  --replacements  the only pipeline gets other stages, since a worker of it is drained\n"
+          "  --pairs   each pair of a fault and a phase of copies, replacements, drains, joins, "
+          "scales:"
+          " how often it came in --count seeds of each of these shapes; then seeds aim at what is "
+          "missing\n"
           "  --rarely  integrity is checked after faults and in idle moments only\n");
       return 2;
     }
   }
   for (const int signal : {SIGABRT, SIGFPE, SIGSEGV}) std::signal(signal, OnCrash);
+  if (pairs) return CountPairs(seed, count, options);
   uint64_t failures = 0;
   strait::sim::EventCounts events;
   uint64_t cached_rows = 0, blocks_made = 0, blocks_dropped = 0, blocks_survived = 0,
@@ -107,9 +146,7 @@ int main(int argc, char** argv) {
   uint64_t late_frames = 0;
   uint64_t pause_us = 0, pause_us_max = 0, moved_bytes = 0;
   const auto begin = std::chrono::steady_clock::now();
-  for (uint64_t i = 0; i < count; ++i) {
-    running_seed = seed + i;
-    const strait::sim::Outcome outcome = strait::sim::RunSimulation(seed + i, options);
+  const auto on_run = [&](const std::string& replay, const strait::sim::Outcome& outcome) {
     events.Add(outcome.events);
     cached_rows += outcome.stats.cached_rows;
     blocks_made += outcome.stats.prefix_blocks_made;
@@ -132,12 +169,15 @@ int main(int argc, char** argv) {
     moved_bytes += outcome.stats.migrated_bytes;
     pause_us += outcome.stats.migration_pause_us;
     pause_us_max = std::max(pause_us_max, outcome.stats.migration_pause_us_max);
-    if (outcome.violation.empty()) continue;
+    if (outcome.violation.empty()) return;
     ++failures;
-    std::printf("seed %llu: %s\n  replay: strait_sim --seed %llu --trace\n",
-                static_cast<unsigned long long>(seed + i), outcome.violation.c_str(),
-                static_cast<unsigned long long>(seed + i));
-  }
+    std::printf("%s\n  replay: %s\n", outcome.violation.c_str(), replay.c_str());
+  };
+  strait::sim::RunSeeds({.shape = options.shape,
+                         .first = seed,
+                         .count = count,
+                         .check_every = options.check_always ? 1u : 0u},
+                        options, on_run);
   const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
   if (count > 1 && options.shape >= strait::sim::Shape::kReplicas) procedures.Print();
   if (count > 1 && moves_asked > 0) {

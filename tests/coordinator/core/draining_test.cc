@@ -188,6 +188,26 @@ TEST_F(DrainingTest, ADryRunSaysWhichWayAndChangesNothing) {
   EXPECT_EQ(h_->core.Stats().migrations, 0u);
 }
 
+// A dry run compared the numerics of all stages' workers, and ended the coordinator where a place was vacant.
+TEST_F(DrainingTest, ADryRunMayMeetAPipelineThatLostAnotherWorker) {
+  Start(2, 2, {kRoomy, kRoomy, kRoomy, kRoomy});
+  Serve({100, 90});
+  DrainSpec spec;
+  spec.worker = "w3";
+  spec.dry_run = true;
+  h_->Lose(workers_[3]);
+  const VerbId by_move = h_->Drain(spec);
+  ASSERT_TRUE(StatusOf(by_move).ok()) << StatusOf(by_move);
+  EXPECT_EQ(h_->drains.at(by_move).back().way, "move");
+  h_->Lose(workers_[1]);
+  const VerbId nowhere = h_->Drain(spec);
+  EXPECT_EQ(StatusOf(nowhere).code(), absl::StatusCode::kFailedPrecondition) << StatusOf(nowhere);
+  EXPECT_THAT(Status(), Not(HasSubstr("\"state\":\"drain")));
+  h_->Attach(kRoomy);
+  h_->Attach(kRoomy);
+  ExpectAllTokens();
+}
+
 TEST_F(DrainingTest, WhoDiesMeanwhileIsAnOrdinaryFailure) {
   Start(2, 1, {kRoomy, kRoomy});
   Serve({100, 90, 40, 70});
