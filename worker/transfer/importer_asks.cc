@@ -116,7 +116,7 @@ RowsAsk Importer::AskOf(const Fetching& fetching, const Cut& cut) const {
                  .num_rows = cut.range.count,
                  .keys = {},
                  .bytes = cut.bytes,
-                 .on_device = true};
+                 .on_device = source.stage_id != 0};
   if (source.stage_id != 0) return ask;
   const auto first =
       fetching.keys.begin() + (cut.range.first - fetching.begin_row) / limits::kBlockTokens;

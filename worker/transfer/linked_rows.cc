@@ -41,14 +41,16 @@ absl::Status SumOnDevice(EdgeDevice* device, absl::Span<const BlockHeader> piece
   return device->Checksums(rows.data(), bytes, absl::MakeSpan(*sums));
 }
 
-bool LinkedRows::MayBegin() {
+std::string LinkedRows::TakeHello() {
   std::lock_guard lock(mu_);
-  return !has_begun_;
+  if (has_begun_) return {};
+  is_told_ = true;
+  return links_->hello();
 }
 
 void LinkedRows::Begin() {
   std::lock_guard lock(mu_);
-  if (std::exchange(has_begun_, true)) return;
+  if (!is_told_ || std::exchange(has_begun_, true)) return;
   const std::weak_ptr<LinkedRows> weak = weak_from_this();
   RowLinkEvents events;
   events.on_id = [weak](std::string id) {
@@ -76,6 +78,11 @@ bool LinkedRows::is_used() {
   return is_used_ && link_ != nullptr;
 }
 
+bool LinkedRows::has_link() {
+  std::lock_guard lock(mu_);
+  return link_ != nullptr;
+}
+
 void LinkedRows::Expect(const RowsReply& reply, std::optional<AskId> id) {
   uint64_t bytes = 0;
   absl::StatusOr<RowsFrame> head = reply.OpenHead(&bytes);
@@ -89,8 +96,11 @@ void LinkedRows::Expect(const RowsReply& reply, std::optional<AskId> id) {
     } else if (reply.link_number() != last_number_ + 1) {
       due = absl::DataLossError(
           absl::StrCat("message ", reply.link_number(), " of the link after ", last_number_));
+    } else if (coming_.size() >= kMaxComing) {
+      due = absl::DataLossError(absl::StrCat(coming_.size(), " messages of the link are to come"));
     } else {
       ++last_number_;
+      if (!id) head->pieces.clear();
       coming_.emplace(last_number_, Coming{id, *std::move(head)});
       due = link_->Due(last_number_, bytes);
       if (due.ok()) return;

@@ -7,6 +7,7 @@
 //          own thread, which also makes the checksums; of End on the caller's.
 // Errors:  a link that breaks: what was to come over it is ResourceExhausted, to be asked for again soon, and comes another
 //          way; this stream gets no other link. Rows with other checksums than their headers': DataLoss.
+// Limits:  kMaxComing announced and not come; beyond, the link breaks.
 // Why:     what nobody waits for any more is received all the same: NCCL takes nothing back.
 #pragma once
 
@@ -24,6 +25,9 @@
 
 namespace strait {
 
+// What is asked, and as much that nobody waits for any more.
+inline constexpr size_t kMaxComing = 2 * kMaxAsksUnderWay;
+
 class LinkedRows : public std::enable_shared_from_this<LinkedRows> {
  public:
   // Bytes of each message that was taken.
@@ -31,14 +35,15 @@ class LinkedRows : public std::enable_shared_from_this<LinkedRows> {
   LinkedRows(std::shared_ptr<RowLinks> links, const RowTransferEvents* events, Count count)
       : links_(std::move(links)), events_(events), count_(std::move(count)) {}
 
-  // Whether the peer may be told that this worker would have a link.
-  bool MayBegin();
-  // The peer wants one.
+  // The peer is told that this worker would have a link, if it would. Empty: not.
+  std::string TakeHello();
+  // The peer wants one. Unless it was told, nothing.
   void Begin();
   // By what the peer joins it, once; empty: not now.
   std::string TakeId();
   // Rows have come over it, so requests need offer no other place.
   bool is_used();
+  bool has_link();
   // The reply's rows come over it; nullopt: nobody waits for them. REQUIRES: reply.link_number() is not 0.
   void Expect(const RowsReply& reply, std::optional<AskId> id);
   // The stream has ended: what was to come is told as `why`.
@@ -59,6 +64,7 @@ class LinkedRows : public std::enable_shared_from_this<LinkedRows> {
   const Count count_;
   std::mutex mu_;
   std::shared_ptr<RowLink> link_;      // guarded by mu_
+  bool is_told_ = false;               // guarded by mu_: that there could be one
   bool has_begun_ = false;             // guarded by mu_: there was one
   bool is_used_ = false;               // guarded by mu_
   std::string nccl_id_;                // guarded by mu_: to be told

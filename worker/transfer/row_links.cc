@@ -24,6 +24,7 @@ NcclTransportOptions TransportOptions(const RowLinksOptions& options) {
   made.send_timeout = options.timeout;
   made.receive_timeout = options.timeout;
   made.posts_ahead = true;
+  made.init_timeout = options.call_timeout;
   return made;
 }
 
@@ -71,7 +72,11 @@ void RowLinks::Stop() {
   }
 }
 
-bool RowLinks::Wants(const std::string& peers_hello) const {
+bool RowLinks::Wants(const std::string& peers_hello) {
+  {
+    std::lock_guard lock(mu_);
+    if (transport_ == nullptr || links_.size() >= kMaxRowLinks) return false;
+  }
   const size_t at = peers_hello.find(kSeparator);
   if (at == std::string::npos || at != hello_.find(kSeparator)) return false;
   if (peers_hello.compare(0, at, hello_, 0, at) != 0) return false;  // another NCCL

@@ -37,7 +37,8 @@
 namespace strait {
 
 inline constexpr size_t kMaxRowLinks = 4;
-inline constexpr std::chrono::milliseconds kLinkTimeout{4'000};
+inline constexpr std::chrono::milliseconds kLinkTimeout{
+    8'000};  // above NcclTransportOptions::leave_timeout
 // A stream with a link is kept so long after its last ask. NCCL before 2.28.9 takes half a second to end a communicator, in which
 // no edge of hidden states may post anything.
 inline constexpr std::chrono::milliseconds kLinkIdle{1'800'000};
@@ -51,6 +52,7 @@ struct RowLinksOptions {
   bool on_one_device =
       false;  // links also between workers of one device, which share host memory instead
   std::chrono::milliseconds timeout = kLinkTimeout;
+  std::chrono::milliseconds call_timeout{15'000};  // of a call of NCCL's, and of a link's making
 };
 
 struct RowLinkEvents {
@@ -75,9 +77,9 @@ class RowLinks : public std::enable_shared_from_this<RowLinks> {
   std::shared_ptr<RowLink> Expect(RowLinkEvents events);
   std::shared_ptr<RowLink> Join(std::string nccl_id, RowLinkEvents events);
 
-  // As the giving end is told: NCCL's version and the device's name. Whether it would have a link to such a worker.
+  // As the giving end is told: NCCL's version and the device's name. Whether it has room for a link to such a worker, and use.
   const std::string& hello() const { return hello_; }
-  bool Wants(const std::string& peers_hello) const;
+  bool Wants(const std::string& peers_hello);
 
   EdgeDevice& device() const { return *offer_.device; }
 

@@ -29,6 +29,7 @@ struct Asked {
   AskId id;
   uint64_t asked_us = 0;
   OfferPtr offer;  // or null
+  bool on_device = false;
 };
 
 // What the stream's events may hold: never the stream itself, which must not end on a gRPC thread.
@@ -55,7 +56,7 @@ struct PeerState {
     const bool offers = region != nullptr && !declines && !is_linked;
     OfferPtr offer = offers ? region->Make(ask.bytes) : nullptr;
     if (offer != nullptr) *place = offer->place();
-    asked[++last_request] = {id, MonotonicMicros(), std::move(offer)};
+    asked[++last_request] = {id, MonotonicMicros(), std::move(offer), ask.on_device};
     return last_request;
   }
   // Of a request that nothing answers.
@@ -123,7 +124,13 @@ bool OnReply(PeerState* state, const grpc::ByteBuffer& message) {
   if (state->linked != nullptr) {
     if (reply->wants_link()) state->linked->Begin();
     if (reply->link_number() != 0) {
-      state->linked->Expect(*reply, is_awaited ? std::optional(asked.id) : std::nullopt);
+      // Who asked for rows in host memory is not given others.
+      const bool is_wanted = is_awaited && asked.on_device;
+      state->linked->Expect(*reply, is_wanted ? std::optional(asked.id) : std::nullopt);
+      if (is_awaited && !is_wanted) {
+        asked.offer.reset();
+        state->events->on_rows(asked.id, absl::DataLossError("rows came to the device unasked"));
+      }
       return true;
     }
   }
@@ -205,8 +212,8 @@ void RowsClient::Ask(AskId id, const std::string& peer_address, const RowsAsk& a
     state = known->state;
     if (request != 0) {
       v1::RowsRequest message = ToWire(request, ask, place);
-      if (ask.on_device && state->linked != nullptr && state->linked->MayBegin()) {
-        message.set_link_hello(links_->hello());
+      if (ask.on_device && state->linked != nullptr) {
+        message.set_link_hello(state->linked->TakeHello());
       }
       sent = known->stream->Send(std::move(message));
       TellLink(*known);
@@ -243,7 +250,7 @@ bool RowsClient::CheckDeadlines(uint64_t now_us) {
       bool is_idle = false;
       {
         std::lock_guard state_lock(state.mu);
-        const bool is_linked = state.linked != nullptr && state.linked->is_used();
+        const bool is_linked = state.linked != nullptr && state.linked->has_link();
         is_idle = state.has_ended ||
                   (state.asked.empty() &&
                    now_us > it->second->used_us + (is_linked ? linked_idle_us : idle_us));

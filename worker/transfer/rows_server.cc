@@ -47,6 +47,10 @@ struct RowsServer::Incoming {
     std::lock_guard lock(mu);
     return link;
   }
+  std::shared_ptr<RowLink> TakeLink() {
+    std::lock_guard lock(mu);
+    return std::move(link);
+  }
 };
 
 RowsServer::RowsServer(RowsServerOptions options, std::shared_ptr<RowBuffers> buffers,
@@ -214,14 +218,14 @@ void RowsServer::JoinLink(const IncomingPtr& incoming, const v1::RowsRequest& re
     const IncomingPtr from = weak.lock();
     if (from == nullptr) return;
     Log(LogLevel::kInfo, "a link for rows broke, they go another way", {{"why", why}});
-    std::shared_ptr<RowLink> gone;  // let go after the mutex
-    std::lock_guard lock(from->mu);
-    gone = std::move(from->link);
+    from->TakeLink();
   };
   std::shared_ptr<RowLink> link = options_.links->Join(request.nccl_id(), std::move(events));
   std::lock_guard lock(incoming->mu);
-  // A stream that has ended keeps none.
-  if (incoming->stream != nullptr) incoming->link.swap(link);
+  // A stream that has ended keeps none, and none keeps one that broke meanwhile.
+  if (incoming->stream != nullptr && link != nullptr && !link->is_down()) {
+    incoming->link.swap(link);
+  }
 }
 
 // ---------------------------------------------------------------- memory that peers offer
@@ -376,7 +380,8 @@ void RowsServer::SealOne(Sealing sealing) {
       EncodeFrame(sealing.asked.request, std::move(sealing.frame), buffers_, way);
   --incoming->num_open;
   if (!message.ok()) {
-    // A bug of ours, and the peer's asks go on.
+    // A bug of ours, and the peer's asks go on; but not by a link one of whose messages nobody will be told.
+    if (way.link_number != 0) incoming->TakeLink();
     Log(LogLevel::kError, "rows that cannot be sent", {{"why", message.status()}});
     return Send(sealing.asked, EncodeError(sealing.asked.request, message.status()));
   }

@@ -314,7 +314,10 @@ absl::StatusOr<bool> NcclEdge::Advance() {
 absl::StatusOr<bool> NcclEdge::Post() {
   Op& first = waiting_.front();
   if (first.after.value > consumed_) return false;
-  if (!place_.Enter(Micros(context_->options.leave_timeout))) return false;
+  // The match of a receive that is posted ahead is posted, so who ends need not wait long for it; held, it could be what the
+  // other worker's end waits for.
+  const bool waits = role_ == Role::kSend || !context_->options.posts_ahead;
+  if (!place_.Enter(waits ? Micros(context_->options.leave_timeout) : 0)) return false;
   const size_t bytes = Bytes(first);
   if (!first.hidden.data.on_device()) {
     std::optional<HiddenBuffer> place = arena_->Take(bytes);

@@ -99,11 +99,16 @@ class NcclTransport::Impl {
   void Watch() {
     std::unique_lock lock(mu_);
     while (!changed_.wait_for(lock, kWatchdogPeriod, [this] { return stop_; })) {
-      const uint64_t now_us = MonotonicMicros();
+      // Only this thread destroys edges. What they tell may call back here, so mu_ is not held meanwhile.
+      std::vector<NcclEdge*> watched;
       for (auto* edges : {&outgoing_, &incoming_}) {
-        for (auto& [id, edge] : *edges) edge->Watch(now_us);
+        for (auto& [id, edge] : *edges) watched.push_back(edge.get());
       }
-      for (auto& edge : retired_) edge->Watch(now_us);
+      for (auto& edge : retired_) watched.push_back(edge.get());
+      lock.unlock();
+      const uint64_t now_us = MonotonicMicros();
+      for (NcclEdge* const edge : watched) edge->Watch(now_us);
+      lock.lock();
       std::erase_if(retired_, [](const auto& edge) { return edge->finished(); });
       if (retired_.empty()) changed_.notify_all();
     }

@@ -254,6 +254,38 @@ TEST_F(LinkedTransferTest, AfterALinkBrokeRowsComeAnotherWay) {
   }
 }
 
+// The watchdog told it while it held what the end of the link needs, and both stood still for ever.
+TEST_F(LinkedTransferTest, ACallThatHangsCostsTheLinkAndNoMore) {
+  RowLinksOptions soon;
+  soon.timeout = soon.call_timeout = 200ms;
+  Worker to(&fabric_, "one", kVersion, soon);
+  Worker from(&fabric_, "two", kVersion, soon);
+  Link(&to, &from);
+  from.faults.send_blocks = true;
+  for (int i = 0;; ++i) {
+    const auto frame = Fetch(&to, &from, DeviceAsk());
+    if (frame.ok() && !frame->on_device()) break;
+    ASSERT_FALSE(frame.ok()) << "it was not sent";
+    std::this_thread::sleep_for(1ms);
+    ASSERT_LT(i, 1000);
+  }
+  from.faults.send_blocks = false;
+}
+
+// A copy for host memory would be made from a pointer that the host cannot follow.
+TEST_F(LinkedTransferTest, WhoAsksForHostMemoryIsGivenNoOther) {
+  Worker to(&fabric_, "one");
+  Worker from(&fabric_, "two");
+  Link(&to, &from);
+  RowsAsk host = DeviceAsk();
+  host.on_device = false;
+  to.node->transfer->Ask(AskId{900}, from.node->address(), host);
+  AnswerAsked(&from, from.node->Next<RowsNode::Asked>().id, AFrame(host));
+  const auto rows = to.node->Next<RowsNode::Rows>();
+  ExpectRows(rows.frame, AFrame(host));
+  EXPECT_FALSE(rows.frame->on_device());
+}
+
 TEST_F(LinkedTransferTest, AWorkerThatDiesLeavesNoLink) {
   Worker to(&fabric_, "one");
   auto from = std::make_unique<Worker>(&fabric_, "two");
