@@ -257,7 +257,9 @@ def deaths(programs, model, threads, length, memory, warm, count, args):
             while warm and time.monotonic() < until:  # the stage that is to die
                 status = server.get("/strait/status")
                 lost = next(s for w in status["workers"] for s in w["stages"] if s.get("stage_index") == stage)
-                if any(r["state"] == "warm" and r["layer_begin"] == lost["layer_begin"] for w in status["workers"] for r in w.get("warm", [])):
+                warm_ranges = [r for w in status["workers"] for r in w.get("warm", [])]
+                # One that loads another range waits for its end.
+                if all(r["state"] == "warm" for r in warm_ranges) and any(r["layer_begin"] == lost["layer_begin"] for r in warm_ranges):
                     break
                 time.sleep(0.3)
             status = server.get("/strait/status")

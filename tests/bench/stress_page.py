@@ -3,11 +3,10 @@
 """Writes tests/reports/stress.md, with its plots, from reports of `strait stress --json`.
 
   python3 tests/bench/stress_page.py                  # anew, of the reports that are kept beside the page
-  python3 tests/bench/stress_page.py NAME FILE        # keeps FILE as tests/reports/stress_NAME.json before
+  python3 tests/bench/stress_page.py NAME FILE [NOTE] # keeps FILE as tests/reports/stress_NAME.json before, with a line about the run
 """
 import json
 import pathlib
-import shutil
 import sys
 
 import stress_plots
@@ -71,6 +70,7 @@ def section(name, r, plots):
     lines = ["", f"## Run `{name}`", "",
              f"{r['seconds']:.0f} s, {r['clients']} clients, {r['requests']} requests of {r['min_rows']:,} to {r['max_rows']:,} rows, seed "
              f"{r['seed']}; {r['program']}.", ""]
+    lines += [r["note"], ""] if "note" in r else []
     lines += judged(r) + [""] + table(["fault", "times"], [[what, f"{r[key]:,}"] for key, what in FAULTS]) + [""] + spreads(r)
     for plot, caption in (("time", "Tokens a second at all clients, and below what was done when."),
                           ("pauses", "Pause at the client by length, a dot a move."),
@@ -92,10 +92,13 @@ def page(runs):
 
 
 def main(args):
-    if len(args) not in (0, 2):
+    if len(args) not in (0, 2, 3):
         sys.exit(__doc__)
     if args:
-        shutil.copyfile(args[1], REPORTS / f"stress_{args[0]}.json")
+        report = json.loads(pathlib.Path(args[1]).read_text())
+        if len(args) > 2:
+            report["note"] = args[2]
+        (REPORTS / f"stress_{args[0]}.json").write_text(json.dumps(report) + "\n")
     runs = {path.stem[len("stress_"):]: json.loads(path.read_text()) for path in REPORTS.glob("stress_*.json")}
     if not runs:
         sys.exit(f"no stress_*.json in {REPORTS}: give a report of strait stress --json, as NAME FILE")

@@ -35,6 +35,7 @@ class PageTest(unittest.TestCase):
         for i, (key, what) in enumerate(stress_page.FAULTS):
             self.assertIn(f"| {what} | {REPORT[key]:,} |\n", text)
         self.assertNotIn("goals", text)
+        self.assertIn("\nOn a machine.\n", stress_page.page({"cpu": {**REPORT, "note": "On a machine."}})[0])
         self.assertEqual(set(plots), {"stress_cpu_time.svg", "stress_cpu_pauses.svg", "stress_cpu_rows.svg"})
         for name in plots:
             self.assertIn(f"]({name})", text)
