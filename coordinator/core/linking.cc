@@ -105,6 +105,7 @@ void Cluster::GiveUpLinks() {
     slot.edge = EdgeChoice();
     slot.numbered = {};
     slot.nccl_id.clear();
+    slot.linked = false;
   }
 }
 

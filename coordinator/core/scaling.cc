@@ -135,9 +135,11 @@ bool Cluster::ScaleStep(uint64_t now_us) {
       return StandsStill(pipeline, now_us);
     case Scale::Phase::kGrowing: {
       const bool stepped = scale.first_step_us > 0;
-      if (pipeline->state != Pipeline::State::kActive || !Grown(*pipeline) ||
-          (!stepped && pipeline->scheduler.num_residents() > 0) ||
-          !PausesAreOver(*pipeline, now_us)) {
+      if (pipeline->state != Pipeline::State::kActive) return false;
+      // First: it must see each sequence's first token, and caches may grow for long after that.
+      const bool pauses_are_over = PausesAreOver(*pipeline, now_us);
+      if (!pauses_are_over || !Grown(*pipeline) ||
+          (!stepped && pipeline->scheduler.num_residents() > 0)) {
         return false;
       }
       const uint64_t end_us = stepped ? scale.first_step_us : pipeline->since_us;

@@ -171,6 +171,30 @@ TEST_F(ScaleReportsTest, EveryResidentsPauseIsTold) {
   ExpectAllTokens();
 }
 
+// The pause ran on until the caches had grown.
+TEST_F(ScaleReportsTest, APauseEndsWithTheFirstToken) {
+  Start(Options(1), {kFixed + 20 * 512, 10'000});
+  Serve();
+  h_->before_active = [this](WorkerId, v1::StageState*) { h_->answer_resizes = false; };
+  const ScaleId id = h_->Scale(2);
+  for (int i = 0; i < 12; ++i) {
+    Rounds(1);
+    h_->Tick(100'000);
+  }
+  ASSERT_FALSE(h_->scaled.contains(id)) << "its caches have not grown";
+  h_->before_active = {};
+  h_->answer_resizes = true;
+  for (auto& [worker_id, worker] : h_->workers) {
+    for (auto& [stage_id, stage] : worker.stages) h_->AnswerResize(worker_id, stage);
+  }
+  h_->Pump();
+  Rounds(2);
+  ASSERT_TRUE(StatusOf(id).ok()) << StatusOf(id);
+  EXPECT_EQ(h_->scaled.at(id).reply.residents(), 2u);
+  EXPECT_LE(h_->scaled.at(id).reply.resident_pause_max_us(), 400'000u);
+  ExpectAllTokens();
+}
+
 // It would have been waited for as long as it waits for room.
 TEST_F(ScaleReportsTest, WhoGetsNoTokenIsWaitedForNoLonger) {
   Start(Options(1), {20'000});
