@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The edges between the stages that a pipeline is to get are made while its old stages serve, and taken over by the
-// switch. What fails of that is told to nobody: the switch then makes its edges itself, as every epoch does.
+// switch. What fails of that is told to nobody: the switch then makes its edges itself, as every epoch does. What its teardown
+// costs: worker/transport/README.md.
 #include <algorithm>
 #include <utility>
 
