@@ -11,12 +11,12 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "proto/base/check.h"
+#include "proto/rpc/clock.h"
 
 namespace strait::cli {
 namespace {
@@ -25,11 +25,6 @@ constexpr int kBacklog = 64;
 constexpr size_t kReadBytes = 16 << 10;    // at once
 constexpr size_t kWorthAWakeBytes = 1024;  // a bucket that fills is looked at after so many
 constexpr uint64_t kLongestWaitUs = 1'000'000;
-
-uint64_t NowUs() {
-  const auto now = std::chrono::steady_clock::now().time_since_epoch();
-  return static_cast<uint64_t>(std::chrono::duration_cast<std::chrono::microseconds>(now).count());
-}
 
 sockaddr_in Loopback(uint16_t port) {
   sockaddr_in address = {};
@@ -307,7 +302,7 @@ void LinkRelay::Run() {
     {
       std::lock_guard lock(mu_);
       if (ending_) return;
-      wait_ms = WantsLocked(&fds, NowUs());
+      wait_ms = WantsLocked(&fds, MonotonicMicros());
     }
     poll(fds.data(), fds.size(), wait_ms);
     uint64_t ignored;
@@ -317,7 +312,7 @@ void LinkRelay::Run() {
       if (fd.revents != 0) events[fd.fd] = fd.revents;
     }
     std::lock_guard lock(mu_);
-    ServeLocked(events, NowUs());
+    ServeLocked(events, MonotonicMicros());
   }
 }
 

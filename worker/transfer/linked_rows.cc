@@ -135,38 +135,35 @@ void LinkedRows::OnMessage(uint64_t number, HiddenBuffer data) {
   events_->on_rows(*coming.id, std::move(coming.head));
 }
 
-void LinkedRows::Break(const absl::Status& why) {
-  std::shared_ptr<RowLink> gone;  // let go after the mutex
-  std::map<uint64_t, Coming> lost;
-  {
-    std::lock_guard lock(mu_);
-    gone = std::move(link_);
-    lost.swap(coming_);
-    nccl_id_.clear();
-  }
-  if (gone == nullptr) return;
-  Log(LogLevel::kInfo, "a link for rows broke, they come another way",
-      {{"why", why}, {"asked", lost.size()}});
-  for (const auto& [number, coming] : lost) {
-    if (!coming.id) continue;
-    events_->on_rows(*coming.id,
-                     absl::ResourceExhaustedError(absl::StrCat("the link broke: ", why.message())));
+LinkedRows::Left LinkedRows::TakeAll() {
+  Left left;
+  std::lock_guard lock(mu_);
+  left.link = std::move(link_);
+  left.coming.swap(coming_);
+  nccl_id_.clear();
+  return left;
+}
+
+void LinkedRows::TellLost(const Left& left, const absl::Status& why) const {
+  for (const auto& [number, coming] : left.coming) {
+    if (coming.id) events_->on_rows(*coming.id, why);
   }
 }
 
+void LinkedRows::Break(const absl::Status& why) {
+  const Left left = TakeAll();
+  if (left.link == nullptr) return;
+  Log(LogLevel::kInfo, "a link for rows broke, they come another way",
+      {{"why", why}, {"asked", left.coming.size()}});
+  TellLost(left, absl::ResourceExhaustedError(absl::StrCat("the link broke: ", why.message())));
+}
+
 void LinkedRows::End(const absl::Status& why) {
-  std::shared_ptr<RowLink> gone;  // let go after the mutex
-  std::map<uint64_t, Coming> lost;
   {
     std::lock_guard lock(mu_);
-    has_begun_ = true;
-    gone = std::move(link_);
-    lost.swap(coming_);
-    nccl_id_.clear();
+    has_begun_ = true;  // and no other begins
   }
-  for (const auto& [number, coming] : lost) {
-    if (coming.id) events_->on_rows(*coming.id, why);
-  }
+  TellLost(TakeAll(), why);
 }
 
 }  // namespace strait

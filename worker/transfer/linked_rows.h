@@ -55,7 +55,15 @@ class LinkedRows : public std::enable_shared_from_this<LinkedRows> {
     RowsFrame head;
   };
 
+  // What is left of the link when it ends: let go of when mu_ is not held.
+  struct Left {
+    std::shared_ptr<RowLink> link;
+    std::map<uint64_t, Coming> coming;
+  };
+
   void OnMessage(uint64_t number, HiddenBuffer data);
+  Left TakeAll();
+  void TellLost(const Left& left, const absl::Status& why) const;
   // No link any more.
   void Break(const absl::Status& why);
 
