@@ -42,18 +42,7 @@ class MigrationTest : public testing::Test {
     EXPECT_THAT(h_->problems, IsEmpty());
   }
   // Every stage reports what it has, so many times.
-  void Rounds(int rounds) {
-    for (int i = 0; i < rounds; ++i) {
-      for (auto& [id, worker] : h_->workers) {
-        std::vector<uint64_t> ids;
-        for (const auto& [stage_id, stage] : worker.stages) ids.push_back(stage_id);
-        for (const uint64_t stage_id : ids) {
-          const auto it = worker.stages.find(stage_id);
-          if (it != worker.stages.end() && !it->second.plans.empty()) h_->Report(id, it->second);
-        }
-      }
-    }
-  }
+  void Rounds(int rounds) { h_->Rounds(rounds); }
   // Which pipeline the stages that have rows of it belong to; 0: none or several.
   uint64_t WhereIs(uint64_t sequence) {
     uint64_t found = 0;

@@ -49,18 +49,7 @@ class ReplicasTest : public testing::Test {
     ASSERT_NE(h_, nullptr);
     EXPECT_THAT(h_->problems, testing::IsEmpty());
   }
-  void Rounds(int rounds) {
-    for (int i = 0; i < rounds; ++i) {
-      for (auto& [id, worker] : h_->workers) {
-        std::vector<uint64_t> ids;
-        for (const auto& [stage_id, stage] : worker.stages) ids.push_back(stage_id);
-        for (const uint64_t stage_id : ids) {
-          const auto it = worker.stages.find(stage_id);
-          if (it != worker.stages.end() && !it->second.plans.empty()) h_->Report(id, it->second);
-        }
-      }
-    }
-  }
+  void Rounds(int rounds) { h_->Rounds(rounds); }
   // Until it has so many tokens.
   void Until(RequestId request, size_t tokens) {
     for (int i = 0; i < 500 && h_->tokens[request].size() < tokens; ++i) Rounds(1);

@@ -44,6 +44,19 @@ class ScalingTest : public testing::Test {
     Rounds(5);
   }
   void Rounds(int rounds) { h_->Rounds(rounds); }
+  // The new stages of the first worker are active only so long after the old ones' last step.
+  ScaleId ScaleToTwo(uint64_t still_us) {
+    h_->answer_activations = false;
+    const ScaleId id = h_->Scale(2);
+    Rounds(3);  // until nothing is under way
+    h_->Tick(still_us);
+    for (auto& [stage_id, stage] : h_->workers.at(workers_[0]).stages) {
+      if (!stage.load.successor_of().empty()) h_->AnswerActivation(workers_[0], stage);
+    }
+    h_->answer_activations = true;
+    h_->Pump();
+    return id;
+  }
   // All of it, each once and in order.
   void ExpectAllTokens() {
     h_->Run();
